@@ -1,0 +1,1 @@
+"""Evaluation with lm-eval, comparison of models, and the leaderboard's checks."""

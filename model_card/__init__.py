@@ -1,0 +1,1 @@
+"""From records to a model card, a release folder and a Hub repository."""

@@ -1,0 +1,365 @@
+"""A recipe's stages, in order: what each one depends on, what it writes, and the function that does it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nanophi.records import RunDirectory, UserError, environment, read_json, remove, sha256_of_file, write_json, write_text
+from nanophi.training.recipe import Recipe
+
+PREPARE = ("documents", "scores", "quality", "tokenizer", "tokens")
+STAGES = (*PREPARE, "training", "sample", "evaluation", "comparison", "card", "release", "verification")
+
+Build = Callable[[Path], dict[str, Any]]
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that writes, among those that `accelerate launch` or `torchrun` started."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+class Pipeline:
+    """One recipe's run. A method is a stage: it makes sure of those before it, runs or is up to date, returns its summary.
+
+    Args:
+        recipe: the resolved recipe.
+        runs: the folder that holds the run directories.
+        build: stages that may run; the others must be up to date already.
+        report: called with one line for each thing worth telling.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        runs: Path,
+        build: Collection[str] = STAGES,
+        report: Callable[[str], None] = print,
+    ) -> None:
+        self.recipe = recipe
+        self.run = RunDirectory(runs / recipe.name, report)
+        self.path = self.run.path
+        self.build = frozenset(build)
+        self.report = report
+        self._done: dict[str, dict[str, Any]] = {}
+
+    def _stage(
+        self, name: str, inputs: dict[str, Any], outputs: Sequence[str], build: Build, kind: str | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Each stage once per process, so that no two callers check the same thing twice."""
+        if name not in self._done:
+            allowed = build if (kind or name) in self.build else None
+            self._done[name] = self.run.stage(name, inputs, outputs, allowed, **kwargs)
+        return self._done[name]
+
+    def write_recipe(self) -> None:
+        """`recipe.yaml`: the resolved recipe, every default written out."""
+        write_text(self.path / "recipe.yaml", yaml.safe_dump(self.recipe.dump(), sort_keys=False, allow_unicode=True))
+
+    # Data
+
+    def documents(self) -> dict[str, Any]:
+        """Sources to clean, deduplicated documents, split into train and held-out."""
+        from nanophi.training import corpus
+
+        recipe = self.recipe
+        kind, _, column = recipe.quality.scorer.partition(":")
+        columns = [column] if kind == "column" else []
+        data = recipe.data.model_dump(mode="json", exclude={"engine", "workers"})
+        inputs = {
+            "data": data,
+            "sources": corpus.fingerprint(recipe.data),
+            "columns": columns,
+            "seed": recipe.seed,
+        }
+        return self._stage(
+            "documents",
+            inputs,
+            ["data/documents"],
+            lambda work: corpus.gather(recipe.data, recipe.seed, work / "data/documents", columns),
+        )
+
+    def scores(self) -> dict[str, Any]:
+        """A quality score for every document."""
+        from nanophi.training import quality
+
+        self.documents()
+        recipe = self.recipe
+        inputs = {
+            "documents": self.run.stage_key("documents"),
+            "quality": recipe.quality.model_dump(mode="json", exclude={"threshold"}),
+            "seed": recipe.seed,
+        }
+        return self._stage(
+            "scores",
+            inputs,
+            ["data/scores"],
+            lambda work: quality.score(
+                self.path / "data/documents", recipe.quality, recipe.data, recipe.seed, work / "data/scores"
+            ),
+        )
+
+    def quality(self) -> dict[str, Any]:
+        """The documents that the threshold keeps, and the report on it."""
+        from nanophi.training import quality
+
+        self.scores()
+        recipe = self.recipe
+        inputs = {"scores": self.run.stage_key("scores"), "threshold": recipe.quality.threshold}
+        return self._stage(
+            "quality",
+            inputs,
+            ["data/quality"],
+            lambda work: quality.select(
+                self.path / "data/documents", self.path / "data/scores", recipe.quality, work / "data/quality"
+            ),
+        )
+
+    def tokenizer(self) -> dict[str, Any]:
+        """The tokenizer: trained on all documents, so that a filtered run and its control share it, or taken as it is."""
+        from nanophi.training import tokenizer
+
+        self.documents()
+        recipe = self.recipe
+        inputs: dict[str, Any] = {"tokenizer": recipe.tokenizer.model_dump(mode="json"), "seed": recipe.seed}
+        inputs["documents"] = self.run.stage_key("documents")
+        return self._stage(
+            "tokenizer",
+            inputs,
+            ["data/tokenizer"],
+            lambda work: tokenizer.build(
+                self.path / "data/documents", recipe.tokenizer, recipe.seed, work / "data/tokenizer"
+            ),
+        )
+
+    def tokens(self) -> dict[str, Any]:
+        """Kept documents as packed rows of tokens."""
+        from nanophi.training import packing
+
+        self.quality()
+        self.tokenizer()
+        recipe = self.recipe
+        context_length = recipe.model_config_for().max_position_embeddings
+        inputs = {
+            "quality": self.run.stage_key("quality"),
+            "tokenizer": self.run.stage_key("tokenizer"),
+            "context_length": context_length,
+            "seed": recipe.seed,
+        }
+        return self._stage(
+            "tokens",
+            inputs,
+            ["data/tokens"],
+            lambda work: packing.pack(
+                self.path / "data/documents",
+                self.path / "data/quality",
+                self.path / "data/tokenizer",
+                context_length,
+                recipe.data,
+                recipe.seed,
+                work / "data/tokens",
+            ),
+        )
+
+    # Training
+
+    def training(self) -> dict[str, Any]:
+        """The model, with its checkpoints."""
+        from transformers import AutoTokenizer
+
+        from nanophi.training import trainer
+
+        self.tokens()
+        recipe = self.recipe
+        inputs = {
+            "tokens": self.run.stage_key("tokens"),
+            "tokenizer": self.run.stage_key("tokenizer"),
+            "model": recipe.model,
+            "training": recipe.training.model_dump(mode="json", exclude={"report_to", "logging_steps"}),
+            "seed": recipe.seed,
+        }
+
+        def build(work: Path) -> dict[str, Any]:
+            if is_main_process():
+                self.run.update_record(environment=environment())
+            tokenizer = AutoTokenizer.from_pretrained(self.path / "data/tokenizer")
+            config = recipe.model_config_for(
+                vocab_size=max(len(tokenizer), recipe.model.get("vocab_size", 0)),
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+            )
+            return trainer.train(self.path, recipe.training, config, recipe.seed, recipe.name, self.report)
+
+        outputs = ["checkpoints", "training_state", "training.json"]
+        if not is_main_process():
+            return build(self.path)
+        return self._stage("training", inputs, outputs, build, in_place=True)
+
+    def checkpoint(self) -> Path:
+        """The final checkpoint's folder."""
+        return self.path / self.training()["checkpoint"]
+
+    def sample(self) -> dict[str, Any]:
+        """What the model writes after the recipe's prompt."""
+        from nanophi.model_card import release
+
+        checkpoint, prompt = self.checkpoint(), self.recipe.card.prompt
+        inputs = {"training": self.run.stage_key("training"), "prompt": prompt}
+        return self._stage(
+            "sample", inputs, ["sample.json"], lambda work: release.write_sample(checkpoint, prompt, work / "sample.json")
+        )
+
+    # Evaluation
+
+    def evaluation(self) -> dict[str, dict[str, Any]]:
+        """Every suite of the recipe on every kept checkpoint. Returns headline numbers by result file."""
+        from nanophi.eval import evaluate
+
+        self.training()
+        section, recipe = self.recipe.evaluation, self.recipe
+        results = {}
+        for step in sorted({*recipe.training.keep_steps, recipe.training.steps}):
+            model = f"step-{step:06d}"
+            for suite in section.suites:
+                file = f"evals/{model}-{suite}.json"
+                inputs = {
+                    "training": self.run.stage_key("training"),
+                    "step": step,
+                    "suite": suite,
+                    "limit": section.limit,
+                    "data": section.data,
+                    "documents": self.run.stage_key("documents"),
+                }
+
+                def build(work: Path, model: str = model, suite: str = suite, file: str = file) -> dict[str, Any]:
+                    result = evaluate.evaluate(
+                        self.path / "checkpoints" / model,
+                        suite,
+                        work / file,
+                        data=Path(section.data) if section.data else None,
+                        heldout=self.path / "data/documents",
+                        limit=section.limit,
+                        batch_size=section.batch_size,
+                        seed=recipe.seed,
+                        report=self.report,
+                    )
+                    return {"results": result["results"]}
+
+                results[file] = self._stage(f"{model}-{suite}", inputs, [file], build, kind="evaluation")
+        return results
+
+    def final_evaluations(self) -> list[Path]:
+        """Result files of the final checkpoint."""
+        self.evaluation()
+        final = f"step-{self.recipe.training.steps:06d}"
+        return [self.path / f"evals/{final}-{suite}.json" for suite in self.recipe.evaluation.suites]
+
+    def comparison(self, runs: Sequence[Pipeline]) -> None:
+        """Several runs, this one among them, side by side; the last is the baseline.
+
+        Alone, an earlier comparison of these same evaluations stays, and one of other evaluations is removed.
+        """
+        from nanophi.eval import compare
+
+        outputs = ["comparison.json", "comparison.md", "comparison.png"]
+        files = {run.recipe.name: run.final_evaluations() for run in runs}
+        hashes = {name: [sha256_of_file(file) for file in paths] for name, paths in files.items()}
+        if len(runs) == 1:
+            entry = self.run.record["stages"].get("comparison", {"inputs": {"evaluations": {}}})
+            if entry["inputs"]["evaluations"].get(self.recipe.name) != hashes[self.recipe.name]:
+                for output in outputs:
+                    remove(self.path / output)
+            return
+        baseline = runs[-1].recipe.name
+        inputs = {"evaluations": hashes, "baseline": baseline, "seed": self.recipe.seed}
+
+        def build(work: Path) -> dict[str, Any]:
+            compare.compare(files, work, baseline=baseline, seed=self.recipe.seed)
+            return {"models": list(files), "baseline": baseline}
+
+        self._stage("comparison", inputs, outputs, build)
+
+    # Release
+
+    def card(self) -> dict[str, Any]:
+        """The model card, from records only."""
+        from nanophi.model_card import card
+
+        self.sample()
+        self.evaluation()
+        comparison = self.path / "comparison.json"
+        inputs = {
+            "stages": {name: stage["key"] for name, stage in self._finished_before_card().items()},
+            "comparison": sha256_of_file(comparison) if comparison.exists() else None,
+            "card": self.recipe.card.model_dump(mode="json"),
+        }
+        return self._stage("card", inputs, ["card"], lambda work: card.build(self.path, work / "card"), shared=False)
+
+    def _finished_before_card(self) -> dict[str, Any]:
+        later = {"comparison", "card", "release", "verification"}
+        return {name: stage for name, stage in sorted(self.run.record["stages"].items()) if name not in later}
+
+    def release(self) -> dict[str, Any]:
+        """The release folder: exactly what gets pushed."""
+        from nanophi.model_card import release
+
+        self.card()
+        dtype = self.recipe.release.dtype
+        inputs = {"card": self.run.stage_key("card"), "dtype": dtype}
+        return self._stage(
+            "release",
+            inputs,
+            ["release"],
+            lambda work: release.build(self.path, self.checkpoint(), self.path / "card", work / "release", dtype),
+            shared=False,
+        )
+
+    def verification(self) -> dict[str, Any]:
+        """The release, loaded through both doors in fresh processes and checked against its manifest."""
+        from nanophi.model_card import verify
+
+        self.release()
+
+        def build(work: Path) -> dict[str, Any]:
+            checks = verify.verify(str(self.path / "release"), report=self.report)
+            failed = [check["name"] for check in checks if not check["passed"]]
+            if failed:
+                raise UserError(f"{self.path / 'release'} does not verify: {', '.join(failed)}")
+            write_json(work / "verification.json", checks)
+            return {"checks": len(checks)}
+
+        inputs = {"release": self.run.stage_key("release")}
+        return self._stage("verification", inputs, ["verification.json"], build, shared=False)
+
+
+def run_recipes(recipes: Sequence[Recipe], runs: Path, report: Callable[[str], None] = print) -> None:
+    """Every stage of every recipe; several recipes end in one comparison, with the last as the baseline."""
+    from nanophi.eval import compare
+
+    names = [recipe.name for recipe in recipes]
+    if len(set(names)) < len(names):
+        raise UserError(f"two recipes have the same name ({', '.join(names)}); each run needs its own directory")
+    pipelines = [Pipeline(recipe, runs, report=report) for recipe in recipes]
+    with contextlib.ExitStack() as locks:
+        for pipeline in pipelines:
+            locks.enter_context(pipeline.run.lock())
+        for pipeline in pipelines:
+            pipeline.write_recipe()
+            pipeline.training()
+            pipeline.sample()
+            pipeline.evaluation()
+        for pipeline in pipelines:
+            pipeline.comparison(pipelines)
+            pipeline.verification()
+    first = pipelines[0]
+    if len(pipelines) > 1:
+        report("\n" + compare.render(read_json(first.path / "comparison.json")))
+    for pipeline in pipelines:
+        sample = read_json(pipeline.path / "sample.json")
+        report(f"\n{pipeline.recipe.name} writes:\n{sample['text']}")
+    report(f"\nrelease: {first.path / 'release'}")

@@ -1,0 +1,301 @@
+"""The run directory: where every stage reads its inputs, writes its part, and leaves a record.
+
+    runs/<name>/recipe.yaml      the resolved recipe
+    runs/<name>/record.json      per stage: key, inputs, outputs, seconds, summary; and the environment
+    runs/<name>/data/ checkpoints/ evals/ release/ ...   what the stages wrote
+
+A stage is keyed by the hash of its inputs. It builds in a private folder under `.work/` and its outputs are
+renamed into place, so a process killed at any moment leaves either the old outputs or the new ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from nanophi.version import __version__
+
+PACKAGES = ("torch", "transformers", "huggingface_hub", "tokenizers", "accelerate", "datasets", "lm_eval", "evaluate")
+
+
+class UserError(Exception):
+    """Something the user can put right. The message is one line: what is wrong, with its name, and the remedy."""
+
+
+def sha256_of(value: Any) -> str:
+    """Hex SHA-256 of a JSON-able value in its canonical form (sorted keys, no spaces)."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def sha256_of_file(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of_tree(path: Path) -> str:
+    """Hex SHA-256 over the relative names and contents of every file in a folder (or of one file)."""
+    if path.is_file():
+        return sha256_of_file(path)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return sha256_of([[file.relative_to(path).as_posix(), sha256_of_file(file)] for file in files])
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file (UTF-8) so that a reader sees the old contents or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_text` for JSON: two-space indent, keys in the order given, NaN refused."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file, or raise `UserError` naming it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}); delete it and run the stage again") from None
+
+
+def replace_tree(source: Path, target: Path) -> None:
+    """Move `source` (file or folder) to `target` on the same file system, in place of what is there."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.is_dir() and not target.is_symlink():
+        # A non-empty folder cannot be renamed over; the old one leaves under a name that is not mistaken for output.
+        discarded = target.with_name(f".{target.name}.{os.getpid()}.old")
+        target.rename(discarded)
+        source.rename(target)
+        shutil.rmtree(discarded)
+    else:
+        source.replace(target)
+
+
+def copy_tree(source: Path, target: Path) -> None:
+    """Copy a file or folder, by hard links where the file system allows (outputs are never changed in place)."""
+
+    def link_or_copy(a: str, b: str) -> str:
+        try:
+            os.link(a, b)
+        except OSError:
+            shutil.copy2(a, b)
+        return b
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_dir():
+        shutil.copytree(source, target, copy_function=link_or_copy)
+    else:
+        link_or_copy(str(source), str(target))
+
+
+def git_commit() -> str | None:
+    """The checkout's commit, with `+changes` if the tree differs from it; None outside a checkout."""
+    root = Path(__file__).parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+        changes = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"], cwd=root, capture_output=True, text=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
+
+
+def environment() -> dict[str, Any]:
+    """What this process runs on: versions of Python and the packages that matter, commit, processor, devices."""
+    import torch
+
+    versions = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    processor = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                processor = line.split(":", 1)[1].strip()
+                break
+    return {
+        "nanophi": __version__,
+        "commit": git_commit(),
+        "python": platform.python_version(),
+        "platform": platform.system().lower() + "-" + platform.machine(),
+        "packages": versions,
+        "processor": processor,
+        "cpu_threads": torch.get_num_threads(),
+        "devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+    }
+
+
+def now() -> str:
+    """Current time, UTC, ISO 8601 to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+class RunDirectory:
+    """One run's folder and its `record.json`.
+
+    Args:
+        path: the folder; made on first write.
+        report: called with one line for each thing worth telling a person (default: print).
+    """
+
+    def __init__(self, path: str | Path, report: Callable[[str], None] = print) -> None:
+        self.path = Path(path)
+        self.report = report
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The contents of `record.json`; `{"stages": {}}` before anything was written."""
+        path = self.path / "record.json"
+        return read_json(path) if path.exists() else {"stages": {}}
+
+    def update_record(self, **fields: Any) -> None:
+        """Set top-level fields of `record.json`."""
+        write_json(self.path / "record.json", {**self.record, **fields})
+
+    def stage_key(self, name: str) -> str:
+        """Key of a finished stage: what later stages name as their input. Raises `UserError` if it has not run."""
+        stage = self.record["stages"].get(name)
+        if stage is None:
+            raise UserError(f"{self.path}: stage '{name}' has not run yet; run `nanophi run` on its recipe")
+        return stage["key"]
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the directory for writing. Raises `UserError` at once if another process holds it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read().strip() or "unknown"
+                raise UserError(
+                    f"{self.path} is being written by another process (pid {holder}); wait for it or use another name"
+                ) from None
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            yield
+
+    def stage(
+        self,
+        name: str,
+        inputs: dict[str, Any],
+        outputs: Sequence[str],
+        build: Callable[[Path], dict[str, Any]] | None,
+        *,
+        in_place: bool = False,
+        shared: bool = True,
+    ) -> dict[str, Any]:
+        """Run one stage unless its outputs are there for these inputs already.
+
+        Args:
+            name: the stage's name in `record.json` and on screen.
+            inputs: JSON-able; everything that the outputs depend on. Its hash is the stage's key.
+            outputs: paths relative to the run directory that `build` writes.
+            build: gets the folder to write in, writes every output there under its relative path, and returns a
+                JSON-able summary. It may find finished parts of a killed attempt with the same key in that folder.
+                None: the outputs must be there already, or `UserError` says so.
+            in_place: `build` writes in the run directory itself (and does its own renaming), as training does,
+                whose checkpoints should be visible as they come. Outputs of other inputs are removed first.
+            shared: take the outputs of a sibling run with the same key instead of building them again.
+
+        Returns:
+            the stage's summary.
+        """
+        key = sha256_of({"nanophi": __version__, "stage": name, "inputs": inputs})
+        stages = self.record["stages"]
+        done = stages.get(name, {})
+        if done.get("key") == key and all((self.path / output).exists() for output in outputs):
+            self.report(f"{self.path.name}: {name:<14} up to date")
+            return done["summary"]
+        if build is None:
+            raise UserError(f"{self.path}: stage '{name}' has not run for this recipe; run `nanophi run` or its own verb")
+        work = self.path if in_place else self.path / ".work" / f"{name}-{key[:16]}"
+        sibling = self._sibling_with(name, key, outputs) if shared and not in_place else None
+        started = time.monotonic()
+        if sibling is not None:
+            shutil.rmtree(work, ignore_errors=True)
+            for output in outputs:
+                copy_tree(sibling.path / output, work / output)
+            summary, origin = sibling.record["stages"][name]["summary"], sibling.path.name
+        else:
+            if in_place and self.record.get("in_progress", {}).get(name) != key:
+                self._forget(name)
+                for output in outputs:
+                    remove(self.path / output)
+                self.update_record(in_progress={**self.record.get("in_progress", {}), name: key})
+            self._remove_stale_work(name, keep=work)
+            work.mkdir(parents=True, exist_ok=True)
+            summary, origin = build(work), None
+        if not in_place:
+            self._forget(name)
+            for output in outputs:
+                replace_tree(work / output, self.path / output)
+            shutil.rmtree(work)
+        seconds = time.monotonic() - started
+        entry = {"key": key, "inputs": inputs, "outputs": list(outputs), "finished": now(), "summary": summary}
+        # A shared stage keeps the time that it took to make, not the time that it took to link.
+        entry["seconds"] = sibling.record["stages"][name]["seconds"] if sibling else round(seconds, 3)
+        in_progress = {k: v for k, v in self.record.get("in_progress", {}).items() if k != name}
+        self.update_record(stages={**self.record["stages"], name: entry}, in_progress=in_progress)
+        self.report(f"{self.path.name}: {name:<14} " + (f"shared with {origin}" if origin else f"done in {seconds:.0f} s"))
+        return summary
+
+    def _forget(self, name: str) -> None:
+        """Drop a stage's entry before its outputs change, so that no record ever describes the wrong outputs."""
+        stages = self.record["stages"]
+        if name in stages:
+            self.update_record(stages={key: value for key, value in stages.items() if key != name})
+
+    def _remove_stale_work(self, name: str, keep: Path) -> None:
+        for folder in (self.path / ".work").glob(f"{name}-*"):
+            if folder != keep:
+                shutil.rmtree(folder)
+
+    def _sibling_with(self, name: str, key: str, outputs: Sequence[str]) -> RunDirectory | None:
+        for path in sorted(self.path.parent.glob("*/record.json")):
+            if path.parent == self.path:
+                continue
+            with contextlib.suppress(UserError):
+                sibling = RunDirectory(path.parent, self.report)
+                stage = sibling.record["stages"].get(name, {})
+                if stage.get("key") == key and all((sibling.path / output).exists() for output in outputs):
+                    return sibling
+        return None
+
+
+def remove(path: Path) -> None:
+    """Delete a file or folder if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""The stages from text to checkpoints: sources, quality filter, tokenizer, packing, `Trainer`."""

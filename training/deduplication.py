@@ -1,0 +1,114 @@
+"""Repeated documents: exact ones by hash, near ones by MinHash.
+
+A document's signature holds `PERMUTATIONS` minima over its word 5-grams; the share of equal minima estimates the Jaccard
+similarity of two documents (Broder, "On the resemblance and containment of documents", 1997). Documents that agree
+in all of one band's minima are candidates (locality-sensitive hashing), candidates are checked against the whole
+signature, and connected ones form a cluster, of which the first document stays.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from rensa import RMinHash
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+
+from nanophi.training.ngrams import Words, ngrams
+
+NGRAM = 5
+PERMUTATIONS = 128
+# 32 bands of 4 find 87 % of the pairs at similarity 0.5, 99.6 % at 0.63 (5 % of words changed) and 5 % at 0.2.
+BANDS = 32
+_SEED = 20231
+
+
+def signatures(words: Words) -> np.ndarray:
+    """MinHash signatures, uint32 `[documents, PERMUTATIONS]`.
+
+    A document of fewer than five words is one n-gram; one without any word gets a signature of zeros, which
+    `near_duplicates` matches with nothing.
+    """
+    grams = ngrams(words, NGRAM)
+    hashes, offsets = grams.hashes, grams.offsets
+    short = np.flatnonzero((grams.counts == 0) & (words.counts > 0))
+    if len(short):
+        whole = []
+        for document in short:
+            value = 0
+            for word in words.hashes[words.offsets[document] : words.offsets[document + 1]].tolist():
+                value = (value * 0x100000001B3 + word) % (1 << 64)
+            whole.append(value)
+        hashes = np.insert(hashes, offsets[short], np.array(whole, np.uint64))
+        counts = grams.counts
+        counts[short] = 1
+        offsets = np.concatenate([[0], np.cumsum(counts)])
+    if len(offsets) == 1:
+        return np.zeros((0, PERMUTATIONS), np.uint32)
+    matrix = RMinHash.digest_matrix_from_flat_token_hashes(
+        np.ascontiguousarray(hashes), offsets.astype(np.uint64), num_perm=PERMUTATIONS, seed=_SEED
+    )
+    result = np.array(matrix.to_rows(), np.uint32)
+    result[words.counts == 0] = 0
+    return result
+
+
+def exact_duplicates(hashes: np.ndarray) -> np.ndarray:
+    """For each document the index of the first one with the same hash, int64 `[documents]`."""
+    _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
+    return first[inverse]
+
+
+def near_duplicates(matrix: np.ndarray, candidates: np.ndarray, similarity: float) -> np.ndarray:
+    """For each document the index of the first one of its cluster, int64 `[documents]`.
+
+    Works band by band, so that beside the signatures (which may be memory-mapped) it holds a few tens of bytes per
+    document.
+
+    Args:
+        matrix: signatures, uint32 `[documents, PERMUTATIONS]`.
+        candidates: bool `[documents]`; the others stay alone.
+        similarity: estimated Jaccard similarity from which two documents are the same.
+    """
+    documents = len(matrix)
+    rows = np.flatnonzero(candidates)
+    width = PERMUTATIONS // BANDS
+    left, right = [], []
+    for band in range(BANDS):
+        block = np.ascontiguousarray(matrix[rows, band * width : (band + 1) * width]).astype(np.uint64)
+        keys = np.zeros(len(rows), np.uint64)
+        for column in range(width):
+            keys = (keys ^ block[:, column]) * np.uint64(0x9E3779B97F4A7C15)
+            keys ^= keys >> np.uint64(29)
+        empty = ~block.any(axis=1)
+        order = np.argsort(keys, kind="stable")
+        ordered = keys[order]
+        begins = np.ones(len(rows), bool)
+        begins[1:] = ordered[1:] != ordered[:-1]
+        # Each member is compared with the first of its bucket and with its neighbour: linear, and over the bands
+        # enough to connect a cluster.
+        first = order[np.flatnonzero(begins)[np.cumsum(begins) - 1]] if len(rows) else order
+        previous = np.roll(order, 1)
+        for partner in (first, previous):
+            keep = ~begins & ~empty[order] & (partner != order)
+            a, b = rows[partner[keep]], rows[order[keep]]
+            for start in range(0, len(a), 4096):
+                stop = start + 4096
+                same = (matrix[a[start:stop]] == matrix[b[start:stop]]).mean(axis=1) >= similarity
+                left.append(a[start:stop][same])
+                right.append(b[start:stop][same])
+    result = np.arange(documents)
+    if left:
+        edges = np.concatenate(left), np.concatenate(right)
+        graph = coo_matrix((np.ones(len(edges[0]), bool), edges), shape=(documents, documents))
+        _, labels = connected_components(graph, directed=False)
+        _, first_of = np.unique(labels, return_index=True)
+        result = first_of[labels]
+    return result
+
+
+def cluster_counts(leaders: np.ndarray) -> dict[str, Any]:
+    """Number of clusters of two or more documents, and the size of the largest."""
+    sizes = np.bincount(leaders, minlength=1)
+    return {"clusters": int((sizes > 1).sum()), "largest": int(sizes.max(initial=0))}

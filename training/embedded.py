@@ -1,0 +1,171 @@
+"""The embedded corpus: the English documentation that is installed beside nanophi.
+
+Sources, by the name that documents carry:
+    python-docs           the language reference (`pydoc_data.topics`)
+    stdlib-docstrings     docstrings of the standard library that are mostly prose
+    package-docstrings    the same of installed packages
+    parameter-lists       docstrings of either that are mostly lists of parameters, attributes or options
+    package-descriptions  long descriptions (README) of installed packages
+    licences, changelogs  files of these kinds in installed packages
+
+Modules are parsed, not imported. For one set of installed versions the documents and their order are always the same.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.metadata
+import inspect
+import platform
+import re
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+HIGH = ("python-docs", "stdlib-docstrings")
+"""Sources that serve as examples of good text for the linear scorer."""
+LOW = ("licences", "changelogs", "parameter-lists")
+"""Sources that serve as examples of poor text."""
+
+_MINIMUM_CHARACTERS = 300
+_MAXIMUM_CHARACTERS = 20_000
+# A few packages have tens of megabytes of near-identical docstrings; without a cap they would be the corpus.
+_PACKAGE_BYTES = 1_000_000
+_TESTS = re.compile(r"(^|/)(tests?|testing|_?test_[^/]*|idlelib|lib2to3)(/|\.py$)")
+_PARAMETERS = re.compile(
+    r"^\s*(Parameters|Args|Arguments|Attributes|Returns?|Raises|Yields|Keyword [Aa]rguments|Other Parameters|Options)"
+    r"\s*:?\s*$|^\s*:(param|type|returns?|rtype|raises)\b|^\s*Args:",
+    re.MULTILINE,
+)
+_MARKUP_LINE = re.compile(r"^\s*(<[^>]*>\s*)+$|^\s*\[?!\[|^\s*\.\. (image|figure|raw|\||_)|^\s*:(target|alt|height|width):|<img ")
+_STOPWORDS = frozenset("the of to and a in is that for it as be on with are this by or an not if from can which".split())
+
+
+def inputs() -> dict[str, Any]:
+    """What the corpus depends on: Python's version and every installed distribution's."""
+    versions = sorted({f"{_name(distribution)}=={distribution.version}" for distribution in _distributions()})
+    return {
+        "python": platform.python_version(),
+        "packages": hashlib.sha256("\n".join(versions).encode()).hexdigest(),
+    }
+
+
+def groups() -> list[str]:
+    """Names of the corpus's parts, in order: `python`, then the installed packages."""
+    return ["python", *(_name(distribution) for distribution in _distributions())]
+
+
+def documents(group: str) -> Iterator[tuple[str, str]]:
+    """`(source, text)` of one part."""
+    texts = _python() if group == "python" else _package(group)
+    for source, text in texts:
+        text = _without_markup(text).strip()[:_MAXIMUM_CHARACTERS]
+        if len(text) >= _MINIMUM_CHARACTERS and _is_english(text):
+            yield source, text
+
+
+def _name(distribution: importlib.metadata.Distribution) -> str:
+    return re.sub(r"[-_.]+", "-", distribution.metadata["Name"] or "").lower()
+
+
+def _distributions() -> list[importlib.metadata.Distribution]:
+    found = {_name(distribution): distribution for distribution in importlib.metadata.distributions()}
+    return [found[name] for name in sorted(found) if name not in ("nanophi", "")]
+
+
+def _python() -> Iterator[tuple[str, str]]:
+    from pydoc_data import topics
+
+    for key in sorted(topics.topics):
+        yield "python-docs", topics.topics[key]
+    library = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(library.rglob("*.py")):
+        relative = path.relative_to(library).as_posix()
+        if "site-packages" not in relative and "dist-packages" not in relative and not _TESTS.search(relative):
+            yield from _docstrings(path, "stdlib-docstrings")
+
+
+def _package(name: str) -> Iterator[tuple[str, str]]:
+    distribution = importlib.metadata.distribution(name)
+    description = distribution.metadata.get_payload() or distribution.metadata.get("Description")
+    if isinstance(description, str):
+        yield "package-descriptions", description
+    sources = []
+    for file in sorted(distribution.files or (), key=str):
+        lower = file.name.lower()
+        if lower.endswith(".py"):
+            sources.append(file)
+        elif lower.startswith(("licen", "copying", "notice")) and ".py" not in lower:
+            yield "licences", _read(Path(str(file.locate())))
+        elif lower.startswith(("change", "history", "news", "release")) and lower.endswith((".md", ".rst", ".txt")):
+            yield "changelogs", _read(Path(str(file.locate())))
+    # In an order that has nothing to do with the alphabet, so that the cap leaves a cross-section.
+    sources.sort(key=lambda file: hashlib.sha256(str(file).encode()).digest())
+    size = 0
+    for file in sources:
+        if size > _PACKAGE_BYTES:
+            break
+        if not _TESTS.search(str(file)):
+            for source, text in _docstrings(Path(str(file.locate())), "package-docstrings"):
+                size += len(text)
+                yield source, text
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="strict")
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _docstrings(path: Path, source: str) -> Iterator[tuple[str, str]]:
+    text = _read(path)
+    if text.count('"""') + text.count("'''") == 0:
+        return
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return
+    pending: list[ast.AST] = [tree]
+    while pending:
+        node = pending.pop()
+        body = getattr(node, "body", [])
+        if not isinstance(body, list):
+            continue
+        # Only definitions can hold docstrings; walking expressions would take most of the time.
+        pending.extend(
+            child for child in reversed(body) if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        )
+        if body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+            value = body[0].value.value
+            if isinstance(value, str) and len(value) >= _MINIMUM_CHARACTERS:
+                docstring = inspect.cleandoc(value)
+                yield "parameter-lists" if _parameter_share(docstring) > 0.6 else source, docstring
+
+
+def _parameter_share(text: str) -> float:
+    """Share of the text that follows the first heading of a parameter list."""
+    match = _PARAMETERS.search(text)
+    return (len(text) - match.start()) / len(text) if match else 0.0
+
+
+def _without_markup(text: str) -> str:
+    """Without badges, images and lines that consist of tags."""
+    return "\n".join(line for line in text.splitlines() if not _MARKUP_LINE.search(line))
+
+
+def _is_english(text: str) -> bool:
+    """Whether the text is mostly English words: not a table, not encoded data, not another language."""
+    letters = sum(map(str.isalpha, text))
+    spaces = sum(map(str.isspace, text))
+    if letters < 0.7 * (len(text) - spaces) or sum(map(str.isascii, text)) < 0.97 * len(text):
+        return False
+    words = re.findall(r"[a-z]+", text.lower())
+    return bool(words) and sum(word in _STOPWORDS for word in words) >= 0.08 * len(words)
+
+

@@ -1,0 +1,129 @@
+"""Hashes of words and word n-grams for a whole batch of documents at once.
+
+Deduplication, decontamination and the linear quality scorer all look at hashed words. They share this module, so
+that a document is cut into words in one way, and in numpy: about 70 MB/s on one core, against 3 to 5 MB/s for a
+loop over words in Python, which at several hundred megabytes decides how long `prepare` takes.
+
+A word is a run of ASCII letters and digits, lower-cased, or of non-ASCII bytes; everything else separates words.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+_BASE = 0x9E3779B97F4A7C15
+_CHUNK_BYTES = 8 << 20
+
+
+def _character_table() -> np.ndarray:
+    table = np.zeros(256, np.uint8)
+    for code in range(256):
+        if code >= 128 or chr(code).isalnum():
+            table[code] = ord(chr(code).lower()) if code < 128 else code
+    return table
+
+
+_CHARACTERS = _character_table()
+
+
+@dataclasses.dataclass(frozen=True)
+class Words:
+    """Hashed words of a batch.
+
+    Attributes:
+        hashes: uint64 `[total_words]`, all documents one after another.
+        offsets: int64 `[documents + 1]`; document `i` has `hashes[offsets[i]:offsets[i + 1]]`.
+    """
+
+    hashes: np.ndarray
+    offsets: np.ndarray
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Words per document, int64 `[documents]`."""
+        return np.diff(self.offsets)
+
+
+def hash_words(texts: Sequence[bytes]) -> Words:
+    """Hash every word of every document (UTF-8 bytes).
+
+    The hash of a word is a polynomial in its bytes modulo 2**64, evaluated for all words by one cumulative product
+    and one segmented sum, then mixed. It does not depend on the process, the platform or the batch.
+    """
+    hashes, counts = [], []
+    start = 0
+    while start < len(texts):
+        size, stop = 0, start
+        while stop < len(texts) and (size == 0 or size + len(texts[stop]) <= _CHUNK_BYTES):
+            size += len(texts[stop])
+            stop += 1
+        chunk_hashes, chunk_counts = _hash_chunk(texts[start:stop])
+        hashes.append(chunk_hashes)
+        counts.append(chunk_counts)
+        start = stop
+    joined = np.concatenate(hashes) if hashes else np.zeros(0, np.uint64)
+    offsets = np.zeros(len(texts) + 1, np.int64)
+    if counts:
+        np.cumsum(np.concatenate(counts), out=offsets[1:])
+    return Words(joined, offsets)
+
+
+def _hash_chunk(texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    characters = _CHARACTERS[np.frombuffer(b"\n".join(texts) + b"\n", np.uint8)]
+    inside = characters != 0
+    # The text ends in a separator, so every start has an end.
+    edges = np.flatnonzero(np.diff(inside, prepend=False))
+    starts = edges[0::2]
+    if len(starts) == 0:
+        return np.zeros(0, np.uint64), np.zeros(len(texts), np.int64)
+    power, inverse = _powers(len(characters))
+    hashes = np.add.reduceat(characters * power, edges)[0::2] * inverse[starts]
+    document_starts = np.cumsum([0] + [len(text) + 1 for text in texts])
+    counts = np.diff(np.searchsorted(starts, document_starts))
+    return _mix(hashes), counts
+
+
+_POWERS: tuple[np.ndarray, np.ndarray] = (np.ones(1, np.uint64), np.ones(1, np.uint64))
+
+
+def _powers(length: int) -> tuple[np.ndarray, np.ndarray]:
+    """`_BASE**i` and its inverse modulo 2**64 for `i < length`."""
+    global _POWERS
+    if len(_POWERS[0]) < length:
+        factors = np.full(length, _BASE, np.uint64), np.full(length, pow(_BASE, -1, 1 << 64), np.uint64)
+        for factor in factors:
+            factor[0] = 1
+        _POWERS = np.cumprod(factors[0]), np.cumprod(factors[1])
+    return _POWERS[0][:length], _POWERS[1][:length]
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """Spread the entropy of uint64 values over all bits (in place)."""
+    values ^= values >> np.uint64(32)
+    values *= np.uint64(0xD6E8FEB86659FD93)
+    values ^= values >> np.uint64(32)
+    values *= np.uint64(0xD6E8FEB86659FD93)
+    values ^= values >> np.uint64(32)
+    return values
+
+
+def ngrams(words: Words, n: int) -> Words:
+    """Hashes of the `n`-grams of words within each document; a document of fewer than `n` words has none."""
+    counts = np.maximum(words.counts - (n - 1), 0)
+    offsets = np.zeros(len(counts) + 1, np.int64)
+    np.cumsum(counts, out=offsets[1:])
+    if len(words.hashes) < n:
+        return Words(np.zeros(0, np.uint64), offsets)
+    last = len(words.hashes) - n + 1
+    hashes = words.hashes[:last].copy()
+    for position in range(1, n):
+        hashes *= np.uint64(0x100000001B3)
+        hashes += words.hashes[position : last + position]
+    if len(counts) > 1 or counts[0] != last:
+        # Those that begin in a document's last n - 1 words run into the next document.
+        room = np.repeat(words.offsets[1:], words.counts)[:last] - np.arange(last)
+        hashes = hashes[room >= n]
+    return Words(_mix(hashes), offsets)

@@ -1,0 +1,346 @@
+"""Recipes: one YAML file says a whole run, typed and strict.
+
+A recipe may name a parent with `extends: other.yaml` (relative to itself); its own keys then replace the parent's,
+mapping by mapping. An unknown key, a wrong type or an impossible combination raises `UserError` naming the key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+import yaml
+
+from nanophi.configuration_nanophi import NanoPhiConfig
+from nanophi.records import UserError
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+class Section(pydantic.BaseModel):
+    """A mapping of the recipe. Unknown keys are refused; values are checked, not coerced beyond int -> float."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Source(Section):
+    """Where documents come from: exactly one of `embedded`, `hub` or `files`."""
+
+    embedded: Literal["documentation"] | None = None
+    hub: str | None = None
+    """Dataset id on the Hub, or a local folder in Hub-dataset layout."""
+    files: str | None = None
+    """Glob of .parquet, .jsonl, .jsonl.gz, .jsonl.zst or .txt files."""
+    name: str | None = None
+    """Name in reports; defaults to the id or glob."""
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    streaming: bool = False
+    text_column: str = "text"
+    source_column: str | None = None
+    """Column that says a document's own source, if the dataset mixes several."""
+    weight: float = pydantic.Field(1.0, gt=0)
+    """How many times (in expectation) each kept document enters the token stream."""
+    max_documents: int | None = pydantic.Field(None, gt=0)
+
+    @pydantic.model_validator(mode="after")
+    def one_origin(self) -> Source:
+        if sum(origin is not None for origin in (self.embedded, self.hub, self.files)) != 1:
+            raise ValueError("a source names exactly one of 'embedded', 'hub' or 'files'")
+        return self
+
+
+class Deduplication(Section):
+    """Removal of repeated documents before anything else looks at them."""
+
+    exact: bool = True
+    near: bool = True
+    """MinHash over word 5-grams."""
+    similarity: float = pydantic.Field(0.7, gt=0, lt=1)
+    """Jaccard similarity of two documents from which the later one is dropped."""
+
+
+class Decontamination(Section):
+    """Removal of documents that share a long n-gram with evaluation items."""
+
+    ngram: int = pydantic.Field(13, ge=5)
+    benchmarks: str | None = None
+    """Folder with the benchmarks in Hub-dataset layout; None: do not look."""
+
+
+class Data(Section):
+    """Documents: sources, held-out share, deduplication, decontamination."""
+
+    sources: list[Source] = pydantic.Field(min_length=1)
+    heldout_fraction: float = pydantic.Field(0.02, gt=0, lt=0.5)
+    heldout_max_documents: int = pydantic.Field(2000, gt=0)
+    deduplication: Deduplication = Deduplication()
+    decontamination: Decontamination = Decontamination()
+    engine: Literal["local", "ray", "slurm"] = "local"
+    workers: int | None = pydantic.Field(None, gt=0)
+    """Processes; None: one per core."""
+
+
+class Quality(Section):
+    """The filter. `threshold: null` keeps everything (a control) but still scores it."""
+
+    scorer: str = "linear"
+    """`linear` (trained here), `column:<name>`, or `model:<hub id or folder>`."""
+    high: list[str] = []
+    """For `linear`: sources whose documents are examples of good text."""
+    low: list[str] = []
+    """For `linear`: sources whose documents are examples of poor text."""
+    threshold: float | None = 0.5
+
+    @pydantic.field_validator("scorer")
+    @classmethod
+    def known_scorer(cls, value: str) -> str:
+        kind, _, name = value.partition(":")
+        if value != "linear" and (kind not in ("column", "model") or not name):
+            raise ValueError("must be 'linear', 'column:<name>' or 'model:<hub id or folder>'")
+        return value
+
+
+class Tokenizer(Section):
+    """An existing tokenizer (`path`), or a byte-level BPE trained on the documents before the filter."""
+
+    path: str | None = None
+    """Hub id or folder; None: train one."""
+    vocab_size: int = pydantic.Field(4096, ge=300)
+
+
+class Training(Section):
+    """The run itself. `batch_size` and `steps` are global: what the optimizer sees, on however many devices."""
+
+    steps: int = pydantic.Field(gt=0)
+    batch_size: int = pydantic.Field(gt=0)
+    """Rows of `max_position_embeddings` tokens per optimizer step."""
+    micro_batch_size: int | None = pydantic.Field(None, gt=0)
+    """Rows per device and forward pass; None: the whole batch, divided among the devices."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    learning_rate: float = pydantic.Field(gt=0)
+    """Peak learning rate of AdamW's parameters."""
+    muon_learning_rate: float = pydantic.Field(0.02, gt=0)
+    weight_decay: float = pydantic.Field(0.1, ge=0)
+    adam_beta1: float = pydantic.Field(0.9, ge=0, lt=1)
+    adam_beta2: float = pydantic.Field(0.95, ge=0, lt=1)
+    max_grad_norm: float = pydantic.Field(1.0, gt=0)
+    warmup_steps: int = pydantic.Field(0, ge=0)
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    decay_fraction: float = pydantic.Field(0.2, gt=0, le=1)
+    """Share of the steps at the end in which `wsd` decays to zero."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """`auto`: bf16 where the hardware computes in it."""
+    compile: bool = False
+    isolate_documents: bool = True
+    """Documents packed in one row do not attend to each other."""
+    save_steps: int = pydantic.Field(500, gt=0)
+    keep_steps: list[int] = []
+    """Steps whose checkpoints are kept, besides the last one, and released as branches."""
+    eval_steps: int = pydantic.Field(500, gt=0)
+    logging_steps: int = pydantic.Field(10, gt=0)
+    report_to: list[str] = []
+    arguments: dict[str, Any] = {}
+    """Any other field of `transformers.TrainingArguments`."""
+
+    @pydantic.model_validator(mode="after")
+    def possible(self) -> Training:
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps ({self.warmup_steps}) must be below steps ({self.steps})")
+        late = [step for step in self.keep_steps if step > self.steps]
+        if late:
+            raise ValueError(f"keep_steps {late} lie beyond the last step ({self.steps})")
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"batch_size ({self.batch_size}) must be a multiple of micro_batch_size ({self.micro_batch_size})"
+            )
+        return self
+
+
+class Evaluation(Section):
+    """Which suites every finished run is measured on."""
+
+    suites: list[str] = ["heldout"]
+    data: str | None = None
+    """Folder with the benchmarks in Hub-dataset layout; None: the Hub."""
+    limit: int | None = pydantic.Field(None, gt=0)
+    batch_size: int = pydantic.Field(16, gt=0)
+
+
+class Card(Section):
+    """What only a person can say; everything else in the card comes from records."""
+
+    title: str | None = None
+    developers: str = "the user who ran this recipe"
+    license: str = "apache-2.0"
+    repo_id: str | None = None
+    """`ORG/NAME` on the Hub, for the snippets; None: the run's name."""
+    notes: str = ""
+    prompt: str = "The "
+    """Where the sample text begins."""
+
+
+class Release(Section):
+    """How the release folder is written."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+class Recipe(Section):
+    """A whole run."""
+
+    name: str = pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = pydantic.Field(0, ge=0, lt=2**32)
+    data: Data
+    quality: Quality = Quality()
+    tokenizer: Tokenizer = Tokenizer()
+    model: dict[str, Any]
+    """Fields of `NanoPhiConfig`; the token ids and, for a trained tokenizer, `vocab_size` come from the tokenizer."""
+    training: Training
+    evaluation: Evaluation = Evaluation()
+    card: Card = Card()
+    release: Release = Release()
+
+    @pydantic.field_validator("model")
+    @classmethod
+    def buildable(cls, value: dict[str, Any]) -> dict[str, Any]:
+        allowed = set(NanoPhiConfig.__dataclass_fields__) - {"model_type", "transformers_version"}
+        for key in value:
+            if key not in allowed:
+                raise ValueError(f"unknown key '{key}'{suggestion(key, allowed)}")
+        NanoPhiConfig(**value)
+        return value
+
+    @pydantic.model_validator(mode="after")
+    def has_labels(self) -> Recipe:
+        embedded = all(source.embedded for source in self.data.sources)
+        if self.quality.scorer == "linear" and not embedded and not (self.quality.high and self.quality.low):
+            raise ValueError("quality.scorer 'linear' needs quality.high and quality.low (names of sources)")
+        return self
+
+    def model_config_for(self, **fields: Any) -> NanoPhiConfig:
+        """The model's configuration, with fields that only the tokenizer knows."""
+        return NanoPhiConfig(**{**self.model, **fields})
+
+    def dump(self) -> dict[str, Any]:
+        """The resolved recipe as plain data, every default written out."""
+        return self.model_dump(mode="json")
+
+
+def suggestion(key: str, allowed: typing.Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the nearest allowed key, or what is allowed."""
+    allowed = sorted(allowed)
+    near = difflib.get_close_matches(key, allowed, n=1, cutoff=0.5)
+    return f"; did you mean '{near[0]}'?" if near else f"; allowed: {', '.join(allowed)}"
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        path: a YAML file, or the name of a built-in recipe (`demo`).
+        overrides: `section.key=value` strings, values in YAML, applied last.
+
+    Raises:
+        UserError: for anything wrong with the file, naming the key.
+    """
+    path = find_recipe(path)
+    values = _read(path, seen=())
+    for override in overrides:
+        _override(values, override)
+    try:
+        return Recipe(**values)
+    except pydantic.ValidationError as error:
+        raise UserError(f"{path}: {_explain(error)}") from None
+    except TypeError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def find_recipe(path: str | Path) -> Path:
+    """The file that `path` names: itself, or a built-in recipe of that name."""
+    path = Path(path)
+    for candidate in (path, RECIPES / path.name, RECIPES / f"{path}.yaml"):
+        if candidate.is_file():
+            return candidate
+    built_in = sorted(recipe.stem for recipe in RECIPES.glob("*.yaml"))
+    raise UserError(f"recipe {path} does not exist; built-in recipes: {', '.join(built_in)}")
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path in seen:
+        raise UserError(f"{path}: 'extends' goes in a circle")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a recipe is a mapping of sections, found {type(values).__name__}")
+    parent = values.pop("extends", None)
+    if parent is None:
+        return values
+    parent_path = (path.parent / str(parent)).resolve()
+    if not parent_path.is_file():
+        raise UserError(f"{path}: extends {parent}, which does not exist")
+    return _merge(_read(parent_path, (*seen, path)), values)
+
+
+def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {override}: expected section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"--set {override}: the value is not valid YAML") from None
+    *sections, last = key.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise UserError(f"--set {override}: '{section}' is not a section")
+    values[last] = value
+
+
+def _explain(error: pydantic.ValidationError) -> str:
+    """The first problem in one line, with the key's full name."""
+    problem = error.errors()[0]
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key '{key}'{suggestion(location[-1], _keys_at(Recipe, location[:-1]))}"
+    if problem["type"] == "missing":
+        return f"'{key}' is missing"
+    message = " ".join(problem["msg"].removeprefix("Value error, ").split())
+    shown = "" if isinstance(problem["input"], dict) or not key else f", got {problem['input']!r}"
+    return f"'{key}': {message}{shown}" if key else message
+
+
+def _keys_at(section: type[Section], location: Sequence[str]) -> list[str]:
+    """Keys allowed at a location such as `["data", "sources", "0"]`."""
+    for part in location:
+        if part in section.model_fields:
+            candidates: list[Any] = [section.model_fields[part].annotation]
+            while candidates:
+                candidate = candidates.pop()
+                if isinstance(candidate, type) and not isinstance(candidate, types.GenericAlias):
+                    if issubclass(candidate, Section):
+                        section = candidate
+                        break
+                else:
+                    candidates.extend(typing.get_args(candidate))
+    return sorted(section.model_fields)

@@ -1,0 +1,491 @@
+"""Pretraining with `transformers.Trainer` over memory-mapped packed tokens.
+
+`NanoPhiTrainer` changes where `Trainer` saves, not how it trains: `checkpoints/step-NNNNNN/` holds a model that loads
+by itself, `training_state/step-NNNNNN/` holds what only a resumed run needs. Both appear whole or not at all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler, SequentialSampler
+from transformers import Trainer, TrainerState, TrainingArguments, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
+
+from nanophi.configuration_nanophi import NanoPhiConfig
+from nanophi.modeling_nanophi import NanoPhiForCausalLM
+from nanophi.records import UserError, read_json, remove, sha256_of_file, write_json
+from nanophi.training.callbacks import ProgressLine, SaveTimes
+from nanophi.training.estimate import flops_per_token, peak_flops
+from nanophi.training.optimizer import ADAM_EPS, MuonAdamW
+from nanophi.training.recipe import Training, suggestion
+
+FREE_SPACE_FACTOR = 1.1
+
+
+class PackedRows(Dataset):
+    """The rows that training sees, in order: all epochs as one sequence, each epoch shuffled by its own seed.
+
+    Row `i` of the sequence depends on nothing but `i` and the seed, so a run that resumes, or that divides its
+    batches among other devices, sees the same rows.
+
+    Args:
+        tokens: folder of `datasets.Dataset.save_to_disk` with a column `input_ids` of equally long rows.
+        rows: length of the sequence; None: each row once, in file order.
+        seed: of the shuffling.
+    """
+
+    def __init__(self, tokens: Path, rows: int | None = None, seed: int = 0) -> None:
+        try:
+            dataset = datasets.load_from_disk(str(tokens))
+        except (FileNotFoundError, OSError, ValueError) as error:
+            raise UserError(f"{tokens} cannot be read ({error}); run `nanophi prepare` on the recipe again") from None
+        if len(dataset) == 0:
+            raise UserError(f"{tokens} holds no complete row; the text is shorter than one context: add documents")
+        self.dataset = dataset.with_format("torch", columns=["input_ids"])
+        self.rows = rows
+        self.seed = seed
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.dataset) if self.rows is None else self.rows
+
+    def index(self, position: int) -> int:
+        """Row of the dataset at a position of the sequence."""
+        if self.rows is None:
+            return position
+        epoch, offset = divmod(position, len(self.dataset))
+        if epoch != self._epoch:
+            self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset))
+            self._epoch = epoch
+        return int(self._order[offset])
+
+    def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
+        return self.dataset[self.index(position)]
+
+    def __getitems__(self, positions: list[int]) -> list[dict[str, torch.Tensor]]:
+        batch = self.dataset[[self.index(position) for position in positions]]["input_ids"]
+        return [{"input_ids": row} for row in batch]
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedCollator:
+    """Rows to a batch: `input_ids`, `labels` and, if documents are isolated, `position_ids`; all (rows, length) int64.
+
+    A document begins at its end-of-text token, which stands before it as well as behind the one before. Positions
+    restart there, so attention (which reads restarting positions as boundaries) stays inside a document, and every
+    prediction, that of the end-of-text token too, depends on one document only.
+    """
+
+    eos_token_id: int
+    isolate_documents: bool
+
+    def __call__(self, rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        input_ids = torch.stack([row["input_ids"] for row in rows]).long()
+        batch = {"input_ids": input_ids, "labels": input_ids}
+        if self.isolate_documents:
+            batch["position_ids"] = restarting_positions(input_ids, self.eos_token_id)
+        return batch
+
+
+def restarting_positions(input_ids: torch.Tensor, eos_token_id: int) -> torch.Tensor:
+    """Positions that count from 0 at the row's start and at every end-of-text token; (rows, length) int64."""
+    positions = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+    starts = torch.where(input_ids == eos_token_id, positions, 0).cummax(dim=1).values
+    return positions - starts
+
+
+def has_bf16() -> bool:
+    """Whether this machine computes in bfloat16 by hardware (a GPU of Ampere or later, AVX512-BF16 or AMX)."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def training_arguments(training: Training, run: Path, seed: int, world_size: int = 1) -> TrainingArguments:
+    """The recipe's `training` section as `TrainingArguments`.
+
+    Raises:
+        UserError: for an unknown field in `arguments`, one that the recipe sets by another key, or a batch that does
+            not divide among the devices.
+    """
+    micro_batch_size = training.micro_batch_size or max(1, training.batch_size // world_size)
+    if training.batch_size % (micro_batch_size * world_size):
+        raise UserError(
+            f"training.batch_size ({training.batch_size}) is no multiple of micro_batch_size x devices "
+            f"({micro_batch_size} x {world_size}); change training.micro_batch_size"
+        )
+    schedule: dict[str, Any] = {
+        "cosine": {"lr_scheduler_type": "cosine"},
+        "constant": {"lr_scheduler_type": "constant_with_warmup"},
+        "wsd": {
+            "lr_scheduler_type": "warmup_stable_decay",
+            "lr_scheduler_kwargs": {
+                "num_decay_steps": min(
+                    round(training.steps * training.decay_fraction), training.steps - training.warmup_steps
+                ),
+                "decay_type": "linear",
+            },
+        },
+    }[training.schedule]
+    bf16 = has_bf16() if training.precision == "auto" else training.precision == "bf16"
+    ours: dict[str, Any] = {
+        "output_dir": str(run / "training_state"),
+        "max_steps": training.steps,
+        "per_device_train_batch_size": micro_batch_size,
+        "per_device_eval_batch_size": micro_batch_size,
+        "gradient_accumulation_steps": training.batch_size // (micro_batch_size * world_size),
+        "optim": "adamw_torch_fused",
+        "learning_rate": training.learning_rate,
+        "weight_decay": training.weight_decay,
+        "adam_beta1": training.adam_beta1,
+        "adam_beta2": training.adam_beta2,
+        "adam_epsilon": ADAM_EPS,
+        "max_grad_norm": training.max_grad_norm,
+        "warmup_steps": training.warmup_steps,
+        **schedule,
+        "bf16": bf16,
+        "torch_compile": training.compile,
+        "save_strategy": "steps",
+        "save_steps": training.save_steps,
+        "eval_strategy": "steps",
+        "eval_steps": training.eval_steps,
+        "prediction_loss_only": True,
+        "logging_strategy": "steps",
+        "logging_steps": training.logging_steps,
+        "logging_nan_inf_filter": False,
+        "report_to": training.report_to,
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "dataloader_drop_last": True,
+        "seed": seed,
+        "data_seed": seed,
+    }
+    allowed = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+    for name in training.arguments:
+        if name not in allowed:
+            raise UserError(f"training.arguments: unknown key '{name}'{suggestion(name, allowed)}")
+        if name in ours:
+            raise UserError(f"training.arguments: '{name}' follows from the keys of `training`; set it there")
+    try:
+        return TrainingArguments(**ours, **training.arguments)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"training.arguments: {' '.join(str(error).split())}") from None
+
+
+class NanoPhiTrainer(Trainer):
+    """`Trainer` that saves into a run directory and logs tokens, speed and MFU.
+
+    Args:
+        run: the run directory.
+        training: the recipe's section, for what `TrainingArguments` has no field for.
+        tokenizer: folder whose files every checkpoint gets.
+        bytes_per_token: of the validation text, to turn its loss into bits per byte.
+        **kwargs: `Trainer`'s own.
+    """
+
+    def __init__(
+        self, *, run: Path, training: Training, tokenizer: Path, bytes_per_token: float, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.run = run
+        self.training = training
+        self.tokenizer_folder = tokenizer
+        self.bytes_per_token = bytes_per_token
+        config = self.model.config
+        self.tokens_per_step = training.batch_size * config.max_position_embeddings
+        self.flops_per_token = flops_per_token(config, config.max_position_embeddings)
+        self.peak_flops = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+        self._clock: tuple[float, float, int] | None = None
+
+    # Data: `PackedRows` is in order already.
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
+        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW is `Trainer`'s own; Muon is made here."""
+        if self.training.optimizer == "muon" and self.optimizer is None:
+            self.optimizer = MuonAdamW(
+                self.model if model is None else model,
+                muon_lr=self.training.muon_learning_rate,
+                lr=self.args.learning_rate,
+                betas=(self.args.adam_beta1, self.args.adam_beta2),
+                weight_decay=self.args.weight_decay,
+            )
+        return super().create_optimizer(model)
+
+    # Logging
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add tokens seen, elapsed time, tokens/s and MFU to `Trainer`'s entry; write `training.json`."""
+        step = self.state.global_step
+        if "loss" in logs:
+            if not math.isfinite(logs["loss"]):
+                raise self._diverged(logs["loss"])
+            now = time.monotonic()
+            if self._clock is None:
+                # The first interval of a process holds compilation and warm-up; it has no speed of its own.
+                start = self._train_began
+                elapsed = self._elapsed_before()
+                begun_at = self._first_step
+            else:
+                start, elapsed, begun_at = self._clock
+            seconds = now - start
+            speed = (step - begun_at) * self.tokens_per_step / seconds
+            logs["elapsed_seconds"] = round(elapsed + seconds, 3)
+            logs["tokens_seen"] = step * self.tokens_per_step
+            logs["tokens_per_second"] = round(speed, 1)
+            if self.peak_flops is not None:
+                logs["mfu"] = round(speed * self.flops_per_token / (self.peak_flops * self.args.world_size), 4)
+            self._clock = (now, elapsed + seconds, step)
+        if "eval_loss" in logs:
+            logs["tokens_seen"] = step * self.tokens_per_step
+            logs["bits_per_byte"] = round(logs["eval_loss"] / math.log(2) / self.bytes_per_token, 5)
+        super().log(logs)
+        if self.is_world_process_zero():
+            write_json(self.run / "training.json", self.history())
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """`Trainer.evaluate`; its time does not count as training time."""
+        began = time.monotonic()
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            self._pause(time.monotonic() - began)
+
+    def _pause(self, seconds: float) -> None:
+        if self._clock is not None:
+            start, elapsed, step = self._clock
+            self._clock = (start + seconds, elapsed, step)
+
+    def _elapsed_before(self) -> float:
+        """Training seconds of the processes before this one, up to the checkpoint that it went on from."""
+        entries = [entry["elapsed_seconds"] for entry in self.state.log_history if "elapsed_seconds" in entry]
+        return entries[-1] if entries else 0.0
+
+    def history(self) -> dict[str, Any]:
+        """`training.json`: `log` (one entry per logging interval) and `evaluations`."""
+        log, evaluations = [], []
+        for entry in self.state.log_history:
+            if "tokens_per_second" in entry:
+                keys = ("loss", "learning_rate", "grad_norm", "tokens_seen", "tokens_per_second", "mfu")
+                log.append({"step": entry["step"], **{key: entry.get(key) for key in keys}})
+                log[-1]["elapsed_seconds"] = entry["elapsed_seconds"]
+            elif "eval_loss" in entry:
+                evaluations.append(
+                    {
+                        "step": entry["step"],
+                        "tokens_seen": entry["tokens_seen"],
+                        "loss": entry["eval_loss"],
+                        "bits_per_byte": entry["bits_per_byte"],
+                    }
+                )
+        return {"log": log, "evaluations": evaluations}
+
+    # Checkpoints
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """`Trainer.train`, with the clock started."""
+        self._train_began = time.monotonic()
+        resumed = kwargs.get("resume_from_checkpoint")
+        self._first_step = step_of(Path(resumed)) if resumed else 0
+        return super().train(*args, **kwargs)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self.run / "training_state" / ".saving")
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Save as `Trainer` does, in a private folder, then publish the two halves under their names."""
+        if not torch.isfinite(self._tr_loss):
+            raise self._diverged(float(self._tr_loss))
+        began = time.monotonic()
+        saving = Path(self._get_output_dir(trial))
+        if self.args.should_save:
+            remove(saving)
+        self.accelerator.wait_for_everyone()
+        try:
+            self._check_free_space()
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self._publish(next(saving.glob("checkpoint-*")))
+        except UserError:
+            raise
+        except Exception as error:
+            # safetensors and torch.save wrap the operating system's error in their own.
+            if is_disk_full(error):
+                raise self._no_space() from error
+            raise
+        finally:
+            if self.args.should_save:
+                remove(saving)
+        self.accelerator.wait_for_everyone()
+        self._pause(time.monotonic() - began)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(str(self.run / "checkpoints" / Path(resume_from_checkpoint).name), model)
+
+    def _publish(self, saved: Path) -> None:
+        name = f"step-{self.state.global_step:06d}"
+        state = saved / "training_state"
+        state.mkdir()
+        for file in list(saved.iterdir()):
+            if file.name == "training_args.bin":
+                file.unlink()  # a pickle; the recipe says the same
+            elif file.name.startswith(("optimizer", "scheduler", "rng_state", "scaler", "trainer_state")):
+                file.rename(state / file.name)
+        for file in sorted(self.tokenizer_folder.iterdir()):
+            shutil.copyfile(file, saved / file.name)
+        history = self.history()
+        write_json(
+            saved / "checkpoint.json",
+            {
+                "step": self.state.global_step,
+                "tokens_seen": self.state.global_step * self.tokens_per_step,
+                "train_loss": history["log"][-1]["loss"] if history["log"] else None,
+                "eval_loss": history["evaluations"][-1]["loss"] if history["evaluations"] else None,
+            },
+        )
+        # The state first: a run goes on from the newest step that has both.
+        for half, folder in ((state, "training_state"), (saved, "checkpoints")):
+            target = self.run / folder / name
+            remove(target)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            half.rename(target)
+        kept = {f"step-{step:06d}" for step in self.training.keep_steps}
+        for folder, keep in (("training_state", {name}), ("checkpoints", {name, *kept})):
+            for old in (self.run / folder).glob("step-*"):
+                if old.name not in keep:
+                    remove(old)
+
+    def _check_free_space(self) -> None:
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        needed = int(FREE_SPACE_FACTOR * parameters * 4 * 3)  # float32 weights and two moments
+        if shutil.disk_usage(self.run).free < needed:
+            raise self._no_space(needed)
+
+    def _no_space(self, needed: int | None = None) -> UserError:
+        size = f" ({needed / 1e6:,.0f} MB needed)" if needed else ""
+        return UserError(
+            f"no disk space left in {self.run} for the checkpoint of step {self.state.global_step}{size}; "
+            f"free some and run the same command: it goes on from {self._last_good()}"
+        )
+
+    def _diverged(self, loss: float) -> UserError:
+        return UserError(
+            f"the loss is {loss} at step {self.state.global_step}; nothing was saved since {self._last_good()}. "
+            "Lower training.learning_rate or lengthen training.warmup_steps"
+        )
+
+    def _last_good(self) -> str:
+        last = last_checkpoint(self.run)
+        return f"checkpoint {last.name}" if last else "the beginning"
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or one that it was raised from, says that the disk is full."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if "No space left on device" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint folder's name."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def last_checkpoint(run: Path) -> Path | None:
+    """`training_state/step-NNNNNN` of the newest step whose weights and state are both there."""
+    whole = [
+        state for state in (run / "training_state").glob("step-*") if (run / "checkpoints" / state.name).is_dir()
+    ]
+    return max(whole, key=step_of, default=None)
+
+
+def train(
+    run: Path,
+    training: Training,
+    config: NanoPhiConfig,
+    seed: int,
+    label: str,
+    report: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Train a model from scratch, or go on from the run's last checkpoint.
+
+    Args:
+        run: the run directory; reads `data/tokens` and `data/tokenizer`, writes `checkpoints`, `training_state` and
+            `training.json`.
+        training: the recipe's section.
+        config: the model's configuration, token ids included.
+        seed: of initialisation, dropout and data order.
+        label: what progress lines begin with.
+        report: gets one line where something is worth telling.
+
+    Returns:
+        JSON-able summary: steps, tokens, seconds, tokens/s, losses, parameter count, hash of the final weights.
+    """
+    arguments = training_arguments(training, run, seed, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    set_seed(seed)
+    model = NanoPhiForCausalLM(config)
+    tokens = read_json(run / "data" / "tokens" / "tokens.json")
+    times = SaveTimes(training.keep_steps)
+    trainer = NanoPhiTrainer(
+        run=run,
+        training=training,
+        tokenizer=run / "data" / "tokenizer",
+        bytes_per_token=tokens["heldout"]["bytes_per_token"],
+        model=model,
+        args=arguments,
+        train_dataset=PackedRows(run / "data/tokens/train", rows=training.steps * training.batch_size, seed=seed),
+        eval_dataset=PackedRows(run / "data/tokens/heldout"),
+        data_collator=PackedCollator(config.eos_token_id, training.isolate_documents),
+        callbacks=[ProgressLine(label), times],
+    )
+    resume = last_checkpoint(run)
+    if resume is not None and step_of(resume) == training.steps:
+        trainer.state = TrainerState.load_from_json(str(resume / TRAINER_STATE_NAME))
+    else:
+        if resume is not None:
+            report(f"{label}: going on from {resume.name}")
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    if times.received is not None and trainer.state.global_step < training.steps:
+        raise UserError(
+            f"stopped by {times.received.name} after saving step {trainer.state.global_step}; "
+            "run the same command to go on"
+        )
+    final = run / "checkpoints" / f"step-{training.steps:06d}"
+    history = trainer.history()
+    steady = [entry["tokens_per_second"] for entry in history["log"][1:]] or [history["log"][0]["tokens_per_second"]]
+    summary = {
+        "checkpoint": f"checkpoints/{final.name}",
+        "steps": training.steps,
+        "tokens_seen": training.steps * trainer.tokens_per_step,
+        "epochs": training.steps * training.batch_size / len(trainer.train_dataset.dataset),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "precision": "bf16" if arguments.bf16 else "fp32",
+        "seconds": history["log"][-1]["elapsed_seconds"],
+        "tokens_per_second": float(np.median(steady)),
+        "flops_per_token": trainer.flops_per_token,
+        "final_loss": history["log"][-1]["loss"],
+        "final_bits_per_byte": history["evaluations"][-1]["bits_per_byte"] if history["evaluations"] else None,
+        "weights_sha256": sha256_of_file(final / "model.safetensors"),
+    }
+    if trainer.is_world_process_zero():
+        write_json(run / "training.json", {**history, "summary": summary})
+    return summary
