@@ -1,0 +1,464 @@
+"""NanoPhi: Phi's function under Phi's parameter names, with a loss that never holds the full logits.
+
+Each block computes attention and MLP in parallel from one LayerNorm; attention has biases, partial rotary
+embeddings, grouped query heads and, optionally, LayerNorm on queries and keys. A checkpoint of
+`PhiForCausalLM` loads here and the other way round.
+
+This file and its configuration are all that the Hub's remote-code loader needs: torch and transformers only.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_nanophi import NanoPhiConfig
+
+LOSS_CHUNK = 512  # rows of logits alive at a time
+
+
+class NanoPhiRotaryEmbedding(nn.Module):
+    """Cosines and sines of RoPE (Su et al. 2021, RoFormer) for the leading `rotary_ndims` dimensions of a head.
+
+    The class name and `original_inv_freq` are what transformers looks for to fill the two buffers in again after
+    `from_pretrained`, which creates modules without memory and restores only what the checkpoint holds.
+    """
+
+    def __init__(self, config: NanoPhiConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.rope_type = config.rope_parameters["rope_type"]
+        inv_freq, self.attention_scaling = self.compute_default_rope_parameters(config)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(
+        config: NanoPhiConfig, device: torch.device | None = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, float]:
+        """Frequencies `theta ** (-2i / rotary_ndims)`, float32 of shape [rotary_ndims / 2], and a factor of 1."""
+        exponents = torch.arange(0, config.rotary_ndims, 2, dtype=torch.float) / config.rotary_ndims
+        return (1.0 / config.rope_parameters["rope_theta"] ** exponents).to(device), 1.0
+
+    @torch.no_grad()
+    def forward(self, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions [batch, tokens] -> cosines and sines [batch, 1, tokens, rotary_ndims], computed in float32."""
+        angles = position_ids[:, None, :, None].float() * self.inv_freq.to(position_ids.device, torch.float)
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate the leading dimensions of `states` [batch, heads, tokens, head_dim]; the others pass unchanged.
+
+    Dimension i is paired with i + rotary_ndims / 2 (the "rotate half" layout).
+    """
+    rotary_ndims = cos.shape[-1]
+    rotated, passed = states[..., :rotary_ndims], states[..., rotary_ndims:]
+    first, second = rotated.chunk(2, dim=-1)
+    rotated = rotated * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.cat((rotated, passed), dim=-1)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain attention that also returns its weights.
+
+    Args:
+        query: [batch, heads, queries, head_dim]; key, value: [batch, key_value_heads, keys, head_dim].
+        attention_mask: additive, broadcastable to [batch, heads, queries, keys].
+
+    Returns:
+        output [batch, queries, heads, head_dim] and weights [batch, heads, queries, keys].
+    """
+    groups = module.num_key_value_groups
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class NanoPhiAttention(nn.Module):
+    """Grouped query attention with biases and partial rotary embeddings."""
+
+    def __init__(self, config: NanoPhiConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim)
+        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim)
+        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim)
+        self.dense = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size)
+        self.qk_layernorm = config.qk_layernorm
+        if config.qk_layernorm:
+            self.q_layernorm = nn.LayerNorm(self.head_dim, eps=config.layer_norm_eps)
+            self.k_layernorm = nn.LayerNorm(self.head_dim, eps=config.layer_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[batch, tokens, hidden_size] -> the same shape, and the attention weights if the backend gives them."""
+        input_shape = hidden_states.shape[:-1]
+        head_shape = (*input_shape, -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(head_shape).transpose(1, 2)
+        key = self.k_proj(hidden_states).view(head_shape).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)
+        if self.qk_layernorm:
+            query, key = self.q_layernorm(query), self.k_layernorm(key)
+        query, key = apply_rotary(query, *position_embeddings), apply_rotary(key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attention: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.dense(output.reshape(*input_shape, -1)), weights
+
+
+class NanoPhiMLP(nn.Module):
+    """Two linear layers with an activation between them."""
+
+    def __init__(self, config: NanoPhiConfig) -> None:
+        super().__init__()
+        # transformers spells gelu_new out in Python, which keeps six intermediate tensors for the backward pass;
+        # torch has the same formula (Hendrycks & Gimpel 2016, tanh form) as one kernel.
+        name = "gelu_pytorch_tanh" if config.hidden_act == "gelu_new" else config.hidden_act
+        self.activation_fn = ACT2FN[name]
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[..., hidden_size] -> the same shape."""
+        return self.fc2(self.activation_fn(self.fc1(hidden_states)))
+
+
+class NanoPhiDecoderLayer(GradientCheckpointingLayer):
+    """Attention and MLP side by side, both from the same LayerNorm of the residual stream."""
+
+    def __init__(self, config: NanoPhiConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = NanoPhiAttention(config, layer_idx)
+        self.mlp = NanoPhiMLP(config)
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.resid_dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """[batch, tokens, hidden_size] -> the same shape; keyword arguments go to the attention."""
+        normed = self.input_layernorm(hidden_states)
+        attention, _ = self.self_attn(normed, **kwargs)
+        return self.resid_dropout(attention) + self.resid_dropout(self.mlp(normed)) + hidden_states
+
+
+class NanoPhiPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation."""
+
+    config: NanoPhiConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["NanoPhiDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": NanoPhiDecoderLayer, "attentions": NanoPhiAttention}
+
+
+class NanoPhiModel(NanoPhiPreTrainedModel):
+    """The decoder without its LM head."""
+
+    def __init__(self, config: NanoPhiConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList([NanoPhiDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
+        self.rotary_emb = NanoPhiRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.embed_dropout = nn.Dropout(config.embd_pdrop)
+        self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Run the decoder.
+
+        Args:
+            input_ids: [batch, tokens], int64; or `inputs_embeds` [batch, tokens, hidden_size] in its place.
+            attention_mask: [batch, keys], 1 for tokens and 0 for padding; None: no padding.
+            position_ids: [batch, tokens] or [1, tokens]. Positions that start again at 0 within a row mark packed
+                documents, which then do not attend to each other; this needs `attention_mask` and
+                `past_key_values` to be None.
+            past_key_values: cache to read and extend; None with `use_cache`: a new one.
+
+        Returns:
+            last_hidden_state [batch, tokens, hidden_size], the cache, and hidden states and attentions if asked for.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        # The mask comes before a new cache: with one, transformers no longer looks for packed documents.
+        mask_position_ids = position_ids
+        if position_ids is None:
+            start = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + start).unsqueeze(0)
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=mask_position_ids,
+        )
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        hidden_states = self.embed_dropout(inputs_embeds)
+        position_embeddings = self.rotary_emb(position_ids, hidden_states.dtype)
+        for layer in self.layers[: self.config.num_hidden_layers]:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=causal_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.final_layernorm(hidden_states), past_key_values=past_key_values
+        )
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Summed cross entropy of a linear layer's logits, without holding more than `LOSS_CHUNK` rows of them.
+
+    The gradients are computed in the forward pass, chunk by chunk, while the logits are there; nothing is computed
+    twice (the idea of Liger-Kernel's fused linear cross entropy, Hsu et al. 2024).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_states: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        ignore_index: int,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """hidden_states [rows, hidden_size], weight [vocab_size, hidden_size], targets [rows] -> float32 scalar.
+
+        Matrix products run in `dtype`; softmax, loss and the weight's gradient in float32.
+        """
+        wanted = ctx.needs_input_grad[:3]
+        keep = targets != ignore_index
+        classes = targets.where(keep, 0)
+        matrix, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
+        loss = torch.zeros((), dtype=torch.float32, device=hidden_states.device)
+        grad_hidden = torch.empty_like(hidden_states) if wanted[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wanted[2] else None
+        for start in range(0, len(targets), LOSS_CHUNK):
+            rows = slice(start, start + LOSS_CHUNK)
+            chunk = hidden_states[rows].to(dtype)
+            column = classes[rows, None]
+            logits = nn.functional.linear(chunk, matrix, offset).float()
+            logits -= logits.logsumexp(dim=-1, keepdim=True)
+            loss -= (logits.gather(1, column)[:, 0] * keep[rows]).sum()
+            if not any(wanted):
+                continue
+            grad = logits.exp_()
+            grad.scatter_add_(1, column, grad.new_full((1, 1), -1.0).expand_as(column))
+            grad *= keep[rows, None]
+            if grad_bias is not None:
+                grad_bias += grad.sum(dim=0)
+            grad = grad.to(dtype)
+            if grad_hidden is not None:
+                grad_hidden[rows] = grad @ matrix
+            if grad_weight is not None:
+                if dtype == torch.float32:
+                    grad_weight.addmm_(grad.t(), chunk)
+                else:
+                    grad_weight += grad.t() @ chunk
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
+        if grad_weight is not None:
+            grad_weight = (grad_weight * grad_loss).to(ctx.dtypes[0])
+        if grad_bias is not None:
+            grad_bias = (grad_bias * grad_loss).to(ctx.dtypes[1])
+        return grad_hidden, grad_weight, grad_bias, None, None, None
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """Whether a module is a linear layer that may be computed from its weights, with nothing hooked in between."""
+    return type(linear) is nn.Linear and not (
+        linear._forward_hooks or linear._forward_pre_hooks or hasattr(linear, "_hf_hook")
+    )
+
+
+class NanoPhiForCausalLM(NanoPhiPreTrainedModel, GenerationMixin):
+    """The decoder with its LM head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: NanoPhiConfig) -> None:
+        super().__init__(config)
+        self.model = NanoPhiModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Run the model; the arguments are those of `NanoPhiModel.forward`, and:
+
+        Args:
+            labels: [batch, tokens], int64; usually the input ids themselves (they are shifted here), -100 where no
+                loss is wanted. `shift_labels`, `ignore_index` and `num_items_in_batch` are understood as in
+                transformers' `ForCausalLMLoss`. With labels no cache is made unless `use_cache=True`.
+            logits_to_keep: compute logits for so many last tokens, or for the given positions; 0: all.
+
+        Returns:
+            `loss` if there are labels, and `logits` [batch, tokens, vocab_size]. In training mode with labels
+            `logits` is None: they are never held as a whole, which saves most of the memory of a training step.
+            Call `eval()` to have both.
+        """
+        if labels is not None and use_cache is None and past_key_values is None:
+            use_cache = False
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        loss = logits = None
+        if labels is not None and self.training and is_plain(self.lm_head):
+            loss = self.fused_loss(hidden_states, labels, **kwargs)
+        else:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden_states[:, kept])
+            if labels is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def fused_loss(
+        self,
+        hidden_states: torch.Tensor,
+        labels: torch.Tensor,
+        shift_labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        ignore_index: int = -100,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """transformers' `ForCausalLMLoss` of the LM head's logits, which are never held as a whole.
+
+        Args:
+            hidden_states: [batch, tokens, hidden_size].
+            labels: [batch, tokens]; or `shift_labels`, already shifted.
+            num_items_in_batch: divide the summed loss by this; None: by the number of labels that count.
+
+        Returns:
+            float32 scalar.
+        """
+        if shift_labels is None:
+            shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        targets = shift_labels.flatten().to(hidden_states.device)
+        device_type = hidden_states.device.type
+        dtype = self.lm_head.weight.dtype
+        if torch.is_autocast_enabled(device_type):
+            dtype = torch.get_autocast_dtype(device_type)
+        with torch.autocast(device_type, enabled=False):
+            total = LinearCrossEntropy.apply(
+                hidden_states.flatten(0, -2), self.lm_head.weight, self.lm_head.bias, targets, ignore_index, dtype
+            )
+        if num_items_in_batch is None:
+            num_items_in_batch = (targets != ignore_index).sum()
+        if torch.is_tensor(num_items_in_batch):
+            num_items_in_batch = num_items_in_batch.to(total.device)
+        return total / num_items_in_batch
+
+
+NanoPhiModel.register_for_auto_class("AutoModel")
+NanoPhiForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+
+__all__ = ["NanoPhiForCausalLM", "NanoPhiModel", "NanoPhiPreTrainedModel"]
