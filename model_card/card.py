@@ -1,0 +1,599 @@
+"""The model card: a pure function of the records that are shipped with it.
+
+`collect` reduces a run's records to what a stranger needs (no paths of this machine, no per-item samples beyond a
+few), `render` turns them into README.md through `template.md`, and `build` writes both with the figures. Whoever has
+the shipped records can render the card again and must get the same text: that is how `nanophi verify` checks it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
+
+from nanophi.model_card import figures
+from nanophi.records import UserError, read_json, write_json, write_text
+
+TEMPLATE = Path(__file__).parent / "template.md"
+
+LATER_STAGES = ("comparison", "card", "release", "verification")
+"""Not told in the card: a second build must find the same records as the first."""
+
+Records = dict[str, Any]
+"""Relative file name under `records/` -> contents."""
+
+CHANCE = {
+    "arc_challenge": 0.25,
+    "arc_easy": 0.25,
+    "hellaswag": 0.25,
+    "mmlu": 0.25,
+    "winogrande": 0.5,
+    "gsm8k": 0.0,
+}
+"""Expected score of guessing. TruthfulQA's mc2 is a probability mass, not a choice accuracy: it has none."""
+
+HUB_TASKS = {
+    # task: (dataset type, name, config, split, metric of lm-eval, type and name for the Hub)
+    "arc_challenge": ("ai2_arc", "AI2 Reasoning Challenge", "ARC-Challenge", "test", "acc_norm", "normalized accuracy"),
+    "arc_easy": ("ai2_arc", "AI2 Reasoning Challenge (Easy)", "ARC-Easy", "test", "acc_norm", "normalized accuracy"),
+    "hellaswag": ("hellaswag", "HellaSwag", None, "validation", "acc_norm", "normalized accuracy"),
+    "mmlu": ("cais/mmlu", "MMLU", "all", "test", "acc", "accuracy"),
+    "truthfulqa_mc2": ("truthful_qa", "TruthfulQA", "multiple_choice", "validation", "acc", "mc2"),
+    "winogrande": ("winogrande", "Winogrande", "winogrande_xl", "validation", "acc", "accuracy"),
+    "gsm8k": ("gsm8k", "GSM8k", "main", "test", "exact_match", "accuracy"),
+}
+LEADERBOARD = ("arc_challenge", "hellaswag", "mmlu", "truthfulqa_mc2", "winogrande", "gsm8k")
+
+PERCENT_METRICS = ("acc", "acc_norm", "exact_match", "acc_bytes", "mc1", "mc2", "f1")
+METRIC_NAMES = {
+    "acc": "accuracy",
+    "acc_norm": "accuracy, length-normalised",
+    "acc_bytes": "accuracy, byte-normalised",
+    "exact_match": "exact match",
+    "bits_per_byte": "bits per byte",
+    "byte_perplexity": "byte perplexity",
+    "word_perplexity": "word perplexity",
+}
+PLACEHOLDERS = re.compile(
+    r"More Information Needed|\bTODO\b|\bTBD\b|\bFIXME\b|\{\{|\}\}|\{%|\bnan\b|\bNone\b|\bUndefined\b"
+)
+
+
+def build(run: Path, output: Path, checkpoint: Path | None = None) -> dict[str, Any]:
+    """Write `README.md`, `figures/`, `records/` and, where the Hub takes them, `.eval_results/`.
+
+    Args:
+        run: the run directory.
+        output: folder to write in.
+        checkpoint: the checkpoint that the card describes; None: the last one.
+
+    Returns:
+        `{"characters": length of the card, "figures": [names], "evaluations": number of metric rows}`.
+
+    Raises:
+        UserError: if a record is missing or records contradict each other, naming them.
+    """
+    records = collect(run, checkpoint or last_checkpoint(run))
+    wrong = contradictions(records)
+    if wrong:
+        raise UserError(f"{run}: the records contradict each other: {'; '.join(wrong)}")
+    text = render(records)
+    wrong = problems(text)
+    if wrong:
+        raise UserError(f"{run}: the card is not fit to publish: {'; '.join(wrong)}")
+    output.mkdir(parents=True, exist_ok=True)
+    write_records(records, output / "records")
+    names = figures.build(records, output / "figures")
+    write_text(output / "README.md", text)
+    for name, content in eval_results_files(records).items():
+        write_text(output / ".eval_results" / name, content)
+    return {"characters": len(text), "figures": names, "evaluations": len(metric_rows(records))}
+
+
+# --- records ------------------------------------------------------------------------------------------------------
+
+
+def last_checkpoint(run: Path) -> Path:
+    """The checkpoint of the highest step."""
+    checkpoints = sorted((run / "checkpoints").glob("step-*"))
+    if not checkpoints:
+        raise UserError(f"{run} has no checkpoints; run `nanophi train` on its recipe first")
+    return checkpoints[-1]
+
+
+def collect(run: Path, checkpoint: Path) -> Records:
+    """The records of one checkpoint in the form in which they are shipped."""
+    record = read_json(run / "record.json")
+    try:
+        recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{run / 'recipe.yaml'} is missing; run `nanophi run` on its recipe") from None
+    records: Records = {
+        "recipe.yaml": portable(recipe),
+        "run.json": {
+            "repo_id": recipe["card"]["repo_id"] or recipe["name"],
+            "revision": checkpoint.name,
+            "tag": recipe["card"].get("version", "v1.0"),
+            "final": checkpoint.name == last_checkpoint(run).name,
+            "environment": record.get("environment", {}),
+            "seconds": {name: stage["seconds"] for name, stage in record["stages"].items() if name not in LATER_STAGES},
+        },
+        "model.json": _model_record(checkpoint),
+        "training.json": portable(read_json(run / "training.json")),
+        "checkpoint.json": portable(read_json(checkpoint / "checkpoint.json")),
+    }
+    optional = {
+        "documents.json": run / "data" / "documents" / "documents.json",
+        "quality.json": run / "data" / "quality" / "quality.json",
+        "tokens.json": run / "data" / "tokens" / "tokens.json",
+        "comparison.json": run / "comparison.json",
+        "sample.json": run / "sample.json",
+    }
+    for name, path in optional.items():
+        if path.exists():
+            records[name] = portable(read_json(path))
+    scores = run / "data" / "quality" / "scores.parquet"
+    if scores.exists():
+        records["scores.json"] = _score_record(scores)
+    if "sample.json" in records:
+        sample = records["sample.json"]
+        sample["text"] = sample.get("checkpoints", {}).get(checkpoint.name, sample["text"])
+    for suite, results in evaluations(run, checkpoint.name).items():
+        records[f"evals/{suite}.json"] = results
+    return records
+
+
+def evaluations(run: Path, checkpoint: str) -> dict[str, dict[str, Any]]:
+    """Suite name -> lm-eval's results for a checkpoint, reduced to what is shipped."""
+    prefix = f"{checkpoint}-"
+    return {
+        path.stem.removeprefix(prefix): reduce_results(read_json(path))
+        for path in sorted((run / "evals").glob(f"{prefix}*.json"))
+    }
+
+
+def reduce_results(results: dict[str, Any]) -> dict[str, Any]:
+    """lm-eval's result dict without per-item samples, machine details and paths."""
+    kept = {
+        key: results[key]
+        for key in (
+            "results",
+            "groups",
+            "group_subtasks",
+            "versions",
+            "n-shot",
+            "n-samples",
+            "higher_is_better",
+            "chance",
+        )
+        if results.get(key)
+    }
+    config = results.get("config", {})
+    kept["config"] = {key: config[key] for key in ("limit", "bootstrap_iters", "random_seed") if key in config}
+    for key in ("lm_eval_version", "transformers_version", "suite"):
+        if key in results:
+            kept[key] = results[key]
+    return portable(kept)
+
+
+def portable(value: Any) -> Any:
+    """A JSON-able value with absolute paths cut to their last part: where things lay is nobody's business."""
+    if isinstance(value, dict):
+        return {key: portable(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [portable(item) for item in value]
+    if isinstance(value, str) and re.fullmatch(r"/[\w.+-]+(/[\w.+*@=-]+)+/?", value):
+        return Path(value).name
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def write_records(records: Records, folder: Path) -> None:
+    """Write each record under its name."""
+    for name, value in records.items():
+        if name.endswith(".yaml"):
+            write_text(folder / name, yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100))
+        else:
+            write_json(folder / name, value)
+
+
+def read_records(folder: Path) -> Records:
+    """Read what `write_records` wrote. Raises `UserError` for a file that cannot be parsed."""
+    records: Records = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.suffix == ".yaml":
+            try:
+                records[name] = yaml.safe_load(path.read_text(encoding="utf-8"))
+            except yaml.YAMLError as error:
+                raise UserError(f"{path} is not valid YAML ({' '.join(str(error).split())})") from None
+        elif path.suffix == ".json":
+            records[name] = read_json(path)
+    if "run.json" not in records or "recipe.yaml" not in records:
+        raise UserError(f"{folder} does not hold the records of a release")
+    return records
+
+
+def weight_shapes(path: Path) -> dict[str, list[int]]:
+    """Tensor name -> shape, from a safetensors header (8 bytes of length, then JSON); no weight is read."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+
+
+def _model_record(checkpoint: Path) -> dict[str, Any]:
+    from transformers import AutoConfig
+
+    # config.json leaves out what equals the library's defaults; the class knows them.
+    config = AutoConfig.from_pretrained(checkpoint).to_dict()
+    config.update(config["rope_parameters"])
+    shapes: dict[str, list[int]] = {}
+    for shard in sorted(checkpoint.glob("*.safetensors")):
+        shapes.update(weight_shapes(shard))
+    if not shapes:
+        raise UserError(f"{checkpoint} has no .safetensors file; the checkpoint is incomplete, train it again")
+    embedding = math.prod(shapes["model.embed_tokens.weight"])
+    head = math.prod(shapes["lm_head.weight"]) if "lm_head.weight" in shapes else 0
+    total = sum(math.prod(shape) for shape in shapes.values())
+    keys = (
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "intermediate_size",
+        "vocab_size",
+        "max_position_embeddings",
+        "partial_rotary_factor",
+        "rope_theta",
+        "hidden_act",
+        "layer_norm_eps",
+        "qk_layernorm",
+        "tie_word_embeddings",
+    )
+    return {
+        "config": {key: config[key] for key in keys},
+        "parameters": total,
+        "parameters_without_embeddings": total - embedding - head,
+    }
+
+
+def _score_record(path: Path) -> dict[str, Any]:
+    """Counts from the scores: a histogram over [0, 1] in 50 bins, and per source."""
+    import numpy as np
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(path, columns=["source", "bytes", "quality_score", "kept"]).to_pandas()
+    counts, _ = np.histogram(table.quality_score.clip(0, 1), bins=50, range=(0, 1))
+    sources = []
+    for name, rows in table.groupby("source"):
+        kept = rows[rows.kept]
+        sources.append(
+            {
+                "source": str(name),
+                "documents": len(rows),
+                "bytes": int(rows.bytes.sum()),
+                "kept_documents": len(kept),
+                "kept_bytes": int(kept.bytes.sum()),
+                "mean_score": round(float(rows.quality_score.mean()), 4),
+            }
+        )
+    return {"histogram": counts.tolist(), "sources": sorted(sources, key=lambda row: -row["bytes"])}
+
+
+# --- checks -------------------------------------------------------------------------------------------------------
+
+
+def contradictions(records: Records) -> list[str]:
+    """Statements of two records that cannot both be true, one line each."""
+    recipe, checkpoint = records["recipe.yaml"], records["checkpoint.json"]
+    training, run = recipe["training"], records["run.json"]
+    wrong = []
+    if run["final"] and checkpoint["step"] != training["steps"]:
+        wrong.append(f"checkpoint.json says step {checkpoint['step']}, recipe.yaml says {training['steps']} steps")
+    if f"step-{checkpoint['step']:06d}" != run["revision"]:
+        wrong.append(f"checkpoint.json says step {checkpoint['step']}, its folder is {run['revision']}")
+    for key, said in recipe["model"].items():
+        has = records["model.json"]["config"].get(key, said)
+        if has != said and not (key == "vocab_size" and recipe["tokenizer"]["path"] is None):
+            wrong.append(f"config.json says {key} {has}, recipe.yaml says {said}")
+    context = records["model.json"]["config"]["max_position_embeddings"]
+    expected = checkpoint["step"] * training["batch_size"] * context
+    if checkpoint["tokens_seen"] != expected:
+        wrong.append(
+            f"checkpoint.json says {checkpoint['tokens_seen']} tokens seen, "
+            f"{checkpoint['step']} steps of {training['batch_size']} x {context} are {expected}"
+        )
+    for evaluation in records["training.json"].get("evaluations", []):
+        same = evaluation["step"] == checkpoint["step"] and checkpoint.get("eval_loss") is not None
+        if same and not math.isclose(evaluation["loss"], checkpoint["eval_loss"], rel_tol=1e-6):
+            wrong.append(
+                f"training.json says evaluation loss {evaluation['loss']} at step {checkpoint['step']}, "
+                f"checkpoint.json says {checkpoint['eval_loss']}"
+            )
+    return wrong
+
+
+def problems(text: str) -> list[str]:
+    """What makes a card unfit for the Hub, one line each: placeholders, and metadata the Hub would refuse."""
+    wrong = [f"placeholder {match.group()!r}" for match in PLACEHOLDERS.finditer(text)]
+    parts = text.split("---\n", 2)
+    if len(parts) != 3 or parts[0]:
+        return [*wrong, "no YAML metadata between '---' lines at the top"]
+    try:
+        metadata = yaml.safe_load(parts[1])
+    except yaml.YAMLError as error:
+        return [*wrong, f"the metadata is not valid YAML ({' '.join(str(error).split())})"]
+    for key in ("language", "license", "library_name", "pipeline_tag", "tags"):
+        if not metadata.get(key):
+            wrong.append(f"metadata key '{key}' is missing")
+    license_id = str(metadata.get("license", ""))
+    if license_id != license_id.lower() or (license_id == "other" and not metadata.get("license_name")):
+        wrong.append(f"license {license_id!r} is not an identifier of the Hub")
+    for dataset in metadata.get("datasets", []):
+        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", dataset):
+            wrong.append(f"dataset {dataset!r} is not a Hub id")
+    for model in metadata.get("model-index", []):
+        for result in model["results"]:
+            wrong.extend(
+                f"model-index: {result['dataset']['name']}: value {metric['value']!r} is not a number"
+                for metric in result["metrics"]
+                if not isinstance(metric["value"], int | float) or not math.isfinite(metric["value"])
+            )
+    if len(parts[2]) < 200:
+        wrong.append("the text is shorter than the 200 characters that a leaderboard asks for")
+    return wrong
+
+
+# --- evaluation ---------------------------------------------------------------------------------------------------
+
+
+def metric_rows(records: Records) -> list[dict[str, Any]]:
+    """One row per task and metric, from the shipped lm-eval results.
+
+    Returns:
+        dicts of suite, task, parent (the group it is folded under, or None), shots, metric, filter, value, stderr
+        (None where lm-eval gives none), items, chance (None if guessing has no expected score), percent (bool).
+    """
+    rows = []
+    for name, record in records.items():
+        if not name.startswith("evals/"):
+            continue
+        suite = Path(name).stem
+        groups = record.get("group_subtasks", {})
+        parents = {task: group for group, tasks in groups.items() for task in tasks}
+        merged = {**record["results"], **record.get("groups", {})}
+        for task, metrics in merged.items():
+            for key, value in metrics.items():
+                metric, _, name_of_filter = key.partition(",")
+                if not name_of_filter or metric.endswith("_stderr") or isinstance(value, bool | str | None):
+                    continue
+                stderr = metrics.get(f"{metric}_stderr,{name_of_filter}")
+                samples = record.get("n-samples", {}).get(task, {})
+                rows.append(
+                    {
+                        "suite": suite,
+                        "task": task,
+                        "alias": str(metrics.get("alias", task)).strip(" -"),
+                        "parent": parents.get(task),
+                        "shots": record.get("n-shot", {}).get(task),
+                        "metric": metric,
+                        "filter": name_of_filter,
+                        "value": value,
+                        "stderr": stderr if isinstance(stderr, int | float) else None,
+                        "items": samples.get("effective"),
+                        "chance": record.get("chance", {}).get(task, CHANCE.get(task))
+                        if metric in PERCENT_METRICS
+                        else None,
+                        "percent": metric in PERCENT_METRICS,
+                    }
+                )
+    return rows
+
+
+def main_scores(suites: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """`{"task/metric": value}` of every task that is not folded under a group."""
+    records = {f"evals/{suite}.json": results for suite, results in suites.items()}
+    return {f"{row['task']}/{row['metric']}": row["value"] for row in metric_rows(records) if not _folded(row)}
+
+
+def leaderboard(rows: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
+    """The six tasks of Open LLM Leaderboard v1 and their average, in percent; None unless all six were run."""
+    scores = {}
+    for task in LEADERBOARD:
+        metric = HUB_TASKS[task][4]
+        found = [row for row in rows if row["task"] == task and row["metric"] == metric]
+        if not found:
+            return None
+        # The board scored gsm8k by the strict match on "#### answer".
+        found.sort(key=lambda row: row["filter"] != "strict-match")
+        scores[task] = 100 * found[0]["value"]
+    return {"average": sum(scores.values()) / len(scores), "scores": scores}
+
+
+def _folded(row: dict[str, Any]) -> bool:
+    return row["parent"] is not None and row["parent"].startswith("mmlu")
+
+
+def eval_results_files(records: Records) -> dict[str, str]:
+    """`.eval_results/*.yaml` for the benchmarks that the Hub takes there: file name -> YAML."""
+    files = {}
+    for row in metric_rows(records):
+        if row["task"] == "gsm8k" and row["filter"] == "strict-match":
+            entry = EvalResultEntry(
+                dataset_id="openai/gsm8k",
+                task_id="gsm8k",
+                value=round(100 * row["value"], 2),
+                notes=f"{row['shots']}-shot, strict match, lm-evaluation-harness",
+            )
+            files["gsm8k.yaml"] = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
+    return files
+
+
+def metadata(records: Records) -> ModelCardData:
+    """The card's YAML header."""
+    recipe = records["recipe.yaml"]
+    rows = metric_rows(records)
+    results = []
+    for row in rows:
+        if _folded(row) or row["parent"]:
+            continue
+        known = HUB_TASKS.get(row["task"])
+        if known and row["metric"] != known[4]:
+            continue
+        results.append(
+            EvalResult(
+                task_type="text-generation",
+                task_name="Text Generation",
+                dataset_type=known[0] if known else row["task"],
+                dataset_name=_shots_name(known[1] if known else row["alias"], row["shots"]),
+                dataset_config=known[2] if known else None,
+                dataset_split=known[3] if known else None,
+                dataset_args={"num_few_shot": row["shots"]} if row["shots"] is not None else None,
+                metric_type=row["metric"],
+                metric_name=known[5] if known else METRIC_NAMES.get(row["metric"], row["metric"]),
+                metric_value=round(100 * row["value"], 2) if row["percent"] else round(row["value"], 4),
+            )
+        )
+    hub = [source["hub"] for source in recipe["data"]["sources"] if source["hub"] and _is_hub_id(source["hub"])]
+    summary = records["training.json"].get("summary", {})
+    extra: dict[str, Any] = {"widget": [{"text": recipe["card"]["prompt"]}]}
+    if summary.get("co2_grams") is not None:
+        extra["co2_eq_emissions"] = {
+            "emissions": round(summary["co2_grams"], 1),
+            "source": summary["co2_source"],
+            "training_type": "pre-training",
+            "geographical_location": summary["co2_region"],
+            "hardware_used": hardware(records),
+        }
+    return ModelCardData(
+        language="en",
+        license=recipe["card"]["license"],
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["phi", "nanophi", "small-language-model", "pretrained-from-scratch"],
+        datasets=hub or None,
+        metrics=sorted({row["metric"] if row["metric"] != "acc" else "accuracy" for row in rows}) or None,
+        model_name=records["run.json"]["repo_id"].rpartition("/")[2] if results else None,
+        eval_results=results or None,
+        **extra,
+    )
+
+
+def _shots_name(name: str, shots: int | None) -> str:
+    return name if shots is None else f"{name} ({shots}-Shot)"
+
+
+def _is_hub_id(name: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
+
+
+# --- text ---------------------------------------------------------------------------------------------------------
+
+
+def hardware(records: Records) -> str:
+    """The machine in words."""
+    environment = records["run.json"]["environment"]
+    devices = environment.get("devices", [])
+    if devices:
+        return " + ".join(f"{devices.count(name)} x {name}" for name in dict.fromkeys(devices))
+    return f"{environment['processor']}, {environment['cpu_threads']} threads, no GPU"
+
+
+def render(records: Records) -> str:
+    """README.md of a release. Raises `UserError` if the template asks for something that no record says."""
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    environment.filters.update(count=_count, percent=_percent, decimal=_decimal, metric=_metric, cell=_cell)
+    environment.filters.update(duration=_duration, size=_size, metric_name=lambda name: METRIC_NAMES.get(name, name))
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    rows = metric_rows(records)
+    try:
+        return template.render(
+            metadata=metadata(records).to_yaml(line_break="\n"),
+            recipe=records["recipe.yaml"],
+            run=records["run.json"],
+            model=records["model.json"],
+            training=records["training.json"],
+            checkpoint=records["checkpoint.json"],
+            documents=records.get("documents.json"),
+            quality=records.get("quality.json"),
+            scores=records.get("scores.json"),
+            tokens=records.get("tokens.json"),
+            comparison=records.get("comparison.json"),
+            sample=records.get("sample.json"),
+            rows=[row for row in rows if not _folded(row)],
+            folded=[row for row in rows if _folded(row)],
+            evals={Path(name).stem: value for name, value in records.items() if name.startswith("evals/")},
+            leaderboard=leaderboard(rows),
+            leaderboard_tasks=[(HUB_TASKS[task][1], task) for task in LEADERBOARD],
+            noise=noise(rows),
+            hardware=hardware(records),
+            figures=figures.names(records),
+        )
+    except jinja2.UndefinedError as error:
+        raise UserError(f"the card needs a value that no record holds: {error.message}") from None
+
+
+def noise(rows: Iterable[dict[str, Any]]) -> dict[str, list[str]]:
+    """Tasks by whether guessing explains their score: `above` and `within` two standard errors of chance."""
+    sorted_out: dict[str, list[str]] = {"above": [], "within": []}
+    for row in rows:
+        if row["chance"] is None or not row["stderr"] or _folded(row):
+            continue
+        above = row["value"] - row["chance"] > 2 * row["stderr"]
+        sorted_out["above" if above else "within"].append(
+            f"{row['alias']} ({METRIC_NAMES.get(row['metric'], row['metric'])})"
+        )
+    return sorted_out
+
+
+def _count(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def _percent(value: float, places: int = 1) -> str:
+    return f"{100 * value:.{places}f} %"
+
+
+def _decimal(value: float, places: int = 3) -> str:
+    return f"{value:.{places}f}"
+
+
+def _metric(row: dict[str, Any], key: str = "value") -> str:
+    """A row's value, standard error or chance in the row's unit."""
+    value = row[key]
+    if value is None:
+        return "-"
+    return f"{100 * value:.2f}" if row["percent"] else f"{value:.4f}"
+
+
+def _cell(value: Any) -> str:
+    """Text that may stand in a cell of a Markdown table."""
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def _size(count: float) -> str:
+    """A large count in words that a summary can carry: 2.4M, 7.3B."""
+    for unit, scale in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.3g}{unit}"
+    return f"{count:.0f}"

@@ -1,0 +1,133 @@
+"""The card's figures, drawn from the shipped records: the loss curve, the scores of the filter, the evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+BLUE, ORANGE, GREY, DARK = "#2f6db3", "#d9772b", "#b8bec6", "#30363d"
+STYLE = {
+    "axes.edgecolor": GREY,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.labelcolor": DARK,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "grid.color": "#e6e9ed",
+    "legend.frameon": False,
+    "savefig.bbox": "tight",
+    "savefig.dpi": 150,
+    "svg.hashsalt": "nanophi",
+    "text.color": DARK,
+    "xtick.color": DARK,
+    "ytick.color": DARK,
+}
+
+
+def names(records: dict[str, Any]) -> list[str]:
+    """File stems of the figures that these records allow, in the order of the card."""
+    drawn = ["loss"]
+    if "scores.json" in records:
+        drawn.append("quality")
+    if any(row for row in _bars(records)):
+        drawn.append("evaluation")
+    return drawn
+
+
+def build(records: dict[str, Any], output: Path) -> list[str]:
+    """Draw every figure as PNG (150 dots per inch, no date or version inside). Returns the file names."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    draw = {"loss": _loss, "quality": _quality, "evaluation": _evaluation}
+    output.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name in names(records):
+        height = 3.6 if name != "evaluation" else 1.1 + 0.42 * len(_bars(records))
+        with plt.rc_context({**plt.rcParamsDefault, **STYLE}):
+            figure, axes = plt.subplots(figsize=(7.2, height))
+            draw[name](records, axes)
+            figure.savefig(output / f"{name}.png", metadata={"Software": None})
+            plt.close(figure)
+        written.append(f"{name}.png")
+    return written
+
+
+def _loss(records: dict[str, Any], axes: Axes) -> None:
+    training = records["training.json"]
+    log, evaluations = training["log"], training.get("evaluations", [])
+    axes.plot([e["tokens_seen"] / 1e6 for e in log], [e["loss"] for e in log], color=BLUE, lw=1.2, label="training")
+    if evaluations:
+        seen = [e["tokens_seen"] / 1e6 for e in evaluations]
+        losses = [e["loss"] for e in evaluations]
+        axes.plot(seen, losses, "o-", color=ORANGE, ms=4, lw=1.2, label="held-out documents")
+        axes.annotate(
+            f"{losses[-1]:.3f}", (seen[-1], losses[-1]), (4, 6), textcoords="offset points", color=ORANGE, ha="right"
+        )
+    axes.set_xlabel("tokens seen (millions)")
+    axes.set_ylabel("cross-entropy (nats per token)")
+    axes.set_xlim(left=0)
+    # The first steps fall from ln(vocabulary); they would press the rest of the curve flat.
+    later = [e["loss"] for e in log[len(log) // 10 :]] + [e["loss"] for e in evaluations[1:]]
+    low, high = min(later), max(later)
+    axes.set_ylim(low - 0.08 * (high - low) - 0.02, high + 0.25 * (high - low) + 0.02)
+    axes.legend()
+
+
+def _quality(records: dict[str, Any], axes: Axes) -> None:
+    counts = records["scores.json"]["histogram"]
+    threshold = records["recipe.yaml"]["quality"]["threshold"]
+    width = 1 / len(counts)
+    edges = [index * width for index in range(len(counts))]
+    kept = [threshold is None or edge + width / 2 > threshold for edge in edges]
+    colours = [BLUE if keep else GREY for keep in kept]
+    axes.bar(edges, counts, width=width, align="edge", color=colours, edgecolor="white", linewidth=0.4)
+    axes.set_xlim(0, 1)
+    axes.set_xlabel("quality score")
+    axes.set_ylabel("documents")
+    total = sum(row["documents"] for row in records["scores.json"]["sources"])
+    kept_documents = sum(row["kept_documents"] for row in records["scores.json"]["sources"])
+    if threshold is None:
+        axes.set_title(f"no threshold: all {total:,} documents kept", fontsize=10, loc="left")
+    else:
+        axes.axvline(threshold, color=ORANGE, lw=1.5)
+        axes.set_title(f"kept above {threshold:g}: {kept_documents:,} of {total:,} documents", fontsize=10, loc="left")
+
+
+def _bars(records: dict[str, Any]) -> list[dict[str, Any]]:
+    from nanophi.model_card.card import metric_rows
+
+    rows = [row for row in metric_rows(records) if row["percent"]]
+    rows = [row for row in rows if not (row["parent"] or "").startswith("mmlu")]
+    best: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        # One bar a task: the length-normalised accuracy where there is one, as leaderboards show it.
+        if row["task"] not in best or row["metric"] == "acc_norm":
+            best[row["task"]] = row
+    return list(best.values())
+
+
+def _evaluation(records: dict[str, Any], axes: Axes) -> None:
+    rows = _bars(records)[::-1]
+    for position, row in enumerate(rows):
+        error = 1.96 * 100 * row["stderr"] if row["stderr"] else 0
+        axes.barh(position, 100 * row["value"], color=BLUE, height=0.55)
+        axes.errorbar(100 * row["value"], position, xerr=error, color=DARK, capsize=3, lw=1.2)
+        if row["chance"] is not None:
+            label = "chance" if position == len(rows) - 1 else None
+            axes.plot([100 * row["chance"]] * 2, [position - 0.4, position + 0.4], color=ORANGE, lw=2, label=label)
+    labels = [row["alias"] + (f" ({row['shots']}-shot)" if row["shots"] is not None else "") for row in rows]
+    axes.set_yticks(range(len(rows)), labels)
+    axes.set_xlim(0, 100)
+    axes.set_ylim(-0.6, len(rows) - 0.4)
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel("percent (bars: 95 % interval)")
+    if any(row["chance"] is not None for row in rows):
+        axes.legend(loc="lower right")

@@ -1,0 +1,254 @@
+"""The release folder: exactly what is pushed to the Hub, and nothing that depends on when or where it was built.
+
+README.md  figures/                      the model card
+config.json  model.safetensors  ...      loads as PhiForCausalLM without remote code, as NanoPhi with it
+records/  .eval_results/                 what the card's numbers come from
+revisions.json                           the checkpoints that are published as branches
+MANIFEST.json                            SHA-256 of every file, and the provenance
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from nanophi.model_card import card as model_card
+from nanophi.records import UserError, read_json, sha256_of_file, write_json
+from nanophi.version import __version__
+
+CODE_FILES = ("configuration_nanophi.py", "modeling_nanophi.py")
+TOKENIZER_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+)
+AUTO_MAP = {
+    "AutoConfig": "configuration_nanophi.NanoPhiConfig",
+    "AutoModel": "modeling_nanophi.NanoPhiModel",
+    "AutoModelForCausalLM": "modeling_nanophi.NanoPhiForCausalLM",
+}
+MANIFEST = "MANIFEST.json"
+
+SAMPLE_SETTINGS = {"do_sample": False, "max_new_tokens": 50, "repetition_penalty": 10.0}
+"""Greedy, so that anyone can regenerate it. The penalty is the one of the nano-phi-115M-v0.1 card."""
+
+
+def build(run: Path, checkpoint: Path, card: Path, output: Path, dtype: str = "float32") -> dict[str, Any]:
+    """Write the release folder of one checkpoint. Two builds from the same run are byte-identical.
+
+    Args:
+        run: the run directory.
+        checkpoint: the folder under `run/checkpoints/` whose weights are released.
+        card: the folder that `card.build` wrote for the same checkpoint.
+        output: folder to write in.
+        dtype: `float32` or `bfloat16`, the type of the released weights.
+
+    Returns:
+        `{"files": count, "bytes": total, "weights_sha256": hex}`.
+
+    Raises:
+        UserError: if the checkpoint is incomplete or is not in the form that both doors load.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", *CODE_FILES):
+        if not (checkpoint / name).is_file():
+            raise UserError(f"{checkpoint / name} is missing; the checkpoint is incomplete, train it again")
+
+    write_json(output / "config.json", _config(read_json(checkpoint / "config.json"), dtype, checkpoint))
+    write_json(output / "generation_config.json", _generation_config(read_json(checkpoint / "generation_config.json")))
+    for name in TOKENIZER_FILES:
+        if (checkpoint / name).is_file():
+            _copy_tokenizer_file(checkpoint / name, output / name)
+    for name in CODE_FILES:
+        shutil.copyfile(checkpoint / name, output / name)
+    _write_weights(checkpoint, output / "model.safetensors", dtype)
+
+    for part in ("README.md", "figures", "records", ".eval_results"):
+        if (card / part).is_dir():
+            shutil.copytree(card / part, output / part, dirs_exist_ok=True, copy_function=shutil.copyfile)
+        elif (card / part).is_file():
+            shutil.copyfile(card / part, output / part)
+    write_json(output / "revisions.json", revisions(run))
+    write_manifest(output, _provenance(run, output))
+    files = read_json(output / MANIFEST)["files"]
+    return {
+        "files": len(files),
+        "bytes": sum(entry["size"] for entry in files.values()),
+        "weights_sha256": files["model.safetensors"]["sha256"],
+    }
+
+
+def revisions(run: Path) -> list[dict[str, Any]]:
+    """The run's kept checkpoints in order of step: name, step, tokens seen, losses and main scores."""
+    entries = []
+    for checkpoint in sorted((run / "checkpoints").glob("step-*")):
+        state = read_json(checkpoint / "checkpoint.json")
+        entry = {"revision": checkpoint.name} | {
+            key: state[key] for key in ("step", "tokens_seen", "train_loss", "eval_loss") if key in state
+        }
+        scores = model_card.main_scores(model_card.evaluations(run, checkpoint.name))
+        entries.append(entry | ({"scores": scores} if scores else {}))
+    return entries
+
+
+def write_manifest(folder: Path, provenance: dict[str, Any]) -> None:
+    """Write `MANIFEST.json` over every other file in the folder."""
+    files = {
+        name: {"sha256": sha256_of_file(folder / name), "size": (folder / name).stat().st_size}
+        for name in list_files(folder)
+        if name != MANIFEST
+    }
+    write_json(folder / MANIFEST, {"format": 1, "provenance": provenance, "files": files})
+
+
+def list_files(folder: Path) -> list[str]:
+    """Relative POSIX names of all files in a release, sorted; what the Hub and its client add is left out."""
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() or path.is_symlink())
+    return sorted(name for name in names if name != ".gitattributes" and not name.startswith(".cache/"))
+
+
+def retarget(release: Path, repo_id: str, output: Path) -> None:
+    """Copy a release with its card naming `repo_id` in the snippets, as it will be on the Hub."""
+    shutil.copytree(release, output, copy_function=_link)
+    records = model_card.read_records(output / "records")
+    records["run.json"]["repo_id"] = repo_id
+    for path in (output / "records" / "run.json", output / "README.md"):
+        path.unlink()  # The copy holds links: never write through one.
+    write_json(output / "records" / "run.json", records["run.json"])
+    (output / "README.md").write_text(model_card.render(records), encoding="utf-8")
+    provenance = read_json(output / MANIFEST)["provenance"]
+    (output / MANIFEST).unlink()
+    write_manifest(output, provenance)
+
+
+def generate(checkpoint: Path, prompts: Iterable[str], dtype: str = "float32") -> list[str]:
+    """Greedy continuations under `SAMPLE_SETTINGS`, each with its prompt in front, on the CPU in float32.
+
+    Args:
+        checkpoint: a folder that `from_pretrained` loads without remote code.
+        prompts: where each text begins.
+        dtype: what the weights are rounded to first, as a release in that type has them.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype)).float()
+    generator = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
+    return [generator(prompt, **SAMPLE_SETTINGS)[0]["generated_text"] for prompt in prompts]
+
+
+def write_sample(checkpoint: Path, prompt: str, output: Path, dtype: str = "float32") -> dict[str, Any]:
+    """Write the sample texts that the card shows: `checkpoint`'s, and beside it those of the run's other checkpoints.
+
+    Returns:
+        what was written: `{"prompt", "text", "settings", "checkpoints": {"step-000200": text, ...}}`.
+    """
+    texts = {
+        folder.name: generate(folder, [prompt], dtype)[0]
+        for folder in sorted(checkpoint.parent.glob("step-*"))
+        if folder.name.removeprefix("step-").isdigit()
+    }
+    text = texts[checkpoint.name] if checkpoint.name in texts else generate(checkpoint, [prompt], dtype)[0]
+    sample = {"prompt": prompt, "text": text, "settings": SAMPLE_SETTINGS, "checkpoints": texts}
+    write_json(output, sample)
+    return sample
+
+
+def _config(config: dict[str, Any], dtype: str, checkpoint: Path) -> dict[str, Any]:
+    """A config that transformers 4.37 to 5.x read alike: the older top-level keys stand beside `rope_parameters`."""
+    rope = config.get("rope_parameters") or {}
+    if config.get("model_type") != "phi":
+        raise UserError(
+            f"{checkpoint / 'config.json'}: model_type is {config.get('model_type')!r}, a release needs 'phi'"
+        )
+    legacy = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+    config = {
+        **config,
+        **legacy,
+        "architectures": ["PhiForCausalLM"],
+        "auto_map": AUTO_MAP,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+        "use_cache": True,
+    }
+    config.pop("_name_or_path", None)
+    return dict(sorted(config.items()))
+
+
+def _generation_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Without lengths: lm-eval would take them over its own and truncate generated answers."""
+    return {key: value for key, value in sorted(config.items()) if key not in ("max_new_tokens", "max_length")}
+
+
+def _copy_tokenizer_file(source: Path, target: Path) -> None:
+    if source.name == "tokenizer.json":
+        tokenizer = read_json(source)
+        merges = tokenizer["model"].get("merges")
+        if merges and not isinstance(merges[0], str):
+            # tokenizers before 0.20 read merges only as "a b" strings; later ones read both.
+            tokenizer["model"]["merges"] = [" ".join(pair) for pair in merges]
+        target.write_text(json.dumps(tokenizer, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    elif source.name == "tokenizer_config.json":
+        config = read_json(source)
+        config.pop("name_or_path", None)
+        if config.get("tokenizer_class") == "TokenizersBackend":
+            config["tokenizer_class"] = "PreTrainedTokenizerFast"  # The name that every version knows.
+        write_json(target, dict(sorted(config.items())))
+    else:
+        shutil.copyfile(source, target)
+
+
+def _write_weights(checkpoint: Path, target: Path, dtype: str) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shards = sorted(checkpoint.glob("*.safetensors"))
+    if not shards:
+        raise UserError(f"{checkpoint} has no .safetensors file; the checkpoint is incomplete, train it again")
+    tensors = {}
+    for shard in shards:
+        tensors.update(load_file(shard))
+    kind = getattr(torch, dtype)
+    converted = {name: tensor.to(kind).contiguous() for name, tensor in sorted(tensors.items())}
+    partial = target.with_name(f".{target.name}.{os.getpid()}.part")
+    save_file(converted, partial, metadata={"format": "pt"})
+    partial.replace(target)
+
+
+def _provenance(run: Path, output: Path) -> dict[str, Any]:
+    """Where the release comes from: recipe, data and code by hash, versions as recorded when the run was made."""
+    data = {}
+    for part in ("documents", "quality", "tokens", "tokenizer"):
+        hashes = {
+            path.relative_to(run / "data").as_posix(): sha256_of_file(path)
+            for path in sorted((run / "data" / part).rglob("*"))
+            if path.suffix in (".parquet", ".arrow", ".safetensors") or path.name == "tokenizer.json"
+        }
+        data.update(hashes)
+    record = read_json(run / "record.json")
+    return {
+        "nanophi": __version__,
+        "recipe_sha256": sha256_of_file(output / "records" / "recipe.yaml"),
+        "environment": record.get("environment", {}),
+        "stages": {
+            name: stage["key"] for name, stage in record["stages"].items() if name not in model_card.LATER_STAGES
+        },
+        "data_sha256": data,
+    }
+
+
+def _link(source: str, target: str) -> str:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+    return target

@@ -1,0 +1,231 @@
+"""A finished run in miniature: a model of random weights, and records as the stages write them."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from nanophi.records import write_json
+
+STEPS, BATCH, CONTEXT, VOCABULARY = 30, 4, 32, 300
+KEPT_STEPS = (10, 20)
+TEXT = "The quick brown fox jumps over the lazy dog. A module holds definitions; a package holds modules. " * 20
+
+
+def build_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([TEXT], trainer)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>", model_max_length=CONTEXT
+    ).save_pretrained(folder)
+
+
+def build_checkpoint(folder: Path, tokenizer: Path, step: int) -> None:
+    import torch
+    from nanophi import NanoPhiConfig, NanoPhiForCausalLM
+
+    torch.manual_seed(step)
+    config = NanoPhiConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT * 4,
+        initializer_range=0.3,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    NanoPhiForCausalLM(config).save_pretrained(folder)
+    for file in tokenizer.iterdir():
+        shutil.copyfile(file, folder / file.name)
+    write_json(
+        folder / "checkpoint.json",
+        {
+            "step": step,
+            "tokens_seen": step * BATCH * CONTEXT * 4,
+            "train_loss": 5.7 - step / 20,
+            "eval_loss": 5.8 - step / 20,
+        },
+    )
+
+
+def build_run(run: Path) -> None:
+    from nanophi.training.recipe import Recipe
+
+    recipe = Recipe(
+        name=run.name,
+        seed=7,
+        data={"sources": [{"embedded": "documentation", "name": "documentation"}]},
+        model={
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": CONTEXT * 4,
+        },
+        training={
+            "steps": STEPS,
+            "batch_size": BATCH,
+            "learning_rate": 1e-3,
+            "keep_steps": list(KEPT_STEPS),
+            "eval_steps": 10,
+            "logging_steps": 1,
+        },
+        tokenizer={"vocab_size": VOCABULARY},
+        card={"prompt": "The module "},
+    )
+    run.mkdir(parents=True)
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe.dump(), sort_keys=False))
+
+    build_tokenizer(run / "data" / "tokenizer")
+    for step in (*KEPT_STEPS, STEPS):
+        build_checkpoint(run / "checkpoints" / f"step-{step:06d}", run / "data" / "tokenizer", step)
+    (run / "training_state" / f"step-{STEPS:06d}").mkdir(parents=True)
+    (run / "training_state" / f"step-{STEPS:06d}" / "optimizer.pt").write_bytes(b"never released")
+
+    random = np.random.default_rng(0)
+    count = 400
+    score = random.beta(3, 2, count).astype("float32")
+    text = [f"Document number {index}." for index in range(count)]
+    scores = pd.DataFrame(
+        {
+            "id": [hashlib.sha256(item.encode()).hexdigest()[:16] for item in text],
+            "source": random.choice(["docstrings", "licences", "topics"], count),
+            "bytes": random.integers(200, 5000, count),
+            "quality_score": score,
+            "kept": score > 0.5,
+        }
+    )
+    (run / "data" / "quality").mkdir(parents=True)
+    scores.to_parquet(run / "data" / "quality" / "scores.parquet")
+
+    log = []
+    for step in range(1, STEPS + 1):
+        log.append(
+            {
+                "step": step,
+                "loss": 5.7 - step / 20,
+                "learning_rate": 1e-3,
+                "grad_norm": 1.0,
+                "tokens_seen": step * BATCH * CONTEXT * 4,
+                "tokens_per_second": 1000.0,
+                "mfu": None,
+                "elapsed_seconds": step * 0.5,
+            }
+        )
+    evaluations = [
+        {
+            "step": step,
+            "tokens_seen": step * BATCH * CONTEXT * 4,
+            "loss": 5.8 - step / 20,
+            "bits_per_byte": round(2.9 - step / 40, 5),
+        }
+        for step in (*KEPT_STEPS, STEPS)
+    ]
+    summary = {
+        "checkpoint": f"checkpoints/step-{STEPS:06d}",
+        "steps": STEPS,
+        "tokens_seen": STEPS * BATCH * CONTEXT * 4,
+        "epochs": 1.5,
+        "parameters": 45000,
+        "precision": "fp32",
+        "seconds": 15.0,
+        "tokens_per_second": 1000.0,
+        "flops_per_token": 300000,
+        "final_loss": log[-1]["loss"],
+        "final_bits_per_byte": evaluations[-1]["bits_per_byte"],
+    }
+    write_json(run / "training.json", {"log": log, "evaluations": evaluations, "summary": summary})
+
+    (run / "evals").mkdir()
+    for step in (*KEPT_STEPS, STEPS):
+        write_json(
+            run / "evals" / f"step-{step:06d}-heldout.json",
+            {
+                "results": {
+                    "heldout_continuation": {
+                        "alias": "heldout_continuation",
+                        "acc,none": 0.25 + step / 200,
+                        "acc_stderr,none": 0.03,
+                        "acc_norm,none": 0.26 + step / 200,
+                        "acc_norm_stderr,none": 0.031,
+                    },
+                    "heldout_text": {
+                        "alias": "heldout_text",
+                        "bits_per_byte,none": 2.9 - step / 40,
+                        "bits_per_byte_stderr,none": "N/A",
+                    },
+                },
+                "group_subtasks": {},
+                "versions": {"heldout_continuation": 1.0, "heldout_text": 1.0},
+                "n-shot": {"heldout_continuation": 0, "heldout_text": 0},
+                "n-samples": {
+                    "heldout_continuation": {"original": 200, "effective": 200},
+                    "heldout_text": {"original": 50, "effective": 50},
+                },
+                "higher_is_better": {"heldout_continuation": {"acc": True, "acc_norm": True}},
+                "config": {"model": "hf", "model_args": f"pretrained={run}/checkpoints", "limit": None},
+                "lm_eval_version": "0.4.13",
+                "samples": {"heldout_continuation": []},
+            },
+        )
+    environment = {
+        "nanophi": "0.1.0",
+        "commit": "0123456789abcdef",
+        "python": "3.11.9",
+        "platform": "linux-x86_64",
+        "packages": {"torch": "2.13.0", "transformers": "5.23.0"},
+        "processor": "A processor",
+        "cpu_threads": 2,
+        "devices": [],
+    }
+    stages = {
+        name: {"key": hashlib.sha256(name.encode()).hexdigest(), "inputs": {}, "seconds": 1.5, "summary": {}}
+        for name in ("documents", "scores", "quality", "tokenizer", "tokens", "training")
+    }
+    write_json(run / "record.json", {"stages": stages, "environment": environment})
+    write_json(
+        run / "data" / "tokens" / "tokens.json",
+        {"heldout": {"bytes_per_token": 2.5, "tokens": 1000}, "train": {"tokens": 20000}},
+    )
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory whose stages before the card are done. Do not change it: copy it."""
+    from nanophi.model_card import release
+
+    run = tmp_path_factory.mktemp("runs") / "tiny"
+    build_run(run)
+    release.write_sample(run / "checkpoints" / f"step-{STEPS:06d}", "The module ", run / "sample.json")
+    return run
+
+
+@pytest.fixture(scope="session")
+def built_release(finished_run: Path) -> Path:
+    """The release of `finished_run`, at `finished_run / "release"`. Do not change it: copy it."""
+    from nanophi.model_card import card, release
+
+    card.build(finished_run, finished_run / "card")
+    checkpoint = finished_run / "checkpoints" / f"step-{STEPS:06d}"
+    release.build(finished_run, checkpoint, finished_run / "card", finished_run / "release")
+    return finished_run / "release"
