@@ -10,7 +10,16 @@ from typing import Any
 
 import yaml
 
-from nanophi.records import RunDirectory, UserError, environment, read_json, remove, sha256_of_file, write_json, write_text
+from nanophi.records import (
+    RunDirectory,
+    UserError,
+    environment,
+    read_json,
+    remove,
+    sha256_of_file,
+    write_json,
+    write_text,
+)
 from nanophi.training.recipe import Recipe
 
 PREPARE = ("documents", "scores", "quality", "tokenizer", "tokens")
@@ -49,7 +58,13 @@ class Pipeline:
         self._done: dict[str, dict[str, Any]] = {}
 
     def _stage(
-        self, name: str, inputs: dict[str, Any], outputs: Sequence[str], build: Build, kind: str | None = None, **kwargs: Any
+        self,
+        name: str,
+        inputs: dict[str, Any],
+        outputs: Sequence[str],
+        build: Build,
+        kind: str | None = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """Each stage once per process, so that no two callers check the same thing twice."""
         if name not in self._done:
@@ -211,7 +226,10 @@ class Pipeline:
         checkpoint, prompt = self.checkpoint(), self.recipe.card.prompt
         inputs = {"training": self.run.stage_key("training"), "prompt": prompt}
         return self._stage(
-            "sample", inputs, ["sample.json"], lambda work: release.write_sample(checkpoint, prompt, work / "sample.json")
+            "sample",
+            inputs,
+            ["sample.json"],
+            lambda work: release.write_sample(checkpoint, prompt, work / "sample.json"),
         )
 
     # Evaluation

@@ -238,7 +238,9 @@ class RunDirectory:
             self.report(f"{self.path.name}: {name:<14} up to date")
             return done["summary"]
         if build is None:
-            raise UserError(f"{self.path}: stage '{name}' has not run for this recipe; run `nanophi run` or its own verb")
+            raise UserError(
+                f"{self.path}: stage '{name}' has not run for this recipe; run `nanophi run` or its own verb"
+            )
         work = self.path if in_place else self.path / ".work" / f"{name}-{key[:16]}"
         sibling = self._sibling_with(name, key, outputs) if shared and not in_place else None
         started = time.monotonic()
@@ -267,7 +269,9 @@ class RunDirectory:
         entry["seconds"] = sibling.record["stages"][name]["seconds"] if sibling else round(seconds, 3)
         in_progress = {k: v for k, v in self.record.get("in_progress", {}).items() if k != name}
         self.update_record(stages={**self.record["stages"], name: entry}, in_progress=in_progress)
-        self.report(f"{self.path.name}: {name:<14} " + (f"shared with {origin}" if origin else f"done in {seconds:.0f} s"))
+        self.report(
+            f"{self.path.name}: {name:<14} " + (f"shared with {origin}" if origin else f"done in {seconds:.0f} s")
+        )
         return summary
 
     def _forget(self, name: str) -> None:

@@ -88,9 +88,7 @@ class SaveTimes(TrainerCallback):
         for name, handler in self._previous.items():
             signal.signal(name, handler)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask for the save, and for the stop if a signal came."""
         if self.received is not None:
             control.should_training_stop = True

@@ -45,9 +45,9 @@ class Source(Section):
     text_column: str = "text"
     source_column: str | None = None
     """Column that says a document's own source, if the dataset mixes several."""
-    weight: float = pydantic.Field(1.0, gt=0)
+    weight: float = pydantic.Field(default=1.0, gt=0)
     """How many times (in expectation) each kept document enters the token stream."""
-    max_documents: int | None = pydantic.Field(None, gt=0)
+    max_documents: int | None = pydantic.Field(default=None, gt=0)
 
     @pydantic.model_validator(mode="after")
     def one_origin(self) -> Source:
@@ -62,14 +62,14 @@ class Deduplication(Section):
     exact: bool = True
     near: bool = True
     """MinHash over word 5-grams."""
-    similarity: float = pydantic.Field(0.7, gt=0, lt=1)
+    similarity: float = pydantic.Field(default=0.7, gt=0, lt=1)
     """Jaccard similarity of two documents from which the later one is dropped."""
 
 
 class Decontamination(Section):
     """Removal of documents that share a long n-gram with evaluation items."""
 
-    ngram: int = pydantic.Field(13, ge=5)
+    ngram: int = pydantic.Field(default=13, ge=5)
     benchmarks: str | None = None
     """Folder with the benchmarks in Hub-dataset layout; None: do not look."""
 
@@ -78,12 +78,12 @@ class Data(Section):
     """Documents: sources, held-out share, deduplication, decontamination."""
 
     sources: list[Source] = pydantic.Field(min_length=1)
-    heldout_fraction: float = pydantic.Field(0.02, gt=0, lt=0.5)
-    heldout_max_documents: int = pydantic.Field(2000, gt=0)
+    heldout_fraction: float = pydantic.Field(default=0.02, gt=0, lt=0.5)
+    heldout_max_documents: int = pydantic.Field(default=2000, gt=0)
     deduplication: Deduplication = Deduplication()
     decontamination: Decontamination = Decontamination()
     engine: Literal["local", "ray", "slurm"] = "local"
-    workers: int | None = pydantic.Field(None, gt=0)
+    workers: int | None = pydantic.Field(default=None, gt=0)
     """Processes; None: one per core."""
 
 
@@ -112,7 +112,7 @@ class Tokenizer(Section):
 
     path: str | None = None
     """Hub id or folder; None: train one."""
-    vocab_size: int = pydantic.Field(4096, ge=300)
+    vocab_size: int = pydantic.Field(default=4096, ge=300)
 
 
 class Training(Section):
@@ -121,30 +121,30 @@ class Training(Section):
     steps: int = pydantic.Field(gt=0)
     batch_size: int = pydantic.Field(gt=0)
     """Rows of `max_position_embeddings` tokens per optimizer step."""
-    micro_batch_size: int | None = pydantic.Field(None, gt=0)
+    micro_batch_size: int | None = pydantic.Field(default=None, gt=0)
     """Rows per device and forward pass; None: the whole batch, divided among the devices."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = pydantic.Field(gt=0)
     """Peak learning rate of AdamW's parameters."""
-    muon_learning_rate: float = pydantic.Field(0.02, gt=0)
-    weight_decay: float = pydantic.Field(0.1, ge=0)
-    adam_beta1: float = pydantic.Field(0.9, ge=0, lt=1)
-    adam_beta2: float = pydantic.Field(0.95, ge=0, lt=1)
-    max_grad_norm: float = pydantic.Field(1.0, gt=0)
-    warmup_steps: int = pydantic.Field(0, ge=0)
+    muon_learning_rate: float = pydantic.Field(default=0.02, gt=0)
+    weight_decay: float = pydantic.Field(default=0.1, ge=0)
+    adam_beta1: float = pydantic.Field(default=0.9, ge=0, lt=1)
+    adam_beta2: float = pydantic.Field(default=0.95, ge=0, lt=1)
+    max_grad_norm: float = pydantic.Field(default=1.0, gt=0)
+    warmup_steps: int = pydantic.Field(default=0, ge=0)
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    decay_fraction: float = pydantic.Field(0.2, gt=0, le=1)
+    decay_fraction: float = pydantic.Field(default=0.2, gt=0, le=1)
     """Share of the steps at the end in which `wsd` decays to zero."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """`auto`: bf16 where the hardware computes in it."""
     compile: bool = False
     isolate_documents: bool = True
     """Documents packed in one row do not attend to each other."""
-    save_steps: int = pydantic.Field(500, gt=0)
+    save_steps: int = pydantic.Field(default=500, gt=0)
     keep_steps: list[int] = []
     """Steps whose checkpoints are kept, besides the last one, and released as branches."""
-    eval_steps: int = pydantic.Field(500, gt=0)
-    logging_steps: int = pydantic.Field(10, gt=0)
+    eval_steps: int = pydantic.Field(default=500, gt=0)
+    logging_steps: int = pydantic.Field(default=10, gt=0)
     report_to: list[str] = []
     arguments: dict[str, Any] = {}
     """Any other field of `transformers.TrainingArguments`."""
@@ -169,8 +169,8 @@ class Evaluation(Section):
     suites: list[str] = ["heldout"]
     data: str | None = None
     """Folder with the benchmarks in Hub-dataset layout; None: the Hub."""
-    limit: int | None = pydantic.Field(None, gt=0)
-    batch_size: int = pydantic.Field(16, gt=0)
+    limit: int | None = pydantic.Field(default=None, gt=0)
+    batch_size: int = pydantic.Field(default=16, gt=0)
 
 
 class Card(Section):
@@ -196,7 +196,7 @@ class Recipe(Section):
     """A whole run."""
 
     name: str = pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    seed: int = pydantic.Field(0, ge=0, lt=2**32)
+    seed: int = pydantic.Field(default=0, ge=0, lt=2**32)
     data: Data
     quality: Quality = Quality()
     tokenizer: Tokenizer = Tokenizer()

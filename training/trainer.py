@@ -20,7 +20,7 @@ import datasets
 import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler, SequentialSampler
-from transformers import Trainer, TrainerState, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
 from nanophi.configuration_nanophi import NanoPhiConfig
@@ -34,7 +34,7 @@ from nanophi.training.recipe import Training, suggestion
 FREE_SPACE_FACTOR = 1.1
 
 
-class PackedRows(Dataset):
+class PackedRows(Dataset[dict[str, torch.Tensor]]):
     """The rows that training sees, in order: all epochs as one sequence, each epoch shuffled by its own seed.
 
     Row `i` of the sequence depends on nothing but `i` and the seed, so a run that resumes, or that divides its
@@ -110,7 +110,7 @@ def has_bf16() -> bool:
     """Whether this machine computes in bfloat16 by hardware (a GPU of Ampere or later, AVX512-BF16 or AMX)."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def training_arguments(training: Training, run: Path, seed: int, world_size: int = 1) -> TrainingArguments:
@@ -126,7 +126,7 @@ def training_arguments(training: Training, run: Path, seed: int, world_size: int
             f"training.batch_size ({training.batch_size}) is no multiple of micro_batch_size x devices "
             f"({micro_batch_size} x {world_size}); change training.micro_batch_size"
         )
-    schedule: dict[str, Any] = {
+    schedules: dict[str, dict[str, Any]] = {
         "cosine": {"lr_scheduler_type": "cosine"},
         "constant": {"lr_scheduler_type": "constant_with_warmup"},
         "wsd": {
@@ -138,7 +138,7 @@ def training_arguments(training: Training, run: Path, seed: int, world_size: int
                 "decay_type": "linear",
             },
         },
-    }[training.schedule]
+    }
     bf16 = has_bf16() if training.precision == "auto" else training.precision == "bf16"
     ours: dict[str, Any] = {
         "output_dir": str(run / "training_state"),
@@ -154,7 +154,7 @@ def training_arguments(training: Training, run: Path, seed: int, world_size: int
         "adam_epsilon": ADAM_EPS,
         "max_grad_norm": training.max_grad_norm,
         "warmup_steps": training.warmup_steps,
-        **schedule,
+        **schedules[training.schedule],
         "bf16": bf16,
         "torch_compile": training.compile,
         "save_strategy": "steps",
@@ -167,6 +167,7 @@ def training_arguments(training: Training, run: Path, seed: int, world_size: int
         "logging_nan_inf_filter": False,
         "report_to": training.report_to,
         "disable_tqdm": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
         "remove_unused_columns": False,
         "dataloader_drop_last": True,
         "seed": seed,
@@ -195,6 +196,9 @@ class NanoPhiTrainer(Trainer):
         **kwargs: `Trainer`'s own.
     """
 
+    model: NanoPhiForCausalLM
+    train_dataset: PackedRows
+
     def __init__(
         self, *, run: Path, training: Training, tokenizer: Path, bytes_per_token: float, **kwargs: Any
     ) -> None:
@@ -212,7 +216,7 @@ class NanoPhiTrainer(Trainer):
     # Data: `PackedRows` is in order already.
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
-        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+        return SequentialSampler(self.train_dataset)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW is `Trainer`'s own; Muon is made here."""
@@ -228,7 +232,7 @@ class NanoPhiTrainer(Trainer):
 
     # Logging
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         """Add tokens seen, elapsed time, tokens/s and MFU to `Trainer`'s entry; write `training.json`."""
         step = self.state.global_step
         if "loss" in logs:
@@ -412,9 +416,7 @@ def step_of(checkpoint: Path) -> int:
 
 def last_checkpoint(run: Path) -> Path | None:
     """`training_state/step-NNNNNN` of the newest step whose weights and state are both there."""
-    whole = [
-        state for state in (run / "training_state").glob("step-*") if (run / "checkpoints" / state.name).is_dir()
-    ]
+    whole = [state for state in (run / "training_state").glob("step-*") if (run / "checkpoints" / state.name).is_dir()]
     return max(whole, key=step_of, default=None)
 
 
@@ -442,6 +444,9 @@ def train(
     """
     arguments = training_arguments(training, run, seed, world_size=int(os.environ.get("WORLD_SIZE", "1")))
     set_seed(seed)
+    eos_token_id = config.eos_token_id
+    if not isinstance(eos_token_id, int):
+        raise UserError(f"the tokenizer must have one end-of-text token, found {eos_token_id}")
     model = NanoPhiForCausalLM(config)
     tokens = read_json(run / "data" / "tokens" / "tokens.json")
     times = SaveTimes(training.keep_steps)
@@ -454,9 +459,10 @@ def train(
         args=arguments,
         train_dataset=PackedRows(run / "data/tokens/train", rows=training.steps * training.batch_size, seed=seed),
         eval_dataset=PackedRows(run / "data/tokens/heldout"),
-        data_collator=PackedCollator(config.eos_token_id, training.isolate_documents),
+        data_collator=PackedCollator(eos_token_id, training.isolate_documents),
         callbacks=[ProgressLine(label), times],
     )
+    trainer.remove_callback(PrinterCallback)
     resume = last_checkpoint(run)
     if resume is not None and step_of(resume) == training.steps:
         trainer.state = TrainerState.load_from_json(str(resume / TRAINER_STATE_NAME))

@@ -1,0 +1,232 @@
+"""Training: what is learnt, saved and logged; a run that was killed goes on bit by bit as if it had not been."""
+
+import errno
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, PhiForCausalLM
+
+from nanophi.configuration_nanophi import NanoPhiConfig
+from nanophi.modeling_nanophi import NanoPhiForCausalLM
+from nanophi.records import UserError, read_json
+from nanophi.training import trainer
+from nanophi.training.recipe import Training
+
+VOCAB, CONTEXT, EOS = 61, 64, 0
+CONFIG = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": CONTEXT,
+    "bos_token_id": EOS,
+    "eos_token_id": EOS,
+    "resid_pdrop": 0.1,  # dropout makes the random state part of what a resumed run must restore
+}
+TRAINING = {
+    "steps": 24,
+    "batch_size": 8,
+    "learning_rate": 1e-2,
+    "warmup_steps": 2,
+    "schedule": "wsd",
+    "save_steps": 6,
+    "keep_steps": [10],
+    "eval_steps": 12,
+    "logging_steps": 1,
+    "precision": "fp32",
+}
+
+
+def make_run(path: Path) -> Path:
+    """A run directory that is ready to train: rows whose next token is mostly the last one plus one."""
+    generator = np.random.default_rng(0)
+    for split, rows in (("train", 100), ("heldout", 10)):
+        steps = np.where(generator.random((rows, CONTEXT)) < 0.9, 1, generator.integers(0, VOCAB, (rows, CONTEXT)))
+        tokens = (np.cumsum(steps, axis=1) % VOCAB).astype(np.int32)
+        features = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"), length=CONTEXT)})
+        dataset = datasets.Dataset.from_dict({"input_ids": tokens.tolist()}, features=features)
+        dataset.save_to_disk(str(path / "data/tokens" / split))
+    (path / "data/tokens/tokens.json").write_text(json.dumps({"heldout": {"bytes_per_token": 2.0}}))
+    (path / "data/tokenizer").mkdir()
+    (path / "data/tokenizer/tokenizer.json").write_text("{}")
+    return path
+
+
+def train(run: Path, **changes) -> dict:
+    return trainer.train(run, Training(**{**TRAINING, **changes}), NanoPhiConfig(**CONFIG), seed=1, label="test")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Path, dict]:
+    run = make_run(tmp_path_factory.mktemp("runs") / "finished")
+    return run, train(run)
+
+
+def test_learns_and_logs(finished):
+    run, summary = finished
+    history = read_json(run / "training.json")
+    losses = [entry["loss"] for entry in history["log"]]
+    assert losses[0] == pytest.approx(np.log(VOCAB), abs=0.3)  # an untrained model knows nothing
+    assert losses[-1] < 0.75 * losses[0]
+    assert [entry["step"] for entry in history["log"]] == list(range(1, 25))
+    assert [entry["step"] for entry in history["evaluations"]] == [12, 24]
+    assert history["log"][-1]["tokens_seen"] == 24 * 8 * CONTEXT == summary["tokens_seen"]
+    last = history["evaluations"][-1]
+    assert last["bits_per_byte"] == pytest.approx(last["loss"] / np.log(2) / 2.0, abs=1e-4)
+    assert history["summary"] == summary
+    elapsed = [entry["elapsed_seconds"] for entry in history["log"]]
+    assert elapsed == sorted(elapsed)
+    assert history["log"][-1]["learning_rate"] < history["log"][10]["learning_rate"]
+
+
+def test_checkpoints_load_by_themselves_through_both_doors(finished):
+    run, _ = finished
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-000010", "step-000024"]
+    for checkpoint in (run / "checkpoints").iterdir():
+        names = {path.name for path in checkpoint.iterdir()}
+        assert not [name for name in names if name.endswith((".pt", ".pth", ".bin"))]  # no pickle, no optimizer state
+        assert {"tokenizer.json", "modeling_nanophi.py", "checkpoint.json"} <= names
+        stock = AutoModelForCausalLM.from_pretrained(checkpoint)
+        assert isinstance(stock, PhiForCausalLM)
+        ours = NanoPhiForCausalLM.from_pretrained(checkpoint)
+        tokens = torch.arange(20)[None]
+        torch.testing.assert_close(stock(tokens).logits, ours(tokens).logits, atol=1e-5, rtol=1e-5)
+    facts = read_json(run / "checkpoints/step-000010/checkpoint.json")
+    assert facts["step"] == 10
+    assert facts["tokens_seen"] == 10 * 8 * CONTEXT
+    assert facts["train_loss"] == read_json(run / "training.json")["log"][9]["loss"]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_killed_run_goes_on_bit_by_bit(tmp_path, optimizer, monkeypatch):
+    whole = train(make_run(tmp_path / "whole"), optimizer=optimizer)
+    run = make_run(tmp_path / "killed")
+    step = trainer.NanoPhiTrainer.training_step
+    stops = iter((3, 9, 21))
+    stop = next(stops)
+
+    def dying_step(self, *args, **kwargs):
+        if self.state.global_step == stop:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(trainer.NanoPhiTrainer, "training_step", dying_step)
+    while stop is not None:
+        with pytest.raises(KeyboardInterrupt):
+            train(run, optimizer=optimizer)
+        stop = next(stops, None)
+    resumed = train(run, optimizer=optimizer)
+    assert resumed["weights_sha256"] == whole["weights_sha256"]
+    losses = [
+        [entry["loss"] for entry in read_json(tmp_path / name / "training.json")["log"]] for name in ("whole", "killed")
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_sigkill_leaves_only_whole_checkpoints_and_sigterm_saves_first(tmp_path, finished):
+    run = make_run(tmp_path / "run")
+    script = (
+        "import sys; sys.path[:0] = [sys.argv[1]]\n"
+        "from pathlib import Path\nimport test_trainer\n"
+        "test_trainer.train(Path(sys.argv[2]), steps=4000, save_steps=3, keep_steps=[])\n"
+    )
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        command = [sys.executable, "-c", script, str(Path(__file__).parent), str(run)]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+            before = trainer.last_checkpoint(run)
+            deadline = time.monotonic() + 60
+            while trainer.last_checkpoint(run) in (None, before) and time.monotonic() < deadline:
+                time.sleep(0.05)
+            process.send_signal(number)
+            errors = process.communicate()[1]
+        last = trainer.last_checkpoint(run)
+        assert last is not None
+        load_file(run / "checkpoints" / last.name / "model.safetensors")
+        assert torch.load(last / "optimizer.pt", weights_only=True)["state"]
+        if number == signal.SIGTERM:
+            assert f"stopped by SIGTERM after saving step {trainer.step_of(last)}" in errors
+
+
+def test_no_disk_space_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        usage = shutil.disk_usage(tmp_path)
+        full = iter([usage, *[usage._replace(free=1000)] * 9])
+        patch.setattr(trainer.shutil, "disk_usage", lambda path: next(full))
+        with pytest.raises(
+            UserError, match=r"no disk space left in .*run .*step 10 .*goes on from checkpoint step-000006"
+        ):
+            train(run)
+    with monkeypatch.context() as patch:
+
+        def fail(self, output_dir):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        patch.setattr(trainer.NanoPhiTrainer, "_save_optimizer_and_scheduler", fail)
+        with pytest.raises(UserError, match=r"no disk space left"):
+            train(run)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000006"]
+    assert [path.name for path in (run / "training_state").iterdir()] == ["step-000006"]
+    assert train(run)["steps"] == 24
+
+
+def test_diverging_run_stops_at_the_last_good_checkpoint(tmp_path):
+    run = make_run(tmp_path / "run")
+    with pytest.raises(
+        UserError, match=r"the loss is nan at step \d+; nothing was saved since .* Lower training.learn"
+    ):
+        train(run, learning_rate=1e30, max_grad_norm=1e30)
+    for checkpoint in (run / "checkpoints").glob("step-*"):
+        assert all(tensor.isfinite().all() for tensor in load_file(checkpoint / "model.safetensors").values())
+
+
+def test_order_depends_on_position_and_seed_only(finished):
+    tokens = finished[0] / "data/tokens/train"
+    rows = trainer.PackedRows(tokens, rows=250, seed=3)
+    order = [rows.index(position) for position in range(250)]
+    assert sorted(order[:100]) == sorted(order[100:200]) == list(range(100))
+    assert order[:100] != order[100:200]
+    again = trainer.PackedRows(tokens, rows=250, seed=3)
+    assert [again.index(position) for position in (249, 0, 120)] == [order[249], order[0], order[120]]
+    assert [trainer.PackedRows(tokens, rows=250, seed=4).index(position) for position in range(100)] != order[:100]
+
+
+def test_positions_restart_at_end_of_text():
+    rows = [{"input_ids": torch.tensor([5, 6, EOS, 7, 8, EOS, EOS, 9])}]
+    batch = trainer.PackedCollator(EOS, isolate_documents=True)(rows)
+    assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 2, 0, 0, 1]]
+    assert "position_ids" not in trainer.PackedCollator(EOS, isolate_documents=False)(rows)
+
+
+def test_training_arguments_are_checked(tmp_path):
+    def arguments(world_size=1, **changes):
+        return trainer.training_arguments(Training(**{**TRAINING, **changes}), tmp_path, 0, world_size)
+
+    made = arguments(micro_batch_size=2, world_size=2, arguments={"label_names": ["labels"]})
+    assert made.per_device_train_batch_size == 2
+    assert made.gradient_accumulation_steps == 2
+    with pytest.raises(UserError, match=r"unknown key 'lable_names'; did you mean 'label_names'\?"):
+        arguments(arguments={"lable_names": []})
+    with pytest.raises(UserError, match="'learning_rate' follows from the keys of `training`"):
+        arguments(arguments={"learning_rate": 1.0})
+    with pytest.raises(UserError, match=r"batch_size \(8\) is no multiple of micro_batch_size x devices \(8 x 3\)"):
+        arguments(micro_batch_size=8, world_size=3)
+
+
+def test_missing_tokens_are_named(tmp_path):
+    run = make_run(tmp_path / "run")
+    shutil.rmtree(run / "data/tokens/train")
+    with pytest.raises(UserError, match=r"data/tokens/train cannot be read .* run `nanophi prepare`"):
+        train(run)
