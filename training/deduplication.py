@@ -1,9 +1,9 @@
 """Repeated documents: exact ones by hash, near ones by MinHash.
 
-A document's signature holds `PERMUTATIONS` minima over its word 5-grams; the share of equal minima estimates the Jaccard
-similarity of two documents (Broder, "On the resemblance and containment of documents", 1997). Documents that agree
-in all of one band's minima are candidates (locality-sensitive hashing), candidates are checked against the whole
-signature, and connected ones form a cluster, of which the first document stays.
+A document's signature holds `PERMUTATIONS` minima over its word 5-grams; the share of equal minima estimates the
+Jaccard similarity of two documents (Broder, "On the resemblance and containment of documents", 1997). Documents that
+agree in all of one band's minima are candidates (locality-sensitive hashing), candidates are checked against the
+whole signature, and connected ones form a cluster, of which the first document stays.
 """
 
 from __future__ import annotations

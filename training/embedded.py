@@ -40,8 +40,13 @@ _PARAMETERS = re.compile(
     r"\s*:?\s*$|^\s*:(param|type|returns?|rtype|raises)\b|^\s*Args:",
     re.MULTILINE,
 )
-_MARKUP_LINE = re.compile(r"^\s*(<[^>]*>\s*)+$|^\s*\[?!\[|^\s*\.\. (image|figure|raw|\||_)|^\s*:(target|alt|height|width):|<img ")
-_STOPWORDS = frozenset("the of to and a in is that for it as be on with are this by or an not if from can which".split())
+_MARKUP_LINE = re.compile(
+    r"^\s*(<[^>]*>\s*)+$|^\s*\[?!\[|^\s*\.\. (image|figure|raw|\||_)|^\s*:(target|alt|height|width):|<img "
+)
+_STOPWORDS = frozenset(
+    ["the", "of", "to", "and", "a", "in", "is", "that", "for", "it", "as", "be"]
+    + ["on", "with", "are", "this", "by", "or", "an", "not", "if", "from", "can", "which"]
+)
 
 
 def inputs() -> dict[str, Any]:
@@ -62,7 +67,9 @@ def documents(group: str) -> Iterator[tuple[str, str]]:
     """`(source, text)` of one part."""
     texts = _python() if group == "python" else _package(group)
     for source, text in texts:
-        text = _without_markup(text).strip()[:_MAXIMUM_CHARACTERS]
+        text = _without_markup(text).strip()
+        if source in ("licences", "changelogs"):
+            text = text[:_MAXIMUM_CHARACTERS]
         if len(text) >= _MINIMUM_CHARACTERS and _is_english(text):
             yield source, text
 
@@ -139,7 +146,9 @@ def _docstrings(path: Path, source: str) -> Iterator[tuple[str, str]]:
             continue
         # Only definitions can hold docstrings; walking expressions would take most of the time.
         pending.extend(
-            child for child in reversed(body) if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+            child
+            for child in reversed(body)
+            if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
         )
         if body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
             value = body[0].value.value
@@ -167,5 +176,3 @@ def _is_english(text: str) -> bool:
         return False
     words = re.findall(r"[a-z]+", text.lower())
     return bool(words) and sum(word in _STOPWORDS for word in words) >= 0.08 * len(words)
-
-

@@ -1,7 +1,7 @@
 """Runs one function over many parts of a corpus, on all cores, so that a killed run goes on where it stopped.
 
-A part's function writes its files and returns its counts; the counts are written last, beside them, as the mark that the
-part is finished. Parts are cut by size, never by the number of workers, and results keep the parts' order, so the
+A part's function writes its files and returns its counts; the counts are written last, beside them, as the mark that
+the part is finished. Parts are cut by size, never by the number of workers, and results keep the parts' order, so the
 outcome does not depend on how many processes there are.
 """
 

@@ -1,0 +1,223 @@
+"""Documents that contain evaluation items, found by shared word n-grams.
+
+Protocol: a document is contaminated if it shares one `ngram` (13 words by default) with an item of a benchmark's
+scored split, as in GPT-3 (Brown et al., 2020, appendix C), which also lets N shrink to 8 for short items. An item is
+looked for as its question, as the question followed by each choice (or with the choice in its blank), and followed by
+all of them; one of these with 8 to `ngram - 1` words must occur as a whole. Items that are shorter in every form are
+counted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import yaml
+
+from nanophi.records import UserError
+from nanophi.training.ngrams import Words, hash_words, ngrams
+
+SHORTEST = 8
+_QUESTIONS = ("question", "ctx", "sentence", "query", "prompt", "goal")
+_CHOICES = ("choices", "endings", "options", "option1", "option2", "mc1_targets", "mc2_targets", "answer")
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchmarkIndex:
+    """Hashed n-grams of evaluation items.
+
+    Attributes:
+        names: benchmarks, `dataset id[/config]`.
+        items: items per benchmark; `too_short`: of these, the ones that nothing can be found of.
+        grams: by n, sorted uint64 n-gram hashes.
+        owners: by n, uint32 index of the item that each n-gram came from (over all benchmarks).
+        starts: int64 `[names + 1]`; benchmark `b` owns items `starts[b]:starts[b + 1]`.
+    """
+
+    names: list[str]
+    items: list[int]
+    too_short: list[int]
+    grams: dict[int, np.ndarray]
+    owners: dict[int, np.ndarray]
+
+    @property
+    def starts(self) -> np.ndarray:
+        return np.concatenate([[0], np.cumsum(self.items)])
+
+    def save(self, path: Path) -> None:
+        """Write to an `.npz` file (plain arrays)."""
+        arrays = {"names": np.array(self.names), "items": np.array(self.items), "too_short": np.array(self.too_short)}
+        for length in self.grams:
+            arrays[f"grams-{length}"], arrays[f"owners-{length}"] = self.grams[length], self.owners[length]
+        np.savez(path, **arrays)
+
+    @classmethod
+    def load(cls, path: Path) -> BenchmarkIndex:
+        """Read what `save` wrote."""
+        with np.load(path, allow_pickle=False) as arrays:
+            lengths = sorted(int(name.removeprefix("grams-")) for name in arrays if name.startswith("grams-"))
+            return cls(
+                arrays["names"].tolist(),
+                arrays["items"].tolist(),
+                arrays["too_short"].tolist(),
+                {length: arrays[f"grams-{length}"] for length in lengths},
+                {length: arrays[f"owners-{length}"] for length in lengths},
+            )
+
+
+def load_benchmarks(folder: Path, ngram: int) -> BenchmarkIndex:
+    """Read every benchmark in a folder of Hub-layout datasets and index the items of its scored split.
+
+    The scored split is `test` where the dataset has one, else `validation`.
+
+    Raises:
+        UserError: if the folder is missing or holds no benchmark.
+    """
+    if not folder.is_dir():
+        raise UserError(f"data.decontamination.benchmarks: {folder} is not a folder")
+    names, items, too_short = [], [], []
+    grams: dict[int, list[np.ndarray]] = {}
+    owners: dict[int, list[np.ndarray]] = {}
+    first = 0
+    for name, files in _benchmarks(folder):
+        rows = [row for file in files for row in _rows(file)]
+        renderings = [_renderings(row) for row in rows]
+        item = np.repeat(np.arange(len(rows)), [len(texts) for texts in renderings])
+        words = hash_words([text.encode() for texts in renderings for text in texts])
+        found = np.zeros(len(rows), bool)
+        for length in range(min(SHORTEST, ngram), ngram + 1):
+            chosen = words.counts == length if length < ngram else words.counts >= length
+            hashed = ngrams(words, length)
+            keep = np.repeat(chosen, hashed.counts)
+            grams.setdefault(length, []).append(hashed.hashes[keep])
+            owners.setdefault(length, []).append(np.repeat(item + first, hashed.counts)[keep].astype(np.uint32))
+            found[item[chosen]] = True
+        names.append(name)
+        items.append(len(rows))
+        too_short.append(int((~found).sum()))
+        first += len(rows)
+    if not names:
+        raise UserError(
+            f"data.decontamination.benchmarks: {folder} holds no dataset (folders with README.md and parquet)"
+        )
+    index = BenchmarkIndex(names, items, too_short, {}, {})
+    for length in grams:
+        values, position = np.unique(np.concatenate(grams[length]), return_index=True)
+        index.grams[length] = values
+        index.owners[length] = np.concatenate(owners[length])[position]
+    return index
+
+
+def find(index: BenchmarkIndex, words: Words) -> list[list[int]]:
+    """For each document the items (indices over all benchmarks, ascending) that it shares an n-gram with."""
+    hits: list[set[int]] = [set() for _ in range(len(words.offsets) - 1)]
+    for length, known in index.grams.items():
+        if not len(known):
+            continue
+        hashed = ngrams(words, length)
+        # Most n-grams are ruled out by a table of 2**22 bits that stays in the processor's cache.
+        table = np.zeros(1 << 22, bool)
+        table[known >> np.uint64(42)] = True
+        maybe = np.flatnonzero(table[hashed.hashes >> np.uint64(42)])
+        values = hashed.hashes[maybe]
+        position = np.minimum(np.searchsorted(known, values), len(known) - 1)
+        same = known[position] == values
+        document = np.searchsorted(hashed.offsets, maybe[same], side="right") - 1
+        for owner, where in zip(index.owners[length][position[same]].tolist(), document.tolist(), strict=True):
+            hits[where].add(owner)
+    return [sorted(items) for items in hits]
+
+
+def report(index: BenchmarkIndex, hits: list[tuple[str, str, list[int]]]) -> dict[str, Any]:
+    """Hits by benchmark.
+
+    Args:
+        index: what was looked for.
+        hits: `(document id, source, items)` of every contaminated document.
+
+    Returns:
+        `{benchmark: {items, too_short, items_found, documents, examples}}`.
+    """
+    starts = index.starts
+    result: dict[str, Any] = {}
+    found: list[dict[int, tuple[str, str]]] = [{} for _ in index.names]
+    documents = [0] * len(index.names)
+    for document, source, items in hits:
+        benchmarks = np.searchsorted(starts, items, side="right") - 1
+        for benchmark in set(benchmarks.tolist()):
+            documents[benchmark] += 1
+        for benchmark, item in zip(benchmarks.tolist(), items, strict=True):
+            found[benchmark].setdefault(item - int(starts[benchmark]), (document, source))
+    for number, name in enumerate(index.names):
+        examples = [
+            {"item": item, "document": document, "source": source}
+            for item, (document, source) in sorted(found[number].items())[:20]
+        ]
+        result[name] = {
+            "items": index.items[number],
+            "too_short": index.too_short[number],
+            "items_found": len(found[number]),
+            "documents": documents[number],
+            "examples": examples,
+        }
+    return result
+
+
+def _benchmarks(folder: Path) -> Iterator[tuple[str, list[Path]]]:
+    """`(name, files of the scored split)` of every dataset config below a folder, sorted."""
+    for readme in sorted(folder.rglob("README.md")):
+        root = readme.parent
+        text = readme.read_text(encoding="utf-8")
+        parts = text.split("---", 2)
+        try:
+            card = yaml.safe_load(parts[1]) if text.startswith("---") and len(parts) == 3 else {}
+        except yaml.YAMLError:
+            raise UserError(f"{readme}: the metadata is not valid YAML") from None
+        for config in (card or {}).get("configs", []):
+            splits = {
+                entry["split"]: entry["path"] for entry in config.get("data_files", []) if isinstance(entry, dict)
+            }
+            split = next((name for name in ("test", "validation") if name in splits), None)
+            if split is None:
+                continue
+            patterns = splits[split] if isinstance(splits[split], list) else [splits[split]]
+            files = sorted(file for pattern in patterns for file in root.glob(pattern))
+            name = root.relative_to(folder).as_posix()
+            config_name = config.get("config_name", "default")
+            if files:
+                yield name if config_name == "default" else f"{name}/{config_name}", files
+
+
+def _rows(file: Path) -> list[dict[str, Any]]:
+    if file.suffix != ".parquet":
+        raise UserError(f"{file}: benchmarks are read from parquet files")
+    try:
+        return pq.read_table(file).to_pylist()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read as parquet ({error})") from None
+
+
+def _renderings(row: dict[str, Any]) -> list[str]:
+    """The forms in which an item may stand in a document."""
+    question = " ".join(text for key in _QUESTIONS for text in _strings(row.get(key)))
+    choices = [text for key in _CHOICES for text in _strings(row.get(key))]
+    if "_" in question.split():
+        return [question.replace("_", choice) for choice in choices]
+    return [question, *(f"{question} {choice}" for choice in choices), " ".join([question, *choices])]
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Texts in a value of a benchmark's column; labels (`A`, `1`) are no texts."""
+    if isinstance(value, str):
+        if len(value) > 1:
+            yield value
+    elif isinstance(value, dict):
+        for entry in value.values():
+            yield from _strings(entry)
+    elif isinstance(value, list):
+        for entry in value:
+            yield from _strings(entry)
