@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 BLUE, ORANGE, GREY, DARK = "#2f6db3", "#d9772b", "#b8bec6", "#30363d"
-STYLE = {
+STYLE: Any = {
     "axes.edgecolor": GREY,
     "axes.grid": True,
     "axes.axisbelow": True,
@@ -20,7 +20,7 @@ STYLE = {
     "font.size": 10,
     "grid.color": "#e6e9ed",
     "legend.frameon": False,
-    "savefig.bbox": "tight",
+    "figure.constrained_layout.use": True,
     "savefig.dpi": 150,
     "svg.hashsalt": "nanophi",
     "text.color": DARK,
@@ -63,15 +63,15 @@ def build(records: dict[str, Any], output: Path) -> list[str]:
 def _loss(records: dict[str, Any], axes: Axes) -> None:
     training = records["training.json"]
     log, evaluations = training["log"], training.get("evaluations", [])
-    axes.plot([e["tokens_seen"] / 1e6 for e in log], [e["loss"] for e in log], color=BLUE, lw=1.2, label="training")
+    most = log[-1]["tokens_seen"]
+    scale, unit = next((s, u) for s, u in ((1e9, "billions"), (1e6, "millions"), (1, "")) if most >= s or s == 1)
+    axes.plot([e["tokens_seen"] / scale for e in log], [e["loss"] for e in log], color=BLUE, lw=1.2, label="training")
     if evaluations:
-        seen = [e["tokens_seen"] / 1e6 for e in evaluations]
+        seen = [e["tokens_seen"] / scale for e in evaluations]
         losses = [e["loss"] for e in evaluations]
         axes.plot(seen, losses, "o-", color=ORANGE, ms=4, lw=1.2, label="held-out documents")
-        axes.annotate(
-            f"{losses[-1]:.3f}", (seen[-1], losses[-1]), (4, 6), textcoords="offset points", color=ORANGE, ha="right"
-        )
-    axes.set_xlabel("tokens seen (millions)")
+        axes.annotate(f"{losses[-1]:.3f}", (seen[-1], losses[-1]), (6, 0), textcoords="offset points", color=ORANGE)
+    axes.set_xlabel("tokens seen" + (f" ({unit})" if unit else ""))
     axes.set_ylabel("cross-entropy (nats per token)")
     axes.set_xlim(left=0)
     # The first steps fall from ln(vocabulary); they would press the rest of the curve flat.
@@ -92,6 +92,7 @@ def _quality(records: dict[str, Any], axes: Axes) -> None:
     axes.set_xlim(0, 1)
     axes.set_xlabel("quality score")
     axes.set_ylabel("documents")
+    axes.yaxis.get_major_locator().set_params(integer=True)
     total = sum(row["documents"] for row in records["scores.json"]["sources"])
     kept_documents = sum(row["kept_documents"] for row in records["scores.json"]["sources"])
     if threshold is None:

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+
 from nanophi.records import write_json
 
 STEPS, BATCH, CONTEXT, VOCABULARY = 30, 4, 32, 300
@@ -38,6 +39,7 @@ def build_tokenizer(folder: Path) -> None:
 
 def build_checkpoint(folder: Path, tokenizer: Path, step: int) -> None:
     import torch
+
     from nanophi import NanoPhiConfig, NanoPhiForCausalLM
 
     torch.manual_seed(step)

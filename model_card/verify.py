@@ -1,0 +1,405 @@
+"""Check a release as a stranger would: nothing is taken from the run that made it.
+
+Files are checked before anything is loaded. Each door is then opened in a fresh process, away from this checkout, and
+its answers are compared: with the other door's, with the card's sample, with the shipped results.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nanophi.model_card import card as model_card
+from nanophi.model_card.release import CODE_FILES, MANIFEST, list_files
+from nanophi.records import UserError, read_json, sha256_of_file, write_json
+from nanophi.version import __version__
+
+Check = dict[str, Any]
+"""`{"name": str, "passed": bool, "detail": one line}`"""
+
+TOLERANCE = 1e-4
+"""Largest absolute difference of logits between the doors, both in float32 on the CPU."""
+
+LOGLIKELIHOOD_TOLERANCE = 0.05
+"""Nats: recorded scores may come from bfloat16 or a GPU, the check computes in float32 on the CPU."""
+
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz", ".h5", ".msgpack")
+CODE = (".py", ".pyc", ".pyd", ".so", ".dll", ".dylib", ".sh", ".js", ".html", ".ipynb", ".exe")
+
+BAD_MESSAGES = re.compile(
+    r"newly initialized|not used when|of type .* to instantiate|should probably TRAIN|mismatch", re.S
+)
+
+# Runs in a process of its own with `python -I`, so that neither the current folder nor PYTHONPATH can lend it code.
+DOOR = r"""
+import json, logging, os, sys, warnings
+request = json.load(open(sys.argv[1]))
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers.utils import logging as hub_logging
+
+messages = []
+class Collect(logging.Handler):
+    def emit(self, record):
+        messages.append(record.getMessage())
+hub_logging.get_logger("transformers").addHandler(Collect(logging.WARNING))
+warnings.showwarning = lambda message, *rest, **more: messages.append(str(message))
+hub_logging.disable_progress_bar()
+
+path, trust = request["path"], request["trust"]
+model, info = AutoModelForCausalLM.from_pretrained(
+    path, trust_remote_code=trust, dtype=torch.float32, output_loading_info=True
+)
+tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
+generator = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
+texts = [generator(prompt, **request["settings"])[0]["generated_text"] for prompt in request["prompts"]]
+context = model.config.max_position_embeddings
+ids = tokenizer(request["text"], return_tensors="pt").input_ids[:, :context]
+if ids.shape[1] < 8:
+    ids = torch.arange(8)[None] % model.config.vocab_size
+with torch.no_grad():
+    logits = model(input_ids=ids).logits[0].double()
+    scores = []
+    for item in request["items"]:
+        before, after = encode(item["context"], item["continuation"])
+        window = torch.tensor([(before + after)[-(context + 1) :]])
+        chosen = torch.log_softmax(model(input_ids=window[:, :-1]).logits.float(), -1)[0, -len(after) :]
+        scores.append(chosen.gather(1, window[0, -len(after) :, None]).sum().item())
+save_file({"logits": logits}, request["logits"])
+json.dump(
+    {
+        "class": type(model).__module__.split(".")[0] + "." + type(model).__name__,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "loading": {key: sorted(map(str, value)) for key, value in info.items() if value},
+        "messages": messages,
+        "texts": texts,
+        "scores": scores,
+        "uses_nanophi": "nanophi" in sys.modules,
+    },
+    open(request["answer"], "w"),
+)
+"""
+
+
+def verify(
+    release: str,
+    revision: str | None = None,
+    report: Callable[[str], None] = print,
+    *,
+    trust_remote_code: bool = False,
+) -> list[Check]:
+    """Check a release folder, or a repository on the Hub.
+
+    Args:
+        release: a folder, or `ORG/NAME`.
+        revision: branch, tag or commit of a Hub repository.
+        report: called with one line for each check.
+        trust_remote_code: run the release's code even if it is not the code of this version of nanophi.
+
+    Returns:
+        the checks in order: `{"name", "passed", "detail"}`.
+
+    Raises:
+        UserError: if there is no such release.
+    """
+    with tempfile.TemporaryDirectory(prefix="nanophi-verify-") as scratch:
+        folder, links_allowed = _locate(release, revision, Path(scratch))
+        checks: list[Check] = []
+
+        def add(name: str, wrong: list[str], right: str) -> bool:
+            detail = right if not wrong else "; ".join(wrong[:3]) + (f"; {len(wrong) - 3} more" if wrong[3:] else "")
+            checks.append({"name": name, "passed": not wrong, "detail": detail})
+            report(f"  {'ok    ' if not wrong else 'FAILED'}  {name:<20} {detail}")
+            return not wrong
+
+        files = list_files(folder)
+        safe = add("checksums", _checksums(folder, files), f"{len(files) - 1} files as the manifest says")
+        safe &= add(
+            "files", _foreign_files(folder, files, links_allowed), "safetensors only, no code but the two files"
+        )
+        safe &= add("code references", _foreign_references(folder), "no file names code outside this release")
+        same_code = _same_code(folder)
+        safe &= add(
+            "code",
+            []
+            if same_code or trust_remote_code
+            else [f"differs from nanophi {__version__}; --trust-remote-code runs it"],
+            f"that of nanophi {__version__}" if same_code else "not that of this nanophi, trusted by the user",
+        )
+        try:
+            records = model_card.read_records(folder / "records")
+        except (UserError, OSError) as error:
+            add("records", [str(error)], "")
+            return checks
+        add("card", _card(folder, records), "every number follows from the shipped records")
+        add("provenance", _provenance(folder), "the manifest and the records agree")
+        if not safe:
+            add("doors", ["not opened, because of the failures above"], "")
+            return checks
+        native, remote = _open_doors(folder, records, Path(scratch))
+        for name, door in (("native door", native), ("remote-code door", remote)):
+            add(name, _loads(door, name), door.get("class", ""))
+        if "class" in native and "class" in remote:
+            add("doors agree", _agree(native, remote), "same greedy text, logits within " + f"{TOLERANCE:g}")
+            add("parameters", _parameters(native, records), f"{native['parameters']:,}")
+            if "sample.json" in records:
+                add("sample", _sample(native, records), "the card's sample regenerates")
+            items = _items(records)
+            if items:
+                add("evaluation", _scores(native, items), f"{len(items)} recorded log-likelihoods recomputed")
+        return checks
+
+
+def _locate(release: str, revision: str | None, scratch: Path) -> tuple[Path, bool]:
+    """The folder to check, and whether links in it are the Hub cache's own."""
+    if Path(release).is_dir():
+        if revision is not None:
+            raise UserError(f"--revision is for a repository on the Hub; {release} is a folder")
+        return Path(release).resolve(), False
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", release) or release.startswith((".", "/")):
+        raise UserError(f"{release} is neither a folder nor a Hub id (ORG/NAME)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(release, revision=revision)), True
+    except RepositoryNotFoundError:
+        raise UserError(f"{release} is not on the Hub, or this token may not see it") from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(f"{release}: cannot be downloaded ({str(error).splitlines()[0]})") from None
+
+
+def _checksums(folder: Path, files: list[str]) -> list[str]:
+    try:
+        listed = read_json(folder / MANIFEST)["files"]
+        expected = {name: (entry["sha256"], entry["size"]) for name, entry in listed.items()}
+    except UserError as error:
+        return [str(error)]
+    except (KeyError, TypeError, AttributeError):
+        return [f"{MANIFEST} does not list files with their sha256 and size"]
+    wrong = [f"{name} is missing" for name in sorted(set(expected) - set(files))]
+    wrong += [f"{name} is not in the manifest" for name in files if name not in expected and name != MANIFEST]
+    for name in files:
+        if name in expected:
+            sha256, size = expected[name]
+            if (folder / name).stat().st_size != size or sha256_of_file(folder / name) != sha256:
+                wrong.append(f"{name} was changed")
+    return wrong
+
+
+def _foreign_files(folder: Path, files: list[str], links_allowed: bool) -> list[str]:
+    wrong = []
+    for name in files:
+        path = folder / name
+        suffix = path.suffix.lower()
+        if path.is_symlink() and not links_allowed:
+            wrong.append(f"{name} is a link")
+        elif suffix in PICKLES or is_pickle(path):
+            wrong.append(f"{name} may hold a pickle")
+        elif suffix in CODE and name not in CODE_FILES:
+            wrong.append(f"{name} is code outside {' and '.join(CODE_FILES)}")
+        elif suffix == ".safetensors":
+            wrong += _bad_safetensors(path, name)
+    return wrong
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether a file begins as a pickle of protocol 2 or later does, or as the zip archive that torch.save writes."""
+    with path.open("rb") as file:
+        start = file.read(4)
+    return (start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")) or start == b"PK\x03\x04"
+
+
+def _bad_safetensors(path: Path, name: str) -> list[str]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            file.keys()
+    except SafetensorError as error:
+        return [f"{name} is not a valid safetensors file ({error})"]
+    return []
+
+
+def _foreign_references(folder: Path) -> list[str]:
+    """`auto_map` entries that point elsewhere, and other ways of a config to have code run."""
+    modules = {Path(name).stem for name in CODE_FILES}
+    wrong = []
+    for path in sorted(folder.glob("*.json")):
+        if path.name == MANIFEST:
+            continue
+        try:
+            config = read_json(path)
+        except UserError as error:
+            wrong.append(str(error))
+            continue
+        if not isinstance(config, dict):
+            continue
+        for target in (config.get("auto_map") or {}).values():
+            for reference in target if isinstance(target, list) else [target]:
+                if reference is not None and str(reference).rpartition(".")[0] not in modules:
+                    wrong.append(f"{path.name}: auto_map names {reference}")
+        for key in ("custom_generate", "custom_pipelines", "trust_remote_code"):
+            if config.get(key):
+                wrong.append(f"{path.name}: has '{key}'")
+    return wrong
+
+
+def _same_code(folder: Path) -> bool:
+    root = Path(model_card.__file__).parent.parent
+    return all(
+        (folder / name).is_file() and (folder / name).read_bytes() == (root / name).read_bytes() for name in CODE_FILES
+    )
+
+
+def _card(folder: Path, records: model_card.Records) -> list[str]:
+    path = folder / "README.md"
+    if not path.is_file():
+        return ["README.md is missing"]
+    text = path.read_text(encoding="utf-8")
+    wrong = model_card.problems(text) + model_card.contradictions(records)
+    try:
+        expected = model_card.render(records)
+    except UserError as error:
+        return [*wrong, str(error)]
+    written_by = records["run.json"]["environment"].get("nanophi")
+    if written_by == __version__:
+        said, follows = text.splitlines(), expected.splitlines()
+    else:
+        # Another version words its card otherwise; its numbers must follow all the same.
+        said, follows = _numbers(text), _numbers(expected)
+        follows = [number for number in follows if number in set(said)] if set(said) <= set(follows) else follows
+    for tag, a, b, c, d in difflib.SequenceMatcher(None, said, follows, autojunk=False).get_opcodes():
+        if tag != "equal":
+            wrong.append(f"README.md says {_short(said[a:b])}, the records say {_short(follows[c:d])}")
+    return wrong
+
+
+def _numbers(text: str) -> list[str]:
+    return sorted(set(re.findall(r"\d[\d,]*\.?\d*", text)))
+
+
+def _short(lines: list[str]) -> str:
+    text = " / ".join(line.strip() for line in lines if line.strip()) or "nothing"
+    return repr(text if len(text) <= 90 else text[:87] + "...")
+
+
+def _provenance(folder: Path) -> list[str]:
+    try:
+        provenance = read_json(folder / MANIFEST)["provenance"]
+        recipe, environment = provenance["recipe_sha256"], provenance["environment"]
+    except (UserError, KeyError, TypeError):
+        return [f"{MANIFEST} has no provenance"]
+    wrong = []
+    if recipe != sha256_of_file(folder / "records" / "recipe.yaml"):
+        wrong.append("records/recipe.yaml is not the recipe of the manifest")
+    if environment != read_json(folder / "records" / "run.json").get("environment"):
+        wrong.append("records/run.json has another environment than the manifest")
+    return wrong
+
+
+def _open_doors(folder: Path, records: model_card.Records, scratch: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Load through both doors at once, each in a fresh process with an empty cache and no access to this checkout."""
+    sample = records.get("sample.json", {"prompt": "The ", "settings": {"do_sample": False, "max_new_tokens": 30}})
+    processes = []
+    for name, trust in (("native", False), ("remote", True)):
+        home = scratch / name
+        home.mkdir()
+        request = {
+            "path": str(folder),
+            "trust": trust,
+            "prompts": [sample["prompt"]],
+            "settings": sample["settings"],
+            "text": sample.get("text", sample["prompt"]),
+            "items": _items(records),
+            "answer": str(home / "answer.json"),
+            "logits": str(home / "logits.safetensors"),
+        }
+        variables = {
+            key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "HF_", "TRANSFORMERS_"))
+        }
+        variables |= {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        write_json(home / "request.json", request)
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-c", DOOR, str(home / "request.json")],
+            cwd=home,
+            env=variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        processes.append((process, request))
+    answers = []
+    for process, request in processes:
+        output, _ = process.communicate()
+        if process.returncode == 0:
+            answers.append({**read_json(Path(request["answer"])), "logits": request["logits"]})
+        else:
+            last = [line for line in output.splitlines() if line.strip()][-1:] or [f"exit status {process.returncode}"]
+            answers.append({"error": last[0]})
+    return answers[0], answers[1]
+
+
+def _loads(door: dict[str, Any], name: str) -> list[str]:
+    if "error" in door:
+        return [door["error"]]
+    wrong = [f"{key}: {', '.join(value[:3])}" for key, value in door["loading"].items()]
+    wrong += [message.splitlines()[0] for message in door["messages"] if BAD_MESSAGES.search(message)]
+    expected = "transformers.PhiForCausalLM" if name == "native door" else "transformers_modules.NanoPhiForCausalLM"
+    if door["class"] != expected:
+        wrong.append(f"loaded {door['class']}, expected {expected}")
+    if door["uses_nanophi"]:
+        wrong.append("the installed nanophi was imported")
+    return wrong
+
+
+def _agree(native: dict[str, Any], remote: dict[str, Any]) -> list[str]:
+    from safetensors.torch import load_file
+
+    wrong = []
+    if native["texts"] != remote["texts"]:
+        wrong.append(f"texts differ: {_short(native['texts'])} and {_short(remote['texts'])}")
+    a, b = load_file(native["logits"])["logits"], load_file(remote["logits"])["logits"]
+    difference = (a - b).abs().max().item() if a.shape == b.shape else math.inf
+    if not difference <= TOLERANCE:
+        wrong.append(f"logits differ by {difference:.2g}")
+    return wrong
+
+
+def _parameters(native: dict[str, Any], records: model_card.Records) -> list[str]:
+    said = records["model.json"]["parameters"]
+    return [] if native["parameters"] == said else [f"the model has {native['parameters']:,}, the card says {said:,}"]
+
+
+def _sample(native: dict[str, Any], records: model_card.Records) -> list[str]:
+    said, found = records["sample.json"]["text"], native["texts"][0]
+    if said == found:
+        return []
+    common = next((i for i, (a, b) in enumerate(zip(said, found, strict=False)) if a != b), min(len(said), len(found)))
+    return [f"differs from character {common + 1}: card {_short([said[common:]])}, model {_short([found[common:]])}"]
+
+
+def _items(records: model_card.Records) -> list[dict[str, Any]]:
+    return [
+        item
+        for name, record in sorted(records.items())
+        if name.startswith("evals/")
+        for item in record.get("items", [])
+    ]
+
+
+def _scores(native: dict[str, Any], items: list[dict[str, Any]]) -> list[str]:
+    return [
+        f"{item['task']}: recorded {item['loglikelihood']:.3f}, recomputed {found:.3f}"
+        for item, found in zip(items, native["scores"], strict=True)
+        if abs(item["loglikelihood"] - found) > LOGLIKELIHOOD_TOLERANCE * max(1, abs(item["loglikelihood"]) / 10)
+    ]
