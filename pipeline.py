@@ -34,7 +34,7 @@ def is_main_process() -> bool:
 
 
 class Pipeline:
-    """One recipe's run. A method is a stage: it makes sure of those before it, runs or is up to date, returns its summary.
+    """One recipe's run. A method is a stage: it sees to those before it, runs or is up to date, returns its summary.
 
     Args:
         recipe: the resolved recipe.
@@ -136,7 +136,7 @@ class Pipeline:
         )
 
     def tokenizer(self) -> dict[str, Any]:
-        """The tokenizer: trained on all documents, so that a filtered run and its control share it, or taken as it is."""
+        """The tokenizer: an existing one, or trained on all documents, so that a filtered run and its control share it."""
         from nanophi.training import tokenizer
 
         self.documents()

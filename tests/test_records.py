@@ -1,0 +1,136 @@
+"""The run directory: stages run once per input, survive kills, share with siblings; one writer at a time."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nanophi.records import RunDirectory, UserError, read_json, sha256_of_tree, write_json, write_text
+
+
+def builder(text, calls):
+    def build(work: Path) -> dict:
+        calls.append(text)
+        (work / "out").mkdir()
+        (work / "out/file.txt").write_text(text)
+        return {"length": len(text)}
+
+    return build
+
+
+def test_runs_once_per_input(tmp_path):
+    calls, lines = [], []
+    run = RunDirectory(tmp_path / "a", lines.append)
+    assert run.stage("s", {"x": 1}, ["out"], builder("one", calls)) == {"length": 3}
+    assert run.stage("s", {"x": 1}, ["out"], builder("one", calls)) == {"length": 3}
+    assert calls == ["one"]
+    assert "up to date" in lines[-1]
+    run.stage("s", {"x": 2}, ["out"], builder("three", calls))
+    assert calls == ["one", "three"]
+    assert (run.path / "out/file.txt").read_text() == "three"
+    (run.path / "out/file.txt").unlink()
+    (run.path / "out").rmdir()
+    run.stage("s", {"x": 2}, ["out"], builder("three", calls))
+    assert calls[-1] == "three" and len(calls) == 3  # an output that is gone is made again
+
+
+def test_a_failed_stage_changes_nothing_and_finds_its_work_again(tmp_path):
+    run = RunDirectory(tmp_path / "a", lambda line: None)
+    run.stage("s", {"x": 1}, ["out"], builder("one", []))
+
+    def fail(work):
+        (work / "part").write_text("finished part")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.stage("s", {"x": 2}, ["out"], fail)
+    assert (run.path / "out/file.txt").read_text() == "one"
+    assert run.record["stages"]["s"]["summary"] == {"length": 3}
+
+    def go_on(work):
+        assert (work / "part").read_text() == "finished part"
+        return builder("two", [])(work)
+
+    run.stage("s", {"x": 2}, ["out"], go_on)
+    assert (run.path / "out/file.txt").read_text() == "two"
+    assert not list((run.path / ".work").iterdir())
+
+
+def test_in_place_stage_goes_on_only_with_the_same_inputs(tmp_path):
+    run = RunDirectory(tmp_path / "a", lambda line: None)
+
+    def partly(work):
+        (work / "out").mkdir(exist_ok=True)
+        (work / "out/first").write_text("1")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.stage("s", {"x": 1}, ["out"], partly, in_place=True)
+    seen = []
+
+    def rest(work):
+        seen.append((work / "out/first").exists())
+        (work / "out").mkdir(exist_ok=True)
+        return {}
+
+    run.stage("s", {"x": 1}, ["out"], rest, in_place=True)
+    run.stage("s", {"x": 2}, ["out"], rest, in_place=True)
+    assert seen == [True, False]
+
+
+def test_siblings_share(tmp_path):
+    calls = []
+    RunDirectory(tmp_path / "a", print).stage("s", {"x": 1}, ["out"], builder("one", calls))
+    lines = []
+    sibling = RunDirectory(tmp_path / "b", lines.append)
+    assert sibling.stage("s", {"x": 1}, ["out"], builder("one", calls)) == {"length": 3}
+    assert calls == ["one"]
+    assert "shared with a" in lines[-1]
+    assert sha256_of_tree(tmp_path / "a/out") == sha256_of_tree(tmp_path / "b/out")
+    sibling.stage("t", {"x": 1}, ["out"], builder("other", calls))
+    assert calls == ["one", "other"]  # same inputs, another stage
+
+
+def test_required_stage_that_has_not_run(tmp_path):
+    with pytest.raises(UserError, match="stage 's' has not run for this recipe"):
+        RunDirectory(tmp_path / "a").stage("s", {}, ["out"], None)
+    with pytest.raises(UserError, match="stage 's' has not run yet"):
+        RunDirectory(tmp_path / "a").stage_key("s")
+
+
+def test_one_writer_at_a_time(tmp_path):
+    script = (
+        "import sys; from nanophi.records import RunDirectory\n"
+        "with RunDirectory(sys.argv[1]).lock(): print('held', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "a")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with (
+            pytest.raises(UserError, match=f"a is being written by another process .pid {holder.pid}."),
+            RunDirectory(tmp_path / "a").lock(),
+        ):
+            pass
+        holder.kill()  # a holder that dies does not block the next
+    with RunDirectory(tmp_path / "a").lock():
+        pass
+
+
+def test_writes_are_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(ValueError, match="Out of range float"):
+        write_json(path, {"a": float("nan")})
+    with pytest.raises(UnicodeEncodeError):
+        write_text(path, "half \ud800")
+    assert read_json(path) == {"a": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["file.json"]
+
+
+def test_broken_json_is_named(tmp_path):
+    (tmp_path / "x.json").write_text("{")
+    with pytest.raises(UserError, match=r"x\.json is not valid JSON"):
+        read_json(tmp_path / "x.json")
+    with pytest.raises(UserError, match=r"y\.json is missing"):
+        read_json(tmp_path / "y.json")

@@ -1,0 +1,116 @@
+"""Recipes: what the built-in ones say, inheritance, overrides, and one clear line for every mistake."""
+
+import pytest
+import yaml
+
+from nanophi.modeling_nanophi import NanoPhiForCausalLM
+from nanophi.records import UserError
+from nanophi.training.estimate import flops_per_token, parameter_count
+from nanophi.training.recipe import RECIPES, Recipe, load_recipe
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_built_in_recipes_load_and_survive_a_round_trip(path):
+    recipe = load_recipe(path)
+    assert recipe.name == path.stem
+    assert Recipe(**yaml.safe_load(yaml.safe_dump(recipe.dump()))) == recipe
+
+
+def test_the_115m_recipe_is_the_published_run():
+    recipe = load_recipe("nano-phi-115m")
+    import torch
+
+    with torch.device("meta"):
+        model = NanoPhiForCausalLM(recipe.model_config_for())
+    assert sum(parameter.numel() for parameter in model.parameters()) == 115_098_231
+    assert parameter_count(model.config) == 115_098_231
+    assert flops_per_token(model.config, 1024) == pytest.approx(515e6, rel=0.001)
+    assert recipe.training.steps * recipe.training.batch_size * model.config.max_position_embeddings == 7_340_032_000
+    assert 6000 in recipe.training.keep_steps
+    assert (recipe.quality.scorer, recipe.quality.threshold) == ("column:quality_score_v1", 0.5)
+    assert len(recipe.data.sources) == 5
+    assert all(source.hub.startswith("kenhktsui/") for source in recipe.data.sources)
+
+
+@pytest.mark.parametrize("pair", [("demo", "demo-control"), ("nano-phi-115m", "nano-phi-115m-control")])
+def test_controls_differ_by_the_filter_alone(pair):
+    filtered, control = (load_recipe(name).dump() for name in pair)
+    assert control["quality"].pop("threshold") is None
+    assert filtered["quality"].pop("threshold") == 0.5
+    for recipe in (filtered, control):
+        del recipe["name"], recipe["card"]["title"]
+    assert filtered == control
+
+
+@pytest.fixture
+def write(tmp_path):
+    base = yaml.safe_load((RECIPES / "demo.yaml").read_text())
+
+    def write(name="recipe.yaml", text=None, **changes):
+        (tmp_path / name).write_text(yaml.safe_dump({**base, **changes}) if text is None else text)
+        return tmp_path / name
+
+    return write
+
+
+def test_extends_merges_mapping_by_mapping(write):
+    write("base.yaml")
+    path = write("child.yaml", text="extends: base.yaml\nname: child\ntraining: {batch_size: 77}\n")
+    recipe = load_recipe(path)
+    assert (recipe.name, recipe.training.batch_size) == ("child", 77)
+    assert recipe.training.steps == load_recipe("demo").training.steps
+
+
+def test_overrides(write):
+    recipe = load_recipe(write(), ["quality.threshold=0.25", "training.keep_steps=[1, 2]", "quality.scorer=column:q"])
+    assert recipe.quality.threshold == 0.25
+    assert recipe.training.keep_steps == [1, 2]
+    assert recipe.quality.scorer == "column:q"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["training.step=5"], r"unknown key 'training.step'; did you mean 'steps'\?"),
+        (["trainig.steps=5"], r"unknown key 'trainig'; did you mean 'training'\?"),
+        (
+            ["data.sources=[{embeded: documentation}]"],
+            r"unknown key 'data.sources.0.embeded'; did you mean 'embedded'\?",
+        ),
+        (["model.hidden_sizes=5"], r"'model': unknown key 'hidden_sizes'; did you mean 'hidden_size'\?"),
+        (["model.hidden_size=100"], r"'model'.*hidden_size.*100.*num_attention_heads"),
+        (["model.num_key_value_heads=4"], r"'model'.*num_attention_heads.*num_key_value_heads"),
+        (["training.steps=many"], r"'training.steps': .*integer.*got 'many'"),
+        (["training.steps=0"], r"'training.steps': .*greater than 0"),
+        (["training.optimizer=sgd"], r"'training.optimizer': .*'adamw' or 'muon', got 'sgd'"),
+        (["training.warmup_steps=1000000"], r"warmup_steps \(1000000\) must be below steps"),
+        (["training.keep_steps=[1000000]"], r"keep_steps \[1000000\] lie beyond the last step"),
+        (["training.micro_batch_size=3"], r"batch_size \(\d+\) must be a multiple of micro_batch_size \(3\)"),
+        (["data.sources=[{hub: a, files: b}]"], r"exactly one of 'embedded', 'hub' or 'files'"),
+        (["data.sources=[{files: x.txt}]"], r"'linear' needs quality.high and quality.low"),
+        (["quality.scorer=magic"], r"'quality.scorer': must be 'linear'"),
+        (["name=a/b"], r"'name'"),
+        (["training.steps"], r"--set training.steps: expected section.key=value"),
+        (["name.x=1"], r"'name' is not a section"),
+    ],
+)
+def test_mistakes_are_named_in_one_line(write, overrides, message):
+    with pytest.raises(UserError, match=message) as caught:
+        load_recipe(write(), overrides)
+    assert "\n" not in str(caught.value)
+
+
+def test_broken_files_are_named(write, tmp_path):
+    with pytest.raises(UserError, match=r"recipe nowhere.yaml does not exist; built-in recipes: demo, demo-control"):
+        load_recipe("nowhere.yaml")
+    with pytest.raises(UserError, match="not valid YAML"):
+        load_recipe(write(text="a: [1"))
+    with pytest.raises(UserError, match="a recipe is a mapping"):
+        load_recipe(write(text="- 1"))
+    with pytest.raises(UserError, match="extends lost.yaml, which does not exist"):
+        load_recipe(write(text="extends: lost.yaml"))
+    with pytest.raises(UserError, match="goes in a circle"):
+        write("a.yaml", text="extends: b.yaml")
+        load_recipe(write("b.yaml", text="extends: a.yaml"))
+    with pytest.raises(UserError, match="not valid YAML"):
+        load_recipe(write(text="a: !!python/object/apply:os.system [ls]"))
