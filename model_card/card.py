@@ -30,25 +30,15 @@ LATER_STAGES = ("comparison", "card", "release", "verification")
 Records = dict[str, Any]
 """Relative file name under `records/` -> contents."""
 
-CHANCE = {
-    "arc_challenge": 0.25,
-    "arc_easy": 0.25,
-    "hellaswag": 0.25,
-    "mmlu": 0.25,
-    "winogrande": 0.5,
-    "gsm8k": 0.0,
-}
-"""Expected score of guessing. TruthfulQA's mc2 is a probability mass, not a choice accuracy: it has none."""
-
 HUB_TASKS = {
-    # task: (dataset type, name, config, split, metric of lm-eval, type and name for the Hub)
-    "arc_challenge": ("ai2_arc", "AI2 Reasoning Challenge", "ARC-Challenge", "test", "acc_norm", "normalized accuracy"),
-    "arc_easy": ("ai2_arc", "AI2 Reasoning Challenge (Easy)", "ARC-Easy", "test", "acc_norm", "normalized accuracy"),
-    "hellaswag": ("hellaswag", "HellaSwag", None, "validation", "acc_norm", "normalized accuracy"),
-    "mmlu": ("cais/mmlu", "MMLU", "all", "test", "acc", "accuracy"),
-    "truthfulqa_mc2": ("truthful_qa", "TruthfulQA", "multiple_choice", "validation", "acc", "mc2"),
-    "winogrande": ("winogrande", "Winogrande", "winogrande_xl", "validation", "acc", "accuracy"),
-    "gsm8k": ("gsm8k", "GSM8k", "main", "test", "exact_match", "accuracy"),
+    # task: (dataset type, name, config, split, name of the metric), as the leaderboard wrote them
+    "arc_challenge": ("ai2_arc", "AI2 Reasoning Challenge", "ARC-Challenge", "test", "normalized accuracy"),
+    "arc_easy": ("ai2_arc", "AI2 Reasoning Challenge (Easy)", "ARC-Easy", "test", "accuracy"),
+    "hellaswag": ("hellaswag", "HellaSwag", None, "validation", "normalized accuracy"),
+    "mmlu": ("cais/mmlu", "MMLU", "all", "test", "accuracy"),
+    "truthfulqa_mc2": ("truthful_qa", "TruthfulQA", "multiple_choice", "validation", "mc2"),
+    "winogrande": ("winogrande", "Winogrande", "winogrande_xl", "validation", "accuracy"),
+    "gsm8k": ("gsm8k", "GSM8k", "main", "test", "accuracy"),
 }
 LEADERBOARD = ("arc_challenge", "hellaswag", "mmlu", "truthfulqa_mc2", "winogrande", "gsm8k")
 
@@ -95,7 +85,7 @@ def build(run: Path, output: Path, checkpoint: Path | None = None) -> dict[str, 
     write_text(output / "README.md", text)
     for name, content in eval_results_files(records).items():
         write_text(output / ".eval_results" / name, content)
-    return {"characters": len(text), "figures": names, "evaluations": len(metric_rows(records))}
+    return {"characters": len(text), "figures": names, "evaluations": len(headline(records))}
 
 
 # --- records ------------------------------------------------------------------------------------------------------
@@ -162,25 +152,27 @@ def evaluations(run: Path, checkpoint: str) -> dict[str, dict[str, Any]]:
 
 def reduce_results(results: dict[str, Any]) -> dict[str, Any]:
     """lm-eval's result dict without per-item samples, machine details and paths."""
-    kept = {
-        key: results[key]
-        for key in (
-            "results",
-            "groups",
-            "group_subtasks",
-            "versions",
-            "n-shot",
-            "n-samples",
-            "higher_is_better",
-            "chance",
-        )
-        if results.get(key)
+    keys = (
+        "results",
+        "groups",
+        "group_subtasks",
+        "versions",
+        "n-shot",
+        "n-samples",
+        "higher_is_better",
+        "task_hashes",
+        "lm_eval_version",
+        "transformers_version",
+    )
+    kept = {key: results[key] for key in keys if key in results}
+    kept["config"] = {
+        key: value for key, value in results["config"].items() if key not in ("model", "model_args", "device")
     }
-    config = results.get("config", {})
-    kept["config"] = {key: config[key] for key in ("limit", "bootstrap_iters", "random_seed") if key in config}
-    for key in ("lm_eval_version", "transformers_version", "suite"):
-        if key in results:
-            kept[key] = results[key]
+    kept["nanophi"] = {
+        key: results["nanophi"][key]
+        for key in ("format", "suite", "headline", "average", "heldout", "data")
+        if key in results["nanophi"]
+    }
     return portable(kept)
 
 
@@ -357,43 +349,50 @@ def problems(text: str) -> list[str]:
 # --- evaluation ---------------------------------------------------------------------------------------------------
 
 
-def metric_rows(records: Records) -> list[dict[str, Any]]:
-    """One row per task and metric, from the shipped lm-eval results.
+def headline(records: Records) -> list[dict[str, Any]]:
+    """The leading figure of every task, in the order of the suites.
 
     Returns:
-        dicts of suite, task, parent (the group it is folded under, or None), shots, metric, filter, value, stderr
-        (None where lm-eval gives none), items, chance (None if guessing has no expected score), percent (bool).
+        dicts of suite, task, shots, metric, filter, value, stderr (None where there is none), chance (None if
+        guessing has no expected score), items, of (items in the whole task), higher_is_better, percent.
     """
+    rows = []
+    for name, record in records.items():
+        if name.startswith("evals/"):
+            for line in record["nanophi"]["headline"]:
+                row = {
+                    key: line[key] for key in ("task", "metric", "filter", "value", "stderr", "chance", "items", "of")
+                }
+                row |= {"suite": Path(name).stem, "shots": line["num_fewshot"]}
+                row |= {"higher_is_better": line["higher_is_better"], "percent": line["metric"] in PERCENT_METRICS}
+                rows.append(row)
+    return rows
+
+
+def metric_rows(records: Records) -> list[dict[str, Any]]:
+    """One row per leaf task and metric, from the shipped lm-eval results; the keys of `headline` but chance."""
     rows = []
     for name, record in records.items():
         if not name.startswith("evals/"):
             continue
-        suite = Path(name).stem
-        groups = record.get("group_subtasks", {})
-        parents = {task: group for group, tasks in groups.items() for task in tasks}
-        merged = {**record["results"], **record.get("groups", {})}
-        for task, metrics in merged.items():
+        for task, metrics in record["results"].items():
+            if task in record.get("groups", {}):
+                continue
             for key, value in metrics.items():
                 metric, _, name_of_filter = key.partition(",")
-                if not name_of_filter or metric.endswith("_stderr") or isinstance(value, bool | str | None):
+                if not name_of_filter or metric.endswith("_stderr") or not isinstance(value, int | float):
                     continue
                 stderr = metrics.get(f"{metric}_stderr,{name_of_filter}")
-                samples = record.get("n-samples", {}).get(task, {})
                 rows.append(
                     {
-                        "suite": suite,
+                        "suite": Path(name).stem,
                         "task": task,
-                        "alias": str(metrics.get("alias", task)).strip(" -"),
-                        "parent": parents.get(task),
-                        "shots": record.get("n-shot", {}).get(task),
+                        "shots": record["n-shot"].get(task),
                         "metric": metric,
                         "filter": name_of_filter,
                         "value": value,
                         "stderr": stderr if isinstance(stderr, int | float) else None,
-                        "items": samples.get("effective"),
-                        "chance": record.get("chance", {}).get(task, CHANCE.get(task))
-                        if metric in PERCENT_METRICS
-                        else None,
+                        "items": record["n-samples"][task]["effective"],
                         "percent": metric in PERCENT_METRICS,
                     }
                 )
@@ -401,39 +400,37 @@ def metric_rows(records: Records) -> list[dict[str, Any]]:
 
 
 def main_scores(suites: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """`{"task/metric": value}` of every task that is not folded under a group."""
-    records = {f"evals/{suite}.json": results for suite, results in suites.items()}
-    return {f"{row['task']}/{row['metric']}": row["value"] for row in metric_rows(records) if not _folded(row)}
+    """`{"task/metric": value}` of every task's leading figure."""
+    rows = headline({f"evals/{suite}.json": results for suite, results in suites.items()})
+    return {f"{row['task']}/{row['metric']}": row["value"] for row in rows}
 
 
-def leaderboard(rows: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
-    """The six tasks of Open LLM Leaderboard v1 and their average, in percent; None unless all six were run."""
-    scores = {}
-    for task in LEADERBOARD:
-        metric = HUB_TASKS[task][4]
-        found = [row for row in rows if row["task"] == task and row["metric"] == metric]
-        if not found:
-            return None
-        # The board scored gsm8k by the strict match on "#### answer".
-        found.sort(key=lambda row: row["filter"] != "strict-match")
-        scores[task] = 100 * found[0]["value"]
-    return {"average": sum(scores.values()) / len(scores), "scores": scores}
-
-
-def _folded(row: dict[str, Any]) -> bool:
-    return row["parent"] is not None and row["parent"].startswith("mmlu")
+def leaderboard(records: Records) -> dict[str, Any] | None:
+    """The six tasks of Open LLM Leaderboard v1 and their average, in percent; None unless all their items were run."""
+    for name, record in records.items():
+        if not name.startswith("evals/") or not record["nanophi"].get("average"):
+            continue
+        lines = {line["task"]: line for line in record["nanophi"]["headline"]}
+        if all(lines[task]["items"] == lines[task]["of"] for task in LEADERBOARD):
+            average = record["nanophi"]["average"]
+            return {
+                "average": 100 * average["value"],
+                "stderr": 100 * average["stderr"],
+                "scores": {task: 100 * lines[task]["value"] for task in LEADERBOARD},
+            }
+    return None
 
 
 def eval_results_files(records: Records) -> dict[str, str]:
     """`.eval_results/*.yaml` for the benchmarks that the Hub takes there: file name -> YAML."""
     files = {}
-    for row in metric_rows(records):
-        if row["task"] == "gsm8k" and row["filter"] == "strict-match":
+    for row in headline(records):
+        if row["task"] == "gsm8k" and row["items"] == row["of"]:
             entry = EvalResultEntry(
                 dataset_id="openai/gsm8k",
                 task_id="gsm8k",
                 value=round(100 * row["value"], 2),
-                notes=f"{row['shots']}-shot, strict match, lm-evaluation-harness",
+                notes=f"{row['shots']}-shot, {row['filter']}, lm-evaluation-harness",
             )
             files["gsm8k.yaml"] = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
     return files
@@ -442,25 +439,21 @@ def eval_results_files(records: Records) -> dict[str, str]:
 def metadata(records: Records) -> ModelCardData:
     """The card's YAML header."""
     recipe = records["recipe.yaml"]
-    rows = metric_rows(records)
+    rows = headline(records)
     results = []
     for row in rows:
-        if _folded(row) or row["parent"]:
-            continue
-        known = HUB_TASKS.get(row["task"])
-        if known and row["metric"] != known[4]:
-            continue
+        known = HUB_TASKS.get(row["task"]) if row["items"] == row["of"] else None
         results.append(
             EvalResult(
                 task_type="text-generation",
                 task_name="Text Generation",
                 dataset_type=known[0] if known else row["task"],
-                dataset_name=_shots_name(known[1] if known else row["alias"], row["shots"]),
+                dataset_name=_shots_name(known[1] if known else row["task"], row["shots"]),
                 dataset_config=known[2] if known else None,
                 dataset_split=known[3] if known else None,
                 dataset_args={"num_few_shot": row["shots"]} if row["shots"] is not None else None,
                 metric_type=row["metric"],
-                metric_name=known[5] if known else METRIC_NAMES.get(row["metric"], row["metric"]),
+                metric_name=known[4] if known else METRIC_NAMES.get(row["metric"], row["metric"]),
                 metric_value=round(100 * row["value"], 2) if row["percent"] else round(row["value"], 4),
             )
         )
@@ -517,7 +510,8 @@ def render(records: Records) -> str:
     environment.filters.update(count=_count, percent=_percent, decimal=_decimal, metric=_metric, cell=_cell)
     environment.filters.update(duration=_duration, size=_size, metric_name=lambda name: METRIC_NAMES.get(name, name))
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    rows = metric_rows(records)
+    rows = headline(records)
+    every = metric_rows(records)
     try:
         return template.render(
             metadata=metadata(records).to_yaml(line_break="\n"),
@@ -532,10 +526,11 @@ def render(records: Records) -> str:
             tokens=records.get("tokens.json"),
             comparison=records.get("comparison.json"),
             sample=records.get("sample.json"),
-            rows=[row for row in rows if not _folded(row)],
-            folded=[row for row in rows if _folded(row)],
+            rows=rows,
+            tasks=[row for row in every if not row["task"].startswith("mmlu_")],
+            subjects=[row for row in every if row["task"].startswith("mmlu_")],
             evals={Path(name).stem: value for name, value in records.items() if name.startswith("evals/")},
-            leaderboard=leaderboard(rows),
+            leaderboard=leaderboard(records),
             leaderboard_tasks=[(HUB_TASKS[task][1], task) for task in LEADERBOARD],
             noise=noise(rows),
             hardware=hardware(records),
@@ -547,15 +542,12 @@ def render(records: Records) -> str:
 
 def noise(rows: Iterable[dict[str, Any]]) -> dict[str, list[str]]:
     """Tasks by whether guessing explains their score: `above` and `within` two standard errors of chance."""
-    sorted_out: dict[str, list[str]] = {"above": [], "within": []}
+    tasks: dict[str, list[str]] = {"above": [], "within": []}
     for row in rows:
-        if row["chance"] is None or not row["stderr"] or _folded(row):
-            continue
-        above = row["value"] - row["chance"] > 2 * row["stderr"]
-        sorted_out["above" if above else "within"].append(
-            f"{row['alias']} ({METRIC_NAMES.get(row['metric'], row['metric'])})"
-        )
-    return sorted_out
+        if row["chance"] is not None and row["stderr"]:
+            above = row["value"] - row["chance"] > 2 * row["stderr"]
+            tasks["above" if above else "within"].append(row["task"])
+    return tasks
 
 
 def _count(value: float) -> str:

@@ -82,6 +82,8 @@ def _loss(records: dict[str, Any], axes: Axes) -> None:
 
 
 def _quality(records: dict[str, Any], axes: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     counts = records["scores.json"]["histogram"]
     threshold = records["recipe.yaml"]["quality"]["threshold"]
     width = 1 / len(counts)
@@ -92,7 +94,7 @@ def _quality(records: dict[str, Any], axes: Axes) -> None:
     axes.set_xlim(0, 1)
     axes.set_xlabel("quality score")
     axes.set_ylabel("documents")
-    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     total = sum(row["documents"] for row in records["scores.json"]["sources"])
     kept_documents = sum(row["kept_documents"] for row in records["scores.json"]["sources"])
     if threshold is None:
@@ -103,16 +105,9 @@ def _quality(records: dict[str, Any], axes: Axes) -> None:
 
 
 def _bars(records: dict[str, Any]) -> list[dict[str, Any]]:
-    from nanophi.model_card.card import metric_rows
+    from nanophi.model_card.card import headline
 
-    rows = [row for row in metric_rows(records) if row["percent"]]
-    rows = [row for row in rows if not (row["parent"] or "").startswith("mmlu")]
-    best: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        # One bar a task: the length-normalised accuracy where there is one, as leaderboards show it.
-        if row["task"] not in best or row["metric"] == "acc_norm":
-            best[row["task"]] = row
-    return list(best.values())
+    return [row for row in headline(records) if row["percent"]]
 
 
 def _evaluation(records: dict[str, Any], axes: Axes) -> None:
@@ -122,9 +117,9 @@ def _evaluation(records: dict[str, Any], axes: Axes) -> None:
         axes.barh(position, 100 * row["value"], color=BLUE, height=0.55)
         axes.errorbar(100 * row["value"], position, xerr=error, color=DARK, capsize=3, lw=1.2)
         if row["chance"] is not None:
-            label = "chance" if position == len(rows) - 1 else None
+            label = "chance" if "chance" not in axes.get_legend_handles_labels()[1] else None
             axes.plot([100 * row["chance"]] * 2, [position - 0.4, position + 0.4], color=ORANGE, lw=2, label=label)
-    labels = [row["alias"] + (f" ({row['shots']}-shot)" if row["shots"] is not None else "") for row in rows]
+    labels = [row["task"] + (f" ({row['shots']}-shot)" if row["shots"] is not None else "") for row in rows]
     axes.set_yticks(range(len(rows)), labels)
     axes.set_xlim(0, 100)
     axes.set_ylim(-0.6, len(rows) - 0.4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -67,6 +68,100 @@ def build_checkpoint(folder: Path, tokenizer: Path, step: int) -> None:
             "eval_loss": 5.8 - step / 20,
         },
     )
+
+
+def results_of(run: Path, step: int) -> dict[str, Any]:
+    """What the evaluation stage writes for one checkpoint and the suite `heldout`."""
+    bits, accuracy = 2.9 - step / 40, 0.26 + step / 200
+    return {
+        "results": {
+            "heldout_bits_per_byte": {
+                "alias": "heldout_bits_per_byte",
+                "sample_len": 50,
+                "bits_per_byte,none": bits,
+                "bits_per_byte_stderr,none": 0.05,
+            },
+            "heldout_continuation": {
+                "alias": "heldout_continuation",
+                "sample_len": 200,
+                "acc,none": accuracy - 0.01,
+                "acc_stderr,none": 0.03,
+                "acc_norm,none": accuracy,
+                "acc_norm_stderr,none": 0.031,
+            },
+        },
+        "configs": {"heldout_continuation": {"custom_dataset": "<function>", "metadata": {"heldout": str(run)}}},
+        "versions": {"heldout_bits_per_byte": 1.0, "heldout_continuation": 1.0},
+        "n-shot": {"heldout_bits_per_byte": 0, "heldout_continuation": 0},
+        "higher_is_better": {
+            "heldout_bits_per_byte": {"bits_per_byte": False},
+            "heldout_continuation": {"acc": True, "acc_norm": True},
+        },
+        "n-samples": {
+            "heldout_bits_per_byte": {"original": 50, "effective": 50},
+            "heldout_continuation": {"original": 200, "effective": 200},
+        },
+        "task_hashes": {"heldout_bits_per_byte": "0" * 64, "heldout_continuation": "1" * 64},
+        "samples": {"heldout_bits_per_byte": [], "heldout_continuation": []},
+        "config": {"model": str(run / "checkpoints"), "batch_size": 16, "device": "cpu", "limit": None},
+        "date": 1.0,
+        "lm_eval_version": "0.4.13",
+        "transformers_version": "5.23.0",
+        "tokenizer_pad_token": ["<|endoftext|>", "0"],
+        "nanophi": {
+            "format": 1,
+            "model": {"name": f"step-{step:06d}"},
+            "suite": "heldout",
+            "headline": [
+                {
+                    "task": "heldout_bits_per_byte",
+                    "metric": "bits_per_byte",
+                    "filter": "none",
+                    "num_fewshot": 0,
+                    "value": bits,
+                    "stderr": 0.05,
+                    "chance": None,
+                    "higher_is_better": False,
+                    "items": 50,
+                    "of": 50,
+                    "tasks": ["heldout_bits_per_byte"],
+                },
+                {
+                    "task": "heldout_continuation",
+                    "metric": "acc_norm",
+                    "filter": "none",
+                    "num_fewshot": 0,
+                    "value": accuracy,
+                    "stderr": 0.031,
+                    "chance": 0.25,
+                    "higher_is_better": True,
+                    "items": 200,
+                    "of": 200,
+                    "tasks": ["heldout_continuation"],
+                },
+            ],
+            "average": None,
+            "heldout": {
+                "bits_per_byte": bits,
+                "bits_per_byte_stderr": 0.05,
+                "bytes": 100000,
+                "documents": 50,
+                "bz2": {"bits_per_byte": 2.6, "bytes": 100000},
+                "by_source": {
+                    "docstrings": {
+                        "bits_per_byte": bits,
+                        "bits_per_byte_stderr": 0.06,
+                        "bytes": 60000,
+                        "documents": 30,
+                    },
+                    "licences": {"bits_per_byte": bits, "bits_per_byte_stderr": 0.07, "bytes": 40000, "documents": 20},
+                },
+            },
+            "data": {"heldout": "2" * 64},
+            "environment": {},
+            "seconds": {"heldout_bits_per_byte": 1.0},
+        },
+    }
 
 
 def build_run(run: Path) -> None:
@@ -160,36 +255,7 @@ def build_run(run: Path) -> None:
 
     (run / "evals").mkdir()
     for step in (*KEPT_STEPS, STEPS):
-        write_json(
-            run / "evals" / f"step-{step:06d}-heldout.json",
-            {
-                "results": {
-                    "heldout_continuation": {
-                        "alias": "heldout_continuation",
-                        "acc,none": 0.25 + step / 200,
-                        "acc_stderr,none": 0.03,
-                        "acc_norm,none": 0.26 + step / 200,
-                        "acc_norm_stderr,none": 0.031,
-                    },
-                    "heldout_text": {
-                        "alias": "heldout_text",
-                        "bits_per_byte,none": 2.9 - step / 40,
-                        "bits_per_byte_stderr,none": "N/A",
-                    },
-                },
-                "group_subtasks": {},
-                "versions": {"heldout_continuation": 1.0, "heldout_text": 1.0},
-                "n-shot": {"heldout_continuation": 0, "heldout_text": 0},
-                "n-samples": {
-                    "heldout_continuation": {"original": 200, "effective": 200},
-                    "heldout_text": {"original": 50, "effective": 50},
-                },
-                "higher_is_better": {"heldout_continuation": {"acc": True, "acc_norm": True}},
-                "config": {"model": "hf", "model_args": f"pretrained={run}/checkpoints", "limit": None},
-                "lm_eval_version": "0.4.13",
-                "samples": {"heldout_continuation": []},
-            },
-        )
+        write_json(run / "evals" / f"step-{step:06d}-heldout.json", results_of(run, step))
     environment = {
         "nanophi": "0.1.0",
         "commit": "0123456789abcdef",
