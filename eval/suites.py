@@ -1,0 +1,271 @@
+"""Suites: which lm-eval tasks are run, with how many examples in the prompt, on which items, and which figure leads.
+
+A suite is data. The task definitions are lm-eval's own, unmodified (and ours under `tasks/`, in lm-eval's format);
+only where the data lies and the number of shots are set from here. `open-llm-v1` follows the first Open LLM
+Leaderboard (lm-eval group `openllm`): its six tasks, shots and metrics, beside ARC-Easy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import hashlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lm_eval.tasks
+from lm_eval.api.group import Group
+from lm_eval.api.task import Task
+from lm_eval.config.group import GroupConfig
+from lm_eval.tasks import TaskManager
+
+from nanophi.records import UserError
+
+OUR_TASKS = Path(__file__).parent / "tasks"
+# TaskManager reads thousands of YAML files (several seconds); the suites' own tasks lie in these few folders.
+STOCK_FOLDERS = ("arc", "gsm8k", "hellaswag", "mmlu/default", "truthfulqa", "winogrande")
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One line of a suite.
+
+    Attributes:
+        task: lm-eval's name of a task or of a group, which counts as one line (`mmlu`: 57 subjects).
+        num_fewshot: examples in the prompt; None: what the task's definition says.
+        metric: the figure that leads, `metric,filter` as lm-eval names it; None: the task's first metric.
+        items: at most so many items of each task, drawn by hash; None: all of them.
+    """
+
+    task: str
+    num_fewshot: int | None = None
+    metric: str | None = None
+    items: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """A named list of entries; `average` names those whose mean is the suite's own figure (empty: it has none)."""
+
+    name: str
+    entries: tuple[Entry, ...]
+    average: tuple[str, ...] = ()
+
+
+LEADERBOARD = ("arc_challenge", "hellaswag", "mmlu", "truthfulqa_mc2", "winogrande", "gsm8k")
+
+OPEN_LLM_V1 = Suite(
+    "open-llm-v1",
+    (
+        Entry("arc_challenge", 25, "acc_norm,none"),
+        Entry("hellaswag", 10, "acc_norm,none"),
+        Entry("mmlu", 5, "acc,none"),
+        Entry("truthfulqa_mc2", 0, "acc,none"),
+        Entry("winogrande", 5, "acc,none"),
+        Entry("gsm8k", 5, "exact_match,strict-match"),
+        Entry("arc_easy", 0, "acc,none"),
+    ),
+    average=LEADERBOARD,
+)
+
+# Enough items to see that everything works and roughly where a model stands; not enough to rank two models.
+QUICK_ITEMS = {"arc_challenge": 40, "hellaswag": 40, "mmlu": 4, "truthfulqa_mc2": 40, "winogrande": 100, "gsm8k": 8}
+QUICK = Suite(
+    "quick",
+    tuple(dataclasses.replace(entry, items=QUICK_ITEMS.get(entry.task, 150)) for entry in OPEN_LLM_V1.entries),
+)
+
+HELDOUT = Suite(
+    "heldout",
+    (
+        Entry("heldout_bits_per_byte", 0, "bits_per_byte,none"),
+        Entry("heldout_continuation", 0, "acc_norm,none"),
+        Entry("heldout_order", 0, "acc,none"),
+    ),
+)
+
+SUITES = {suite.name: suite for suite in (HELDOUT, QUICK, OPEN_LLM_V1)}
+
+
+@dataclasses.dataclass
+class LoadedSuite:
+    """A suite whose tasks are ready to run.
+
+    Attributes:
+        suite: what was asked for.
+        tasks: every leaf task by name, in the order of the suite.
+        entries: the suite's entry that each leaf task belongs to.
+        groups: lm-eval groups (`mmlu` and its four categories) by name, children attached.
+        datasets: per leaf task, the id of its dataset and the folder it came from (None: the Hub).
+    """
+
+    suite: Suite
+    tasks: dict[str, Task]
+    entries: dict[str, Entry]
+    groups: dict[str, Group]
+    datasets: dict[str, tuple[str, Path | None]]
+
+
+def find_suite(name: str) -> Suite:
+    """The suite of that name, or one made of the lm-eval tasks that `name` lists (`arc-easy,hellaswag`)."""
+    if name in SUITES:
+        return SUITES[name]
+    known = {entry.task: entry for suite in SUITES.values() for entry in suite.entries}
+    known |= {entry.task: entry for entry in OPEN_LLM_V1.entries}
+    entries = []
+    for part in name.split(","):
+        task = part.strip().replace("-", "_")
+        entries.append(known.get(task, Entry(task)))
+    return Suite(name, tuple(entries))
+
+
+def load_suite(suite: Suite, *, data: Path | None = None, heldout: Path | None = None) -> LoadedSuite:
+    """Build the suite's tasks, which reads their data.
+
+    Args:
+        suite: from `find_suite`.
+        data: folder that holds the datasets under their Hub ids (`<data>/allenai/ai2_arc`); None: the Hub.
+        heldout: folder with `heldout-*.parquet`, for the tasks that are made from held-out documents.
+
+    Raises:
+        UserError: for an unknown task, or data that is missing.
+    """
+    manager = _manager(tuple(entry.task for entry in suite.entries))
+    tasks: dict[str, Task] = {}
+    entries: dict[str, Entry] = {}
+    groups: dict[str, Group] = {}
+    origins: dict[str, tuple[str, Path | None]] = {}
+    for entry in suite.entries:
+        leaves = _leaves(manager, entry.task)
+        for leaf in leaves:
+            config = manager.task_index[leaf].cfg or {}
+            origins[leaf] = _origin(leaf, config, data, heldout)
+            entries[leaf] = entry
+            tasks[leaf] = _load_task(manager, leaf, entry, *origins[leaf])
+        if leaves != [entry.task]:
+            _group(manager, entry.task, tasks, groups)
+    return LoadedSuite(suite, tasks, entries, groups, origins)
+
+
+def sample_of_items(task: Task, items: int | None) -> list[int] | None:
+    """Indices of a fixed sample of a task's items, ascending; None: all.
+
+    The sample is drawn by hash of the index, so it is spread over the task (the first items of HellaSwag, for one,
+    all come from the same source) and a larger sample contains a smaller one.
+    """
+    total = len(task.eval_docs)
+    if items is None or items >= total:
+        return None
+    order = sorted(range(total), key=lambda index: hashlib.sha256(str(index).encode()).digest())
+    return sorted(order[:items])
+
+
+@functools.cache
+def _everything() -> TaskManager:
+    return TaskManager(include_path=str(OUR_TASKS))
+
+
+@functools.cache
+def _common() -> TaskManager:
+    stock = Path(lm_eval.tasks.__file__).parent
+    return TaskManager(include_path=[*(stock / folder for folder in STOCK_FOLDERS), OUR_TASKS], include_defaults=False)
+
+
+def _manager(names: Sequence[str]) -> TaskManager:
+    """An index that knows all `names`, or `UserError` with the nearest names for one that nobody knows."""
+    if all(name in _common().task_index for name in names):
+        return _common()
+    manager = _everything()
+    for name in names:
+        if name not in manager.task_index:
+            candidates = [*SUITES, *manager.all_tasks]
+            near = difflib.get_close_matches(name, candidates, n=3, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"suites are {', '.join(SUITES)}"
+            raise UserError(f"unknown suite or task '{name}'; {hint}")
+    return manager
+
+
+def _children(manager: TaskManager, name: str) -> list[str] | None:
+    """Names directly under a group or tag, None for a task."""
+    entry = manager.task_index[name]
+    if entry.tags and entry.yaml_path is None:
+        return sorted(entry.tags)
+    config = entry.cfg or {}
+    if "group" not in config:
+        return None
+    children = [child if isinstance(child, str) else child.get("task", child.get("group")) for child in config["task"]]
+    if any(not isinstance(child, str) or child not in manager.task_index for child in children):
+        raise UserError(f"group '{name}' defines tasks inline; name its tasks one by one instead")
+    return children
+
+
+def _leaves(manager: TaskManager, name: str) -> list[str]:
+    children = _children(manager, name)
+    if children is None:
+        return [name]
+    return [leaf for child in children for leaf in _leaves(manager, child)]
+
+
+def _group(manager: TaskManager, name: str, tasks: dict[str, Task], groups: dict[str, Group]) -> list[Task | Group]:
+    """What stands for `name` in lm-eval's tree: a task, a group with its children, or a tag's tasks."""
+    children = _children(manager, name)
+    if children is None:
+        return [tasks[name]]
+    members = [member for child in children for member in _group(manager, child, tasks, groups)]
+    config = manager.task_index[name].cfg or {}
+    if "group" not in config:
+        return members
+    fields = {field.name for field in dataclasses.fields(GroupConfig)}
+    group = Group.from_config(GroupConfig(**{key: value for key, value in config.items() if key in fields}))
+    for member in members:
+        group.add(member)
+    groups[name] = group
+    return [group]
+
+
+def _origin(task: str, config: dict[str, Any], data: Path | None, heldout: Path | None) -> tuple[str, Path | None]:
+    """Dataset id and local folder of a task's data. Raises `UserError` if a folder was named and lacks it."""
+    if task.startswith("heldout_"):
+        if heldout is None:
+            raise UserError(f"task '{task}' needs held-out documents; name a run's data/documents folder (--heldout)")
+        if not list(Path(heldout).glob("heldout-*.parquet")):
+            raise UserError(f"no heldout-*.parquet in {heldout}; name a run's data/documents folder (--heldout)")
+        return "heldout", Path(heldout).resolve()
+    dataset = str(config.get("dataset_path"))
+    if data is None:
+        return dataset, None
+    folder = Path(data).resolve() / dataset
+    if not folder.is_dir():
+        raise UserError(f"task '{task}' needs the dataset {dataset}, which is not in {data} (looked for {folder})")
+    return dataset, folder
+
+
+def _load_task(manager: TaskManager, name: str, entry: Entry, dataset: str, folder: Path | None) -> Task:
+    overrides: dict[str, Any] = {"task": name}
+    if entry.num_fewshot is not None:
+        overrides["num_fewshot"] = entry.num_fewshot
+    if dataset == "heldout":
+        overrides["dataset_kwargs"] = {"heldout": str(folder)}
+    elif folder is not None:
+        overrides["dataset_path"] = str(folder)
+    # At top level a dict with a "task" key defines a new task; inside a group it refers to the one of that name.
+    # The task's data layer logs every load as a warning, which would hide the warnings that matter.
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        (task,) = manager.load([{"group": "nanophi", "task": [overrides]}])["tasks"].values()
+    except UserError:
+        raise
+    except Exception as error:
+        where = f"folder {folder}" if folder else f"dataset {dataset} on the Hub (a local copy goes in with --data)"
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"task '{name}': cannot load {where}: {type(error).__name__}: {reason}") from error
+    finally:
+        logger.setLevel(level)
+    if task.get_config("num_fewshot") is None:
+        task.set_config("num_fewshot", 0)
+    return task

@@ -1,0 +1,111 @@
+"""Items made from a run's held-out documents: the data behind the `heldout_*.yaml` tasks.
+
+Everything is a function of the documents alone: what is drawn is drawn by hash of a document's id, so every model
+that is measured on the same documents gets the same items, and results can be paired.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow.parquet
+
+MAX_BYTES = 1 << 20  # of text for bits per byte: a minute for a small model on a CPU
+MAX_DOCUMENT_BYTES = 8192  # so that a few long documents do not make up the whole sample
+CONTEXT_CHARACTERS = 400
+CONTINUATION_CHARACTERS = 120
+SENTENCES_CHARACTERS = 400  # of three sentences: fits a context of 256 tokens
+MAX_ITEMS = 400
+CHOICES = 4
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=\S)")
+
+
+def documents(heldout: str, **_: Any) -> dict[str, datasets.Dataset]:
+    """Documents in the order of their hash, up to `MAX_BYTES` of UTF-8 text. Columns: id, source, text."""
+    rows: list[dict[str, Any]] = []
+    total = 0
+    for row in _read(heldout):
+        text = row["text"].encode()[:MAX_DOCUMENT_BYTES].decode(errors="ignore")
+        size = len(text.encode())
+        if rows and total + size > MAX_BYTES:
+            break
+        rows.append({**row, "text": text})
+        total += size
+    return {"test": datasets.Dataset.from_list(rows)}
+
+
+def continuation(heldout: str, **_: Any) -> dict[str, datasets.Dataset]:
+    """Context, and four passages of which `gold` is the one that follows it.
+
+    The three others follow the same kind of context in other documents of the same source; of those, the ones
+    nearest in length are taken. Cut at word boundaries; a choice begins with its space.
+    """
+    rows: list[dict[str, Any]] = []
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in _read(heldout):
+        split = _cut(row["text"])
+        if split is not None and len(rows) < 2 * MAX_ITEMS:
+            rows.append({**row, "context": split[0], "passage": split[1]})
+            groups.setdefault(row["source"], []).append(rows[-1])
+    items = []
+    for row in rows:
+        others = [other for other in groups[row["source"]] if other["passage"] != row["passage"]]
+        # Nearest in length among a few drawn by hash, lest the same passage of odd length serves everywhere.
+        others = sorted(others, key=lambda other: _draw(row, other["id"]))[: 4 * CHOICES]
+        others.sort(key=lambda other: abs(len(other["passage"]) - len(row["passage"])))
+        if len({other["passage"] for other in others[: CHOICES - 1]}) == CHOICES - 1:
+            items.append(_item(row, row["context"], row["passage"], [o["passage"] for o in others[: CHOICES - 1]]))
+    return _dataset(items, "heldout_continuation: too few documents of 600 characters or more in any one source")
+
+
+def order(heldout: str, **_: Any) -> dict[str, datasets.Dataset]:
+    """Context, and the three sentences that follow it in the true order (`gold`) and in three others."""
+    items = []
+    for row in _read(heldout):
+        sentences = SENTENCE_END.split(" ".join(row["text"].split()))
+        start = next((i for i in range(1, len(sentences)) if sum(map(len, sentences[:i])) >= 100), None)
+        if start is None or len(sentences) < start + 3:
+            continue
+        a, b, c = following = sentences[start : start + 3]
+        if len({*following}) < 3 or min(map(len, following)) < 20 or sum(map(len, following)) > SENTENCES_CHARACTERS:
+            continue
+        shuffled = sorted(([a, c, b], [b, a, c], [b, c, a], [c, a, b], [c, b, a]), key=lambda o: _draw(row, "".join(o)))
+        context = " ".join(sentences[:start])[-CONTEXT_CHARACTERS:]
+        items.append(_item(row, context, " " + " ".join(following), [" " + " ".join(o) for o in shuffled[:3]]))
+    return _dataset(items, "heldout_order: too few documents with five sentences")
+
+
+def _read(heldout: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for path in sorted(Path(heldout).glob("heldout-*.parquet")):
+        rows += pyarrow.parquet.read_table(path, columns=["id", "source", "text"]).to_pylist()
+    return sorted(rows, key=lambda row: hashlib.sha256(row["id"].encode()).digest())
+
+
+def _draw(row: dict[str, Any], salt: str) -> bytes:
+    return hashlib.sha256(f"{row['id']}:{salt}".encode()).digest()
+
+
+def _cut(text: str) -> tuple[str, str] | None:
+    """A context and what follows it, both cut at a space; None if the text is too short."""
+    middle = text.find(" ", CONTEXT_CHARACTERS)
+    end = text.find(" ", middle + CONTINUATION_CHARACTERS)
+    if middle < 0 or end < 0 or end - middle > 2 * CONTINUATION_CHARACTERS or not text[middle:end].strip():
+        return None
+    return text[:middle][-2 * CONTEXT_CHARACTERS :], text[middle:end]
+
+
+def _item(row: dict[str, Any], context: str, true: str, false: list[str]) -> dict[str, Any]:
+    choices = sorted([true, *false], key=lambda choice: _draw(row, choice))
+    item = {"id": row["id"], "source": row["source"], "context": context}
+    return {**item, "choices": choices, "gold": choices.index(true)}
+
+
+def _dataset(items: list[dict[str, Any]], problem: str) -> dict[str, datasets.Dataset]:
+    if not items:
+        raise ValueError(problem)
+    return {"test": datasets.Dataset.from_list(items[:MAX_ITEMS])}
