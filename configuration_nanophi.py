@@ -5,7 +5,8 @@ In memory `model_type` is "nanophi", so that the Auto classes can tell the two a
 `trust_remote_code=True` as NanoPhi. Both compute the same function from the same tensors.
 """
 
-from typing import Any, ClassVar
+from dataclasses import field
+from typing import Any
 
 import transformers
 from packaging import version
@@ -57,8 +58,8 @@ class NanoPhiConfig(PreTrainedConfig):
     """
 
     model_type = "nanophi"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
-    base_model_tp_plan: ClassVar[dict[str, Any]] = {
+    keys_to_ignore_at_inference = ["past_key_values"]
+    base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",
         "layers.*.self_attn.v_proj": "colwise",
@@ -66,7 +67,7 @@ class NanoPhiConfig(PreTrainedConfig):
         "layers.*.mlp.fc1": "colwise",
         "layers.*.mlp.fc2": "rowwise",
     }
-    base_model_pp_plan: ClassVar[dict[str, Any]] = {
+    base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "embed_dropout": (["inputs_embeds"], ["inputs_embeds"]),
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
@@ -78,7 +79,7 @@ class NanoPhiConfig(PreTrainedConfig):
     intermediate_size: int = 3072
     num_hidden_layers: int = 6
     num_attention_heads: int = 24
-    num_key_value_heads: int | None = 8
+    num_key_value_heads: int = 8
     resid_pdrop: float = 0.0
     embd_pdrop: float = 0.0
     attention_dropout: float = 0.0
@@ -88,7 +89,7 @@ class NanoPhiConfig(PreTrainedConfig):
     layer_norm_eps: float = 1e-5
     use_cache: bool = True
     tie_word_embeddings: bool = False
-    rope_parameters: dict[str, Any] | None = None
+    rope_parameters: dict[str, Any] = field(default_factory=dict)
     qk_layernorm: bool = False
     bos_token_id: int | None = 50256
     eos_token_id: int | list[int] | None = 50256
@@ -99,7 +100,7 @@ class NanoPhiConfig(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         self._validate_shape()
         # The base class fills this dictionary in place; the caller's must stay as it was.
-        self.rope_parameters = dict(self.rope_parameters) if self.rope_parameters else None
+        self.rope_parameters = dict(self.rope_parameters or {})
         kwargs.setdefault("partial_rotary_factor", 0.5)
         kwargs.pop("model_type", None)  # the class's; the instance must not shadow it with what config.json says
         super().__post_init__(**kwargs)
@@ -172,6 +173,7 @@ class NanoPhiConfig(PreTrainedConfig):
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if config_dict.get("model_type") == STOCK_MODEL_TYPE:
             config_dict["model_type"] = cls.model_type
+            config_dict.setdefault("num_key_value_heads", None)  # Phi's default, where a file leaves it out
         return config_dict, kwargs
 
     def to_dict(self) -> dict[str, Any]:

@@ -38,6 +38,7 @@ class NanoPhiRotaryEmbedding(nn.Module):
         super().__init__()
         self.config = config
         self.rope_type = config.rope_parameters["rope_type"]
+        self.inv_freq: torch.Tensor
         inv_freq, self.attention_scaling = self.compute_default_rope_parameters(config)
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
@@ -89,7 +90,7 @@ def eager_attention_forward(
     Returns:
         output [batch, queries, heads, head_dim] and weights [batch, heads, queries, keys].
     """
-    groups = module.num_key_value_groups
+    groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scores = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
@@ -202,7 +203,10 @@ class NanoPhiPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _can_compile_fullgraph = True
     _supports_attention_backend = True
-    _can_record_outputs = {"hidden_states": NanoPhiDecoderLayer, "attentions": NanoPhiAttention}
+    _can_record_outputs = {
+        "hidden_states": NanoPhiDecoderLayer,
+        "attentions": NanoPhiAttention,
+    }
 
 
 class NanoPhiModel(NanoPhiPreTrainedModel):
@@ -222,11 +226,11 @@ class NanoPhiModel(NanoPhiPreTrainedModel):
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
@@ -306,7 +310,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32, device=hidden_states.device)
         grad_hidden = torch.empty_like(hidden_states) if wanted[0] else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wanted[2] else None
+        grad_bias = None if bias is None or not wanted[2] else torch.zeros_like(bias, dtype=torch.float32)
         for start in range(0, len(targets), LOSS_CHUNK):
             rows = slice(start, start + LOSS_CHUNK)
             chunk = hidden_states[rows].to(dtype)
@@ -357,7 +361,7 @@ class NanoPhiForCausalLM(NanoPhiPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # type: ignore[dict-item]  # as in transformers
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: NanoPhiConfig) -> None:
@@ -370,12 +374,12 @@ class NanoPhiForCausalLM(NanoPhiPreTrainedModel, GenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,

@@ -1,0 +1,376 @@
+"""NanoPhi's own promises: its loss, its RoPE after loading, its two doors, and the tools that hook into it."""
+
+import copy
+import json
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Trainer, TrainingArguments
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from nanophi import NanoPhiConfig, NanoPhiForCausalLM, NanoPhiModel, modeling_nanophi
+
+TOLERANCE = 1e-5
+SHAPE = {
+    "vocab_size": 131,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def make_model(**fields):
+    torch.manual_seed(0)
+    model = NanoPhiForCausalLM(NanoPhiConfig(**{**SHAPE, **fields}))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def tokens(batch=2, length=21, seed=1):
+    return torch.randint(3, SHAPE["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def difference(first, second):
+    return (first - second).abs().max().item()
+
+
+def gradients(model):
+    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    return found
+
+
+def assert_same_gradients(first, second, tolerance=TOLERANCE):
+    assert first.keys() == second.keys()
+    for name, gradient in first.items():
+        assert difference(gradient, second[name]) < tolerance, name
+
+
+# The loss
+
+
+@pytest.mark.parametrize("chunk", [1, 8, 42, 512])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"num_items_in_batch": 17},
+        {"num_items_in_batch": torch.tensor(17)},
+        {"ignore_index": 5},
+        {"shift_labels": tokens(seed=4)},
+    ],
+    ids=["mean", "sum over int", "sum over tensor", "ignore_index", "shift_labels"],
+)
+def test_the_fused_loss_is_transformers_loss(monkeypatch, chunk, arguments):
+    monkeypatch.setattr(modeling_nanophi, "LOSS_CHUNK", chunk)
+    model = make_model().train()
+    ids = tokens()
+    labels = ids.clone()
+    labels[0, :4] = arguments.get("ignore_index", -100)
+    fused = model(ids, labels=labels, **arguments).loss
+    fused.backward()
+    actual = gradients(model)
+    loss = ForCausalLMLoss(model(ids).logits, labels, model.config.vocab_size, **arguments)
+    loss.backward()
+    assert difference(fused, loss) < TOLERANCE
+    assert_same_gradients(gradients(model), actual)
+
+
+def test_the_upstream_gradient_scales_the_fused_loss():
+    """Gradient accumulation divides the loss, and a loss scaler multiplies it."""
+    model = make_model().train()
+    ids = tokens()
+    model(ids, labels=ids).loss.backward()
+    once = gradients(model)
+    (model(ids, labels=ids).loss * 0.25).backward()
+    assert_same_gradients({name: gradient / 4 for name, gradient in once.items()}, gradients(model))
+
+
+def test_labels_that_are_all_ignored_give_what_transformers_gives():
+    model = make_model().train()
+    ids = tokens()
+    ignored = torch.full_like(ids, -100)
+    assert model(ids, labels=ignored).loss.isnan()
+    loss = model(ids, labels=ignored, num_items_in_batch=1).loss
+    loss.backward()
+    assert loss.item() == 0
+    assert all(not parameter.grad.any() for parameter in model.parameters())
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the largest number of elements that any operation returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+def test_a_training_step_never_holds_the_full_logits(monkeypatch):
+    monkeypatch.setattr(modeling_nanophi, "LOSS_CHUNK", 8)
+    model = make_model(vocab_size=4096).train()
+    ids = tokens(length=64)
+    full = ids.numel() * 4096
+    with LargestTensor() as largest:
+        model(ids, labels=ids).loss.backward()
+    assert largest.elements <= full / 2  # the head's weight and its gradient
+    with LargestTensor() as largest:
+        model.eval()(ids, labels=ids)
+    assert largest.elements >= full
+
+
+def test_training_with_labels_makes_no_cache_and_evaluation_gives_logits():
+    model = make_model().train()
+    ids = tokens()
+    outputs = model(ids, labels=ids)
+    assert outputs.logits is None
+    assert outputs.past_key_values is None
+    outputs = model.eval()(ids, labels=ids)
+    assert outputs.logits.shape == (2, 21, 131)
+    assert outputs.past_key_values is None
+    assert model(ids).past_key_values.get_seq_length() == 21
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_under_bf16_autocast_the_loss_and_gradients_stay_close(attention):
+    model = make_model(attn_implementation=attention).train()
+    ids = tokens()
+    model(ids, labels=ids).loss.backward()
+    exact = gradients(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(ids, labels=ids).loss
+    loss.backward()
+    assert loss.dtype == torch.float32
+    for name, gradient in gradients(model).items():
+        assert gradient.dtype == torch.float32
+        assert (gradient - exact[name]).norm() < 0.05 * exact[name].norm() + 1e-3, name
+
+
+def test_in_pure_bf16_the_loss_is_float32_and_the_gradients_bf16():
+    model = make_model().to(torch.bfloat16).train()
+    ids = tokens()
+    loss = model(ids, labels=ids).loss
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert {parameter.grad.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_nothing(reentrant):
+    model = make_model().train()
+    ids = tokens()
+    model(ids, labels=ids).loss.backward()
+    plain = gradients(model)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    model(ids, labels=ids).loss.backward()
+    assert_same_gradients(plain, gradients(model))
+
+
+def test_frozen_parameters_get_no_gradient():
+    model = make_model().train()
+    ids = tokens()
+    model(ids, labels=ids).loss.backward()
+    plain = gradients(model)
+    model.lm_head.requires_grad_(False)
+    model(ids, labels=ids).loss.backward()
+    assert model.lm_head.weight.grad is None
+    assert difference(plain["model.layers.0.mlp.fc1.weight"], model.model.layers[0].mlp.fc1.weight.grad) < TOLERANCE
+
+
+def test_compiled_in_one_graph_it_gives_the_same_loss_and_gradients():
+    model = make_model().train()
+    ids = tokens()
+    model(ids, labels=ids).loss.backward()
+    plain = gradients(model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled(ids, labels=ids).loss.backward()
+    assert_same_gradients(plain, gradients(model))
+
+
+def test_dropout_is_applied_in_training_only():
+    model = make_model(resid_pdrop=0.5, embd_pdrop=0.5, attention_dropout=0.5)
+    ids = tokens()
+    assert difference(model.eval()(ids).logits, model(ids).logits) == 0
+    model.train()
+    assert difference(model(ids).logits, model(ids).logits) > 0.01
+
+
+# Loading
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rope_frequencies_are_the_formula_after_loading(tmp_path, dtype):
+    """from_pretrained builds on the meta device: a buffer that is not filled in again is garbage, silently."""
+    make_model(rope_theta=5000.0, partial_rotary_factor=0.5).save_pretrained(tmp_path)
+    expected = torch.tensor([5000.0 ** (-2 * i / 8) for i in range(4)])
+    for model in (
+        NanoPhiForCausalLM.from_pretrained(tmp_path, dtype=dtype),
+        NanoPhiForCausalLM.from_pretrained(tmp_path, dtype=dtype, low_cpu_mem_usage=True),
+    ):
+        rope = model.model.rotary_emb
+        torch.testing.assert_close(rope.inv_freq, expected, rtol=1e-6, atol=0)
+        cos, sin = rope(torch.tensor([[0, 3]]), torch.float32)
+        assert cos.shape == (1, 1, 2, 8)
+        torch.testing.assert_close(cos[0, 0, 1], torch.cat((expected, expected)).mul(3).cos())
+        torch.testing.assert_close(sin[0, 0, 1], torch.cat((expected, expected)).mul(3).sin())
+
+
+def test_a_checkpoint_of_the_wrong_shape_is_refused_and_names_its_tensors(tmp_path):
+    make_model().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 128}))
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logging.getLogger("transformers").addHandler(handler)
+    try:
+        with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+            NanoPhiForCausalLM.from_pretrained(tmp_path)
+    finally:
+        logging.getLogger("transformers").removeHandler(handler)
+    report = " ".join(messages)
+    assert "mlp.fc1.weight" in report
+    assert "ckpt: torch.Size([96, 64]) vs model:torch.Size([128, 64])" in report
+
+
+DOORS = """
+import sys, torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+folder, copy = sys.argv[1:]
+ids = torch.arange(3, 24)[None]
+outputs = {}
+for trust in (False, True):
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust)
+    outputs[type(model).__name__] = model(ids).logits
+    assert model.generate(ids, max_new_tokens=3, min_new_tokens=3, do_sample=False).shape == (1, 24)
+assert list(outputs) == ["PhiForCausalLM", "NanoPhiForCausalLM"], list(outputs)
+assert (outputs["PhiForCausalLM"] - outputs["NanoPhiForCausalLM"]).abs().max() < 1e-5
+assert AutoConfig.from_pretrained(folder, trust_remote_code=True).model_type == "nanophi"
+assert type(AutoModel.from_pretrained(folder, trust_remote_code=True)).__name__ == "NanoPhiModel"
+model.save_pretrained(copy)
+assert "nanophi" not in sys.modules
+"""
+
+
+def test_both_doors_open_in_a_fresh_process_without_a_warning(tmp_path):
+    """Elsewhere, without the package, a saved folder is Phi without trust and NanoPhi with it; saved again, still."""
+    model = make_model()
+    model.generation_config.pad_token_id = 0
+    model.save_pretrained(tmp_path / "first")
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
+    for folder, again in (("first", "second"), ("second", "third")):
+        command = [sys.executable, "-c", DOORS, tmp_path / folder, tmp_path / again]
+        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        for word in ("type `", "newly initialized", "deprecated", "not support", "mismatch"):
+            assert word not in result.stderr, result.stderr
+        files = {file.name for file in (tmp_path / again).iterdir()}
+        assert {"configuration_nanophi.py", "modeling_nanophi.py", "model.safetensors", "config.json"} <= files
+
+
+def test_a_trainer_checkpoint_is_a_complete_folder(tmp_path):
+    """Trainer switches the cache off in the configuration that it saves; the file must not say so."""
+    model = make_model()
+    rows = [{"input_ids": row, "labels": row} for row in tokens(batch=4)]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, save_steps=2, report_to=[], use_cpu=True, disable_tqdm=True
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows)
+    losses = trainer.train().training_loss
+    assert losses > 0
+    folder = tmp_path / "checkpoint-2"
+    assert (folder / "modeling_nanophi.py").is_file()
+    assert (folder / "configuration_nanophi.py").is_file()
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["model_type"], config["use_cache"]) == ("phi", True)
+    ids = tokens()
+    assert difference(NanoPhiForCausalLM.from_pretrained(folder)(ids).logits, model.eval()(ids).logits) < TOLERANCE
+
+
+# Other tools
+
+
+def test_the_transformers_backend_of_vllm_and_sglang_gets_what_it_asks_for():
+    """Their contract: the base model alone, attention by a registered function that is handed their keyword
+    arguments in every layer, and finds its layer by `module.layer_idx`; rows without a batch dimension of their own.
+    """
+    model = make_model().eval()
+    base = NanoPhiModel(copy.deepcopy(model.config)).eval()
+    base.load_state_dict(model.model.state_dict())
+    assert NanoPhiModel._supports_attention_backend
+    assert NanoPhiModel.base_model_prefix == "model"
+    assert sum(isinstance(module, torch.nn.ModuleList) for module in base.modules()) == 1
+    assert set(base.config.base_model_tp_plan.values()) <= {"colwise", "rowwise"}
+    seen = []
+
+    def served_attention(module, query, key, value, attention_mask, scaling, attention_instances, **kwargs):
+        seen.append(module.layer_idx)
+        assert attention_mask is None
+        assert attention_instances[module.layer_idx] == f"kernel {module.layer_idx}"
+        assert module.is_causal
+        output = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=True
+        )
+        return output.transpose(1, 2), None
+
+    ALL_ATTENTION_FUNCTIONS.register("served", served_attention)
+    base.config._attn_implementation = "served"
+    ids = tokens(batch=1)
+    hidden = base(
+        ids,
+        position_ids=torch.arange(21)[None],
+        use_cache=False,
+        attention_instances={0: "kernel 0", 1: "kernel 1"},
+        return_dict=False,
+    )[0][0]
+    assert seen == [0, 1]
+    assert hidden.shape == (21, 64)
+    assert difference(model.lm_head(hidden), model(ids).logits[0]) < TOLERANCE
+
+
+@pytest.mark.parametrize("targets", [None, ["q_proj", "v_proj", "fc1", "fc2", "lm_head"]], ids=["default", "with head"])
+def test_lora_attaches_trains_merges_and_saves(tmp_path, targets):
+    peft = pytest.importorskip("peft")
+    from transformers import PhiForCausalLM
+
+    model = make_model()
+    ids = tokens()
+    before = model.eval()(ids).logits
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM"))
+    assert difference(adapted.eval()(ids).logits, before) == 0
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=0.02)
+    losses = []
+    for _ in range(10):
+        loss = adapted.train()(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.05
+    trained = adapted.eval()(ids).logits
+    merged = adapted.merge_and_unload()
+    assert type(merged) is NanoPhiForCausalLM
+    assert difference(merged(ids).logits, trained) < 1e-4
+    merged.save_pretrained(tmp_path)
+    for reader in (NanoPhiForCausalLM, PhiForCausalLM):
+        assert difference(reader.from_pretrained(tmp_path)(ids).logits, trained) < 1e-4

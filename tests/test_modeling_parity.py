@@ -1,0 +1,253 @@
+"""NanoPhi against transformers' PhiForCausalLM, an independent implementation: the same function, both ways.
+
+Tiny random weights go into both; logits, loss, gradients and generated tokens must agree in float32.
+"""
+
+import itertools
+
+import pytest
+import torch
+from transformers import PhiConfig, PhiForCausalLM, StaticCache
+
+from nanophi import NanoPhiConfig, NanoPhiForCausalLM
+
+TOLERANCE = 1e-5
+SHAPE = {
+    "vocab_size": 131,
+    "hidden_size": 80,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+
+
+def make_pair(attention="sdpa", key_value_heads=2, rotary=0.5, qk_layernorm=False, tied=False, **fields):
+    """The same random weights (biases and LayerNorms too) in Phi and in NanoPhi, both in eval mode."""
+    fields = {**SHAPE, **fields, "num_key_value_heads": key_value_heads, "qk_layernorm": qk_layernorm}
+    fields |= {"tie_word_embeddings": tied, "partial_rotary_factor": rotary, "attn_implementation": attention}
+    torch.manual_seed(0)
+    phi = PhiForCausalLM(PhiConfig(**fields)).eval()
+    for parameter in phi.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    nanophi = NanoPhiForCausalLM(NanoPhiConfig(**fields)).eval()
+    nanophi.load_state_dict(phi.state_dict(), strict=True)
+    return phi, nanophi
+
+
+def tokens(batch=2, length=21, seed=1):
+    return torch.randint(1, SHAPE["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def difference(first, second):
+    return (first - second).abs().max().item()
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("qk_layernorm", [False, True], ids=["plain", "qk_layernorm"])
+@pytest.mark.parametrize("rotary", [0.4, 0.5, 1.0])
+@pytest.mark.parametrize("key_value_heads", [4, 2, 1])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_logits_loss_and_gradients(attention, key_value_heads, rotary, qk_layernorm, tied):
+    phi, nanophi = make_pair(attention, key_value_heads, rotary, qk_layernorm, tied)
+    ids = tokens()
+    labels = ids.clone()
+    labels[0, :5] = -100
+    expected, actual = phi(ids, labels=labels), nanophi(ids, labels=labels)
+    assert difference(expected.logits, actual.logits) < TOLERANCE
+    assert difference(expected.loss, actual.loss) < TOLERANCE
+    fused = nanophi.train()(ids, labels=labels)
+    assert fused.logits is None
+    assert difference(expected.loss, fused.loss) < TOLERANCE
+    expected.loss.backward()
+    fused.loss.backward()
+    gradients = {name: parameter.grad for name, parameter in nanophi.named_parameters()}
+    assert gradients.keys() == dict(phi.named_parameters()).keys()
+    for name, parameter in phi.named_parameters():
+        assert difference(parameter.grad, gradients[name]) < TOLERANCE, name
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_checkpoint_of_either_is_read_by_the_other(tmp_path, tied):
+    phi, nanophi = make_pair(tied=tied)
+    ids = tokens()
+    nanophi.save_pretrained(tmp_path / "ours")
+    phi.save_pretrained(tmp_path / "stock")
+    for reader, folder in ((PhiForCausalLM, "ours"), (NanoPhiForCausalLM, "stock"), (NanoPhiForCausalLM, "ours")):
+        model, info = reader.from_pretrained(tmp_path / folder, output_loading_info=True)
+        assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+        assert difference(model(ids).logits, phi(ids).logits) < TOLERANCE
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_token_by_token_with_a_cache_equals_one_pass(attention):
+    phi, nanophi = make_pair(attention)
+    ids = tokens()
+    whole = phi(ids).logits
+    cache, steps = None, []
+    for index in range(ids.shape[1]):
+        outputs = nanophi(ids[:, index : index + 1], past_key_values=cache, use_cache=True)
+        cache = outputs.past_key_values
+        steps.append(outputs.logits)
+    assert difference(torch.cat(steps, dim=1), whole) < TOLERANCE
+
+
+def test_a_static_cache_equals_one_pass():
+    phi, nanophi = make_pair()
+    ids = tokens()
+    cache = StaticCache(config=nanophi.config, max_cache_len=32)
+    first = nanophi(ids[:, :9], past_key_values=cache, use_cache=True).logits
+    second = nanophi(
+        ids[:, 9:], past_key_values=cache, use_cache=True, position_ids=torch.arange(9, ids.shape[1])[None]
+    ).logits
+    assert difference(torch.cat((first, second), dim=1), phi(ids).logits) < TOLERANCE
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_left_padded_batch_equals_each_row_alone(attention):
+    phi, nanophi = make_pair(attention)
+    short, long = tokens(1, 6, seed=2), tokens(1, 11, seed=3)
+    ids = torch.cat((torch.nn.functional.pad(short, (5, 0)), long))
+    mask = (ids != 0).long()
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    batch = nanophi(ids, attention_mask=mask, position_ids=positions).logits
+    assert difference(batch[:1, 5:], phi(short).logits) < TOLERANCE
+    assert difference(batch[1:], phi(long).logits) < TOLERANCE
+    arguments = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False}
+    assert torch.equal(nanophi.generate(ids, **arguments), phi.generate(ids, **arguments))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"do_sample": False},
+        {"do_sample": False, "cache_implementation": "static", "disable_compile": True},
+        {"do_sample": False, "use_cache": False},
+        {"do_sample": False, "num_beams": 3},
+        {"do_sample": False, "repetition_penalty": 10.0},
+        {"do_sample": True, "top_k": 20},
+    ],
+    ids=lambda arguments: "-".join(f"{key}={value}" for key, value in arguments.items()),
+)
+def test_generate_gives_the_same_tokens(arguments):
+    phi, nanophi = make_pair()
+    ids = tokens(batch=1)
+    outputs = []
+    for model in (phi, nanophi):
+        torch.manual_seed(3)
+        outputs.append(model.generate(ids, max_new_tokens=20, **arguments))
+    assert torch.equal(*outputs)
+    assert outputs[0].shape[1] == ids.shape[1] + 20
+
+
+def test_beyond_the_context_it_does_what_phi_does():
+    """Rotary positions go on past max_position_embeddings: no error, and the same numbers."""
+    phi, nanophi = make_pair(max_position_embeddings=16)
+    ids = tokens(length=40)
+    assert difference(phi(ids).logits, nanophi(ids).logits) < TOLERANCE
+    assert torch.equal(*(model.generate(ids[:1], max_new_tokens=20, do_sample=False) for model in (phi, nanophi)))
+
+
+def test_a_window_sliding_over_the_context_gives_the_same_log_likelihoods():
+    phi, nanophi = make_pair(max_position_embeddings=16)
+    ids = tokens(batch=1, length=40)
+    for start in range(0, 40 - 16 + 1, 8):
+        window = ids[:, start : start + 16]
+        assert difference(phi(window).logits.log_softmax(-1), nanophi(window).logits.log_softmax(-1)) < TOLERANCE
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_hidden_states_and_attentions_are_phis(attention):
+    phi, nanophi = make_pair(attention)
+    ids = tokens()
+    asked = {"output_hidden_states": True, "output_attentions": attention == "eager"}
+    expected, actual = phi(ids, **asked), nanophi(ids, **asked)
+    assert len(actual.hidden_states) == 3
+    for first, second in zip(expected.hidden_states, actual.hidden_states, strict=True):
+        assert difference(first, second) < TOLERANCE
+    if attention == "eager":
+        assert len(actual.attentions) == 2
+        for first, second in zip(expected.attentions, actual.attentions, strict=True):
+            assert difference(first, second) < TOLERANCE
+
+
+def test_inputs_embeds_and_logits_to_keep_are_phis():
+    phi, nanophi = make_pair()
+    ids = tokens()
+    embeds = phi.get_input_embeddings()(ids)
+    assert difference(nanophi(inputs_embeds=embeds).logits, phi(ids).logits) < TOLERANCE
+    assert difference(nanophi(ids, logits_to_keep=3).logits, phi(ids, logits_to_keep=3).logits) < TOLERANCE
+    chosen = torch.tensor([2, 7, 20])
+    assert difference(nanophi(ids, logits_to_keep=chosen).logits, phi(ids).logits[:, chosen]) < TOLERANCE
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+        nanophi(ids, inputs_embeds=embeds)
+    tuple_form = nanophi(ids, return_dict=False)
+    assert difference(tuple_form[0], phi(ids).logits) < TOLERANCE
+
+
+def test_resized_embeddings_keep_the_old_rows():
+    phi, nanophi = make_pair()
+    ids = tokens()
+    before = nanophi(ids).logits
+    for model in (phi, nanophi):
+        model.resize_token_embeddings(140, mean_resizing=False)
+    assert nanophi.config.vocab_size == 140
+    assert nanophi.lm_head.bias.shape == (140,)
+    assert difference(nanophi(ids).logits[..., :131], before) < TOLERANCE
+    nanophi.load_state_dict(phi.state_dict(), strict=True)
+    assert difference(nanophi(ids).logits, phi(ids).logits) < TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_half_precision_it_stays_as_near_to_float32_as_phi_does(tmp_path, dtype):
+    phi, nanophi = make_pair()
+    ids = tokens()
+    exact = phi(ids).logits
+    nanophi.save_pretrained(tmp_path)
+    errors = []
+    for reader in (PhiForCausalLM, NanoPhiForCausalLM):
+        model = reader.from_pretrained(tmp_path, dtype=dtype)
+        assert model.dtype == dtype
+        errors.append((model(ids).logits.float() - exact).square().mean().sqrt().item())
+    assert errors[1] < 1.2 * errors[0] + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("attention", "key_value_heads"), list(itertools.product(["eager", "sdpa", "flex_attention"], [4, 2, 1]))
+)
+def test_documents_packed_in_one_row_are_kept_apart(attention, key_value_heads):
+    """Positions that start again mark documents, each of which gets the logits that it has alone."""
+    phi, nanophi = make_pair(key_value_heads=key_value_heads)
+    lengths = (7, 1, 13)
+    ids = tokens(batch=2, length=sum(lengths))
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    alone = torch.cat([phi(part).logits for part in ids.split(lengths, dim=1)], dim=1)
+    nanophi.set_attn_implementation(attention)
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # flex attention without its compiler
+        assert difference(nanophi(ids, position_ids=positions).logits, alone) < TOLERANCE
+        assert difference(nanophi(ids, position_ids=positions.expand(2, -1)).logits, alone) < TOLERANCE
+        # Without the restarts they do attend to each other.
+        assert difference(nanophi(ids).logits, alone) > 100 * TOLERANCE
+        assert difference(nanophi(ids).logits, phi(ids).logits) < TOLERANCE
+
+
+def test_training_on_a_packed_row_is_training_on_its_documents():
+    phi, nanophi = make_pair()
+    lengths = (7, 14)
+    ids = tokens(batch=1, length=sum(lengths))
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    labels = ids.clone()
+    labels[positions == 0] = -100  # the token before a document's first one belongs to another document
+    outputs = nanophi.train()(ids, position_ids=positions, labels=labels)
+    assert outputs.past_key_values is None
+    outputs.loss.backward()
+    parts = ids.split(lengths, dim=1)
+    loss = sum(phi(part, labels=part).loss * (part.shape[1] - 1) for part in parts) / sum(n - 1 for n in lengths)
+    loss.backward()
+    assert difference(outputs.loss, loss) < TOLERANCE
+    for (name, first), second in zip(phi.named_parameters(), nanophi.parameters(), strict=True):
+        assert difference(first.grad, second.grad) < TOLERANCE, name
