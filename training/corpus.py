@@ -97,11 +97,13 @@ def gather(data: Data, seed: int, output: Path, columns: Sequence[str] = ()) -> 
         return read_json(done)
     output.mkdir(parents=True, exist_ok=True)
     work = output / ".parts"
-    parts = [(source, origin) for source in data.sources for origin in _plan(source, columns)]
+    parts = [
+        (number, source, origin) for number, source in enumerate(data.sources) for origin in _plan(source, columns)
+    ]
     benchmarks = _index_benchmarks(data, work)
     read = run_parts(
         _read_part,
-        [(source, origin, tuple(columns), benchmarks) for source, origin in parts],
+        [(*part, tuple(columns), benchmarks) for part in parts],
         work / "read",
         "reading documents",
         data.workers,
@@ -121,7 +123,7 @@ def gather(data: Data, seed: int, output: Path, columns: Sequence[str] = ()) -> 
         "writing documents",
         data.workers,
     )
-    summary = _summary(read, documents, decisions, leaders)
+    summary = _summary(data, read, documents, decisions, leaders)
     if sum(part["train"] + part["heldout"] for part in written) != summary["train"] + summary["heldout"]:
         raise UserError(f"{output}: documents were lost between reading and writing; delete the run's .work folder")
     _write_duplicates(output / "duplicates.parquet", documents, decisions, leaders)
@@ -359,7 +361,7 @@ def _clean(text: Any) -> tuple[str | None, bytes]:
 
 
 def _read_part(
-    source: Source, origin: Origin, columns: tuple[str, ...], benchmarks: Path | None, path: Path
+    number_of_source: int, source: Source, origin: Origin, columns: tuple[str, ...], benchmarks: Path | None, path: Path
 ) -> dict[str, Any]:
     """Clean and hash one part. Writes `.parquet` (documents), `.ids` (uint64) and `.signatures` (uint32)."""
     schema = pa.schema(
@@ -431,6 +433,7 @@ def _read_part(
         if batch:
             flush()
     return {
+        "origin": number_of_source,
         "documents": documents,
         "read": dict(read),
         "bytes": dict(size),
@@ -600,17 +603,24 @@ def _total(parts: Sequence[dict[str, Any]], key: str) -> dict[str, int]:
 
 
 def _summary(
-    read: Sequence[dict[str, Any]], documents: _Documents, decisions: np.ndarray, leaders: np.ndarray
+    data: Data, read: Sequence[dict[str, Any]], documents: _Documents, decisions: np.ndarray, leaders: np.ndarray
 ) -> dict[str, Any]:
     names = sorted({name for part in read for name in part["read"]})
     codes = {name: code for code, name in enumerate(documents.sources)}
-    sources = {}
+    origins: dict[str, int] = {}
+    for part in read:
+        for name in part["read"]:
+            origin = origins.setdefault(name, part["origin"])
+            if data.sources[origin].weight != data.sources[part["origin"]].weight:
+                raise UserError(f"two sources of different weight give the same name '{name}'; set their 'name'")
+    sources: dict[str, Any] = {}
     for name in names:
         mine = decisions[documents.codes == codes[name]] if name in codes else decisions[:0]
         dropped = Counter({reason: int((mine == code).sum()) for code, reason in REASONS.items()})
         for part in read:
             dropped.update(part["dropped"].get(name, {}))
         sources[name] = {
+            "origin": origins[name],
             "read": sum(part["read"].get(name, 0) for part in read),
             "bytes": sum(part["bytes"].get(name, 0) for part in read),
             "train": int((mine == TRAIN).sum()),

@@ -44,8 +44,10 @@ _MARKUP_LINE = re.compile(
     r"^\s*(<[^>]*>\s*)+$|^\s*\[?!\[|^\s*\.\. (image|figure|raw|\||_)|^\s*:(target|alt|height|width):|<img "
 )
 _STOPWORDS = frozenset(
-    ["the", "of", "to", "and", "a", "in", "is", "that", "for", "it", "as", "be"]
-    + ["on", "with", "are", "this", "by", "or", "an", "not", "if", "from", "can", "which"]
+    [
+        *("the", "of", "to", "and", "a", "in", "is", "that", "for", "it", "as", "be"),
+        *("on", "with", "are", "this", "by", "or", "an", "not", "if", "from", "can", "which"),
+    ]
 )
 
 

@@ -1,0 +1,221 @@
+"""Packs documents into rows of exactly `context_length` tokens.
+
+Every document is followed by one end-of-text token; the documents of the training split are shuffled by the seed and
+laid end to end; the stream is cut into rows. There is no padding. The tokens that do not fill a last row are counted.
+End-of-text never stands for anything but a boundary, so training can find the documents in a row again.
+
+    output/train, output/heldout   `datasets` folders; column `input_ids`, int32 `[context_length]`
+    output/tokens.json             counts, by split
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nanophi.records import UserError, read_json, replace_tree, write_json
+from nanophi.training import tokenizer as tokenizers
+from nanophi.training.corpus import shards
+from nanophi.training.engine import run_parts
+from nanophi.training.recipe import Data
+
+_BATCH_BYTES = 1 << 20
+_WRITE_TOKENS = 1 << 20
+
+
+def pack(
+    documents: Path, kept: Path, tokenizer: Path, context_length: int, data: Data, seed: int, output: Path
+) -> dict[str, Any]:
+    """Tokenize and pack.
+
+    Args:
+        documents: folder of `corpus.gather`.
+        kept: folder of `quality.select`; of the training documents only these are packed. Held-out documents are
+            all packed, so that a filtered run and its control are measured on the same text.
+        tokenizer: folder of `tokenizer.build`.
+        context_length: tokens per row.
+        data: the recipe's section, for the sources' weights and the number of workers.
+        seed: of the order of the training documents, and of who is repeated under a fractional weight.
+        output: folder to create; goes on where a killed attempt left it.
+
+    Returns:
+        by split `{documents, bytes, tokens, rows, tail_tokens, tokens_by_source, bytes_per_token, sha256}`. `tokens`
+        includes one end-of-text per document, and `tokens == rows * context_length + tail_tokens`. `sha256` is that
+        of the whole stream as little-endian int32. `bytes_per_token` is `bytes / tokens`.
+
+    Raises:
+        UserError: if a split does not fill one row.
+    """
+    done = output / "tokens.json"
+    if done.exists():
+        return read_json(done)
+    output.mkdir(parents=True, exist_ok=True)
+    work = output / ".parts"
+    sources = read_json(documents / "documents.json")["sources"]
+    weights = {name: data.sources[source["origin"]].weight for name, source in sources.items()}
+    summary: dict[str, Any] = {"context_length": context_length}
+    for split in ("train", "heldout"):
+        paths = shards(documents, split)
+        train = split == "train"
+        parts = [(path, kept / "kept.parquet" if train else None, tokenizer) for path in paths]
+        counts = run_parts(_encode_shard, parts, work / split, f"tokenizing {split}", data.workers)
+        stream = _Stream(work / split, counts, weights if train else {}, seed)
+        summary[split] = _write(stream, context_length, output / split, work, split)
+    summary["vocab_size"] = tokenizers.load(tokenizer)[0].get_vocab_size()
+    write_json(done, summary)
+    shutil.rmtree(work)
+    return summary
+
+
+@functools.lru_cache(maxsize=1)
+def _load(tokenizer: Path) -> tuple[Any, int]:
+    return tokenizers.load(tokenizer)
+
+
+@functools.lru_cache(maxsize=1)
+def _kept_ids(path: Path) -> np.ndarray:
+    ids = pq.read_table(path, columns=["id"])["id"].to_pylist()
+    return np.sort(np.array([int(value, 16) for value in ids], np.uint64))
+
+
+def _encode_shard(shard: Path, kept: Path | None, tokenizer: Path, path: Path) -> dict[str, Any]:
+    """Write `.tokens` (uint32, end-of-text after each document), `.lengths`, `.bytes`, `.codes` and `.ids`."""
+    backend, eos = _load(tokenizer)
+    names: dict[str, int] = {}
+    lengths: list[int] = []
+    sizes: list[int] = []
+    codes: list[int] = []
+    ids: list[int] = []
+    with pq.ParquetFile(shard) as file, path.with_suffix(".tokens").open("wb") as output:
+        for batch in file.iter_batches(batch_size=128, columns=["id", "text", "source"]):
+            keys = np.array([int(value, 16) for value in batch.column("id").to_pylist()], np.uint64)
+            if kept is not None:
+                batch = batch.filter(pa.array(np.isin(keys, _kept_ids(kept))))
+            texts = batch.column("text").to_pylist()
+            for encoding in backend.encode_batch_fast(texts, add_special_tokens=False):
+                tokens = np.array([*encoding.ids, eos], np.uint32)
+                if int((tokens == eos).sum()) != 1:
+                    raise UserError(f"{tokenizer}: text became end-of-text; mark that token as special")
+                output.write(tokens.tobytes())
+                lengths.append(len(tokens))
+            sizes.extend(len(text.encode()) for text in texts)
+            codes.extend(names.setdefault(name, len(names)) for name in batch.column("source").to_pylist())
+            ids.extend(int(value, 16) for value in batch.column("id").to_pylist())
+    np.array(lengths, np.int64).tofile(path.with_suffix(".lengths"))
+    np.array(sizes, np.int64).tofile(path.with_suffix(".bytes"))
+    np.array(codes, np.int64).tofile(path.with_suffix(".codes"))
+    np.array(ids, np.uint64).tofile(path.with_suffix(".ids"))
+    return {"documents": len(lengths), "tokens": sum(lengths), "sources": list(names)}
+
+
+class _Stream:
+    """The documents of a split in the order in which they are packed."""
+
+    def __init__(self, folder: Path, counts: list[dict[str, Any]], weights: dict[str, float], seed: int) -> None:
+        self.paths = [folder / f"{index:05d}" for index in range(len(counts))]
+        self.parts = np.repeat(np.arange(len(counts)), [part["documents"] for part in counts])
+        lengths = [np.fromfile(path.with_suffix(".lengths"), np.int64) for path in self.paths]
+        for path, part, length in zip(self.paths, counts, lengths, strict=True):
+            if len(length) != part["documents"] or path.with_suffix(".tokens").stat().st_size != 4 * part["tokens"]:
+                raise UserError(f"{path}.tokens is incomplete; delete the run's .work folder and run again")
+        self.lengths = np.concatenate(lengths)
+        self.starts = np.concatenate([np.cumsum(length) - length for length in lengths])
+        self.sizes = np.concatenate([np.fromfile(path.with_suffix(".bytes"), np.int64) for path in self.paths])
+        self.sources = sorted({name for part in counts for name in part["sources"]})
+        self.codes = np.concatenate(
+            [
+                np.array([self.sources.index(name) for name in part["sources"]] or [0], np.int64)[
+                    np.fromfile(path.with_suffix(".codes"), np.int64)
+                ]
+                for path, part in zip(self.paths, counts, strict=True)
+            ]
+        )
+        self.order = np.arange(len(self.lengths))
+        if weights:
+            generator = np.random.default_rng(seed)
+            weight = np.array([weights.get(name, 1.0) for name in self.sources])[self.codes]
+            times = np.floor(weight + generator.random(len(weight))).astype(np.int64)
+            self.order = generator.permutation(np.repeat(self.order, times))
+
+    def blocks(self) -> Any:
+        """The token stream, int32, in blocks of about `_WRITE_TOKENS`."""
+        tokens = [
+            np.memmap(path.with_suffix(".tokens"), np.uint32, "r")
+            if path.with_suffix(".tokens").stat().st_size
+            else None
+            for path in self.paths
+        ]
+        pending: list[np.ndarray] = []
+        size = 0
+        for document in self.order:
+            start, length = self.starts[document], self.lengths[document]
+            part = tokens[self.parts[document]]
+            assert part is not None
+            pending.append(part[start : start + length])
+            size += int(length)
+            if size >= _WRITE_TOKENS:
+                yield np.concatenate(pending).astype("<i4")
+                pending, size = [], 0
+        if pending:
+            yield np.concatenate(pending).astype("<i4")
+
+
+def _write(stream: _Stream, context_length: int, output: Path, work: Path, split: str) -> dict[str, Any]:
+    import datasets
+
+    total = int(stream.lengths[stream.order].sum())
+    if total < context_length:
+        remedy = "lower quality.threshold or add sources" if split == "train" else "raise data.heldout_fraction"
+        raise UserError(f"the {split} split has {total} tokens, less than one row of {context_length}; {remedy}")
+    schema = pa.schema([("input_ids", pa.list_(pa.int32(), context_length))])
+    digest = hashlib.sha256()
+    rows = 0
+    rest = np.zeros(0, np.int32)
+    flat = work / f"{split}.arrow"
+    with flat.open("wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        for block in stream.blocks():
+            digest.update(block.tobytes())
+            block = np.concatenate([rest, block])
+            whole = len(block) // context_length
+            rest = block[whole * context_length :]
+            rows += whole
+            values = pa.array(block[: whole * context_length])
+            writer.write_batch(
+                pa.record_batch([pa.FixedSizeListArray.from_arrays(values, context_length)], schema=schema)
+            )
+    if rows * context_length + len(rest) != total:
+        raise UserError(f"{split}: {total} tokens went in, {rows * context_length + len(rest)} came out")
+    saved = work / f"{split}-saved"
+    shutil.rmtree(saved, ignore_errors=True)
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        datasets.Dataset.from_file(str(flat)).save_to_disk(str(saved))
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+    flat.unlink()
+    replace_tree(saved, output)
+    by_source: Counter[str] = Counter()
+    sums = np.bincount(stream.codes[stream.order], stream.lengths[stream.order], minlength=len(stream.sources))
+    for name, count in zip(stream.sources, sums.tolist(), strict=True):
+        by_source[name] = int(count)
+    size = int(stream.sizes[stream.order].sum())
+    return {
+        "documents": len(stream.order),
+        "bytes": size,
+        "tokens": total,
+        "rows": rows,
+        "tail_tokens": len(rest),
+        "tokens_by_source": dict(by_source),
+        "bytes_per_token": round(size / total, 4),
+        "sha256": digest.hexdigest(),
+    }

@@ -1,0 +1,154 @@
+"""The tokenizer of a run: one that exists, or a byte-level BPE trained on the run's own documents.
+
+Either is saved so that `AutoTokenizer.from_pretrained(folder)` loads it, without trust and without warnings, in
+transformers 4.37.2 and later.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer as BackendTokenizer
+
+from nanophi.records import UserError, read_json, write_json
+from nanophi.training.corpus import shards
+from nanophi.training.recipe import Tokenizer
+
+END_OF_TEXT = "<|endoftext|>"
+# BPE merges hardly change beyond this, and the trainer holds every distinct word in memory.
+TRAINING_BYTES = 100_000_000
+
+
+def build(documents: Path, tokenizer: Tokenizer, seed: int, output: Path) -> dict[str, Any]:
+    """Write a tokenizer to `output`.
+
+    Args:
+        documents: folder of `corpus.gather`. The training documents before the quality filter are used, so that a
+            filtered run and its control share the tokenizer.
+        tokenizer: the recipe's section.
+        seed: chooses the sample of documents if they exceed `TRAINING_BYTES`.
+        output: folder to create.
+
+    Returns:
+        `{origin, vocab_size, eos_token, eos_token_id, heldout_bytes, heldout_tokens, bytes_per_token}`; bytes per
+        token (the fertility's inverse) are those of the held-out documents, without end-of-text.
+
+    Raises:
+        UserError: if `path` cannot be loaded or has no end-of-text token.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    if tokenizer.path is None:
+        _train(documents, tokenizer.vocab_size, seed, output)
+    else:
+        _copy(tokenizer.path, output)
+    backend, eos_token_id = load(output)
+    size = tokens = 0
+    for shard in shards(documents, "heldout"):
+        for texts in _texts(shard):
+            size += sum(len(text.encode()) for text in texts)
+            tokens += sum(len(encoding) for encoding in backend.encode_batch_fast(texts, add_special_tokens=False))
+    return {
+        "origin": tokenizer.path or "trained on the run's documents",
+        "vocab_size": backend.get_vocab_size(),
+        "eos_token": backend.id_to_token(eos_token_id),
+        "eos_token_id": eos_token_id,
+        "heldout_bytes": size,
+        "heldout_tokens": tokens,
+        "bytes_per_token": round(size / max(1, tokens), 4),
+    }
+
+
+def load(folder: Path) -> tuple[BackendTokenizer, int]:
+    """`(tokenizer, id of end-of-text)` of a saved folder, set so that no text ever becomes a special token."""
+    backend = BackendTokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.encode_special_tokens = True
+    backend.no_truncation()
+    backend.no_padding()
+    eos = read_json(folder / "tokenizer_config.json")["eos_token"]
+    return backend, backend.token_to_id(eos["content"] if isinstance(eos, dict) else eos)
+
+
+def _train(documents: Path, vocab_size: int, seed: int, output: Path) -> None:
+    backend = BackendTokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[AddedToken(END_OF_TEXT, special=True, normalized=False)],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(_sample(documents, seed), trainer)
+    backend.save(str(output / "tokenizer.json"))
+    config = {
+        "add_prefix_space": False,
+        "bos_token": END_OF_TEXT,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": END_OF_TEXT,
+        # "No limit", as transformers spells it: documents are cut into rows, not refused.
+        "model_max_length": int(1e30),
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "unk_token": END_OF_TEXT,
+    }
+    write_json(output / "tokenizer_config.json", config)
+    _spell_merges_as_strings(output / "tokenizer.json")
+
+
+def _sample(documents: Path, seed: int) -> Iterator[list[str]]:
+    """Training documents of about `TRAINING_BYTES`, chosen by their ids."""
+    paths = shards(documents, "train")
+    groups = (pq.read_metadata(path) for path in paths)
+    total = sum(group.row_group(index).total_byte_size for group in groups for index in range(group.num_row_groups))
+    share = min(1.0, TRAINING_BYTES / max(1, total))
+    mixer = np.uint64(2 * seed + 1) * np.uint64(0x9E3779B97F4A7C15)
+    for path in paths:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=256, columns=["id", "text"]):
+                ids = np.array([int(value, 16) for value in batch.column("id").to_pylist()], np.uint64)
+                chosen = (ids * mixer) / 2.0**64 < share
+                yield [text for text, keep in zip(batch.column("text").to_pylist(), chosen, strict=True) if keep]
+
+
+def _copy(path: str, output: Path) -> None:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # transformers raises anything from KeyError to huggingface_hub's errors here
+        message = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"tokenizer.path: {path} cannot be loaded as a tokenizer ({message})") from None
+    if not tokenizer.is_fast:
+        raise UserError(f"tokenizer.path: {path} has no fast (Rust) version; use one with a tokenizer.json")
+    if tokenizer.eos_token is None:
+        raise UserError(f"tokenizer.path: {path} has no end-of-text token (eos_token)")
+    tokenizer.save_pretrained(output)
+    config = read_json(output / "tokenizer_config.json")
+    if config.get("tokenizer_class") == "TokenizersBackend":  # transformers 5's name, unknown to 4
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        write_json(output / "tokenizer_config.json", config)
+    _spell_merges_as_strings(output / "tokenizer.json")
+
+
+def _spell_merges_as_strings(path: Path) -> None:
+    """tokenizers 0.23 writes merges as pairs; tokenizers 0.15 (transformers 4.37) reads only `"a b"`."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    merges = content["model"].get("merges")
+    if merges and not isinstance(merges[0], str):
+        content["model"]["merges"] = [" ".join(pair) for pair in merges]
+    partial = path.with_suffix(f".{os.getpid()}.part")
+    partial.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    partial.replace(path)
+
+
+def _texts(shard: Path) -> Iterator[list[str]]:
+    with pq.ParquetFile(shard) as file:
+        for batch in file.iter_batches(batch_size=128, columns=["text"]):
+            yield batch.column("text").to_pylist()
