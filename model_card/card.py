@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import statistics
 import struct
 from collections.abc import Iterable
 from pathlib import Path
@@ -40,6 +41,14 @@ HUB_TASKS = {
     "winogrande": ("winogrande", "Winogrande", "winogrande_xl", "validation", "accuracy"),
     "gsm8k": ("gsm8k", "GSM8k", "main", "test", "accuracy"),
 }
+LEADERBOARD_TITLES = (
+    "AI2 Reasoning Challenge (25-Shot)",
+    "HellaSwag (10-Shot)",
+    "MMLU (5-Shot)",
+    "TruthfulQA (0-shot)",
+    "Winogrande (5-shot)",
+    "GSM8k (5-shot)",
+)
 LEADERBOARD = ("arc_challenge", "hellaswag", "mmlu", "truthfulqa_mc2", "winogrande", "gsm8k")
 
 PERCENT_METRICS = ("acc", "acc_norm", "exact_match", "acc_bytes", "mc1", "mc2", "f1")
@@ -113,13 +122,15 @@ def collect(run: Path, checkpoint: Path) -> Records:
             "revision": checkpoint.name,
             "tag": recipe["card"].get("version", "v1.0"),
             "final": checkpoint.name == last_checkpoint(run).name,
-            "environment": record.get("environment", {}),
+            "finished": record["stages"]["training"]["finished"],
+            "environment": record["environment"],
             "seconds": {name: stage["seconds"] for name, stage in record["stages"].items() if name not in LATER_STAGES},
         },
         "model.json": _model_record(checkpoint),
         "training.json": portable(read_json(run / "training.json")),
         "checkpoint.json": portable(read_json(checkpoint / "checkpoint.json")),
     }
+    records["revisions.json"] = revisions(run)
     optional = {
         "documents.json": run / "data" / "documents" / "documents.json",
         "quality.json": run / "data" / "quality" / "quality.json",
@@ -139,6 +150,19 @@ def collect(run: Path, checkpoint: Path) -> Records:
     for suite, results in evaluations(run, checkpoint.name).items():
         records[f"evals/{suite}.json"] = results
     return records
+
+
+def revisions(run: Path) -> list[dict[str, Any]]:
+    """The run's kept checkpoints in order of step: name, step, tokens seen, losses and leading scores."""
+    entries = []
+    for checkpoint in sorted((run / "checkpoints").glob("step-*")):
+        state = read_json(checkpoint / "checkpoint.json")
+        entry = {"revision": checkpoint.name} | {
+            key: state[key] for key in ("step", "tokens_seen", "train_loss", "eval_loss")
+        }
+        rows = headline({f"evals/{suite}.json": value for suite, value in evaluations(run, checkpoint.name).items()})
+        entries.append(entry | {"scores": {f"{row['task']}/{row['metric']}": row["value"] for row in rows}})
+    return entries
 
 
 def evaluations(run: Path, checkpoint: str) -> dict[str, dict[str, Any]]:
@@ -399,12 +423,6 @@ def metric_rows(records: Records) -> list[dict[str, Any]]:
     return rows
 
 
-def main_scores(suites: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """`{"task/metric": value}` of every task's leading figure."""
-    rows = headline({f"evals/{suite}.json": results for suite, results in suites.items()})
-    return {f"{row['task']}/{row['metric']}": row["value"] for row in rows}
-
-
 def leaderboard(records: Records) -> dict[str, Any] | None:
     """The six tasks of Open LLM Leaderboard v1 and their average, in percent; None unless all their items were run."""
     for name, record in records.items():
@@ -507,11 +525,11 @@ def render(records: Records) -> str:
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    environment.filters.update(count=_count, percent=_percent, decimal=_decimal, metric=_metric, cell=_cell)
-    environment.filters.update(duration=_duration, size=_size, metric_name=lambda name: METRIC_NAMES.get(name, name))
+    environment.filters.update(FILTERS)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    rows = headline(records)
-    every = metric_rows(records)
+    rows, every = headline(records), metric_rows(records)
+    evaluations = [value for name, value in records.items() if name.startswith("evals/")]
+    utilisations = [entry["mfu"] for entry in records["training.json"]["log"] if entry["mfu"] is not None]
     try:
         return template.render(
             metadata=metadata(records).to_yaml(line_break="\n"),
@@ -520,24 +538,50 @@ def render(records: Records) -> str:
             model=records["model.json"],
             training=records["training.json"],
             checkpoint=records["checkpoint.json"],
+            revisions=records["revisions.json"],
             documents=records.get("documents.json"),
             quality=records.get("quality.json"),
             scores=records.get("scores.json"),
             tokens=records.get("tokens.json"),
             comparison=records.get("comparison.json"),
+            differences=differences(records.get("comparison.json")),
             sample=records.get("sample.json"),
             rows=rows,
             tasks=[row for row in every if not row["task"].startswith("mmlu_")],
             subjects=[row for row in every if row["task"].startswith("mmlu_")],
-            evals={Path(name).stem: value for name, value in records.items() if name.startswith("evals/")},
+            harness=", ".join(sorted({value["lm_eval_version"] for value in evaluations})),
+            heldout=next((value["nanophi"]["heldout"] for value in evaluations if "heldout" in value["nanophi"]), None),
             leaderboard=leaderboard(records),
-            leaderboard_tasks=[(HUB_TASKS[task][1], task) for task in LEADERBOARD],
+            leaderboard_tasks=list(zip(LEADERBOARD_TITLES, LEADERBOARD, strict=True)),
             noise=noise(rows),
+            mfu=statistics.median(utilisations) if utilisations else None,
             hardware=hardware(records),
             figures=figures.names(records),
         )
     except jinja2.UndefinedError as error:
         raise UserError(f"the card needs a value that no record holds: {error.message}") from None
+
+
+def differences(comparison: dict[str, Any] | None) -> dict[str, list[dict[str, Any]]] | None:
+    """Label -> one row per task: how far it is from the baseline, and whether that is more than noise."""
+    if comparison is None:
+        return None
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for task, row in comparison["tasks"].items():
+        factor, places = _scale(row["metric"])
+        for label, entry in row["differences"].items():
+            low, high = (f"{factor * bound:+.{places}f}" for bound in entry["interval"])
+            rows.setdefault(label, []).append(
+                {
+                    "task": task,
+                    "shots": row["num_fewshot"],
+                    "difference": f"{factor * entry['value']:+.{places}f}",
+                    "interval": f"{low} to {high}",
+                    "p": f"{entry['p_corrected']:.3f}" if entry["p_corrected"] >= 0.001 else "< 0.001",
+                    "verdict": entry["verdict"],
+                }
+            )
+    return rows
 
 
 def noise(rows: Iterable[dict[str, Any]]) -> dict[str, list[str]]:
@@ -548,6 +592,11 @@ def noise(rows: Iterable[dict[str, Any]]) -> dict[str, list[str]]:
             above = row["value"] - row["chance"] > 2 * row["stderr"]
             tasks["above" if above else "within"].append(row["task"])
     return tasks
+
+
+def _scale(metric: str) -> tuple[float, int]:
+    """Factor and decimal places in which a metric is shown: shares in percent, the rest as they are."""
+    return (100.0, 2) if metric in PERCENT_METRICS or metric == "mean of six" else (1.0, 4)
 
 
 def _count(value: float) -> str:
@@ -564,15 +613,49 @@ def _decimal(value: float, places: int = 3) -> str:
 
 def _metric(row: dict[str, Any], key: str = "value") -> str:
     """A row's value, standard error or chance in the row's unit."""
-    value = row[key]
-    if value is None:
+    factor, places = _scale(row["metric"])
+    return "-" if row[key] is None else f"{factor * row[key]:.{places}f}"
+
+
+def _score(row: dict[str, Any], label: str) -> str:
+    """A cell of the comparison: a label's score and its standard error."""
+    if label not in row["scores"]:
         return "-"
-    return f"{100 * value:.2f}" if row["percent"] else f"{value:.4f}"
+    factor, places = _scale(row["metric"])
+    score = row["scores"][label]
+    error = "" if score["stderr"] is None else f" ± {factor * score['stderr']:.{places}f}"
+    return f"{factor * score['value']:.{places}f}{error}"
+
+
+def _task_name(row: dict[str, Any]) -> str:
+    return row["task"].replace("_", " ") + (f", {row['shots']}-shot" if row["shots"] else "")
+
+
+def _verdicts(rows: list[dict[str, Any]]) -> str:
+    """`better on a, b, worse on c and within noise on d`, what is empty left out."""
+    parts = []
+    for verdict in ("better", "worse", "within noise"):
+        tasks = [_task_name(row) for row in rows if row["verdict"] == verdict]
+        if tasks:
+            parts.append(f"{verdict} on {', '.join(tasks)}")
+    return "; ".join(parts)
 
 
 def _cell(value: Any) -> str:
     """Text that may stand in a cell of a Markdown table."""
-    return str(value).replace("|", "\\|").replace("\n", " ")
+    return " ".join(str(value).replace("|", "\\|").split())
+
+
+def _quoted(sample: dict[str, Any]) -> str:
+    """The sample as a Markdown quotation, prompt in bold, its own characters shown as they are."""
+
+    def escape(text: str) -> str:
+        text = re.sub(r"([\\`*_{}\[\]()<>#+!|~$&-])", r"\\\1", text)
+        return "".join(character if character.isprintable() or character == "\n" else "\ufffd" for character in text)
+
+    prompt = sample["prompt"].rstrip()
+    text = f"**{escape(prompt)}**{escape(sample['text'][len(prompt) :])}"
+    return "  \n> ".join(line.strip() for line in text.split("\n"))
 
 
 def _duration(seconds: float) -> str:
@@ -584,8 +667,32 @@ def _duration(seconds: float) -> str:
 
 
 def _size(count: float) -> str:
-    """A large count in words that a summary can carry: 2.4M, 7.3B."""
+    """A large count in the form that a summary can carry: 2.4M, 7.3B."""
     for unit, scale in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if count >= scale:
             return f"{count / scale:.3g}{unit}"
     return f"{count:.0f}"
+
+
+def _source_name(source: dict[str, Any]) -> str:
+    return source["name"] or source["hub"] or source["files"] or source["embedded"]
+
+
+FILTERS: dict[str, Any] = {
+    "cell": _cell,
+    "chance": lambda row: "-" if row["chance"] is None else f"{100 * row['chance']:.1f}",
+    "count": _count,
+    "decimal": _decimal,
+    "duration": _duration,
+    "literal": lambda text: json.dumps(text, ensure_ascii=False),
+    "metric": _metric,
+    "metric_name": lambda name: METRIC_NAMES.get(name, name),
+    "on_hub": lambda source: source["hub"] is not None and _is_hub_id(source["hub"]),
+    "percent": _percent,
+    "quoted": _quoted,
+    "score": _score,
+    "size": _size,
+    "source_name": _source_name,
+    "task_name": _task_name,
+    "verdicts": _verdicts,
+}

@@ -76,7 +76,7 @@ def build(run: Path, checkpoint: Path, card: Path, output: Path, dtype: str = "f
             shutil.copytree(card / part, output / part, dirs_exist_ok=True, copy_function=shutil.copyfile)
         elif (card / part).is_file():
             shutil.copyfile(card / part, output / part)
-    write_json(output / "revisions.json", revisions(run))
+    write_json(output / "revisions.json", read_json(card / "records" / "revisions.json"))
     write_manifest(output, _provenance(run, output))
     files = read_json(output / MANIFEST)["files"]
     return {
@@ -84,19 +84,6 @@ def build(run: Path, checkpoint: Path, card: Path, output: Path, dtype: str = "f
         "bytes": sum(entry["size"] for entry in files.values()),
         "weights_sha256": files["model.safetensors"]["sha256"],
     }
-
-
-def revisions(run: Path) -> list[dict[str, Any]]:
-    """The run's kept checkpoints in order of step: name, step, tokens seen, losses and main scores."""
-    entries = []
-    for checkpoint in sorted((run / "checkpoints").glob("step-*")):
-        state = read_json(checkpoint / "checkpoint.json")
-        entry = {"revision": checkpoint.name} | {
-            key: state[key] for key in ("step", "tokens_seen", "train_loss", "eval_loss") if key in state
-        }
-        scores = model_card.main_scores(model_card.evaluations(run, checkpoint.name))
-        entries.append(entry | ({"scores": scores} if scores else {}))
-    return entries
 
 
 def write_manifest(folder: Path, provenance: dict[str, Any]) -> None:
@@ -238,7 +225,7 @@ def _provenance(run: Path, output: Path) -> dict[str, Any]:
     return {
         "nanophi": __version__,
         "recipe_sha256": sha256_of_file(output / "records" / "recipe.yaml"),
-        "environment": record.get("environment", {}),
+        "environment": record["environment"],
         "stages": {
             name: stage["key"] for name, stage in record["stages"].items() if name not in model_card.LATER_STAGES
         },
