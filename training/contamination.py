@@ -50,7 +50,11 @@ class BenchmarkIndex:
 
     def save(self, path: Path) -> None:
         """Write to an `.npz` file (plain arrays)."""
-        arrays = {"names": np.array(self.names), "items": np.array(self.items), "too_short": np.array(self.too_short)}
+        arrays: dict[str, Any] = {
+            "names": np.array(self.names),
+            "items": np.array(self.items),
+            "too_short": np.array(self.too_short),
+        }
         for length in self.grams:
             arrays[f"grams-{length}"], arrays[f"owners-{length}"] = self.grams[length], self.owners[length]
         np.savez(path, **arrays)

@@ -247,6 +247,9 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+TOO_LARGE = object()
+"""Stands for a text file that is not read because of its size."""
+
 Row = tuple[str, Any, Any, tuple[Any, ...]]
 """`(where, text, source, columns)`; the text is bytes, str, or whatever else the source holds in its place."""
 
@@ -266,19 +269,19 @@ def _rows(source: Source, origin: Origin, columns: Sequence[str]) -> Iterator[Ro
         yield from _json_rows(source, origin[1], columns)
     elif kind == "text":
         for path in origin[1]:
-            too_large = path.stat().st_size > MAXIMUM_DOCUMENT_BYTES
-            # Only its size is needed of a document that will be dropped for it.
-            yield str(path), b" " * 0 if too_large else path.read_bytes(), None, ()
+            yield str(path), path.read_bytes() if path.stat().st_size <= MAXIMUM_DOCUMENT_BYTES else TOO_LARGE, None, ()
     else:
         dataset = _load_hub(source)
         if kind == "hub":
-            rows: Any = (dataset[index] for index in range(origin[1], origin[2]))
-        else:
-            rows = dataset.shard(origin[2], origin[1]) if origin[2] > 1 else dataset
-        for number, row in enumerate(rows):
-            name = row[source.source_column] if source.source_column else None
-            where = f"{source.hub}:{origin[1]}:{number}"
-            yield where, row[source.text_column], name, tuple(row[column] for column in columns)
+            dataset = dataset.select(range(origin[1], origin[2]))
+        elif origin[2] > 1:
+            dataset = dataset.shard(origin[2], origin[1])
+        number = 0
+        for batch in dataset.select_columns(_wanted(source, columns)).iter(256):
+            for row, text in enumerate(batch[source.text_column]):
+                label = batch[source.source_column][row] if source.source_column else None
+                yield f"{source.hub}:{origin[1]}:{number}", text, label, tuple(batch[key][row] for key in columns)
+                number += 1
 
 
 def _parquet_rows(source: Source, path: Path, groups: Sequence[int], columns: Sequence[str]) -> Iterator[Row]:
@@ -324,8 +327,8 @@ def _json_rows(source: Source, path: Path, columns: Sequence[str]) -> Iterator[R
                     if column not in row:
                         raise UserError(f"{where} has no column '{column}'; it has {', '.join(row)}")
                 seen = seen or source.text_column in row
-                name = row.get(source.source_column) if source.source_column else None
-                yield where, row.get(source.text_column), name, tuple(row[column] for column in columns)
+                label = row.get(source.source_column) if source.source_column else None
+                yield where, row.get(source.text_column), label, tuple(row[column] for column in columns)
     except (EOFError, OSError, gzip.BadGzipFile, pa.ArrowException) as error:
         raise UserError(f"{path} ends early or is damaged after line {number} ({_first_line(error)})") from None
     if number and not seen:
@@ -342,6 +345,8 @@ def _open_lines(path: Path) -> Any:
 
 def _clean(text: Any) -> tuple[str | None, bytes]:
     """`(reason to drop it or None, UTF-8 text)`."""
+    if text is TOO_LARGE:
+        return "oversize", b""
     if isinstance(text, bytes):
         if len(text) > MAXIMUM_DOCUMENT_BYTES:
             return "oversize", b""
@@ -413,19 +418,16 @@ def _read_part(
         for number, (where, raw, name, extra) in enumerate(_rows(source, origin, columns)):
             if source.max_documents is not None and number >= source.max_documents:
                 break
-            name = default if name is None else str(name)
-            read[name] += 1
-            if origin[0] == "text" and raw == b"" and Path(where).stat().st_size > MAXIMUM_DOCUMENT_BYTES:
-                reason, text = "oversize", b""
-            else:
-                reason, text = _clean(raw)
+            label = default if name is None else str(name)
+            read[label] += 1
+            reason, text = _clean(raw)
             if reason is not None:
-                dropped.setdefault(name, Counter())[reason] += 1
+                dropped.setdefault(label, Counter())[reason] += 1
                 if reason != "empty" and len(refused) < 20:
                     refused.append({"document": where, "reason": reason})
                 continue
-            size[name] += len(text)
-            batch.append((text, name, extra))
+            size[label] += len(text)
+            batch.append((text, label, extra))
             pending += len(text)
             if pending >= BATCH_BYTES:
                 flush()
@@ -507,7 +509,7 @@ class _Documents:
         self.codes = np.concatenate(codes) if codes else np.zeros(0, np.int32)
 
     def source(self, row: int) -> str:
-        return self.sources[self.codes[row]]
+        return self.sources[int(self.codes[row])]
 
 
 def _decide(data: Data, documents: _Documents) -> tuple[np.ndarray, np.ndarray, list[tuple[int, list[int]]]]:
@@ -586,7 +588,7 @@ def _write_duplicates(path: Path, documents: _Documents, decisions: np.ndarray, 
     table = pa.table(
         {
             "id": pa.array([f"{value:016x}" for value in documents.ids[rows].tolist()], pa.string()),
-            "source": pa.array([documents.source(row) for row in rows], pa.string()),
+            "source": pa.array([documents.source(row) for row in rows.tolist()], pa.string()),
             "reason": pa.array(["exact" if decisions[row] == EXACT else "near" for row in rows], pa.string()),
             "kept": pa.array([f"{value:016x}" for value in documents.ids[leaders[rows]].tolist()], pa.string()),
         }

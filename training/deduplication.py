@@ -84,8 +84,7 @@ def near_duplicates(matrix: np.ndarray, candidates: np.ndarray, similarity: floa
         empty = ~block.any(axis=1)
         order = np.argsort(keys, kind="stable")
         ordered = keys[order]
-        begins = np.ones(len(rows), bool)
-        begins[1:] = ordered[1:] != ordered[:-1]
+        begins = np.diff(ordered, prepend=~ordered[:1]) != 0
         # Each member is compared with the first of its bucket and with its neighbour: linear, and over the bands
         # enough to connect a cluster.
         first = order[np.flatnonzero(begins)[np.cumsum(begins) - 1]] if len(rows) else order

@@ -14,6 +14,7 @@ Modules are parsed, not imported. For one set of installed versions the document
 from __future__ import annotations
 
 import ast
+import gc
 import hashlib
 import importlib.metadata
 import inspect
@@ -99,9 +100,7 @@ def _python() -> Iterator[tuple[str, str]]:
 
 def _package(name: str) -> Iterator[tuple[str, str]]:
     distribution = importlib.metadata.distribution(name)
-    description = distribution.metadata.get_payload() or distribution.metadata.get("Description")
-    if isinstance(description, str):
-        yield "package-descriptions", description
+    yield "package-descriptions", str(distribution.metadata.json.get("description", ""))
     sources = []
     for file in sorted(distribution.files or (), key=str):
         lower = file.name.lower()
@@ -134,12 +133,18 @@ def _docstrings(path: Path, source: str) -> Iterator[tuple[str, str]]:
     text = _read(path)
     if text.count('"""') + text.count("'''") == 0:
         return
+    # A tree is many objects and none of them garbage; collecting while it grows doubles the time.
+    collecting = gc.isenabled()
+    gc.disable()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return
+    finally:
+        if collecting:
+            gc.enable()
     pending: list[ast.AST] = [tree]
     while pending:
         node = pending.pop()

@@ -72,7 +72,10 @@ def load(folder: Path) -> tuple[BackendTokenizer, int]:
     backend.no_truncation()
     backend.no_padding()
     eos = read_json(folder / "tokenizer_config.json")["eos_token"]
-    return backend, backend.token_to_id(eos["content"] if isinstance(eos, dict) else eos)
+    eos_token_id = backend.token_to_id(eos["content"] if isinstance(eos, dict) else eos)
+    if eos_token_id is None:
+        raise UserError(f"{folder}: the end-of-text token is not in the vocabulary")
+    return backend, eos_token_id
 
 
 def _train(documents: Path, vocab_size: int, seed: int, output: Path) -> None:
