@@ -7,6 +7,7 @@ the shipped records can render the card again and must get the same text: that i
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -27,6 +28,10 @@ TEMPLATE = Path(__file__).parent / "template.md"
 
 LATER_STAGES = ("comparison", "card", "release", "verification")
 """Not told in the card: a second build must find the same records as the first."""
+
+PRIVATE_KEYS = ("examples", "refused")
+
+HELDOUT_ITEMS, HELDOUT_ITEM_BYTES = 12, 1500
 
 Records = dict[str, Any]
 """Relative file name under `records/` -> contents."""
@@ -140,15 +145,17 @@ def collect(run: Path, checkpoint: Path) -> Records:
     }
     for name, path in optional.items():
         if path.exists():
-            records[name] = portable(read_json(path))
-    scores = run / "data" / "quality" / "scores.parquet"
-    if scores.exists():
-        records["scores.json"] = _score_record(scores)
+            record = read_json(path)
+            # Other people's text, and names of files: of use to who made the run only.
+            records[name] = portable({key: value for key, value in record.items() if key not in PRIVATE_KEYS})
     if "sample.json" in records:
         sample = records["sample.json"]
         sample["text"] = sample.get("checkpoints", {}).get(checkpoint.name, sample["text"])
     for suite, results in evaluations(run, checkpoint.name).items():
         records[f"evals/{suite}.json"] = results
+    items = _heldout_items(run, checkpoint.name)
+    if items:
+        records["heldout.json"] = items
     return records
 
 
@@ -198,6 +205,27 @@ def reduce_results(results: dict[str, Any]) -> dict[str, Any]:
         if key in results["nanophi"]
     }
     return portable(kept)
+
+
+def _heldout_items(run: Path, checkpoint: str) -> list[dict[str, Any]]:
+    """A few short held-out documents with their recorded log-likelihoods, so that a stranger can score them again."""
+    import pyarrow.parquet as pq
+
+    path = run / "evals" / f"{checkpoint}-heldout.json"
+    if not path.exists():
+        return []
+    documents = []
+    for shard in sorted((run / "data" / "documents").glob("heldout-*.parquet")):
+        documents += pq.read_table(shard, columns=["id", "text"]).to_pylist()
+    # The order in which the evaluation numbers them.
+    documents.sort(key=lambda row: hashlib.sha256(row["id"].encode()).digest())
+    items = []
+    for sample in read_json(path)["samples"]["heldout_bits_per_byte"]:
+        log_likelihood, size = sample["bits_per_byte"]
+        text = documents[sample["doc_id"]]["text"] if sample["doc_id"] < len(documents) else ""
+        if size == len(text.encode()) <= HELDOUT_ITEM_BYTES:
+            items.append({"text": text, "log_likelihood": log_likelihood})
+    return items[:HELDOUT_ITEMS]
 
 
 def portable(value: Any) -> Any:
@@ -283,29 +311,6 @@ def _model_record(checkpoint: Path) -> dict[str, Any]:
     }
 
 
-def _score_record(path: Path) -> dict[str, Any]:
-    """Counts from the scores: a histogram over [0, 1] in 50 bins, and per source."""
-    import numpy as np
-    import pyarrow.parquet as pq
-
-    table = pq.read_table(path, columns=["source", "bytes", "quality_score", "kept"]).to_pandas()
-    counts, _ = np.histogram(table.quality_score.clip(0, 1), bins=50, range=(0, 1))
-    sources = []
-    for name, rows in table.groupby("source"):
-        kept = rows[rows.kept]
-        sources.append(
-            {
-                "source": str(name),
-                "documents": len(rows),
-                "bytes": int(rows.bytes.sum()),
-                "kept_documents": len(kept),
-                "kept_bytes": int(kept.bytes.sum()),
-                "mean_score": round(float(rows.quality_score.mean()), 4),
-            }
-        )
-    return {"histogram": counts.tolist(), "sources": sorted(sources, key=lambda row: -row["bytes"])}
-
-
 # --- checks -------------------------------------------------------------------------------------------------------
 
 
@@ -329,7 +334,23 @@ def contradictions(records: Records) -> list[str]:
             f"checkpoint.json says {checkpoint['tokens_seen']} tokens seen, "
             f"{checkpoint['step']} steps of {training['batch_size']} x {context} are {expected}"
         )
-    for evaluation in records["training.json"].get("evaluations", []):
+    quality = records.get("quality.json")
+    if quality is not None and quality["threshold"] != recipe["quality"]["threshold"]:
+        wrong.append(
+            f"quality.json has threshold {quality['threshold']}, recipe.yaml says {recipe['quality']['threshold']}"
+        )
+    compared = records.get("comparison.json", {"tasks": {}})["tasks"]
+    for row in headline(records) if run["final"] else []:
+        score = compared.get(row["task"], {"scores": {}})["scores"].get(recipe["name"])
+        # Of two suites with the same task, the comparison has the one with more items.
+        if score is not None and score["items"] == row["items"] and score["value"] != row["value"]:
+            wrong.append(
+                f"comparison.json says {row['task']} {score['value']}, evals/{row['suite']}.json says {row['value']}"
+            )
+    said, has = records["training.json"]["summary"]["parameters"], records["model.json"]["parameters"]
+    if said != has:
+        wrong.append(f"training.json says {said} parameters, the weights have {has}")
+    for evaluation in records["training.json"]["evaluations"]:
         same = evaluation["step"] == checkpoint["step"] and checkpoint.get("eval_loss") is not None
         if same and not math.isclose(evaluation["loss"], checkpoint["eval_loss"], rel_tol=1e-6):
             wrong.append(
@@ -541,7 +562,6 @@ def render(records: Records) -> str:
             revisions=records["revisions.json"],
             documents=records.get("documents.json"),
             quality=records.get("quality.json"),
-            scores=records.get("scores.json"),
             tokens=records.get("tokens.json"),
             comparison=records.get("comparison.json"),
             differences=differences(records.get("comparison.json")),

@@ -31,12 +31,7 @@ STYLE: Any = {
 
 def names(records: dict[str, Any]) -> list[str]:
     """File stems of the figures that these records allow, in the order of the card."""
-    drawn = ["loss"]
-    if "scores.json" in records:
-        drawn.append("quality")
-    if any(row for row in _bars(records)):
-        drawn.append("evaluation")
-    return drawn
+    return ["loss", "quality", *(["evaluation"] if _bars(records) else [])]
 
 
 def build(records: dict[str, Any], output: Path) -> list[str]:
@@ -84,10 +79,9 @@ def _loss(records: dict[str, Any], axes: Axes) -> None:
 def _quality(records: dict[str, Any], axes: Axes) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    counts = records["scores.json"]["histogram"]
-    threshold = records["recipe.yaml"]["quality"]["threshold"]
-    width = 1 / len(counts)
-    edges = [index * width for index in range(len(counts))]
+    quality = records["quality.json"]
+    counts, edges = quality["histogram"]["documents"], quality["histogram"]["edges"][:-1]
+    threshold, width = quality["threshold"], 1 / len(counts)
     kept = [threshold is None or edge + width / 2 > threshold for edge in edges]
     colours = [BLUE if keep else GREY for keep in kept]
     axes.bar(edges, counts, width=width, align="edge", color=colours, edgecolor="white", linewidth=0.4)
@@ -95,8 +89,7 @@ def _quality(records: dict[str, Any], axes: Axes) -> None:
     axes.set_xlabel("quality score")
     axes.set_ylabel("documents")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    total = sum(row["documents"] for row in records["scores.json"]["sources"])
-    kept_documents = sum(row["kept_documents"] for row in records["scores.json"]["sources"])
+    total, kept_documents = quality["documents"], quality["kept_documents"]
     if threshold is None:
         axes.set_title(f"no threshold: all {total:,} documents kept", fontsize=10, loc="left")
     else:

@@ -9,7 +9,6 @@ MANIFEST.json                            SHA-256 of every file, and the provenan
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterable
@@ -66,7 +65,7 @@ def build(run: Path, checkpoint: Path, card: Path, output: Path, dtype: str = "f
     write_json(output / "generation_config.json", _generation_config(read_json(checkpoint / "generation_config.json")))
     for name in TOKENIZER_FILES:
         if (checkpoint / name).is_file():
-            _copy_tokenizer_file(checkpoint / name, output / name)
+            shutil.copyfile(checkpoint / name, output / name)
     for name in CODE_FILES:
         shutil.copyfile(checkpoint / name, output / name)
     _write_weights(checkpoint, output / "model.safetensors", dtype)
@@ -176,24 +175,6 @@ def _generation_config(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in sorted(config.items()) if key not in ("max_new_tokens", "max_length")}
 
 
-def _copy_tokenizer_file(source: Path, target: Path) -> None:
-    if source.name == "tokenizer.json":
-        tokenizer = read_json(source)
-        merges = tokenizer["model"].get("merges")
-        if merges and not isinstance(merges[0], str):
-            # tokenizers before 0.20 read merges only as "a b" strings; later ones read both.
-            tokenizer["model"]["merges"] = [" ".join(pair) for pair in merges]
-        target.write_text(json.dumps(tokenizer, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    elif source.name == "tokenizer_config.json":
-        config = read_json(source)
-        config.pop("name_or_path", None)
-        if config.get("tokenizer_class") == "TokenizersBackend":
-            config["tokenizer_class"] = "PreTrainedTokenizerFast"  # The name that every version knows.
-        write_json(target, dict(sorted(config.items())))
-    else:
-        shutil.copyfile(source, target)
-
-
 def _write_weights(checkpoint: Path, target: Path, dtype: str) -> None:
     import torch
     from safetensors.torch import load_file, save_file
@@ -213,15 +194,7 @@ def _write_weights(checkpoint: Path, target: Path, dtype: str) -> None:
 
 def _provenance(run: Path, output: Path) -> dict[str, Any]:
     """Where the release comes from: recipe, data and code by hash, versions as recorded when the run was made."""
-    data = {}
-    for part in ("documents", "quality", "tokens", "tokenizer"):
-        hashes = {
-            path.relative_to(run / "data").as_posix(): sha256_of_file(path)
-            for path in sorted((run / "data" / part).rglob("*"))
-            if path.suffix in (".parquet", ".arrow", ".safetensors") or path.name == "tokenizer.json"
-        }
-        data.update(hashes)
-    record = read_json(run / "record.json")
+    record, tokens = read_json(run / "record.json"), read_json(run / "data" / "tokens" / "tokens.json")
     return {
         "nanophi": __version__,
         "recipe_sha256": sha256_of_file(output / "records" / "recipe.yaml"),
@@ -229,7 +202,8 @@ def _provenance(run: Path, output: Path) -> dict[str, Any]:
         "stages": {
             name: stage["key"] for name, stage in record["stages"].items() if name not in model_card.LATER_STAGES
         },
-        "data_sha256": data,
+        # Of the token streams in the order of training, not of files: other versions of a library pack files otherwise.
+        "data_sha256": {split: tokens[split]["sha256"] for split in ("train", "heldout")},
     }
 
 

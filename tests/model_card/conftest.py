@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import yaml
 
 from nanophi.records import write_json
 
-STEPS, BATCH, CONTEXT, VOCABULARY = 30, 4, 32, 300
+STEPS, BATCH, CONTEXT, VOCABULARY = 30, 4, 128, 300
 KEPT_STEPS = (10, 20)
 TEXT = "The quick brown fox jumps over the lazy dog. A module holds definitions; a package holds modules. " * 20
 
@@ -36,6 +37,11 @@ def build_tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>", model_max_length=CONTEXT
     ).save_pretrained(folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]
+    (folder / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "tokenizer_class": "PreTrainedTokenizerFast"}))
 
 
 def build_checkpoint(folder: Path, tokenizer: Path, step: int) -> None:
@@ -51,7 +57,7 @@ def build_checkpoint(folder: Path, tokenizer: Path, step: int) -> None:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=CONTEXT * 4,
+        max_position_embeddings=CONTEXT,
         initializer_range=0.3,
         bos_token_id=0,
         eos_token_id=0,
@@ -63,7 +69,7 @@ def build_checkpoint(folder: Path, tokenizer: Path, step: int) -> None:
         folder / "checkpoint.json",
         {
             "step": step,
-            "tokens_seen": step * BATCH * CONTEXT * 4,
+            "tokens_seen": step * BATCH * CONTEXT,
             "train_loss": 5.7 - step / 20,
             "eval_loss": 5.8 - step / 20,
         },
@@ -102,7 +108,7 @@ def results_of(run: Path, step: int) -> dict[str, Any]:
             "heldout_continuation": {"original": 200, "effective": 200},
         },
         "task_hashes": {"heldout_bits_per_byte": "0" * 64, "heldout_continuation": "1" * 64},
-        "samples": {"heldout_bits_per_byte": [], "heldout_continuation": []},
+        "samples": {"heldout_bits_per_byte": heldout_samples(run, step), "heldout_continuation": []},
         "config": {"model": str(run / "checkpoints"), "batch_size": 16, "device": "cpu", "limit": None},
         "date": 1.0,
         "lm_eval_version": "0.4.13",
@@ -164,31 +170,157 @@ def results_of(run: Path, step: int) -> dict[str, Any]:
     }
 
 
+def write_data(run: Path) -> None:
+    """The records of the data stages."""
+    random = np.random.default_rng(0)
+    count = 400
+    score = random.beta(3, 2, count)
+    size = random.integers(200, 5000, count)
+    source = random.choice(["docstrings", "licences", "topics"], count)
+    kept = score > 0.5
+    sources = {
+        name: {
+            "documents": int((source == name).sum()),
+            "kept_documents": int(((source == name) & kept).sum()),
+            "bytes": int(size[source == name].sum()),
+            "kept_bytes": int(size[(source == name) & kept].sum()),
+            "mean_score": round(float(score[source == name].mean()), 4),
+        }
+        for name in ("docstrings", "licences", "topics")
+    }
+    counts, edges = np.histogram(score, bins=50, range=(0, 1))
+    quality = {
+        "threshold": 0.5,
+        "documents": count,
+        "kept_documents": int(kept.sum()),
+        "bytes": int(size.sum()),
+        "kept_bytes": int(size[kept].sum()),
+        "kept_fraction": round(float(kept.mean()), 4),
+        "kept_bytes_fraction": round(float(size[kept].sum() / size.sum()), 4),
+        "mean_score": round(float(score.mean()), 4),
+        "histogram": {"edges": [round(float(edge), 4) for edge in edges], "documents": counts.tolist()},
+        "sweep": [
+            {
+                "threshold": round(0.05 * step, 2),
+                "documents": int((score > 0.05 * step).sum()),
+                "bytes": int(size[score > 0.05 * step].sum()),
+            }
+            for step in range(20)
+        ],
+        "sources": sources,
+        "scorer": {
+            "scorer": "linear",
+            "high": ["topics"],
+            "low": ["licences"],
+            "documents": 300,
+            "test_documents": 80,
+            "roc_auc": 0.93,
+            "brier": 0.1,
+            "calibration": [],
+        },
+        "examples": {
+            kind: [{"id": "0" * 16, "source": "topics", "quality_score": 0.9, "text": f"A {kind} </script> text."}]
+            for kind in ("best", "worst", "nearest_above", "nearest_below")
+        },
+    }
+    write_json(run / "data" / "quality" / "quality.json", quality)
+    scores = {
+        "id": [f"{index:016x}" for index in range(count)],
+        "source": source,
+        "split": ["train"] * count,
+        "bytes": size,
+        "quality_score": score.astype("float32"),
+    }
+    (run / "data" / "scores").mkdir()
+    pd.DataFrame(scores).to_parquet(run / "data" / "scores" / "scores.parquet")
+    (run / "data" / "documents").mkdir()
+    for split, rows in (("train", count), ("heldout", 50)):
+        documents = {
+            "id": [f"{index:016x}" for index in range(rows)],
+            "text": [
+                f"{split} document {index}: the quick brown fox jumps over {index} dogs." for index in range(rows)
+            ],
+            "source": ["topics"] * rows,
+        }
+        pd.DataFrame(documents).to_parquet(run / "data" / "documents" / f"{split}-00000.parquet")
+    write_json(
+        run / "data" / "documents" / "documents.json",
+        {
+            "read": 500,
+            "bytes": int(size.sum()),
+            "train": count,
+            "heldout": 50,
+            "dropped": {"exact_duplicate": 40, "near_duplicate": 10},
+            "duplicates": {"clusters": 5, "largest": 12},
+            "sources": {},
+            "refused": ["/home/someone/secret.txt: not UTF-8"],
+        },
+    )
+    counts_of_split = {
+        "documents": 271,
+        "bytes": 50000,
+        "tokens": 20000,
+        "rows": 156,
+        "tail_tokens": 32,
+        "bytes_per_token": 2.5,
+    }
+    write_json(
+        run / "data" / "tokens" / "tokens.json",
+        {
+            "context_length": CONTEXT,
+            "train": {**counts_of_split, "sha256": "3" * 64},
+            "heldout": {**counts_of_split, "sha256": "4" * 64},
+            "vocab_size": VOCABULARY,
+        },
+    )
+
+
+def heldout_samples(run: Path, step: int) -> list[dict[str, Any]]:
+    """Log-likelihoods of the held-out documents, by plain transformers on whole documents."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = run / "checkpoints" / f"step-{step:06d}"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    rows = pd.read_parquet(run / "data" / "documents" / "heldout-00000.parquet").to_dict("records")
+    rows.sort(key=lambda row: hashlib.sha256(row["id"].encode()).digest())
+    samples = []
+    for number, row in enumerate(rows):
+        ids = torch.tensor([[0, *tokenizer(row["text"]).input_ids]])
+        with torch.no_grad():
+            loss = model(input_ids=ids, labels=ids).loss.item()
+        scored = [-loss * (ids.shape[1] - 1), len(row["text"].encode())]
+        samples.append({"doc_id": number, "source": row["source"], "bits_per_byte": scored})
+    return samples
+
+
 def build_run(run: Path) -> None:
     from nanophi.training.recipe import Recipe
 
-    recipe = Recipe(
-        name=run.name,
-        seed=7,
-        data={"sources": [{"embedded": "documentation", "name": "documentation"}]},
-        model={
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": CONTEXT * 4,
-        },
-        training={
-            "steps": STEPS,
-            "batch_size": BATCH,
-            "learning_rate": 1e-3,
-            "keep_steps": list(KEPT_STEPS),
-            "eval_steps": 10,
-            "logging_steps": 1,
-        },
-        tokenizer={"vocab_size": VOCABULARY},
-        card={"prompt": "The module "},
+    recipe = Recipe.model_validate(
+        {
+            "name": run.name,
+            "seed": 7,
+            "data": {"sources": [{"embedded": "documentation", "name": "documentation"}]},
+            "model": {
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "max_position_embeddings": CONTEXT,
+            },
+            "training": {
+                "steps": STEPS,
+                "batch_size": BATCH,
+                "learning_rate": 1e-3,
+                "keep_steps": list(KEPT_STEPS),
+                "eval_steps": 10,
+                "logging_steps": 1,
+            },
+            "tokenizer": {"vocab_size": VOCABULARY},
+            "card": {"prompt": "The module "},
+        }
     )
     run.mkdir(parents=True)
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe.dump(), sort_keys=False))
@@ -199,21 +331,7 @@ def build_run(run: Path) -> None:
     (run / "training_state" / f"step-{STEPS:06d}").mkdir(parents=True)
     (run / "training_state" / f"step-{STEPS:06d}" / "optimizer.pt").write_bytes(b"never released")
 
-    random = np.random.default_rng(0)
-    count = 400
-    score = random.beta(3, 2, count).astype("float32")
-    text = [f"Document number {index}." for index in range(count)]
-    scores = pd.DataFrame(
-        {
-            "id": [hashlib.sha256(item.encode()).hexdigest()[:16] for item in text],
-            "source": random.choice(["docstrings", "licences", "topics"], count),
-            "bytes": random.integers(200, 5000, count),
-            "quality_score": score,
-            "kept": score > 0.5,
-        }
-    )
-    (run / "data" / "quality").mkdir(parents=True)
-    scores.to_parquet(run / "data" / "quality" / "scores.parquet")
+    write_data(run)
 
     log = []
     for step in range(1, STEPS + 1):
@@ -223,7 +341,7 @@ def build_run(run: Path) -> None:
                 "loss": 5.7 - step / 20,
                 "learning_rate": 1e-3,
                 "grad_norm": 1.0,
-                "tokens_seen": step * BATCH * CONTEXT * 4,
+                "tokens_seen": step * BATCH * CONTEXT,
                 "tokens_per_second": 1000.0,
                 "mfu": None,
                 "elapsed_seconds": step * 0.5,
@@ -232,7 +350,7 @@ def build_run(run: Path) -> None:
     evaluations = [
         {
             "step": step,
-            "tokens_seen": step * BATCH * CONTEXT * 4,
+            "tokens_seen": step * BATCH * CONTEXT,
             "loss": 5.8 - step / 20,
             "bits_per_byte": round(2.9 - step / 40, 5),
         }
@@ -241,9 +359,9 @@ def build_run(run: Path) -> None:
     summary = {
         "checkpoint": f"checkpoints/step-{STEPS:06d}",
         "steps": STEPS,
-        "tokens_seen": STEPS * BATCH * CONTEXT * 4,
+        "tokens_seen": STEPS * BATCH * CONTEXT,
         "epochs": 1.5,
-        "parameters": 45000,
+        "parameters": 34412,
         "precision": "fp32",
         "seconds": 15.0,
         "tokens_per_second": 1000.0,
@@ -272,10 +390,6 @@ def build_run(run: Path) -> None:
         for name in ("documents", "scores", "quality", "tokenizer", "tokens", "training")
     }
     write_json(run / "record.json", {"stages": stages, "environment": environment})
-    write_json(
-        run / "data" / "tokens" / "tokens.json",
-        {"heldout": {"bytes_per_token": 2.5, "tokens": 1000}, "train": {"tokens": 20000}},
-    )
 
 
 @pytest.fixture(scope="session")

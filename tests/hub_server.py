@@ -1,0 +1,604 @@
+"""A loopback Hub: enough of the REST API that the real `huggingface_hub` client can push to it and load from it.
+
+    with HubServer() as hub:
+        subprocess.run([...], env=os.environ | hub.environment(tmp_path / "home"))
+
+Repositories live in memory as commits over content-addressed files. `hub.cut(...)` drops the connection at a chosen
+moment and stays silent until `hub.restore()`, as a failing network does.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import dataclasses
+import datetime
+import hashlib
+import http.server
+import json
+import re
+import socket
+import threading
+import urllib.parse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+TOKEN = "hf_loopback"
+LFS_SUFFIXES = (".safetensors", ".parquet", ".png", ".arrow", ".bin", ".gguf", ".zip")
+LFS_SIZE = 10_000_000
+GITATTRIBUTES = b"".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n".encode() for suffix in LFS_SUFFIXES)
+
+
+class HubError(Exception):
+    """An answer other than 2xx."""
+
+    def __init__(self, status: int, code: str = "", message: str = "") -> None:
+        super().__init__(message or code)
+        self.status, self.code, self.message = status, code, message or code
+
+
+class Cut(Exception):  # noqa: N818
+    """The connection ends here."""
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+    """A file of a commit: its bytes, stored as a git blob or as an LFS object."""
+
+    data: bytes
+    lfs: bool
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.data).hexdigest()
+
+    @property
+    def pointer(self) -> bytes:
+        return f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {len(self.data)}\n".encode()
+
+    @property
+    def oid(self) -> str:
+        """git's SHA-1 of the blob (of the pointer, for LFS)."""
+        blob = self.pointer if self.lfs else self.data
+        return hashlib.sha1(b"blob %d\0" % len(blob) + blob).hexdigest()
+
+    @property
+    def etag(self) -> str:
+        return self.sha256 if self.lfs else self.oid
+
+
+@dataclasses.dataclass(frozen=True)
+class Commit:
+    """A state of a repository."""
+
+    oid: str
+    parent: Commit | None
+    files: Mapping[str, File]
+    title: str
+    date: str
+
+    def history(self) -> list[Commit]:
+        """This commit and those before it, newest first."""
+        commits: list[Commit] = []
+        commit: Commit | None = self
+        while commit is not None:
+            commits.append(commit)
+            commit = commit.parent
+        return commits
+
+
+class Repository:
+    """Branches and tags over commits. Begins with one commit that holds `.gitattributes`, as on the Hub."""
+
+    def __init__(self, kind: str, name: str, private: bool) -> None:
+        self.kind, self.name, self.private = kind, name, private
+        self.branches: dict[str, Commit] = {}
+        self.tags: dict[str, Commit] = {}
+        self.commits: dict[str, Commit] = {}
+        self.add("main", {".gitattributes": File(GITATTRIBUTES, lfs=False)}, "initial commit")
+
+    def add(self, branch: str, files: Mapping[str, File], title: str) -> Commit:
+        """Commit the whole tree `files` on a branch."""
+        parent = self.branches.get(branch)
+        tree = sorted((path, file.oid) for path, file in files.items())
+        oid = hashlib.sha1(
+            json.dumps([parent.oid if parent else None, title, tree, len(self.commits)]).encode()
+        ).hexdigest()
+        date = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        commit = Commit(oid, parent, dict(files), title, date)
+        self.commits[oid] = commit
+        self.branches[branch] = commit
+        return commit
+
+    def at(self, revision: str) -> Commit:
+        """The commit that a branch, tag or commit hash names."""
+        revision = urllib.parse.unquote(revision).removeprefix("refs/heads/")
+        for found in (self.branches.get(revision), self.tags.get(revision), self.commits.get(revision)):
+            if found is not None:
+                return found
+        raise HubError(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+
+
+class HubServer:
+    """The server, on a free port of 127.0.0.1; a context manager.
+
+    Attributes:
+        repositories: `(kind, id)` -> repository, kind being "model" or "dataset".
+        objects: stored LFS objects by SHA-256.
+        requests: "METHOD path" of every request so far.
+    """
+
+    def __init__(self) -> None:
+        self.repositories: dict[tuple[str, str], Repository] = {}
+        self.objects: dict[str, bytes] = {}
+        self.requests: list[str] = []
+        self.lock = threading.RLock()
+        self._cut: tuple[int, str] | None = None
+        self._silent = False
+        server = self
+
+        class Handler(_Handler):
+            hub = server
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
+
+    def __enter__(self) -> HubServer:
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def environment(self, home: Path) -> dict[str, str]:
+        """Variables under which a fresh process uses this server, with its own empty cache."""
+        return {
+            "HF_ENDPOINT": self.endpoint,
+            "HF_TOKEN": TOKEN,
+            "HF_HOME": str(home),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_OFFLINE": "0",
+            "HF_DATASETS_OFFLINE": "0",
+        }
+
+    def add_repository(
+        self, kind: str, name: str, files: Mapping[str, bytes], private: bool = False, branch: str = "main"
+    ) -> Repository:
+        """Put a repository on the server, or a further commit into it."""
+        repository = self.repositories.setdefault((kind, name), Repository(kind, name, private))
+        tree = {path: File(data, is_lfs(path, len(data))) for path, data in files.items()}
+        self.objects.update({file.sha256: file.data for file in tree.values() if file.lfs})
+        repository.add(branch, {**repository.branches["main"].files, **tree}, "add files")
+        return repository
+
+    def cut(self, after: int, moment: str) -> None:
+        """Fail at the request after `after` more ones, and from then on, until `restore`.
+
+        Args:
+            after: requests that are still answered.
+            moment: "before" the request is read, "during" its body, or "after" it had its effect, unanswered.
+        """
+        with self.lock:
+            self._cut, self._silent = (len(self.requests) + after, moment), False
+
+    def restore(self) -> None:
+        """The network is back."""
+        with self.lock:
+            self._cut, self._silent = None, False
+
+    def moment(self, line: str) -> str | None:
+        """Note a request; when its connection is to be cut, if at all."""
+        with self.lock:
+            if self._silent:
+                return "before"
+            self.requests.append(line)
+            if self._cut is not None and len(self.requests) > self._cut[0]:
+                self._silent = True
+                return self._cut[1]
+            return None
+
+    def repository(self, kind: str, name: str, authorized: bool) -> Repository:
+        """The repository; a private one does not exist for a stranger."""
+        repository = self.repositories.get((kind, name))
+        if repository is None or (repository.private and not authorized):
+            raise HubError(401 if not authorized else 404, "RepoNotFound", "Repository Not Found")
+        return repository
+
+
+def is_lfs(path: str, size: int) -> bool:
+    """Whether the Hub stores a file as an LFS object."""
+    return size > LFS_SIZE or path.endswith(LFS_SUFFIXES)
+
+
+@dataclasses.dataclass
+class Request:
+    """One call, its path split by its route."""
+
+    hub: HubServer
+    query: dict[str, str]
+    body: bytes
+    authorized: bool
+    kind: str
+    name: str
+    rest: dict[str, str]
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def repository(self) -> Repository:
+        return self.hub.repository(self.kind, self.name, self.authorized)
+
+    def demand_token(self) -> None:
+        if not self.authorized:
+            raise HubError(401, "", "Invalid username or password.")
+
+
+@dataclasses.dataclass
+class Answer:
+    """What goes back: JSON or bytes."""
+
+    body: Any = None
+    headers: dict[str, str] = dataclasses.field(default_factory=dict)
+    status: int = 200
+
+
+Route = Callable[[Request], Answer]
+ROUTES: list[tuple[str, re.Pattern[str], Route]] = []
+NAMESPACE = r"(?P<name>[\w.-]+/[\w.-]+)"
+API = rf"/api/(?P<kind>model|dataset)s/{NAMESPACE}"
+
+
+def route(method: str, pattern: str) -> Callable[[Route], Route]:
+    """Answer `method` calls of paths that match `pattern` with the decorated function."""
+
+    def add(function: Route) -> Route:
+        ROUTES.append((method, re.compile(pattern), function))
+        return function
+
+    return add
+
+
+@route("GET", "/api/whoami-v2")
+def whoami(request: Request) -> Answer:
+    request.demand_token()
+    token = {"accessToken": {"displayName": "loopback", "role": "write"}, "type": "access_token"}
+    return Answer({"type": "user", "name": "org", "fullname": "Loopback", "orgs": [], "auth": token})
+
+
+@route("POST", "/api/validate-yaml")
+def validate_yaml(request: Request) -> Answer:
+    return Answer({"errors": [], "warnings": []})
+
+
+@route("POST", "/api/repos/create")
+def create_repository(request: Request) -> Answer:
+    request.demand_token()
+    body = request.json
+    kind = body.get("type") or "model"
+    name = f"{body.get('organization') or 'org'}/{body['name']}"
+    url = f"{request.hub.endpoint}/{'' if kind == 'model' else kind + 's/'}{name}"
+    if (kind, name) in request.hub.repositories:
+        return Answer({"error": "You already created this repo", "url": url}, status=409)
+    private = body.get("visibility") == "private" or body.get("private") is True
+    request.hub.repositories[kind, name] = Repository(kind, name, private)
+    return Answer({"url": url, "name": name, "id": name})
+
+
+@route("PUT", API + "/settings")
+def settings(request: Request) -> Answer:
+    request.demand_token()
+    body = request.json
+    if "visibility" in body:
+        request.repository.private = body["visibility"] == "private"
+    if "private" in body:
+        request.repository.private = body["private"]
+    return Answer({})
+
+
+@route("POST", API + r"/preupload/(?P<revision>[^/]+)")
+def preupload(request: Request) -> Answer:
+    request.demand_token()
+    files = request.repository.at(request.rest["revision"]).files
+    answers = []
+    for entry in request.json["files"]:
+        mode = "lfs" if is_lfs(entry["path"], entry["size"]) else "regular"
+        answer = {"path": entry["path"], "uploadMode": mode, "shouldIgnore": False}
+        if entry["path"] in files:
+            answer["oid"] = files[entry["path"]].etag
+        answers.append(answer)
+    return Answer({"files": answers})
+
+
+@route("POST", rf"/(?:(?P<kind>model|dataset)s/)?{NAMESPACE}\.git/info/lfs/objects/batch")
+def lfs_batch(request: Request) -> Answer:
+    request.demand_token()
+    objects = []
+    for entry in request.json["objects"]:
+        answer: dict[str, Any] = {"oid": entry["oid"], "size": entry["size"]}
+        if entry["oid"] not in request.hub.objects:
+            upload = f"{request.hub.endpoint}/lfs/{entry['oid']}"
+            answer["actions"] = {"upload": {"href": upload}, "verify": {"href": f"{upload}/verify"}}
+        objects.append(answer)
+    return Answer({"transfer": "basic", "objects": objects}, {"Content-Type": "application/vnd.git-lfs+json"})
+
+
+@route("PUT", r"/lfs/(?P<oid>[0-9a-f]{64})")
+def lfs_upload(request: Request) -> Answer:
+    if hashlib.sha256(request.body).hexdigest() != request.rest["oid"]:
+        raise HubError(422, "", "the bytes do not have the announced SHA-256")
+    request.hub.objects[request.rest["oid"]] = request.body
+    return Answer({})
+
+
+@route("POST", r"/lfs/(?P<oid>[0-9a-f]{64})/verify")
+def lfs_verify(request: Request) -> Answer:
+    stored = request.hub.objects.get(request.json["oid"])
+    if stored is None or len(stored) != request.json["size"]:
+        raise HubError(404, "", "object is not stored")
+    return Answer({})
+
+
+@route("POST", API + r"/commit/(?P<revision>[^/]+)")
+def commit(request: Request) -> Answer:
+    request.demand_token()
+    repository, branch = request.repository, urllib.parse.unquote(request.rest["revision"])
+    if branch not in repository.branches:
+        raise HubError(404, "RevisionNotFound", f"Invalid rev id: {branch}")
+    head = repository.branches[branch]
+    files, title = dict(head.files), ""
+    for line in request.body.decode().splitlines():
+        entry = json.loads(line)
+        key, value = entry["key"], entry["value"]
+        if key == "header":
+            title = value["summary"]
+            if value.get("parentCommit") not in (None, head.oid):
+                raise HubError(412, "", "A commit has happened since. Please refresh and try again.")
+        elif key == "file":
+            files[value["path"]] = File(base64.b64decode(value["content"]), lfs=False)
+        elif key == "lfsFile":
+            if value["oid"] not in request.hub.objects:
+                raise HubError(400, "", f"LFS object {value['oid']} of {value['path']} was not uploaded")
+            files[value["path"]] = File(request.hub.objects[value["oid"]], lfs=True)
+        elif key == "deletedFile":
+            files.pop(value["path"], None)
+        elif key == "deletedFolder":
+            files = {path: file for path, file in files.items() if not path.startswith(value["path"].rstrip("/") + "/")}
+        else:
+            raise HubError(400, "", f"unknown operation {key}")
+    made = repository.add(branch, files, title)
+    url = f"{request.hub.endpoint}/{repository.name}/commit/{made.oid}"
+    return Answer({"success": True, "commitOid": made.oid, "commitUrl": url, "hookOutput": ""})
+
+
+@route("POST", API + r"/branch/(?P<branch>.+)")
+def create_branch(request: Request) -> Answer:
+    request.demand_token()
+    repository, branch = request.repository, urllib.parse.unquote(request.rest["branch"])
+    if branch in repository.branches:
+        raise HubError(409, "", f"Reference already exists: {branch}")
+    start = (request.json if request.body else {}).get("startingPoint") or "main"
+    repository.branches[branch] = repository.at(start)
+    return Answer({})
+
+
+@route("DELETE", API + r"/branch/(?P<branch>.+)")
+def delete_branch(request: Request) -> Answer:
+    request.demand_token()
+    if request.repository.branches.pop(urllib.parse.unquote(request.rest["branch"]), None) is None:
+        raise HubError(404, "RevisionNotFound")
+    return Answer({})
+
+
+@route("POST", API + r"/tag/(?P<revision>[^/]+)")
+def create_tag(request: Request) -> Answer:
+    request.demand_token()
+    repository, tag = request.repository, request.json["tag"]
+    if tag in repository.tags:
+        raise HubError(409, "", f"Tag already exists: {tag}")
+    repository.tags[tag] = repository.at(request.rest["revision"])
+    return Answer({})
+
+
+@route("DELETE", API + r"/tag/(?P<tag>.+)")
+def delete_tag(request: Request) -> Answer:
+    request.demand_token()
+    if request.repository.tags.pop(urllib.parse.unquote(request.rest["tag"]), None) is None:
+        raise HubError(404, "RevisionNotFound")
+    return Answer({})
+
+
+@route("GET", API + r"(?:/revision/(?P<revision>[^/]+))?")
+def information(request: Request) -> Answer:
+    repository = request.repository
+    at = repository.at(request.rest.get("revision") or "main")
+    return Answer(
+        {
+            "_id": hashlib.md5(repository.name.encode()).hexdigest()[:24],
+            "id": repository.name,
+            "modelId": repository.name,
+            "author": repository.name.split("/")[0],
+            "sha": at.oid,
+            "private": repository.private,
+            "gated": False,
+            "disabled": False,
+            "downloads": 0,
+            "likes": 0,
+            "tags": [],
+            "createdAt": at.history()[-1].date,
+            "lastModified": at.date,
+            "siblings": [{"rfilename": path} for path in sorted(at.files)],
+        }
+    )
+
+
+@route("GET", API + "/refs")
+def references(request: Request) -> Answer:
+    def entries(kind: str, refs: Mapping[str, Commit]) -> list[dict[str, str]]:
+        return [{"name": n, "ref": f"refs/{kind}/{n}", "targetCommit": commit.oid} for n, commit in refs.items()]
+
+    repository = request.repository
+    return Answer(
+        {"branches": entries("heads", repository.branches), "tags": entries("tags", repository.tags), "converts": []}
+    )
+
+
+@route("GET", API + r"/commits/(?P<revision>[^/]+)")
+def commits(request: Request) -> Answer:
+    return Answer(
+        [
+            {"id": made.oid, "title": made.title, "message": "", "date": made.date, "authors": [{"user": "org"}]}
+            for made in request.repository.at(request.rest["revision"]).history()
+        ]
+    )
+
+
+def describe(path: str, file: File) -> dict[str, Any]:
+    """A file as the tree and paths-info calls tell it."""
+    entry: dict[str, Any] = {"type": "file", "path": path, "size": len(file.data), "oid": file.oid}
+    if file.lfs:
+        entry["lfs"] = {"oid": file.sha256, "size": len(file.data), "pointerSize": len(file.pointer)}
+    return entry
+
+
+@route("GET", API + r"/tree/(?P<revision>[^/]+)(?:/(?P<path>.*))?")
+def tree(request: Request) -> Answer:
+    files = request.repository.at(request.rest["revision"]).files
+    folder = urllib.parse.unquote(request.rest.get("path") or "").strip("/")
+    prefix = f"{folder}/" if folder else ""
+    below = {path: file for path, file in files.items() if path.startswith(prefix)}
+    if prefix and not below:
+        raise HubError(404, "EntryNotFound", f"{folder} does not exist")
+    recursive = request.query.get("recursive", "false").lower() in ("true", "1")
+    entries: dict[str, dict[str, Any]] = {}
+    for path, file in sorted(below.items()):
+        parts = path.removeprefix(prefix).split("/")
+        for depth in range(1, len(parts) if recursive else min(2, len(parts))):
+            parent = prefix + "/".join(parts[:depth])
+            entries[parent] = {
+                "type": "directory",
+                "path": parent,
+                "size": 0,
+                "oid": hashlib.sha1(parent.encode()).hexdigest(),
+            }
+        if recursive or len(parts) == 1:
+            entries[path] = describe(path, file)
+    return Answer(list(entries.values()))
+
+
+@route("POST", API + r"/paths-info/(?P<revision>[^/]+)")
+def paths_info(request: Request) -> Answer:
+    files = request.repository.at(request.rest["revision"]).files
+    if request.body.lstrip().startswith(b"{"):
+        wanted = request.json["paths"]
+    else:
+        wanted = urllib.parse.parse_qs(request.body.decode()).get("paths", [])
+    entries = []
+    for path in wanted:
+        path = path.strip("/")
+        if path in files:
+            entries.append(describe(path, files[path]))
+        elif any(name.startswith(f"{path}/") for name in files):
+            entries.append(
+                {"type": "directory", "path": path, "size": 0, "oid": hashlib.sha1(path.encode()).hexdigest()}
+            )
+    return Answer(entries)
+
+
+@route("GET", rf"/(?:(?P<kind>dataset)s/)?{NAMESPACE}/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
+def resolve(request: Request) -> Answer:
+    at = request.repository.at(request.rest["revision"])
+    file = at.files.get(urllib.parse.unquote(request.rest["path"]))
+    if file is None:
+        raise HubError(404, "EntryNotFound", "Entry not found")
+    headers = {"X-Repo-Commit": at.oid, "ETag": f'"{file.etag}"', "Accept-Ranges": "bytes"}
+    if file.lfs:
+        headers |= {"X-Linked-Etag": f'"{file.sha256}"', "X-Linked-Size": str(len(file.data))}
+    return Answer(file.data, {**headers, "Content-Type": "application/octet-stream"})
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    """Reads a request, lets its route answer, writes the answer; all under the server's lock."""
+
+    hub: HubServer
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+    def _handle(self) -> None:
+        moment = self.hub.moment(f"{self.command} {self.path}")
+        try:
+            if moment == "before":
+                raise Cut
+            body = self._read(half=moment == "during")
+            with self.hub.lock:
+                answer = self._answer(body)
+            if moment == "after":
+                raise Cut
+            self._send(answer)
+        except (Cut, ConnectionError):
+            self.close_connection = True
+            with contextlib.suppress(OSError):
+                self.connection.shutdown(socket.SHUT_RDWR)
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _handle  # noqa: N815
+
+    def _read(self, half: bool) -> bytes:
+        if self.headers.get("Transfer-Encoding", "").lower() == "chunked":
+            body = b""
+            while size := int(self.rfile.readline().split(b";")[0], 16):
+                body += self.rfile.read(size)
+                self.rfile.readline()
+                if half:
+                    raise Cut
+            self.rfile.readline()
+        else:
+            length = int(self.headers.get("Content-Length") or 0)
+            body = self.rfile.read(length // 2 if half else length)
+        if half:
+            raise Cut
+        return body
+
+    def _answer(self, body: bytes) -> Answer:
+        url = urllib.parse.urlsplit(self.path)
+        method = "GET" if self.command == "HEAD" else self.command
+        authorized = self.headers.get("Authorization") == f"Bearer {TOKEN}"
+        for wanted, pattern, function in ROUTES:
+            match = pattern.fullmatch(url.path)
+            if match and wanted == method:
+                rest = match.groupdict()
+                query = dict(urllib.parse.parse_qsl(url.query))
+                kind, name = rest.get("kind") or "model", rest.get("name") or ""
+                try:
+                    return function(Request(self.hub, query, body, authorized, kind, name, rest))
+                except HubError as error:
+                    headers = {"X-Error-Code": error.code, "X-Error-Message": error.message} if error.code else {}
+                    return Answer({"error": error.message}, headers, error.status)
+        return Answer({"error": f"{method} {url.path} is not part of the loopback Hub"}, status=404)
+
+    def _send(self, answer: Answer) -> None:
+        raw = isinstance(answer.body, bytes)
+        data = answer.body if raw else json.dumps(answer.body).encode()
+        status, headers = answer.status, dict(answer.headers)
+        asked = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", "")) if raw else None
+        if asked and any(asked.groups()):
+            first, last = asked.groups()
+            start = int(first) if first else max(0, len(data) - int(last))
+            end = min(int(last), len(data) - 1) if first and last else len(data) - 1
+            if start >= len(data):
+                status, data = 416, b""
+            else:
+                headers["Content-Range"] = f"bytes {start}-{end}/{len(data)}"
+                status, data = 206, data[start : end + 1]
+        self.send_response(status)
+        for key, value in {"Content-Type": "application/json", **headers, "Content-Length": str(len(data))}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
