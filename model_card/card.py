@@ -71,13 +71,14 @@ PLACEHOLDERS = re.compile(
 )
 
 
-def build(run: Path, output: Path, checkpoint: Path | None = None) -> dict[str, Any]:
+def build(run: Path, output: Path, checkpoint: Path | None = None, repo_id: str | None = None) -> dict[str, Any]:
     """Write `README.md`, `figures/`, `records/` and, where the Hub takes them, `.eval_results/`.
 
     Args:
         run: the run directory.
         output: folder to write in.
         checkpoint: the checkpoint that the card describes; None: the last one.
+        repo_id: where it will be on the Hub; None: what the recipe says, or the run's name.
 
     Returns:
         `{"characters": length of the card, "figures": [names], "evaluations": number of metric rows}`.
@@ -86,6 +87,7 @@ def build(run: Path, output: Path, checkpoint: Path | None = None) -> dict[str, 
         UserError: if a record is missing or records contradict each other, naming them.
     """
     records = collect(run, checkpoint or last_checkpoint(run))
+    records["run.json"]["repo_id"] = repo_id or records["run.json"]["repo_id"]
     wrong = contradictions(records)
     if wrong:
         raise UserError(f"{run}: the records contradict each other: {'; '.join(wrong)}")

@@ -189,6 +189,12 @@ def _locate(release: str, revision: str | None, scratch: Path) -> tuple[Path, bo
         raise UserError(f"{release}: cannot be downloaded ({str(error).splitlines()[0]})") from None
 
 
+def file_problems(folder: Path) -> list[str]:
+    """What is wrong with a release's files before anything is loaded: changed, foreign, or naming foreign code."""
+    files = list_files(folder)
+    return _checksums(folder, files) + _foreign_files(folder, files, False) + _foreign_references(folder)
+
+
 def _checksums(folder: Path, files: list[str]) -> list[str]:
     try:
         listed = read_json(folder / MANIFEST)["files"]

@@ -1,0 +1,229 @@
+"""Publish a release: `main`, a branch for every kept checkpoint, a tag for the version.
+
+Every revision arrives as one commit, so it is on the Hub whole or not at all; large files go ahead of it and are not
+sent twice. Branches come first, then `main`, the tag, and at last, if asked for, the world: whoever sees a revision
+can load it. A push that was cut off is finished by running it again.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nanophi.model_card import card as model_card
+from nanophi.model_card import release as releases
+from nanophi.model_card import verify
+from nanophi.records import UserError, read_json, sha256_of_file
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+TRAINING_STATE = re.compile(
+    r"(^|/)(optimizer|scheduler|scaler|rng_state|trainer_state|training_args|training_state)[^/]*"
+)
+SECRETS = {
+    "a Hugging Face token": re.compile(rb"\bhf_[A-Za-z0-9]{30,}"),
+    "a GitHub token": re.compile(rb"\b(ghp|gho|ghs|ghu|github_pat)_[A-Za-z0-9_]{30,}"),
+    "an AWS key": re.compile(rb"\b(AKIA|ASIA)[0-9A-Z]{16}\b"),
+    "an OpenAI or Anthropic key": re.compile(rb"\bsk-[A-Za-z0-9_-]{24,}"),
+    "a Google key": re.compile(rb"\bAIza[0-9A-Za-z_-]{35}"),
+    "a Slack token": re.compile(rb"\bxox[abprs]-[0-9A-Za-z-]{20,}"),
+    "a Weights & Biases key": re.compile(rb"WANDB_API_KEY\W{1,3}[0-9a-f]{40}"),
+    "a private key": re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----"),
+}
+SECRET_VARIABLES = re.compile(r"(TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY)$")
+
+
+def push(
+    release: Path,
+    repo_id: str,
+    *,
+    public: bool = False,
+    dry_run: bool = False,
+    report: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Publish a release folder on the Hub, or go on with a push that was cut off.
+
+    Args:
+        release: the folder that `release.build` wrote. The checkpoints of its branches are taken from the run
+            directory around it.
+        repo_id: `ORG/NAME`.
+        public: make the repository public once everything is there; otherwise a new one is private, and one that
+            exists stays as it is.
+        dry_run: say what would go, and send nothing.
+        report: called with one line for each thing worth telling.
+
+    Returns:
+        `{"repo_id", "revisions": {name: {"files", "bytes", "commit"}}, "tag", "url"}`; in a dry run commits and url
+        are None.
+
+    Raises:
+        UserError: if the release must not be published (training state, secrets, paths of this machine, files that
+            are not what the manifest says, a card with placeholders), or the Hub refuses it.
+    """
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
+        raise UserError(f"--repo-id {repo_id}: expected ORG/NAME")
+    if not (release / releases.MANIFEST).is_file():
+        raise UserError(f"{release} is not a release folder (no {releases.MANIFEST}); run `nanophi release` first")
+    with tempfile.TemporaryDirectory(prefix="nanophi-push-") as scratch:
+        folders = _revisions(release, repo_id, Path(scratch))
+        for name, folder in folders.items():
+            wrong = problems(folder, release)
+            if wrong:
+                raise UserError(f"{repo_id}, {name}: not fit to publish: {'; '.join(wrong)}")
+        tag = read_json(release / "records" / "run.json")["tag"]
+        result: dict[str, Any] = {"repo_id": repo_id, "revisions": {}, "tag": tag, "url": None}
+        for name, folder in folders.items():
+            sizes = {file: (folder / file).stat().st_size for file in releases.list_files(folder)}
+            result["revisions"][name] = {"files": len(sizes), "bytes": sum(sizes.values()), "commit": None}
+            if dry_run:
+                report(f"{name}: {len(sizes)} files, {sum(sizes.values()):,} bytes")
+                for file, size in sizes.items():
+                    report(f"    {size:>14,}  {file}")
+        if dry_run:
+            report(f"tag {tag}; nothing was sent (dry run)")
+            return result
+        return _send(folders, result, public, report)
+
+
+def problems(folder: Path, release: Path | None = None) -> list[str]:
+    """What must not be published, one line each, secrets named by file and kind only.
+
+    Args:
+        folder: what would be sent.
+        release: where it was built, if that is elsewhere: its path must not be told either.
+    """
+    wrong = verify.file_problems(folder)
+    for name in releases.list_files(folder):
+        if TRAINING_STATE.search(name):
+            wrong.append(f"{name} is training state")
+    own = {value.encode() for key, value in os.environ.items() if SECRET_VARIABLES.search(key) and len(value) >= 12}
+    paths = _own_paths([folder, *([release] if release else [])])
+    for name in releases.list_files(folder):
+        content = _told(folder / name)
+        wrong += [f"{name} holds {kind}" for kind, pattern in SECRETS.items() if pattern.search(content)]
+        if any(value in content for value in own):
+            wrong.append(f"{name} holds a secret of this machine's environment")
+        found = paths.search(content)
+        if found:
+            wrong.append(f"{name} names a path of this machine ({found.group().decode(errors='replace')})")
+    if (folder / "README.md").is_file():
+        wrong += [
+            f"README.md: {line}" for line in model_card.problems((folder / "README.md").read_text(encoding="utf-8"))
+        ]
+    return wrong
+
+
+def _told(path: Path) -> bytes:
+    """What a reader could find in a file: everything, of weights the header."""
+    with path.open("rb") as file:
+        if path.suffix == ".safetensors":
+            return file.read(int.from_bytes(file.read(8), "little"))
+        return file.read()
+
+
+def _own_paths(folders: list[Path]) -> re.Pattern[bytes]:
+    """Matches absolute paths that exist on this machine only by accident of who uses it."""
+    roots = {Path.home(), Path.cwd(), Path(sys.prefix), Path(releases.__file__).parent.parent}
+    roots |= {folder.resolve().parent for folder in folders}
+    # One part (`/root`, `/tmp`) is too common a word of documentation to be called a leak without what follows it.
+    told = sorted((str(root) + ("/[\\w.]" if len(root.parts) < 3 else "")) for root in roots if len(root.parts) > 1)
+    return re.compile("|".join(path if path.endswith("]") else re.escape(path) for path in told).encode())
+
+
+def _revisions(release: Path, repo_id: str, scratch: Path) -> dict[str, Path]:
+    """Name of each revision -> folder as it will be on the Hub; `main` last."""
+    run = release.resolve().parent
+    recipe = model_card.read_records(release / "records")["recipe.yaml"]
+    described = read_json(release / "records" / "run.json")["revision"]
+    folders = {}
+    for entry in read_json(release / "revisions.json"):
+        name = entry["revision"]
+        checkpoint = run / "checkpoints" / name
+        if name == described:
+            continue
+        if not checkpoint.is_dir():
+            raise UserError(f"{checkpoint} is missing, which revisions.json lists; push from inside the run directory")
+        model_card.build(run, scratch / f"{name}-card", checkpoint, repo_id)
+        releases.build(run, checkpoint, scratch / f"{name}-card", scratch / name, recipe["release"]["dtype"])
+        folders[name] = scratch / name
+    releases.retarget(release, repo_id, scratch / "main")
+    return {**folders, described: scratch / "main", "main": scratch / "main"}
+
+
+def _send(
+    folders: dict[str, Path], result: dict[str, Any], public: bool, report: Callable[[str], None]
+) -> dict[str, Any]:
+    from httpx2 import HTTPError
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    api, repo_id, tag = HfApi(), result["repo_id"], result["tag"]
+    try:
+        result["url"] = str(api.create_repo(repo_id, private=True, exist_ok=True))
+        refs = api.list_repo_refs(repo_id)
+        tagged = {entry.name: entry.target_commit for entry in refs.tags}
+        if tag in tagged and not _is_there(api, repo_id, tagged[tag], folders["main"]):
+            raise UserError(f"{repo_id} has a tag {tag} of another release; raise card.version in the recipe")
+        first = api.list_repo_commits(repo_id)[-1].commit_id
+        existing = {entry.name for entry in refs.branches}
+        for name, folder in folders.items():
+            if name not in existing:
+                # From the empty first commit: a branch that was only begun must not show other weights.
+                api.create_branch(repo_id, branch=name, revision=first, exist_ok=True)
+            result["revisions"][name]["commit"] = _commit(api, repo_id, name, folder, report)
+        if tag not in tagged:
+            api.create_tag(repo_id, tag=tag, revision=result["revisions"]["main"]["commit"], exist_ok=True)
+        if public:
+            api.update_repo_settings(repo_id, private=False)
+    except LocalTokenNotFoundError:
+        raise UserError("no token for the Hub; run `hf auth login`, or set HF_TOKEN") from None
+    except HfHubHTTPError as error:
+        raise UserError(f"{repo_id}: the Hub answered: {str(error).splitlines()[0]}") from None
+    except (HTTPError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{repo_id}: the connection failed ({reason}); the same command goes on from here") from None
+    report(f"{result['url']}: {', '.join(result['revisions'])}, tag {tag}")
+    return result
+
+
+def _is_there(api: HfApi, repo_id: str, revision: str, folder: Path) -> bool:
+    """Whether a revision holds exactly this release: its manifest vouches for the rest."""
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            there = api.hf_hub_download(repo_id, releases.MANIFEST, revision=revision, cache_dir=scratch)
+            return sha256_of_file(Path(there)) == sha256_of_file(folder / releases.MANIFEST)
+    except EntryNotFoundError:
+        return False
+
+
+def _commit(api: HfApi, repo_id: str, branch: str, folder: Path, report: Callable[[str], None]) -> str:
+    """Make a branch hold exactly `folder`, in one commit; returns its hash."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    if _is_there(api, repo_id, branch, folder):
+        report(f"{branch}: up to date")
+        return str(api.model_info(repo_id, revision=branch).sha)
+    files = releases.list_files(folder)
+    there = api.list_repo_files(repo_id, revision=branch)
+    stale = [name for name in there if name not in files and name != ".gitattributes"]
+    head = api.model_info(repo_id, revision=branch).sha
+    made = api.create_commit(
+        repo_id,
+        [
+            *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in files),
+            *(CommitOperationDelete(path_in_repo=name) for name in stale),
+        ],
+        commit_message=f"Release {branch}",
+        revision=branch,
+        parent_commit=head,  # Somebody else's commit in between makes this one fail, instead of mixing the two.
+    )
+    report(f"{branch}: sent")
+    return str(made.oid)
