@@ -159,9 +159,13 @@ def _revisions(release: Path, repo_id: str, scratch: Path) -> dict[str, Path]:
 def _send(
     folders: dict[str, Path], result: dict[str, Any], public: bool, report: Callable[[str], None]
 ) -> dict[str, Any]:
-    from httpx2 import HTTPError
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    try:
+        from httpx2 import HTTPError
+    except ImportError:  # huggingface_hub before version 2
+        from httpx import HTTPError
 
     api, repo_id, tag = HfApi(), result["repo_id"], result["tag"]
     try:

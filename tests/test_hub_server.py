@@ -1,0 +1,172 @@
+"""The loopback Hub against the real client: what holds here holds for what is tested with it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from hub_server import TOKEN, HubServer
+
+CLIENT = """
+import sys
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, snapshot_download, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+api = HfApi()
+def raises(error, call):
+    try:
+        call()
+    except error:
+        return True
+    raise AssertionError(f"{error.__name__} was not raised")
+"""
+
+
+@pytest.fixture
+def hub() -> Iterator[HubServer]:
+    with HubServer() as server:
+        yield server
+
+
+def run_client(hub: HubServer, home: Path, script: str, **variables: str) -> str:
+    environment = {**os.environ, **hub.environment(home), **variables}
+    done = subprocess.run(
+        [sys.executable, "-c", CLIENT + script], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_commit_branch_tag_and_download(hub: HubServer, tmp_path: Path) -> None:
+    run_client(
+        hub,
+        tmp_path,
+        """
+api.create_repo("org/model", private=True)
+assert raises(HfHubHTTPError, lambda: api.create_repo("org/model"))
+api.create_repo("org/model", exist_ok=True)
+first = api.list_repo_commits("org/model")[-1].commit_id
+weights = bytes(range(256)) * 100
+made = api.create_commit("org/model", [
+    CommitOperationAdd("README.md", b"---\\nlicense: mit\\n---\\n# Model"),
+    CommitOperationAdd("model.safetensors", weights),
+    CommitOperationAdd("figures/loss.png", b"png"),
+], commit_message="all")
+api.create_branch("org/model", branch="step-000010", revision=first)
+assert raises(HfHubHTTPError, lambda: api.create_branch("org/model", branch="step-000010"))
+api.create_tag("org/model", tag="v1.0")
+refs = api.list_repo_refs("org/model")
+assert {ref.name: ref.target_commit for ref in refs.branches} == {"main": made.oid, "step-000010": first}
+assert [(ref.name, ref.target_commit) for ref in refs.tags] == [("v1.0", made.oid)]
+api.create_commit("org/model", [CommitOperationDelete("figures/", is_folder=True)], commit_message="less")
+assert api.list_repo_files("org/model") == [".gitattributes", "README.md", "model.safetensors"]
+assert "figures/loss.png" in api.list_repo_files("org/model", revision="v1.0")
+tree = {entry.path: entry for entry in api.list_repo_tree("org/model", recursive=True)}
+assert tree["model.safetensors"].lfs.size == len(weights)
+folder = snapshot_download("org/model", revision="v1.0")
+assert open(folder + "/model.safetensors", "rb").read() == weights
+assert raises(EntryNotFoundError, lambda: hf_hub_download("org/model", "absent"))
+assert raises(RevisionNotFoundError, lambda: hf_hub_download("org/model", "README.md", revision="absent"))
+assert raises(RepositoryNotFoundError, lambda: hf_hub_download("org/absent", "README.md"))
+""",
+    )
+    # One upload of the large file, though two commits hold it.
+    assert sum(line.startswith("PUT /lfs/") for line in hub.requests) == 2
+
+
+def test_unchanged_large_files_are_not_sent_again(hub: HubServer, tmp_path: Path) -> None:
+    script = """
+api.create_repo("org/model", exist_ok=True)
+api.create_commit("org/model", [CommitOperationAdd("model.safetensors", b"weights")], commit_message="{title}")
+"""
+    run_client(hub, tmp_path, script.format(title="one"))
+    run_client(hub, tmp_path, script.format(title="two"))
+    assert sum(line.startswith("PUT /lfs/") for line in hub.requests) == 1
+    history = hub.repositories["model", "org/model"].branches["main"].history()
+    assert [commit.title for commit in history] == ["one", "initial commit"]
+
+
+def test_private_repository_is_hidden_from_strangers(hub: HubServer, tmp_path: Path) -> None:
+    hub.add_repository("model", "org/secret", {"config.json": b"{}"}, private=True)
+    run_client(hub, tmp_path / "a", 'hf_hub_download("org/secret", "config.json")')
+    script = 'raises(RepositoryNotFoundError, lambda: hf_hub_download("org/secret", "config.json"))'
+    run_client(hub, tmp_path / "b", script, HF_TOKEN="hf_of_somebody_else")
+    run_client(hub, tmp_path / "c", 'api.update_repo_settings("org/secret", private=False)')
+    run_client(hub, tmp_path / "d", 'hf_hub_download("org/secret", "config.json")', HF_TOKEN="hf_of_somebody_else")
+
+
+def test_commit_on_a_moved_branch_is_refused(hub: HubServer, tmp_path: Path) -> None:
+    hub.add_repository("model", "org/model", {"a": b"1"})
+    parent = hub.repositories["model", "org/model"].branches["main"].history()[-1].oid
+    run_client(
+        hub,
+        tmp_path,
+        f"""
+add = [CommitOperationAdd("b", b"2")]
+raises(HfHubHTTPError, lambda: api.create_commit("org/model", add, commit_message="late", parent_commit="{parent}"))
+""",
+    )
+    assert "b" not in hub.repositories["model", "org/model"].branches["main"].files
+
+
+def test_load_dataset(hub: HubServer, tmp_path: Path) -> None:
+    frame = pd.DataFrame({"text": ["one", "two", "three"], "quality_score_v1": [0.1, 0.6, 0.9]})
+    frame.to_parquet(tmp_path / "part.parquet")
+    card = b"---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/*.parquet\n---\n"
+    parts = {"README.md": card, "data/train-00000.parquet": (tmp_path / "part.parquet").read_bytes()}
+    hub.add_repository("dataset", "org/texts", parts)
+    out = run_client(
+        hub,
+        tmp_path / "home",
+        """
+import datasets
+plain = datasets.load_dataset("org/texts", split="train")
+streamed = datasets.load_dataset("org/texts", split="train", streaming=True)
+assert [row["text"] for row in streamed] == plain["text"][:]
+print(plain["quality_score_v1"][:])
+""",
+    )
+    assert out.strip() == "[0.1, 0.6, 0.9]"
+
+
+@pytest.mark.parametrize("moment", ["before", "during", "after"])
+def test_a_cut_connection_stays_cut_until_restored(hub: HubServer, moment: str) -> None:
+    import http.client
+
+    hub.add_repository("model", "org/model", {"a": b"1"})
+    host = hub.endpoint.removeprefix("http://")
+
+    def ask() -> int:
+        connection = http.client.HTTPConnection(host, timeout=5)
+        body = b'{"tag": "v1"}'
+        headers = {"Authorization": f"Bearer {TOKEN}"}
+        connection.request("POST", "/api/models/org/model/tag/main", body, headers)
+        return connection.getresponse().status
+
+    hub.cut(0, moment)
+    for _ in range(2):
+        with pytest.raises((ConnectionError, http.client.HTTPException)):
+            ask()
+    had_effect = "v1" in hub.repositories["model", "org/model"].tags
+    assert had_effect == (moment == "after")
+    hub.restore()
+    assert ask() == (409 if had_effect else 200)
+
+
+def test_ranges(hub: HubServer) -> None:
+    import urllib.request
+
+    data = bytes(range(200))
+    hub.add_repository("model", "org/model", {"model.safetensors": data})
+    url = f"{hub.endpoint}/org/model/resolve/main/model.safetensors"
+    request = urllib.request.Request(url, headers={"Range": "bytes=10-19"})
+    with urllib.request.urlopen(request) as response:
+        assert response.status == 206
+        assert response.headers["Content-Range"] == "bytes 10-19/200"
+        assert response.headers["X-Linked-Etag"] == f'"{hashlib.sha256(data).hexdigest()}"'
+        assert response.read() == data[10:20]
