@@ -13,7 +13,7 @@ import math
 import re
 import statistics
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -483,7 +483,9 @@ def metadata(records: Records) -> ModelCardData:
     rows = headline(records)
     results = []
     for row in rows:
-        known = HUB_TASKS.get(row["task"]) if row["items"] == row["of"] else None
+        if row["items"] != row["of"]:
+            continue  # Beside others' scores on the whole benchmark, one on a part of it would mislead.
+        known = HUB_TASKS.get(row["task"])
         results.append(
             EvalResult(
                 task_type="text-generation",
@@ -548,7 +550,7 @@ def render(records: Records) -> str:
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    environment.filters.update(FILTERS)
+    environment.filters.update({name: _demanding(function) for name, function in FILTERS.items()})
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     rows, every = headline(records), metric_rows(records)
     evaluations = [value for name, value in records.items() if name.startswith("evals/")]
@@ -614,6 +616,17 @@ def noise(rows: Iterable[dict[str, Any]]) -> dict[str, list[str]]:
             above = row["value"] - row["chance"] > 2 * row["stderr"]
             tasks["above" if above else "within"].append(row["task"])
     return tasks
+
+
+def _demanding(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The filter, but a missing value is named instead of failing as a type."""
+
+    def call(value: Any, *arguments: Any) -> Any:
+        if isinstance(value, jinja2.Undefined):
+            str(value)  # StrictUndefined raises with the name.
+        return function(value, *arguments)
+
+    return call
 
 
 def _scale(metric: str) -> tuple[float, int]:

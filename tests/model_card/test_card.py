@@ -1,0 +1,351 @@
+"""The card: everything in it comes from a record, and nothing is missing."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from nanophi.model_card import card
+from nanophi.records import UserError, read_json, write_json
+
+
+@pytest.fixture(scope="module")
+def records(finished_run: Path) -> card.Records:
+    return card.collect(finished_run, card.last_checkpoint(finished_run))
+
+
+@pytest.fixture
+def run_copy(finished_run: Path, tmp_path: Path) -> Path:
+    """A run that a test may change; the weights are links."""
+    return Path(
+        shutil.copytree(finished_run, tmp_path / finished_run.name, ignore=shutil.ignore_patterns("release", "card"))
+    )
+
+
+def edit(path: Path, change: Callable[[Any], None]) -> None:
+    content = read_json(path)
+    change(content)
+    write_json(path, content)
+
+
+def test_every_field_of_the_hubs_template_is_answered(records: card.Records) -> None:
+    text = card.render(records)
+    assert card.problems(text) == []
+    for said in (
+        "Developed by",
+        "Funded by",
+        "Shared by",
+        "Model type",
+        "Language",
+        "License",
+        "Finetuned from",
+        "Repository",
+        "Paper, demo",
+        "Direct use",
+        "Downstream use",
+        "Out of scope",
+        "Limits and bias",
+        "Recommendations",
+        "## Use",
+        "## Training data",
+        "### Preprocessing",
+        "Training regime",
+        "Speed",
+        "## Evaluation",
+        "Hardware",
+        "Hours",
+        "Cloud provider, region",
+        "CO2e",
+        "### Architecture",
+        "## Environment",
+        "```bibtex",
+        "Glossary",
+        "Card authors and contact",
+    ):
+        assert said in text, said
+
+
+def test_links_and_figures_of_the_card_are_in_the_release(built_release: Path) -> None:
+    text = (built_release / "README.md").read_text()
+    targets = re.findall(r"\]\((?!https?:)([^)]+)\)", text)
+    assert {"figures/loss.png", "figures/quality.png", "figures/evaluation.png"} <= set(targets)
+    for target in targets:
+        assert (built_release / target).exists(), target
+
+
+def test_metadata_is_read_back_by_the_client(records: card.Records) -> None:
+    data = ModelCard(card.render(records)).data
+    assert (data.language, data.license, data.library_name) == ("en", "apache-2.0", "transformers")
+    assert data.pipeline_tag == "text-generation"
+    said = {(result.dataset_type, result.metric_type): result.metric_value for result in data.eval_results}
+    assert said == {
+        ("heldout_bits_per_byte", "bits_per_byte"): pytest.approx(2.15),
+        ("heldout_continuation", "acc_norm"): pytest.approx(41.0),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "value", "shown"),
+    [
+        ("training.json", ("summary", "tokens_per_second"), 4321.0, "4,321 tokens/s"),
+        ("training.json", ("summary", "epochs"), 3.25, "3.25"),
+        ("quality.json", ("kept_documents",), 217, "217 of 400 documents"),
+        ("quality.json", ("scorer", "roc_auc"), 0.8765, "0.876"),
+        ("documents.json", ("dropped", "near_duplicate"), 77, "77 near duplicate"),
+        ("tokens.json", ("train", "tokens"), 987654, "987,654 tokens"),
+        ("model.json", ("parameters",), 123456, "123,456 parameters"),
+        ("evals/heldout.json", ("nanophi", "heldout", "bits_per_byte"), 1.2345, "1.234"),
+        ("run.json", ("environment", "processor"), "Some other processor", "Some other processor"),
+    ],
+)
+def test_numbers_follow_the_records(records: card.Records, name: str, path: tuple, value: Any, shown: str) -> None:
+    changed = copy.deepcopy(records)
+    place = changed[name]
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    assert shown not in card.render(records)
+    assert shown in card.render(changed)
+
+
+def test_the_template_holds_no_result() -> None:
+    text = card.TEMPLATE.read_text()
+    text = re.sub(r"\{\{.*?\}\}|\{%.*?%\}|```.*?```", "", text, flags=re.DOTALL)
+    # What is left may count nothing but versions and names.
+    assert (
+        re.findall(r"\d[\d.,]*", text.replace("4.37.2", "").replace("bz2", "").replace("CO2e", "").replace("v1", ""))
+        == []
+    )
+
+
+def test_a_value_without_a_record_fails(records: card.Records) -> None:
+    changed = copy.deepcopy(records)
+    del changed["training.json"]["summary"]["tokens_per_second"]
+    with pytest.raises(UserError, match="tokens_per_second"):
+        card.render(changed)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "named"),
+    [
+        ("checkpoints/step-000030/checkpoint.json", lambda r: r.update(step=29), "step 29"),
+        ("checkpoints/step-000030/checkpoint.json", lambda r: r.update(tokens_seen=1), "1 tokens seen"),
+        ("checkpoints/step-000030/checkpoint.json", lambda r: r.update(eval_loss=9.0), "9.0"),
+        ("training.json", lambda r: r["summary"].update(parameters=5), "5 parameters"),
+        ("data/quality/quality.json", lambda r: r.update(threshold=0.9), "threshold 0.9"),
+    ],
+)
+def test_contradicting_records_fail_the_build(
+    run_copy: Path, tmp_path: Path, file: str, change: Any, named: str
+) -> None:
+    edit(run_copy / file, change)
+    with pytest.raises(UserError, match=named):
+        card.build(run_copy, tmp_path / "card")
+    assert not (tmp_path / "card").exists()
+
+
+def test_a_comparison_of_other_results_fails(records: card.Records) -> None:
+    changed = copy.deepcopy(records)
+    changed["comparison.json"] = comparison(records["recipe.yaml"]["name"])
+    assert card.contradictions(changed) == []
+    row = changed["comparison.json"]["tasks"]["heldout_continuation"]
+    row["scores"][records["recipe.yaml"]["name"]]["value"] = 0.99
+    assert "heldout_continuation 0.99" in card.contradictions(changed)[0]
+
+
+def test_missing_record_is_named(run_copy: Path, tmp_path: Path) -> None:
+    (run_copy / "training.json").unlink()
+    with pytest.raises(UserError, match=r"training\.json"):
+        card.build(run_copy, tmp_path / "card")
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("no metadata at all", "metadata"),
+        ("---\nlicense: mit\n---\n" + "x" * 300, "'language' is missing"),
+        ("---\nlicense: [\n---\n" + "x" * 300, "not valid YAML"),
+        ("---\nlicense: mit\n---\nshort", "200 characters"),
+        ("---\nlicense: MIT\n---\n" + "x" * 300, "'MIT'"),
+        ("---\nlicense: mit\n---\n[More Information Needed]", "placeholder"),
+        ("---\nlicense: mit\n---\nloss: nan", "placeholder 'nan'"),
+        ("---\nlicense: mit\ndatasets: [/data/mine]\n---\nx", "not a Hub id"),
+    ],
+)
+def test_problems_are_named(text: str, wrong: str) -> None:
+    assert any(wrong in line for line in card.problems(text))
+
+
+def test_nothing_of_the_machine_is_shipped(records: card.Records, finished_run: Path) -> None:
+    told = json.dumps(records)
+    assert str(finished_run.parent) not in told
+    assert "secret.txt" not in told and "A best" not in told
+    assert '"device"' not in told
+
+
+def test_portable_cuts_whole_paths_only() -> None:
+    value = {"a": ["/home/me/data/x.parquet", "either/or and /usr too"], "b": float("nan"), "c": "/v1"}
+    assert card.portable(value) == {"a": ["x.parquet", "either/or and /usr too"], "b": None, "c": "/v1"}
+
+
+def test_records_survive_writing(records: card.Records, tmp_path: Path) -> None:
+    card.write_records(records, tmp_path)
+    again = card.read_records(tmp_path)
+    assert again == records
+    assert card.render(again) == card.render(records)
+
+
+def test_card_of_an_earlier_checkpoint(finished_run: Path) -> None:
+    text = card.render(card.collect(finished_run, finished_run / "checkpoints" / "step-000010"))
+    assert "This revision is the checkpoint at step 10 of 30" in text
+    assert 'revision="step-000010"' in text
+    assert "2.650 ± 0.050 bits per byte" in text
+    assert read_json(finished_run / "sample.json")["text"] not in text
+
+
+def test_sample_cannot_break_out_of_its_quotation(records: card.Records) -> None:
+    changed = copy.deepcopy(records)
+    changed["sample.json"]["text"] = (
+        "The module </blockquote><script>x</script>\n\n# Heading\n[link](http://x) ![i](y)\x00"
+    )
+    text = card.render(changed)
+    assert "<script>" not in text
+    assert "\n# Heading" not in text and "[link](" not in text
+    assert "\x00" not in text
+
+
+def comparison(ours: str) -> dict[str, Any]:
+    """What `nanophi compare` writes for the fixture and a control."""
+
+    def entry(value: float, verdict: str) -> dict[str, Any]:
+        interval = [value - 0.02, value + 0.02]
+        return {"value": value, "interval": interval, "p_corrected": 0.0004, "verdict": verdict, "items": 50}
+
+    bits, choice = 2.9 - 30 / 40, 0.26 + 30 / 200
+    return {
+        "labels": [ours, "control"],
+        "baseline": "control",
+        "tasks": {
+            "heldout_bits_per_byte": {
+                "metric": "bits_per_byte",
+                "num_fewshot": 0,
+                "chance": None,
+                "higher_is_better": False,
+                "scores": {
+                    ours: {"value": bits, "stderr": 0.05, "items": 50},
+                    "control": {"value": 2.3, "stderr": 0.05, "items": 50},
+                },
+                "differences": {ours: entry(-0.15, "better")},
+            },
+            "heldout_continuation": {
+                "metric": "acc_norm",
+                "num_fewshot": 0,
+                "chance": 0.25,
+                "higher_is_better": True,
+                "scores": {
+                    ours: {"value": choice, "stderr": 0.031, "items": 200},
+                    "control": {"value": 0.4, "stderr": 0.03, "items": 200},
+                },
+                "differences": {ours: entry(0.01, "within noise")},
+            },
+        },
+        "subjects": {},
+        "published": {
+            "metrics": {"arc_challenge": "acc_norm, 25-shot"},
+            "models": [{"name": "other", "scores": {"arc_challenge": 22.5}, "average": 29.0, "source": "its card"}],
+        },
+        "method": "paired bootstrap",
+        "notes": [],
+    }
+
+
+def test_comparison_says_what_is_noise(records: card.Records) -> None:
+    changed = copy.deepcopy(records)
+    changed["comparison.json"] = comparison(records["recipe.yaml"]["name"])
+    text = card.render(changed)
+    assert "better on heldout bits per byte; within noise on heldout continuation" in text
+    assert "| heldout bits per byte | -0.1500 | -0.1700 to -0.1300 | < 0.001 | better |" in text
+    assert "| heldout continuation | 41.00 ± 3.10 | 40.00 ± 3.00 | 25.0 |" in text
+    assert "| other | 22.50 | 29.00 | its card |" in text
+
+
+def leaderboard_results() -> dict[str, Any]:
+    """A complete `open-llm-v1` result: five tasks and MMLU's 57 subjects."""
+    subjects = [f"mmlu_subject_{number}" for number in range(57)]
+    leaves = {"arc_challenge": "acc_norm", "hellaswag": "acc_norm", "truthfulqa_mc2": "acc", "winogrande": "acc"}
+    results = {task: {f"{metric},none": 0.3, f"{metric}_stderr,none": 0.01} for task, metric in leaves.items()}
+    results["gsm8k"] = {"exact_match,strict-match": 0.0, "exact_match_stderr,strict-match": 0.0}
+    results |= {task: {"acc,none": 0.25, "acc_stderr,none": 0.03} for task in subjects}
+    metrics = {**leaves, "gsm8k": "exact_match", "mmlu": "acc"}
+    chance = {"arc_challenge": 0.25, "hellaswag": 0.25, "mmlu": 0.25, "winogrande": 0.5}
+    headline = [
+        {
+            "task": task,
+            "metric": metrics[task],
+            "filter": "strict-match" if task == "gsm8k" else "none",
+            "num_fewshot": 5,
+            "value": {"mmlu": 0.25, "gsm8k": 0.0}.get(task, 0.3),
+            "stderr": 0.01,
+            "chance": chance.get(task),
+            "higher_is_better": True,
+            "items": 100,
+            "of": 100,
+            "tasks": subjects if task == "mmlu" else [task],
+        }
+        for task in card.LEADERBOARD
+    ]
+    value = sum(line["value"] for line in headline) / 6
+    average = {"value": value, "stderr": 0.004, "tasks": list(card.LEADERBOARD)}
+    return {
+        "results": {**results, "mmlu": {"acc,none": 0.25}},
+        "groups": {"mmlu": {"acc,none": 0.25}},
+        "n-shot": dict.fromkeys([*results, "mmlu"], 5),
+        "n-samples": {task: {"original": 100, "effective": 100} for task in results},
+        "lm_eval_version": "0.4.13",
+        "nanophi": {"format": 1, "suite": "open-llm-v1", "headline": headline, "average": average},
+    }
+
+
+def test_leaderboard_section_and_metadata(records: card.Records) -> None:
+    changed = {**records, "evals/open-llm-v1.json": leaderboard_results()}
+    text = card.render(changed)
+    assert "### Open LLM Leaderboard Evaluation Results" in text
+    assert "| Avg. | 24.17 |" in text
+    assert "| MMLU (5-Shot) | 25.00 |" in text
+    assert len(re.findall(r"^\| subject \d+ \|", text, re.MULTILINE)) == 57
+    assert "Not told apart from guessing: mmlu, winogrande." in text
+    index = yaml.safe_load(text.split("---\n")[1])["model-index"][0]["results"]
+    found = {
+        (result["dataset"]["type"], result["dataset"].get("config"), result["dataset"].get("split")) for result in index
+    }
+    assert {
+        ("ai2_arc", "ARC-Challenge", "test"),
+        ("hellaswag", None, "validation"),
+        ("cais/mmlu", "all", "test"),
+        ("truthful_qa", "multiple_choice", "validation"),
+        ("winogrande", "winogrande_xl", "validation"),
+        ("gsm8k", "main", "test"),
+    } <= found
+    files = card.eval_results_files(changed)
+    assert yaml.safe_load(files["gsm8k.yaml"])[0]["dataset"]["id"] == "openai/gsm8k"
+
+
+def test_a_part_of_a_benchmark_is_not_passed_off_as_the_whole(records: card.Records) -> None:
+    results = leaderboard_results()
+    for line in results["nanophi"]["headline"]:
+        line["items"] = 40
+    changed = {**records, "evals/quick.json": results}
+    text = card.render(changed)
+    assert "Leaderboard Evaluation Results" not in text and "40 of 100" in text
+    types = {result.dataset_type for result in ModelCard(text).data.eval_results}
+    assert types == {"heldout_bits_per_byte", "heldout_continuation"}
+    assert card.eval_results_files(changed) == {}
