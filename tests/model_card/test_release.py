@@ -1,0 +1,167 @@
+"""The release folder: complete, the same every time, and what training wrote."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, PhiForCausalLM
+
+from nanophi.model_card import card, figures, release
+from nanophi.records import UserError, read_json, sha256_of_file, sha256_of_tree, write_json
+
+LAST = "checkpoints/step-000030"
+
+
+def build(run: Path, output: Path, dtype: str = "float32") -> Path:
+    card.build(run, output / "card")
+    release.build(run, run / LAST, output / "card", output / "release", dtype)
+    return output / "release"
+
+
+def test_two_builds_are_byte_identical(built_release: Path, finished_run: Path, tmp_path: Path) -> None:
+    again = build(finished_run, tmp_path)
+    assert release.list_files(again) == release.list_files(built_release)
+    assert sha256_of_tree(again) == sha256_of_tree(built_release)
+
+
+def test_figures_show_something(built_release: Path) -> None:
+    from matplotlib.image import imread
+
+    for name in ("loss", "quality", "evaluation"):
+        pixels = imread(built_release / "figures" / f"{name}.png")
+        assert pixels.shape[1] > 1000
+        assert 0.02 < (pixels[..., :3].min(axis=-1) < 0.9).mean() < 0.8
+
+
+def test_figures_say_what_can_be_drawn(finished_run: Path) -> None:
+    records = card.collect(finished_run, finished_run / LAST)
+    assert figures.names(records) == ["loss", "quality", "evaluation"]
+    without = {name: record for name, record in records.items() if not name.startswith("evals/")}
+    assert figures.names(without) == ["loss", "quality"]
+    assert "figures/evaluation.png" not in card.render(without)
+
+
+def test_config_suits_old_and_new_transformers(built_release: Path) -> None:
+    config = read_json(built_release / "config.json")
+    assert (config["model_type"], config["architectures"]) == ("phi", ["PhiForCausalLM"])
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
+    assert config["partial_rotary_factor"] == config["rope_parameters"]["partial_rotary_factor"]
+    assert config["torch_dtype"] == config["dtype"] == "float32"
+    assert config["use_cache"] is True
+    assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_nanophi.NanoPhiForCausalLM"
+    merges = read_json(built_release / "tokenizer.json")["model"]["merges"]
+    assert merges and all(isinstance(merge, str) for merge in merges)
+
+
+def test_config_is_repaired_after_training_switched_the_cache_off(finished_run: Path, tmp_path: Path) -> None:
+    checkpoint = Path(shutil.copytree(finished_run / LAST, tmp_path / "step-000030"))
+    config = read_json(checkpoint / "config.json")
+    write_json(checkpoint / "config.json", {**config, "use_cache": False, "_name_or_path": "/somewhere"})
+    generation = read_json(checkpoint / "generation_config.json")
+    write_json(checkpoint / "generation_config.json", {**generation, "max_new_tokens": 20, "max_length": 20})
+    card.build(finished_run, tmp_path / "card")
+    release.build(finished_run, checkpoint, tmp_path / "card", tmp_path / "release")
+    config = read_json(tmp_path / "release" / "config.json")
+    assert config["use_cache"] is True and "_name_or_path" not in config
+    generation = read_json(tmp_path / "release" / "generation_config.json")
+    assert not {"max_new_tokens", "max_length"} & set(generation)
+
+
+def test_native_logits_are_those_of_the_checkpoint(built_release: Path, finished_run: Path) -> None:
+    ids = torch.arange(40)[None]
+    released = AutoModelForCausalLM.from_pretrained(built_release)
+    assert type(released) is PhiForCausalLM
+    trained = AutoModelForCausalLM.from_pretrained(finished_run / LAST)
+    with torch.no_grad():
+        assert torch.equal(released(ids).logits, trained(ids).logits)
+
+
+def test_bfloat16_release(finished_run: Path, built_release: Path, tmp_path: Path) -> None:
+    half = build(finished_run, tmp_path, "bfloat16")
+    config = read_json(half / "config.json")
+    assert config["torch_dtype"] == config["dtype"] == "bfloat16"
+    ours, full = load_file(half / "model.safetensors"), load_file(built_release / "model.safetensors")
+    assert ours.keys() == full.keys()
+    for name, tensor in ours.items():
+        assert tensor.dtype == torch.bfloat16
+        assert torch.equal(tensor, full[name].bfloat16())
+
+
+def test_sample_of_a_bfloat16_release_comes_from_rounded_weights(finished_run: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(finished_run / LAST).bfloat16()
+    rounded = tmp_path / "rounded"
+    shutil.copytree(finished_run / LAST, rounded)
+    model.float().save_pretrained(rounded)
+    assert release.generate(finished_run / LAST, ["A package "], "bfloat16") == release.generate(
+        rounded, ["A package "]
+    )
+
+
+def test_sample_has_every_checkpoint(finished_run: Path) -> None:
+    sample = read_json(finished_run / "sample.json")
+    assert list(sample["checkpoints"]) == ["step-000010", "step-000020", "step-000030"]
+    assert sample["text"] == sample["checkpoints"]["step-000030"]
+    assert sample["text"].startswith("The module ")
+    assert len(set(sample["checkpoints"].values())) == 3
+
+
+def test_manifest_lists_every_file_and_where_it_came_from(built_release: Path, finished_run: Path) -> None:
+    manifest = read_json(built_release / "MANIFEST.json")
+    assert sorted([*manifest["files"], "MANIFEST.json"]) == release.list_files(built_release)
+    for name, entry in manifest["files"].items():
+        assert entry["sha256"] == sha256_of_file(built_release / name)
+    provenance = manifest["provenance"]
+    assert provenance["environment"]["commit"] == "0123456789abcdef"
+    assert provenance["data_sha256"] == {"train": "3" * 64, "heldout": "4" * 64}
+    assert provenance["stages"]["training"] == read_json(finished_run / "record.json")["stages"]["training"]["key"]
+    assert not [name for name in manifest["files"] if re.search(r"optimizer|\.pt$|\.bin$|training_state", name)]
+
+
+def test_revisions_are_the_kept_checkpoints(built_release: Path) -> None:
+    entries = read_json(built_release / "revisions.json")
+    assert [entry["revision"] for entry in entries] == ["step-000010", "step-000020", "step-000030"]
+    assert entries[0]["tokens_seen"] == 10 * 4 * 128
+    assert entries[0]["scores"] == pytest.approx(
+        {"heldout_bits_per_byte/bits_per_byte": 2.65, "heldout_continuation/acc_norm": 0.31}
+    )
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "modeling_nanophi.py"])
+def test_incomplete_checkpoint_is_refused(finished_run: Path, tmp_path: Path, name: str) -> None:
+    checkpoint = Path(shutil.copytree(finished_run / LAST, tmp_path / "step-000030"))
+    (checkpoint / name).unlink()
+    with pytest.raises(UserError, match="incomplete"):
+        release.build(finished_run, checkpoint, built_card(finished_run, tmp_path), tmp_path / "release")
+
+
+def test_a_config_that_only_one_door_opens_is_refused(finished_run: Path, tmp_path: Path) -> None:
+    checkpoint = Path(shutil.copytree(finished_run / LAST, tmp_path / "step-000030"))
+    config = read_json(checkpoint / "config.json")
+    write_json(checkpoint / "config.json", {**config, "model_type": "nanophi"})
+    with pytest.raises(UserError, match="model_type is 'nanophi'"):
+        release.build(finished_run, checkpoint, built_card(finished_run, tmp_path), tmp_path / "release")
+
+
+def built_card(run: Path, output: Path) -> Path:
+    card.build(run, output / "card")
+    return output / "card"
+
+
+def test_retarget_changes_the_name_and_nothing_else(built_release: Path, tmp_path: Path) -> None:
+    before = sha256_of_tree(built_release)
+    release.retarget(built_release, "org/demo", tmp_path / "there")
+    assert sha256_of_tree(built_release) == before
+    changed = [
+        name
+        for name in release.list_files(built_release)
+        if sha256_of_file(built_release / name) != sha256_of_file(tmp_path / "there" / name)
+    ]
+    assert changed == ["MANIFEST.json", "README.md", "records/run.json"]
+    assert 'model="org/demo"' in (tmp_path / "there" / "README.md").read_text()
+    assert json.loads((tmp_path / "there" / "records" / "run.json").read_text())["repo_id"] == "org/demo"

@@ -1,0 +1,222 @@
+"""Verification: a sound release passes, and each kind of tampering is named."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from nanophi.model_card import release, verify
+from nanophi.records import UserError, read_json, write_json
+
+
+@pytest.fixture
+def copied(built_release: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(built_release, tmp_path / "release"))
+
+
+def failures(folder: Path, **options: Any) -> dict[str, str]:
+    """Name -> detail of the checks that do not pass."""
+    checks = verify.verify(str(folder), report=lambda line: None, **options)
+    return {check["name"]: check["detail"] for check in checks if not check["passed"]}
+
+
+def sign_again(folder: Path) -> None:
+    """What a forger would do: make the manifest fit the changed files."""
+    provenance = read_json(folder / "MANIFEST.json")["provenance"]
+    release.write_manifest(folder, provenance)
+
+
+def test_a_sound_release_passes_every_check(
+    built_release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A file named like a library, in the current folder and on PYTHONPATH, is not imported by the doors.
+    (tmp_path / "transformers.py").write_text("raise RuntimeError('wrong transformers')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    relative = os.path.relpath(built_release, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    lines: list[str] = []
+    checks = verify.verify(relative, report=lines.append)
+    assert [check["name"] for check in checks if not check["passed"]] == []
+    assert {"checksums", "files", "card", "native door", "remote-code door", "doors agree", "sample", "evaluation"} <= {
+        check["name"] for check in checks
+    }
+    assert len(lines) == len(checks) and all("ok" in line for line in lines)
+
+
+def flip_a_byte(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+
+
+def add_pickle(folder: Path) -> None:
+    (folder / "extra.bin").write_bytes(pickle.dumps({"a": 1}))
+
+
+def add_hidden_pickle(folder: Path) -> None:
+    (folder / "notes.txt").write_bytes(pickle.dumps({"a": 1}, protocol=4))
+
+
+def add_torch_archive(folder: Path) -> None:
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save({"a": torch.ones(1)}, buffer)
+    (folder / "figures" / "more.png").write_bytes(buffer.getvalue())
+
+
+def add_code(folder: Path) -> None:
+    (folder / "tokenization_extra.py").write_text("import os\n")
+
+
+def add_link(folder: Path) -> None:
+    (folder / "figures" / "link.png").symlink_to("/etc/hostname")
+
+
+def name_foreign_code(folder: Path) -> None:
+    config = read_json(folder / "config.json")
+    config["auto_map"]["AutoModelForCausalLM"] = "somebody/else--modeling.Model"
+    write_json(folder / "config.json", config)
+
+
+def name_tokenizer_code(folder: Path) -> None:
+    config = read_json(folder / "tokenizer_config.json")
+    write_json(folder / "tokenizer_config.json", {**config, "auto_map": {"AutoTokenizer": ["tok.Tok", None]}})
+
+
+def drop_a_file(folder: Path) -> None:
+    (folder / "generation_config.json").unlink()
+
+
+def break_weights(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"\x00" * 64)
+
+
+@pytest.mark.parametrize(
+    ("tamper", "check", "named"),
+    [
+        (flip_a_byte, "checksums", "model.safetensors was changed"),
+        (drop_a_file, "checksums", "generation_config.json is missing"),
+        (add_pickle, "files", "extra.bin may hold a pickle"),
+        (add_hidden_pickle, "files", "notes.txt may hold a pickle"),
+        (add_torch_archive, "files", "figures/more.png may hold a pickle"),
+        (add_code, "files", "tokenization_extra.py is code"),
+        (add_link, "files", "figures/link.png is a link"),
+        (break_weights, "files", "model.safetensors is not a valid safetensors file"),
+        (name_foreign_code, "code references", "somebody/else--modeling.Model"),
+        (name_tokenizer_code, "code references", "tok.Tok"),
+    ],
+)
+def test_tampered_files_are_named_and_nothing_is_loaded(
+    copied: Path, tamper: Callable[[Path], None], check: str, named: str
+) -> None:
+    tamper(copied)
+    failed = failures(copied)
+    assert named in failed[check]
+    assert "not opened" in failed["doors"]
+    if check != "checksums":
+        # The manifest is no protection against who writes the manifest: the check stands on its own.
+        sign_again(copied)
+        assert list(failures(copied)) == [check, "doors"]
+
+
+def test_a_number_edited_in_the_card_is_named(copied: Path) -> None:
+    card = copied / "README.md"
+    text = card.read_text()
+    assert "| heldout continuation | 0 | accuracy, length-normalised | 41.00 |" in text
+    card.write_text(text.replace("length-normalised | 41.00", "length-normalised | 61.00", 1))
+    assert "README.md was changed" in failures(copied)["checksums"]
+    wrong = verify._card(copied, verify.model_card.read_records(copied / "records"))
+    assert len(wrong) == 1 and "61.00" in wrong[0] and "41.00" in wrong[0]
+
+
+def test_a_card_of_another_version_is_checked_by_its_numbers(copied: Path) -> None:
+    run = read_json(copied / "records" / "run.json")
+    text = (copied / "README.md").read_text()
+    for old, new in (("nanophi 0.1.0", "nanophi 0.0.9"), ("Greedy, with", "Greedily, with")):
+        assert old in text
+        text = text.replace(old, new)
+    run["environment"]["nanophi"] = "0.0.9"
+    records = verify.model_card.read_records(copied / "records")
+    records["run.json"] = run
+    (copied / "README.md").write_text(text)
+    assert verify._card(copied, records) == []
+    (copied / "README.md").write_text(text.replace("length-normalised | 41.00", "length-normalised | 61.37", 1))
+    assert "61.37" in verify._card(copied, records)[0]
+
+
+def edit_code(folder: Path, text: str) -> None:
+    path = folder / "modeling_nanophi.py"
+    path.write_text(text + path.read_text())
+
+
+def swap_tokenizer(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    names = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)
+    mixed = [names[0], *names[1:][::-1]]
+    tokenizer["model"]["vocab"] = {name: index for index, name in enumerate(mixed)}
+    path.write_text(json.dumps(tokenizer, ensure_ascii=False))
+
+
+def edit_recipe(folder: Path) -> None:
+    recipe = folder / "records" / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("seed: 7", "seed: 8"))
+
+
+def swap_weights(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.bias"] = weights["lm_head.bias"] + 0.5 * weights["lm_head.weight"][:, 0]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_forger_who_makes_the_manifest_fit_is_found_out(copied: Path) -> None:
+    swap_tokenizer(copied)
+    assert "tokenizer.json was changed" in failures(copied)["checksums"]
+    edit_code(copied, "# harmless\n")
+    edit_recipe(copied)
+    sign_again(copied)
+    failed = failures(copied)
+    assert "--trust-remote-code" in failed["code"] and "not opened" in failed["doors"]
+    failed = failures(copied, trust_remote_code=True)
+    assert list(failed) == ["card", "provenance", "sample", "evaluation"]
+    assert "Seed" in failed["card"] and "not the recipe" in failed["provenance"]
+
+
+def test_swapped_weights_and_a_door_that_does_not_open(copied: Path) -> None:
+    swap_weights(copied)
+    edit_code(copied, "raise RuntimeError('broken on purpose')\n")
+    sign_again(copied)
+    failed = failures(copied, trust_remote_code=True)
+    assert list(failed) in (["remote-code door", "evaluation"], ["remote-code door", "sample", "evaluation"])
+    assert "broken on purpose" in failed["remote-code door"]
+    assert "recomputed" in failed["evaluation"]
+
+
+@pytest.mark.parametrize("manifest", ["{}", "[]", '{"files": {"a": 3}}', "{not json"])
+def test_bad_manifest_is_one_line(copied: Path, manifest: str) -> None:
+    (copied / "MANIFEST.json").write_text(manifest)
+    failed = failures(copied)
+    assert "MANIFEST.json" in failed["checksums"]
+    assert all("\n" not in detail for detail in failed.values())
+
+
+@pytest.mark.parametrize("name", ["absent", "/absent/folder", "a/b/c", "../x/y"])
+def test_what_is_no_release_is_one_line(name: str) -> None:
+    with pytest.raises(UserError, match="neither a folder nor a Hub id"):
+        verify.verify(name)
+
+
+def test_revision_of_a_folder_is_refused(built_release: Path) -> None:
+    with pytest.raises(UserError, match="--revision"):
+        verify.verify(str(built_release), "main")
