@@ -29,13 +29,13 @@ import numpy as np
 import torch
 import tqdm  # type: ignore[import-untyped]
 import transformers
-from lm_eval.api.model import LM
 from lm_eval.api.task import Task
 from lm_eval.loggers.utils import add_tokenizer_info
 from lm_eval.utils import hash_string
 
 from nanophi.eval.metrics import BitsPerByte
 from nanophi.eval.results import FORMAT
+from nanophi.eval.scorer import ScorerLM
 from nanophi.eval.suites import LoadedSuite, find_suite, load_suite, sample_of_items
 from nanophi.records import (
     UserError,
@@ -94,7 +94,10 @@ def evaluate(
     output = Path(output)
     loaded = load_suite(find_suite(suite), data=data, heldout=heldout)
     network, tokenizer, identity = load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
-    lm = make_lm(network, tokenizer, batch_size)
+    with _quiet():
+        lm = ScorerLM(network, tokenizer, batch_size)
+    if lm.sharing:
+        report(f"{identity['name']}: no prefixes are shared, since {lm.sharing}; slower, same results")
     indices = {
         name: sample_of_items(task, min(filter(None, (limit, loaded.entries[name].items)), default=None))
         for name, task in loaded.tasks.items()
@@ -108,16 +111,20 @@ def evaluate(
     }
     partial = _open_partial(output, inputs)
     started = time.monotonic()
-    for number, (name, task) in enumerate(loaded.tasks.items(), 1):
-        path = partial / f"{name}.json"
-        if path.exists():
-            report(f"{name}: done before")
-            continue
-        result = _run_task(lm, name, task, indices[name])
-        write_json(path, result)
-        remaining = len(loaded.tasks) - number
-        report(f"{_line(result, name)}  {remaining} more" if remaining else _line(result, name))
-    parts = {name: read_json(partial / f"{name}.json") for name in loaded.tasks}
+    paths = {name: partial / f"{name}.json" for name in loaded.tasks}
+    waiting = {
+        name: _characters(task, indices[name]) for name, task in loaded.tasks.items() if not paths[name].exists()
+    }
+    if len(waiting) < len(paths):
+        report(f"{len(paths) - len(waiting)} of {len(paths)} tasks were done before")
+    scored = 0
+    for name in list(waiting):
+        result = _run_task(lm, name, loaded.tasks[name], indices[name])
+        write_json(paths[name], result)
+        scored += waiting.pop(name)
+        left = (time.monotonic() - started) * sum(waiting.values()) / scored
+        report(_line(result, name) + (f"; about {_duration(left)} left for {len(waiting)} more" if waiting else ""))
+    parts = {name: read_json(path) for name, path in paths.items()}
     result = _merge(loaded, parts)
     result["config"] = {
         "model": str(model),
@@ -141,10 +148,11 @@ def evaluate(
         "data": inputs["data"],
         "environment": environment(),
         "seconds": {name: part["seconds"] for name, part in parts.items()},
+        "overflowing": {name: part["overflowing"] for name, part in parts.items() if part["overflowing"]},
     }
     write_json(output, result)
     shutil.rmtree(partial)
-    report(f"{output} written, {time.monotonic() - started:.0f} s")
+    report(f"{output} written, {_duration(time.monotonic() - started)}")
     return result
 
 
@@ -213,19 +221,22 @@ def load_model(
     return network, tokenizer, identity
 
 
-def make_lm(
-    network: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase, batch_size: int
-) -> LM:
-    """The lm-eval model that scores `network`."""
-    from lm_eval.models.huggingface import HFLM
+def _characters(task: Task, indices: list[int] | None) -> int:
+    """About how many characters of prompt a task's items have together, from a few of them: a measure of its cost."""
+    task.set_fewshot_seed(FEWSHOT_SEED)
+    docs = task.eval_docs
+    some = (indices or range(len(docs)))[:: max(1, len(indices or docs) // 4)]
+    prompts = [task.fewshot_context(docs[i], num_fewshot=task.config.num_fewshot) for i in some]
+    lengths = [len(prompt if isinstance(prompt, str) else prompt[0]) for prompt in prompts]
+    if task.OUTPUT_TYPE == "loglikelihood_rolling":
+        lengths = [len(task.doc_to_target(docs[i])) for i in some]
+    return 1 + sum(lengths) * len(indices or docs) // len(lengths)
 
-    with _quiet():
-        return HFLM(pretrained=network, tokenizer=tokenizer, batch_size=batch_size)
 
-
-def _run_task(lm: LM, name: str, task: Task, indices: list[int] | None) -> dict[str, Any]:
+def _run_task(lm: ScorerLM, name: str, task: Task, indices: list[int] | None) -> dict[str, Any]:
     """lm-eval's evaluation of one task, as plain data, with the samples cut down to what is worth keeping."""
     started = time.monotonic()
+    overflowing = lm.overflowing
     # What `lm_eval.simple_evaluate` does before it calls `evaluate`.
     random.seed(RANDOM_SEED)
     np.random.seed(FEWSHOT_SEED)
@@ -247,6 +258,7 @@ def _run_task(lm: LM, name: str, task: Task, indices: list[int] | None) -> dict[
         text = "\n".join(sample["doc"]["text"] for sample in samples).encode()
         result["bz2"] = {"bits_per_byte": 8 * len(bz2.compress(text, 9)) / len(text), "bytes": len(text)}
     result["samples"] = {name: [_slim(sample) for sample in samples]}
+    result["overflowing"] = lm.overflowing - overflowing
     result["seconds"] = round(time.monotonic() - started, 3)
     return _plain(result)
 
@@ -416,7 +428,18 @@ def _line(part: dict[str, Any], name: str) -> str:
         if "," in key and "_stderr" not in key and isinstance(value, float):
             error = values.get(key.replace(",", "_stderr,"))
             shown.append(f"{key.split(',')[0]} {value:.4f}" + (f" ± {error:.4f}" if isinstance(error, float) else ""))
-    return f"{name}: {', '.join(shown)}  ({values['sample_len']} items, {part['seconds']:.0f} s)"
+    cut = f", {part['overflowing']} prompts cut to the context" if part["overflowing"] else ""
+    return f"{name}: {', '.join(shown)} ({values['sample_len']} items{cut}, {_duration(part['seconds'])})"
+
+
+def _duration(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 100
+        else f"{seconds / 60:.0f} min"
+        if seconds < 6000
+        else f"{seconds / 3600:.1f} h"
+    )
 
 
 @contextlib.contextmanager
