@@ -127,7 +127,7 @@ def collect(run: Path, checkpoint: Path) -> Records:
         "run.json": {
             "repo_id": recipe["card"]["repo_id"] or recipe["name"],
             "revision": checkpoint.name,
-            "tag": recipe["card"].get("version", "v1.0"),
+            "tag": recipe["card"]["version"],
             "final": checkpoint.name == last_checkpoint(run).name,
             "finished": record["stages"]["training"]["finished"],
             "environment": record["environment"],

@@ -66,16 +66,21 @@ def push(
         UserError: if the release must not be published (training state, secrets, paths of this machine, files that
             are not what the manifest says, a card with placeholders), or the Hub refuses it.
     """
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise UserError(f"--repo-id {repo_id}: expected ORG/NAME ({error})") from None
+    if "/" not in repo_id:
         raise UserError(f"--repo-id {repo_id}: expected ORG/NAME")
     if not (release / releases.MANIFEST).is_file():
         raise UserError(f"{release} is not a release folder (no {releases.MANIFEST}); run `nanophi release` first")
+    _refuse(release, problems(release))
     with tempfile.TemporaryDirectory(prefix="nanophi-push-") as scratch:
         folders = _revisions(release, repo_id, Path(scratch))
         for name, folder in folders.items():
-            wrong = problems(folder, release)
-            if wrong:
-                raise UserError(f"{repo_id}, {name}: not fit to publish: {'; '.join(wrong)}")
+            _refuse(name, problems(folder, release))
         tag = read_json(release / "records" / "run.json")["tag"]
         result: dict[str, Any] = {"repo_id": repo_id, "revisions": {}, "tag": tag, "url": None}
         for name, folder in folders.items():
@@ -89,6 +94,11 @@ def push(
             report(f"tag {tag}; nothing was sent (dry run)")
             return result
         return _send(folders, result, public, report)
+
+
+def _refuse(what: Path | str, wrong: list[str]) -> None:
+    if wrong:
+        raise UserError(f"{what} is not fit to publish: {'; '.join(wrong)}")
 
 
 def problems(folder: Path, release: Path | None = None) -> list[str]:
@@ -159,13 +169,9 @@ def _revisions(release: Path, repo_id: str, scratch: Path) -> dict[str, Path]:
 def _send(
     folders: dict[str, Path], result: dict[str, Any], public: bool, report: Callable[[str], None]
 ) -> dict[str, Any]:
+    from httpx2 import HTTPError
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
-
-    try:
-        from httpx2 import HTTPError
-    except ImportError:  # huggingface_hub before version 2
-        from httpx import HTTPError
 
     api, repo_id, tag = HfApi(), result["repo_id"], result["tag"]
     try:
@@ -189,21 +195,26 @@ def _send(
         raise UserError("no token for the Hub; run `hf auth login`, or set HF_TOKEN") from None
     except HfHubHTTPError as error:
         raise UserError(f"{repo_id}: the Hub answered: {str(error).splitlines()[0]}") from None
-    except (HTTPError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{repo_id}: the connection failed ({reason}); the same command goes on from here") from None
+    except (HTTPError, OSError, RuntimeError) as error:
+        # The client raises RuntimeError when an upload fails, and LocalEntryNotFoundError for want of an answer.
+        if isinstance(error, RuntimeError) and not isinstance(error.__cause__, HTTPError | OSError):
+            raise
+        reason = str(error.__cause__ or error).splitlines() or [type(error).__name__]
+        raise UserError(f"{repo_id}: the connection failed ({reason[0]}); the same command goes on from here") from None
     report(f"{result['url']}: {', '.join(result['revisions'])}, tag {tag}")
     return result
 
 
 def _is_there(api: HfApi, repo_id: str, revision: str, folder: Path) -> bool:
     """Whether a revision holds exactly this release: its manifest vouches for the rest."""
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
         with tempfile.TemporaryDirectory() as scratch:
             there = api.hf_hub_download(repo_id, releases.MANIFEST, revision=revision, cache_dir=scratch)
             return sha256_of_file(Path(there)) == sha256_of_file(folder / releases.MANIFEST)
+    except LocalEntryNotFoundError:
+        raise  # No answer at all, though it is named like one.
     except EntryNotFoundError:
         return False
 

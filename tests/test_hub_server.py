@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from hub_server import TOKEN, HubServer
+from hub_server import TOKEN, HubServer  # type: ignore[import-not-found]
 
 CLIENT = """
 import sys

@@ -319,7 +319,7 @@ def build_run(run: Path) -> None:
                 "logging_steps": 1,
             },
             "tokenizer": {"vocab_size": VOCABULARY},
-            "card": {"prompt": "The module "},
+            "card": {"prompt": "The module ", "version": "v1.0"},
         }
     )
     run.mkdir(parents=True)

@@ -1,0 +1,289 @@
+"""Pushing to a Hub, with the real client and the loopback server."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import huggingface_hub.constants
+import huggingface_hub.utils._http
+import pytest
+from hub_server import Commit, HubServer  # type: ignore[import-not-found]
+
+from nanophi.model_card import push as pushing
+from nanophi.model_card import release
+from nanophi.model_card.push import problems, push
+from nanophi.records import UserError, read_json, write_json
+
+REVISIONS = ["step-000010", "step-000020", "step-000030", "main"]
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A server that the client of this very process talks to, without waiting between its retries."""
+    with HubServer() as server:
+        for key, value in server.environment(tmp_path / "home").items():
+            monkeypatch.setenv(key, value)
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.endpoint)
+        template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", lambda seconds: None)
+        yield server
+
+
+@pytest.fixture(scope="module")
+def revisions(built_release: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """What a push of `built_release` builds before it sends anything."""
+    return pushing._revisions(built_release, "org/demo", tmp_path_factory.mktemp("revisions"))
+
+
+@pytest.fixture
+def built_before(revisions: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Takes `revisions` instead of building them again: a second or two."""
+    monkeypatch.setattr(pushing, "_revisions", lambda *_: revisions)
+
+
+@pytest.fixture
+def run_copy(built_release: Path, tmp_path: Path) -> Path:
+    """A run with its release that a test may change."""
+    return Path(shutil.copytree(built_release.parent, tmp_path / "runs" / "tiny"))
+
+
+def silent(line: str) -> None:
+    pass
+
+
+def is_whole(commit: Commit) -> bool:
+    """Whether a commit holds exactly the files of its manifest."""
+    if "MANIFEST.json" not in commit.files:
+        return False
+    listed = json.loads(commit.files["MANIFEST.json"].data)["files"]
+    there = {name for name in commit.files if name not in (".gitattributes", "MANIFEST.json")}
+    return there == set(listed) and all(
+        hashlib.sha256(commit.files[name].data).hexdigest() == entry["sha256"] for name, entry in listed.items()
+    )
+
+
+def assert_complete(hub: HubServer) -> None:
+    repository = hub.repositories["model", "org/demo"]
+    assert sorted(repository.branches) == sorted(REVISIONS)
+    for name in REVISIONS:
+        assert is_whole(repository.branches[name]), name
+        described = json.loads(repository.branches[name].files["records/run.json"].data)["revision"]
+        assert described == ("step-000030" if name == "main" else name)
+    assert repository.tags["v1.0"] is repository.branches["main"]
+
+
+def test_push_then_load_in_a_fresh_process(built_release: Path, hub: HubServer, tmp_path: Path) -> None:
+    result = push(built_release, "org/demo", report=silent)
+    assert list(result["revisions"]) == REVISIONS
+    assert_complete(hub)
+    assert hub.repositories["model", "org/demo"].private
+    sample = read_json(built_release / "records" / "sample.json")
+    script = """
+import json, sys
+from transformers import pipeline
+prompt, settings = json.loads(sys.argv[1])
+for options in ({}, {"trust_remote_code": True}, {"revision": "step-000010"}, {"revision": "v1.0"}):
+    made = pipeline("text-generation", model="org/demo", device="cpu", **options)
+    print(json.dumps([type(made.model).__name__, made(prompt, **settings)[0]["generated_text"]]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", script, json.dumps([sample["prompt"], sample["settings"]])],
+        env={**os.environ, **hub.environment(tmp_path / "empty")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(line) for line in done.stdout.splitlines()] == [
+        ["PhiForCausalLM", sample["text"]],
+        ["NanoPhiForCausalLM", sample["text"]],
+        ["PhiForCausalLM", sample["checkpoints"]["step-000010"]],
+        ["PhiForCausalLM", sample["text"]],
+    ]
+    assert "newly initialized" not in done.stderr and "to instantiate a model of type" not in done.stderr
+
+    verification = """
+import sys
+from nanophi.model_card.verify import verify
+checks = verify("org/demo", "step-000020")
+sys.exit(any(not check["passed"] for check in checks))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", verification],
+        env={**os.environ, **hub.environment(tmp_path / "another")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.usefixtures("built_before")
+def test_dry_run_lists_everything_and_sends_nothing(built_release: Path, hub: HubServer) -> None:
+    lines: list[str] = []
+    result = push(built_release, "org/demo", dry_run=True, report=lines.append)
+    assert hub.requests == []
+    assert list(result["revisions"]) == REVISIONS
+    assert sum("model.safetensors" in line for line in lines) == len(REVISIONS)
+    assert result["revisions"]["main"]["files"] == len(release.list_files(built_release))
+
+
+@pytest.mark.usefixtures("built_before")
+def test_second_push_sends_nothing(built_release: Path, hub: HubServer) -> None:
+    push(built_release, "org/demo", report=silent)
+    before = len(hub.requests)
+    lines: list[str] = []
+    push(built_release, "org/demo", report=lines.append)
+    assert not [line for line in hub.requests[before:] if "/commit/" in line or line.startswith("PUT")]
+    assert lines[:-1] == [f"{name}: up to date" for name in REVISIONS]
+
+
+@pytest.mark.usefixtures("built_before")
+def test_public_comes_last_and_only_if_asked(built_release: Path, hub: HubServer) -> None:
+    push(built_release, "org/demo", report=silent)
+    assert hub.repositories["model", "org/demo"].private
+    push(built_release, "org/demo", public=True, report=silent)
+    assert not hub.repositories["model", "org/demo"].private
+    assert hub.requests[-1].endswith("/settings")
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.usefixtures("built_before")
+def test_a_push_cut_at_any_moment_is_finished_by_the_next(built_release: Path, hub: HubServer, seed: int) -> None:
+    """About 50 requests make a push; each seed cuts at another one, before, during or after it."""
+    draw = random.Random(seed)
+    after = draw.randrange(5 * seed, 5 * seed + 5)
+    hub.cut(after, draw.choice(["before", "during", "after"]))
+    try:
+        push(built_release, "org/demo", report=silent)
+        cut = False
+    except UserError as error:
+        cut = True
+        assert "goes on from here" in str(error)
+    assert cut == (len(hub.requests) > after)
+    repository = hub.repositories.get(("model", "org/demo"))
+    if repository is not None:
+        for name, head in repository.branches.items():
+            # Empty, as a new repository is, or whole: never in between, on any branch.
+            assert set(head.files) == {".gitattributes"} or is_whole(head), name
+        assert repository.private
+    stored = set(hub.objects)
+    hub.restore()
+    before = len(hub.requests)
+    push(built_release, "org/demo", report=silent)
+    assert_complete(hub)
+    sent = {line.removeprefix("PUT /lfs/") for line in hub.requests[before:] if line.startswith("PUT /lfs/")}
+    assert not sent & stored, "what had arrived was sent again"
+    for commit in hub.repositories["model", "org/demo"].branches["main"].history():
+        assert set(commit.files) == {".gitattributes"} or is_whole(commit)
+
+
+def test_main_holds_exactly_the_release(built_release: Path, hub: HubServer) -> None:
+    hub.add_repository("model", "org/demo", {"README.md": b"Trainer's own card", "optimizer.bin": b"old"})
+    push(built_release, "org/demo", report=silent)
+    files = hub.repositories["model", "org/demo"].branches["main"].files
+    assert "optimizer.bin" not in files
+    assert b'model="org/demo"' in files["README.md"].data
+
+
+def test_a_tag_is_never_moved(built_release: Path, run_copy: Path, hub: HubServer) -> None:
+    push(built_release, "org/demo", report=silent)
+    generation = read_json(run_copy / "release" / "generation_config.json")
+    write_json(run_copy / "release" / "generation_config.json", {**generation, "temperature": 0.5})
+    provenance = read_json(run_copy / "release" / "MANIFEST.json")["provenance"]
+    release.write_manifest(run_copy / "release", provenance)
+    before = dict(hub.repositories["model", "org/demo"].branches)
+    with pytest.raises(UserError, match=r"tag v1\.0 of another release"):
+        push(run_copy / "release", "org/demo", report=silent)
+    assert hub.repositories["model", "org/demo"].branches == before
+
+
+def plant(name: str, content: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        path = folder / name
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_text(path.read_text() + content if path.exists() else content)
+
+    return change
+
+
+SECRET = "hf_" + "a1B2" * 9
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (plant("records/notes.json", f'"{SECRET}"'), "records/notes.json holds a Hugging Face token"),
+        (plant("README.md", f"\ntoken: {SECRET}\n"), "README.md holds a Hugging Face token"),
+        (plant("notes.txt", "AKIA" + "ABCDEFGH12345678"), "notes.txt holds an AWS key"),
+        (plant("notes.txt", "-----BEGIN OPENSSH PRIVATE KEY-----"), "notes.txt holds a private key"),
+        (plant("notes.txt", "correct-horse-battery"), "notes.txt holds a secret of this machine's environment"),
+        (plant("notes.txt", f"see {Path.cwd()}/x"), "notes.txt names a path of this machine"),
+        (plant("optimizer.json", "{}"), "optimizer.json is training state"),
+        (plant("training_state/step-000030/x.json", "{}"), "x.json is training state"),
+        (plant("README.md", "\n[More Information Needed]\n"), "placeholder 'More Information Needed'"),
+        (plant("extra.py", "import os"), "extra.py is code"),
+    ],
+)
+def test_what_must_not_be_published_is_named(
+    run_copy: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None], named: str
+) -> None:
+    monkeypatch.setenv("SOME_SERVICE_TOKEN", "correct-horse-battery")
+    folder = run_copy / "release"
+    change(folder)
+    wrong = problems(folder)
+    assert any(named in line for line in wrong), wrong
+    assert not any(SECRET in line or "correct-horse" in line for line in wrong)
+    with pytest.raises(UserError, match="not fit to publish"):
+        push(folder, "org/demo", report=silent)
+    assert hub.requests == []
+
+
+def test_a_sound_release_has_no_problems(built_release: Path) -> None:
+    assert problems(built_release) == []
+
+
+def test_a_path_in_the_weights_header_is_found(run_copy: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = run_copy / "release" / "model.safetensors"
+    save_file(load_file(weights), weights, metadata={"format": "pt", "from": str(run_copy / "checkpoints")})
+    assert any("model.safetensors names a path" in line for line in problems(run_copy / "release"))
+
+
+@pytest.mark.parametrize("repo_id", ["demo", "a/b/c", "../x", ""])
+def test_bad_repo_id(built_release: Path, hub: HubServer, repo_id: str) -> None:
+    with pytest.raises(UserError, match="ORG/NAME"):
+        push(built_release, repo_id, report=silent)
+
+
+def test_missing_checkpoint_is_named(run_copy: Path, hub: HubServer) -> None:
+    shutil.rmtree(run_copy / "checkpoints" / "step-000010")
+    with pytest.raises(UserError, match="step-000010 is missing"):
+        push(run_copy / "release", "org/demo", report=silent)
+    assert hub.requests == []
+
+
+def test_not_a_release(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not a release folder"):
+        push(tmp_path, "org/demo")
+
+
+def test_wrong_token_is_one_line(built_release: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    with pytest.raises(UserError) as caught:
+        push(built_release, "org/demo", report=silent)
+    assert "\n" not in str(caught.value) and "hf_wrong" not in str(caught.value)
