@@ -24,7 +24,9 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_nanophi import NanoPhiConfig
 
-LOSS_CHUNK = 512  # rows of logits alive at a time
+LOSS_CHUNK = 1024  # rows of logits alive at a time
+ALIGNMENT = 64  # the loss pads the vocabulary to a multiple of this, which matrix kernels like better than 50,295
+FEW_ROWS = 8  # up to so many rows, a product on a CPU is bound by reading the weight
 
 
 class NanoPhiRotaryEmbedding(nn.Module):
@@ -53,22 +55,28 @@ class NanoPhiRotaryEmbedding(nn.Module):
 
     @torch.no_grad()
     def forward(self, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Positions [batch, tokens] -> cosines and sines [batch, 1, tokens, rotary_ndims], computed in float32."""
+        """Positions [batch, tokens] -> cosines and sines [batch, 1, tokens, rotary_ndims], computed in float32.
+
+        The first half of the sines is negated: it multiplies the second half of what is rotated.
+        """
         angles = position_ids[:, None, :, None].float() * self.inv_freq.to(position_ids.device, torch.float)
-        angles = torch.cat((angles, angles), dim=-1)
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
 
 
-def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the leading dimensions of `states` [batch, heads, tokens, head_dim]; the others pass unchanged.
+def apply_rotary(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate the leading dimensions of queries and keys [batch, heads, tokens, head_dim]; the others pass unchanged.
 
     Dimension i is paired with i + rotary_ndims / 2 (the "rotate half" layout).
     """
     rotary_ndims = cos.shape[-1]
+    states = torch.cat((query, key), dim=1)  # one pass over both: for a single token, calls cost more than copies
     rotated, passed = states[..., :rotary_ndims], states[..., rotary_ndims:]
-    first, second = rotated.chunk(2, dim=-1)
-    rotated = rotated * cos + torch.cat((-second, first), dim=-1) * sin
-    return torch.cat((rotated, passed), dim=-1)
+    rotated = torch.addcmul(rotated * cos, rotated.roll(rotary_ndims // 2, -1), sin)
+    states = torch.cat((rotated, passed), dim=-1)
+    return states[:, : query.shape[1]], states[:, query.shape[1] :]
 
 
 def eager_attention_forward(
@@ -100,6 +108,45 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
+class NanoPhiLinear(nn.Linear):
+    """A linear layer that also reads its weight at full memory speed for one or a few rows in float32 on a CPU.
+
+    Generation with a batch of one multiplies each weight by a single row, which is bound by memory, and torch's
+    path for that runs on one thread; for a few rows it picks a kernel that is slower still. A batched product over
+    row blocks of the weight, one per thread, and the transposed product for a few rows, give the same values two
+    to four times as fast (benchmarks/model_speed.py).
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """[..., in_features] -> [..., out_features]."""
+        weight = self.weight
+        rows = input.numel() // self.in_features
+        if (
+            rows > FEW_ROWS
+            or torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or weight.dtype != torch.float32
+            or weight.device.type != "cpu"
+            or input.dtype != torch.float32
+        ):
+            return nn.functional.linear(input, weight, self.bias)
+        columns = input.reshape(rows, self.in_features).t()
+        if rows > 1:
+            output = torch.addmm(self.bias[:, None], weight, columns).t()
+        else:
+            blocks = torch.get_num_threads()
+            whole = self.out_features - self.out_features % blocks
+            output = torch.baddbmm(
+                self.bias[:whole].view(blocks, -1, 1),
+                weight[:whole].view(blocks, -1, self.in_features),
+                columns.expand(blocks, -1, -1),
+            )
+            if whole < self.out_features:
+                rest = torch.addmm(self.bias[whole:, None], weight[whole:], columns)
+                output = torch.cat((output.view(-1, 1), rest))
+        return output.view(*input.shape[:-1], self.out_features)
+
+
 class NanoPhiAttention(nn.Module):
     """Grouped query attention with biases and partial rotary embeddings."""
 
@@ -112,10 +159,10 @@ class NanoPhiAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
-        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim)
-        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim)
-        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim)
-        self.dense = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size)
+        self.q_proj = NanoPhiLinear(config.hidden_size, config.num_attention_heads * self.head_dim)
+        self.k_proj = NanoPhiLinear(config.hidden_size, config.num_key_value_heads * self.head_dim)
+        self.v_proj = NanoPhiLinear(config.hidden_size, config.num_key_value_heads * self.head_dim)
+        self.dense = NanoPhiLinear(config.num_attention_heads * self.head_dim, config.hidden_size)
         self.qk_layernorm = config.qk_layernorm
         if config.qk_layernorm:
             self.q_layernorm = nn.LayerNorm(self.head_dim, eps=config.layer_norm_eps)
@@ -137,7 +184,7 @@ class NanoPhiAttention(nn.Module):
         value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)
         if self.qk_layernorm:
             query, key = self.q_layernorm(query), self.k_layernorm(key)
-        query, key = apply_rotary(query, *position_embeddings), apply_rotary(key, *position_embeddings)
+        query, key = apply_rotary(query, key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attention: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -165,8 +212,8 @@ class NanoPhiMLP(nn.Module):
         # torch has the same formula (Hendrycks & Gimpel 2016, tanh form) as one kernel.
         name = "gelu_pytorch_tanh" if config.hidden_act == "gelu_new" else config.hidden_act
         self.activation_fn = ACT2FN[name]
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.fc1 = NanoPhiLinear(config.hidden_size, config.intermediate_size)
+        self.fc2 = NanoPhiLinear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[..., hidden_size] -> the same shape."""
@@ -294,7 +341,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         ctx: Any,
         hidden_states: torch.Tensor,
         weight: torch.Tensor,
-        bias: torch.Tensor | None,
+        bias: torch.Tensor,
         targets: torch.Tensor,
         ignore_index: int,
         dtype: torch.dtype,
@@ -304,54 +351,59 @@ class LinearCrossEntropy(torch.autograd.Function):
         Matrix products run in `dtype`; softmax, loss and the weight's gradient in float32.
         """
         wanted = ctx.needs_input_grad[:3]
+        device, vocab_size = hidden_states.device, len(weight)
+        padding = -vocab_size % ALIGNMENT
+        matrix = nn.functional.pad(weight.to(dtype), (0, 0, 0, padding))
+        # Padded classes have probability zero, in the loss and in every gradient.
+        offset = nn.functional.pad(bias.to(dtype), (0, padding), value=-torch.inf)
         keep = targets != ignore_index
-        classes = targets.where(keep, 0)
-        matrix, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
-        loss = torch.zeros((), dtype=torch.float32, device=hidden_states.device)
+        classes = targets.where(keep, 0)[:, None]
+        loss = torch.zeros((), dtype=torch.float32, device=device)
         grad_hidden = torch.empty_like(hidden_states) if wanted[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
-        grad_bias = None if bias is None or not wanted[2] else torch.zeros_like(bias, dtype=torch.float32)
+        grad_weight = torch.zeros(matrix.shape, dtype=torch.float32, device=device) if wanted[1] else None
+        grad_bias = torch.zeros(offset.shape, dtype=torch.float32, device=device) if wanted[2] else None
         for start in range(0, len(targets), LOSS_CHUNK):
             rows = slice(start, start + LOSS_CHUNK)
-            chunk = hidden_states[rows].to(dtype)
-            column = classes[rows, None]
-            logits = nn.functional.linear(chunk, matrix, offset).float()
-            logits -= logits.logsumexp(dim=-1, keepdim=True)
-            loss -= (logits.gather(1, column)[:, 0] * keep[rows]).sum()
+            chunk, kept = hidden_states[rows].to(dtype), keep[rows, None]
+            logits = nn.functional.linear(chunk, matrix, offset)
+            grad = nn.functional.log_softmax(logits, dim=-1, dtype=torch.float32)
+            del logits
+            loss -= (grad.gather(1, classes[rows]) * kept).sum()
             if not any(wanted):
                 continue
-            grad = logits.exp_()
-            grad.scatter_add_(1, column, grad.new_full((1, 1), -1.0).expand_as(column))
-            grad *= keep[rows, None]
+            grad.exp_().scatter_add_(1, classes[rows], -torch.ones_like(classes[rows], dtype=torch.float32))
+            # Rows that are ignored are left out by zeroing the small factor of each product, not the large one.
             if grad_bias is not None:
-                grad_bias += grad.sum(dim=0)
+                grad_bias += grad.t().mv(kept[:, 0].float())
             grad = grad.to(dtype)
             if grad_hidden is not None:
-                grad_hidden[rows] = grad @ matrix
+                grad_hidden[rows] = (grad @ matrix) * kept
             if grad_weight is not None:
                 if dtype == torch.float32:
-                    grad_weight.addmm_(grad.t(), chunk)
+                    grad_weight.addmm_(grad.t(), chunk * kept)
                 else:
-                    grad_weight += grad.t() @ chunk
+                    grad_weight += grad.t() @ (chunk * kept)
+            del grad
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-        ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
+        ctx.parameters = (weight.dtype, bias.dtype, vocab_size)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
+        weight_dtype, bias_dtype, vocab_size = ctx.parameters
         if grad_hidden is not None:
             grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
         if grad_weight is not None:
-            grad_weight = (grad_weight * grad_loss).to(ctx.dtypes[0])
+            grad_weight = (grad_weight[:vocab_size] * grad_loss).to(weight_dtype)
         if grad_bias is not None:
-            grad_bias = (grad_bias * grad_loss).to(ctx.dtypes[1])
+            grad_bias = (grad_bias[:vocab_size] * grad_loss).to(bias_dtype)
         return grad_hidden, grad_weight, grad_bias, None, None, None
 
 
 def is_plain(linear: nn.Module) -> bool:
     """Whether a module is a linear layer that may be computed from its weights, with nothing hooked in between."""
-    return type(linear) is nn.Linear and not (
+    return type(linear) is NanoPhiLinear and not (
         linear._forward_hooks or linear._forward_pre_hooks or hasattr(linear, "_hf_hook")
     )
 
@@ -368,7 +420,7 @@ class NanoPhiForCausalLM(NanoPhiPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = NanoPhiModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+        self.lm_head = NanoPhiLinear(config.hidden_size, config.vocab_size)
         self.post_init()
 
     @can_return_tuple

@@ -231,7 +231,7 @@ def test_rope_frequencies_are_the_formula_after_loading(tmp_path, dtype):
         cos, sin = rope(torch.tensor([[0, 3]]), torch.float32)
         assert cos.shape == (1, 1, 2, 8)
         torch.testing.assert_close(cos[0, 0, 1], torch.cat((expected, expected)).mul(3).cos())
-        torch.testing.assert_close(sin[0, 0, 1], torch.cat((expected, expected)).mul(3).sin())
+        torch.testing.assert_close(sin[0, 0, 1], torch.cat((-expected, expected)).mul(3).sin())
 
 
 def test_a_checkpoint_of_the_wrong_shape_is_refused_and_names_its_tensors(tmp_path):
