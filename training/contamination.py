@@ -10,6 +10,7 @@ counted.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from nanophi.records import UserError
-from nanophi.training.ngrams import Words, hash_words, ngrams
+from nanophi.training.ngrams import Words, hash_words, ngrams, ngrams_of_lengths
 
 SHORTEST = 8
 _QUESTIONS = ("question", "ctx", "sentence", "query", "prompt", "goal")
@@ -43,6 +44,18 @@ class BenchmarkIndex:
     too_short: list[int]
     grams: dict[int, np.ndarray]
     owners: dict[int, np.ndarray]
+
+    @functools.cached_property
+    def tables(self) -> dict[int, tuple[np.ndarray, np.uint64]]:
+        """By n, which leading bits (all but `shift`) any n-gram has: rules out most of a text's without a search."""
+        result = {}
+        for length, known in self.grams.items():
+            bits = max(10, (16 * len(known)).bit_length())
+            shift = np.uint64(64 - bits)
+            table = np.zeros(1 << bits, bool)
+            table[known >> shift] = True
+            result[length] = table, shift
+        return result
 
     @property
     def starts(self) -> np.ndarray:
@@ -89,16 +102,15 @@ def load_benchmarks(folder: Path, ngram: int) -> BenchmarkIndex:
     first = 0
     for name, files in _benchmarks(folder):
         rows = [row for file in files for row in _rows(file)]
-        renderings = [_renderings(row) for row in rows]
+        renderings = [_renderings(row, ngram) for row in rows]
         item = np.repeat(np.arange(len(rows)), [len(texts) for texts in renderings])
         words = hash_words([text.encode() for texts in renderings for text in texts])
         found = np.zeros(len(rows), bool)
         for length in range(min(SHORTEST, ngram), ngram + 1):
             chosen = words.counts == length if length < ngram else words.counts >= length
-            hashed = ngrams(words, length)
-            keep = np.repeat(chosen, hashed.counts)
-            grams.setdefault(length, []).append(hashed.hashes[keep])
-            owners.setdefault(length, []).append(np.repeat(item + first, hashed.counts)[keep].astype(np.uint32))
+            hashed = ngrams(words.take(chosen), length)
+            grams.setdefault(length, []).append(hashed.hashes)
+            owners.setdefault(length, []).append(np.repeat(item[chosen] + first, hashed.counts).astype(np.uint32))
             found[item[chosen]] = True
         names.append(name)
         items.append(len(rows))
@@ -111,22 +123,18 @@ def load_benchmarks(folder: Path, ngram: int) -> BenchmarkIndex:
     index = BenchmarkIndex(names, items, too_short, {}, {})
     for length in grams:
         values, position = np.unique(np.concatenate(grams[length]), return_index=True)
-        index.grams[length] = values
-        index.owners[length] = np.concatenate(owners[length])[position]
+        if len(values):
+            index.grams[length] = values
+            index.owners[length] = np.concatenate(owners[length])[position]
     return index
 
 
 def find(index: BenchmarkIndex, words: Words) -> list[list[int]]:
     """For each document the items (indices over all benchmarks, ascending) that it shares an n-gram with."""
     hits: list[set[int]] = [set() for _ in range(len(words.offsets) - 1)]
-    for length, known in index.grams.items():
-        if not len(known):
-            continue
-        hashed = ngrams(words, length)
-        # Most n-grams are ruled out by a table of 2**22 bits that stays in the processor's cache.
-        table = np.zeros(1 << 22, bool)
-        table[known >> np.uint64(42)] = True
-        maybe = np.flatnonzero(table[hashed.hashes >> np.uint64(42)])
+    for length, hashed in ngrams_of_lengths(words, index.grams).items():
+        known, (table, shift) = index.grams[length], index.tables[length]
+        maybe = np.flatnonzero(table[hashed.hashes >> shift])
         values = hashed.hashes[maybe]
         position = np.minimum(np.searchsorted(known, values), len(known) - 1)
         same = known[position] == values
@@ -181,7 +189,9 @@ def _benchmarks(folder: Path) -> Iterator[tuple[str, list[Path]]]:
             card = yaml.safe_load(parts[1]) if text.startswith("---") and len(parts) == 3 else {}
         except yaml.YAMLError:
             raise UserError(f"{readme}: the metadata is not valid YAML") from None
-        for config in (card or {}).get("configs", []):
+        configs = (card or {}).get("configs", [])
+        found: dict[str, list[Path]] = {}
+        for config in configs:
             splits = {
                 entry["split"]: entry["path"] for entry in config.get("data_files", []) if isinstance(entry, dict)
             }
@@ -192,8 +202,11 @@ def _benchmarks(folder: Path) -> Iterator[tuple[str, list[Path]]]:
             files = sorted(file for pattern in patterns for file in root.glob(pattern))
             name = root.relative_to(folder).as_posix()
             config_name = config.get("config_name", "default")
-            if files:
-                yield name if config_name == "default" else f"{name}/{config_name}", files
+            # Many configs are the subjects of one benchmark (MMLU), a few are different benchmarks (ARC).
+            if config_name != "default" and len(configs) <= 10:
+                name = f"{name}/{config_name}"
+            found.setdefault(name, []).extend(files)
+        yield from ((name, files) for name, files in found.items() if files)
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:
@@ -205,13 +218,17 @@ def _rows(file: Path) -> list[dict[str, Any]]:
         raise UserError(f"{file} cannot be read as parquet ({error})") from None
 
 
-def _renderings(row: dict[str, Any]) -> list[str]:
-    """The forms in which an item may stand in a document."""
+def _renderings(row: dict[str, Any], ngram: int) -> list[str]:
+    """The forms in which an item may stand in a document, without n-grams that an earlier form has."""
     question = " ".join(text for key in _QUESTIONS for text in _strings(row.get(key)))
     choices = [text for key in _CHOICES for text in _strings(row.get(key))]
     if "_" in question.split():
         return [question.replace("_", choice) for choice in choices]
-    return [question, *(f"{question} {choice}" for choice in choices), " ".join([question, *choices])]
+    # Of a long question only its end makes new n-grams with what follows. A piece between spaces may be no word to
+    # `hash_words`, or several, so more of them than needed are taken along.
+    end = " ".join(question.split()[-2 * ngram :])
+    forms = [question, *(f"{end} {choice}" for choice in choices), " ".join([end, *choices])]
+    return list(dict.fromkeys(forms))
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -36,7 +36,7 @@ from nanophi.training.ngrams import hash_words
 from nanophi.training.recipe import Data, Source
 
 PART_BYTES = 32 << 20
-BATCH_BYTES = 8 << 20
+BATCH_BYTES = 4 << 20
 MAXIMUM_DOCUMENT_BYTES = 10_000_000
 TRAIN, HELDOUT, EXACT, NEAR, CONTAMINATED, HELDOUT_NEAR = range(6)
 REASONS = {

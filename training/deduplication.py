@@ -84,7 +84,7 @@ def near_duplicates(matrix: np.ndarray, candidates: np.ndarray, similarity: floa
         empty = ~block.any(axis=1)
         order = np.argsort(keys, kind="stable")
         ordered = keys[order]
-        begins = np.diff(ordered, prepend=~ordered[:1]) != 0
+        begins = np.asarray(np.diff(ordered, prepend=~ordered[:1]) != 0)
         # Each member is compared with the first of its bucket and with its neighbour: linear, and over the bands
         # enough to connect a cluster.
         first = order[np.flatnonzero(begins)[np.cumsum(begins) - 1]] if len(rows) else order
@@ -94,7 +94,8 @@ def near_duplicates(matrix: np.ndarray, candidates: np.ndarray, similarity: floa
             a, b = rows[partner[keep]], rows[order[keep]]
             for start in range(0, len(a), 4096):
                 stop = start + 4096
-                same = (matrix[a[start:stop]] == matrix[b[start:stop]]).mean(axis=1) >= similarity
+                agreement = np.mean(matrix[a[start:stop]] == matrix[b[start:stop]], axis=1)
+                same = np.asarray(agreement >= similarity)
                 left.append(a[start:stop][same])
                 right.append(b[start:stop][same])
     result = np.arange(documents)

@@ -10,12 +10,13 @@ A word is a run of ASCII letters and digits, lower-cased, or of non-ASCII bytes;
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
 _BASE = 0x9E3779B97F4A7C15
-_CHUNK_BYTES = 8 << 20
+# Small enough that a chunk's arrays (eight bytes per byte of text) stay in the processor's cache.
+_CHUNK_BYTES = 256 << 10
 
 
 def _character_table() -> np.ndarray:
@@ -45,6 +46,12 @@ class Words:
     def counts(self) -> np.ndarray:
         """Words per document, int64 `[documents]`."""
         return np.diff(self.offsets)
+
+    def take(self, documents: np.ndarray) -> Words:
+        """The words of some documents, given as bool `[documents]`."""
+        counts = self.counts
+        offsets = np.concatenate([[0], np.cumsum(counts[documents])])
+        return Words(self.hashes[np.repeat(documents, counts)], offsets)
 
 
 def hash_words(texts: Sequence[bytes]) -> Words:
@@ -112,18 +119,23 @@ def _mix(values: np.ndarray) -> np.ndarray:
 
 def ngrams(words: Words, n: int) -> Words:
     """Hashes of the `n`-grams of words within each document; a document of fewer than `n` words has none."""
-    counts = np.maximum(words.counts - (n - 1), 0)
-    offsets = np.zeros(len(counts) + 1, np.int64)
-    np.cumsum(counts, out=offsets[1:])
-    if len(words.hashes) < n:
-        return Words(np.zeros(0, np.uint64), offsets)
-    last = len(words.hashes) - n + 1
-    hashes = words.hashes[:last].copy()
-    for position in range(1, n):
-        hashes *= np.uint64(0x100000001B3)
-        hashes += words.hashes[position : last + position]
-    if len(counts) > 1 or counts[0] != last:
-        # Those that begin in a document's last n - 1 words run into the next document.
-        room = np.repeat(words.offsets[1:], words.counts)[:last] - np.arange(last)
-        hashes = hashes[room >= n]
-    return Words(_mix(hashes), offsets)
+    return ngrams_of_lengths(words, [n])[n]
+
+
+def ngrams_of_lengths(words: Words, lengths: Collection[int]) -> dict[int, Words]:
+    """`ngrams` for several lengths in one pass."""
+    result = {}
+    total = len(words.hashes)
+    # Words from each one to the end of its document: an n-gram that needs more runs into the next document.
+    room = np.repeat(words.offsets[1:], words.counts) - np.arange(total)
+    hashes = words.hashes.copy()
+    for n in range(1, max(lengths) + 1):
+        if n > 1:
+            hashes = hashes[:-1]
+            hashes *= np.uint64(0x100000001B3)
+            hashes += words.hashes[n - 1 :]
+        if n in lengths:
+            offsets = np.zeros(len(words.offsets), np.int64)
+            np.cumsum(np.maximum(words.counts - (n - 1), 0), out=offsets[1:])
+            result[n] = Words(_mix(hashes[room[: len(hashes)] >= n]), offsets)
+    return result

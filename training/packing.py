@@ -22,10 +22,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanophi.records import UserError, read_json, replace_tree, write_json
-from nanophi.training import tokenizer as tokenizers
 from nanophi.training.corpus import shards
 from nanophi.training.engine import run_parts
 from nanophi.training.recipe import Data
+from nanophi.training.tokenizer import Encoder
 
 _BATCH_BYTES = 1 << 20
 _WRITE_TOKENS = 1 << 20
@@ -69,15 +69,15 @@ def pack(
         counts = run_parts(_encode_shard, parts, work / split, f"tokenizing {split}", data.workers)
         stream = _Stream(work / split, counts, weights if train else {}, seed)
         summary[split] = _write(stream, context_length, output / split, work, split)
-    summary["vocab_size"] = tokenizers.load(tokenizer)[0].get_vocab_size()
+    summary["vocab_size"] = _encoder(tokenizer).vocab_size
     write_json(done, summary)
     shutil.rmtree(work)
     return summary
 
 
 @functools.lru_cache(maxsize=1)
-def _load(tokenizer: Path) -> tuple[Any, int]:
-    return tokenizers.load(tokenizer)
+def _encoder(tokenizer: Path) -> Encoder:
+    return Encoder(tokenizer)
 
 
 @functools.lru_cache(maxsize=1)
@@ -88,7 +88,8 @@ def _kept_ids(path: Path) -> np.ndarray:
 
 def _encode_shard(shard: Path, kept: Path | None, tokenizer: Path, path: Path) -> dict[str, Any]:
     """Write `.tokens` (uint32, end-of-text after each document), `.lengths`, `.bytes`, `.codes` and `.ids`."""
-    backend, eos = _load(tokenizer)
+    encoder = _encoder(tokenizer)
+    eos = encoder.eos_token_id
     names: dict[str, int] = {}
     lengths: list[int] = []
     sizes: list[int] = []
@@ -100,8 +101,8 @@ def _encode_shard(shard: Path, kept: Path | None, tokenizer: Path, path: Path) -
             if kept is not None:
                 batch = batch.filter(pa.array(np.isin(keys, _kept_ids(kept))))
             texts = batch.column("text").to_pylist()
-            for encoding in backend.encode_batch_fast(texts, add_special_tokens=False):
-                tokens = np.array([*encoding.ids, eos], np.uint32)
+            for ids_of_text in encoder.encode(texts):
+                tokens = np.array([*ids_of_text, eos], np.uint32)
                 if int((tokens == eos).sum()) != 1:
                     raise UserError(f"{tokenizer}: text became end-of-text; mark that token as special")
                 output.write(tokens.tobytes())

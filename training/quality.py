@@ -213,7 +213,7 @@ def fit(
 
 
 # Chosen on sources left out of the fit; benchmarks/data_speed.py prints the area under the curve they give.
-_REGULARISATION = 1.0
+_REGULARISATION = 10.0
 _STATISTIC_SCALE = 0.3
 
 

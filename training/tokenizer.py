@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+import regex
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as BackendTokenizer
 
@@ -48,34 +51,108 @@ def build(documents: Path, tokenizer: Tokenizer, seed: int, output: Path) -> dic
         _train(documents, tokenizer.vocab_size, seed, output)
     else:
         _copy(tokenizer.path, output)
-    backend, eos_token_id = load(output)
+    encoder = Encoder(output)
     size = tokens = 0
     for shard in shards(documents, "heldout"):
         for texts in _texts(shard):
             size += sum(len(text.encode()) for text in texts)
-            tokens += sum(len(encoding) for encoding in backend.encode_batch_fast(texts, add_special_tokens=False))
+            tokens += sum(map(len, encoder.encode(texts)))
     return {
         "origin": tokenizer.path or "trained on the run's documents",
-        "vocab_size": backend.get_vocab_size(),
-        "eos_token": backend.id_to_token(eos_token_id),
-        "eos_token_id": eos_token_id,
+        "vocab_size": encoder.vocab_size,
+        "eos_token": encoder.backend.id_to_token(encoder.eos_token_id),
+        "eos_token_id": encoder.eos_token_id,
         "heldout_bytes": size,
         "heldout_tokens": tokens,
         "bytes_per_token": round(size / max(1, tokens), 4),
     }
 
 
-def load(folder: Path) -> tuple[BackendTokenizer, int]:
-    """`(tokenizer, id of end-of-text)` of a saved folder, set so that no text ever becomes a special token."""
-    backend = BackendTokenizer.from_file(str(folder / "tokenizer.json"))
-    backend.encode_special_tokens = True
-    backend.no_truncation()
-    backend.no_padding()
-    eos = read_json(folder / "tokenizer_config.json")["eos_token"]
-    eos_token_id = backend.token_to_id(eos["content"] if isinstance(eos, dict) else eos)
-    if eos_token_id is None:
-        raise UserError(f"{folder}: the end-of-text token is not in the vocabulary")
-    return backend, eos_token_id
+class Encoder:
+    """Text to token ids, for many documents, without special tokens.
+
+    The ids are those of the saved tokenizer, but that no text ever becomes a special token. BPE works within the words
+    that the pre-tokenizer cuts, and most words of a corpus are repetitions: for a tokenizer with GPT-2's pre-tokenizer
+    the words are cut here and each distinct one is encoded once, which is two to three times as fast.
+
+    Args:
+        folder: a saved tokenizer.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.backend = BackendTokenizer.from_file(str(folder / "tokenizer.json"))
+        self.backend.encode_special_tokens = True
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self.vocab_size = self.backend.get_vocab_size()
+        eos = read_json(folder / "tokenizer_config.json")["eos_token"]
+        eos_token_id = self.backend.token_to_id(eos["content"] if isinstance(eos, dict) else eos)
+        if eos_token_id is None:
+            raise UserError(f"{folder}: the end-of-text token is not in the vocabulary")
+        self.eos_token_id: int = eos_token_id
+        content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        added = [token for token in content["added_tokens"] if not token["special"]]
+        self._by_words = (
+            content["model"]["type"] == "BPE"
+            and not content["model"].get("dropout")
+            and content["normalizer"] is None
+            and (content["pre_tokenizer"] or {}).get("type") == "ByteLevel"
+            and content["pre_tokenizer"]["use_regex"]
+            and not content["pre_tokenizer"]["add_prefix_space"]
+            and not any(token["single_word"] or token["lstrip"] or token["rstrip"] for token in added)
+        )
+        self._words = _Words(self.backend)
+        self._added = _any_of([token["content"] for token in added])
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text."""
+        if not self._by_words:
+            return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        if len(self._words) > _CACHED_WORDS:
+            self._words.clear()
+        return [self._encode(text) for text in texts]
+
+    def _encode(self, text: str) -> list[int]:
+        # Added tokens (phi-2's runs of spaces) are taken out before anything else sees the text.
+        parts = [text] if self._added is None else self._added.split(text)
+        ids = self._words.__getitem__
+        result: list[int] = []
+        for number, part in enumerate(parts):
+            if number % 2:
+                result.extend(ids(part))
+            elif part:
+                words = _ASCII_WORD if part.isascii() else _WORD
+                result.extend(chain.from_iterable(map(ids, words.findall(part))))
+        return result
+
+
+class _Words(dict[str, tuple[int, ...]]):
+    """Token ids by word, filled on demand."""
+
+    def __init__(self, backend: BackendTokenizer) -> None:
+        super().__init__()
+        self._backend = backend
+
+    def __missing__(self, word: str) -> tuple[int, ...]:
+        ids = self[word] = tuple(self._backend.encode(word, add_special_tokens=False).ids)
+        return ids
+
+
+# GPT-2's pre-tokenizer (Radford et al., 2019), the pattern behind `ByteLevel(use_regex=True)`.
+_WORD = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+# The same for ASCII text, in the standard library's engine, which is twice as fast.
+_ASCII_WORD = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", re.ASCII)
+_CACHED_WORDS = 1_000_000
+
+
+def _any_of(tokens: list[str]) -> Any:
+    """A pattern that splits text at any of the tokens, leftmost-longest, and keeps them; None without tokens."""
+    if not tokens:
+        return None
+    characters = "".join(sorted({re.escape(character) for token in tokens for character in token}))
+    # Cheap to rule out: most places in a text begin no token.
+    guard = f"(?=[{characters}]{{{min(map(len, tokens))}}})"
+    return re.compile(f"({guard}(?:{'|'.join(map(re.escape, sorted(tokens, key=len, reverse=True)))}))")
 
 
 def _train(documents: Path, vocab_size: int, seed: int, output: Path) -> None:
