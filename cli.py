@@ -78,15 +78,166 @@ def train(recipe: OneRecipe, runs: Runs = Path("runs"), overrides: Overrides = [
         pipeline.training()
 
 
+@app.command()
+def card(recipe: OneRecipe, runs: Runs = Path("runs"), overrides: Overrides = []) -> None:  # noqa: B006
+    """Write the model card of a finished run, from its records.
+
+    Example: nanophi card recipes/demo.yaml
+    """
+    pipeline = _pipeline(recipe, runs, overrides, ("sample", "evaluation", "card"))
+    with pipeline.run.lock():
+        pipeline.card()
+    typer.echo(pipeline.path / "card" / "README.md")
+
+
+@app.command()
+def release(recipe: OneRecipe, runs: Runs = Path("runs"), overrides: Overrides = []) -> None:  # noqa: B006
+    """Build and verify the release folder of a finished run.
+
+    Example: nanophi release recipes/demo.yaml --set release.dtype=bfloat16
+    """
+    pipeline = _pipeline(recipe, runs, overrides, ("sample", "evaluation", "card", "release", "verification"))
+    with pipeline.run.lock():
+        pipeline.verification()
+    typer.echo(pipeline.path / "release")
+
+
+@app.command("eval")
+def evaluate(
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL...", help="Folders, or Hub ids with optional @revision.")
+    ],
+    suite: Annotated[
+        str, typer.Option(help="heldout, quick, open-llm-v1, or lm-eval task names with commas.")
+    ] = "quick",
+    data: Annotated[
+        Path | None, typer.Option(help="Folder with the benchmarks under their Hub ids; else the Hub.")
+    ] = None,
+    heldout: Annotated[Path | None, typer.Option(help="A run's data/documents, for the suite heldout.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder for the result files.")] = Path("evals"),
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many items per task.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")] = 16,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
+) -> None:
+    """Measure models on a suite with lm-eval; killed and called again, it goes on.
+
+    Example: nanophi eval runs/demo/release microsoft/phi-2 --suite arc_easy --limit 200
+    """
+    from nanophi.eval import evaluate as evaluation
+
+    for model in models:
+        name = model.strip("/").replace("/", "--")
+        evaluation.evaluate(
+            model,
+            suite,
+            output / f"{name}-{suite.replace(',', '+')}.json",
+            data=data,
+            heldout=heldout,
+            limit=limit,
+            batch_size=batch_size,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+        )
+
+
+@app.command()
+def compare(
+    results: Annotated[list[Path], typer.Argument(metavar="RESULT...", help="Run directories, or result files.")],
+    output: Annotated[Path, typer.Option(help="Folder for comparison.json, .md and .png.")] = Path("comparison"),
+) -> None:
+    """Compare models item by item, with noise bars; the last one named is the baseline.
+
+    Example: nanophi compare runs/demo runs/demo-control
+    """
+    from nanophi.eval import compare as comparison
+
+    files = {}
+    for path in results:
+        label = path.resolve().name if path.is_dir() else path.stem
+        files[label] = _final_results(path) if path.is_dir() else [path]
+    typer.echo(comparison.render(comparison.compare(files, output)))
+
+
+def _final_results(run: Path) -> list[Path]:
+    """Result files of a run's last checkpoint."""
+    names = [path.name for path in sorted((run / "checkpoints").glob("step-*"))]
+    found = sorted((run / "evals").glob(f"{names[-1]}-*.json")) if names else []
+    if not found:
+        raise UserError(f"{run} holds no evaluation of its last checkpoint; run `nanophi run` on its recipe")
+    return found
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id.")],
+    prompt: Annotated[str, typer.Argument(help="Where the text begins.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 100,
+    temperature: Annotated[float, typer.Option(min=0, help="0: greedy.")] = 0.8,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Let a model write.
+
+    Example: nanophi generate runs/demo/release "The function returns"
+    """
+    from transformers import pipeline, set_seed
+
+    try:
+        generator = pipeline("text-generation", model=model)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{model} cannot be loaded: {str(error).splitlines()[0]}") from None
+    set_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    typer.echo(generator(prompt, max_new_tokens=max_new_tokens, **sampling)[0]["generated_text"])
+
+
+@app.command()
+def verify(
+    release: Annotated[str, typer.Argument(help="Release folder or Hub id.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option(help="Run the release's code even if it is not this version's.")
+    ] = False,
+) -> None:
+    """Check a release: checksums, both doors, the card's numbers. Exit status 1 if anything fails.
+
+    Example: nanophi verify runs/demo/release
+    """
+    from nanophi.model_card import verify as verification
+
+    checks = verification.verify(release, revision, trust_remote_code=trust_remote_code)
+    failed = [check["name"] for check in checks if not check["passed"]]
+    if failed:
+        raise UserError(f"{release} does not verify: {', '.join(failed)}")
+
+
+@app.command()
+def push(
+    release: Annotated[Path, typer.Argument(help="Release folder.")],
+    repo_id: Annotated[str, typer.Option(help="ORG/NAME on the Hub.")],
+    public: Annotated[bool, typer.Option("--public", help="Make the repository public when all is there.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would go, send nothing.")] = False,
+) -> None:
+    """Publish a release: main, a branch per kept checkpoint, a tag. Private unless told otherwise; resumable.
+
+    Example: nanophi push runs/demo/release --repo-id ORG/nano-phi-demo --dry-run
+    """
+    from nanophi.model_card import push as pushing
+
+    result = pushing.push(release, repo_id, public=public, dry_run=dry_run)
+    if result["url"]:
+        typer.echo(result["url"])
+
+
 def main() -> None:
     """Entry point: a `UserError` becomes one line and exit status 1; `--debug` shows where it came from."""
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
     if debug:
         arguments = [argument for argument in arguments if argument != "--debug"]
-    # The bars and warnings of the libraries below would drown the stages' own lines.
+    # The libraries' bars and advice would drown the stages' own lines; whoever wants them can say so.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         app(args=arguments, prog_name="nanophi")

@@ -136,7 +136,7 @@ class Pipeline:
         )
 
     def tokenizer(self) -> dict[str, Any]:
-        """The tokenizer: an existing one, or trained on all documents, so that a filtered run and its control share it."""
+        """An existing tokenizer, or one trained on all documents, so that a filtered run and its control share it."""
         from nanophi.training import tokenizer
 
         self.documents()
@@ -223,13 +223,13 @@ class Pipeline:
         """What the model writes after the recipe's prompt."""
         from nanophi.model_card import release
 
-        checkpoint, prompt = self.checkpoint(), self.recipe.card.prompt
-        inputs = {"training": self.run.stage_key("training"), "prompt": prompt}
+        checkpoint, prompt, dtype = self.checkpoint(), self.recipe.card.prompt, self.recipe.release.dtype
+        inputs = {"training": self.run.stage_key("training"), "prompt": prompt, "dtype": dtype}
         return self._stage(
             "sample",
             inputs,
             ["sample.json"],
-            lambda work: release.write_sample(checkpoint, prompt, work / "sample.json"),
+            lambda work: release.write_sample(checkpoint, prompt, work / "sample.json", dtype),
         )
 
     # Evaluation
@@ -357,8 +357,11 @@ class Pipeline:
 
 def run_recipes(recipes: Sequence[Recipe], runs: Path, report: Callable[[str], None] = print) -> None:
     """Every stage of every recipe; several recipes end in one comparison, with the last as the baseline."""
-    from nanophi.eval import compare
+    from nanophi.eval import compare, suites
 
+    for recipe in recipes:
+        for suite in recipe.evaluation.suites:
+            suites.find_suite(suite)
     names = [recipe.name for recipe in recipes]
     if len(set(names)) < len(names):
         raise UserError(f"two recipes have the same name ({', '.join(names)}); each run needs its own directory")

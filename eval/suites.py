@@ -110,7 +110,11 @@ class LoadedSuite:
 
 
 def find_suite(name: str) -> Suite:
-    """The suite of that name, or one made of the lm-eval tasks that `name` lists (`arc-easy,hellaswag`)."""
+    """The suite of that name, or one made of the lm-eval tasks that `name` lists (`arc-easy,hellaswag`).
+
+    Raises:
+        UserError: for a task that lm-eval does not know, with the nearest names.
+    """
     if name in SUITES:
         return SUITES[name]
     known = {entry.task: entry for suite in SUITES.values() for entry in suite.entries}
@@ -119,6 +123,7 @@ def find_suite(name: str) -> Suite:
     for part in name.split(","):
         task = part.strip().replace("-", "_")
         entries.append(known.get(task, Entry(task)))
+    _manager(tuple(entry.task for entry in entries))
     return Suite(name, tuple(entries))
 
 

@@ -93,7 +93,7 @@ class Quality(Section):
     scorer: str = "linear"
     """`linear` (trained here), `column:<name>`, or `model:<hub id or folder>`."""
     high: list[str] = []
-    """For `linear`: sources whose documents are examples of good text."""
+    """For `linear`: sources whose documents are examples of good text; empty: the embedded corpus's own."""
     low: list[str] = []
     """For `linear`: sources whose documents are examples of poor text."""
     threshold: float | None = 0.5
@@ -181,6 +181,8 @@ class Card(Section):
     license: str = "apache-2.0"
     repo_id: str | None = None
     """`ORG/NAME` on the Hub, for the snippets; None: the run's name."""
+    version: str = pydantic.Field(default="v0.1", pattern=r"^v[0-9A-Za-z._-]+$")
+    """The tag that `nanophi push` sets."""
     notes: str = ""
     prompt: str = "The "
     """Where the sample text begins."""

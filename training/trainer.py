@@ -156,6 +156,8 @@ def training_arguments(training: Training, run: Path, seed: int, world_size: int
         "warmup_steps": training.warmup_steps,
         **schedules[training.schedule],
         "bf16": bf16,
+        # Trainer refuses bf16 on a processor unless it is told that no device is meant.
+        "use_cpu": not torch.accelerator.is_available(),
         "torch_compile": training.compile,
         "save_strategy": "steps",
         "save_steps": training.save_steps,

@@ -1,0 +1,93 @@
+"""The command: help for every verb, and one clear line with a non-zero status for every mistake."""
+
+import errno
+import subprocess
+import sys
+
+import pytest
+
+from nanophi import cli, records
+
+VERBS = [command.name or command.callback.__name__ for command in cli.app.registered_commands]
+
+
+def nanophi(monkeypatch, capsys, *arguments) -> tuple[int | str | None, str, str]:
+    monkeypatch.setattr(sys, "argv", ["nanophi", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    captured = capsys.readouterr()
+    return stopped.value.code, captured.out, captured.err
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_with_an_example(monkeypatch, capsys, verb):
+    code, out, _ = nanophi(monkeypatch, capsys, verb, "--help")
+    assert code == 0
+    assert "Example: " in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "nowhere.yaml"], "nanophi: recipe nowhere.yaml does not exist; built-in recipes: demo, "),
+        (["run", "demo", "--set", "training.stepz=1"], "unknown key 'training.stepz'; did you mean 'steps'?"),
+        (["run", "demo", "--set", "model.hidden_size=100"], "hidden_size"),
+        (["run", "demo", "demo"], "two recipes have the same name (demo, demo); each run needs its own directory"),
+        (["run", "demo", "--set", "evaluation.suites=[heldoot]"], "heldout"),
+        (["train", "demo"], "stage 'documents' has not run for this recipe"),
+        (["compare", "."], "holds no evaluation of its last checkpoint"),
+        (["generate", "nowhere", "x"], "nowhere cannot be loaded"),
+        (["verify", "nowhere"], "nowhere"),
+    ],
+)
+def test_mistakes_are_one_line(monkeypatch, capsys, tmp_path, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    code, out, _ = nanophi(monkeypatch, capsys, *arguments)
+    assert isinstance(code, str)  # a message: the interpreter prints it to stderr and exits with 1
+    assert code.startswith("nanophi: ")
+    assert message in code
+    assert "\n" not in code
+    assert out == ""
+    assert not list(tmp_path.glob("runs/*/data"))
+
+
+def test_a_run_that_another_process_writes_is_refused(monkeypatch, capsys, tmp_path):
+    script = (
+        "import sys; from nanophi.records import RunDirectory\n"
+        "with RunDirectory(sys.argv[1]).lock(): print('held', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "demo")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        holder.stdout.readline()
+        code, _, _ = nanophi(monkeypatch, capsys, "run", "demo", "--runs", tmp_path)
+        assert "demo is being written by another process" in code
+        holder.kill()
+    assert not (tmp_path / "demo/recipe.yaml").exists()
+
+
+def test_a_full_disk_is_one_line(monkeypatch, capsys, tmp_path):
+    def full(path, text):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr("nanophi.pipeline.write_text", full)
+    code, _, _ = nanophi(monkeypatch, capsys, "run", "demo", "--runs", tmp_path)
+    assert code.startswith("nanophi: no disk space left")
+
+
+def test_debug_shows_where_it_came_from(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["nanophi", "run", "nowhere.yaml", "--debug"])
+    with pytest.raises(records.UserError):
+        cli.main()
+
+
+def test_the_root_is_imported_once():
+    """The package's root is the repository's: pytest must not import it again under the checkout's name."""
+    import nanophi.configuration_nanophi
+
+    twins = [
+        name
+        for name, module in sys.modules.items()
+        if getattr(module, "__file__", None) == nanophi.configuration_nanophi.__file__
+    ]
+    assert twins == ["nanophi.configuration_nanophi"]
