@@ -500,7 +500,7 @@ def metadata(records: Records) -> ModelCardData:
                 metric_value=round(100 * row["value"], 2) if row["percent"] else round(row["value"], 4),
             )
         )
-    hub = [source["hub"] for source in recipe["data"]["sources"] if source["hub"] and _is_hub_id(source["hub"])]
+    hub = [source["hub"] for source in recipe["data"]["sources"] if source["hub"] and is_hub_id(source["hub"])]
     summary = records["training.json"].get("summary", {})
     extra: dict[str, Any] = {"widget": [{"text": recipe["card"]["prompt"]}]}
     if summary.get("co2_grams") is not None:
@@ -529,7 +529,8 @@ def _shots_name(name: str, shots: int | None) -> str:
     return name if shots is None else f"{name} ({shots}-Shot)"
 
 
-def _is_hub_id(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form `ORG/NAME`."""
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
 
 
@@ -722,7 +723,7 @@ FILTERS: dict[str, Any] = {
     "literal": lambda text: json.dumps(text, ensure_ascii=False),
     "metric": _metric,
     "metric_name": lambda name: METRIC_NAMES.get(name, name),
-    "on_hub": lambda source: source["hub"] is not None and _is_hub_id(source["hub"]),
+    "on_hub": lambda source: source["hub"] is not None and is_hub_id(source["hub"]),
     "percent": _percent,
     "quoted": _quoted,
     "score": _score,

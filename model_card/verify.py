@@ -119,7 +119,8 @@ def verify(
         UserError: if there is no such release.
     """
     with tempfile.TemporaryDirectory(prefix="nanophi-verify-") as scratch:
-        folder, links_allowed = _locate(release, revision, Path(scratch))
+        folder = locate(release, revision)
+        links_allowed = not Path(release).is_dir()  # Those of the Hub's cache.
         checks: list[Check] = []
 
         def add(name: str, wrong: list[str], right: str) -> bool:
@@ -168,29 +169,47 @@ def verify(
         return checks
 
 
-def _locate(release: str, revision: str | None, scratch: Path) -> tuple[Path, bool]:
-    """The folder to check, and whether links in it are the Hub cache's own."""
+def locate(release: str, revision: str | None = None, patterns: list[str] | None = None) -> Path:
+    """A release's folder, downloaded into the Hub's cache if it is not one here.
+
+    Args:
+        release: a folder, or `ORG/NAME`.
+        revision: branch, tag or commit of a Hub repository.
+        patterns: of the files to download; None: all.
+
+    Raises:
+        UserError: if there is no such release.
+    """
     if Path(release).is_dir():
         if revision is not None:
             raise UserError(f"--revision is for a repository on the Hub; {release} is a folder")
-        return Path(release).resolve(), False
+        return Path(release).resolve()
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", release) or release.startswith((".", "/")):
         raise UserError(f"{release} is neither a folder nor a Hub id (ORG/NAME)")
+    from httpx2 import HTTPError
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        return Path(snapshot_download(release, revision=revision)), True
+        return Path(snapshot_download(release, revision=revision, allow_patterns=patterns))
     except RepositoryNotFoundError:
         raise UserError(f"{release} is not on the Hub, or this token may not see it") from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except RevisionNotFoundError:
+        raise UserError(f"{release} has no revision {revision}") from None
+    except (HTTPError, OSError) as error:
         raise UserError(f"{release}: cannot be downloaded ({str(error).splitlines()[0]})") from None
 
 
-def file_problems(folder: Path) -> list[str]:
-    """What is wrong with a release's files before anything is loaded: changed, foreign, or naming foreign code."""
+def file_problems(folder: Path, partial: bool = False) -> list[str]:
+    """What is wrong with a release's files before anything is loaded: changed, foreign, or naming foreign code.
+
+    Args:
+        folder: the release.
+        partial: a part of one in the Hub's cache: what is there is checked, links are the cache's own.
+    """
     files = list_files(folder)
-    return _checksums(folder, files) + _foreign_files(folder, files, False) + _foreign_references(folder)
+    changed = [line for line in _checksums(folder, files) if not (partial and line.endswith(" is missing"))]
+    return changed + _foreign_files(folder, files, partial) + _foreign_references(folder)
 
 
 def _checksums(folder: Path, files: list[str]) -> list[str]:

@@ -1,0 +1,112 @@
+"""The report page: self-contained, harmless whatever the documents say, and alive in a browser."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from nanophi.model_card import report
+from nanophi.records import UserError
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+HOSTILE = "</script><script>document.title='taken over'</script><img src=x onerror=alert(1)>"
+
+
+@pytest.fixture(scope="module")
+def page(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of a run in which one document tries to break out."""
+    run = tmp_path_factory.mktemp("report") / "tiny"
+    shutil.copytree(finished_run, run, ignore=shutil.ignore_patterns("release", "card"))
+    shard = run / "data" / "documents" / "train-00000.parquet"
+    documents = pd.read_parquet(shard)
+    documents["text"] = HOSTILE + documents["text"]
+    documents.to_parquet(shard)
+    report.build(run, run / "report.html")
+    return run / "report.html"
+
+
+def data_of(page: Path) -> dict:
+    (text,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page.read_text(), re.DOTALL)
+    return json.loads(text)
+
+
+def test_page_asks_for_nothing_from_outside(page: Path) -> None:
+    text = re.sub(r'<script type="application/json".*?</script>', "", page.read_text(), flags=re.DOTALL)
+    outside = [link for link in re.findall(r"https?://[^\s\"'<>]+", text) if "www.w3.org" not in link]
+    assert outside == []
+    assert not re.search(r"<link|@import|src=|fetch\(|XMLHttpRequest", text)
+    assert "default-src 'none'" in text
+
+
+def test_documents_cover_the_scores(page: Path) -> None:
+    documents = data_of(page)["documents"]
+    scores = [entry["score"] for entry in documents]
+    assert scores == sorted(scores) and scores[0] < 0.25 and scores[-1] > 0.9
+    assert max(sum(int(score * 20) == number for score in scores) for number in range(20)) == report.DOCUMENTS_PER_BIN
+    assert all(entry["text"].startswith(HOSTILE) for entry in documents)
+
+
+def test_samples_and_scores_of_every_checkpoint(page: Path) -> None:
+    data = data_of(page)
+    assert list(data["samples"]["checkpoints"]) == ["step-000010", "step-000020", "step-000030"]
+    assert [row["revision"] for row in data["scores"] if row["task"] == "heldout_continuation"] == [
+        "step-000010",
+        "step-000020",
+        "step-000030",
+    ]
+
+
+def test_long_logs_are_thinned_and_keep_the_end() -> None:
+    keys = ("loss", "learning_rate", "grad_norm", "tokens_seen", "tokens_per_second")
+    log = [{"step": step, **dict.fromkeys(keys, 1.0)} for step in range(1, 2001)]
+    thin = report._thinned(log)
+    assert len(thin) <= report.MAX_POINTS and thin[-1]["step"] == 2000
+
+
+def test_missing_scores_are_named(finished_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "tiny"
+    shutil.copytree(finished_run, run, ignore=shutil.ignore_patterns("release", "card", "scores"))
+    with pytest.raises(UserError, match=r"scores\.parquet is missing"):
+        report.build(run, run / "report.html")
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+def test_page_works_in_a_browser(page: Path, tmp_path: Path) -> None:
+    moved = page.with_name("moved.html")
+    script = """<script>
+for (const [id, value] of [["threshold", 0.8], ["which", "dropped"]]) {
+  document.getElementById(id).value = value;
+  document.getElementById(id).dispatchEvent(new Event("input"));
+}
+</script></body>"""
+    moved.write_text(page.read_text().replace("</body>", script))
+    done = subprocess.run(
+        [
+            str(BROWSER),
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            f"--user-data-dir={tmp_path}",
+            "--virtual-time-budget=3000",
+            "--dump-dom",
+            moved.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    dom = done.stdout
+    assert 'data-ready="yes"' in dom, done.stderr[-2000:]
+    assert "<title>tiny</title>" in dom
+    above = int(re.search(r"above 0\.80: about (\d+) of 400 documents", dom).group(1))  # type: ignore[union-attr]
+    table = pd.read_parquet(page.parent / "data" / "scores" / "scores.parquet")
+    assert above == (table.quality_score > 0.8).sum()
+    assert dom.count('class="document dropped"') == 8 and 'class="document"' not in dom
+    assert "<img" not in dom
+    assert dom.count("<svg") == 2 + 1 + 2

@@ -1,0 +1,88 @@
+"""Reproduction: the recipe comes out of the release, and differences are told from noise."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from nanophi.model_card import release, reproduce
+from nanophi.records import UserError, read_json, write_json
+from nanophi.training.recipe import load_recipe
+
+
+@pytest.fixture
+def copied(built_release: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(built_release, tmp_path / "release"))
+
+
+def silent(line: str) -> None:
+    pass
+
+
+def test_prepare_writes_a_recipe_that_loads(built_release: Path, finished_run: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    path = reproduce.prepare(str(built_release), tmp_path / "again", report=lines.append)
+    ours, theirs = load_recipe(path), load_recipe(finished_run / "recipe.yaml")
+    assert ours.name == "tiny-reproduced"
+    assert ours.model_copy(update={"name": theirs.name}) == theirs
+    assert any(line.startswith("python: published with 3.11.9, here ") for line in lines)
+    assert not any("was not published" in line for line in lines)
+
+
+def test_prepare_says_which_data_is_private(copied: Path, tmp_path: Path) -> None:
+    recipe = copied / "records" / "recipe.yaml"
+    text = recipe.read_text().replace("embedded: documentation", "embedded: null")
+    recipe.write_text(text.replace("files: null", "files: mine.parquet", 1))
+    release.write_manifest(copied, read_json(copied / "MANIFEST.json")["provenance"])
+    lines: list[str] = []
+    reproduce.prepare(str(copied), tmp_path / "again", report=lines.append)
+    assert any("mine.parquet" in line and "--set data.sources" in line for line in lines)
+
+
+def test_changed_records_are_refused(copied: Path, tmp_path: Path) -> None:
+    recipe = copied / "records" / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("seed: 7", "seed: 8"))
+    with pytest.raises(UserError, match=r"records/recipe\.yaml was changed"):
+        reproduce.prepare(str(copied), tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_recipe_cannot_name_another_folder(copied: Path, tmp_path: Path) -> None:
+    recipe = copied / "records" / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("name: tiny", "name: ../../tiny", 1))
+    release.write_manifest(copied, read_json(copied / "MANIFEST.json")["provenance"])
+    with pytest.raises(UserError, match="which no run can have"):
+        reproduce.prepare(str(copied), tmp_path / "again")
+
+
+def test_the_same_run_agrees_with_itself(built_release: Path, finished_run: Path) -> None:
+    rows = reproduce.compare(built_release, finished_run, report=silent)
+    assert {row["agrees"] for row in rows} == {True}
+    assert {"train tokens, SHA-256", "weights, SHA-256", "heldout_continuation, acc_norm"} <= {
+        row["name"] for row in rows
+    }
+
+
+def test_differences_are_told_from_noise(built_release: Path, finished_run: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished_run, tmp_path / "tiny", ignore=shutil.ignore_patterns("release", "card")))
+    tokens = read_json(run / "data" / "tokens" / "tokens.json")
+    write_json(run / "data" / "tokens" / "tokens.json", {**tokens, "train": {**tokens["train"], "sha256": "9" * 64}})
+    training = read_json(run / "training.json")
+    training["summary"]["weights_sha256"] = "8" * 64
+    write_json(run / "training.json", training)
+    results = read_json(run / "evals" / "step-000030-heldout.json")
+    bits, choice = results["nanophi"]["headline"]
+    bits["value"] += 0.5  # ten standard errors of 0.05
+    choice["value"] += 0.05  # of 0.031 each: within two combined
+    write_json(run / "evals" / "step-000030-heldout.json", results)
+    lines: list[str] = []
+    rows = reproduce.compare(built_release, run, report=lines.append)
+    verdicts = {row["name"]: row["agrees"] for row in rows}
+    assert verdicts["train tokens, SHA-256"] is False
+    assert verdicts["heldout tokens, SHA-256"] is True
+    assert verdicts["weights, SHA-256"] is None
+    assert verdicts["heldout_bits_per_byte, bits_per_byte"] is False
+    assert verdicts["heldout_continuation, acc_norm"] is True
+    assert sum("DIFFERS" in line for line in lines) == 2
