@@ -364,7 +364,9 @@ def contradictions(records: Records) -> list[str]:
 
 def problems(text: str) -> list[str]:
     """What makes a card unfit for the Hub, one line each: placeholders, and metadata the Hub would refuse."""
-    wrong = [f"placeholder {match.group()!r}" for match in PLACEHOLDERS.finditer(text)]
+    # A model may write what it likes: its samples stand in code blocks.
+    prose = re.sub(r"^(`{3,}).*?^\1$", "", text, flags=re.DOTALL | re.MULTILINE)
+    wrong = [f"placeholder {match.group()!r}" for match in PLACEHOLDERS.finditer(prose)]
     parts = text.split("---\n", 2)
     if len(parts) != 3 or parts[0]:
         return [*wrong, "no YAML metadata between '---' lines at the top"]
@@ -543,7 +545,8 @@ def hardware(records: Records) -> str:
     devices = environment.get("devices", [])
     if devices:
         return " + ".join(f"{devices.count(name)} x {name}" for name in dict.fromkeys(devices))
-    return f"{environment['processor']}, {environment['cpu_threads']} threads, no GPU"
+    threads = environment["cpu_threads"]
+    return f"{environment['processor']}, {threads} thread{'s' if threads != 1 else ''}, no GPU"
 
 
 def render(records: Records) -> str:
@@ -682,16 +685,11 @@ def _cell(value: Any) -> str:
     return " ".join(str(value).replace("|", "\\|").split())
 
 
-def _quoted(sample: dict[str, Any]) -> str:
-    """The sample as a Markdown quotation, prompt in bold, its own characters shown as they are."""
-
-    def escape(text: str) -> str:
-        text = re.sub(r"([\\`*_{}\[\]()<>#+!|~$&-])", r"\\\1", text)
-        return "".join(character if character.isprintable() or character == "\n" else "\ufffd" for character in text)
-
-    prompt = sample["prompt"].rstrip()
-    text = f"**{escape(prompt)}**{escape(sample['text'][len(prompt) :])}"
-    return "  \n> ".join(line.strip() for line in text.split("\n"))
+def _fenced(text: str) -> str:
+    """Text as a Markdown code block that it cannot break out of; what cannot be shown is replaced."""
+    shown = "".join(character if character.isprintable() or character == "\n" else "\ufffd" for character in text)
+    fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", shown)), 3)
+    return f"{fence}text\n{shown}\n{fence}"
 
 
 def _duration(seconds: float) -> str:
@@ -720,12 +718,12 @@ FILTERS: dict[str, Any] = {
     "count": _count,
     "decimal": _decimal,
     "duration": _duration,
+    "fenced": _fenced,
     "literal": lambda text: json.dumps(text, ensure_ascii=False),
     "metric": _metric,
     "metric_name": lambda name: METRIC_NAMES.get(name, name),
     "on_hub": lambda source: source["hub"] is not None and is_hub_id(source["hub"]),
     "percent": _percent,
-    "quoted": _quoted,
     "score": _score,
     "size": _size,
     "source_name": _source_name,

@@ -212,15 +212,13 @@ def test_card_of_an_earlier_checkpoint(finished_run: Path) -> None:
     assert read_json(finished_run / "sample.json")["text"] not in text
 
 
-def test_sample_cannot_break_out_of_its_quotation(records: card.Records) -> None:
+def test_sample_cannot_break_out_of_its_block(records: card.Records) -> None:
     changed = copy.deepcopy(records)
-    changed["sample.json"]["text"] = (
-        "The module </blockquote><script>x</script>\n\n# Heading\n[link](http://x) ![i](y)\x00"
-    )
+    hostile = "The module\n```\n# Heading\n<script>x</script>\n````\n[link](http://x) None {{ nan }} TODO\x00"
+    changed["sample.json"]["text"] = hostile
     text = card.render(changed)
-    assert "<script>" not in text
-    assert "\n# Heading" not in text and "[link](" not in text
-    assert "\x00" not in text
+    assert f"`````text\n{hostile[:-1]}\ufffd\n`````\n" in text
+    assert card.problems(text) == []
 
 
 def comparison(ours: str) -> dict[str, Any]:
