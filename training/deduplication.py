@@ -81,7 +81,7 @@ def near_duplicates(matrix: np.ndarray, candidates: np.ndarray, similarity: floa
         for column in range(width):
             keys = (keys ^ block[:, column]) * np.uint64(0x9E3779B97F4A7C15)
             keys ^= keys >> np.uint64(29)
-        empty = ~block.any(axis=1)
+        empty = np.asarray(block.sum(axis=1) == 0)
         order = np.argsort(keys, kind="stable")
         ordered = keys[order]
         begins = np.asarray(np.diff(ordered, prepend=~ordered[:1]) != 0)

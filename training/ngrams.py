@@ -129,7 +129,7 @@ def ngrams_of_lengths(words: Words, lengths: Collection[int]) -> dict[int, Words
     # Words from each one to the end of its document: an n-gram that needs more runs into the next document.
     room = np.repeat(words.offsets[1:], words.counts) - np.arange(total)
     hashes = words.hashes.copy()
-    for n in range(1, max(lengths) + 1):
+    for n in range(1, max(lengths, default=0) + 1):
         if n > 1:
             hashes = hashes[:-1]
             hashes *= np.uint64(0x100000001B3)

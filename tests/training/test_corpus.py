@@ -1,0 +1,322 @@
+"""Sources in every format, what is dropped and named, held-out documents, determinism, and resuming."""
+
+import gzip
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from nanophi.records import UserError
+from nanophi.training import corpus, embedded
+from nanophi.training.recipe import Data
+
+
+def text(number: int, words: int = 120) -> str:
+    generator = np.random.default_rng(number)
+    return " ".join(f"word{value}" for value in generator.integers(0, 50_000, words))
+
+
+def data(*sources: dict[str, Any], **fields: Any) -> Data:
+    fields = {"deduplication": {"similarity": 0.5}, "heldout_fraction": 0.1, "workers": 1, **fields}
+    return Data.model_validate({"sources": list(sources), **fields})
+
+
+def write_parquet(path: Path, texts: list[Any], **columns: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"text": texts, **columns}), path, row_group_size=50)
+    return path
+
+
+def documents(output: Path, split: str = "train") -> pa.Table:
+    return pa.concat_tables([pq.read_table(path) for path in corpus.shards(output, split)])
+
+
+def tree_digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def write_zst(path: Path, content: bytes) -> None:
+    with pa.CompressedOutputStream(str(path), "zstd") as file:
+        file.write(content)
+
+
+def test_every_format_gives_the_same_documents(tmp_path: Path) -> None:
+    texts = [text(number) for number in range(40)]
+    lines = "".join(json.dumps({"text": entry, "other": 1}) + "\n" for entry in texts).encode()
+    write_parquet(tmp_path / "a.parquet", texts)
+    (tmp_path / "b.jsonl").write_bytes(lines)
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(lines))
+    write_zst(tmp_path / "d.jsonl.zst", lines)
+    for number, entry in enumerate(texts):
+        (tmp_path / f"e{number:02}.txt").write_text(entry)
+    found = {}
+    for name in ("a.parquet", "b.jsonl", "c.jsonl.gz", "d.jsonl.zst", "e*.txt"):
+        output = tmp_path / "out" / name.strip("*")
+        summary = corpus.gather(data({"files": str(tmp_path / name), "name": "mine"}), 0, output)
+        assert summary["read"] == 40
+        assert summary["train"] + summary["heldout"] == 40
+        rows = pa.concat_tables([documents(output, split) for split in ("train", "heldout")]).to_pylist()
+        assert {row["text"] for row in rows} == set(texts)
+        assert {row["source"] for row in rows} == {"mine"}
+        assert all(row["id"] == hashlib.sha256(row["text"].encode()).hexdigest()[:16] for row in rows)
+        found[name] = sorted(row["id"] for row in documents(output, "heldout").to_pylist())
+    assert len({tuple(ids) for ids in found.values()}) == 1, "the same documents are held out, wherever they come from"
+
+
+def test_unusable_documents_are_counted_and_named(tmp_path: Path) -> None:
+    good = [text(number) for number in range(20)]
+    raw = [entry.encode() for entry in good] + [b"bad \xff\xfe bytes", b"", b" \n\t ", b"x" * 11_000_000]
+    table = pa.table({"text": pa.Array.from_buffers(pa.string(), len(raw), pa.array(raw, pa.binary()).buffers())})
+    pq.write_table(table, tmp_path / "a.parquet")
+    lines = [json.dumps({"text": text(100 + number)}).encode() for number in range(5)]
+    lines += [
+        b'{"text": 3}',
+        b'{"text": null}',
+        b'{"other": "x"}',
+        b"{broken",
+        b'{"text": "\\ud800"}',
+        b'{"text": "\xff"}',
+    ]
+    (tmp_path / "b.jsonl").write_bytes(b"\n".join(lines) + b"\n\n")
+    (tmp_path / "c.txt").write_bytes(b"y" * 11_000_000)
+    sources = [{"files": str(tmp_path / name), "name": name} for name in ("a.parquet", "b.jsonl", "c.txt")]
+    summary = corpus.gather(data(*sources), 0, tmp_path / "out")
+    assert summary["sources"]["a.parquet"]["dropped"] == {"empty": 2, "invalid_utf8": 1, "oversize": 1}
+    assert summary["sources"]["b.jsonl"]["dropped"] == {"invalid_utf8": 2, "not_text": 4}
+    assert summary["sources"]["c.txt"]["dropped"] == {"oversize": 1}
+    assert summary["read"] == 24 + 11 + 1
+    assert summary["read"] == summary["train"] + summary["heldout"] + sum(summary["dropped"].values())
+    named = {(Path(entry["document"].split(":")[0]).name, entry["reason"]) for entry in summary["refused"]}
+    assert ("c.txt", "oversize") in named and ("b.jsonl", "not_text") in named
+    assert any(entry["document"].endswith("b.jsonl:9") for entry in summary["refused"])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: {"files": str(folder / "none*.parquet")}, "no such file"),
+        (lambda folder: {"files": str(folder / "notes.md")}, "not a .parquet"),
+        (lambda folder: {"files": str(folder / "cut.parquet")}, "cut.parquet is not a whole parquet file"),
+        (lambda folder: {"files": str(folder / "cut.jsonl.gz")}, "cut.jsonl.gz ends early"),
+        (lambda folder: {"files": str(folder / "cut.jsonl.zst")}, "cut.jsonl.zst ends early"),
+        (lambda folder: {"files": str(folder / "a.parquet"), "text_column": "body"}, "no column 'body'; it has text"),
+        (lambda folder: {"files": str(folder / "a.jsonl"), "text_column": "body"}, "no line with a column 'body'"),
+        (lambda folder: {"files": str(folder / "empty.parquet")}, "no usable document"),
+        (lambda folder: {"hub": str(folder / "nodata")}, "cannot be loaded"),
+    ],
+)
+def test_a_source_that_cannot_be_read_is_refused_in_one_line(tmp_path: Path, make: Any, message: str) -> None:
+    whole = write_parquet(tmp_path / "a.parquet", [text(number) for number in range(200)])
+    (tmp_path / "cut.parquet").write_bytes(whole.read_bytes()[:5000])
+    lines = "".join(json.dumps({"text": text(number)}) + "\n" for number in range(200)).encode()
+    (tmp_path / "a.jsonl").write_bytes(lines)
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(lines)[:-2000])
+    write_zst(tmp_path / "whole.zst", lines)
+    (tmp_path / "cut.jsonl.zst").write_bytes((tmp_path / "whole.zst").read_bytes()[:-2000])
+    write_parquet(tmp_path / "empty.parquet", ["", "  "])
+    (tmp_path / "notes.md").write_text("x")
+    (tmp_path / "nodata").mkdir()
+    with pytest.raises(UserError) as caught:
+        corpus.gather(data(make(tmp_path)), 0, tmp_path / "out")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_repeats_are_dropped_and_listed(tmp_path: Path) -> None:
+    originals = [text(number) for number in range(30)]
+    words = originals[3].split()
+    words[10] = words[60] = "changed"
+    write_parquet(tmp_path / "a.parquet", originals)
+    write_parquet(tmp_path / "b.parquet", [originals[5], " ".join(words), text(99), f"  {originals[6]}\r\n"])
+    sources = [{"files": str(tmp_path / f"{name}.parquet"), "name": name} for name in "ab"]
+    summary = corpus.gather(data(*sources), 0, tmp_path / "out")
+    assert summary["sources"]["a"]["dropped"] == {}
+    assert summary["sources"]["b"]["dropped"] == {"exact_duplicate": 2, "near_duplicate": 1}
+    assert summary["duplicates"] == {"clusters": 3, "largest": 2}
+    listed = pq.read_table(tmp_path / "out" / "duplicates.parquet").to_pylist()
+    kept = {hashlib.sha256(originals[number].encode()).hexdigest()[:16] for number in (3, 5, 6)}
+    assert {row["kept"] for row in listed} == kept
+    assert sorted(row["reason"] for row in listed) == ["exact", "exact", "near"]
+
+
+def test_heldout_documents_have_no_near_duplicate_among_those_trained_on(tmp_path: Path) -> None:
+    texts = []
+    for number in range(100):
+        words = text(number).split()
+        texts.append(" ".join(words))
+        words[7] = "different"
+        texts.append(" ".join(words))
+    write_parquet(tmp_path / "a.parquet", texts)
+    sources = {"files": str(tmp_path / "a.parquet")}
+    summary = corpus.gather(
+        data(sources, deduplication={"near": False, "similarity": 0.5}, heldout_fraction=0.2), 0, tmp_path / "out"
+    )
+    assert summary["dropped"]["heldout_near_train"] > 0
+    held = {" ".join(row.split()[20:]) for row in documents(tmp_path / "out", "heldout")["text"].to_pylist()}
+    trained = {" ".join(row.split()[20:]) for row in documents(tmp_path / "out")["text"].to_pylist()}
+    assert held and not held & trained
+
+
+def test_contaminated_documents_are_dropped_and_listed(tmp_path: Path) -> None:
+    question = "Which force keeps the planets of the solar system on their paths around the sun, year after year?"
+    folder = tmp_path / "benchmarks" / "quiz"
+    folder.mkdir(parents=True)
+    pq.write_table(pa.table({"question": [question]}), folder / "test.parquet")
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: test\n    path: test.parquet\n---\n"
+    )
+    texts = [text(number) for number in range(20)]
+    texts[4] += " " + question.lower().replace(",", " -")
+    write_parquet(tmp_path / "a.parquet", texts)
+    settings = data(
+        {"files": str(tmp_path / "a.parquet")}, decontamination={"benchmarks": str(tmp_path / "benchmarks")}
+    )
+    summary = corpus.gather(settings, 0, tmp_path / "out")
+    assert summary["dropped"] == {"contaminated": 1}
+    assert summary["contamination"] == {"quiz": {"items": 1, "too_short": 0, "items_found": 1, "documents": 1}}
+    report = json.loads((tmp_path / "out" / "contamination.json").read_text())
+    assert report["quiz"]["examples"][0]["document"] == hashlib.sha256(texts[4].encode()).hexdigest()[:16]
+
+
+def test_columns_caps_and_source_columns(tmp_path: Path) -> None:
+    texts = [text(number) for number in range(100)]
+    scores = [number / 100 for number in range(100)]
+    write_parquet(tmp_path / "a.parquet", texts, score=scores, origin=["x", "y"] * 50)
+    source = {"files": str(tmp_path / "a.parquet"), "source_column": "origin", "max_documents": 60}
+    summary = corpus.gather(data(source), 0, tmp_path / "out", ["score"])
+    assert summary["read"] == 60
+    assert {name: entry["read"] for name, entry in summary["sources"].items()} == {"x": 30, "y": 30}
+    rows = documents(tmp_path / "out").to_pylist()
+    assert all(row["score"] == scores[texts.index(row["text"])] for row in rows)
+    with pytest.raises(UserError, match="has no column 'quality'"):
+        corpus.gather(data(source), 0, tmp_path / "other", ["quality"])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_folder_in_hub_layout(tmp_path: Path, streaming: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [text(number) for number in range(60)]
+    for part in range(3):
+        write_parquet(tmp_path / "set" / "data" / f"train-{part}.parquet", texts[20 * part : 20 * part + 20])
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    source = {"hub": str(tmp_path / "set"), "streaming": streaming, "name": "set"}
+    summary = corpus.gather(data(source), 0, tmp_path / "out")
+    assert summary["read"] == summary["train"] + summary["heldout"] == 60
+    capped = corpus.gather(data({**source, "max_documents": 30}), 0, tmp_path / "capped")
+    assert capped["read"] == 30
+    with pytest.raises(UserError, match="has no column 'body'"):
+        corpus.gather(data({**source, "text_column": "body"}), 0, tmp_path / "none")
+
+
+def many_files(folder: Path) -> dict[str, Any]:
+    for part in range(6):
+        write_parquet(folder / f"{part}.parquet", [text(number) for number in range(part * 30, part * 30 + 40)])
+    return {"files": str(folder / "*.parquet"), "name": "numbers"}
+
+
+def test_the_number_of_workers_changes_nothing(tmp_path: Path) -> None:
+    source = many_files(tmp_path / "in")
+    for workers in (1, 3):
+        corpus.gather(data(source, workers=workers), 0, tmp_path / str(workers))
+    assert tree_digest(tmp_path / "1") == tree_digest(tmp_path / "3")
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from nanophi.training import corpus, engine
+from nanophi.training.recipe import Data
+
+source, output, survive = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+write_json, calls = engine.write_json, []
+
+def write_or_die(path, value):
+    if len(calls) == survive:
+        os.kill(os.getpid(), signal.SIGKILL)
+    calls.append(path)
+    write_json(path, value)
+
+engine.write_json = write_or_die
+settings = Data.model_validate({"sources": [{"files": source, "name": "numbers"}], "heldout_fraction": 0.1,
+                                "deduplication": {"similarity": 0.5}, "workers": 1})
+corpus.gather(settings, 0, output)
+"""
+
+
+@pytest.mark.parametrize("survive", [3, 9])
+def test_killed_and_started_again(tmp_path: Path, survive: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = many_files(tmp_path / "in")
+    output = tmp_path / "out"
+    done = subprocess.run([sys.executable, "-c", KILLED, source["files"], str(output), str(survive)])
+    assert done.returncode == -9
+    assert not (output / "documents.json").exists()
+    finished = {path: path.stat().st_mtime_ns for path in (output / ".parts").rglob("*.json")}
+    assert len(finished) == survive
+    run, ran = corpus.run_parts, []
+
+    def counting(function: Any, parts: Any, folder: Path, *args: Any) -> Any:
+        ran.extend(path for path in range(len(parts)) if not (folder / f"{path:05d}.json").exists())
+        return run(function, parts, folder, *args)
+
+    monkeypatch.setattr(corpus, "run_parts", counting)
+    corpus.gather(data(source), 0, output)
+    assert len(ran) == 12 - survive, "finished parts are not run again"
+    monkeypatch.undo()
+    corpus.gather(data(source), 0, tmp_path / "whole")
+    assert tree_digest(output) == tree_digest(tmp_path / "whole")
+
+
+def test_a_finished_folder_is_left_alone(tmp_path: Path) -> None:
+    source = many_files(tmp_path / "in")
+    first = corpus.gather(data(source), 0, tmp_path / "out")
+    before = tree_digest(tmp_path / "out")
+    assert corpus.gather(data(source), 0, tmp_path / "out") == first
+    assert tree_digest(tmp_path / "out") == before
+
+
+def test_fingerprint_follows_the_files(tmp_path: Path) -> None:
+    source = many_files(tmp_path / "in")
+    before = corpus.fingerprint(data(source))
+    assert corpus.fingerprint(data(source)) == before
+    write_parquet(tmp_path / "in" / "5.parquet", [text(1)])
+    assert corpus.fingerprint(data(source)) != before
+
+
+def test_sources_of_different_weight_need_different_names(tmp_path: Path) -> None:
+    source = many_files(tmp_path / "in")
+    with pytest.raises(UserError, match="set their 'name'"):
+        corpus.gather(data(source, {**source, "weight": 2.0}), 0, tmp_path / "out")
+
+
+def test_embedded_documents_are_english_and_the_same_each_time() -> None:
+    group = next(name for name in embedded.groups() if name == "packaging")
+    first = list(embedded.documents(group))
+    assert first == list(embedded.documents(group))
+    sources = {source for source, _ in first}
+    assert {"package-descriptions", "licences"} <= sources
+    assert all(len(entry) >= 300 for _, entry in first)
+    docs = [entry for source, entry in embedded.documents("python") if source == "python-docs"]
+    assert sum(map(len, docs)) > 300_000
+    assert any('The "try" statement' in entry for entry in docs)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        "iVBORw0KGgoAAAANSUhEUgAAAAUAAAAFCAYAAACNbyblAAAAHElEQVQI12P4" * 10,
+        "| 1 | 2 | 3 |\n|---|---|---|\n" * 30,
+        "Dies ist ein deutscher Text über die Sprache Python und ihre vielen Bibliotheken. " * 8,
+        "这是一个关于编程语言的文档。" * 40,
+    ],
+)
+def test_embedded_corpus_leaves_out_what_is_not_english(entry: str) -> None:
+    assert not embedded._is_english(entry)
