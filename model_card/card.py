@@ -618,7 +618,7 @@ def noise(rows: Iterable[dict[str, Any]]) -> dict[str, list[str]]:
     for row in rows:
         if row["chance"] is not None and row["stderr"]:
             above = row["value"] - row["chance"] > 2 * row["stderr"]
-            tasks["above" if above else "within"].append(row["task"])
+            tasks["above" if above else "within"].append(task_name(row))
     return tasks
 
 
@@ -666,15 +666,17 @@ def _score(row: dict[str, Any], label: str) -> str:
     return f"{factor * score['value']:.{places}f}{error}"
 
 
-def _task_name(row: dict[str, Any]) -> str:
-    return row["task"].replace("_", " ") + (f", {row['shots']}-shot" if row["shots"] else "")
+def task_name(row: dict[str, Any]) -> str:
+    """A task as a person would call it, with its shots."""
+    name = row["task"].replace("heldout_", "held-out ").replace("_", " ")
+    return name + (f" ({row['shots']}-shot)" if row["shots"] else "")
 
 
 def _verdicts(rows: list[dict[str, Any]]) -> str:
     """`better on a, b, worse on c and within noise on d`, what is empty left out."""
     parts = []
     for verdict in ("better", "worse", "within noise"):
-        tasks = [_task_name(row) for row in rows if row["verdict"] == verdict]
+        tasks = [task_name(row) for row in rows if row["verdict"] == verdict]
         if tasks:
             parts.append(f"{verdict} on {', '.join(tasks)}")
     return "; ".join(parts)
@@ -727,6 +729,6 @@ FILTERS: dict[str, Any] = {
     "score": _score,
     "size": _size,
     "source_name": _source_name,
-    "task_name": _task_name,
+    "task_name": task_name,
     "verdicts": _verdicts,
 }

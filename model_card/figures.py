@@ -77,6 +77,7 @@ def _loss(records: dict[str, Any], axes: Axes) -> None:
 
 
 def _quality(records: dict[str, Any], axes: Axes) -> None:
+    import numpy as np
     from matplotlib.ticker import MaxNLocator
 
     quality = records["quality.json"]
@@ -87,8 +88,11 @@ def _quality(records: dict[str, Any], axes: Axes) -> None:
     axes.bar(edges, counts, width=width, align="edge", color=colours, edgecolor="white", linewidth=0.4)
     axes.set_xlim(0, 1)
     axes.set_xlabel("quality score")
-    axes.set_ylabel("documents")
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    # Most scores lie at the ends; on a linear scale the middle, where the threshold is, would vanish.
+    axes.set_yscale("function", functions=(lambda y: np.sqrt(np.maximum(y, 0)), np.square))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    axes.set_ylim(0, 1.08 * max(counts))
+    axes.set_ylabel("documents (square-root scale)")
     total, kept_documents = quality["documents"], quality["kept_documents"]
     if threshold is None:
         axes.set_title(f"no threshold: all {total:,} documents kept", fontsize=10, loc="left")
@@ -104,6 +108,8 @@ def _bars(records: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _evaluation(records: dict[str, Any], axes: Axes) -> None:
+    from nanophi.model_card.card import task_name
+
     rows = _bars(records)[::-1]
     for position, row in enumerate(rows):
         error = 1.96 * 100 * row["stderr"] if row["stderr"] else 0
@@ -112,7 +118,7 @@ def _evaluation(records: dict[str, Any], axes: Axes) -> None:
         if row["chance"] is not None:
             label = "chance" if "chance" not in axes.get_legend_handles_labels()[1] else None
             axes.plot([100 * row["chance"]] * 2, [position - 0.4, position + 0.4], color=ORANGE, lw=2, label=label)
-    labels = [row["task"] + (f" ({row['shots']}-shot)" if row["shots"] is not None else "") for row in rows]
+    labels = [task_name(row) for row in rows]
     axes.set_yticks(range(len(rows)), labels)
     axes.set_xlim(0, 100)
     axes.set_ylim(-0.6, len(rows) - 0.4)

@@ -100,7 +100,7 @@ def test_metadata_is_read_back_by_the_client(records: card.Records) -> None:
         ("training.json", ("summary", "epochs"), 3.25, "3.25"),
         ("quality.json", ("kept_documents",), 217, "217 of 400 documents"),
         ("quality.json", ("scorer", "roc_auc"), 0.8765, "0.876"),
-        ("documents.json", ("dropped", "near_duplicate"), 77, "77 near duplicate"),
+        ("documents.json", ("dropped", "near_duplicate"), 77, "77 (near duplicate)"),
         ("tokens.json", ("train", "tokens"), 987654, "987,654 tokens"),
         ("model.json", ("parameters",), 123456, "123,456 parameters"),
         ("evals/heldout.json", ("nanophi", "heldout", "bits_per_byte"), 1.2345, "1.234"),
@@ -270,9 +270,9 @@ def test_comparison_says_what_is_noise(records: card.Records) -> None:
     changed = copy.deepcopy(records)
     changed["comparison.json"] = comparison(records["recipe.yaml"]["name"])
     text = card.render(changed)
-    assert "better on heldout bits per byte; within noise on heldout continuation" in text
-    assert "| heldout bits per byte | -0.1500 | -0.1700 to -0.1300 | < 0.001 | better |" in text
-    assert "| heldout continuation | 41.00 ± 3.10 | 40.00 ± 3.00 | 25.0 |" in text
+    assert "better on held-out bits per byte; within noise on held-out continuation" in text
+    assert "| held-out bits per byte | -0.1500 | -0.1700 to -0.1300 | < 0.001 | better |" in text
+    assert "| held-out continuation | 41.00 ± 3.10 | 40.00 ± 3.00 | 25.0 |" in text
     assert "| other | 22.50 | 29.00 | its card |" in text
 
 
@@ -321,7 +321,7 @@ def test_leaderboard_section_and_metadata(records: card.Records) -> None:
     assert "| Avg. | 24.17 |" in text
     assert "| MMLU (5-Shot) | 25.00 |" in text
     assert len(re.findall(r"^\| subject \d+ \|", text, re.MULTILINE)) == 57
-    assert "Not told apart from guessing: mmlu, winogrande." in text
+    assert "Not told apart from guessing: mmlu (5-shot), winogrande (5-shot)." in text
     index = yaml.safe_load(text.split("---\n")[1])["model-index"][0]["results"]
     found = {
         (result["dataset"]["type"], result["dataset"].get("config"), result["dataset"].get("split")) for result in index

@@ -133,7 +133,7 @@ def test_tampered_files_are_named_and_nothing_is_loaded(
 def test_a_number_edited_in_the_card_is_named(copied: Path) -> None:
     card = copied / "README.md"
     text = card.read_text()
-    assert "| heldout continuation | 0 | accuracy, length-normalised | 41.00 |" in text
+    assert "| held-out continuation | 0 | accuracy, length-normalised | 41.00 |" in text
     card.write_text(text.replace("length-normalised | 41.00", "length-normalised | 61.00", 1))
     assert "README.md was changed" in failures(copied)["checksums"]
     wrong = verify._card(copied, verify.model_card.read_records(copied / "records"))
