@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from nanophi.model_card import card as model_card
 from nanophi.model_card import release as releases
-from nanophi.model_card import verify
+from nanophi.model_card import signature, verify
 from nanophi.records import UserError, read_json, sha256_of_file
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def push(
     *,
     public: bool = False,
     dry_run: bool = False,
+    signing_key: Path | None = None,
     report: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Publish a release folder on the Hub, or go on with a push that was cut off.
@@ -56,6 +57,7 @@ def push(
         public: make the repository public once everything is there; otherwise a new one is private, and one that
             exists stays as it is.
         dry_run: say what would go, and send nothing.
+        signing_key: PEM file of a private key; if given, every revision is signed (`model.sig`).
         report: called with one line for each thing worth telling.
 
     Returns:
@@ -81,6 +83,8 @@ def push(
         folders = _revisions(release, repo_id, Path(scratch))
         for name, folder in folders.items():
             _refuse(name, problems(folder, release))
+            if signing_key is not None:
+                signature.sign(folder, signing_key)
         tag = read_json(release / "records" / "run.json")["tag"]
         result: dict[str, Any] = {"repo_id": repo_id, "revisions": {}, "tag": tag, "url": None}
         for name, folder in folders.items():

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nanophi.model_card import card as model_card
+from nanophi.model_card.signature import SIGNATURE
 from nanophi.records import UserError, read_json, sha256_of_file, write_json
 from nanophi.version import __version__
 
@@ -86,11 +87,11 @@ def build(run: Path, checkpoint: Path, card: Path, output: Path, dtype: str = "f
 
 
 def write_manifest(folder: Path, provenance: dict[str, Any]) -> None:
-    """Write `MANIFEST.json` over every other file in the folder."""
+    """Write `MANIFEST.json` over every other file in the folder but a signature, which signs the manifest too."""
     files = {
         name: {"sha256": sha256_of_file(folder / name), "size": (folder / name).stat().st_size}
         for name in list_files(folder)
-        if name != MANIFEST
+        if name not in (MANIFEST, SIGNATURE)
     }
     write_json(folder / MANIFEST, {"format": 1, "provenance": provenance, "files": files})
 

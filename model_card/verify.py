@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from nanophi.model_card import card as model_card
+from nanophi.model_card import signature
 from nanophi.model_card.release import CODE_FILES, MANIFEST, list_files
 from nanophi.records import UserError, read_json, sha256_of_file, write_json
 from nanophi.version import __version__
@@ -103,6 +104,7 @@ def verify(
     report: Callable[[str], None] = print,
     *,
     trust_remote_code: bool = False,
+    public_key: Path | None = None,
 ) -> list[Check]:
     """Check a release folder, or a repository on the Hub.
 
@@ -111,6 +113,7 @@ def verify(
         revision: branch, tag or commit of a Hub repository.
         report: called with one line for each check.
         trust_remote_code: run the release's code even if it is not the code of this version of nanophi.
+        public_key: PEM file; if given, the release must carry its owner's signature.
 
     Returns:
         the checks in order: `{"name", "passed", "detail"}`.
@@ -220,8 +223,9 @@ def _checksums(folder: Path, files: list[str]) -> list[str]:
         return [str(error)]
     except (KeyError, TypeError, AttributeError):
         return [f"{MANIFEST} does not list files with their sha256 and size"]
+    unlisted = (MANIFEST, signature.SIGNATURE)
     wrong = [f"{name} is missing" for name in sorted(set(expected) - set(files))]
-    wrong += [f"{name} is not in the manifest" for name in files if name not in expected and name != MANIFEST]
+    wrong += [f"{name} is not in the manifest" for name in files if name not in {*expected, *unlisted}]
     for name in files:
         if name in expected:
             sha256, size = expected[name]

@@ -1,0 +1,63 @@
+"""A detached signature over a release, with `model-signing` (the optional extra `signing`).
+
+The manifest says that the files belong together; the signature says whose they are. Keys are PEM files on an elliptic
+curve: `openssl ecparam -name prime256v1 -genkey -noout -out key.pem`, `openssl ec -in key.pem -pubout -out key.pub`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+from nanophi.records import UserError
+
+SIGNATURE = "model.sig"
+
+
+def sign(folder: Path, private_key: Path) -> None:
+    """Write `model.sig`, a signature over every other file of the folder.
+
+    Raises:
+        UserError: if the extra is not installed or the key cannot be read.
+    """
+    library = _library()
+    (folder / SIGNATURE).unlink(missing_ok=True)
+    try:
+        config = library.signing.Config().use_elliptic_key_signer(private_key=private_key)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{private_key} is not a private key in PEM form ({_first_line(error)})") from None
+    config.set_hashing_config(_hashing(library, folder)).sign(folder, folder / SIGNATURE)
+
+
+def problems(folder: Path, public_key: Path) -> list[str]:
+    """What speaks against the folder being as the owner of the key signed it; empty if nothing does."""
+    library = _library()
+    if not (folder / SIGNATURE).is_file():
+        return [f"there is no {SIGNATURE}"]
+    try:
+        config = library.verifying.Config().use_elliptic_key_verifier(public_key=public_key)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{public_key} is not a public key in PEM form ({_first_line(error)})") from None
+    try:
+        config.set_hashing_config(_hashing(library, folder)).verify(folder, folder / SIGNATURE)
+    except Exception as error:  # The library raises ValueError, and those of cryptography and of JSON.
+        return [f"{SIGNATURE} is not this key's signature of these files ({_first_line(error)})"]
+    return []
+
+
+def _library() -> Any:
+    try:
+        return importlib.import_module("model_signing")
+    except ImportError:
+        raise UserError("signatures need the extra 'signing': pip install 'nanophi[signing]'") from None
+
+
+def _hashing(library: Any, folder: Path) -> Any:
+    ignored = [folder / SIGNATURE, folder / ".cache"]
+    # The Hub's cache is made of links.
+    return library.hashing.Config().set_ignored_paths(paths=ignored, ignore_git_paths=True).set_allow_symlinks(True)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
