@@ -58,6 +58,9 @@ def pack(
     if done.exists():
         return read_json(done)
     output.mkdir(parents=True, exist_ok=True)
+    # The same folders may hold something else than when this process last packed.
+    _encoder.cache_clear()
+    _kept_ids.cache_clear()
     work = output / ".parts"
     sources = read_json(documents / "documents.json")["sources"]
     weights = {name: data.sources[source["origin"]].weight for name, source in sources.items()}

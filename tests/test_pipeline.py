@@ -1,0 +1,152 @@
+"""The stages together, on a small run: what changes what, and a run that dies at every durable moment."""
+
+import inspect
+import json
+import pydoc_data.topics
+import textwrap
+
+import pytest
+import yaml
+
+from nanophi import pipeline
+from nanophi.records import RunDirectory, UserError, read_json, sha256_of_tree
+from nanophi.training.recipe import load_recipe
+
+RECIPE = """
+name: small
+data:
+  sources:
+    - {files: "@/good.jsonl", name: good}
+    - {files: "@/poor.jsonl", name: poor}
+  heldout_fraction: 0.2
+  workers: 1
+quality: {scorer: linear, high: [good], low: [poor], threshold: 0.5}
+tokenizer: {vocab_size: 400}
+model:
+  hidden_size: 32
+  intermediate_size: 64
+  num_hidden_layers: 1
+  num_attention_heads: 2
+  num_key_value_heads: 1
+  max_position_embeddings: 256
+training:
+  steps: 8
+  batch_size: 4
+  learning_rate: 0.01
+  save_steps: 4
+  keep_steps: [4]
+  eval_steps: 8
+  logging_steps: 2
+evaluation: {suites: [heldout], limit: 8}
+card: {prompt: "The "}
+"""
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """The language reference as good text; its indexes and code samples as poor."""
+    folder = tmp_path_factory.mktemp("sources")
+    documents: dict[str, list[str]] = {"good": [], "poor": []}
+    for text in pydoc_data.topics.topics.values():
+        for paragraph in text.split("\n\n\n"):
+            prose = paragraph.strip()
+            if len(prose) > 400:
+                documents["good"].append(prose[:3000])
+    for module in (inspect, json, textwrap, yaml, pytest, pipeline):
+        source = inspect.getsource(module)
+        documents["poor"] += [source[start : start + 1500] for start in range(0, len(source), 1500)]
+    for name, texts in documents.items():
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        (folder / f"{name}.jsonl").write_text(lines)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recipe(sources):
+    path = sources / "small.yaml"
+    path.write_text(RECIPE.replace("@", str(sources)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(recipe, tmp_path_factory):
+    runs = tmp_path_factory.mktemp("runs")
+    lines: list[str] = []
+    pipeline.run_recipes([load_recipe(recipe)], runs, lines.append)
+    return runs, lines
+
+
+def ran(lines):
+    return [line.split()[1] for line in lines if " done in " in line]
+
+
+def test_every_stage_runs_and_then_is_up_to_date(finished, recipe):
+    runs, lines = finished
+    first = ran(lines)
+    assert first[:5] == ["documents", "scores", "quality", "tokenizer", "tokens"]
+    assert first[-3:] == ["card", "release", "verification"]
+    again: list[str] = []
+    pipeline.run_recipes([load_recipe(recipe)], runs, again.append)
+    assert ran(again) == []
+    assert [line.split()[1] for line in again if line.endswith("up to date")] == first
+
+
+def test_a_change_runs_again_what_depends_on_it(finished, recipe):
+    runs, _ = finished
+
+    def stages(*overrides):
+        lines: list[str] = []
+        pipe = pipeline.Pipeline(load_recipe(recipe, overrides), runs, report=lines.append)
+        pipe.tokens()
+        return ran(lines)
+
+    before = read_json(runs / "small/data/tokens/tokens.json")
+    assert stages("quality.threshold=null") == ["quality", "tokens"]
+    everything = read_json(runs / "small/data/tokens/tokens.json")
+    assert everything["train"]["documents"] > before["train"]["documents"]
+    assert everything["heldout"] == before["heldout"]  # the filter never touches what models are measured on
+    assert stages("model.max_position_embeddings=128", "quality.threshold=null") == ["tokens"]
+    assert stages() == ["quality", "tokens"]
+    assert read_json(runs / "small/data/tokens/tokens.json") == before
+
+
+def test_dying_at_every_durable_moment_changes_nothing(finished, recipe, tmp_path, monkeypatch):
+    reference = finished[0] / "small"
+    update, calls, deaths = RunDirectory.update_record, 0, 0
+
+    def dying(self, **fields):
+        nonlocal calls
+        calls += 1
+        if calls == 2 + deaths % 2:  # a stage may need two, so the third must come now and then
+            raise KeyboardInterrupt
+        update(self, **fields)
+
+    monkeypatch.setattr(RunDirectory, "update_record", dying)
+    for deaths in range(60):
+        calls = 0
+        try:
+            pipeline.run_recipes([load_recipe(recipe)], tmp_path, lambda line: None)
+            break
+        except KeyboardInterrupt:
+            continue
+    else:
+        pytest.fail("the run never finished")
+    assert deaths > 5
+    survivor = tmp_path / "small"
+    for part in ("data", "checkpoints", "sample.json"):
+        assert sha256_of_tree(survivor / part) == sha256_of_tree(reference / part), part
+    results = [read_json(run / "evals/step-000008-heldout.json")["results"] for run in (reference, survivor)]
+    assert results[0] == results[1]
+
+
+def test_a_stage_alone_wants_those_before_it(recipe, tmp_path):
+    pipe = pipeline.Pipeline(load_recipe(recipe), tmp_path, build=("training",))
+    with pytest.raises(UserError, match="stage 'documents' has not run for this recipe"):
+        pipe.training()
+
+
+def test_a_threshold_that_keeps_nothing(recipe, tmp_path):
+    pipe = pipeline.Pipeline(load_recipe(recipe, ["quality.threshold=2.0"]), tmp_path, report=lambda line: None)
+    with pytest.raises(UserError, match="threshold"):
+        pipe.tokens()
+    assert not (tmp_path / "small/data/quality").exists()
