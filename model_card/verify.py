@@ -134,6 +134,8 @@ def verify(
 
         files = list_files(folder)
         safe = add("checksums", _checksums(folder, files), f"{len(files) - 1} files as the manifest says")
+        if public_key is not None:
+            safe &= add("signature", signature.problems(folder, public_key), f"by the owner of {public_key.name}")
         safe &= add(
             "files", _foreign_files(folder, files, links_allowed), "safetensors only, no code but the two files"
         )
