@@ -151,6 +151,18 @@ def shards(documents: Path, split: str) -> list[Path]:
 # Planning and reading
 
 
+def read_texts(source: Source) -> Iterator[tuple[str, str, bytes]]:
+    """`(where, source, text)` of every usable document of one source, in order; text as clean UTF-8."""
+    default = source.name or source.hub or source.files or "embedded"
+    for origin in _plan(source, ()):
+        for number, (where, raw, name, _) in enumerate(_rows(source, origin, ())):
+            if source.max_documents is not None and number >= source.max_documents:
+                break
+            reason, text = _clean(raw)
+            if reason is None:
+                yield where, default if name is None else str(name), text
+
+
 def _plan(source: Source, columns: Sequence[str]) -> list[Origin]:
     """The parts of a source. A source with `max_documents` is one part, whose reading stops there."""
     if source.embedded:

@@ -14,8 +14,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
+import os
 import shutil
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +28,12 @@ import pyarrow.parquet as pq
 from safetensors.numpy import load_file, save_file
 from scipy.sparse import csr_matrix, hstack
 
-from nanophi.records import UserError, read_json, write_json, write_text
+from nanophi.records import UserError, read_json, replace_tree, write_json, write_text
 from nanophi.training import embedded
-from nanophi.training.corpus import shards
+from nanophi.training.corpus import read_texts, shards
 from nanophi.training.engine import run_parts
 from nanophi.training.ngrams import hash_words, ngrams
-from nanophi.training.recipe import Data, Quality
+from nanophi.training.recipe import Data, Quality, Source
 
 BUCKETS = 1 << 18
 EXCERPT_BYTES = 16_000
@@ -39,6 +42,8 @@ FIT_BYTES = 12_000_000
 """Excerpts of each label that the linear scorer is fitted on."""
 TEST_SHARE = 0.2
 _CLASSES = ("lower", "upper", "digit", "newline", "space", "sentence", "quote", "markup", "other", "beyond_ascii")
+EXCERPT = 400
+"""Characters of a document that the report shows."""
 SWEEP = tuple(round(0.05 * step, 2) for step in range(20))
 
 
@@ -242,7 +247,7 @@ def _fit_on(documents: Path, quality: Quality, data: Data, seed: int, output: Pa
         present = [name for name in group if name in known]
         for name in present:
             room[name] = min(1.0, FIT_BYTES / len(present) / max(1, sizes[name]))
-    mixer = np.uint64(2 * seed + 1) * np.uint64(0x9E3779B97F4A7C15)
+    mixer = np.uint64((2 * seed + 1) * 0x9E3779B97F4A7C15 % 2**64)
     for path in shards(documents, "train"):
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=256, columns=["id", "text", "source"]):
@@ -289,8 +294,7 @@ def score(documents: Path, quality: Quality, data: Data, seed: int, output: Path
             write_json(output / "scorer.json", {"scorer": quality.scorer})
     paths = [(split, path) for split in ("train", "heldout") for path in shards(documents, split)]
     folder = str(output) if kind == "linear" else name
-    saved_linear = kind == "model" and (Path(name) / "scorer.safetensors").exists()
-    function = {"linear": "linear", "column": "column", "model": "linear" if saved_linear else "model"}[kind]
+    function = "linear" if kind == "model" and _is_linear(name) else kind
     parts = [(path, split, function, folder) for split, path in paths]
     work = output / ".parts"
     # A classifier fills the device, or all cores, by itself.
@@ -366,6 +370,10 @@ def check_scores(scores: np.ndarray, ids: Sequence[str]) -> None:
         )
 
 
+def _is_linear(name: str) -> bool:
+    return (Path(name) / "scorer.safetensors").exists()
+
+
 @functools.lru_cache(maxsize=1)
 def _linear(folder: Path) -> LinearScorer:
     return LinearScorer.load(folder)
@@ -433,7 +441,7 @@ def select(documents: Path, scores: Path, quality: Quality, output: Path) -> dic
     pq.write_table(kept_table, output / "kept.parquet", compression="zstd")
     report = describe(table, train, threshold)
     report["scorer"] = read_json(scores / "scorer.json")
-    report["examples"] = _examples(documents, table, train, threshold)
+    report["examples"] = _examples(table, train, threshold, lambda ids: _excerpts(documents, ids))
     write_json(output / "quality.json", report)
     write_text(output / "quality.md", markdown(report))
     plot(report, output / "quality.png")
@@ -479,7 +487,9 @@ def describe(table: pa.Table, train: np.ndarray, threshold: float | None) -> dic
     }
 
 
-def _examples(documents: Path, table: pa.Table, train: np.ndarray, threshold: float | None) -> dict[str, Any]:
+def _examples(
+    table: pa.Table, train: np.ndarray, threshold: float | None, excerpts_of: Callable[[set[str]], dict[str, str]]
+) -> dict[str, Any]:
     """Best, worst, and the nearest on both sides of the threshold (for a control: of 0.5), with the text's start."""
     rows = np.flatnonzero(train)
     scores = table["quality_score"].to_numpy()[rows]
@@ -492,16 +502,7 @@ def _examples(documents: Path, table: pa.Table, train: np.ndarray, threshold: fl
         "nearest_above": order[above : above + 5],
         "nearest_below": order[max(0, above - 5) : above][::-1],
     }
-    wanted = {table["id"][int(row)].as_py() for rows in chosen.values() for row in rows}
-    excerpts: dict[str, str] = {}
-    for shard in shards(documents, "train"):
-        with pq.ParquetFile(shard) as file:
-            for group in range(file.num_row_groups):
-                ids = file.read_row_group(group, columns=["id"])["id"].to_pylist()
-                found = [row for row, key in enumerate(ids) if key in wanted]
-                if found:
-                    texts = file.read_row_group(group, columns=["text"])["text"]
-                    excerpts.update({ids[row]: texts[row].as_py()[:400] for row in found})
+    excerpts = excerpts_of({table["id"][int(row)].as_py() for rows in chosen.values() for row in rows})
     return {
         kind: [
             {
@@ -516,8 +517,22 @@ def _examples(documents: Path, table: pa.Table, train: np.ndarray, threshold: fl
     }
 
 
-def markdown(report: dict[str, Any]) -> str:
-    """The report as Markdown."""
+def _excerpts(documents: Path, wanted: set[str]) -> dict[str, str]:
+    """The first characters of some training documents, by id."""
+    result: dict[str, str] = {}
+    for shard in shards(documents, "train"):
+        with pq.ParquetFile(shard) as file:
+            for group in range(file.num_row_groups):
+                ids = file.read_row_group(group, columns=["id"])["id"].to_pylist()
+                found = [row for row, key in enumerate(ids) if key in wanted]
+                if found:
+                    texts = file.read_row_group(group, columns=["text"])["text"]
+                    result.update({ids[row]: texts[row].as_py()[:EXCERPT] for row in found})
+    return result
+
+
+def markdown(report: dict[str, Any], bytes_per_token: float | None = None) -> str:
+    """The report as Markdown, with tokens beside bytes if it is known how many bytes a token has."""
     threshold = report["threshold"]
     rule = "no threshold (all kept)" if threshold is None else f"score > {threshold}"
     scorer = report["scorer"]
@@ -544,12 +559,14 @@ def markdown(report: dict[str, Any]) -> str:
             f"| {name} | {entry['documents']:,} | {100 * share:.1f} % | {entry['bytes'] / 1e6:.2f} "
             f"| {entry['kept_bytes'] / 1e6:.2f} | {entry['mean_score']:.3f} |"
         )
-    lines += ["", "## Other thresholds", "", "| score > | documents | MB | share of bytes |", "|---:|---:|---:|---:|"]
+    heads = ["score >", "documents", "MB", "share of bytes", *(["tokens, about"] if bytes_per_token else [])]
+    lines += ["", "## Other thresholds", "", f"| {' | '.join(heads)} |", "|" + "---:|" * len(heads)]
     for step in report["sweep"]:
-        lines.append(
-            f"| {step['threshold']:.2f} | {step['documents']:,} | {step['bytes'] / 1e6:.2f} "
-            f"| {100 * step['bytes'] / report['bytes']:.1f} % |"
-        )
+        cells = [f"{step['threshold']:.2f}", f"{step['documents']:,}", f"{step['bytes'] / 1e6:.2f}"]
+        cells.append(f"{100 * step['bytes'] / report['bytes']:.1f} %")
+        if bytes_per_token:
+            cells.append(f"{step['bytes'] / bytes_per_token / 1e6:.2f} M")
+        lines.append(f"| {' | '.join(cells)} |")
     titles = {
         "best": "The best",
         "worst": "The worst",
@@ -590,3 +607,127 @@ def plot(report: dict[str, Any], path: Path) -> None:
         )
         axes[2].set(xlabel="mean score", ylabel="share labelled good", title="Calibration", xlim=(0, 1), ylim=(0, 1))
     figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+# On files, without a recipe: `nanophi quality fit | score | report`
+
+
+def fit_files(
+    high: Sequence[str], low: Sequence[str], output: Path, text_column: str = "text", seed: int = 0
+) -> dict[str, Any]:
+    """Fit a linear scorer on files of good and of poor documents and save it, for `quality.scorer: model:<output>`.
+
+    Args:
+        high, low: globs of .parquet, .jsonl(.gz, .zst) or .txt files. Each glob counts as one source.
+        output: folder to create or replace.
+
+    Returns:
+        what `scorer.json` says.
+    """
+    texts: list[bytes] = []
+    good: list[bool] = []
+    sources: list[str] = []
+    for patterns, label in ((high, True), (low, False)):
+        for pattern in patterns:
+            room = FIT_BYTES // len(patterns)
+            for _, _, text in read_texts(Source(files=pattern, text_column=text_column)):
+                texts.append(text[:EXCERPT_BYTES])
+                good.append(label)
+                sources.append(pattern)
+                room -= len(texts[-1])
+                if room <= 0:
+                    break
+    scorer, report = fit(texts, np.array(good), sources, seed)
+    report = {"scorer": "linear", "high": list(high), "low": list(low), **report}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as name:
+        partial = Path(name) / output.name
+        partial.mkdir()
+        scorer.save(partial)
+        write_json(partial / "scorer.json", report)
+        replace_tree(partial, output)
+    return report
+
+
+def score_files(files: str, scorer: str, output: Path, text_column: str = "text") -> dict[str, Any]:
+    """Score the documents of files.
+
+    Args:
+        files: glob of .parquet, .jsonl(.gz, .zst) or .txt files.
+        scorer: folder of a linear scorer, or Hub id or folder of a text classifier.
+        output: parquet file to write: id, source (the file), bytes, quality_score, text (its first characters).
+
+    Returns:
+        `{documents, mean_score}`.
+    """
+    schema = pa.schema([*(field for field in _SCHEMA if field.name != "split"), ("text", pa.string())])
+    total, documents = 0.0, 0
+    batch: list[tuple[str, bytes]] = []
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f".{output.name}.{os.getpid()}.part")
+
+    def flush(writer: pq.ParquetWriter) -> None:
+        nonlocal total, documents
+        texts = [text for _, text in batch]
+        scores = (
+            _linear(Path(scorer)).score(texts)
+            if _is_linear(scorer)
+            else _classify(scorer, [text.decode() for text in texts])
+        )
+        columns = [
+            pa.array([hashlib.sha256(text).hexdigest()[:16] for text in texts]),
+            pa.array([source for source, _ in batch], pa.string()).dictionary_encode(),
+            pa.array([len(text) for text in texts], pa.int64()),
+            pa.array(scores, pa.float32()),
+            pa.array([text[: 4 * EXCERPT].decode(errors="ignore")[:EXCERPT] for text in texts], pa.string()),
+        ]
+        writer.write_table(pa.table(columns, schema=schema))
+        total, documents = total + float(scores.sum(dtype=np.float64)), documents + len(batch)
+        batch.clear()
+
+    try:
+        with pq.ParquetWriter(partial, schema, compression="zstd") as writer:
+            size = 0
+            for where, _, text in read_texts(Source(files=files, text_column=text_column)):
+                batch.append((where.split(":")[0], text))
+                size += len(text)
+                if size >= 4 << 20:
+                    flush(writer)
+                    size = 0
+            if batch:
+                flush(writer)
+        if not documents:
+            raise UserError(f"{files} holds no usable document")
+        partial.replace(output)
+    finally:
+        partial.unlink(missing_ok=True)
+    return {"documents": documents, "mean_score": round(total / documents, 4)}
+
+
+def report_files(scores: Path, threshold: float | None, output: Path) -> dict[str, Any]:
+    """Write quality.json, quality.md and quality.png on what `score_files` wrote, and return the report."""
+    try:
+        table = pq.read_table(scores)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{scores} cannot be read as parquet ({str(error).splitlines()[0]})") from None
+    if not {"id", "source", "bytes", "quality_score", "text"} <= set(table.column_names):
+        raise UserError(f"{scores} was not written by `nanophi quality score`")
+    check_scores(table["quality_score"].to_numpy(), table["id"])
+    everything = np.ones(len(table), bool)
+    table = table.set_column(1, "source", table["source"].combine_chunks().dictionary_encode())
+    report = describe(table, everything, threshold)
+    texts = dict(zip(table["id"].to_pylist(), table["text"].to_pylist(), strict=True))
+    report["scorer"] = {"scorer": str(scores)}
+    report["examples"] = _examples(table, everything, threshold, lambda ids: {key: texts[key] for key in ids})
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / "quality.json", report)
+    write_text(output / "quality.md", markdown(report))
+    plot(report, output / "quality.png")
+    return report
+
+
+def report_run(run: Path) -> str:
+    """The quality report of a run as Markdown, with tokens if the run got so far. Raises `UserError` without one."""
+    report = read_json(run / "data" / "quality" / "quality.json")
+    tokens = run / "data" / "tokens" / "tokens.json"
+    return markdown(report, read_json(tokens)["train"]["bytes_per_token"] if tokens.exists() else None)

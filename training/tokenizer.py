@@ -188,7 +188,7 @@ def _sample(documents: Path, seed: int) -> Iterator[list[str]]:
     groups = (pq.read_metadata(path) for path in paths)
     total = sum(group.row_group(index).total_byte_size for group in groups for index in range(group.num_row_groups))
     share = min(1.0, TRAINING_BYTES / max(1, total))
-    mixer = np.uint64(2 * seed + 1) * np.uint64(0x9E3779B97F4A7C15)
+    mixer = np.uint64((2 * seed + 1) * 0x9E3779B97F4A7C15 % 2**64)
     for path in paths:
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=256, columns=["id", "text"]):

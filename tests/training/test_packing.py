@@ -1,0 +1,192 @@
+"""Every token of every kept document is in the rows once, in an order that the seed alone decides."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from nanophi.records import UserError
+from nanophi.training import corpus, packing, quality, tokenizer
+from nanophi.training.recipe import Data, Quality, Tokenizer
+
+CONTEXT = 64
+
+
+def settings(folder: Path, workers: int = 1, weights: tuple[float, float] = (1.0, 1.0)) -> Data:
+    sources = [
+        {"files": str(folder / f"{name}*.parquet"), "name": name, "weight": weight}
+        for name, weight in zip("ab", weights, strict=True)
+    ]
+    return Data.model_validate(
+        {"sources": sources, "deduplication": {"near": False}, "heldout_fraction": 0.2, "workers": workers}
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four files of documents, some of which hold the end-of-text token's name, scored and with a tokenizer."""
+    folder = tmp_path_factory.mktemp("packing")
+    generator = np.random.default_rng(0)
+    vocabulary = ["packing", "rows", "of", "tokens", "<|endoftext|>", "naïve", "end\n\n", "  x"]
+    for number, name in enumerate(("a0", "a1", "b0", "b1")):
+        texts = [
+            f"{number} {row} " + " ".join(generator.choice(vocabulary, int(generator.integers(1, 150))))
+            for row in range(40)
+        ]
+        scores = generator.random(40)
+        pq.write_table(pa.table({"text": texts, "score": scores}), folder / f"{name}.parquet")
+    data = settings(folder)
+    corpus.gather(data, 0, folder / "documents", ["score"])
+    scorer = Quality(scorer="column:score", threshold=0.3)
+    quality.score(folder / "documents", scorer, data, 0, folder / "scores")
+    quality.select(folder / "documents", folder / "scores", scorer, folder / "quality")
+    tokenizer.build(folder / "documents", Tokenizer(vocab_size=300), 0, folder / "tokenizer")
+    return folder
+
+
+def pack(folder: Path, output: Path, seed: int = 0, **kwargs: Any) -> dict[str, Any]:
+    return packing.pack(
+        folder / "documents",
+        folder / "quality",
+        folder / "tokenizer",
+        CONTEXT,
+        settings(folder, **kwargs),
+        seed,
+        output,
+    )
+
+
+def rows(output: Path, split: str) -> np.ndarray:
+    return np.array(datasets.load_from_disk(str(output / split))["input_ids"], np.int32)
+
+
+def expected_documents(folder: Path, split: str) -> list[str]:
+    table = pa.concat_tables([pq.read_table(path) for path in corpus.shards(folder / "documents", split)]).to_pylist()
+    return [row["text"] for row in table if split == "heldout" or np.float32(row["score"]) > 0.3]
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_rows_hold_exactly_the_kept_documents(folder: Path, tmp_path: Path, split: str) -> None:
+    summary = pack(folder, tmp_path / "tokens")[split]
+    stream = rows(tmp_path / "tokens", split)
+    assert stream.shape == (summary["rows"], CONTEXT)
+    assert summary["tokens"] == summary["rows"] * CONTEXT + summary["tail_tokens"]
+    encoder = tokenizer.Encoder(folder / "tokenizer")
+    texts = expected_documents(folder, split)
+    assert summary["documents"] == len(texts)
+    assert summary["bytes"] == sum(len(text.encode()) for text in texts)
+    encoded = [encoding.ids for encoding in encoder.backend.encode_batch(texts, add_special_tokens=False)]
+    assert summary["tokens"] == sum(len(ids) + 1 for ids in encoded)
+    assert summary["bytes_per_token"] == pytest.approx(summary["bytes"] / summary["tokens"], abs=1e-4)
+    # Cut the stream at end-of-text: but for what the tail holds, the documents come back, each as often as it is there.
+    flat = stream.ravel().tolist()
+    pieces: list[list[int]] = [[]]
+    for token in flat:
+        if token == encoder.eos_token_id:
+            pieces.append([])
+        else:
+            pieces[-1].append(token)
+    whole = sorted(pieces[:-1])
+    known = sorted(encoded)
+    for piece in whole:
+        known.remove(piece)
+    missing = sum(len(ids) + 1 for ids in known)
+    assert missing - len(pieces[-1]) == summary["tail_tokens"]
+    assert any(ids[: len(pieces[-1])] == pieces[-1] for ids in [*known, []])
+
+
+def test_dataset_is_memory_mapped_rows_of_fixed_length(folder: Path, tmp_path: Path) -> None:
+    pack(folder, tmp_path / "tokens")
+    dataset = datasets.load_from_disk(str(tmp_path / "tokens" / "train"))
+    assert dataset.features == datasets.Features({"input_ids": datasets.List(datasets.Value("int32"), length=CONTEXT)})
+    assert dataset.cache_files
+    assert not (tmp_path / "tokens" / ".parts").exists()
+
+
+def test_workers_change_nothing_and_the_seed_changes_the_order(folder: Path, tmp_path: Path) -> None:
+    one, three, other = (
+        pack(folder, tmp_path / "one"),
+        pack(folder, tmp_path / "three", workers=3),
+        pack(folder, tmp_path / "other", seed=1),
+    )
+    assert one == three
+    for path in (tmp_path / "one").rglob("*.arrow"):
+        assert path.read_bytes() == (tmp_path / "three" / path.relative_to(tmp_path / "one")).read_bytes()
+    assert one["train"]["sha256"] != other["train"]["sha256"]
+    assert one["heldout"] == other["heldout"], "held-out text is the same for every seed"
+    assert {**one["train"], "sha256": None} == {**other["train"], "sha256": None}
+
+
+def test_sha256_is_that_of_the_stream(folder: Path, tmp_path: Path) -> None:
+    summary = pack(folder, tmp_path / "tokens")["heldout"]
+    encoder = tokenizer.Encoder(folder / "tokenizer")
+    stream = [
+        token for ids in encoder.encode(expected_documents(folder, "heldout")) for token in (*ids, encoder.eos_token_id)
+    ]
+    assert summary["sha256"] == hashlib.sha256(np.array(stream, "<i4").tobytes()).hexdigest()
+    assert rows(tmp_path / "tokens", "heldout").ravel().tolist() == stream[: summary["rows"] * CONTEXT]
+
+
+def test_weights_repeat_documents(folder: Path, tmp_path: Path) -> None:
+    plain = pack(folder, tmp_path / "plain")["train"]["tokens_by_source"]
+    weighted = pack(folder, tmp_path / "weighted", weights=(3.0, 0.5))["train"]
+    assert weighted["tokens_by_source"]["a"] == 3 * plain["a"]
+    assert 0.25 * plain["b"] < weighted["tokens_by_source"]["b"] < 0.75 * plain["b"]
+    assert weighted["tokens"] == sum(weighted["tokens_by_source"].values())
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from nanophi.training import engine, packing
+from nanophi.training.recipe import Data
+
+folder, output, settings, survive = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+write_json, calls = engine.write_json, []
+
+def write_or_die(path, value):
+    if len(calls) == survive:
+        os.kill(os.getpid(), signal.SIGKILL)
+    calls.append(path)
+    write_json(path, value)
+
+engine.write_json = write_or_die
+data = Data.model_validate_json(settings)
+packing.pack(folder / "documents", folder / "quality", folder / "tokenizer", 64, data, 0, output)
+"""
+
+
+def test_killed_and_started_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "tokens"
+    arguments = [str(folder), str(output), settings(folder).model_dump_json(), "2"]
+    assert subprocess.run([sys.executable, "-c", KILLED, *arguments]).returncode == -9
+    assert len(list((output / ".parts" / "train").glob("*.json"))) == 2
+    encoded: list[Path] = []
+    encode = packing._encode_shard
+
+    def counting(shard: Path, *args: Any) -> dict[str, Any]:
+        encoded.append(shard)
+        return encode(shard, *args)
+
+    monkeypatch.setattr(packing, "_encode_shard", counting)
+    resumed = pack(folder, output)
+    shards = sum(len(corpus.shards(folder / "documents", split)) for split in ("train", "heldout"))
+    assert len(encoded) == shards - 2, "finished shards are not tokenized again"
+    monkeypatch.undo()
+    assert resumed == pack(folder, tmp_path / "whole")
+    assert json.loads((output / "tokens.json").read_text()) == resumed
+
+
+def test_too_few_tokens_are_refused(folder: Path, tmp_path: Path) -> None:
+    arguments = (folder / "documents", folder / "quality", folder / "tokenizer", 10_000_000, settings(folder), 0)
+    with pytest.raises(UserError, match="less than one row of 10000000"):
+        packing.pack(*arguments, tmp_path / "tokens")
+    assert not (tmp_path / "tokens" / "tokens.json").exists()

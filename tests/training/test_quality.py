@@ -1,0 +1,279 @@
+"""Scorers separate what they should, thresholds keep what they say, and bad scores are refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from nanophi.records import UserError
+from nanophi.training import corpus, quality
+from nanophi.training.ngrams import hash_words, ngrams
+from nanophi.training.recipe import Data, Quality
+
+GOOD = (
+    "the a of in which that is are because however a language reason example people water energy system cell "
+    "this theory describes force motion explains history between"
+)
+POOR = "lol ok yeah u r gonna hey guys dunno brb thx pls wtf omg haha nope hmm apt sudo irc bot join quit"
+PROSE, CHAT = GOOD.split(), POOR.split()
+
+
+def essay(generator: np.random.Generator, topic: str) -> str:
+    sentences = []
+    for _ in range(int(generator.integers(5, 12))):
+        words = [*generator.choice(PROSE, 12), *(f"{topic}{value}" for value in generator.integers(0, 300, 4))]
+        sentences.append(" ".join(generator.permutation(words)).capitalize() + ".")
+    return " ".join(sentences)
+
+
+def chat(generator: np.random.Generator, topic: str) -> str:
+    lines = []
+    for _ in range(int(generator.integers(8, 20))):
+        words = [*generator.choice(CHAT, 5), f"{topic}{generator.integers(0, 300)}"]
+        lines.append(f"<{generator.choice(['bob', 'eve'])}> " + " ".join(generator.permutation(words)))
+    return "\n".join(lines)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Documents of six sources: essays and chats, two of each to fit on, one of each unseen, with a score column."""
+    folder = tmp_path_factory.mktemp("quality")
+    generator = np.random.default_rng(0)
+    rows = []
+    for kind, make in (("essay", essay), ("chat", chat)):
+        for topic in ("x", "y", "z"):
+            for _ in range(80):
+                rows.append(
+                    {
+                        "text": make(generator, topic),
+                        "source": f"{kind}-{topic}",
+                        "score": 0.9 if make is essay else 0.2,
+                    }
+                )
+    (folder / "in").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), folder / "in" / "a.parquet", row_group_size=100)
+    corpus.gather(settings(folder), 0, folder / "documents", ["score"])
+    return folder
+
+
+def settings(folder: Path, workers: int = 1) -> Data:
+    source = {"files": str(folder / "in" / "*.parquet"), "source_column": "source"}
+    return Data.model_validate({"sources": [source], "deduplication": {"near": False}, "workers": workers})
+
+
+LINEAR = Quality(high=["essay-x", "essay-y"], low=["chat-x", "chat-y"])
+
+
+def read_scores(folder: Path) -> pa.Table:
+    return pq.read_table(folder / "scores.parquet")
+
+
+def test_linear_scorer_separates_sources_it_never_saw(folder: Path, tmp_path: Path) -> None:
+    from sklearn.metrics import roc_auc_score
+
+    summary = quality.score(folder / "documents", LINEAR, settings(folder), 0, tmp_path)
+    assert summary["scored"] == 480
+    assert summary["roc_auc"] > 0.95
+    rows = [row for row in read_scores(tmp_path).to_pylist() if row["source"].endswith("-z")]
+    assert roc_auc_score([row["source"] == "essay-z" for row in rows], [row["quality_score"] for row in rows]) > 0.95
+    assert not list(tmp_path.glob("*.pkl")) and (tmp_path / "scorer.safetensors").exists()
+
+
+def test_scores_follow_the_documents_and_the_saved_scorer(folder: Path, tmp_path: Path) -> None:
+    quality.score(folder / "documents", LINEAR, settings(folder), 0, tmp_path / "one")
+    quality.score(folder / "documents", LINEAR, settings(folder, workers=2), 0, tmp_path / "two")
+    table = read_scores(tmp_path / "one")
+    assert table.equals(read_scores(tmp_path / "two"))
+    shards = [
+        (split, pq.read_table(path))
+        for split in ("train", "heldout")
+        for path in corpus.shards(folder / "documents", split)
+    ]
+    texts = [text.encode() for _, shard in shards for text in shard["text"].to_pylist()]
+    assert table["id"].to_pylist() == [key for _, shard in shards for key in shard["id"].to_pylist()]
+    assert table["split"].to_pylist() == [split for split, shard in shards for _ in range(len(shard))]
+    assert table["bytes"].to_pylist() == [len(text) for text in texts]
+    scorer = quality.LinearScorer.load(tmp_path / "one")
+    assert np.allclose(table["quality_score"].to_numpy(), scorer.score(texts), atol=1e-6)
+    saved = Quality(scorer=f"model:{tmp_path / 'one'}")
+    quality.score(folder / "documents", saved, settings(folder), 0, tmp_path / "three")
+    assert np.array_equal(read_scores(tmp_path / "three")["quality_score"], table["quality_score"])
+
+
+def test_features_are_counts_of_hashed_words_and_pairs() -> None:
+    texts = [b"one two one two.", b"", b"Only\n{code} 42"]
+    hashed, statistics = quality.features(texts)
+    words, pairs = hash_words(texts), ngrams(hash_words(texts), 2)
+    for row in range(len(texts)):
+        mine = [
+            *words.hashes[slice(*words.offsets[row : row + 2])],
+            *pairs.hashes[slice(*pairs.offsets[row : row + 2])],
+        ]
+        expected = np.zeros(quality.BUCKETS)
+        for value in mine:
+            expected[int(value) % quality.BUCKETS] += 1 / np.sqrt(len(mine))
+        assert np.allclose(hashed[row].toarray()[0], expected)
+    lower = quality._CLASSES.index("lower")
+    assert statistics[0, lower] == pytest.approx(12 / 16)
+    assert statistics[1, : len(quality._CLASSES)].sum() == 0
+    assert statistics[2, quality._CLASSES.index("digit")] == pytest.approx(2 / 14)
+
+
+def test_fit_is_calibrated_on_what_it_left_out(folder: Path, tmp_path: Path) -> None:
+    quality.score(folder / "documents", LINEAR, settings(folder), 0, tmp_path)
+    report = json.loads((tmp_path / "scorer.json").read_text())
+    assert sum(entry["documents"] for entry in report["calibration"]) == report["test_documents"]
+    assert 0.1 < report["test_documents"] / (report["documents"] + report["test_documents"]) < 0.3
+    assert all(0 <= entry["share_good"] <= 1 for entry in report["calibration"])
+
+
+def test_column_scores_and_threshold(folder: Path, tmp_path: Path) -> None:
+    column = Quality(scorer="column:score", threshold=0.5)
+    quality.score(folder / "documents", column, settings(folder), 0, tmp_path / "scores")
+    report = quality.select(folder / "documents", tmp_path / "scores", column, tmp_path / "quality")
+    train = pa.concat_tables([pq.read_table(path) for path in corpus.shards(folder / "documents", "train")]).to_pylist()
+    kept = pq.read_table(tmp_path / "quality" / "kept.parquet").to_pylist()
+    assert [row["id"] for row in kept] == [row["id"] for row in train if row["score"] > 0.5]
+    assert report["documents"] == len(train) and report["kept_documents"] == len(kept)
+    assert {name for name, entry in report["sources"].items() if entry["kept_documents"]} == {
+        "essay-x",
+        "essay-y",
+        "essay-z",
+    }
+    by_threshold = {entry["threshold"]: entry["documents"] for entry in report["sweep"]}
+    assert by_threshold[0.0] == len(train) and by_threshold[0.25] == len(kept) and by_threshold[0.9] == 0
+    assert sum(report["histogram"]["documents"]) == len(train)
+    examples = json.loads((tmp_path / "quality" / "quality.json").read_text())["examples"]
+    texts = {row["id"]: row["text"] for row in train}
+    for entries in examples.values():
+        assert entries and all(texts[entry["id"]].startswith(entry["text"]) for entry in entries)
+    assert all(entry["quality_score"] == 0.9 for entry in examples["nearest_above"])
+    assert all(entry["quality_score"] == 0.2 for entry in examples["nearest_below"])
+    assert (tmp_path / "quality" / "quality.png").read_bytes().startswith(b"\x89PNG")
+    assert "| essay-x |" in (tmp_path / "quality" / "quality.md").read_text()
+
+
+def test_a_document_at_the_threshold_is_dropped_and_a_control_keeps_all(folder: Path, tmp_path: Path) -> None:
+    column = Quality(scorer="column:score", threshold=None)
+    quality.score(folder / "documents", column, settings(folder), 0, tmp_path / "scores")
+    control = quality.select(folder / "documents", tmp_path / "scores", column, tmp_path / "control")
+    assert control["kept_documents"] == control["documents"] and control["kept_bytes_fraction"] == 1.0
+    exactly = float(np.float32(0.2))
+    at = quality.select(
+        folder / "documents", tmp_path / "scores", column.model_copy(update={"threshold": exactly}), tmp_path / "at"
+    )
+    assert at["kept_documents"] == sum(
+        entry["documents"] for name, entry in at["sources"].items() if name.startswith("essay")
+    )
+    with pytest.raises(UserError, match=r"threshold 0\.95 keeps no document; the highest score is 0\.9000"):
+        high = column.model_copy(update={"threshold": 0.95})
+        quality.select(folder / "documents", tmp_path / "scores", high, tmp_path / "none")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), 1.5, -0.1, None])
+def test_scores_that_are_no_scores_are_refused(tmp_path: Path, bad: float | None) -> None:
+    texts = [f"document number {number} " * 30 for number in range(20)]
+    (tmp_path / "in").mkdir()
+    pq.write_table(pa.table({"text": texts, "score": [0.5] * 19 + [bad]}), tmp_path / "in" / "a.parquet")
+    data = Data.model_validate(
+        {"sources": [{"files": str(tmp_path / "in" / "*.parquet")}], "deduplication": {"near": False}, "workers": 1}
+    )
+    corpus.gather(data, 0, tmp_path / "documents", ["score"])
+    with pytest.raises(UserError, match=r"document [0-9a-f]{16} has quality score .* numbers from 0 to 1"):
+        quality.score(tmp_path / "documents", Quality(scorer="column:score"), data, 0, tmp_path / "scores")
+    assert not (tmp_path / "scores" / "scores.parquet").exists()
+
+
+def test_labels_must_name_sources_and_not_overlap(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="names source 'novel'; there is chat-x"):
+        quality.score(
+            folder / "documents", Quality(high=["novel"], low=["chat-x"]), settings(folder), 0, tmp_path / "a"
+        )
+    with pytest.raises(UserError, match="both name 'chat-x'"):
+        both = Quality(high=["chat-x"], low=["chat-x", "chat-y"])
+        quality.score(folder / "documents", both, settings(folder), 0, tmp_path / "b")
+
+
+def test_a_transformers_classifier(folder: Path, tmp_path: Path) -> None:
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+    words = ["[PAD]", "[UNK]", *sorted({*PROSE, *CHAT})]
+    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", model_max_length=64
+    )
+    tokenizer.save_pretrained(tmp_path / "model")
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(
+        BertConfig(
+            vocab_size=len(words),
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=16,
+            num_labels=2,
+        )
+    )
+    model.save_pretrained(tmp_path / "model")
+    scorer = Quality(scorer=f"model:{tmp_path / 'model'}")
+    quality.score(folder / "documents", scorer, settings(folder), 0, tmp_path / "scores")
+    table = read_scores(tmp_path / "scores").slice(0, 20).to_pylist()
+    texts = {
+        row["id"]: row["text"]
+        for path in corpus.shards(folder / "documents", "train")
+        for row in pq.read_table(path).to_pylist()
+    }
+    model.eval()
+    for row in table:
+        inputs = tokenizer(texts[row["id"]], truncation=True, max_length=64, return_tensors="pt")
+        with torch.inference_mode():
+            expected = model(**inputs).logits.softmax(-1)[0, 1].item()
+        assert row["quality_score"] == pytest.approx(expected, abs=1e-5)
+    with pytest.raises(UserError, match="cannot be loaded as a text classifier"):
+        nothing = Quality(scorer=f"model:{tmp_path / 'nothing'}")
+        quality.score(folder / "documents", nothing, settings(folder), 0, tmp_path / "other")
+
+
+def test_fit_score_and_report_on_files(tmp_path: Path) -> None:
+    generator = np.random.default_rng(3)
+    for name, make in (("good", essay), ("poor", chat), ("mine", essay)):
+        lines = [json.dumps({"text": make(generator, name)}) for _ in range(60)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    report = quality.fit_files([str(tmp_path / "good.jsonl")], [str(tmp_path / "poor.jsonl")], tmp_path / "scorer")
+    assert report["roc_auc"] > 0.95
+    quality.fit_files([str(tmp_path / "good.jsonl")], [str(tmp_path / "poor.jsonl")], tmp_path / "scorer")
+    summary = quality.score_files(str(tmp_path / "mine.jsonl"), str(tmp_path / "scorer"), tmp_path / "scores.parquet")
+    assert summary["documents"] == 60 and summary["mean_score"] > 0.7
+    described = quality.report_files(tmp_path / "scores.parquet", 0.5, tmp_path / "report")
+    assert described["documents"] == 60 and described["kept_fraction"] > 0.9
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
+    with pytest.raises(UserError, match="was not written by"):
+        pq.write_table(pa.table({"a": [1]}), tmp_path / "other.parquet")
+        quality.report_files(tmp_path / "other.parquet", 0.5, tmp_path / "report")
+    with pytest.raises(UserError, match="cannot be read"):
+        (tmp_path / "broken.parquet").write_bytes(b"PAR1")
+        quality.report_files(tmp_path / "broken.parquet", 0.5, tmp_path / "report")
+    (tmp_path / "scorer" / "scorer.safetensors").write_bytes(b"nonsense")
+    quality._linear.cache_clear()
+    with pytest.raises(UserError, match="is not a linear scorer"):
+        quality.score_files(str(tmp_path / "mine.jsonl"), str(tmp_path / "scorer"), tmp_path / "again.parquet")
+    assert not (tmp_path / "again.parquet").exists()
+
+
+def test_report_of_a_run_counts_tokens(folder: Path, tmp_path: Path) -> None:
+    column: Any = Quality(scorer="column:score", threshold=0.5)
+    quality.score(folder / "documents", column, settings(folder), 0, tmp_path / "data" / "scores")
+    quality.select(folder / "documents", tmp_path / "data" / "scores", column, tmp_path / "data" / "quality")
+    assert "tokens" not in quality.report_run(tmp_path)
+    (tmp_path / "data" / "tokens").mkdir()
+    (tmp_path / "data" / "tokens" / "tokens.json").write_text('{"train": {"bytes_per_token": 4.0}}')
+    assert "tokens, about" in quality.report_run(tmp_path)
+    with pytest.raises(UserError, match="is missing"):
+        quality.report_run(tmp_path / "nowhere")
