@@ -142,9 +142,10 @@ def collect(run: Path, checkpoint: Path) -> Records:
         "documents.json": run / "data" / "documents" / "documents.json",
         "quality.json": run / "data" / "quality" / "quality.json",
         "tokens.json": run / "data" / "tokens" / "tokens.json",
-        "comparison.json": run / "comparison.json",
         "sample.json": run / "sample.json",
     }
+    if records["run.json"]["final"]:
+        optional["comparison.json"] = run / "comparison.json"  # It compares finished models.
     for name, path in optional.items():
         if path.exists():
             record = read_json(path)

@@ -212,6 +212,13 @@ def test_card_of_an_earlier_checkpoint(finished_run: Path) -> None:
     assert read_json(finished_run / "sample.json")["text"] not in text
 
 
+def test_only_the_finished_model_has_the_comparison(run_copy: Path) -> None:
+    write_json(run_copy / "comparison.json", comparison("tiny"))
+    last, earlier = (run_copy / "checkpoints" / name for name in ("step-000030", "step-000010"))
+    assert "comparison.json" in card.collect(run_copy, last)
+    assert "comparison.json" not in card.collect(run_copy, earlier)
+
+
 def test_sample_cannot_break_out_of_its_block(records: card.Records) -> None:
     changed = copy.deepcopy(records)
     hostile = "The module\n```\n# Heading\n<script>x</script>\n````\n[link](http://x) None {{ nan }} TODO\x00"
