@@ -198,6 +198,7 @@ def verify(
     trust_remote_code: Annotated[
         bool, typer.Option(help="Run the release's code even if it is not this version's.")
     ] = False,
+    public_key: Annotated[Path | None, typer.Option(help="Check the signature against this key (PEM).")] = None,
 ) -> None:
     """Check a release: checksums, both doors, the card's numbers. Exit status 1 if anything fails.
 
@@ -205,7 +206,7 @@ def verify(
     """
     from nanophi.model_card import verify as verification
 
-    checks = verification.verify(release, revision, trust_remote_code=trust_remote_code)
+    checks = verification.verify(release, revision, trust_remote_code=trust_remote_code, public_key=public_key)
     failed = [check["name"] for check in checks if not check["passed"]]
     if failed:
         raise UserError(f"{release} does not verify: {', '.join(failed)}")
@@ -217,6 +218,7 @@ def push(
     repo_id: Annotated[str, typer.Option(help="ORG/NAME on the Hub.")],
     public: Annotated[bool, typer.Option("--public", help="Make the repository public when all is there.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would go, send nothing.")] = False,
+    signing_key: Annotated[Path | None, typer.Option(help="Sign every revision with this private key (PEM).")] = None,
 ) -> None:
     """Publish a release: main, a branch per kept checkpoint, a tag. Private unless told otherwise; resumable.
 
@@ -224,9 +226,32 @@ def push(
     """
     from nanophi.model_card import push as pushing
 
-    result = pushing.push(release, repo_id, public=public, dry_run=dry_run)
+    result = pushing.push(release, repo_id, public=public, dry_run=dry_run, signing_key=signing_key)
     if result["url"]:
         typer.echo(result["url"])
+
+
+@app.command()
+def reproduce(
+    release: Annotated[str, typer.Argument(help="Release folder or Hub id.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    runs: Annotated[Path, typer.Option("--runs", help="Folder for the new run.")] = Path("reproductions"),
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Run a release's recipe again and set the outcome beside what was published.
+
+    Example: nanophi reproduce ORG/nano-phi-demo
+    """
+    from nanophi.model_card import reproduce as reproduction
+    from nanophi.pipeline import run_recipes
+    from nanophi.training.recipe import load_recipe
+
+    recipe = load_recipe(reproduction.prepare(release, runs, revision), overrides)
+    run_recipes([recipe], runs)
+    rows = reproduction.compare(runs / "published", runs / recipe.name)
+    differing = [row["name"] for row in rows if row["agrees"] is False]
+    if differing:
+        raise UserError(f"{release} was not reproduced: {', '.join(differing)}")
 
 
 def main() -> None:

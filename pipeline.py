@@ -23,7 +23,7 @@ from nanophi.records import (
 from nanophi.training.recipe import Recipe
 
 PREPARE = ("documents", "scores", "quality", "tokenizer", "tokens")
-STAGES = (*PREPARE, "training", "sample", "evaluation", "comparison", "card", "release", "verification")
+STAGES = (*PREPARE, "training", "sample", "evaluation", "comparison", "report", "card", "release", "verification")
 
 Build = Callable[[Path], dict[str, Any]]
 
@@ -304,23 +304,33 @@ class Pipeline:
 
     # Release
 
+    def _records(self) -> dict[str, Any]:
+        """What the report and the card are made from, as a stage's inputs."""
+        self.sample()
+        self.evaluation()
+        stages, comparison = self.run.record["stages"], self.path / "comparison.json"
+        later = {"comparison", "report", "card", "release", "verification"}
+        return {
+            "stages": {name: stages[name]["key"] for name in sorted(stages) if name not in later},
+            "comparison": sha256_of_file(comparison) if comparison.exists() else None,
+            "card": self.recipe.card.model_dump(mode="json"),
+        }
+
+    def page(self) -> dict[str, Any]:
+        """`report.html`: the run to look at."""
+        from nanophi.model_card import report
+
+        inputs = self._records()
+        return self._stage(
+            "report", inputs, ["report.html"], lambda work: report.build(self.path, work / "report.html"), shared=False
+        )
+
     def card(self) -> dict[str, Any]:
         """The model card, from records only."""
         from nanophi.model_card import card
 
-        self.sample()
-        self.evaluation()
-        comparison = self.path / "comparison.json"
-        inputs = {
-            "stages": {name: stage["key"] for name, stage in self._finished_before_card().items()},
-            "comparison": sha256_of_file(comparison) if comparison.exists() else None,
-            "card": self.recipe.card.model_dump(mode="json"),
-        }
+        inputs = self._records()
         return self._stage("card", inputs, ["card"], lambda work: card.build(self.path, work / "card"), shared=False)
-
-    def _finished_before_card(self) -> dict[str, Any]:
-        later = {"comparison", "card", "release", "verification"}
-        return {name: stage for name, stage in sorted(self.run.record["stages"].items()) if name not in later}
 
     def release(self) -> dict[str, Any]:
         """The release folder: exactly what gets pushed."""
@@ -376,6 +386,7 @@ def run_recipes(recipes: Sequence[Recipe], runs: Path, report: Callable[[str], N
             pipeline.evaluation()
         for pipeline in pipelines:
             pipeline.comparison(pipelines)
+            pipeline.page()
             pipeline.verification()
     first = pipelines[0]
     if len(pipelines) > 1:
@@ -383,4 +394,4 @@ def run_recipes(recipes: Sequence[Recipe], runs: Path, report: Callable[[str], N
     for pipeline in pipelines:
         sample = read_json(pipeline.path / "sample.json")
         report(f"\n{pipeline.recipe.name} writes:\n{sample['text']}")
-    report(f"\nrelease: {first.path / 'release'}")
+    report(f"\nreport:  {first.path / 'report.html'}\nrelease: {first.path / 'release'}")
