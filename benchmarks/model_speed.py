@@ -12,6 +12,7 @@ The result goes to benchmarks/model_speed.json (`--output`); on a GPU to model_s
 """
 
 import argparse
+import functools
 import json
 import os
 import resource
@@ -19,12 +20,12 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PhiConfig, PhiForCausalLM
+from transformers import CompileConfig, PhiConfig, PhiForCausalLM
 
 from nanophi import NanoPhiConfig, NanoPhiForCausalLM
 from nanophi.records import environment, now, write_json
@@ -39,10 +40,13 @@ def build(name: str, dtype: torch.dtype, device: str) -> torch.nn.Module:
     """One contestant, "phi" or "nanophi", at the 115M shape with random weights from a fixed seed."""
     config = NanoPhiConfig(eos_token_id=None)  # no end token: each generation has the same length
     torch.manual_seed(0)
+    model: Any
     if name == "nanophi":
-        return NanoPhiForCausalLM(config).to(device=device, dtype=dtype)
-    fields = {key: value for key, value in config.to_dict().items() if key not in ("auto_map", "model_type")}
-    return PhiForCausalLM(PhiConfig(**fields)).to(device=device, dtype=dtype)
+        model = NanoPhiForCausalLM(config)
+    else:
+        fields = {key: value for key, value in config.to_dict().items() if key not in ("auto_map", "model_type")}
+        model = PhiForCausalLM(PhiConfig(**fields))
+    return model.to(device=device, dtype=dtype)
 
 
 def pair(dtype: torch.dtype, device: str) -> Models:
@@ -66,7 +70,7 @@ def seconds(function: Callable[[], Any], device: str) -> float:
     return time.perf_counter() - start
 
 
-def in_turn(functions: dict[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, list[float]]:
+def in_turn(functions: Mapping[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, list[float]]:
     """Seconds per round for each contestant, the two in alternation after one call of each to warm up."""
     for function in functions.values():
         function()
@@ -78,7 +82,7 @@ def in_turn(functions: dict[str, Callable[[], Any]], rounds: int, device: str) -
 
 
 def rates(measured: dict[str, list[float]], items: int) -> dict[str, Any]:
-    """Items per second: median and interquartile range per contestant, and the ratio of the medians."""
+    """Items per second: median and interquartile range per contestant, and the medians' ratios to Phi's."""
     result: dict[str, Any] = {}
     for name, times in measured.items():
         speeds = sorted(items / elapsed for elapsed in times)
@@ -88,11 +92,12 @@ def rates(measured: dict[str, list[float]], items: int) -> dict[str, Any]:
             "interquartile_range": [round(low, 2), round(high, 2)],
             "rounds": len(speeds),
         }
-    result["ratio"] = round(result["nanophi"]["tokens_per_second"] / result["phi"]["tokens_per_second"], 3)
+    for contestant in result.values():
+        contestant["ratio"] = round(contestant["tokens_per_second"] / result["phi"]["tokens_per_second"], 3)
     return result
 
 
-def training_step(model: torch.nn.Module, rows: int, tokens: int, device: str, bf16: bool) -> Callable[[], None]:
+def training_step(model: Any, rows: int, tokens: int, device: str, bf16: bool) -> Callable[[], None]:
     """A function that runs forward and backward once; weights float32, under bf16 autocast if asked for."""
     ids = torch.randint(50000, (rows, tokens), generator=torch.Generator().manual_seed(1)).to(device)
 
@@ -111,7 +116,7 @@ def training(arguments: argparse.Namespace, bf16: bool, compiled: bool) -> dict[
     steps = {}
     for name, model in models.items():
         model.train()
-        contestant = torch.compile(model) if compiled else model
+        contestant: Any = torch.compile(model) if compiled else model
         steps[name] = training_step(contestant, arguments.rows, arguments.tokens, arguments.device, bf16)
     measured = in_turn(steps, arguments.rounds, arguments.device)
     return rates(measured, arguments.rows * arguments.tokens)
@@ -163,33 +168,44 @@ def bandwidth(device: str) -> float:
 
 
 def generation(arguments: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any]:
-    """Greedy `generate` with a batch of one; both must give the same tokens."""
-    models = pair(dtype, arguments.device)
+    """Greedy `generate` with a batch of one: each model's default, and NanoPhi's step compiled over a static cache."""
+    models: dict[str, Any] = dict(pair(dtype, arguments.device))
     prompt = torch.randint(50000, (1, PROMPT_TOKENS), generator=torch.Generator().manual_seed(1)).to(arguments.device)
+    compile_config = CompileConfig(mode="default", fullgraph=True)
+    compile_config._compile_all_devices = True  # type: ignore[assignment]  # transformers compiles on accelerators only, unless told so
+    settings: dict[str, tuple[str, dict[str, Any]]] = {
+        "phi": ("phi", {}),
+        "nanophi": ("nanophi", {}),
+        "nanophi_compiled": ("nanophi", {"cache_implementation": "static", "compile_config": compile_config}),
+    }
     tokens: dict[str, torch.Tensor] = {}
 
-    def generate(name: str) -> None:
-        tokens[name] = models[name].generate(  # type: ignore[operator]
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=arguments.new_tokens, do_sample=False
+    def generate(contestant: str) -> None:
+        name, options = settings[contestant]
+        tokens[contestant] = models[name].generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=arguments.new_tokens,
+            do_sample=False,
+            **options,
         )
 
     for model in models.values():
         model.eval()
-    functions: dict[str, Callable[[], Any]] = {"phi": lambda: generate("phi"), "nanophi": lambda: generate("nanophi")}
     bandwidths = [bandwidth(arguments.device)]
+    functions = {name: functools.partial(generate, name) for name in settings}
     measured = in_turn(functions, arguments.rounds, arguments.device)
     bandwidths.append(bandwidth(arguments.device))
     result = rates(measured, arguments.new_tokens)
-    model = models["nanophi"]
-    embedding = model.get_input_embeddings().weight  # type: ignore[operator]
-    weights = sum(parameter.nbytes for parameter in model.parameters()) - embedding.nbytes
+    embedding = models["nanophi"].get_input_embeddings().weight
+    weights = sum(parameter.nbytes for parameter in models["nanophi"].parameters()) - embedding.nbytes
     bound = max(bandwidths) / weights
-    result["same_tokens"] = torch.equal(tokens["phi"], tokens["nanophi"])
+    for name, contestant in result.items():
+        contestant["fraction_of_bound"] = round(contestant["tokens_per_second"] / bound, 3)
+        contestant["same_tokens"] = torch.equal(tokens[name], tokens["phi"])
     result["bytes_read_per_token"] = weights
     result["bandwidth_bytes_per_second"] = [round(value) for value in bandwidths]
     result["bound_tokens_per_second"] = round(bound, 2)
-    for name in ("phi", "nanophi"):
-        result[name]["fraction_of_bound"] = round(result[name]["tokens_per_second"] / bound, 3)
     return result
 
 

@@ -214,6 +214,33 @@ def test_dropout_is_applied_in_training_only():
     assert difference(model(ids).logits, model(ids).logits) > 0.01
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("rows", [1, 2, 8, 9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_few_rows_give_what_a_linear_layer_gives(threads, rows, dtype):
+    """Blocks per thread, with a remainder (131 = 3 * 43 + 2), a few rows, and the plain path beyond."""
+    torch.manual_seed(0)
+    layer = modeling_nanophi.NanoPhiLinear(64, 131).to(dtype)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.no_grad():
+            for input in (torch.randn(rows, 1, 64, dtype=dtype), torch.randn(64, rows, dtype=dtype).t()):
+                expected = torch.nn.functional.linear(input, layer.weight, layer.bias)
+                assert layer(input).shape == expected.shape
+                torch.testing.assert_close(layer(input), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_compiled_single_row_gives_what_a_linear_layer_gives():
+    layer = modeling_nanophi.NanoPhiLinear(64, 131)
+    input = torch.randn(1, 1, 64)
+    with torch.no_grad():
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)(input)
+        torch.testing.assert_close(compiled, torch.nn.functional.linear(input, layer.weight, layer.bias))
+
+
 # Loading
 
 
