@@ -40,13 +40,15 @@ FIT_ON = ("openstax", "wiki_split", "babylm_partial", "openlogic_tex")
 
 
 class Peak:
-    """Largest resident set of this process or any of its descendants, sampled ten times a second.
+    """Largest resident set of this process or any of its descendants by step, sampled ten times a second.
 
     `private` leaves out file pages that processes share with the page cache (memory-mapped files, libraries).
     """
 
     def __init__(self) -> None:
-        self.resident = self.private = 0
+        self.resident: dict[str, int] = {}
+        self.private: dict[str, int] = {}
+        self.step = ""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -66,8 +68,9 @@ class Peak:
                     memory = process.memory_info()
                 except psutil.Error:
                     continue
-                self.resident = max(self.resident, memory.rss)
-                self.private = max(self.private, memory.rss - getattr(memory, "shared", 0))
+                step, private = self.step, memory.rss - getattr(memory, "shared", 0)
+                self.resident[step] = max(self.resident.get(step, 0), memory.rss)
+                self.private[step] = max(self.private.get(step, 0), private)
 
 
 def prepare(args: argparse.Namespace, files: list[Path], work: Path) -> dict[str, Any]:
@@ -91,10 +94,12 @@ def prepare(args: argparse.Namespace, files: list[Path], work: Path) -> dict[str
 
     @contextmanager
     def step(name: str) -> Iterator[None]:
+        peak.step = name
         started = time.perf_counter()
         yield
         seconds[name] = time.perf_counter() - started
-        print(f"  {name:<28} {seconds[name]:7.1f} s  {size / 1e6 / seconds[name]:7.1f} MB/s", flush=True)
+        speed, memory = size / 1e6 / seconds[name], peak.private.get(name, 0) / 1e9
+        print(f"  {name:<20} {seconds[name]:7.1f} s  {speed:7.1f} MB/s  {memory:5.2f} GB", flush=True)
 
     size = sum(pq.read_table(file, columns=["text"])["text"].nbytes for file in files)
     print(f"{len(files)} files, {size / 1e6:.0f} MB of text, {args.workers} workers")
@@ -112,18 +117,18 @@ def prepare(args: argparse.Namespace, files: list[Path], work: Path) -> dict[str
         with step("tokenize and pack"):
             tokens = packing.pack(work / "documents", work / "kept", work / "tokenizer", 1024, data, 0, work / "tokens")
     total = sum(seconds.values())
-    print(f"  {'whole prepare':<28} {total:7.1f} s  {size / 1e6 / total:7.1f} MB/s")
-    print(
-        f"  peak of any process {peak.resident / 1e9:.2f} GB resident, {peak.private / 1e9:.2f} GB without shared pages"
-    )
+    resident, private = max(peak.resident.values()), max(peak.private.values())
+    print(f"  {'whole prepare':<20} {total:7.1f} s  {size / 1e6 / total:7.1f} MB/s  {private / 1e9:5.2f} GB")
+    print(f"  the largest process: {resident / 1e9:.2f} GB resident, {private / 1e9:.2f} GB without shared pages")
     return {
         "files": len(files),
         "bytes": size,
         "workers": args.workers,
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
         "megabytes_per_second": round(size / 1e6 / total, 2),
-        "peak_resident_bytes": peak.resident,
-        "peak_private_bytes": peak.private,
+        "peak_resident_bytes": resident,
+        "peak_private_bytes": private,
+        "peak_private_bytes_by_step": peak.private,
         "dropped": documents["dropped"],
         "tokens": tokens["train"]["tokens"],
         "sha256": tokens["train"]["sha256"],

@@ -35,7 +35,7 @@ from nanophi.training.engine import run_parts
 from nanophi.training.ngrams import hash_words
 from nanophi.training.recipe import Data, Source
 
-PART_BYTES = 32 << 20
+PART_BYTES = 16 << 20
 BATCH_BYTES = 4 << 20
 MAXIMUM_DOCUMENT_BYTES = 10_000_000
 TRAIN, HELDOUT, EXACT, NEAR, CONTAMINATED, HELDOUT_NEAR = range(6)

@@ -213,7 +213,9 @@ def _copy(path: str, output: Path) -> None:
     config = read_json(output / "tokenizer_config.json")
     if config.get("tokenizer_class") == "TokenizersBackend":  # transformers 5's name, unknown to 4
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
-        write_json(output / "tokenizer_config.json", config)
+    # How this copy was loaded says nothing about the tokenizer.
+    config = {key: value for key, value in config.items() if key not in ("is_local", "local_files_only", "backend")}
+    write_json(output / "tokenizer_config.json", config)
     _spell_merges_as_strings(output / "tokenizer.json")
 
 
