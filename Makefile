@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
+LLAMA := $(VENV)/llama
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint compat gguf clean
 
 demo: $(INSTALLED)
 	$(BIN)/nanophi run recipes/demo.yaml recipes/demo-control.yaml
@@ -16,6 +17,19 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# A release under transformers 4.37.2, 4.57.6 and the newest: make compat RELEASE=runs/demo/release
+compat: $(INSTALLED)
+	$(BIN)/python tests/compat/run.py $(RELEASE)
+
+# GGUF files against llama.cpp itself, which is built from source first: make gguf RELEASE=runs/demo/release
+gguf: $(LLAMA)/installed
+	PYTHONPATH=$(LLAMA) $(BIN)/pytest -c tests/pytest.ini --rootdir tests tests/model_card/test_gguf.py
+	$(if $(RELEASE),PYTHONPATH=$(LLAMA) $(BIN)/python benchmarks/gguf_check.py $(RELEASE))
+
+$(LLAMA)/installed: | $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --no-deps --target $(LLAMA) llama-cpp-python==0.3.36 diskcache==5.6.3
+	touch $@
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,275 @@
+"""GGUF files of a release, for llama.cpp and the programs built on it.
+
+llama.cpp knows Phi's function as the architecture `phi2`. Its own converter writes as many key/value heads as query
+heads, which is wrong under grouped query attention, so the metadata is written here, from the release's config.
+
+Each variant is a folder of its own, as one repository per variant is on the Hub:
+
+    <output>/<name>-f16/     <name>-f16.gguf  README.md  MANIFEST.json
+
+The files are the same, byte for byte, whenever and wherever they are built from the same release.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nanophi.configuration_nanophi import NanoPhiConfig
+from nanophi.model_card import release as releases
+from nanophi.model_card.card import is_hub_id
+from nanophi.records import UserError, read_json, replace_tree, sha256_of_file, write_text
+from nanophi.version import __version__
+
+if TYPE_CHECKING:
+    import numpy as np
+    from gguf import GGUFWriter
+
+KINDS = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
+"""What the matrices are stored in (vectors stay float32), and gguf's name for a file of that kind."""
+
+TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
+"""transformers' names of the one activation that llama.cpp's phi2 computes."""
+
+
+def export(release: Path, kinds: Sequence[str], output: Path) -> list[dict[str, Any]]:
+    """Write one folder per kind, ready to be a Hub repository; a folder that is there is replaced when all is well.
+
+    Args:
+        release: a release folder.
+        kinds: of `KINDS`.
+        output: folder to write `<name>-<kind>/` in; not inside the release, whose manifest lists its files.
+
+    Returns:
+        per kind what `write` returns, and `"path"`, the file's.
+
+    Raises:
+        UserError: for an unknown kind, or a release that llama.cpp's phi2 cannot express.
+    """
+    for kind in kinds:
+        _check_kind(kind)
+    if output.resolve().is_relative_to(release.resolve()):
+        raise UserError(f"{output} lies inside the release {release}, which must stay as it is; choose another folder")
+    repo_id = _repo_id(release)
+    name = repo_id.split("/")[-1]
+    output.mkdir(parents=True, exist_ok=True)
+    results = []
+    for kind in kinds:
+        folder = output / f"{name}-{kind}"
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=output) as scratch:
+            work = Path(scratch) / "folder"
+            work.mkdir()
+            file = f"{name}-{kind}.gguf"
+            result = write(release, work / file, kind)
+            write_text(work / "README.md", _card(release, repo_id, file, kind))
+            weights = sha256_of_file(release / "model.safetensors")
+            releases.write_manifest(
+                work, {"nanophi": __version__, "kind": kind, "model": repo_id, "weights_sha256": weights}
+            )
+            replace_tree(work, folder)
+        results.append({**result, "path": str(folder / file)})
+    return results
+
+
+def write(release: Path, output: Path, kind: str) -> dict[str, Any]:
+    """Write one GGUF file.
+
+    Args:
+        release: folder with config.json, model.safetensors and tokenizer.json.
+        output: the file; replaced when the new one is complete.
+        kind: of `KINDS`. A matrix whose rows are no multiple of 32 long stays float16 under `q8_0`.
+
+    Returns:
+        `{"kind", "tensors": count, "bytes", "sha256"}`.
+
+    Raises:
+        UserError: for an unknown kind, a release that is incomplete or that llama.cpp's phi2 cannot express.
+    """
+    _check_kind(kind)
+    gguf = _library()
+    for file in ("config.json", "model.safetensors", "tokenizer.json"):
+        if not (release / file).is_file():
+            raise UserError(f"{release / file} is missing; is {release} a release folder?")
+    try:
+        config = NanoPhiConfig.from_pretrained(release)
+    except ValueError as error:
+        raise UserError(f"{release / 'config.json'}: {error}") from None
+    _check_expressible(release, config)
+    writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.PHI2])
+    _add_metadata(writer, release, config, kind)
+    _add_tokenizer(writer, release, config)
+    tensors = _tensors(release, config, kind)
+    for name, (data, raw_dtype) in tensors.items():
+        writer.add_tensor(name, data, raw_dtype=raw_dtype)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f".{output.name}.{os.getpid()}.part")
+    try:
+        writer.write_header_to_file(partial)
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        partial.replace(output)
+    finally:
+        writer.close()
+        partial.unlink(missing_ok=True)
+    return {
+        "kind": kind,
+        "tensors": len(tensors),
+        "bytes": output.stat().st_size,
+        "sha256": sha256_of_file(output),
+    }
+
+
+def _library() -> Any:
+    try:
+        import gguf
+    except ImportError:
+        raise UserError("GGUF files need the package gguf: pip install 'nanophi[gguf]'") from None
+    return gguf
+
+
+def _check_kind(kind: str) -> None:
+    if kind not in KINDS:
+        raise UserError(f"unknown GGUF kind {kind!r}; allowed: {', '.join(KINDS)}")
+
+
+def _check_expressible(release: Path, config: NanoPhiConfig) -> None:
+    """What llama.cpp's phi2 leaves out would be lost without a word: it reads the tensors it knows."""
+    where = release / "config.json"
+    if config.qk_layernorm:
+        raise UserError(f"{where}: llama.cpp's phi2 has no LayerNorm on queries and keys; qk_layernorm must be false")
+    if config.hidden_act not in TANH_GELU:
+        raise UserError(f"{where}: llama.cpp's phi2 computes {TANH_GELU[0]}, not hidden_act {config.hidden_act!r}")
+    if not isinstance(config.bos_token_id, int) or not isinstance(config.eos_token_id, int):
+        raise UserError(f"{where}: a GGUF file needs one bos_token_id and one eos_token_id")
+
+
+def _add_metadata(writer: GGUFWriter, release: Path, config: NanoPhiConfig, kind: str) -> None:
+    gguf = _library()
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(_repo_id(release).split("/")[-1])
+    if license_name := _front_matter(release).get("license"):
+        writer.add_license(license_name)
+    writer.add_file_type(gguf.LlamaFileType[KINDS[kind]])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_eps(config.layer_norm_eps)
+    writer.add_rope_dimension_count(config.rotary_ndims)
+    writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
+
+
+def _add_tokenizer(writer: GGUFWriter, release: Path, config: NanoPhiConfig) -> None:
+    """GPT-2's byte-level BPE, which llama.cpp has its own code for: anything else would be cut into other tokens."""
+    from tokenizers import Tokenizer
+
+    gguf = _library()
+    path = release / "tokenizer.json"
+    content = read_json(path)
+    model, splitter = content["model"], content["pre_tokenizer"] or {}
+    byte_level = splitter.get("type") == "ByteLevel" and splitter.get("use_regex", True)
+    byte_level &= not splitter.get("add_prefix_space")
+    if model["type"] != "BPE" or not byte_level or content["normalizer"] is not None:
+        raise UserError(
+            f"{path}: only GPT-2's kind of tokenizer (byte-level BPE, nothing added to the text) can go into a GGUF"
+        )
+    if any(model.get(key) for key in ("dropout", "byte_fallback", "ignore_merges", "end_of_word_suffix")):
+        raise UserError(
+            f"{path}: BPE with dropout, byte fallback, suffixes or ignored merges cannot go into a GGUF file"
+        )
+    if any(token[key] for token in content["added_tokens"] for key in ("single_word", "lstrip", "rstrip")):
+        raise UserError(f"{path}: llama.cpp knows no added tokens that strip spaces or match whole words only")
+    backend = Tokenizer.from_file(str(path))
+    around = [
+        token for token in backend.encode("a").ids if token not in backend.encode("a", add_special_tokens=False).ids
+    ]
+    if around not in ([], [config.bos_token_id]):
+        raise UserError(f"{path}: adds the tokens {around} to a text; llama.cpp adds bos_token_id or nothing")
+
+    ids = {**model["vocab"], **{token["content"]: token["id"] for token in content["added_tokens"]}}
+    if max(ids.values()) >= config.vocab_size:
+        raise UserError(f"{path}: token {max(ids.values())} has no row in the model (vocab_size {config.vocab_size})")
+    # Rows without a token (phi-2 has 905 of them) need a name all the same, which no text is cut into.
+    tokens = [f"[PAD{number}]" for number in range(config.vocab_size)]
+    types = [gguf.TokenType.UNUSED] * config.vocab_size
+    for token, number in ids.items():
+        tokens[number], types[number] = token, gguf.TokenType.NORMAL
+    for added in content["added_tokens"]:
+        types[added["id"]] = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]])
+    writer.add_bos_token_id(config.bos_token_id)
+    writer.add_eos_token_id(config.eos_token_id)
+    writer.add_add_bos_token(bool(around))
+    writer.add_add_eos_token(False)
+
+
+def _tensors(release: Path, config: NanoPhiConfig, kind: str) -> dict[str, tuple[np.ndarray, Any]]:
+    """Arrays by GGUF name, with the type they are stored in.
+
+    Query, key and value stay apart, which every version of llama.cpp with phi2 reads. Nothing is permuted: llama.cpp
+    rotates phi2's halves as Phi does.
+    """
+    from safetensors.torch import load_file
+
+    gguf = _library()
+    weights = load_file(release / "model.safetensors")
+    if config.tie_word_embeddings:
+        weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])  # phi2 has no other way to say it
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.PHI2, config.num_hidden_layers)
+    wanted = gguf.GGMLQuantizationType[kind.upper()]
+    tensors = {}
+    for source, tensor in sorted(weights.items()):
+        name = names.get_name(source, try_suffixes=(".weight", ".bias"))
+        if name is None:
+            raise UserError(f"{release / 'model.safetensors'}: llama.cpp's phi2 has no tensor {source}")
+        data = tensor.float().numpy()
+        dtype = wanted if data.ndim > 1 else gguf.GGMLQuantizationType.F32
+        if dtype == gguf.GGMLQuantizationType.Q8_0 and data.shape[-1] % gguf.GGML_QUANT_SIZES[dtype][0]:
+            dtype = gguf.GGMLQuantizationType.F16
+        if dtype == gguf.GGMLQuantizationType.F16 and abs(data).max() > 65504:
+            raise UserError(f"{release / 'model.safetensors'}: {source} exceeds float16; choose bf16 or f32")
+        tensors[name] = (gguf.quants.quantize(data, dtype), dtype)
+    return tensors
+
+
+def _repo_id(release: Path) -> str:
+    """The name that the release's records give it, else its folder's."""
+    record = release / "records" / "run.json"
+    return str(read_json(record)["repo_id"]) if record.is_file() else release.resolve().name
+
+
+def _front_matter(release: Path) -> dict[str, Any]:
+    from huggingface_hub import ModelCard
+
+    path = release / "README.md"
+    return ModelCard.load(path).data.to_dict() if path.is_file() else {}
+
+
+def _card(release: Path, repo_id: str, file: str, kind: str) -> str:
+    """The variant's README: what it is made from, and how to run it."""
+    import yaml
+
+    kept = _front_matter(release)
+    metadata = {key: kept[key] for key in ("license", "language", "pipeline_tag", "datasets") if key in kept}
+    if is_hub_id(repo_id):
+        metadata |= {"base_model": repo_id, "base_model_relation": "quantized"}
+    metadata["tags"] = ["gguf", "phi"]
+    origin = f"[{repo_id}](https://huggingface.co/{repo_id})" if is_hub_id(repo_id) else repo_id
+    return (
+        f"---\n{yaml.safe_dump(metadata, sort_keys=True, allow_unicode=True)}---\n\n# {file.removesuffix('.gguf')}\n\n"
+        f"{origin} for llama.cpp, with its matrices in {kind}. How the model was made and measured is in its card "
+        "there.\n\n"
+        f"```sh\nllama-completion -m {file} -p 'The ' -n 50\n```\n"
+    )
