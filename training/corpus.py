@@ -95,6 +95,8 @@ def gather(data: Data, seed: int, output: Path, columns: Sequence[str] = ()) -> 
     done = output / "documents.json"
     if done.exists():
         return read_json(done)
+    if data.engine != "local":
+        raise UserError(f"data.engine '{data.engine}' is not available yet; use 'local'")
     output.mkdir(parents=True, exist_ok=True)
     work = output / ".parts"
     parts = [

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hub_server import HubServer  # type: ignore[import-not-found]
 
 from nanophi.records import UserError
 from nanophi.training import corpus, embedded
@@ -215,6 +217,44 @@ def test_a_folder_in_hub_layout(tmp_path: Path, streaming: bool, monkeypatch: py
     assert capped["read"] == 30
     with pytest.raises(UserError, match="has no column 'body'"):
         corpus.gather(data({**source, "text_column": "body"}), 0, tmp_path / "none")
+
+
+GATHER = """
+import json, sys
+from pathlib import Path
+from nanophi.training import corpus
+from nanophi.training.recipe import Data
+
+print(json.dumps(corpus.gather(Data.model_validate_json(sys.argv[1]), 0, Path(sys.argv[2]))))
+"""
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_dataset_on_the_hub(tmp_path: Path, streaming: bool) -> None:
+    files = {}
+    for part in range(2):
+        path = write_parquet(
+            tmp_path / f"{part}.parquet", [text(number) for number in range(25 * part, 25 * part + 25)]
+        )
+        files[f"data/train-0000{part}-of-00002.parquet"] = path.read_bytes()
+    files["README.md"] = b"---\nconfigs:\n- config_name: small\n  data_files: data/train-*.parquet\n---\n"
+    source = {"hub": "someone/numbers", "config": "small", "streaming": streaming, "revision": "main"}
+    with HubServer() as hub:
+        hub.add_repository("dataset", "someone/numbers", files)
+        environment = os.environ | hub.environment(tmp_path / "home")
+
+        def gather(output: str, **fields: Any) -> subprocess.CompletedProcess[str]:
+            arguments = [data({**source, **fields}).model_dump_json(), str(tmp_path / output)]
+            command = [sys.executable, "-c", GATHER, *arguments]
+            return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+        done = gather("out")
+        assert done.returncode == 0, done.stderr
+        summary = json.loads(done.stdout)
+        assert summary["read"] == 50
+        assert summary["train"] + summary["heldout"] == 50
+        missing = gather("none", hub="someone/nothing")
+        assert "UserError: dataset someone/nothing cannot be loaded" in missing.stderr.splitlines()[-1]
 
 
 def many_files(folder: Path) -> dict[str, Any]:
