@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from transformers.utils import logging
 
 from nanophi.records import UserError
 
@@ -260,10 +261,11 @@ def main() -> None:
     debug = "--debug" in arguments
     if debug:
         arguments = [argument for argument in arguments if argument != "--debug"]
-    # The libraries' bars and advice would drown the stages' own lines; whoever wants them can say so.
+    # The libraries' bars and advice would drown the stages' own lines.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not debug:
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
     try:
         app(args=arguments, prog_name="nanophi")
     except UserError as error:

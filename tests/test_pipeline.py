@@ -122,13 +122,13 @@ def test_dying_at_every_durable_moment_changes_nothing(finished, recipe, tmp_pat
         update(self, **fields)
 
     monkeypatch.setattr(RunDirectory, "update_record", dying)
-    for deaths in range(60):
+    while deaths < 60:
         calls = 0
         try:
             pipeline.run_recipes([load_recipe(recipe)], tmp_path, lambda line: None)
             break
         except KeyboardInterrupt:
-            continue
+            deaths += 1
     else:
         pytest.fail("the run never finished")
     assert deaths > 5

@@ -41,14 +41,14 @@ class ProgressLine(TrainerCallback):
         if not terminal and not finished and time.monotonic() - self._last < self.interval:
             return
         self._last = time.monotonic()
-        tokens_left = logs["tokens_seen"] / state.global_step * (state.max_steps - state.global_step)
+        left = logs["elapsed_seconds"] / state.global_step * (state.max_steps - state.global_step)
         line = (
             f"{self.label}: train step {state.global_step}/{state.max_steps}  loss {logs['loss']:.3f}"
             f"  {logs['tokens_per_second']:,.0f} tokens/s"
         )
         if logs.get("mfu") is not None:
             line += f"  MFU {logs['mfu']:.1%}"
-        line += f"  {duration(tokens_left / logs['tokens_per_second'])} left"
+        line += f"  {duration(left)} left"
         self.stream.write(f"\r\x1b[K{line}" if terminal else f"{line}\n")
         if terminal and finished:
             self.stream.write("\n")

@@ -36,7 +36,7 @@ def test_the_115m_recipe_is_the_published_run():
 def test_controls_differ_by_the_filter_alone(pair):
     filtered, control = (load_recipe(name).dump() for name in pair)
     assert control["quality"].pop("threshold") is None
-    assert filtered["quality"].pop("threshold") == 0.5
+    assert filtered["quality"].pop("threshold") > 0
     for recipe in (filtered, control):
         del recipe["name"], recipe["card"]["title"]
     assert filtered == control
@@ -107,7 +107,7 @@ def test_broken_files_are_named(write, tmp_path):
         load_recipe(write(text="a: [1"))
     with pytest.raises(UserError, match="a recipe is a mapping"):
         load_recipe(write(text="- 1"))
-    with pytest.raises(UserError, match="extends lost.yaml, which does not exist"):
+    with pytest.raises(UserError, match=r"extends lost\.yaml, which does not exist"):
         load_recipe(write(text="extends: lost.yaml"))
     with pytest.raises(UserError, match="goes in a circle"):
         write("a.yaml", text="extends: b.yaml")
