@@ -97,10 +97,10 @@ def write(release: Path, output: Path, kind: str) -> dict[str, Any]:
         config = NanoPhiConfig.from_pretrained(release)
     except ValueError as error:
         raise UserError(f"{release / 'config.json'}: {error}") from None
-    _check_expressible(release, config)
+    bos, eos = _check_expressible(release, config)
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.PHI2])
     _add_metadata(writer, release, config, kind)
-    _add_tokenizer(writer, release, config)
+    _add_tokenizer(writer, release, config.vocab_size, bos, eos)
     tensors = _tensors(release, config, kind)
     for name, (data, raw_dtype) in tensors.items():
         writer.add_tensor(name, data, raw_dtype=raw_dtype)
@@ -136,8 +136,8 @@ def _check_kind(kind: str) -> None:
         raise UserError(f"unknown GGUF kind {kind!r}; allowed: {', '.join(KINDS)}")
 
 
-def _check_expressible(release: Path, config: NanoPhiConfig) -> None:
-    """What llama.cpp's phi2 leaves out would be lost without a word: it reads the tensors it knows."""
+def _check_expressible(release: Path, config: NanoPhiConfig) -> tuple[int, int]:
+    """Refuse what llama.cpp's phi2 would leave out without a word; returns the ids of the first and last token."""
     where = release / "config.json"
     if config.qk_layernorm:
         raise UserError(f"{where}: llama.cpp's phi2 has no LayerNorm on queries and keys; qk_layernorm must be false")
@@ -145,6 +145,7 @@ def _check_expressible(release: Path, config: NanoPhiConfig) -> None:
         raise UserError(f"{where}: llama.cpp's phi2 computes {TANH_GELU[0]}, not hidden_act {config.hidden_act!r}")
     if not isinstance(config.bos_token_id, int) or not isinstance(config.eos_token_id, int):
         raise UserError(f"{where}: a GGUF file needs one bos_token_id and one eos_token_id")
+    return config.bos_token_id, config.eos_token_id
 
 
 def _add_metadata(writer: GGUFWriter, release: Path, config: NanoPhiConfig, kind: str) -> None:
@@ -167,7 +168,7 @@ def _add_metadata(writer: GGUFWriter, release: Path, config: NanoPhiConfig, kind
     writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
 
 
-def _add_tokenizer(writer: GGUFWriter, release: Path, config: NanoPhiConfig) -> None:
+def _add_tokenizer(writer: GGUFWriter, release: Path, vocab_size: int, bos: int, eos: int) -> None:
     """GPT-2's byte-level BPE, which llama.cpp has its own code for: anything else would be cut into other tokens."""
     from tokenizers import Tokenizer
 
@@ -178,9 +179,7 @@ def _add_tokenizer(writer: GGUFWriter, release: Path, config: NanoPhiConfig) -> 
     byte_level = splitter.get("type") == "ByteLevel" and splitter.get("use_regex", True)
     byte_level &= not splitter.get("add_prefix_space")
     if model["type"] != "BPE" or not byte_level or content["normalizer"] is not None:
-        raise UserError(
-            f"{path}: only GPT-2's kind of tokenizer (byte-level BPE, nothing added to the text) can go into a GGUF"
-        )
+        raise UserError(f"{path}: only byte-level BPE with GPT-2's words and no normalizer can go into a GGUF file")
     if any(model.get(key) for key in ("dropout", "byte_fallback", "ignore_merges", "end_of_word_suffix")):
         raise UserError(
             f"{path}: BPE with dropout, byte fallback, suffixes or ignored merges cannot go into a GGUF file"
@@ -191,15 +190,15 @@ def _add_tokenizer(writer: GGUFWriter, release: Path, config: NanoPhiConfig) -> 
     around = [
         token for token in backend.encode("a").ids if token not in backend.encode("a", add_special_tokens=False).ids
     ]
-    if around not in ([], [config.bos_token_id]):
+    if around not in ([], [bos]):
         raise UserError(f"{path}: adds the tokens {around} to a text; llama.cpp adds bos_token_id or nothing")
 
     ids = {**model["vocab"], **{token["content"]: token["id"] for token in content["added_tokens"]}}
-    if max(ids.values()) >= config.vocab_size:
-        raise UserError(f"{path}: token {max(ids.values())} has no row in the model (vocab_size {config.vocab_size})")
+    if max(ids.values()) >= vocab_size:
+        raise UserError(f"{path}: token {max(ids.values())} has no row in the model (vocab_size {vocab_size})")
     # Rows without a token (phi-2 has 905 of them) need a name all the same, which no text is cut into.
-    tokens = [f"[PAD{number}]" for number in range(config.vocab_size)]
-    types = [gguf.TokenType.UNUSED] * config.vocab_size
+    tokens = [f"[PAD{number}]" for number in range(vocab_size)]
+    types = [gguf.TokenType.UNUSED] * vocab_size
     for token, number in ids.items():
         tokens[number], types[number] = token, gguf.TokenType.NORMAL
     for added in content["added_tokens"]:
@@ -209,8 +208,8 @@ def _add_tokenizer(writer: GGUFWriter, release: Path, config: NanoPhiConfig) -> 
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]])
-    writer.add_bos_token_id(config.bos_token_id)
-    writer.add_eos_token_id(config.eos_token_id)
+    writer.add_bos_token_id(bos)
+    writer.add_eos_token_id(eos)
     writer.add_add_bos_token(bool(around))
     writer.add_add_eos_token(False)
 
@@ -262,7 +261,9 @@ def _card(release: Path, repo_id: str, file: str, kind: str) -> str:
     import yaml
 
     kept = _front_matter(release)
-    metadata = {key: kept[key] for key in ("license", "language", "pipeline_tag", "datasets") if key in kept}
+    metadata: dict[str, Any] = {
+        key: kept[key] for key in ("license", "language", "pipeline_tag", "datasets") if key in kept
+    }
     if is_hub_id(repo_id):
         metadata |= {"base_model": repo_id, "base_model_relation": "quantized"}
     metadata["tags"] = ["gguf", "phi"]

@@ -9,6 +9,7 @@ release a safetensors file with the logits. The code keeps to what transformers 
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -21,7 +22,8 @@ NEW_TOKENS = 32
 def open_door(folder: str, trust: bool, texts: list, logits: str) -> dict:
     """What one release answers; logits are those of the first text, float32 [tokens, vocab_size]."""
     # `trust_remote_code=False`, not None: None would ask at the terminal in old versions.
-    model, info = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust, output_loading_info=True)
+    model, info = loaded
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
     # A bfloat16 release is float32 under 4.x and bfloat16 under 5; the values are the same.
     model = model.float().eval()

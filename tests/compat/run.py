@@ -79,7 +79,7 @@ def small_releases(folder: Path) -> dict[str, Path]:
         rows.assign(source="topics").to_parquet(documents / f"{split}-00000.parquet")
     tokenizer.build(documents, Tokenizer(vocab_size=1000), 0, folder / "tokenizer")
 
-    shape = {"vocab_size": 1000, "num_hidden_layers": 3, "bos_token_id": 0, "eos_token_id": 0}
+    shape: dict[str, Any] = {"vocab_size": 1000, "num_hidden_layers": 3, "bos_token_id": 0, "eos_token_id": 0}
     shape |= {"max_position_embeddings": 256, "hidden_size": 96, "intermediate_size": 192, "num_attention_heads": 6}
     variants: dict[str, tuple[dict[str, Any], str]] = {
         "grouped": ({"num_key_value_heads": 2}, "float32"),
@@ -118,7 +118,7 @@ def small_releases(folder: Path) -> dict[str, Path]:
 def open_door(python: Path, trust: bool, releases: dict[str, Path], scratch: Path) -> dict[str, Any]:
     """Answers by release from a fresh process with an empty cache and no sight of this checkout."""
     scratch.mkdir()
-    request = {
+    request: dict[str, Any] = {
         "trust": trust,
         "texts": TEXTS,
         "answer": str(scratch / "answer.json"),

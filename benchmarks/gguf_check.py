@@ -1,0 +1,156 @@
+"""A release's GGUF files under llama.cpp against the release under NanoPhi: tokens, logits, perplexity.
+
+    make gguf RELEASE=runs/demo/release
+
+Text is cut into the same tokens; at f16 the 64 greedy tokens after each of ten prompts are the same; perplexity on
+20,000 held-out tokens differs by at most 0.5 % at f16 and 2 % at q8_0. Exit status 1 if not. The result goes to
+benchmarks/gguf_check.json (`--output`).
+"""
+
+import argparse
+import math
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from llama_cpp import Llama  # `make gguf` builds it
+from transformers import AutoTokenizer
+
+from nanophi import NanoPhiForCausalLM
+from nanophi.model_card import gguf
+from nanophi.records import environment, now, sha256_of_file, write_json
+
+LIMITS = {"f16": 0.005, "q8_0": 0.02}
+"""Largest relative difference of perplexity."""
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 10, 16, 64
+
+
+def llama_logits(model: Llama, row: list[int]) -> torch.Tensor:
+    """Logits after every token of a row: float32 [tokens, vocab_size]."""
+    model.reset()
+    model.eval(row)
+    return torch.from_numpy(model.scores[: len(row)].copy())
+
+
+def llama_greedy(model: Llama, prompt: list[int], count: int) -> list[int]:
+    """The next `count` tokens, each the likeliest; end of text does not end it."""
+    model.reset()
+    model.eval(prompt)
+    tokens: list[int] = []
+    while len(tokens) < count:
+        tokens.append(int(model.scores[model.n_tokens - 1].argmax()))
+        model.eval(tokens[-1:])
+    return tokens
+
+
+def our_greedy(model: Any, prompt: list[int], count: int) -> list[int]:
+    """The same of NanoPhi."""
+    ids = torch.tensor([prompt])
+    model.generation_config.eos_token_id = None
+    tokens = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False)
+    return [int(token) for token in tokens[0, len(prompt) :]]
+
+
+def cross_entropy(logits: torch.Tensor, row: list[int]) -> float:
+    """Summed over all tokens of a row but the first, in nats."""
+    return torch.nn.functional.cross_entropy(logits[:-1].double(), torch.tensor(row[1:]), reduction="sum").item()
+
+
+def check(release: Path, rows: list[list[int]], kinds: dict[str, float], threads: int) -> dict[str, Any]:
+    """Figures per kind, and `failures`: one line each."""
+    ours = NanoPhiForCausalLM.from_pretrained(release).float().eval()
+    tokenizer: Any = AutoTokenizer.from_pretrained(release)
+    texts = [tokenizer.decode(row) for row in rows]
+    prompts = [row[:PROMPT_TOKENS] for row in rows[:: max(1, len(rows) // PROMPTS)][:PROMPTS]]
+    continuations = [our_greedy(ours, prompt, NEW_TOKENS) for prompt in prompts]
+    scored = sum(len(row) - 1 for row in rows)
+    loss = 0.0
+    for row in rows:
+        with torch.no_grad():
+            loss += cross_entropy(ours(torch.tensor([row])).logits[0], row)
+    perplexity = math.exp(loss / scored)
+    result: dict[str, Any] = {"tokens": scored, "perplexity": round(perplexity, 5), "kinds": {}}
+    failures: list[str] = []
+    with tempfile.TemporaryDirectory(prefix="nanophi-gguf-") as folder:
+        for kind, limit in kinds.items():
+            written = gguf.write(release, Path(folder) / f"{kind}.gguf", kind)
+            theirs = Llama(
+                str(Path(folder) / f"{kind}.gguf"),
+                n_ctx=max(map(len, rows)),
+                n_threads=threads,
+                n_threads_batch=threads,
+                logits_all=True,
+                verbose=False,
+            )
+            same_text = sum(
+                theirs.tokenize(text.encode(), add_bos=False, special=True) == tokenizer(text).input_ids
+                for text in texts
+            )
+            same_tokens = [
+                llama_greedy(theirs, prompt, NEW_TOKENS) == tokens
+                for prompt, tokens in zip(prompts, continuations, strict=True)
+            ]
+            loss, total, largest = 0.0, 0.0, 0.0
+            for row in rows:
+                logits = llama_logits(theirs, row)
+                with torch.no_grad():
+                    difference = (logits - ours(torch.tensor([row])).logits[0]).abs()
+                total, largest = total + difference.mean().item(), max(largest, difference.max().item())
+                loss += cross_entropy(logits, row)
+            theirs.close()
+            relative = math.exp(loss / scored) / perplexity - 1
+            result["kinds"][kind] = {
+                "bytes": written["bytes"],
+                "texts_cut_into_the_same_tokens": f"{same_text} of {len(texts)}",
+                "prompts_continued_alike": f"{sum(same_tokens)} of {len(same_tokens)}",
+                "mean_logit_difference": round(total / len(rows), 6),
+                "largest_logit_difference": round(largest, 5),
+                "perplexity": round(math.exp(loss / scored), 5),
+                "perplexity_difference": round(relative, 8),
+            }
+            print(kind, result["kinds"][kind], flush=True)
+            if same_text < len(texts):
+                failures.append(f"{kind}: {len(texts) - same_text} texts are cut into other tokens")
+            if kind == "f16" and not all(same_tokens):
+                failures.append(f"{kind}: {same_tokens.count(False)} prompts are continued otherwise")
+            if not abs(relative) <= limit:
+                failures.append(f"{kind}: perplexity differs by {relative:.3%}, allowed {limit:.1%}")
+    result["failures"] = failures
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("release", type=Path)
+    parser.add_argument("--heldout", type=Path, help="packed rows; default: those of the run around the release")
+    parser.add_argument("--tokens", type=int, default=20_000)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
+    arguments = parser.parse_args()
+    heldout = arguments.heldout or arguments.release.parent / "data" / "tokens" / "heldout"
+    if not heldout.is_dir():
+        sys.exit(f"gguf_check: {heldout} is missing; name a folder of packed rows with --heldout")
+    torch.set_num_threads(arguments.threads)
+    dataset = datasets.load_from_disk(str(heldout))
+    length = len(dataset[0]["input_ids"])
+    count = min(len(dataset), -(-arguments.tokens // (length - 1)))
+    rows = np.array(dataset[:count]["input_ids"]).tolist()
+    result = {
+        "command": "python benchmarks/gguf_check.py " + " ".join(sys.argv[1:]),
+        "environment": environment(),
+        "weights_sha256": sha256_of_file(arguments.release / "model.safetensors"),
+        **check(arguments.release, rows, LIMITS, arguments.threads),
+        "finished": now(),
+    }
+    write_json(arguments.output, result)
+    for failure in result["failures"]:
+        print(f"gguf_check: {failure}", file=sys.stderr)
+    sys.exit(bool(result["failures"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,285 @@
+"""GGUF files: what is written, what is refused, and, where llama.cpp is at hand, that it computes the same."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType, GGUFReader, dequantize
+from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, Tokenizer
+from transformers import AutoTokenizer
+
+from nanophi import NanoPhiConfig, NanoPhiForCausalLM
+from nanophi.model_card import gguf, verify
+from nanophi.model_card.release import list_files
+from nanophi.records import UserError, read_json, sha256_of_file
+
+CONTEXT = 96
+TEXTS = [
+    "The quick brown fox jumps over the lazy dog.",
+    "def f(x):\n\treturn  x   if x else\t\t'none'  \n\n\n    # done ",
+    "naïve café, Größe, Ωμέγα, 北京的狐狸, العربية, 🦊🦊 e\u0301 \u00a0 \u3000 \u200b|",
+    "I'LL we'll they've 'twas 1234567 x=-1.5e10; <|endoftext|>after [PAD301] 3\u00bd \u0661\u0662\r\n \r\n",
+    " leading, trailing ",
+    "\x00\x01\x7f",
+]
+
+
+@pytest.fixture(scope="module")
+def release(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Grouped heads, rows without a token, an added token that is not special, weights large enough to decide."""
+    return make_release(tmp_path_factory.mktemp("gguf") / "tiny-model", finished_run / "data" / "tokenizer")
+
+
+def make_release(folder: Path, tokenizer: Path, **fields: Any) -> Path:
+    shape: dict[str, Any] = {
+        "vocab_size": 320,
+        "hidden_size": 96,
+        "intermediate_size": 160,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": CONTEXT,
+        "layer_norm_eps": 1e-4,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.75},
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    torch.manual_seed(0)
+    model = NanoPhiForCausalLM(NanoPhiConfig(**{**shape, **fields}))
+    for name, parameter in model.named_parameters():  # biases and norms too: none may get lost unnoticed
+        torch.nn.init.normal_(parameter, mean=float("norm.weight" in name), std=0.15)
+    model.save_pretrained(folder)
+    for file in tokenizer.iterdir():
+        shutil.copyfile(file, folder / file.name)
+    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.add_tokens([AddedToken("    ", normalized=False), AddedToken("  ", normalized=False)])
+    backend.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def metadata(path: Path) -> dict[str, Any]:
+    return {name: field.contents() for name, field in GGUFReader(path).fields.items()}
+
+
+def edit(release: Path, target: Path, file: str, **changes: Any) -> Path:
+    """A copy of the release with other values in one of its JSON files."""
+    shutil.copytree(release, target)
+    (target / file).write_text(json.dumps({**read_json(target / file), **changes}))
+    return target
+
+
+def test_metadata_is_the_config(release, tmp_path):
+    gguf.write(release, tmp_path / "x.gguf", "f16")
+    found = metadata(tmp_path / "x.gguf")
+    assert found["general.architecture"] == "phi2"
+    assert found["general.name"] == "tiny-model"
+    assert found["phi2.attention.head_count"] == 6
+    assert found["phi2.attention.head_count_kv"] == 2
+    assert found["phi2.rope.dimension_count"] == 12
+    assert found["phi2.rope.freq_base"] == 5000.0
+    assert found["phi2.attention.layer_norm_epsilon"] == pytest.approx(1e-4)
+    assert found["phi2.context_length"] == CONTEXT
+    assert (found["phi2.embedding_length"], found["phi2.feed_forward_length"], found["phi2.block_count"]) == (
+        96,
+        160,
+        3,
+    )
+    assert found["general.file_type"] == 1
+    assert found["tokenizer.ggml.model"] == "gpt2"
+    assert found["tokenizer.ggml.pre"] == "gpt-2"
+    assert found["tokenizer.ggml.bos_token_id"] == found["tokenizer.ggml.eos_token_id"] == 0
+    assert found["tokenizer.ggml.add_bos_token"] is False
+
+
+def test_tokens_and_merges(release, tmp_path):
+    gguf.write(release, tmp_path / "x.gguf", "q8_0")
+    found = metadata(tmp_path / "x.gguf")
+    tokenizer = Tokenizer.from_file(str(release / "tokenizer.json"))
+    size = tokenizer.get_vocab_size()
+    tokens, types = found["tokenizer.ggml.tokens"], found["tokenizer.ggml.token_type"]
+    assert len(tokens) == len(types) == 320
+    assert tokens[:size] == [tokenizer.id_to_token(number) for number in range(size)]
+    assert tokens[size:] == [f"[PAD{number}]" for number in range(size, 320)]
+    normal, control, user_defined, unused = 1, 3, 4, 5
+    assert types == [control] + [normal] * (size - 3) + [user_defined] * 2 + [unused] * (320 - size)
+    merges = read_json(release / "tokenizer.json")["model"]["merges"]
+    assert found["tokenizer.ggml.merges"] == [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+
+
+@pytest.mark.parametrize(("kind", "tolerance"), [("f32", 0), ("f16", 2**-11), ("bf16", 2**-8), ("q8_0", 1 / 127)])
+def test_every_weight_is_there(release, tmp_path, kind, tolerance):
+    summary = gguf.write(release, tmp_path / "x.gguf", kind)
+    assert summary["bytes"] == (tmp_path / "x.gguf").stat().st_size
+    assert summary["sha256"] == sha256_of_file(tmp_path / "x.gguf")
+    tensors = {tensor.name: tensor for tensor in GGUFReader(tmp_path / "x.gguf").tensors}
+    weights = load_file(release / "model.safetensors")
+    assert len(tensors) == len(weights) == summary["tensors"]
+    names = {
+        "model.embed_tokens.weight": "token_embd.weight",
+        "model.layers.2.self_attn.k_proj.bias": "blk.2.attn_k.bias",
+        "model.layers.1.self_attn.v_proj.weight": "blk.1.attn_v.weight",
+        "model.layers.0.self_attn.dense.weight": "blk.0.attn_output.weight",
+        "model.layers.0.mlp.fc1.weight": "blk.0.ffn_up.weight",
+        "model.layers.2.mlp.fc2.bias": "blk.2.ffn_down.bias",
+        "model.layers.1.input_layernorm.bias": "blk.1.attn_norm.bias",
+        "model.final_layernorm.weight": "output_norm.weight",
+        "lm_head.weight": "output.weight",
+        "lm_head.bias": "output.bias",
+    }
+    for source, name in names.items():
+        tensor, expected = tensors[name], weights[source].numpy()
+        wanted = GGMLQuantizationType[kind.upper()] if expected.ndim > 1 else GGMLQuantizationType.F32
+        assert tensor.tensor_type == wanted
+        found = dequantize(tensor.data, tensor.tensor_type).reshape(expected.shape)
+        scale = (
+            abs(expected) if kind != "q8_0" else abs(expected.reshape(-1, 32)).max(1).repeat(32).reshape(expected.shape)
+        )
+        assert (abs(found - expected) <= (tolerance if expected.ndim > 1 else 0) * scale + 1e-7).all()
+
+
+def test_rows_too_short_for_blocks_stay_float16(finished_run, tmp_path):
+    release = make_release(tmp_path / "odd", finished_run / "data" / "tokenizer", intermediate_size=100)
+    gguf.write(release, tmp_path / "x.gguf", "q8_0")
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(tmp_path / "x.gguf").tensors}
+    assert kinds["blk.0.ffn_down.weight"] == "F16"
+    assert kinds["blk.0.ffn_up.weight"] == "Q8_0"
+
+
+def test_tied_embeddings_become_a_head(finished_run, tmp_path):
+    release = make_release(tmp_path / "tied", finished_run / "data" / "tokenizer", tie_word_embeddings=True)
+    gguf.write(release, tmp_path / "x.gguf", "f32")
+    tensors = {tensor.name: tensor.data for tensor in GGUFReader(tmp_path / "x.gguf").tensors}
+    np.testing.assert_array_equal(tensors["output.weight"], tensors["token_embd.weight"])
+
+
+def test_export_makes_a_repository_per_kind(finished_run, tmp_path):
+    release = finished_run / "release"
+    release = (
+        release if release.is_dir() else make_release(tmp_path / "tiny-model", finished_run / "data" / "tokenizer")
+    )
+    before = {name: sha256_of_file(release / name) for name in list_files(release)}
+    for _ in range(2):  # again, over what is there
+        results = gguf.export(release, ["f16", "q8_0"], tmp_path / "gguf")
+    name = gguf._repo_id(release).split("/")[-1]
+    assert [Path(result["path"]).name for result in results] == [f"{name}-f16.gguf", f"{name}-q8_0.gguf"]
+    for result in results:
+        folder = Path(result["path"]).parent
+        assert list_files(folder) == ["MANIFEST.json", "README.md", Path(result["path"]).name]
+        assert not verify._checksums(folder, list_files(folder))
+    assert sorted(path.name for path in (tmp_path / "gguf").iterdir()) == [f"{name}-f16", f"{name}-q8_0"]
+    assert before == {name: sha256_of_file(release / name) for name in list_files(release)}
+
+
+def test_card_names_the_model_it_comes_from(release, tmp_path):
+    copy = shutil.copytree(release, tmp_path / "copy")
+    (copy / "records").mkdir()
+    (copy / "records" / "run.json").write_text('{"repo_id": "org/nano-phi"}')
+    (copy / "README.md").write_text("---\nlicense: mit\nlanguage: en\n---\n\n# Card\n")
+    (result,) = gguf.export(copy, ["f16"], tmp_path / "gguf")
+    assert Path(result["path"]) == tmp_path / "gguf" / "nano-phi-f16" / "nano-phi-f16.gguf"
+    front = Path(result["path"]).with_name("README.md").read_text().split("---")[1]
+    assert "base_model: org/nano-phi\n" in front
+    assert "base_model_relation: quantized\n" in front
+    assert "license: mit\n" in front
+    assert metadata(Path(result["path"]))["general.license"] == "mit"
+
+
+def test_same_release_same_bytes(release, tmp_path):
+    first, second = (gguf.write(release, tmp_path / f"{number}" / "x.gguf", "q8_0") for number in range(2))
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("config.json", {"qk_layernorm": True}, r"config.json: llama.cpp's phi2 has no LayerNorm on queries and keys"),
+        ("config.json", {"hidden_act": "gelu"}, r"phi2 computes gelu_new, not hidden_act 'gelu'"),
+        ("config.json", {"eos_token_id": [0, 1]}, r"one bos_token_id and one eos_token_id"),
+        ("config.json", {"num_key_value_heads": 4}, r"config.json: num_attention_heads \(6\) must be a multiple"),
+        ("config.json", {"vocab_size": 200}, r"token \d+ has no row in the model \(vocab_size 200\)"),
+        ("tokenizer.json", {"pre_tokenizer": {"type": "Whitespace"}}, r"only byte-level BPE with GPT-2's words"),
+        ("tokenizer.json", {"normalizer": {"type": "NFC"}}, r"only byte-level BPE with GPT-2's words and no norm"),
+    ],
+)
+def test_what_llama_cpp_cannot_express_is_refused(release, tmp_path, file, changes, message):
+    broken = edit(release, tmp_path / "broken", file, **changes)
+    with pytest.raises(UserError, match=message):
+        gguf.write(broken, tmp_path / "x.gguf", "f16")
+    assert not list(tmp_path.glob("*.gguf*"))
+
+
+def test_unknown_tensors_overflow_and_missing_files_are_refused(release, tmp_path):
+    broken = shutil.copytree(release, tmp_path / "broken")
+    weights = load_file(release / "model.safetensors")
+    save_file({**weights, "model.layers.0.self_attn.q_layernorm.weight": torch.ones(16)}, broken / "model.safetensors")
+    with pytest.raises(UserError, match=r"has no tensor model.layers.0.self_attn.q_layernorm.weight"):
+        gguf.write(broken, tmp_path / "x.gguf", "f16")
+    save_file({**weights, "lm_head.weight": weights["lm_head.weight"] * 1e6}, broken / "model.safetensors")
+    with pytest.raises(UserError, match=r"lm_head.weight exceeds float16; choose bf16 or f32"):
+        gguf.write(broken, tmp_path / "x.gguf", "f16")
+    (broken / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"tokenizer.json is missing; is .*broken a release folder\?"):
+        gguf.write(broken, tmp_path / "x.gguf", "f16")
+    with pytest.raises(UserError, match=r"unknown GGUF kind 'q4'; allowed: f32, f16, bf16, q8_0"):
+        gguf.export(release, ["f16", "q4"], tmp_path / "gguf")
+    with pytest.raises(UserError, match="lies inside the release"):
+        gguf.export(release, ["f16"], release / "gguf")
+    assert not (tmp_path / "gguf").exists()
+
+
+# llama.cpp itself, where it is installed (`make gguf`)
+
+
+def llama(release: Path, folder: Path, kind: str, **options: Any) -> Any:
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama.cpp is not installed; `make gguf` builds it")
+    gguf.write(release, folder / f"{kind}.gguf", kind)
+    return llama_cpp.Llama(str(folder / f"{kind}.gguf"), n_ctx=CONTEXT, n_threads=1, verbose=False, **options)
+
+
+def test_llama_cpp_cuts_text_into_the_same_tokens(release, tmp_path):
+    model = llama(release, tmp_path, "f16")
+    tokenizer = AutoTokenizer.from_pretrained(release)
+    for text in TEXTS:
+        ids = model.tokenize(text.encode(), add_bos=True, special=True)
+        assert ids == tokenizer(text).input_ids, text
+        assert model.detokenize(ids, special=True).decode(errors="replace") == tokenizer.decode(ids), text
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"num_key_value_heads": 1, "rope_parameters": {}},
+        {"num_key_value_heads": 6, "tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh"},
+    ],
+    ids=["grouped", "one-key-value-head", "all-heads-tied"],
+)
+def test_llama_cpp_computes_the_same(finished_run, tmp_path, fields):
+    release = make_release(tmp_path / "model", finished_run / "data" / "tokenizer", **fields)
+    ours = NanoPhiForCausalLM.from_pretrained(release).eval()
+    ids = torch.randint(320, (1, CONTEXT), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        expected = ours(ids).logits[0]
+    for kind, tolerance in (("f32", 2e-3), ("f16", 4e-3), ("q8_0", 0.05)):
+        model = llama(release, tmp_path, kind, logits_all=True)
+        model.eval(ids[0].tolist())
+        difference = (torch.tensor(model.scores[:CONTEXT]) - expected).abs().mean() / expected.std()
+        assert difference < tolerance, kind
+
+
+def test_llama_cpp_continues_alike(release, tmp_path):
+    model = llama(release, tmp_path, "f16")
+    ours = NanoPhiForCausalLM.from_pretrained(release).eval()
+    ours.generation_config.eos_token_id = None
+    for text in ("The quick", "A module holds", " the lazy dog"):
+        ids = model.tokenize(text.encode(), add_bos=False)
+        expected = ours.generate(torch.tensor([ids]), max_new_tokens=32, do_sample=False)[0, len(ids) :].tolist()
+        tokens = model.generate(ids, top_k=1, temp=0.0, repeat_penalty=1.0)
+        assert [next(tokens) for _ in range(32)] == expected
