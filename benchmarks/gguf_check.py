@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from llama_cpp import Llama  # `make gguf` builds it
 from transformers import AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from nanophi import NanoPhiForCausalLM
 from nanophi.model_card import gguf
@@ -135,6 +136,7 @@ def main() -> None:
     if not heldout.is_dir():
         sys.exit(f"gguf_check: {heldout} is missing; name a folder of packed rows with --heldout")
     torch.set_num_threads(arguments.threads)
+    disable_progress_bar()
     dataset = datasets.load_from_disk(str(heldout))
     length = len(dataset[0]["input_ids"])
     count = min(len(dataset), -(-arguments.tokens // (length - 1)))

@@ -25,6 +25,7 @@ import llama_cpp  # `make gguf` builds it
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CompileConfig
+from transformers.utils.logging import disable_progress_bar
 
 from nanophi.benchmarks.model_speed import PROMPT_TOKENS, bandwidth, build, in_turn
 from nanophi.model_card import gguf
@@ -102,6 +103,7 @@ def main() -> None:
     if arguments.quick:
         arguments.new_tokens, arguments.rounds = 16, 1
     torch.set_num_threads(arguments.threads)
+    disable_progress_bar()
     prompt = torch.randint(50000, (PROMPT_TOKENS,), generator=torch.Generator().manual_seed(1)).tolist()
     with tempfile.TemporaryDirectory(prefix="nanophi-llama-") as folder:
         files = write_files(Path(folder))

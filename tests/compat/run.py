@@ -66,12 +66,14 @@ def small_releases(folder: Path) -> dict[str, Path]:
 
     import pandas as pd
     import torch
+    from transformers.utils.logging import disable_progress_bar
 
     from nanophi import NanoPhiConfig, NanoPhiForCausalLM
     from nanophi.model_card import release
     from nanophi.training import tokenizer
     from nanophi.training.recipe import Tokenizer
 
+    disable_progress_bar()
     documents = folder / "documents"
     documents.mkdir()
     table = pd.DataFrame({"id": [f"{number:016x}" for number in range(len(topics))], "text": list(topics.values())})
