@@ -95,8 +95,8 @@ def gather(data: Data, seed: int, output: Path, columns: Sequence[str] = ()) -> 
     done = output / "documents.json"
     if done.exists():
         return read_json(done)
-    if data.engine != "local":
-        raise UserError(f"data.engine '{data.engine}' is not available yet; use 'local'")
+    if data.engine == "slurm":
+        raise UserError("data.engine 'slurm' is not available; start Ray in the Slurm job and use 'ray'")
     output.mkdir(parents=True, exist_ok=True)
     work = output / ".parts"
     parts = [
@@ -109,6 +109,7 @@ def gather(data: Data, seed: int, output: Path, columns: Sequence[str] = ()) -> 
         work / "read",
         "reading documents",
         data.workers,
+        data.engine,
     )
     documents = _Documents(work, [part["documents"] for part in read])
     if len(documents.ids) == 0:
@@ -124,6 +125,7 @@ def gather(data: Data, seed: int, output: Path, columns: Sequence[str] = ()) -> 
         work / "written",
         "writing documents",
         data.workers,
+        data.engine,
     )
     summary = _summary(data, read, documents, decisions, leaders)
     if sum(part["train"] + part["heldout"] for part in written) != summary["train"] + summary["heldout"]:

@@ -69,7 +69,7 @@ def pack(
         paths = shards(documents, split)
         train = split == "train"
         parts = [(path, kept / "kept.parquet" if train else None, tokenizer) for path in paths]
-        counts = run_parts(_encode_shard, parts, work / split, f"tokenizing {split}", data.workers)
+        counts = run_parts(_encode_shard, parts, work / split, f"tokenizing {split}", data.workers, data.engine)
         stream = _Stream(work / split, counts, weights if train else {}, seed)
         summary[split] = _write(stream, context_length, output / split, work, split)
     summary["vocab_size"] = _encoder(tokenizer).vocab_size

@@ -298,7 +298,8 @@ def score(documents: Path, quality: Quality, data: Data, seed: int, output: Path
     parts = [(path, split, function, folder) for split, path in paths]
     work = output / ".parts"
     # A classifier fills the device, or all cores, by itself.
-    counts = run_parts(_score_shard, parts, work, "scoring documents", 1 if function == "model" else data.workers)
+    workers = 1 if function == "model" else data.workers
+    counts = run_parts(_score_shard, parts, work, "scoring documents", workers, data.engine)
     partial = work / "scores.parquet"
     with pq.ParquetWriter(partial, _SCHEMA, compression="zstd") as writer:
         for index in range(len(parts)):

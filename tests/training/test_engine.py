@@ -1,31 +1,63 @@
 """Parts run once each, on any number of processes, and say so when one fails."""
 
+import json
 import os
-import signal
+import random
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from engine_parts import die_on_three, fail_on_three, square  # type: ignore[import-not-found]
 
 from nanophi.records import UserError
 from nanophi.training.engine import run_parts
 
 
-def square(number: int, path: Path) -> dict[str, Any]:
-    path.with_suffix(".txt").write_text(str(number))
-    return {"square": number**2}
+@pytest.fixture(scope="module")
+def ray() -> Iterator[Any]:
+    ray = pytest.importorskip("ray", reason="needs Ray")
+    # Its workers import the functions of this file by name, as a cluster's machines import nanophi's.
+    environment = {"env_vars": {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), *sys.path])}}
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=environment)
+    yield ray
+    ray.shutdown()
 
 
-def fail_on_three(number: int, path: Path) -> dict[str, Any]:
-    if number == 3:
-        raise UserError("part three is bad")
-    return square(number, path)
+def test_ray_gives_the_same_and_fails_alike(tmp_path: Path, ray: Any) -> None:
+    parts = [(number,) for number in range(7)]
+    expected = run_parts(square, parts, tmp_path / "local", "squares", 1)
+    assert run_parts(square, parts, tmp_path / "ray", "squares", 2, "ray") == expected
+    for path in (tmp_path / "local").iterdir():
+        assert path.read_bytes() == (tmp_path / "ray" / path.name).read_bytes()
+    with pytest.raises(UserError, match="part three is bad"):
+        run_parts(fail_on_three, parts, tmp_path / "failed", "squares", 2, "ray")
+    with pytest.raises(UserError, match="a worker process died"):
+        run_parts(die_on_three, parts, tmp_path / "died", "squares", 2, "ray")
+    assert len(run_parts(square, parts, tmp_path / "died", "squares", 2, "ray")) == 7
 
 
-def die_on_three(number: int, path: Path) -> dict[str, Any]:
-    if number == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return square(number, path)
+def test_documents_and_tokens_are_the_same_on_ray(tmp_path: Path, ray: Any) -> None:
+    from nanophi.training import corpus, packing, quality, tokenizer
+    from nanophi.training.recipe import Data, Quality, Tokenizer
+
+    generator = random.Random(0)
+    for name in "abc":
+        rows = [{"text": " ".join(f"w{generator.randrange(3000)}" for _ in range(80)), "score": 0.7} for _ in range(50)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    sums = []
+    for engine in ("local", "ray"):
+        source = {"files": str(tmp_path / "*.jsonl")}
+        data = Data.model_validate({"sources": [source], "engine": engine, "workers": 2, "heldout_fraction": 0.2})
+        work, scorer = tmp_path / engine, Quality(scorer="column:score")
+        documents = corpus.gather(data, 0, work / "documents", ["score"])
+        quality.score(work / "documents", scorer, data, 0, work / "scores")
+        quality.select(work / "documents", work / "scores", scorer, work / "quality")
+        tokenizer.build(work / "documents", Tokenizer(vocab_size=300), 0, work / "tokenizer")
+        folders = (work / "documents", work / "quality", work / "tokenizer")
+        sums.append((documents, packing.pack(*folders, 64, data, 0, work / "tokens")))
+    assert sums[0] == sums[1]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
