@@ -254,10 +254,13 @@ def draw(comparison: Mapping[str, Any], path: Path) -> None:
         axis.set_xticks(range(len(panel)), [TITLES.get(t, t).replace(" ", "\n") for t in panel], fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_title("score (dotted: chance)" if panel is choices else "lower is better", fontsize=9)
+        if panel is choices:
+            axis.set_ylim(0, min(1, axis.get_ylim()[1]))
         if panel is bits and comparison["heldout"]:
             for held in comparison["heldout"].values():
                 axis.axhline(held["bz2"]["bits_per_byte"], color="grey", linestyle="--", linewidth=1)
-            axis.set_title("bits per byte (dashed: bz2 -9)", fontsize=9)
+                axis.annotate("bz2 -9", (0.5, held["bz2"]["bits_per_byte"]), fontsize=7, va="bottom", ha="right")
+            axis.set_title("bits per byte", fontsize=9)
     axes[0][0].legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.part")

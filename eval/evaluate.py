@@ -17,7 +17,7 @@ import logging
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,15 @@ import lm_eval.api.task
 import lm_eval.evaluator
 import numpy as np
 import torch
-import tqdm  # type: ignore[import-untyped]
+import tqdm
 import transformers
 from lm_eval.api.task import Task
 from lm_eval.loggers.utils import add_tokenizer_info
 from lm_eval.utils import hash_string
 
 from nanophi.eval.metrics import BitsPerByte
-from nanophi.eval.results import FORMAT
-from nanophi.eval.scorer import ScorerLM
+from nanophi.eval.results import FORMAT, read_result
+from nanophi.eval.scorer import ScorerLM, TooLong
 from nanophi.eval.suites import LoadedSuite, find_suite, load_suite, sample_of_items
 from nanophi.records import (
     UserError,
@@ -51,6 +51,7 @@ from nanophi.records import (
 # lm-eval's own seeds (`simple_evaluate`): other ones draw other few-shot examples, and nothing compares any more.
 RANDOM_SEED, FEWSHOT_SEED = 0, 1234
 BOOTSTRAP_ITERATIONS = 100_000
+CURVE_KEYS = ("metric", "value", "stderr", "chance", "higher_is_better", "items")
 
 
 def evaluate(
@@ -109,7 +110,20 @@ def evaluate(
         "data": _data_hashes(loaded),
         "environment": {key: value for key, value in environment().items() if key not in ("cpu_threads", "commit")},
     }
-    partial = _open_partial(output, inputs)
+    key = sha256_of(inputs)
+    if output.exists():
+        with contextlib.suppress(UserError):
+            earlier = read_result(output)
+            if earlier["nanophi"].get("key") == key:
+                report(f"{output} is up to date")
+                return earlier
+    for name, task in loaded.tasks.items():
+        if task.OUTPUT_TYPE == "generate_until" and lm.max_length <= lm.max_gen_toks:
+            raise UserError(
+                f"task '{name}' generates {lm.max_gen_toks} tokens, which leaves no room for the question in the "
+                f"{lm.max_length} tokens that {model} reads; choose other tasks (--suite)"
+            )
+    partial = _open_partial(output, key)
     started = time.monotonic()
     paths = {name: partial / f"{name}.json" for name in loaded.tasks}
     waiting = {
@@ -143,6 +157,7 @@ def evaluate(
     result["total_evaluation_time_seconds"] = str(sum(part["seconds"] for part in parts.values()))
     result["nanophi"] = {
         "format": FORMAT,
+        "key": key,
         "model": identity,
         **_summary(loaded, result, seed),
         "data": inputs["data"],
@@ -154,6 +169,81 @@ def evaluate(
     shutil.rmtree(partial)
     report(f"{output} written, {_duration(time.monotonic() - started)}")
     return result
+
+
+def evaluate_checkpoints(
+    models: Sequence[str | Path], suite: str, folder: Path, **options: Any
+) -> tuple[list[dict[str, Any]], Path | None]:
+    """Measure several models, and draw their scores over the tokens that they had seen.
+
+    Args:
+        models: folders and Hub ids, as for `evaluate`; a run directory stands for all its checkpoints.
+        suite: as for `evaluate`.
+        folder: where the result files go (`<model>-<suite>.json`), and `curve-<suite>.json` and `.png` if two models
+            or more are checkpoints of ours.
+        options: the other arguments of `evaluate`.
+
+    Returns:
+        the result files' contents, in the order of the models, and the curve's JSON file, if there is one.
+    """
+    expanded = [checkpoint for model in models for checkpoint in checkpoints_of(model)]
+    results = [evaluate(model, suite, Path(folder) / result_name(model, suite), **options) for model in expanded]
+    points = sorted(
+        (result["nanophi"] for result in results if "tokens_seen" in result["nanophi"]["model"]),
+        key=lambda point: point["model"]["tokens_seen"],
+    )
+    if len(points) < 2:
+        return results, None
+    path = Path(folder) / f"curve-{suite}.json"
+    curve = [
+        {
+            **{key: point["model"].get(key) for key in ("name", "step", "tokens_seen")},
+            "scores": {line["task"]: {key: line[key] for key in CURVE_KEYS} for line in point["headline"]},
+        }
+        for point in points
+    ]
+    write_json(path, {"format": FORMAT, "suite": suite, "points": curve})
+    draw_curve(curve, path.with_suffix(".png"))
+    return results, path
+
+
+def checkpoints_of(model: str | Path) -> list[str | Path]:
+    """A run directory's checkpoints, by step; any other model is itself."""
+    folder = Path(model) / "checkpoints"
+    return sorted(folder.glob("step-*")) or [model] if folder.is_dir() else [model]
+
+
+def result_name(model: str | Path, suite: str) -> str:
+    """File name of a model's results on a suite: `step-000600-heldout.json`."""
+    name = Path(model).resolve().name if Path(model).is_dir() else str(model).replace("/", "--").replace("@", "--")
+    return f"{name}-{suite}.json"
+
+
+def draw_curve(curve: list[dict[str, Any]], path: Path) -> None:
+    """Scores with their 95 % intervals over tokens seen, one panel per task, chance dotted; a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    tasks = list(curve[0]["scores"])
+    figure, axes = plt.subplots(
+        1, len(tasks), figsize=(1 + 3 * len(tasks), 3), squeeze=False, sharex=True, layout="constrained"
+    )
+    tokens = [point["tokens_seen"] for point in curve]
+    for axis, task in zip(axes[0], tasks, strict=True):
+        scores = [point["scores"][task] for point in curve]
+        errors = [1.96 * (score["stderr"] or 0) for score in scores]
+        axis.errorbar(tokens, [score["value"] for score in scores], yerr=errors, marker="o", capsize=3)
+        if scores[0]["chance"] is not None:
+            axis.axhline(scores[0]["chance"], color="black", linestyle=":", linewidth=1)
+        axis.set_title(f"{task} ({scores[0]['metric']})", fontsize=9)
+        axis.set_xlabel("tokens seen")
+        axis.spines[["top", "right"]].set_visible(False)
+    partial = path.with_name(f".{path.name}.part")
+    figure.savefig(partial, format="png", dpi=150)
+    plt.close(figure)
+    partial.replace(path)
 
 
 def load_model(
@@ -242,13 +332,16 @@ def _run_task(lm: ScorerLM, name: str, task: Task, indices: list[int] | None) ->
     np.random.seed(FEWSHOT_SEED)
     torch.manual_seed(FEWSHOT_SEED)
     task.set_fewshot_seed(FEWSHOT_SEED)
-    with _quiet():
-        result: Any = lm_eval.evaluator.evaluate(
-            lm,
-            {"tasks": {name: task}},
-            samples=None if indices is None else {name: indices},
-            bootstrap_iters=BOOTSTRAP_ITERATIONS,
-        )
+    try:
+        with _quiet():
+            result: Any = lm_eval.evaluator.evaluate(
+                lm,
+                {"tasks": {name: task}},
+                samples=None if indices is None else {name: indices},
+                bootstrap_iters=BOOTSTRAP_ITERATIONS,
+            )
+    except TooLong as error:
+        raise UserError(f"task '{name}': {error}; choose other tasks (--suite)") from error
     samples = result["samples"][name]
     result["task_hashes"] = {
         name: hash_string("".join(s["doc_hash"] + s["prompt_hash"] + s["target_hash"] for s in samples))
@@ -310,10 +403,9 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, str | int | float | bool) else str(value)
 
 
-def _open_partial(output: Path, inputs: dict[str, Any]) -> Path:
+def _open_partial(output: Path, key: str) -> Path:
     """The folder for finished tasks, emptied if it holds those of other inputs."""
     partial = output.with_name(f".{output.name}.partial")
-    key = sha256_of(inputs)
     if not (partial / "key").is_file() or (partial / "key").read_text() != key:
         remove(partial)
         partial.mkdir(parents=True)

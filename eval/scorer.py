@@ -29,8 +29,10 @@ from lm_eval import utils
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import has_bos_prefix
 from torch import Tensor
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from nanophi.eval.kernels import Kernels
 
 Past = list[tuple[Tensor, Tensor]]
 """Keys and values of a prefix, per layer, each [1, key-value heads, tokens, head size]."""
@@ -47,12 +49,19 @@ MAX_LOSS = 0.125
 MIN_GAIN = 256
 """Tokens that keeping a prefix must save before it is worth a forward pass of its own."""
 
+MIN_STEM = 256
+"""Unscored tokens at the beginning of a row that are worth a forward pass of their own on a CPU."""
+
 HEAD_CHUNK = 512
 """Positions whose logits are held in float32 at a time."""
 
 
 Answers = list[tuple[int, tuple[float, bool]]]
 """Of some requests: the number, the log-likelihood in nats, and whether the continuation is the greedy one."""
+
+
+class TooLong(ValueError):  # noqa: N818
+    """A continuation is longer than what the model can read, and cannot be scored."""
 
 
 class Request:
@@ -213,7 +222,7 @@ class ScorerLM(HFLM):
         self.overflowing = 0
         self.progress = progress
         self._encoded: dict[str, list[int]] = {}
-        self._selected: tuple[Tensor, Tensor] | None = None
+        self._kernels = Kernels(network)
         self._slim = network.get_output_embeddings() is not None
         self.sharing = "" if share else "switched off"
         self.sharing = self.sharing or self._why_not_shared()
@@ -281,8 +290,8 @@ class ScorerLM(HFLM):
         windows: dict[bytes, list[tuple[int, list[int]]]] = {}
         for number, (_, context, continuation) in enumerate(requests):
             if not context or not 0 < len(continuation) <= self.max_length:
-                raise ValueError(
-                    f"a continuation of {len(continuation)} tokens does not fit a context of {self.max_length}"
+                raise TooLong(
+                    f"a continuation of {len(continuation)} tokens does not fit the model's {self.max_length}"
                 )
             whole = context + continuation
             self.overflowing += len(whole) > self.max_length + 1
@@ -301,6 +310,7 @@ class ScorerLM(HFLM):
             total=len(requests),
             disable=not self.progress,
             mininterval=0.5 if sys.stderr.isatty() else 30,
+            delay=0 if sys.stderr.isatty() else 30,
             leave=False,
             unit=" requests",
         )
@@ -331,13 +341,15 @@ class ScorerLM(HFLM):
         small: list[Range] = []
         while ranges:
             low, high = ranges.pop()
-            if high - low == 1:
-                small.append((low, high))
-                continue
             prefix, rows = forest.prefix(low, high), len(forest.split(low, high, base))
-            if (rows - 1) * (prefix - base) >= MIN_GAIN:
+            # A long unscored beginning by itself needs no mask and no more of the last layer than keys and values.
+            stem = rows == 1 and self.device.type == "cpu" and prefix - base >= MIN_STEM
+            if stem or (rows - 1) * (prefix - base) >= MIN_GAIN:
                 longer = self._extend(forest.sequences[low][base:prefix], base, past)
                 yield from self._descend(forest, [(low, high)], prefix, longer, asked)
+                continue
+            if high - low == 1:
+                small.append((low, high))
                 continue
             children = forest.children(low, high)
             lost = (len(children) - 1) * (forest.shared[children[1][0]] - base)
@@ -381,7 +393,11 @@ class ScorerLM(HFLM):
             ids[row, : len(pack.tokens)] = pack.tokens
         arguments: dict[str, Any] = {"input_ids": torch.from_numpy(ids).to(self.device), "use_cache": past is not None}
         if past is not None:
-            arguments["past_key_values"] = _cache(past, len(packs))
+            # A cache of its own, which begins with the prefix in every row and leaves `past` as it is.
+            rows_of = [
+                (keys.expand(len(packs), -1, -1, -1), values.expand(len(packs), -1, -1, -1)) for keys, values in past
+            ]
+            arguments["past_key_values"] = DynamicCache(rows_of)
         if not all(pack.chain for pack in packs):
             # Rows are filled up on the right, where causal attention does not look; only a tree needs a mask.
             dtype = self.model.dtype
@@ -394,7 +410,8 @@ class ScorerLM(HFLM):
             arguments["position_ids"] = torch.from_numpy(positions).to(self.device)
         rows = [row for row, chosen in enumerate(places) for _ in chosen]
         columns = [column for chosen in places for column in chosen]
-        with self._head_at(torch.tensor(rows, device=self.device), torch.tensor(columns, device=self.device)):
+        places_of = torch.tensor([rows, columns], device=self.device)
+        with self._kernels(), self._head_at(*places_of):
             return self.model(**arguments).logits[0]
 
     @contextlib.contextmanager
@@ -413,12 +430,11 @@ class ScorerLM(HFLM):
     @torch.inference_mode()
     def _extend(self, tokens: np.ndarray, base: int, past: Past | None) -> Past:
         """Keys and values of a prefix of `base` tokens (`past`) and `tokens` after it."""
-        cache = _cache(past, 1) if past is not None else DynamicCache()
+        cache = _PrefixCache(past, last_layer=self.model.config.num_hidden_layers - 1)
         ids = torch.from_numpy(tokens.astype(np.int64))[None].to(self.device)
-        place = torch.zeros(1, dtype=torch.long, device=self.device)
-        with self._head_at(place, place):
-            out = self.model(input_ids=ids, past_key_values=cache, use_cache=True)
-        return [(layer.keys, layer.values) for layer in out.past_key_values.layers]
+        with contextlib.suppress(_Complete), self._kernels():
+            self.model(input_ids=ids, past_key_values=cache, use_cache=True)
+        return [(keys, values) for keys, values, _ in cache]
 
     # Whether prefixes can be shared
 
@@ -476,14 +492,17 @@ class ScorerLM(HFLM):
         if temperature == 0.0 and not generation_kwargs.get("do_sample"):
             generation_kwargs["do_sample"] = False
             del generation_kwargs["temperature"]
-        return self.model.generate(
-            input_ids=context,
-            max_length=max_length,
-            stopping_criteria=transformers.StoppingCriteriaList([_StopStrings(self.tokenizer, stop, context.shape[1])]),
-            pad_token_id=self.tokenizer.pad_token_id,
-            use_cache=True,
-            **generation_kwargs,
-        )
+        with self._kernels():
+            return self.model.generate(
+                input_ids=context,
+                max_length=max_length,
+                stopping_criteria=transformers.StoppingCriteriaList(
+                    [_StopStrings(self.tokenizer, stop, context.shape[1])]
+                ),
+                pad_token_id=self.tokenizer.pad_token_id,
+                use_cache=True,
+                **generation_kwargs,
+            )
 
 
 class _StopStrings(transformers.StoppingCriteria):
@@ -513,9 +532,24 @@ def _attention_window(config: Any, max_length: int) -> int | None:
     return min((window for window in windows if isinstance(window, int) and window < max_length), default=None)
 
 
-def _cache(past: Past, rows: int) -> DynamicCache:
-    """A cache that begins with the prefix in every row. What is added to it leaves `past` as it is."""
-    return DynamicCache([(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1)) for keys, values in past])
+class _Complete(Exception):  # noqa: N818  # it is none
+    """Ends a forward pass when the last layer has handed over its keys and values."""
+
+
+class _PrefixCache(DynamicCache):
+    """Takes in a prefix's keys and values. What the last layer would do with them, a prefix does not need."""
+
+    def __init__(self, past: Past | None, last_layer: int) -> None:
+        super().__init__(past)
+        self.last_layer = last_layer
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        result = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if layer_idx == self.last_layer:
+            raise _Complete
+        return result
 
 
 def _answers(pack: Pack, requests: Sequence[Request], places: Sequence[int], logits: Tensor) -> Answers:

@@ -8,41 +8,12 @@ import torch
 import transformers
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from nanophi import NanoPhiConfig, NanoPhiForCausalLM
 from nanophi.eval import scorer
 from nanophi.eval.scorer import ScorerLM
 
-WORDS = [
-    "the",
-    "a",
-    "of",
-    "and",
-    "to",
-    "in",
-    "is",
-    "was",
-    "it",
-    "for",
-    "on",
-    "are",
-    "as",
-    "with",
-    "his",
-    "they",
-    "at",
-    "be",
-    "this",
-    "from",
-    "have",
-    "or",
-    "by",
-    "one",
-    "had",
-    "not",
-]
-SIZES = {"vocab_size": 320, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 0}
+SIZES = {"vocab_size": 512, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 0}
 SHAPE = {**SIZES, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 CONFIGS = {
     "phi": transformers.PhiConfig(**SHAPE, num_key_value_heads=2),
@@ -50,7 +21,7 @@ CONFIGS = {
     "llama": transformers.LlamaConfig(**SHAPE, num_key_value_heads=1),
     "gpt_neox": transformers.GPTNeoXConfig(**SHAPE),
     "gpt2": transformers.GPT2Config(
-        vocab_size=320, n_positions=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0
+        vocab_size=512, n_positions=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0
     ),
     "opt": transformers.OPTConfig(
         **SIZES,
@@ -69,27 +40,13 @@ CONFIGS = {
         **SIZES, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]], window_size=16
     ),
     "bloom": transformers.BloomConfig(
-        vocab_size=320, hidden_size=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0, seq_length=64
+        vocab_size=512, hidden_size=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0, seq_length=64
     ),
     "mamba": transformers.MambaConfig(
-        vocab_size=320, hidden_size=32, num_hidden_layers=2, bos_token_id=0, eos_token_id=0, pad_token_id=0
+        vocab_size=512, hidden_size=32, num_hidden_layers=2, bos_token_id=0, eos_token_id=0, pad_token_id=0
     ),
 }
 SHARED = ("phi", "nanophi", "llama", "gpt_neox", "gpt2", "opt")
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
-    bpe.train_from_iterator([" ".join(WORDS)] * 3, trainer)
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token="<|endoftext|>", eos_token="<|endoftext|>"
-    )
 
 
 def network(name: str) -> transformers.PreTrainedModel:
@@ -101,6 +58,9 @@ def network(name: str) -> transformers.PreTrainedModel:
             # Larger than the usual initialisation, so that a token out of place shows.
             parameter.normal_(0, 0.3) if parameter.ndim > 1 else parameter.add_(torch.randn_like(parameter) * 0.1)
     return model.eval()
+
+
+WORDS = [*"abcdefgh", "and", "to", "is was", "it", "for", "with his", "they", "this", "from", "have", "one", "not"]
 
 
 def text(rng: random.Random, words: int) -> str:
@@ -128,6 +88,7 @@ def test_log_likelihoods_are_those_of_hflm(name, tokenizer, monkeypatch):
     monkeypatch.setattr(scorer, "ROW_TOKENS", 48)  # several rows and kept prefixes, also at this size
     monkeypatch.setattr(scorer, "PACK_TOKENS", 32)
     monkeypatch.setattr(scorer, "MIN_GAIN", 24)
+    monkeypatch.setattr(scorer, "MIN_STEM", 40)
     model = network(name)
     max_length = 64 if name in ("bloom", "mamba") else None
     ours, theirs = ScorerLM(model, tokenizer, progress=False), HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
@@ -143,3 +104,81 @@ def test_log_likelihoods_are_those_of_hflm(name, tokenizer, monkeypatch):
     ]
     found, expected = ours.loglikelihood_rolling(documents, True), theirs.loglikelihood_rolling(documents, True)
     np.testing.assert_allclose(found, expected, atol=2e-3)
+
+
+def test_one_sequence_per_document_and_logits_only_where_scored(tokenizer, monkeypatch):
+    """What makes it fast, by counting: a document's context runs once, and the LM head sees scored places only."""
+    model = network("phi")
+    ours = ScorerLM(model, tokenizer, progress=False)
+    rng = random.Random(0)
+    documents = [text(rng, 12) for _ in range(5)]
+    asked = [Instance("loglikelihood", {}, (d, " " + w), 0) for d in documents for w in ("had not", "was", "for them")]
+    tokens: list[int] = []
+    head: list[int] = []
+    model.get_input_embeddings().register_forward_hook(lambda _, inputs, __: tokens.append(inputs[0].numel()))
+    model.get_output_embeddings().register_forward_hook(lambda _, inputs, __: head.append(inputs[0].shape[1]))
+    ours.loglikelihood(asked)
+    contexts = sum(len(tokenizer.encode(document)) for document in documents)
+    continuations = sum(len(tokenizer.encode(r.args[1])) for r in asked)
+    assert sum(tokens) <= 1.5 * (contexts + continuations)
+    assert sum(head) <= continuations
+    stock = sum(len(tokenizer.encode("".join(r.args))) for r in asked)
+    assert sum(tokens) < 0.6 * stock
+
+
+def test_a_subjects_examples_run_once(tokenizer, monkeypatch):
+    monkeypatch.setattr(scorer, "ROW_TOKENS", 64)
+    monkeypatch.setattr(scorer, "PACK_TOKENS", 64)
+    monkeypatch.setattr(scorer, "MIN_GAIN", 32)
+    model = network("llama")
+    ours = ScorerLM(model, tokenizer, progress=False)
+    rng = random.Random(0)
+    shots = text(rng, 30)
+    prompts = [f"{shots}\n\n{text(rng, 4)}\nAnswer:" for _ in range(30)]
+    asked = [Instance("loglikelihood", {}, (prompt, choice), 0) for prompt in prompts for choice in (" a", " of")]
+    tokens: list[int] = []
+    model.get_input_embeddings().register_forward_hook(lambda _, inputs, __: tokens.append(inputs[0].numel()))
+    ours.loglikelihood(asked)
+    prefix = len(tokenizer.encode(shots))
+    assert sum(tokens) < 2 * prefix + sum(len(tokenizer.encode(p)) - prefix for p in prompts) * 1.3
+
+
+def test_greedy_generation_is_that_of_hflm(tokenizer):
+    model = network("phi")
+    ours = ScorerLM(model, tokenizer, batch_size=3, progress=False)
+    theirs = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=3)
+    rng = random.Random(0)
+    kwargs = {"until": [" this", "Q", " not"], "max_gen_toks": 24, "do_sample": False, "temperature": 0.0}
+    asked = [Instance("generate_until", {}, (text(rng, n), dict(kwargs)), 0) for n in (2, 5, 9, 30, 60, 80, 7)]
+    steps: list[int] = []
+    handle = model.get_output_embeddings().register_forward_hook(lambda *_: steps.append(1))
+    found, ran = ours.generate_until(asked, disable_tqdm=True), len(steps)
+    expected = theirs.generate_until(asked, disable_tqdm=True)
+    handle.remove()
+    assert found == expected
+    assert any(found) and ran <= len(steps) - ran
+
+
+def test_bfloat16_is_near_float32(tokenizer):
+    model = network("phi")
+    exact = ScorerLM(model, tokenizer, progress=False).loglikelihood(requests())
+    rounded = ScorerLM(model.to(torch.bfloat16), tokenizer, progress=False)
+    assert not rounded.sharing
+    found = rounded.loglikelihood(requests())
+    differences = [abs(a - b) / (1 + abs(a)) for (a, _), (b, _) in zip(exact, found, strict=True)]
+    assert max(differences) < 0.05
+
+
+def test_network_is_left_as_it_was(tokenizer):
+    model = network("phi")
+    ids = torch.arange(1, 20)[None]
+    before = model(ids).logits
+    ScorerLM(model, tokenizer, progress=False).loglikelihood(requests())
+    torch.testing.assert_close(model(ids).logits, before, rtol=0, atol=0)
+    assert not any("forward" in vars(module) or module._forward_pre_hooks for module in model.modules())
+
+
+def test_too_long_a_continuation_is_refused(tokenizer):
+    ours = ScorerLM(network("phi"), tokenizer, progress=False)
+    with pytest.raises(scorer.TooLong, match="does not fit the model's 64"):
+        ours.loglikelihood([Instance("loglikelihood", {}, ("a", " the" * 70), 0)])

@@ -1,0 +1,326 @@
+"""The Open LLM Leaderboard's own checks of a submission, in its order, and the request file.
+
+    nanophi submit runs/nano-phi-115m/release --repo-id ORG/nano-phi-115M
+
+The boards take no models any more (v1 since June 2024, v2 since March 2025). The checks remain what a well-formed
+release passes, and mirrors of the boards read the same request files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import safetensors
+import transformers
+from huggingface_hub import HfApi, ModelCard
+
+from nanophi.records import UserError, now, read_json, write_json
+
+MODEL_TYPES = ("pretrained", "continuously pretrained", "fine-tuned", "chat", "merge")
+PRECISIONS = ("float16", "bfloat16", "float32")
+MIN_CARD_CHARACTERS = 200
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One of the board's checks: what it looks at, whether it passed, what was found, and what to do if not."""
+
+    name: str
+    passed: bool
+    found: str
+    remedy: str
+
+
+def check(
+    model: str | Path,
+    *,
+    repo_id: str | None = None,
+    revision: str = "main",
+    model_type: str = "pretrained",
+    precision: str = "bfloat16",
+    weight_type: str = "Original",
+    requests: Path | None = None,
+) -> list[Check]:
+    """The board's checks, in order, each run whether or not those before it passed.
+
+    Args:
+        model: release folder or Hub id. What a folder holds is checked there; only whether the Hub knows it is asked.
+        repo_id: `ORG/NAME` that the folder is, or will be, pushed to; for a Hub id, itself.
+        revision: branch, tag or commit on the Hub; empty: main.
+        model_type: one of `MODEL_TYPES`.
+        precision: in which the board is to run the model, one of `PRECISIONS`.
+        weight_type: `Original`, `Adapter` or `Delta`.
+        requests: folder of earlier requests, against which a repetition is looked for.
+    """
+    return _Submission(model, repo_id, revision, model_type, precision, weight_type, requests).checks()
+
+
+def submit(
+    model: str | Path,
+    output: Path,
+    *,
+    repo_id: str | None = None,
+    revision: str = "main",
+    model_type: str = "pretrained",
+    precision: str = "bfloat16",
+    weight_type: str = "Original",
+    base_model: str = "",
+    sender: str = "",
+    report: Callable[[str], None] = print,
+) -> list[Path]:
+    """Run the checks and, if all pass, write the request file in the formats of both boards.
+
+    Args: those of `check`, and:
+        output: folder for the requests: `v1/ORG/NAME_eval_request_False_bfloat16_Original.json`, and `v2/...`.
+        base_model: for anything that is not pretrained from scratch.
+        sender: user name on the Hub, for v2.
+        report: called with one line per check.
+
+    Returns:
+        the files written.
+
+    Raises:
+        UserError: if a check fails; then nothing is written.
+    """
+    submission = _Submission(model, repo_id, revision, model_type, precision, weight_type, Path(output))
+    checks = submission.checks()
+    for line in render(checks).splitlines():
+        report(line)
+    failed = [entry.name for entry in checks if not entry.passed]
+    if failed:
+        raise UserError(f"{len(failed)} of {len(checks)} checks failed ({', '.join(failed)}); no request written")
+    files = []
+    for board, request in (
+        ("v1", submission.request_v1(base_model)),
+        ("v2", submission.request_v2(base_model, sender)),
+    ):
+        path = Path(output) / board / f"{submission.repo_id}_eval_request_False_{precision}_{weight_type}.json"
+        write_json(path, request)
+        files.append(path)
+        report(f"written: {path}")
+    return files
+
+
+def render(checks: Sequence[Check]) -> str:
+    """One line per check, the remedy with those that failed."""
+    lines = []
+    for number, entry in enumerate(checks, 1):
+        remedy = "" if entry.passed else f"; {entry.remedy}"
+        lines.append(f"{number:2} {'passed' if entry.passed else 'FAILED'}  {entry.name}: {entry.found}{remedy}")
+    return "\n".join(lines)
+
+
+class _Submission:
+    """A model on its way to the board, and what is known about it."""
+
+    def __init__(
+        self,
+        model: str | Path,
+        repo_id: str | None,
+        revision: str,
+        model_type: str,
+        precision: str,
+        weight_type: str,
+        requests: Path | None,
+    ) -> None:
+        self.folder = Path(model) if Path(model).is_dir() else None
+        if self.folder is None and (Path(model).is_absolute() or str(model).count("/") != 1):
+            raise UserError(f"{model} is neither a folder nor a Hub id (ORG/NAME)")
+        self.source = str(model)
+        self.repo_id = repo_id or ("" if self.folder else self.source)
+        self.revision = revision or "main"
+        self.model_type, self.precision, self.weight_type = model_type, precision, weight_type
+        self.requests = requests
+        self.info: Any = None
+        self.config: Any = None
+        self.card: ModelCard | None = None
+        self.parameters: int | None = None
+
+    def checks(self) -> list[Check]:
+        return [
+            self._type(),
+            self._revision(),
+            self._config(),
+            self._tokenizer(),
+            self._reachable(),
+            self._license(),
+            self._card_text(),
+            self._safetensors(),
+            self._not_twice(),
+            self._chat_template(),
+        ]
+
+    def request_v1(self, base_model: str) -> dict[str, Any]:
+        """The request of the first board (2023 to June 2024)."""
+        return {
+            "model": self.repo_id,
+            "base_model": base_model,
+            "revision": self.revision,
+            "private": False,
+            "precision": self.precision,
+            "weight_type": self.weight_type,
+            "status": "PENDING",
+            "submitted_time": now(),
+            "model_type": self.model_type,
+            "likes": getattr(self.info, "likes", 0) or 0,
+            "params": round((self.parameters or 0) / 1e9, 3),
+            "license": self._license_name(),
+        }
+
+    def request_v2(self, base_model: str, sender: str) -> dict[str, Any]:
+        """The request of the second board (June 2024 to March 2025), which names a commit."""
+        return {
+            "model": self.repo_id,
+            "base_model": base_model,
+            "revision": self.info.sha,
+            "precision": self.precision,
+            "params": round((self.parameters or 0) / 1e9, 3),
+            "architectures": ";".join(self.config.architectures or []),
+            "weight_type": self.weight_type,
+            "status": "PENDING",
+            "submitted_time": now(),
+            "model_type": self.model_type,
+            "job_id": -1,
+            "job_start_time": None,
+            "use_chat_template": False,
+            "sender": sender,
+        }
+
+    def _type(self) -> Check:
+        known = self.model_type in MODEL_TYPES and self.precision in PRECISIONS
+        found = f"{self.model_type or 'none'}, {self.precision}"
+        remedy = f"model type is one of {', '.join(MODEL_TYPES)}; precision one of {', '.join(PRECISIONS)}"
+        return Check("model type", known, found, remedy)
+
+    def _revision(self) -> Check:
+        remedy = f"push first (nanophi push), and check that {self.revision} is a branch, tag or commit there"
+        if not self.repo_id:
+            return Check("revision", False, "no repository named", "name it: --repo-id ORG/NAME")
+        try:
+            self.info = HfApi().model_info(self.repo_id, revision=self.revision)
+        except Exception as error:
+            return Check("revision", False, f"{self.repo_id}@{self.revision}: {_short(error)}", remedy)
+        return Check("revision", True, f"{self.revision} is {self.info.sha}", remedy)
+
+    def _config(self) -> Check:
+        remedy = "remote code was refused: config.json must name a model_type that transformers itself knows"
+        try:
+            self.config = transformers.AutoConfig.from_pretrained(
+                self.source, trust_remote_code=False, **self._at_revision()
+            )
+        except Exception as error:
+            return Check("configuration without remote code", False, _short(error), remedy)
+        return Check("configuration without remote code", True, type(self.config).__name__, remedy)
+
+    def _tokenizer(self) -> Check:
+        remedy = "put tokenizer.json and tokenizer_config.json beside the weights"
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                self.source, trust_remote_code=False, **self._at_revision()
+            )
+        except Exception as error:
+            return Check("tokenizer", False, _short(error), remedy)
+        return Check("tokenizer", True, f"{type(tokenizer).__name__}, {len(tokenizer)} tokens", remedy)
+
+    def _reachable(self) -> Check:
+        remedy = "the repository must exist, and be public or yours"
+        if self.info is None:
+            return Check("model information", False, "the Hub gives none", remedy)
+        return Check("model information", not self.info.private, "private" if self.info.private else "public", remedy)
+
+    def _license(self) -> Check:
+        remedy = "set `license` in the card's metadata, or `license_name` and `license_link` where it is `other`"
+        problem = self._load_card()
+        if problem:
+            return Check("license", False, problem, remedy)
+        data = self.card.data.to_dict() if self.card else {}
+        named = bool(data.get("license_name") and data.get("license_link"))
+        passed = named or bool(data.get("license") and data["license"] != "other")
+        return Check("license", passed, self._license_name() or "none", remedy)
+
+    def _card_text(self) -> Check:
+        remedy = "say in README.md what the model is and how it was made"
+        count = len(self.card.text.strip()) if self.card else 0
+        return Check("card", count >= MIN_CARD_CHARACTERS, f"{count} characters of {MIN_CARD_CHARACTERS}", remedy)
+
+    def _safetensors(self) -> Check:
+        remedy = "save the weights as safetensors"
+        try:
+            self.parameters = self._count_parameters()
+        except Exception as error:
+            return Check("safetensors", False, _short(error), remedy)
+        return Check("safetensors", self.parameters > 0, f"{self.parameters:,} parameters", remedy)
+
+    def _not_twice(self) -> Check:
+        remedy = "it is in the queue; submit another revision or precision"
+        sha = getattr(self.info, "sha", None)
+        for path in sorted(self.requests.glob("**/*_eval_request_*.json")) if self.requests else []:
+            request = read_json(path)
+            same = request.get("model") == self.repo_id and request.get("precision") == self.precision
+            if same and request.get("revision") in (self.revision, sha):
+                return Check("first of its kind", False, f"requested before: {path}", remedy)
+        return Check("first of its kind", True, "no earlier request", remedy)
+
+    def _chat_template(self) -> Check:
+        remedy = "v2 reads the chat template from tokenizer_config.json: move it there"
+        name = "chat template in tokenizer_config.json"
+        files = self._files()
+        if "chat_template.jinja" not in files and "chat_template.json" not in files:
+            return Check(name, True, "in it, or there is none", remedy)
+        try:
+            inside = "chat_template" in json.loads(self._read("tokenizer_config.json"))
+        except (OSError, ValueError) as error:
+            return Check(name, False, _short(error), remedy)
+        return Check(name, inside, "in both" if inside else "in a file of its own", remedy)
+
+    def _at_revision(self) -> dict[str, str]:
+        return {} if self.folder else {"revision": self.revision}
+
+    def _files(self) -> list[str]:
+        if self.folder:
+            return [path.name for path in self.folder.iterdir()]
+        return [sibling.rfilename for sibling in getattr(self.info, "siblings", None) or []]
+
+    def _read(self, name: str) -> str:
+        path = self.folder / name if self.folder else Path(self._download(name))
+        return path.read_text(encoding="utf-8")
+
+    def _download(self, name: str) -> str:
+        return huggingface_hub.hf_hub_download(self.repo_id, name, revision=self.revision)
+
+    def _load_card(self) -> str:
+        """Read the card; what is wrong with it, or nothing."""
+        try:
+            self.card = ModelCard(self._read("README.md"))
+        except FileNotFoundError:
+            return "there is no README.md"
+        except Exception as error:
+            return _short(error)
+        return ""
+
+    def _license_name(self) -> str:
+        data = self.card.data.to_dict() if self.card else {}
+        return str(data.get("license_name") or data.get("license") or "")
+
+    def _count_parameters(self) -> int:
+        if not self.folder:
+            return sum(HfApi().get_safetensors_metadata(self.repo_id, revision=self.revision).parameter_count.values())
+        files = sorted(self.folder.glob("*.safetensors"))
+        if not files:
+            raise UserError("there is no .safetensors file")
+        total = 0
+        for path in files:
+            with safetensors.safe_open(path, framework="pt") as tensors:
+                total += sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118
+        return total
+
+
+def _short(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]

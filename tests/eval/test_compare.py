@@ -1,0 +1,205 @@
+"""Comparison: tests against scipy and simulation, and no verdict where there is only noise."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from nanophi.eval.compare import bootstrap_bits, bootstrap_mean, compare, holm, mcnemar, references, render
+from nanophi.records import UserError, read_json
+
+
+def result(path, scores, *, task="arc_easy", metric="acc", chance=0.25, shots=0, prompts="p", **fields):
+    """A result file with these scores per item."""
+    pairs = isinstance(scores[0], tuple)
+    samples = [
+        {
+            "doc_id": i,
+            "doc_hash": f"d{i}",
+            "prompt_hash": f"{prompts}{i}",
+            "filter": "none",
+            metric: score,
+            "source": "s",
+        }
+        for i, score in enumerate(scores)
+    ]
+    value = -sum(s[0] for s in scores) / sum(s[1] for s in scores) / math.log(2) if pairs else float(np.mean(scores))
+    line = {"task": task, "metric": metric, "filter": "none", "num_fewshot": shots, "value": value, "stderr": 0.01}
+    line |= {"chance": chance, "higher_is_better": not pairs, "items": len(scores), "of": len(scores), "tasks": [task]}
+    content = {"samples": {task: samples}, "lm_eval_version": "0.4.13"}
+    content["nanophi"] = {"format": 1, "headline": [line], "model": {"name": path.stem}, **fields}
+    path.write_text(json.dumps(content))
+    return path
+
+
+def bits(path, nats, sizes):
+    held = {
+        "bits_per_byte": 1.0,
+        "bz2": {"bits_per_byte": 2.25},
+        "by_source": {"s": {"bits_per_byte": 1.0, "bits_per_byte_stderr": 0.1}},
+    }
+    scores = list(zip(nats.tolist(), sizes.tolist(), strict=True))
+    return result(path, scores, task="heldout_bits_per_byte", metric="bits_per_byte", chance=None, heldout=held)
+
+
+def test_better_is_found_and_noise_is_not(tmp_path):
+    rng = np.random.default_rng(0)
+    base = (rng.random(1000) < 0.4).astype(float)
+    better = np.maximum(base, rng.random(1000) < 0.15)
+    flips = rng.random(1000) < 0.1
+    same = np.where(flips, rng.permutation(base), base)
+    files = {
+        "better": [result(tmp_path / "b.json", better.tolist())],
+        "same": [result(tmp_path / "s.json", same.tolist())],
+        "control": [result(tmp_path / "c.json", base.tolist())],
+    }
+    comparison = compare(files, tmp_path / "out")
+    assert comparison["baseline"] == "control"
+    differences = comparison["tasks"]["arc_easy"]["differences"]
+    assert differences["better"]["verdict"] == "better" and differences["better"]["p_corrected"] < 0.001
+    assert differences["same"]["verdict"] == "within noise"
+    low, high = differences["better"]["interval"]
+    assert low < (better - base).mean() < high and low > 0
+    assert differences["better"]["value"] == pytest.approx((better - base).mean())
+    assert read_json(tmp_path / "out/comparison.json") == comparison
+    assert "better (p < 0.001)" in render(comparison).replace("p = <", "p <")
+    assert (tmp_path / "out/comparison.png").read_bytes().startswith(b"\x89PNG")
+    markdown = (tmp_path / "out/comparison.md").read_text()
+    assert "| ARC-Easy (acc) |" in markdown and "measured elsewhere" not in markdown
+
+
+def test_worse_bits_per_byte(tmp_path):
+    rng = np.random.default_rng(1)
+    sizes = rng.integers(500, 5000, 80).astype(float)
+    control = -sizes * rng.normal(1.3, 0.2, 80)
+    worse = control - sizes * rng.normal(0.02, 0.02, 80)
+    files = {"a": [bits(tmp_path / "a.json", worse, sizes)], "b": [bits(tmp_path / "b.json", control, sizes)]}
+    difference = compare(files, tmp_path)["tasks"]["heldout_bits_per_byte"]["differences"]["a"]
+    assert difference["verdict"] == "worse" and difference["value"] > 0
+    assert difference["value"] == pytest.approx((control - worse).sum() / sizes.sum() / math.log(2))
+    assert "bz2 -9, same text" in render(read_json(tmp_path / "comparison.json"))
+
+
+def test_models_of_equal_quality_are_rarely_told_apart(tmp_path):
+    """Under the null hypothesis at most one comparison in twenty finds a difference anywhere in it."""
+    rng = np.random.default_rng(2)
+    found = 0
+    for trial in range(60):
+        files: dict[str, list] = {"a": [], "b": []}
+        for task in range(4):
+            skill = rng.random(200) * 0.6
+            for label in files:
+                scores = (rng.random(200) < skill).astype(float).tolist()
+                files[label].append(result(tmp_path / f"{label}{task}.json", scores, task=f"task{task}"))
+        rows = _compare_quickly(files, tmp_path, trial)
+        found += any(row["differences"]["a"]["verdict"] != "within noise" for row in rows.values())
+    assert found <= 7  # of 60; 3 expected at most, 8 or more in one of 60 runs
+
+
+def _compare_quickly(files, folder, seed):
+    from unittest import mock
+
+    with mock.patch("nanophi.eval.compare.draw"), mock.patch("nanophi.eval.compare.RESAMPLES", 500):
+        return compare(files, folder, seed=seed)["tasks"]
+
+
+def test_statistics_against_scipy():
+    rng = np.random.default_rng(3)
+    a, b = (rng.random(300) < 0.5).astype(float), (rng.random(300) < 0.4).astype(float)
+    found = mcnemar(a, b)
+    gained, lost = int((a > b).sum()), int((a < b).sum())
+    assert (found["gained"], found["lost"]) == (gained, lost)
+    assert found["p_value"] == pytest.approx(scipy.stats.binomtest(gained, gained + lost, 0.5).pvalue)
+    assert mcnemar(a, a)["p_value"] == 1
+    values = rng.normal(0.3, 2.0, 500)
+    for sample in (values, (a - b)):
+        draws = bootstrap_mean(sample, np.random.default_rng(0))
+        assert draws.mean() == pytest.approx(sample.mean(), abs=0.01)
+        assert draws.std() == pytest.approx(sample.std() / math.sqrt(len(sample)), rel=0.03)
+    sizes = rng.integers(100, 1000, 100).astype(float)
+    ours, theirs = (np.stack([-sizes * rng.normal(1, 0.1, 100), sizes], axis=1) for _ in range(2))
+    draws = bootstrap_bits(ours, theirs, np.random.default_rng(0))
+    exact = (theirs[:, 0] - ours[:, 0]).sum() / sizes.sum() / math.log(2)
+    assert draws.mean() == pytest.approx(exact, abs=3e-3)
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+    assert holm([]) == []
+
+
+def test_only_items_with_the_same_prompt_are_paired(tmp_path):
+    a = result(tmp_path / "a.json", [1.0] * 20)
+    b = result(tmp_path / "b.json", [0.0] * 20, prompts="q")
+    comparison = compare({"a": [a], "b": [b]}, tmp_path)
+    assert comparison["tasks"]["arc_easy"]["differences"] == {}
+    assert "no item with the same prompt" in comparison["notes"][0]
+    c = result(tmp_path / "c.json", [0.0] * 12)
+    comparison = compare({"a": [a], "c": [c]}, tmp_path)
+    assert comparison["tasks"]["arc_easy"]["differences"]["a"]["items"] == 12
+
+
+def test_groups_count_by_their_unweighted_mean_and_show_their_parts(tmp_path):
+    rng = np.random.default_rng(4)
+    files = {}
+    for label, skill in (("a", 0.5), ("b", 0.3)):
+        path = result(tmp_path / f"{label}.json", [0.0])
+        content = json.loads(path.read_text())
+        content["samples"] = {
+            f"mmlu_{subject}": [
+                {
+                    "doc_id": i,
+                    "doc_hash": f"d{i}",
+                    "prompt_hash": "p",
+                    "filter": "none",
+                    "acc": float(rng.random() < skill),
+                }
+                for i in range(size)
+            ]
+            for subject, size in (("law", 400), ("art", 40))
+        }
+        means = [np.mean([s["acc"] for s in samples]) for samples in content["samples"].values()]
+        line = content["nanophi"]["headline"][0]
+        line |= {"task": "mmlu", "tasks": list(content["samples"]), "value": float(np.mean(means)), "items": 440}
+        path.write_text(json.dumps(content))
+        files[label] = [path]
+    comparison = compare(files, tmp_path)
+    row, parts = comparison["tasks"]["mmlu"], comparison["subjects"]["mmlu"]
+    subjects = [parts[f"mmlu_{subject}"]["differences"]["a"]["value"] for subject in ("law", "art")]
+    assert row["differences"]["a"]["value"] == pytest.approx(np.mean(subjects))
+    assert row["differences"]["a"]["verdict"] == "better"
+    markdown = (tmp_path / "comparison.md").read_text()
+    assert "MMLU by subject" in markdown and "nano-phi-115M-v0.1" in markdown
+
+
+def test_bad_input(tmp_path):
+    good = result(tmp_path / "good.json", [1.0, 0.0])
+
+    def problem(files, **options):
+        with pytest.raises(UserError) as error:
+            compare(files, tmp_path / "out", **options)
+        assert not (tmp_path / "out").exists()
+        return str(error.value)
+
+    old = json.loads(good.read_text())
+    old["nanophi"]["format"] = 0
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    assert "has format 0, this version reads 1" in problem({"a": [tmp_path / "old.json"]})
+    (tmp_path / "other.json").write_text("{}")
+    assert "is not a result of `nanophi eval`" in problem({"a": [tmp_path / "other.json"]})
+    assert "is missing" in problem({"a": [tmp_path / "nowhere.json"]})
+    assert "baseline 'c' is not one of a" in problem({"a": [good]}, baseline="c")
+    shots = result(tmp_path / "shots.json", [1.0, 0.0], shots=5)
+    assert "arc_easy was not measured alike (a: 0-shot acc, b: 5-shot acc)" in problem({"a": [good], "b": [shots]})
+    assert "nothing to compare" in problem({})
+
+
+def test_published_scores_add_up_and_name_their_sources():
+    published = references()
+    assert len(published["models"]) == 9
+    for model in published["models"]:
+        assert np.mean(list(model["scores"].values())) == pytest.approx(model["average"], abs=0.011)
+        assert set(model["scores"]) == set(published["metrics"]) and model["source"]

@@ -1,0 +1,262 @@
+"""Measuring a model: the result file, going on after a kill, chance and better than chance, bad input."""
+
+import json
+import math
+import random
+import shutil
+
+import lm_eval
+import numpy as np
+import pytest
+import torch
+import transformers
+from lm_eval.models.huggingface import HFLM
+
+from nanophi.eval import evaluate as evaluation
+from nanophi.eval.evaluate import evaluate, evaluate_checkpoints
+from nanophi.eval.metrics import BitsPerByte
+from nanophi.eval.suites import find_suite, load_suite, sample_of_items
+from nanophi.records import UserError, read_json
+
+
+@pytest.fixture(scope="module")
+def model(make_model):
+    return make_model(0)
+
+
+@pytest.fixture(scope="module")
+def result(model, heldout, tmp_path_factory):
+    output = tmp_path_factory.mktemp("evals") / "model-heldout.json"
+    found = evaluate(model, "heldout", output, heldout=heldout, report=lambda line: None)
+    assert json.loads(output.read_text()) == found
+    assert not list(output.parent.glob(".*"))
+    return found
+
+
+def test_result_is_lm_evals_and_ours(result, model, heldout):
+    for key in ("results", "versions", "n-shot", "n-samples", "configs", "config", "samples", "lm_eval_version"):
+        assert key in result
+    assert [line["task"] for line in result["nanophi"]["headline"]] == list(result["results"])
+    assert result["nanophi"]["model"]["parameters"] == result["config"]["model_num_parameters"] > 0
+    sample = result["samples"]["heldout_continuation"][0]
+    assert len(sample["filtered_resps"]) == 4
+    assert {"acc", "acc_norm", "doc_hash", "prompt_hash", "source", "target"} <= set(sample)
+    assert result["nanophi"]["headline"][1]["chance"] == 0.25
+
+
+def test_bits_per_byte_is_the_models_loss_in_other_units(result, model, heldout):
+    """Against a loop written from the definition: -log2 P(text | BOS) / bytes, in disjoint windows."""
+    network = transformers.AutoModelForCausalLM.from_pretrained(model).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    loaded = load_suite(find_suite("heldout_bits_per_byte"), heldout=heldout)
+    nats = total = 0.0
+    by_source: dict[str, list[float]] = {}
+    for doc in loaded.tasks["heldout_bits_per_byte"].eval_docs:
+        tokens = tokenizer.encode(doc["text"])
+        document = 0.0
+        for start in range(0, len(tokens), 256):
+            window = tokens[max(start - 1, 0) : start + 256] if start else [0, *tokens[:256]]
+            # A last window shorter than the context is filled up with what comes before it.
+            scored = min(256, len(tokens) - start)
+            whole = ([0, *tokens])[max(0, start + scored - 256) : start + scored + 1]
+            ids = torch.tensor([whole if start else window])
+            with torch.no_grad():
+                scores = torch.log_softmax(network(ids[:, :-1]).logits[0], -1)
+            targets = ids[0, 1:]
+            document += float(scores[torch.arange(len(targets)), targets][-scored:].sum())
+        nats, total = nats + document, total + len(doc["text"].encode())
+        sums = by_source.setdefault(doc["source"], [0.0, 0.0])
+        sums[0], sums[1] = sums[0] + document, sums[1] + len(doc["text"].encode())
+    held = result["nanophi"]["heldout"]
+    assert held["bits_per_byte"] == pytest.approx(-nats / total / math.log(2), rel=1e-4)
+    assert held["bytes"] == total
+    for source, (document, size) in by_source.items():
+        assert held["by_source"][source]["bits_per_byte"] == pytest.approx(-document / size / math.log(2), rel=1e-4)
+    line = result["nanophi"]["headline"][0]
+    assert line["value"] == pytest.approx(held["bits_per_byte"]) and 0 < line["stderr"] < 0.5
+    assert 1 < held["bz2"]["bits_per_byte"] < 8
+
+
+def test_metric_and_its_standard_error():
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(100, 1000, 200)
+    nats = -sizes * rng.normal(1.2, 0.1, 200)
+    found = BitsPerByte(keep_in_memory=True).compute(predictions=nats.tolist(), references=sizes.tolist())
+    assert found["bits_per_byte"] == pytest.approx(-nats.sum() / sizes.sum() / math.log(2))
+    assert found["bytes"] == sizes.sum()
+    # The ratio estimator's standard error by the delta method.
+    ratio = nats.sum() / sizes.sum()
+    expected = np.sqrt(((nats - ratio * sizes) ** 2).sum()) / sizes.sum() / math.log(2)
+    assert found["bits_per_byte_stderr"] == pytest.approx(expected, rel=0.1)
+
+
+def test_same_scores_as_stock_lm_eval(model, benchmarks, tmp_path):
+    found = evaluate(model, "arc-easy", tmp_path / "ours.json", data=benchmarks, report=lambda line: None)
+    task = load_suite(find_suite("arc_easy"), data=benchmarks).tasks
+    stock = lm_eval.simple_evaluate(
+        HFLM(pretrained=str(model), device="cpu", dtype="float32", batch_size=8),
+        tasks=list(task.values()),
+        task_manager=lm_eval.tasks.TaskManager(include_path=str(tmp_path), include_defaults=False),
+    )
+    for key in ("acc,none", "acc_norm,none", "acc_stderr,none"):
+        assert found["results"]["arc_easy"][key] == pytest.approx(stock["results"]["arc_easy"][key])
+    for ours, theirs in zip(found["samples"]["arc_easy"], stock["samples"]["arc_easy"], strict=True):
+        assert ours["prompt_hash"] == theirs["prompt_hash"] and ours["doc_hash"] == theirs["doc_hash"]
+        scores = [[score for score, _ in sample["filtered_resps"]] for sample in (ours, theirs)]
+        np.testing.assert_allclose(scores[0], scores[1], atol=1e-3)
+
+
+def test_killed_evaluation_goes_on(model, heldout, tmp_path, monkeypatch):
+    output, ran = tmp_path / "evals/m-heldout.json", []
+    run_task = evaluation._run_task
+
+    def dies_at_the_second(lm, name, *rest):
+        if len(ran) == 1:
+            raise KeyboardInterrupt
+        ran.append(name)
+        return run_task(lm, name, *rest)
+
+    monkeypatch.setattr(evaluation, "_run_task", dies_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, "heldout", output, heldout=heldout, limit=8, report=lambda line: None)
+    assert not output.exists()
+    monkeypatch.setattr(evaluation, "_run_task", lambda lm, name, *rest: ran.append(name) or run_task(lm, name, *rest))
+    lines: list[str] = []
+    found = evaluate(model, "heldout", output, heldout=heldout, limit=8, report=lines.append)
+    assert ran == ["heldout_bits_per_byte", "heldout_continuation", "heldout_order"]
+    assert "1 of 3 tasks were done before" in lines
+    monkeypatch.undo()
+    again = evaluate(model, "heldout", tmp_path / "again.json", heldout=heldout, limit=8, report=lambda line: None)
+    assert again["results"] == found["results"] and again["samples"] == found["samples"]
+    assert evaluate(model, "heldout", output, heldout=heldout, limit=8, report=lines.append) == found
+    assert lines[-1] == f"{output} is up to date"
+
+
+def test_other_limit_does_not_reuse_parts(model, heldout, tmp_path, monkeypatch):
+    output = tmp_path / "m.json"
+    monkeypatch.setattr(evaluation, "_merge", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluate(model, "heldout_order", output, heldout=heldout, limit=4, report=lambda line: None)
+    monkeypatch.undo()
+    found = evaluate(model, "heldout_order", output, heldout=heldout, limit=6, report=lambda line: None)
+    assert len(found["samples"]["heldout_order"]) == 6
+
+
+def test_limit_is_a_fixed_sample_spread_over_the_task(model, benchmarks, heldout):
+    task = load_suite(find_suite("arc_easy"), data=benchmarks).tasks["arc_easy"]
+    few, more = sample_of_items(task, 10), sample_of_items(task, 40)
+    assert few is not None and more is not None and set(few) < set(more) and few == sorted(few)
+    assert max(few) > 60
+    assert sample_of_items(task, 120) is None
+
+
+def test_heldout_items_are_sound(heldout):
+    loaded = load_suite(find_suite("heldout"), heldout=heldout)
+    texts = {doc["id"]: doc["text"] for doc in loaded.tasks["heldout_bits_per_byte"].eval_docs}
+    for name in ("heldout_continuation", "heldout_order"):
+        docs = list(loaded.tasks[name].eval_docs)
+        assert len(docs) > 40
+        assert len({doc["gold"] for doc in docs}) == 4, "the right answer stands in every place"
+        for doc in docs:
+            assert len(set(doc["choices"])) == 4
+            follows = [(doc["context"] + choice) in " ".join(texts[doc["id"]].split()) for choice in doc["choices"]]
+            assert follows[doc["gold"]] and sum(follows) == 1
+
+
+def test_untrained_model_is_at_chance(make_model, heldout, benchmarks, tmp_path):
+    model = make_model(5)
+    found = evaluate(
+        model,
+        "arc_easy,heldout_order,heldout_continuation",
+        tmp_path / "m.json",
+        heldout=heldout,
+        data=benchmarks,
+        report=lambda line: None,
+    )
+    for line in found["nanophi"]["headline"]:
+        assert abs(line["value"] - line["chance"]) < 3 * line["stderr"], line
+
+
+def test_the_meter_moves(make_model, benchmarks, tmp_path):
+    """A model trained on a benchmark's test items for a while scores far above chance on it."""
+    folder = make_model(3, hidden_size=64, intermediate_size=128)
+    network = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    docs = load_suite(find_suite("arc_easy"), data=benchmarks).tasks["arc_easy"].eval_docs
+    rows = []
+    for doc in docs:
+        answer = doc["choices"]["text"][doc["choices"]["label"].index(doc["answerKey"])]
+        rows.append(tokenizer.encode(f"Question: {doc['question']}\nAnswer: {answer}"))
+    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
+    rng = random.Random(0)
+    for _ in range(250):
+        batch = rng.sample(rows, 24)
+        longest = max(map(len, batch))
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in batch])
+        labels = torch.tensor([row + [-100] * (longest - len(row)) for row in batch])
+        network(input_ids=ids, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    trained = tmp_path / "trained"
+    network.save_pretrained(trained)
+    tokenizer.save_pretrained(trained)
+    found = evaluate(trained, "arc_easy", tmp_path / "m.json", data=benchmarks, report=lambda line: None)
+    (line,) = found["nanophi"]["headline"]
+    assert line["value"] > 0.6 and line["value"] - 5 * line["stderr"] > line["chance"]
+
+
+def test_curve_over_checkpoints(make_model, heldout, tmp_path):
+    run = tmp_path / "run"
+    for step in (200, 100):
+        checkpoint = run / f"checkpoints/step-{step:06d}"
+        shutil.copytree(make_model(step), checkpoint)
+        (checkpoint / "checkpoint.json").write_text(json.dumps({"step": step, "tokens_seen": 1000 * step}))
+    results, path = evaluate_checkpoints(
+        [run], "heldout_order", tmp_path / "evals", heldout=heldout, limit=8, report=lambda line: None
+    )
+    assert len(results) == 2 and path is not None
+    curve = read_json(path)
+    assert [point["tokens_seen"] for point in curve["points"]] == [100_000, 200_000]
+    assert curve["points"][0]["scores"]["heldout_order"]["value"] == results[0]["results"]["heldout_order"]["acc,none"]
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "evals/step-000100-heldout_order.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("suite", "problem"),
+    [
+        ("heldoot", r"unknown suite or task 'heldoot'; did you mean heldout"),
+        ("arc-easyy", r"unknown suite or task 'arc_easyy'; did you mean .*arc_easy"),
+        (
+            "hellaswag",
+            r"task 'hellaswag' needs the dataset Rowan/hellaswag, which is not in .*looked for .*Rowan/hellaswag",
+        ),
+        ("heldout", r"needs held-out documents"),
+    ],
+)
+def test_bad_suites(suite, problem, model, benchmarks, tmp_path):
+    with pytest.raises(UserError, match=problem):
+        evaluate(model, suite, tmp_path / "m.json", data=benchmarks, report=lambda line: None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_models(model, make_model, benchmarks, tmp_path, tokenizer):
+    def problem(broken, suite="arc_easy", **options):
+        with pytest.raises(UserError) as error:
+            evaluate(broken, suite, tmp_path / "m.json", data=benchmarks, report=lambda line: None, **options)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    assert "does not exist" in problem(tmp_path / "nothing")
+    assert "no config.json" in problem(tmp_path)
+    encoder = tmp_path / "encoder"
+    transformers.T5Config(d_model=8, num_layers=1, num_heads=1, vocab_size=512).save_pretrained(encoder)
+    assert "'t5' is not a causal language model" in problem(encoder)
+    small = make_model(9, vocab_size=300)
+    assert "the tokenizer has 448 tokens but the weights only 300 rows" in problem(small)
+    unloadable = tmp_path / "unloadable"
+    shutil.copytree(model, unloadable)
+    (unloadable / "model.safetensors").write_bytes(b"nonsense")
+    assert f"cannot load {unloadable}" in problem(unloadable)
+    assert "dtype 'float8' is not one of" in problem(model, dtype="float8")
+    assert not (tmp_path / "m.json").exists()
