@@ -1,9 +1,12 @@
 """Measuring a model: the result file, going on after a kill, chance and better than chance, bad input."""
 
+import dataclasses
 import json
 import math
+import os
 import random
 import shutil
+from pathlib import Path
 
 import lm_eval
 import numpy as np
@@ -12,10 +15,12 @@ import torch
 import transformers
 from lm_eval.models.huggingface import HFLM
 
+import nanophi
 from nanophi.eval import evaluate as evaluation
 from nanophi.eval.evaluate import evaluate, evaluate_checkpoints
 from nanophi.eval.metrics import BitsPerByte
-from nanophi.eval.suites import find_suite, load_suite, sample_of_items
+from nanophi.eval.scorer import ScorerLM
+from nanophi.eval.suites import OPEN_LLM_V1, Suite, find_suite, load_suite, sample_of_items
 from nanophi.records import UserError, read_json
 
 
@@ -104,6 +109,45 @@ def test_same_scores_as_stock_lm_eval(model, benchmarks, tmp_path):
         assert ours["prompt_hash"] == theirs["prompt_hash"] and ours["doc_hash"] == theirs["doc_hash"]
         scores = [[score for score, _ in sample["filtered_resps"]] for sample in (ours, theirs)]
         np.testing.assert_allclose(scores[0], scores[1], atol=1e-3)
+
+
+def test_leaderboard_tasks_on_real_items(make_model, tmp_path):
+    """All six tasks and ARC-Easy load from a local copy, run at their shots, and score as stock lm-eval scores them."""
+    data = Path(os.environ.get("NANOPHI_SHARED", Path(nanophi.__file__).parent.parent / "shared")) / "benchmarks"
+    if not data.is_dir():
+        pytest.skip(f"no copy of the benchmarks in {data}")
+    folder = make_model(0, max_position_embeddings=320)
+    # One MMLU subject stands for the 57: they differ in nothing but the data.
+    entries = [entry for entry in OPEN_LLM_V1.entries if entry.task != "mmlu"]
+    entries.append(dataclasses.replace(OPEN_LLM_V1.entries[2], task="mmlu_anatomy"))
+    network, tokenizer, _ = evaluation.load_model(folder)
+    stock = HFLM(pretrained=network, tokenizer=tokenizer, batch_size=4)
+    ours = ScorerLM(network, tokenizer, progress=False)
+    loaded = load_suite(Suite("all", tuple(entries)), data=data)
+    shots = {name: task.config.num_fewshot for name, task in loaded.tasks.items()}
+    assert (
+        shots["arc_challenge"] == 25 and shots["hellaswag"] == 10 and shots["truthfulqa_mc2"] == shots["arc_easy"] == 0
+    )
+    assert shots["winogrande"] == shots["gsm8k"] == shots["mmlu_anatomy"] == 5
+    for name, task in loaded.tasks.items():
+        indices = sample_of_items(task, 1 if name == "gsm8k" else 3)
+        found, expected = (evaluation._run_task(lm, name, task, indices) for lm in (ours, Stock(stock)))
+        assert found["task_hashes"] == expected["task_hashes"]
+        for a, b in zip(found["samples"][name], expected["samples"][name], strict=True):
+            assert [a[metric] for metric in a["metrics"]] == pytest.approx(
+                [b[metric] for metric in b["metrics"]], abs=1e-3
+            )
+    assert ours.overflowing > 20
+
+
+class Stock:
+    """Stock `HFLM` with the one attribute that `_run_task` reads beside lm-eval's own."""
+
+    def __init__(self, lm):
+        self.lm, self.overflowing = lm, 0
+
+    def __getattr__(self, name):
+        return getattr(self.lm, name)
 
 
 def test_killed_evaluation_goes_on(model, heldout, tmp_path, monkeypatch):
