@@ -159,21 +159,17 @@ def test_tied_embeddings_become_a_head(finished_run, tmp_path):
     np.testing.assert_array_equal(tensors["output.weight"], tensors["token_embd.weight"])
 
 
-def test_export_makes_a_repository_per_kind(finished_run, tmp_path):
-    release = finished_run / "release"
-    release = (
-        release if release.is_dir() else make_release(tmp_path / "tiny-model", finished_run / "data" / "tokenizer")
-    )
+def test_export_makes_a_repository_per_kind(built_release, tmp_path):
+    release = built_release
     before = {name: sha256_of_file(release / name) for name in list_files(release)}
     for _ in range(2):  # again, over what is there
         results = gguf.export(release, ["f16", "q8_0"], tmp_path / "gguf")
-    name = gguf._repo_id(release).split("/")[-1]
-    assert [Path(result["path"]).name for result in results] == [f"{name}-f16.gguf", f"{name}-q8_0.gguf"]
+    assert [Path(result["path"]).name for result in results] == ["tiny-f16.gguf", "tiny-q8_0.gguf"]
     for result in results:
         folder = Path(result["path"]).parent
         assert list_files(folder) == ["MANIFEST.json", "README.md", Path(result["path"]).name]
         assert not verify._checksums(folder, list_files(folder))
-    assert sorted(path.name for path in (tmp_path / "gguf").iterdir()) == [f"{name}-f16", f"{name}-q8_0"]
+    assert sorted(path.name for path in (tmp_path / "gguf").iterdir()) == ["tiny-f16", "tiny-q8_0"]
     assert before == {name: sha256_of_file(release / name) for name in list_files(release)}
 
 
