@@ -90,13 +90,12 @@ class Pipeline:
             "data": data,
             "sources": corpus.fingerprint(recipe.data),
             "columns": columns,
-            "seed": recipe.seed,
         }
         return self._stage(
             "documents",
             inputs,
             ["data/documents"],
-            lambda work: corpus.gather(recipe.data, recipe.seed, work / "data/documents", columns),
+            lambda work: corpus.gather(recipe.data, work / "data/documents", columns),
         )
 
     def scores(self) -> dict[str, Any]:

@@ -105,7 +105,7 @@ def prepare(args: argparse.Namespace, files: list[Path], work: Path) -> dict[str
     print(f"{len(files)} files, {size / 1e6:.0f} MB of text, {args.workers} workers")
     with Peak() as peak:
         with step("gather"):
-            documents = corpus.gather(data, 0, work / "documents")
+            documents = corpus.gather(data, work / "documents")
         with step("score"):
             quality.score(work / "documents", scorer, data, 0, work / "scores")
         with step("select"):

@@ -14,6 +14,7 @@ import bz2
 import contextlib
 import functools
 import logging
+import math
 import random
 import shutil
 import time
@@ -343,6 +344,8 @@ def _run_task(lm: ScorerLM, name: str, task: Task, indices: list[int] | None) ->
     except TooLong as error:
         raise UserError(f"task '{name}': {error}; choose other tasks (--suite)") from error
     samples = result["samples"][name]
+    if not all(math.isfinite(score) for sample in samples for score in _numbers(sample["filtered_resps"])):
+        raise UserError(f"task '{name}': the model's log-likelihoods are not finite numbers; its weights are damaged")
     result["task_hashes"] = {
         name: hash_string("".join(s["doc_hash"] + s["prompt_hash"] + s["target_hash"] for s in samples))
     }
@@ -354,6 +357,15 @@ def _run_task(lm: ScorerLM, name: str, task: Task, indices: list[int] | None) ->
     result["overflowing"] = lm.overflowing - overflowing
     result["seconds"] = round(time.monotonic() - started, 3)
     return _plain(result)
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """The floating-point numbers in nested lists."""
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _numbers(item)
+    elif isinstance(value, float):
+        yield value
 
 
 def _slim(sample: dict[str, Any]) -> dict[str, Any]:

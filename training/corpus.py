@@ -79,13 +79,12 @@ def _stamps(paths: Sequence[Path]) -> list[list[Any]]:
     return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
 
 
-def gather(data: Data, seed: int, output: Path, columns: Sequence[str] = ()) -> dict[str, Any]:
+def gather(data: Data, output: Path, columns: Sequence[str] = ()) -> dict[str, Any]:
     """Write the documents of `data` to `output` (see the module) and return the counts of `documents.json`.
 
     Args:
-        data: the recipe's section.
-        seed: not used: which documents are held out depends on their text alone, so that runs with different seeds
-            are measured on the same ones.
+        data: the recipe's section. Which documents are held out depends on their text alone, so that runs with
+            different seeds are measured on the same ones.
         output: folder to create; goes on where a killed attempt left it.
         columns: numeric columns of the sources to keep, as float64.
 
@@ -95,8 +94,6 @@ def gather(data: Data, seed: int, output: Path, columns: Sequence[str] = ()) -> 
     done = output / "documents.json"
     if done.exists():
         return read_json(done)
-    if data.engine == "slurm":
-        raise UserError("data.engine 'slurm' is not available; start Ray in the Slurm job and use 'ray'")
     output.mkdir(parents=True, exist_ok=True)
     work = output / ".parts"
     parts = [

@@ -62,8 +62,8 @@ class Deduplication(Section):
     exact: bool = True
     near: bool = True
     """MinHash over word 5-grams."""
-    similarity: float = pydantic.Field(default=0.7, gt=0, lt=1)
-    """Jaccard similarity of two documents from which the later one is dropped."""
+    similarity: float = pydantic.Field(default=0.5, gt=0, lt=1)
+    """Jaccard similarity from which the later of two documents is dropped; 5 % of words changed leave about 0.63."""
 
 
 class Decontamination(Section):
@@ -82,7 +82,8 @@ class Data(Section):
     heldout_max_documents: int = pydantic.Field(default=2000, gt=0)
     deduplication: Deduplication = Deduplication()
     decontamination: Decontamination = Decontamination()
-    engine: Literal["local", "ray", "slurm"] = "local"
+    engine: Literal["local", "ray"] = "local"
+    """Where the parts of the corpus are worked on: processes here, or a Ray cluster (also one inside a Slurm job)."""
     workers: int | None = pydantic.Field(default=None, gt=0)
     """Processes; None: one per core."""
 

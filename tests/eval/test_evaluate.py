@@ -302,5 +302,6 @@ def test_bad_models(model, make_model, benchmarks, tmp_path, tokenizer):
     shutil.copytree(model, unloadable)
     (unloadable / "model.safetensors").write_bytes(b"nonsense")
     assert f"cannot load {unloadable}" in problem(unloadable)
+    assert "not finite numbers; its weights are damaged" in problem(make_model(9, scale=math.nan))
     assert "dtype 'float8' is not one of" in problem(model, dtype="float8")
     assert not (tmp_path / "m.json").exists()

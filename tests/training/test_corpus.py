@@ -64,7 +64,7 @@ def test_every_format_gives_the_same_documents(tmp_path: Path) -> None:
     found = {}
     for name in ("a.parquet", "b.jsonl", "c.jsonl.gz", "d.jsonl.zst", "e*.txt"):
         output = tmp_path / "out" / name.strip("*")
-        summary = corpus.gather(data({"files": str(tmp_path / name), "name": "mine"}), 0, output)
+        summary = corpus.gather(data({"files": str(tmp_path / name), "name": "mine"}), output)
         assert summary["read"] == 40
         assert summary["train"] + summary["heldout"] == 40
         rows = pa.concat_tables([documents(output, split) for split in ("train", "heldout")]).to_pylist()
@@ -92,7 +92,7 @@ def test_unusable_documents_are_counted_and_named(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_bytes(b"\n".join(lines) + b"\n\n")
     (tmp_path / "c.txt").write_bytes(b"y" * 11_000_000)
     sources = [{"files": str(tmp_path / name), "name": name} for name in ("a.parquet", "b.jsonl", "c.txt")]
-    summary = corpus.gather(data(*sources), 0, tmp_path / "out")
+    summary = corpus.gather(data(*sources), tmp_path / "out")
     assert summary["sources"]["a.parquet"]["dropped"] == {"empty": 2, "invalid_utf8": 1, "oversize": 1}
     assert summary["sources"]["b.jsonl"]["dropped"] == {"invalid_utf8": 2, "not_text": 4}
     assert summary["sources"]["c.txt"]["dropped"] == {"oversize": 1}
@@ -129,7 +129,7 @@ def test_a_source_that_cannot_be_read_is_refused_in_one_line(tmp_path: Path, mak
     (tmp_path / "notes.md").write_text("x")
     (tmp_path / "nodata").mkdir()
     with pytest.raises(UserError) as caught:
-        corpus.gather(data(make(tmp_path)), 0, tmp_path / "out")
+        corpus.gather(data(make(tmp_path)), tmp_path / "out")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -141,7 +141,7 @@ def test_repeats_are_dropped_and_listed(tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet", originals)
     write_parquet(tmp_path / "b.parquet", [originals[5], " ".join(words), text(99), f"  {originals[6]}\r\n"])
     sources = [{"files": str(tmp_path / f"{name}.parquet"), "name": name} for name in "ab"]
-    summary = corpus.gather(data(*sources), 0, tmp_path / "out")
+    summary = corpus.gather(data(*sources), tmp_path / "out")
     assert summary["sources"]["a"]["dropped"] == {}
     assert summary["sources"]["b"]["dropped"] == {"exact_duplicate": 2, "near_duplicate": 1}
     assert summary["duplicates"] == {"clusters": 3, "largest": 2}
@@ -161,7 +161,7 @@ def test_heldout_documents_have_no_near_duplicate_among_those_trained_on(tmp_pat
     write_parquet(tmp_path / "a.parquet", texts)
     sources = {"files": str(tmp_path / "a.parquet")}
     summary = corpus.gather(
-        data(sources, deduplication={"near": False, "similarity": 0.5}, heldout_fraction=0.2), 0, tmp_path / "out"
+        data(sources, deduplication={"near": False, "similarity": 0.5}, heldout_fraction=0.2), tmp_path / "out"
     )
     assert summary["dropped"]["heldout_near_train"] > 0
     held = {" ".join(row.split()[20:]) for row in documents(tmp_path / "out", "heldout")["text"].to_pylist()}
@@ -183,7 +183,7 @@ def test_contaminated_documents_are_dropped_and_listed(tmp_path: Path) -> None:
     settings = data(
         {"files": str(tmp_path / "a.parquet")}, decontamination={"benchmarks": str(tmp_path / "benchmarks")}
     )
-    summary = corpus.gather(settings, 0, tmp_path / "out")
+    summary = corpus.gather(settings, tmp_path / "out")
     assert summary["dropped"] == {"contaminated": 1}
     assert summary["contamination"] == {"quiz": {"items": 1, "too_short": 0, "items_found": 1, "documents": 1}}
     report = json.loads((tmp_path / "out" / "contamination.json").read_text())
@@ -195,13 +195,13 @@ def test_columns_caps_and_source_columns(tmp_path: Path) -> None:
     scores = [number / 100 for number in range(100)]
     write_parquet(tmp_path / "a.parquet", texts, score=scores, origin=["x", "y"] * 50)
     source = {"files": str(tmp_path / "a.parquet"), "source_column": "origin", "max_documents": 60}
-    summary = corpus.gather(data(source), 0, tmp_path / "out", ["score"])
+    summary = corpus.gather(data(source), tmp_path / "out", ["score"])
     assert summary["read"] == 60
     assert {name: entry["read"] for name, entry in summary["sources"].items()} == {"x": 30, "y": 30}
     rows = documents(tmp_path / "out").to_pylist()
     assert all(row["score"] == scores[texts.index(row["text"])] for row in rows)
     with pytest.raises(UserError, match="has no column 'quality'"):
-        corpus.gather(data(source), 0, tmp_path / "other", ["quality"])
+        corpus.gather(data(source), tmp_path / "other", ["quality"])
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -211,12 +211,12 @@ def test_a_folder_in_hub_layout(tmp_path: Path, streaming: bool, monkeypatch: py
         write_parquet(tmp_path / "set" / "data" / f"train-{part}.parquet", texts[20 * part : 20 * part + 20])
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     source = {"hub": str(tmp_path / "set"), "streaming": streaming, "name": "set"}
-    summary = corpus.gather(data(source), 0, tmp_path / "out")
+    summary = corpus.gather(data(source), tmp_path / "out")
     assert summary["read"] == summary["train"] + summary["heldout"] == 60
-    capped = corpus.gather(data({**source, "max_documents": 30}), 0, tmp_path / "capped")
+    capped = corpus.gather(data({**source, "max_documents": 30}), tmp_path / "capped")
     assert capped["read"] == 30
     with pytest.raises(UserError, match="has no column 'body'"):
-        corpus.gather(data({**source, "text_column": "body"}), 0, tmp_path / "none")
+        corpus.gather(data({**source, "text_column": "body"}), tmp_path / "none")
 
 
 GATHER = """
@@ -225,7 +225,7 @@ from pathlib import Path
 from nanophi.training import corpus
 from nanophi.training.recipe import Data
 
-print(json.dumps(corpus.gather(Data.model_validate_json(sys.argv[1]), 0, Path(sys.argv[2]))))
+print(json.dumps(corpus.gather(Data.model_validate_json(sys.argv[1]), Path(sys.argv[2]))))
 """
 
 
@@ -266,7 +266,7 @@ def many_files(folder: Path) -> dict[str, Any]:
 def test_the_number_of_workers_changes_nothing(tmp_path: Path) -> None:
     source = many_files(tmp_path / "in")
     for workers in (1, 3):
-        corpus.gather(data(source, workers=workers), 0, tmp_path / str(workers))
+        corpus.gather(data(source, workers=workers), tmp_path / str(workers))
     assert tree_digest(tmp_path / "1") == tree_digest(tmp_path / "3")
 
 
@@ -288,7 +288,7 @@ def write_or_die(path, value):
 engine.write_json = write_or_die
 settings = Data.model_validate({"sources": [{"files": source, "name": "numbers"}], "heldout_fraction": 0.1,
                                 "deduplication": {"similarity": 0.5}, "workers": 1})
-corpus.gather(settings, 0, output)
+corpus.gather(settings, output)
 """
 
 
@@ -308,18 +308,18 @@ def test_killed_and_started_again(tmp_path: Path, survive: int, monkeypatch: pyt
         return run(function, parts, folder, *args)
 
     monkeypatch.setattr(corpus, "run_parts", counting)
-    corpus.gather(data(source), 0, output)
+    corpus.gather(data(source), output)
     assert len(ran) == 12 - survive, "finished parts are not run again"
     monkeypatch.undo()
-    corpus.gather(data(source), 0, tmp_path / "whole")
+    corpus.gather(data(source), tmp_path / "whole")
     assert tree_digest(output) == tree_digest(tmp_path / "whole")
 
 
 def test_a_finished_folder_is_left_alone(tmp_path: Path) -> None:
     source = many_files(tmp_path / "in")
-    first = corpus.gather(data(source), 0, tmp_path / "out")
+    first = corpus.gather(data(source), tmp_path / "out")
     before = tree_digest(tmp_path / "out")
-    assert corpus.gather(data(source), 0, tmp_path / "out") == first
+    assert corpus.gather(data(source), tmp_path / "out") == first
     assert tree_digest(tmp_path / "out") == before
 
 
@@ -334,7 +334,7 @@ def test_fingerprint_follows_the_files(tmp_path: Path) -> None:
 def test_sources_of_different_weight_need_different_names(tmp_path: Path) -> None:
     source = many_files(tmp_path / "in")
     with pytest.raises(UserError, match="set their 'name'"):
-        corpus.gather(data(source, {**source, "weight": 2.0}), 0, tmp_path / "out")
+        corpus.gather(data(source, {**source, "weight": 2.0}), tmp_path / "out")
 
 
 def test_embedded_documents_are_english_and_the_same_each_time() -> None:

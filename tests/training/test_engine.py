@@ -51,7 +51,7 @@ def test_documents_and_tokens_are_the_same_on_ray(tmp_path: Path, ray: Any) -> N
         source = {"files": str(tmp_path / "*.jsonl")}
         data = Data.model_validate({"sources": [source], "engine": engine, "workers": 2, "heldout_fraction": 0.2})
         work, scorer = tmp_path / engine, Quality(scorer="column:score")
-        documents = corpus.gather(data, 0, work / "documents", ["score"])
+        documents = corpus.gather(data, work / "documents", ["score"])
         quality.score(work / "documents", scorer, data, 0, work / "scores")
         quality.select(work / "documents", work / "scores", scorer, work / "quality")
         tokenizer.build(work / "documents", Tokenizer(vocab_size=300), 0, work / "tokenizer")

@@ -44,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         scores = generator.random(40)
         pq.write_table(pa.table({"text": texts, "score": scores}), folder / f"{name}.parquet")
     data = settings(folder)
-    corpus.gather(data, 0, folder / "documents", ["score"])
+    corpus.gather(data, folder / "documents", ["score"])
     scorer = Quality(scorer="column:score", threshold=0.3)
     quality.score(folder / "documents", scorer, data, 0, folder / "scores")
     quality.select(folder / "documents", folder / "scores", scorer, folder / "quality")

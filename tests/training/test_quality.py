@@ -56,7 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 )
     (folder / "in").mkdir()
     pq.write_table(pa.Table.from_pylist(rows), folder / "in" / "a.parquet", row_group_size=100)
-    corpus.gather(settings(folder), 0, folder / "documents", ["score"])
+    corpus.gather(settings(folder), folder / "documents", ["score"])
     return folder
 
 
@@ -182,7 +182,7 @@ def test_scores_that_are_no_scores_are_refused(tmp_path: Path, bad: float | None
     data = Data.model_validate(
         {"sources": [{"files": str(tmp_path / "in" / "*.parquet")}], "deduplication": {"near": False}, "workers": 1}
     )
-    corpus.gather(data, 0, tmp_path / "documents", ["score"])
+    corpus.gather(data, tmp_path / "documents", ["score"])
     with pytest.raises(UserError, match=r"document [0-9a-f]{16} has quality score .* numbers from 0 to 1"):
         quality.score(tmp_path / "documents", Quality(scorer="column:score"), data, 0, tmp_path / "scores")
     assert not (tmp_path / "scores" / "scores.parquet").exists()

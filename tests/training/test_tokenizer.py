@@ -31,7 +31,7 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "a.jsonl").write_text("\n".join(lines))
     source = {"files": str(folder / "a.jsonl")}
     data = Data.model_validate({"sources": [source], "deduplication": {"near": False}, "workers": 1})
-    corpus.gather(data, 0, folder / "documents")
+    corpus.gather(data, folder / "documents")
     return folder / "documents"
 
 
