@@ -92,21 +92,32 @@ def card(recipe: OneRecipe, runs: Runs = Path("runs"), overrides: Overrides = []
 
 
 @app.command()
-def release(recipe: OneRecipe, runs: Runs = Path("runs"), overrides: Overrides = []) -> None:  # noqa: B006
+def release(
+    recipe: OneRecipe,
+    runs: Runs = Path("runs"),
+    overrides: Overrides = [],  # noqa: B006
+    gguf: Annotated[str | None, typer.Option(metavar="KINDS", help="Also llama.cpp files: f16,q8_0,bf16,f32.")] = None,
+) -> None:
     """Build and verify the release folder of a finished run.
 
-    Example: nanophi release recipes/demo.yaml --set release.dtype=bfloat16
+    Example: nanophi release recipes/demo.yaml --gguf f16,q8_0
     """
     pipeline = _pipeline(recipe, runs, overrides, ("sample", "evaluation", "card", "release", "verification"))
     with pipeline.run.lock():
         pipeline.verification()
-    typer.echo(pipeline.path / "release")
+        typer.echo(pipeline.path / "release")
+        if gguf:
+            from nanophi.model_card import gguf as llama
+
+            for file in llama.export(pipeline.path / "release", gguf.split(","), pipeline.path / "gguf"):
+                typer.echo(file["path"])
 
 
 @app.command("eval")
 def evaluate(
     models: Annotated[
-        list[str], typer.Argument(metavar="MODEL...", help="Folders, or Hub ids with optional @revision.")
+        list[str],
+        typer.Argument(metavar="MODEL...", help="Folders, run directories, or Hub ids with optional @revision."),
     ],
     suite: Annotated[
         str, typer.Option(help="heldout, quick, open-llm-v1, or lm-eval task names with commas.")
@@ -127,19 +138,19 @@ def evaluate(
     """
     from nanophi.eval import evaluate as evaluation
 
-    for model in models:
-        name = model.strip("/").replace("/", "--")
-        evaluation.evaluate(
-            model,
-            suite,
-            output / f"{name}-{suite.replace(',', '+')}.json",
-            data=data,
-            heldout=heldout,
-            limit=limit,
-            batch_size=batch_size,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-        )
+    _, curve = evaluation.evaluate_checkpoints(
+        models,
+        suite,
+        output,
+        data=data,
+        heldout=heldout,
+        limit=limit,
+        batch_size=batch_size,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
+    if curve:
+        typer.echo(curve)
 
 
 @app.command()
@@ -183,6 +194,8 @@ def generate(
     """
     from transformers import pipeline, set_seed
 
+    if not Path(model).is_dir() and model.count("/") != 1:
+        raise UserError(f"{model} cannot be loaded: it is neither a folder nor a Hub id like ORG/NAME")
     try:
         generator = pipeline("text-generation", model=model)
     except (OSError, ValueError) as error:
@@ -253,6 +266,86 @@ def reproduce(
     differing = [row["name"] for row in rows if row["agrees"] is False]
     if differing:
         raise UserError(f"{release} was not reproduced: {', '.join(differing)}")
+
+
+@app.command()
+def submit(
+    model: Annotated[str, typer.Argument(help="Release folder or Hub id.")],
+    repo_id: Annotated[str | None, typer.Option(help="ORG/NAME that the folder is, or will be, pushed to.")] = None,
+    revision: Annotated[str, typer.Option(help="Branch, tag or commit on the Hub.")] = "main",
+    precision: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "bfloat16",
+    sender: Annotated[str, typer.Option(help="Your user name on the Hub.")] = "",
+    output: Annotated[Path, typer.Option(help="Folder for the request files.")] = Path("requests"),
+) -> None:
+    """The Open LLM Leaderboard's checks, and the request file in both its formats if all pass.
+
+    Example: nanophi submit runs/demo/release --repo-id ORG/nano-phi-demo
+    """
+    from nanophi.eval import submission
+
+    submission.submit(model, output, repo_id=repo_id, revision=revision, precision=precision, sender=sender)
+
+
+quality_app = typer.Typer(help="The quality filter on text files of your own.", no_args_is_help=True)
+app.add_typer(quality_app, name="quality")
+
+
+@quality_app.command("fit")
+def quality_fit(
+    output: Annotated[Path, typer.Argument(help="Folder for the scorer.")],
+    high: Annotated[list[str], typer.Option(help="Glob of files of good text; may be given again.")],
+    low: Annotated[list[str], typer.Option(help="Glob of files of poor text; may be given again.")],
+    text_column: Annotated[str, typer.Option()] = "text",
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Fit a linear scorer; use it in a recipe as `quality.scorer: model:FOLDER`.
+
+    Example: nanophi quality fit scorer --high "books/*.txt" --low "chat/*.jsonl.gz"
+    """
+    from nanophi.training import quality
+
+    report = quality.fit_files(high, low, output, text_column, seed)
+    typer.echo(
+        f"{output}: area under the ROC curve {report['roc_auc']} on {report['test_documents']} documents left out"
+    )
+
+
+@quality_app.command("score")
+def quality_score(
+    files: Annotated[str, typer.Argument(help="Glob of .parquet, .jsonl(.gz, .zst) or .txt files.")],
+    scorer: Annotated[str, typer.Option(help="column:NAME, or model:FOLDER or Hub id.")],
+    output: Annotated[Path, typer.Option(help="Parquet file with a score for every document.")] = Path(
+        "scores.parquet"
+    ),
+    text_column: Annotated[str, typer.Option()] = "text",
+) -> None:
+    """Score every document.
+
+    Example: nanophi quality score "web/*.parquet" --scorer model:scorer
+    """
+    from nanophi.training import quality
+
+    summary = quality.score_files(files, scorer, output, text_column)
+    typer.echo(f"{output}: {summary['documents']} documents")
+
+
+@quality_app.command("report")
+def quality_report(
+    scores: Annotated[Path, typer.Argument(help="What `nanophi quality score` wrote, or a run directory.")],
+    threshold: Annotated[float, typer.Option(help="Documents above it are kept.")] = 0.5,
+    output: Annotated[Path, typer.Option(help="Folder for quality.json, .md and .png.")] = Path("quality"),
+) -> None:
+    """What a threshold keeps and drops, with examples; of a run directory, its own report.
+
+    Example: nanophi quality report scores.parquet --threshold 0.3
+    """
+    from nanophi.training import quality
+
+    if scores.is_dir():
+        typer.echo(quality.report_run(scores))
+    else:
+        quality.report_files(scores, threshold, output)
+        typer.echo(output / "quality.md")
 
 
 def main() -> None:

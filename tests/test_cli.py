@@ -8,7 +8,8 @@ import pytest
 
 from nanophi import cli, records
 
-VERBS = [command.name or command.callback.__name__ for command in cli.app.registered_commands]
+VERBS = [[command.name or command.callback.__name__] for command in cli.app.registered_commands]
+VERBS += [["quality", command.name] for command in cli.quality_app.registered_commands]
 
 
 def nanophi(monkeypatch, capsys, *arguments) -> tuple[int | str | None, str, str]:
@@ -19,9 +20,9 @@ def nanophi(monkeypatch, capsys, *arguments) -> tuple[int | str | None, str, str
     return stopped.value.code, captured.out, captured.err
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", VERBS, ids=" ".join)
 def test_every_verb_has_help_with_an_example(monkeypatch, capsys, verb):
-    code, out, _ = nanophi(monkeypatch, capsys, verb, "--help")
+    code, out, _ = nanophi(monkeypatch, capsys, *verb, "--help")
     assert code == 0
     assert "Example: " in out
 

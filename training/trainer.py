@@ -354,6 +354,8 @@ class NanoPhiTrainer(Trainer):
                 file.rename(state / file.name)
         for file in sorted(self.tokenizer_folder.iterdir()):
             shutil.copyfile(file, saved / file.name)
+        for file in saved.glob("*.safetensors"):
+            file.chmod(0o644)  # safetensors lets nobody else read them
         history = self.history()
         write_json(
             saved / "checkpoint.json",
