@@ -142,7 +142,7 @@ def main() -> None:
     count = min(len(dataset), -(-arguments.tokens // (length - 1)))
     rows = np.array(dataset[:count]["input_ids"]).tolist()
     result = {
-        "command": "python benchmarks/gguf_check.py " + " ".join(sys.argv[1:]),
+        "command": "PYTHONPATH=.venv/llama python benchmarks/gguf_check.py " + " ".join(sys.argv[1:]),
         "environment": environment(),
         "weights_sha256": sha256_of_file(arguments.release / "model.safetensors"),
         **check(arguments.release, rows, LIMITS, arguments.threads),

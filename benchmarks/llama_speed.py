@@ -130,7 +130,7 @@ def main() -> None:
         measured = in_turn({name: functools.partial(run, name) for name in functions}, arguments.rounds, "cpu")
         bandwidths.append(bandwidth("cpu"))
     result: dict[str, Any] = {
-        "command": "python benchmarks/llama_speed.py " + " ".join(sys.argv[1:]),
+        "command": "PYTHONPATH=.venv/llama python benchmarks/llama_speed.py " + " ".join(sys.argv[1:]),
         "environment": environment(),
         "llama_cpp_python": llama_cpp.__version__,
         "llama_cpp": llama_cpp.llama_print_system_info().decode(),
