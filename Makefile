@@ -11,7 +11,8 @@ demo: $(INSTALLED)
 	$(BIN)/nanophi run recipes/demo.yaml recipes/demo-control.yaml
 
 test: $(INSTALLED) lint
-	$(BIN)/pytest -c tests/pytest.ini --rootdir tests tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest -c tests/pytest.ini --rootdir tests --numprocesses 2 --dist loadfile \
+		--cov nanophi --cov-config tests/coverage.ini --cov-report term tests
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -172,8 +172,13 @@ def _config(config: dict[str, Any], dtype: str, checkpoint: Path) -> dict[str, A
 
 
 def _generation_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Without lengths: lm-eval would take them over its own and truncate generated answers."""
-    return {key: value for key, value in sorted(config.items()) if key not in ("max_new_tokens", "max_length")}
+    """Without lengths: lm-eval would take them over its own and truncate generated answers.
+
+    `do_sample` is said, not left open: `pipeline` would sample, `generate` would not, and the card's sample is greedy.
+    """
+    left_out = ("max_new_tokens", "max_length", "_from_model_config")
+    kept = {key: value for key, value in config.items() if key not in left_out}
+    return dict(sorted({**kept, "do_sample": False}.items()))
 
 
 def _write_weights(checkpoint: Path, target: Path, dtype: str) -> None:
