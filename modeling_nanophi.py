@@ -134,7 +134,7 @@ class NanoPhiLinear(nn.Linear):
             return nn.functional.linear(input, weight, self.bias)
         columns = input.reshape(rows, self.in_features).t()
         if rows > 1:
-            output = torch.addmm(self.bias[:, None], weight, columns).t()
+            output = torch.addmm(self.bias[:, None], weight, columns).t().contiguous()  # callers may view it
         else:
             blocks = torch.get_num_threads()
             whole = self.out_features - self.out_features % blocks

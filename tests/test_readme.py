@@ -140,8 +140,11 @@ def test_every_verb_in_the_readme_exists():
     assert all(f"{verb}" in table for verb in verbs)
 
 
-def test_every_path_in_the_layout_exists():
-    for name in re.findall(r"[\w/.]+\.(?:py|yaml|md)\b", README):
-        if name.startswith(("mine", "runs/")) or name == "quality.md":
-            continue
-        assert (ROOT / name).exists() or (ROOT / "recipes" / name).exists() or "quality.md" in name, name
+def test_every_file_in_the_layout_exists():
+    layout = README.split("## Layout")[1]
+    names = re.findall(r"[\w/]+\.(?:py|md)\b", layout)
+    assert len(names) > 4
+    for name in names:
+        assert (ROOT / name).exists(), name
+    for folder in re.findall(r"^(\w+)/ ", layout, flags=re.MULTILINE):
+        assert (ROOT / folder).is_dir(), folder

@@ -202,7 +202,9 @@ def _write(stream: _Stream, context_length: int, output: Path, work: Path, split
     shown = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
-        datasets.Dataset.from_file(str(flat)).save_to_disk(str(saved))
+        table = datasets.table.MemoryMappedTable.from_file(str(flat))
+        # By default the fingerprint follows from the file's time; this one makes equal tokens equal folders.
+        datasets.Dataset(table, fingerprint=digest.hexdigest()[:16]).save_to_disk(str(saved))
     finally:
         if shown:
             datasets.enable_progress_bars()

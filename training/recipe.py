@@ -1,7 +1,7 @@
 """Recipes: one YAML file says a whole run, typed and strict.
 
-A recipe may name a parent with `extends: other.yaml` (relative to itself); its own keys then replace the parent's,
-mapping by mapping. An unknown key, a wrong type or an impossible combination raises `UserError` naming the key.
+A recipe may name a parent with `extends: other.yaml` (beside itself, or a built-in one); its own keys then replace the
+parent's, mapping by mapping. An unknown key, a wrong type or an impossible combination raises `UserError` naming it.
 """
 
 from __future__ import annotations
@@ -268,11 +268,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def find_recipe(path: str | Path) -> Path:
     """The file that `path` names: itself, or a built-in recipe of that name."""
     path = Path(path)
-    for candidate in (path, RECIPES / path.name, RECIPES / f"{path}.yaml"):
+    for candidate in (path, *_built_in(str(path))):
         if candidate.is_file():
             return candidate
     built_in = sorted(recipe.stem for recipe in RECIPES.glob("*.yaml"))
     raise UserError(f"recipe {path} does not exist; built-in recipes: {', '.join(built_in)}")
+
+
+def _built_in(name: str) -> tuple[Path, Path]:
+    return RECIPES / name, RECIPES / f"{name}.yaml"
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -289,8 +293,9 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     parent = values.pop("extends", None)
     if parent is None:
         return values
-    parent_path = (path.parent / str(parent)).resolve()
-    if not parent_path.is_file():
+    beside = path.parent / str(parent)
+    parent_path = next((file.resolve() for file in (beside, *_built_in(str(parent))) if file.is_file()), None)
+    if parent_path is None:
         raise UserError(f"{path}: extends {parent}, which does not exist")
     return _merge(_read(parent_path, (*seen, path)), values)
 
