@@ -470,7 +470,8 @@ def _difference(difference: Mapping[str, Any], row: Mapping[str, Any]) -> str:
 
 
 def _verdict(difference: Mapping[str, Any]) -> str:
-    return f"{difference['verdict']} (p = {_p(difference['p_corrected'])})"
+    p_value = _p(difference["p_corrected"])
+    return f"{difference['verdict']} (p {p_value if p_value.startswith('<') else '= ' + p_value})"
 
 
 def _p(value: float) -> str:
