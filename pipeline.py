@@ -51,10 +51,10 @@ class Pipeline:
         report: Callable[[str], None] = print,
     ) -> None:
         self.recipe = recipe
-        self.run = RunDirectory(runs / recipe.name, report)
+        self.run = RunDirectory(runs / recipe.name, report if is_main_process() else lambda line: None)
         self.path = self.run.path
         self.build = frozenset(build)
-        self.report = report
+        self.report = self.run.report
         self._done: dict[str, dict[str, Any]] = {}
 
     def _stage(

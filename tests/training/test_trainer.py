@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -157,6 +158,28 @@ def test_sigkill_leaves_only_whole_checkpoints_and_sigterm_saves_first(tmp_path,
         assert torch.load(last / "optimizer.pt", weights_only=True)["state"]
         if number == signal.SIGTERM:
             assert f"stopped by SIGTERM after saving step {trainer.step_of(last)}" in errors
+
+
+def test_two_processes_take_the_same_steps_as_one(tmp_path, finished):
+    one, two = make_run(tmp_path / "one"), make_run(tmp_path / "two")
+    changes = {"micro_batch_size": 4, "keep_steps": [], "optimizer": "muon"}
+    config = {**CONFIG, "resid_pdrop": 0.0}  # each process draws its own dropout
+    trainer.train(one, Training(**{**TRAINING, **changes}), NanoPhiConfig(**config), seed=1, label="test")
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}]\n"
+        "from pathlib import Path\nfrom test_trainer import *\n"
+        f"trainer.train(Path({str(two)!r}), Training(**{{**TRAINING, **{changes!r}}}), "
+        f"NanoPhiConfig(**{config!r}), seed=1, label='test')\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = [[entry["loss"] for entry in read_json(run / "training.json")["log"]] for run in (one, two)]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+    NanoPhiForCausalLM.from_pretrained(two / "checkpoints/step-000024")
 
 
 def test_no_disk_space_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
