@@ -210,7 +210,8 @@ class Pipeline:
             return trainer.train(self.path, recipe.training, config, recipe.seed, recipe.name, self.report)
 
         outputs = ["checkpoints", "training_state", "training.json"]
-        if not is_main_process():
+        # The others train along, but only if the main process does: it alone would not come to the rendezvous.
+        if not is_main_process() and not self.run.up_to_date("training", inputs, outputs):
             return build(self.path)
         return self._stage("training", inputs, outputs, build, in_place=True)
 
@@ -305,12 +306,13 @@ class Pipeline:
 
     def _records(self) -> dict[str, Any]:
         """What the report and the card are made from, as a stage's inputs."""
+        from nanophi.model_card.card import LATER_STAGES
+
         self.sample()
         self.evaluation()
         stages, comparison = self.run.record["stages"], self.path / "comparison.json"
-        later = {"comparison", "report", "card", "release", "verification"}
         return {
-            "stages": {name: stages[name]["key"] for name in sorted(stages) if name not in later},
+            "stages": {name: stages[name]["key"] for name in sorted(stages) if name not in LATER_STAGES},
             "comparison": sha256_of_file(comparison) if comparison.exists() else None,
             "card": self.recipe.card.model_dump(mode="json"),
         }

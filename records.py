@@ -95,16 +95,17 @@ def replace_tree(source: Path, target: Path) -> None:
         source.replace(target)
 
 
+def link_or_copy(source: str, target: str) -> str:
+    """A hard link to a file, or a copy where the file system has no links; for `shutil.copytree`."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+    return target
+
+
 def copy_tree(source: Path, target: Path) -> None:
     """Copy a file or folder, by hard links where the file system allows (outputs are never changed in place)."""
-
-    def link_or_copy(a: str, b: str) -> str:
-        try:
-            os.link(a, b)
-        except OSError:
-            shutil.copy2(a, b)
-        return b
-
     target.parent.mkdir(parents=True, exist_ok=True)
     if source.is_dir():
         shutil.copytree(source, target, copy_function=link_or_copy)
@@ -231,12 +232,10 @@ class RunDirectory:
         Returns:
             the stage's summary.
         """
-        key = sha256_of({"nanophi": __version__, "stage": name, "inputs": inputs})
-        stages = self.record["stages"]
-        done = stages.get(name, {})
-        if done.get("key") == key and all((self.path / output).exists() for output in outputs):
+        key = self._key(name, inputs)
+        if self._has(name, key, outputs):
             self.report(f"{self.path.name}: {name:<14} up to date")
-            return done["summary"]
+            return self.record["stages"][name]["summary"]
         if build is None:
             raise UserError(
                 f"{self.path}: stage '{name}' has not run for this recipe; run `nanophi run` or its own verb"
@@ -274,6 +273,18 @@ class RunDirectory:
         )
         return summary
 
+    def up_to_date(self, name: str, inputs: dict[str, Any], outputs: Sequence[str]) -> bool:
+        """Whether `stage` would find that stage's outputs there for these inputs."""
+        return self._has(name, self._key(name, inputs), outputs)
+
+    @staticmethod
+    def _key(name: str, inputs: dict[str, Any]) -> str:
+        return sha256_of({"nanophi": __version__, "stage": name, "inputs": inputs})
+
+    def _has(self, name: str, key: str, outputs: Sequence[str]) -> bool:
+        done = self.record["stages"].get(name, {})
+        return done.get("key") == key and all((self.path / output).exists() for output in outputs)
+
     def _forget(self, name: str) -> None:
         """Drop a stage's entry before its outputs change, so that no record ever describes the wrong outputs."""
         stages = self.record["stages"]
@@ -291,8 +302,7 @@ class RunDirectory:
                 continue
             with contextlib.suppress(UserError):
                 sibling = RunDirectory(path.parent, self.report)
-                stage = sibling.record["stages"].get(name, {})
-                if stage.get("key") == key and all((sibling.path / output).exists() for output in outputs):
+                if sibling._has(name, key, outputs):
                     return sibling
         return None
 

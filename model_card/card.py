@@ -26,7 +26,7 @@ from nanophi.records import UserError, read_json, write_json, write_text
 
 TEMPLATE = Path(__file__).parent / "template.md"
 
-LATER_STAGES = ("comparison", "card", "release", "verification")
+LATER_STAGES = ("comparison", "report", "card", "release", "verification")
 """Not told in the card: a second build must find the same records as the first."""
 
 PRIVATE_KEYS = ("examples", "refused")

@@ -17,7 +17,7 @@ from typing import Any
 
 from nanophi.model_card import card as model_card
 from nanophi.model_card.signature import SIGNATURE
-from nanophi.records import UserError, read_json, sha256_of_file, write_json
+from nanophi.records import UserError, link_or_copy, read_json, sha256_of_file, write_json
 from nanophi.version import __version__
 
 CODE_FILES = ("configuration_nanophi.py", "modeling_nanophi.py")
@@ -104,7 +104,7 @@ def list_files(folder: Path) -> list[str]:
 
 def retarget(release: Path, repo_id: str, output: Path) -> None:
     """Copy a release with its card naming `repo_id` in the snippets, as it will be on the Hub."""
-    shutil.copytree(release, output, copy_function=_link)
+    shutil.copytree(release, output, copy_function=link_or_copy)
     records = model_card.read_records(output / "records")
     records["run.json"]["repo_id"] = repo_id
     for path in (output / "records" / "run.json", output / "README.md"):
@@ -211,11 +211,3 @@ def _provenance(run: Path, output: Path) -> dict[str, Any]:
         # Of the token streams in the order of training, not of files: other versions of a library pack files otherwise.
         "data_sha256": {split: tokens[split]["sha256"] for split in ("train", "heldout")},
     }
-
-
-def _link(source: str, target: str) -> str:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-    return target
