@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 LLAMA := $(VENV)/llama
 
-.PHONY: demo test lint compat gguf clean
+.PHONY: demo test lint compat hub gguf clean
 
 demo: $(INSTALLED)
 	$(BIN)/nanophi run recipes/demo.yaml recipes/demo-control.yaml
@@ -22,6 +22,10 @@ lint: $(INSTALLED)
 # A release under transformers 4.37.2, 4.57.6 and the newest: make compat RELEASE=runs/demo/release
 compat: $(INSTALLED)
 	$(BIN)/python tests/compat/run.py $(RELEASE)
+
+# A release pushed to a loopback Hub, used by a stranger, verified, submitted: make hub RELEASE=runs/demo/release
+hub: $(INSTALLED)
+	$(BIN)/python tests/publish.py $(RELEASE)
 
 # GGUF files against llama.cpp itself, which is built from source first: make gguf RELEASE=runs/demo/release
 gguf: $(LLAMA)/installed
