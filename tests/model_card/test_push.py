@@ -25,18 +25,22 @@ from nanophi.records import UserError, read_json, write_json
 REVISIONS = ["step-000010", "step-000020", "step-000030", "main"]
 
 
+def talk_to(server: HubServer, home: Path, patch: pytest.MonkeyPatch) -> None:
+    """The client of this very process uses the server, without waiting between its retries."""
+    for key, value in server.environment(home).items():
+        patch.setenv(key, value)
+    patch.setattr(huggingface_hub.constants, "ENDPOINT", server.endpoint)
+    template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    patch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    patch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    patch.setattr(huggingface_hub.utils._http.time, "sleep", lambda seconds: None)
+
+
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """A server that the client of this very process talks to, without waiting between its retries."""
     with HubServer() as server:
-        for key, value in server.environment(tmp_path / "home").items():
-            monkeypatch.setenv(key, value)
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.endpoint)
-        template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", lambda seconds: None)
+        talk_to(server, tmp_path / "home", monkeypatch)
         yield server
 
 
@@ -160,31 +164,50 @@ def test_public_comes_last_and_only_if_asked(built_release: Path, hub: HubServer
     assert hub.requests[-1].endswith("/settings")
 
 
-@pytest.mark.parametrize("seed", range(10))
-@pytest.mark.usefixtures("built_before")
-def test_a_push_cut_at_any_moment_is_finished_by_the_next(built_release: Path, hub: HubServer, seed: int) -> None:
-    """About 50 requests make a push; each seed cuts at another one, before, during or after it."""
-    draw = random.Random(seed)
-    after = draw.randrange(5 * seed, 5 * seed + 5)
-    hub.cut(after, draw.choice(["before", "during", "after"]))
-    try:
+@pytest.fixture(scope="module")
+def requests_of_a_push(
+    built_release: Path, revisions: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> int:
+    with pytest.MonkeyPatch.context() as patch, HubServer() as server:
+        talk_to(server, tmp_path_factory.mktemp("home"), patch)
+        patch.setattr(pushing, "_revisions", lambda *_: revisions)
         push(built_release, "org/demo", report=silent)
-        cut = False
-    except UserError as error:
-        cut = True
-        assert "goes on from here" in str(error)
-    assert cut == (len(hub.requests) > after)
+        return len(server.requests)
+
+
+def assert_loads(revision: str, cache: Path, sample: dict) -> None:
+    """A revision, downloaded by the real client, is the model it says it is."""
+    folder = Path(huggingface_hub.snapshot_download("org/demo", revision=revision, cache_dir=cache))
+    described = read_json(folder / "records" / "run.json")["revision"]
+    assert release.generate(folder, [sample["prompt"]]) == [sample["checkpoints"][described]]
+
+
+@pytest.mark.parametrize("tenth", range(10))
+@pytest.mark.usefixtures("built_before")
+def test_a_push_cut_at_any_moment_is_finished_by_the_next(
+    built_release: Path, hub: HubServer, requests_of_a_push: int, tmp_path: Path, tenth: int
+) -> None:
+    """A random moment of each tenth of a push: before, during or after a request."""
+    draw = random.Random(tenth)
+    after = draw.randrange(requests_of_a_push * tenth // 10, requests_of_a_push * (tenth + 1) // 10)
+    hub.cut(after, draw.choice(["before", "during", "after"]))
+    with pytest.raises(UserError, match="goes on from here"):
+        push(built_release, "org/demo", report=silent)
+    hub.restore()
+    sample = read_json(built_release / "records" / "sample.json")
     repository = hub.repositories.get(("model", "org/demo"))
     if repository is not None:
+        assert repository.private
         for name, head in repository.branches.items():
             # Empty, as a new repository is, or whole: never in between, on any branch.
-            assert set(head.files) == {".gitattributes"} or is_whole(head), name
-        assert repository.private
+            if set(head.files) != {".gitattributes"}:
+                assert is_whole(head), name
+                assert_loads(name, tmp_path / "cache", sample)
     stored = set(hub.objects)
-    hub.restore()
     before = len(hub.requests)
     push(built_release, "org/demo", report=silent)
     assert_complete(hub)
+    assert_loads("main", tmp_path / "cache", sample)
     sent = {line.removeprefix("PUT /lfs/") for line in hub.requests[before:] if line.startswith("PUT /lfs/")}
     assert not sent & stored, "what had arrived was sent again"
     for commit in hub.repositories["model", "org/demo"].branches["main"].history():
