@@ -197,6 +197,10 @@ def _send(
             api.update_repo_settings(repo_id, private=False)
     except LocalTokenNotFoundError:
         raise UserError("no token for the Hub; run `hf auth login`, or set HF_TOKEN") from None
+    except ValueError as error:
+        if not str(error).startswith("Invalid metadata"):
+            raise
+        raise UserError(f"{repo_id}: the Hub refuses the card's metadata: {' '.join(str(error).split())}") from None
     except HfHubHTTPError as error:
         raise UserError(f"{repo_id}: the Hub answered: {str(error).splitlines()[0]}") from None
     except (HTTPError, OSError, RuntimeError) as error:

@@ -24,6 +24,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 TOKEN = "hf_loopback"
 LFS_SUFFIXES = (".safetensors", ".parquet", ".png", ".arrow", ".bin", ".gguf", ".zip")
 LFS_SIZE = 10_000_000
@@ -271,9 +273,58 @@ def whoami(request: Request) -> Answer:
     return Answer({"type": "user", "name": "org", "fullname": "Loopback", "orgs": [], "auth": token})
 
 
+LICENSES = frozenset(
+    """apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m
+    afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5
+    cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0
+    cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0
+    cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0 lgpl
+    lgpl-2.1 lgpl-3.0 isc lppl-1.3c ms-pl mpl-2.0 odc-by odbl openrail++ osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib
+    pddl lgpl-lr deepfloyd-if-license llama2 gemma unknown other""".split()  # noqa: SIM905
+)
+"""https://huggingface.co/docs/hub/repositories-licenses"""
+
+
+def metadata_errors(content: str) -> list[str]:
+    """What the Hub refuses in a model card, by its specification of the metadata (hub-docs, modelcard.md)."""
+    parts = re.match(r"---\n(.*?)\n---\n", content, re.DOTALL)
+    if parts is None:
+        return []  # Only warned about.
+    try:
+        metadata = yaml.safe_load(parts[1])
+    except yaml.YAMLError as error:
+        return [f"YAML: {error}"]
+    if not isinstance(metadata, dict):
+        return ["the metadata is not a mapping"]
+    errors = []
+    if "license" in metadata and metadata["license"] not in LICENSES:
+        errors.append(f'"license" {metadata["license"]!r} is not an identifier of the Hub')
+    for key in ("datasets", "base_model"):
+        ids = metadata.get(key, [])
+        for name in ids if isinstance(ids, list) else [ids]:
+            if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)):
+                errors.append(f'"{key}" {name!r} is not a Hub id')
+    emissions = metadata.get("co2_eq_emissions", 0)
+    grams = emissions.get("emissions") if isinstance(emissions, dict) else emissions
+    if not isinstance(grams, int | float):
+        errors.append('"co2_eq_emissions" must be a number of grams, or hold one as "emissions"')
+    for model in metadata.get("model-index", []):
+        if not model.get("name"):
+            errors.append('"model-index[0].name" is required')
+        for number, result in enumerate(model.get("results", [])):
+            where = f"model-index[0].results[{number}]"
+            required = [("task", "type"), ("dataset", "type"), ("dataset", "name")]
+            errors += [f'"{where}.{a}.{b}" is required' for a, b in required if not result.get(a, {}).get(b)]
+            for metric in result.get("metrics") or [{}]:
+                errors += [f'"{where}.metrics.{key}" is required' for key in ("type", "value") if key not in metric]
+    return errors
+
+
 @route("POST", "/api/validate-yaml")
 def validate_yaml(request: Request) -> Answer:
-    return Answer({"errors": [], "warnings": []})
+    body = request.json
+    errors = metadata_errors(body["content"]) if body.get("repoType", "model") == "model" else []
+    return Answer({"errors": [{"message": error} for error in errors], "warnings": []}, status=400 if errors else 200)
 
 
 @route("POST", "/api/repos/create")

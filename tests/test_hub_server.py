@@ -79,6 +79,30 @@ assert raises(RepositoryNotFoundError, lambda: hf_hub_download("org/absent", "RE
     assert sum(line.startswith("PUT /lfs/") for line in hub.requests) == 2
 
 
+@pytest.mark.parametrize(
+    ("metadata", "named"),
+    [
+        ("license: gpl-7", "gpl-7"),
+        ("datasets: [/data/mine]", "/data/mine"),
+        ("license: [", "YAML"),
+        ("co2_eq_emissions: {source: a meter}", "number of grams"),
+        ("model-index: [{name: m, results: [{task: {type: t}, dataset: {type: d}, metrics: []}]}]", "dataset.name"),
+    ],
+)
+def test_metadata_that_the_hub_refuses(hub: HubServer, tmp_path: Path, metadata: str, named: str) -> None:
+    content = f"---\n{metadata}\n---\n# Model".encode()
+    script = f"""
+api.create_repo("org/model")
+card = CommitOperationAdd("README.md", {content!r})
+try:
+    api.create_commit("org/model", [card], commit_message="all")
+except ValueError as error:
+    print(error)
+"""
+    assert named in run_client(hub, tmp_path, script)
+    assert len(hub.repositories["model", "org/model"].commits) == 1
+
+
 def test_unchanged_large_files_are_not_sent_again(hub: HubServer, tmp_path: Path) -> None:
     script = """
 api.create_repo("org/model", exist_ok=True)

@@ -287,6 +287,15 @@ def test_a_path_in_the_weights_header_is_found(run_copy: Path) -> None:
     assert any("model.safetensors names a path" in line for line in problems(run_copy / "release"))
 
 
+def test_metadata_that_the_hub_refuses_is_named(run_copy: Path, hub: HubServer) -> None:
+    recipe, card = run_copy / "release" / "records" / "recipe.yaml", run_copy / "release" / "README.md"
+    for path in (recipe, card):
+        path.write_text(path.read_text().replace("license: apache-2.0", "license: beerware-42"))
+    release.write_manifest(run_copy / "release", read_json(run_copy / "release" / "MANIFEST.json")["provenance"])
+    with pytest.raises(UserError, match=r"^org/demo: the Hub refuses the card's metadata: .*beerware-42"):
+        push(run_copy / "release", "org/demo", report=silent)
+
+
 @pytest.mark.parametrize("repo_id", ["demo", "a/b/c", "../x", ""])
 def test_bad_repo_id(built_release: Path, hub: HubServer, repo_id: str) -> None:
     with pytest.raises(UserError, match="ORG/NAME"):
