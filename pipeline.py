@@ -186,15 +186,17 @@ class Pipeline:
         """The model, with its checkpoints."""
         from transformers import AutoTokenizer
 
-        from nanophi.training import trainer
+        from nanophi.training import checkpoints, trainer
 
         self.tokens()
+        if "training" in self.run.record.get("in_progress", {}):
+            checkpoints.check_data(self.path)  # before a stage with other inputs would begin from scratch
         recipe = self.recipe
         inputs = {
             "tokens": self.run.stage_key("tokens"),
             "tokenizer": self.run.stage_key("tokenizer"),
             "model": recipe.model,
-            "training": recipe.training.model_dump(mode="json", exclude={"report_to", "logging_steps"}),
+            "training": recipe.training.model_dump(mode="json", exclude=trainer.NOT_IN_WEIGHTS),
             "seed": recipe.seed,
         }
 

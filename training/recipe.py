@@ -146,6 +146,8 @@ class Training(Section):
     """Steps whose checkpoints are kept, besides the last one, and released as branches."""
     eval_steps: int = pydantic.Field(default=500, gt=0)
     logging_steps: int = pydantic.Field(default=10, gt=0)
+    spike_threshold: float | None = pydantic.Field(default=10.0, gt=0)
+    """Stop where the logged loss jumps by so many robust standard deviations (`trainer.spike_limit`); None: never."""
     report_to: list[str] = []
     arguments: dict[str, Any] = {}
     """Any other field of `transformers.TrainingArguments`."""

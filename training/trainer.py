@@ -7,7 +7,6 @@ by itself, `training_state/step-NNNNNN/` holds what only a resumed run needs. Bo
 from __future__ import annotations
 
 import dataclasses
-import errno
 import math
 import os
 import shutil
@@ -27,11 +26,15 @@ from nanophi.configuration_nanophi import NanoPhiConfig
 from nanophi.modeling_nanophi import NanoPhiForCausalLM
 from nanophi.records import UserError, read_json, remove, sha256_of_file, write_json
 from nanophi.training.callbacks import ProgressLine, SaveTimes
+from nanophi.training.checkpoints import check_data, data_hashes, is_disk_full, last_checkpoint, publish, step_of
 from nanophi.training.estimate import flops_per_token, peak_flops
 from nanophi.training.optimizer import ADAM_EPS, MuonAdamW
 from nanophi.training.recipe import Training, suggestion
 
 FREE_SPACE_FACTOR = 1.1
+SPIKE_WINDOW, SPIKE_LOSSES = 50, 10
+NOT_IN_WEIGHTS = {"report_to", "logging_steps", "spike_threshold"}
+"""Keys of the recipe's section that may change while a run is stopped: they do not change what is learnt."""
 
 
 class PackedRows(Dataset[dict[str, torch.Tensor]]):
@@ -49,8 +52,12 @@ class PackedRows(Dataset[dict[str, torch.Tensor]]):
     def __init__(self, tokens: Path, rows: int | None = None, seed: int = 0) -> None:
         try:
             dataset = datasets.load_from_disk(str(tokens))
-        except (FileNotFoundError, OSError, ValueError) as error:
-            raise UserError(f"{tokens} cannot be read ({error}); run `nanophi prepare` on the recipe again") from None
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"{tokens} cannot be read ({reason}); delete {tokens.parent} and run `nanophi prepare` on the recipe: "
+                "the same rows are packed again and checkpoints stay"
+            ) from None
         if len(dataset) == 0:
             raise UserError(f"{tokens} holds no complete row; the text is shorter than one context: add documents")
         self.dataset = dataset.with_format("torch", columns=["input_ids"])
@@ -209,6 +216,7 @@ class NanoPhiTrainer(Trainer):
         self.training = training
         self.tokenizer_folder = tokenizer
         self.bytes_per_token = bytes_per_token
+        self.data_hashes = data_hashes(run)
         config = self.model.config
         self.tokens_per_step = training.batch_size * config.max_position_embeddings
         self.flops_per_token = flops_per_token(config, config.max_position_embeddings)
@@ -234,12 +242,28 @@ class NanoPhiTrainer(Trainer):
 
     # Logging
 
+    def _check_loss(self, loss: float, steps: int) -> None:
+        """Stop before anything is saved if the mean loss of the last `steps` steps is not finite, or a spike."""
+        if not math.isfinite(loss):
+            raise self._stopped(f"the loss is {loss}", "Lower training.learning_rate or lengthen training.warmup_steps")
+        if self.training.spike_threshold is None:
+            return
+        losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
+        # A mean over fewer steps than a logging interval scatters more.
+        limit = spike_limit(losses, self.training.spike_threshold * math.sqrt(max(1, self.args.logging_steps / steps)))
+        if limit is not None and loss > limit:
+            median = float(np.median(losses[-SPIKE_LOSSES:]))
+            raise self._stopped(
+                f"the loss is {loss:.3f}, a spike above {median:.3f}",
+                "Start again with a lower training.learning_rate or training.max_grad_norm, or go on through it with "
+                "training.spike_threshold=null",
+            )
+
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         """Add tokens seen, elapsed time, tokens/s and MFU to `Trainer`'s entry; write `training.json`."""
         step = self.state.global_step
         if "loss" in logs:
-            if not math.isfinite(logs["loss"]):
-                raise self._diverged(logs["loss"])
+            self._check_loss(logs["loss"], int(self.args.logging_steps))
             now = time.monotonic()
             if self._clock is None:
                 # The first interval of a process holds compilation and warm-up; it has no speed of its own.
@@ -314,8 +338,9 @@ class NanoPhiTrainer(Trainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Save as `Trainer` does, in a private folder, then publish the two halves under their names."""
-        if not torch.isfinite(self._tr_loss):
-            raise self._diverged(float(self._tr_loss))
+        steps = self.state.global_step - self._globalstep_last_logged
+        if steps:
+            self._check_loss(float(self.accelerator.reduce(self._tr_loss.clone(), "mean")) / steps, steps)
         began = time.monotonic()
         saving = Path(self._get_output_dir(trial))
         if self.args.should_save:
@@ -326,7 +351,8 @@ class NanoPhiTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                self._publish(next(saving.glob("checkpoint-*")))
+                saved, kept = next(saving.glob("checkpoint-*")), self.training.keep_steps
+                publish(self.run, saved, self._facts(), self.tokenizer_folder, kept)
         except UserError:
             raise
         except Exception as error:
@@ -343,40 +369,18 @@ class NanoPhiTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         super()._load_from_checkpoint(str(self.run / "checkpoints" / Path(resume_from_checkpoint).name), model)
 
-    def _publish(self, saved: Path) -> None:
-        name = f"step-{self.state.global_step:06d}"
-        state = saved / "training_state"
-        state.mkdir()
-        for file in list(saved.iterdir()):
-            if file.name == "training_args.bin":
-                file.unlink()  # a pickle; the recipe says the same
-            elif file.name.startswith(("optimizer", "scheduler", "rng_state", "scaler", "trainer_state")):
-                file.rename(state / file.name)
-        for file in sorted(self.tokenizer_folder.iterdir()):
-            shutil.copyfile(file, saved / file.name)
-        for file in saved.glob("*.safetensors"):
-            file.chmod(0o644)  # safetensors lets nobody else read them
+    def _facts(self) -> dict[str, Any]:
+        """`checkpoint.json`: what is known of this step's weights."""
         history = self.history()
-        write_json(
-            saved / "checkpoint.json",
-            {
-                "step": self.state.global_step,
-                "tokens_seen": self.state.global_step * self.tokens_per_step,
-                "train_loss": history["log"][-1]["loss"] if history["log"] else None,
-                "eval_loss": history["evaluations"][-1]["loss"] if history["evaluations"] else None,
-            },
-        )
-        # The state first: a run goes on from the newest step that has both.
-        for half, folder in ((state, "training_state"), (saved, "checkpoints")):
-            target = self.run / folder / name
-            remove(target)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            half.rename(target)
-        kept = {f"step-{step:06d}" for step in self.training.keep_steps}
-        for folder, keep in (("training_state", {name}), ("checkpoints", {name, *kept})):
-            for old in (self.run / folder).glob("step-*"):
-                if old.name not in keep:
-                    remove(old)
+        log, evaluations = history["log"][-1:], history["evaluations"][-1:]
+        return {
+            "step": self.state.global_step,
+            "tokens_seen": self.state.global_step * self.tokens_per_step,
+            "train_loss": log[0]["loss"] if log else None,
+            "eval_loss": evaluations[0]["loss"] if evaluations else None,
+            "eval_step": evaluations[0]["step"] if evaluations else None,
+            **self.data_hashes,
+        }
 
     def _check_free_space(self) -> None:
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
@@ -391,10 +395,9 @@ class NanoPhiTrainer(Trainer):
             f"free some and run the same command: it goes on from {self._last_good()}"
         )
 
-    def _diverged(self, loss: float) -> UserError:
+    def _stopped(self, what: str, remedy: str) -> UserError:
         return UserError(
-            f"the loss is {loss} at step {self.state.global_step}; nothing was saved since {self._last_good()}. "
-            "Lower training.learning_rate or lengthen training.warmup_steps"
+            f"{what} at step {self.state.global_step}; nothing was saved since {self._last_good()}. {remedy}"
         )
 
     def _last_good(self) -> str:
@@ -402,26 +405,20 @@ class NanoPhiTrainer(Trainer):
         return f"checkpoint {last.name}" if last else "the beginning"
 
 
-def is_disk_full(error: BaseException | None) -> bool:
-    """Whether an error, or one that it was raised from, says that the disk is full."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if "No space left on device" in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+def spike_limit(losses: list[float], threshold: float) -> float | None:
+    """The loss above which a run is taken to have spiked, from the losses logged before.
 
-
-def step_of(checkpoint: Path) -> int:
-    """The step in a checkpoint folder's name."""
-    return int(checkpoint.name.removeprefix("step-"))
-
-
-def last_checkpoint(run: Path) -> Path | None:
-    """`training_state/step-NNNNNN` of the newest step whose weights and state are both there."""
-    whole = [state for state in (run / "training_state").glob("step-*") if (run / "checkpoints" / state.name).is_dir()]
-    return max(whole, key=step_of, default=None)
+    The median of the last `SPIKE_LOSSES` losses, plus the larger of `threshold` robust standard deviations and a fifth
+    of that median (a smooth curve has deviations too small to go by). The deviation is taken from the differences of
+    neighbours among the last `SPIKE_WINDOW` losses, so that a falling curve does not count as noise: 1.4826 times
+    their median absolute value, over the square root of 2. None until `SPIKE_LOSSES` losses were logged.
+    """
+    if len(losses) < SPIKE_LOSSES:
+        return None
+    differences = np.diff(losses[-SPIKE_WINDOW:])
+    deviation = 1.4826 * np.median(np.abs(differences)) / math.sqrt(2)
+    median = np.median(losses[-SPIKE_LOSSES:])
+    return float(median + max(threshold * deviation, 0.2 * median))
 
 
 def train(
@@ -447,6 +444,7 @@ def train(
         JSON-able summary: steps, tokens, seconds, tokens/s, losses, parameter count, hash of the final weights.
     """
     arguments = training_arguments(training, run, seed, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    check_data(run)
     set_seed(seed)
     eos_token_id = config.eos_token_id
     if not isinstance(eos_token_id, int):

@@ -1,8 +1,8 @@
 """Training: what is learnt, saved and logged; a run that was killed goes on bit by bit as if it had not been."""
 
 import errno
-import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -10,63 +10,20 @@ import sys
 import time
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_run import CONFIG, CONTEXT, EOS, TRAINING, VOCAB, make_run, replace_rows, train
 from transformers import AutoModelForCausalLM, PhiForCausalLM
 
 from nanophi.configuration_nanophi import NanoPhiConfig
 from nanophi.modeling_nanophi import NanoPhiForCausalLM
 from nanophi.records import UserError, read_json
-from nanophi.training import trainer
+from nanophi.training import checkpoints, trainer
 from nanophi.training.recipe import Training
 
-VOCAB, CONTEXT, EOS = 61, 64, 0
-CONFIG = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": CONTEXT,
-    "bos_token_id": EOS,
-    "eos_token_id": EOS,
-    "resid_pdrop": 0.1,  # dropout makes the random state part of what a resumed run must restore
-}
-TRAINING = {
-    "steps": 24,
-    "batch_size": 8,
-    "learning_rate": 1e-2,
-    "warmup_steps": 2,
-    "schedule": "wsd",
-    "save_steps": 6,
-    "keep_steps": [10],
-    "eval_steps": 12,
-    "logging_steps": 1,
-    "precision": "fp32",
-}
-
-
-def make_run(path: Path) -> Path:
-    """A run directory that is ready to train: rows whose next token is mostly the last one plus one."""
-    generator = np.random.default_rng(0)
-    for split, rows in (("train", 100), ("heldout", 10)):
-        steps = np.where(generator.random((rows, CONTEXT)) < 0.9, 1, generator.integers(0, VOCAB, (rows, CONTEXT)))
-        tokens = (np.cumsum(steps, axis=1) % VOCAB).astype(np.int32)
-        features = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"), length=CONTEXT)})
-        dataset = datasets.Dataset.from_dict({"input_ids": tokens.tolist()}, features=features)
-        dataset.save_to_disk(str(path / "data/tokens" / split))
-    (path / "data/tokens/tokens.json").write_text(json.dumps({"heldout": {"bytes_per_token": 2.0}}))
-    (path / "data/tokenizer").mkdir()
-    (path / "data/tokenizer/tokenizer.json").write_text("{}")
-    return path
-
-
-def train(run: Path, **changes) -> dict:
-    return trainer.train(run, Training(**{**TRAINING, **changes}), NanoPhiConfig(**CONFIG), seed=1, label="test")
+TESTS = str(Path(__file__).parents[1])
 
 
 @pytest.fixture(scope="module")
@@ -140,24 +97,24 @@ def test_sigkill_leaves_only_whole_checkpoints_and_sigterm_saves_first(tmp_path,
     run = make_run(tmp_path / "run")
     script = (
         "import sys; sys.path[:0] = [sys.argv[1]]\n"
-        "from pathlib import Path\nimport test_trainer\n"
-        "test_trainer.train(Path(sys.argv[2]), steps=4000, save_steps=3, keep_steps=[])\n"
+        "from pathlib import Path\nimport tiny_run\n"
+        "tiny_run.train(Path(sys.argv[2]), steps=4000, save_steps=3, keep_steps=[])\n"
     )
     for number in (signal.SIGKILL, signal.SIGTERM):
-        command = [sys.executable, "-c", script, str(Path(__file__).parent), str(run)]
+        command = [sys.executable, "-c", script, TESTS, str(run)]
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-            before = trainer.last_checkpoint(run)
+            before = checkpoints.last_checkpoint(run)
             deadline = time.monotonic() + 60
-            while trainer.last_checkpoint(run) in (None, before) and time.monotonic() < deadline:
+            while checkpoints.last_checkpoint(run) in (None, before) and time.monotonic() < deadline:
                 time.sleep(0.05)
             process.send_signal(number)
             errors = process.communicate()[1]
-        last = trainer.last_checkpoint(run)
+        last = checkpoints.last_checkpoint(run)
         assert last is not None
         load_file(run / "checkpoints" / last.name / "model.safetensors")
         assert torch.load(last / "optimizer.pt", weights_only=True)["state"]
         if number == signal.SIGTERM:
-            assert f"stopped by SIGTERM after saving step {trainer.step_of(last)}" in errors
+            assert f"stopped by SIGTERM after saving step {checkpoints.step_of(last)}" in errors
 
 
 def test_two_processes_take_the_same_steps_as_one(tmp_path, finished):
@@ -167,8 +124,8 @@ def test_two_processes_take_the_same_steps_as_one(tmp_path, finished):
     trainer.train(one, Training(**{**TRAINING, **changes}), NanoPhiConfig(**config), seed=1, label="test")
     script = tmp_path / "script.py"
     script.write_text(
-        f"import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}]\n"
-        "from pathlib import Path\nfrom test_trainer import *\n"
+        f"import sys; sys.path[:0] = [{TESTS!r}]\n"
+        "from pathlib import Path\nfrom tiny_run import *\n"
         f"trainer.train(Path({str(two)!r}), Training(**{{**TRAINING, **{changes!r}}}), "
         f"NanoPhiConfig(**{config!r}), seed=1, label='test')\n"
     )
@@ -215,6 +172,39 @@ def test_diverging_run_stops_at_the_last_good_checkpoint(tmp_path):
         assert all(tensor.isfinite().all() for tensor in load_file(checkpoint / "model.safetensors").values())
 
 
+@pytest.mark.parametrize("logging_steps", [1, 4])
+def test_a_loss_spike_stops_at_the_last_good_checkpoint(tmp_path, logging_steps):
+    run = make_run(tmp_path / "run", rows=480)
+    order = trainer.PackedRows(run / "data/tokens/train", rows=480, seed=1)
+    poisoned = {order.index(position) for position in range(50 * 8, 60 * 8)}
+    replace_rows(run, lambda index, row: row[::-1] if index in poisoned else row)
+    changes = {"steps": 60, "save_steps": 1, "keep_steps": [], "logging_steps": logging_steps}
+    with pytest.raises(UserError) as error:
+        train(run, **changes)
+    line = str(error.value)
+    assert re.search(r"the loss is [\d.]+, a spike above [\d.]+ at step 51; nothing was saved since", line)
+    assert "checkpoint step-000050" in line
+    assert "training.spike_threshold=null" in line
+    for folder in ("checkpoints", "training_state"):
+        assert [path.name for path in (run / folder).iterdir()] == ["step-000050"]
+    summary = train(run, **changes, spike_threshold=None)
+    assert summary["steps"] == 60
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000060"]
+
+
+def test_spike_limit_is_robust():
+    noise = np.random.default_rng(0).normal(3.0, 0.05, 200)
+    losses = noise.tolist()
+    assert trainer.spike_limit(losses[:9], 10) is None
+    limit = trainer.spike_limit(losses, 10)
+    assert limit == pytest.approx(3.6, abs=0.05)  # a fifth of the median, more than ten deviations of 0.05
+    assert trainer.spike_limit(losses, 20) == pytest.approx(4.0, abs=0.2)
+    outliers = [*losses[:-4], 50.0, 60.0, 70.0, 80.0]
+    assert trainer.spike_limit(outliers, 10) == pytest.approx(limit, abs=0.2)
+    falling = (2 + 8 * np.exp(-np.arange(200) / 20) + noise - 3).tolist()
+    assert all(falling[i] < (trainer.spike_limit(falling[:i], 10) or np.inf) for i in range(200))
+
+
 def test_order_depends_on_position_and_seed_only(finished):
     tokens = finished[0] / "data/tokens/train"
     rows = trainer.PackedRows(tokens, rows=250, seed=3)
@@ -251,5 +241,7 @@ def test_training_arguments_are_checked(tmp_path):
 def test_missing_tokens_are_named(tmp_path):
     run = make_run(tmp_path / "run")
     shutil.rmtree(run / "data/tokens/train")
-    with pytest.raises(UserError, match=r"data/tokens/train cannot be read .* run `nanophi prepare`"):
+    with pytest.raises(
+        UserError, match=r"data/tokens/train cannot be read .* delete .*data/tokens and run `nanophi prepare`"
+    ):
         train(run)

@@ -1,0 +1,71 @@
+"""A tiny run that is ready to train, for the tests of training."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import numpy as np
+
+from nanophi.configuration_nanophi import NanoPhiConfig
+from nanophi.training import trainer
+from nanophi.training.recipe import Training
+
+VOCAB, CONTEXT, EOS = 61, 64, 0
+CONFIG = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": CONTEXT,
+    "bos_token_id": EOS,
+    "eos_token_id": EOS,
+    "resid_pdrop": 0.1,  # dropout makes the random state part of what a resumed run must restore
+}
+TRAINING = {
+    "steps": 24,
+    "batch_size": 8,
+    "learning_rate": 1e-2,
+    "warmup_steps": 2,
+    "schedule": "wsd",
+    "save_steps": 6,
+    "keep_steps": [10],
+    "eval_steps": 12,
+    "logging_steps": 1,
+    "precision": "fp32",
+}
+
+
+def make_run(path: Path, rows: int = 100) -> Path:
+    """A run directory that is ready to train: rows whose next token is mostly the last one plus one."""
+    generator = np.random.default_rng(0)
+    for split, count in (("train", rows), ("heldout", 10)):
+        steps = np.where(generator.random((count, CONTEXT)) < 0.9, 1, generator.integers(0, VOCAB, (count, CONTEXT)))
+        write_rows(path / "data/tokens" / split, np.cumsum(steps, axis=1) % VOCAB)
+    tokens = {"train": {"sha256": "a1"}, "heldout": {"sha256": "b2", "bytes_per_token": 2.0}}
+    (path / "data/tokens/tokens.json").write_text(json.dumps(tokens))
+    (path / "data/tokenizer").mkdir()
+    (path / "data/tokenizer/tokenizer.json").write_text("{}")
+    return path
+
+
+def write_rows(folder: Path, tokens: np.ndarray) -> None:
+    """(rows, CONTEXT) tokens as packing writes them."""
+    features = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"), length=CONTEXT)})
+    dataset = datasets.Dataset.from_dict({"input_ids": tokens.astype(np.int32).tolist()}, features=features)
+    dataset.save_to_disk(str(folder))
+
+
+def replace_rows(run: Path, change: Callable[[int, np.ndarray], np.ndarray]) -> None:
+    """Write the training rows anew, each as `change(index, row)`."""
+    folder = run / "data/tokens/train"
+    rows = np.array(datasets.load_from_disk(str(folder))["input_ids"])
+    shutil.rmtree(folder)
+    write_rows(folder, np.array([change(index, row) for index, row in enumerate(rows)]))
+
+
+def train(run: Path, **changes) -> dict:
+    return trainer.train(run, Training(**{**TRAINING, **changes}), NanoPhiConfig(**CONFIG), seed=1, label="test")
