@@ -167,9 +167,10 @@ def revisions(run: Path) -> list[dict[str, Any]]:
     entries = []
     for checkpoint in sorted((run / "checkpoints").glob("step-*")):
         state = read_json(checkpoint / "checkpoint.json")
-        entry = {"revision": checkpoint.name} | {
-            key: state[key] for key in ("step", "tokens_seen", "train_loss", "eval_loss")
-        }
+        keys = ("step", "tokens_seen", "train_loss", "eval_loss")
+        entry = {"revision": checkpoint.name} | {key: state[key] for key in keys}
+        if state.get("eval_step", state["step"]) != state["step"]:
+            entry["eval_loss"] = None  # Measured at an earlier step.
         rows = headline({f"evals/{suite}.json": value for suite, value in evaluations(run, checkpoint.name).items()})
         entries.append(entry | {"scores": {f"{row['task']}/{row['metric']}": row["value"] for row in rows}})
     return entries
@@ -507,13 +508,14 @@ def metadata(records: Records) -> ModelCardData:
     summary = records["training.json"].get("summary", {})
     extra: dict[str, Any] = {"widget": [{"text": recipe["card"]["prompt"]}]}
     if summary.get("co2_grams") is not None:
-        extra["co2_eq_emissions"] = {
-            "emissions": round(summary["co2_grams"], 1),
+        emissions = {
+            "emissions": float(f"{summary['co2_grams']:.4g}"),
             "source": summary["co2_source"],
             "training_type": "pre-training",
-            "geographical_location": summary["co2_region"],
+            "geographical_location": summary.get("co2_region"),
             "hardware_used": hardware(records),
         }
+        extra["co2_eq_emissions"] = {key: value for key, value in emissions.items() if value is not None}
     return ModelCardData(
         language="en",
         license=recipe["card"]["license"],
@@ -582,6 +584,8 @@ def render(records: Records) -> str:
             heldout=next((value["nanophi"]["heldout"] for value in evaluations if "heldout" in value["nanophi"]), None),
             leaderboard=leaderboard(records),
             leaderboard_tasks=list(zip(LEADERBOARD_TITLES, LEADERBOARD, strict=True)),
+            benchmarks=any(not row["task"].startswith("heldout_") for row in rows),
+            by_source=by_source(records),
             noise=noise(rows),
             mfu=statistics.median(utilisations) if utilisations else None,
             hardware=hardware(records),
@@ -611,6 +615,39 @@ def differences(comparison: dict[str, Any] | None) -> dict[str, list[dict[str, A
                 }
             )
     return rows
+
+
+def by_source(records: Records) -> dict[str, Any] | None:
+    """Held-out bits per byte of the compared models by source; None unless two or more were measured.
+
+    Returns:
+        `{"labels": names of the models, "rows": [{"source", "documents", "kept": share of the source's bytes that the
+        filter kept, None if it is not trained on, "scores": cells in the order of the labels}]}`.
+    """
+    heldout = (records.get("comparison.json") or {}).get("heldout") or {}
+    labels = [label for label in (records.get("comparison.json") or {}).get("labels", []) if label in heldout]
+    if len(labels) < 2:
+        return None
+    filtered, rows = records.get("quality.json", {}).get("sources", {}), []
+    for source in sorted({source for label in labels for source in heldout[label]["by_source"]}):
+        parts = [heldout[label]["by_source"].get(source) for label in labels]
+        scores = [
+            "-"
+            if part is None
+            else f"{part['bits_per_byte']:.4f}"
+            + (f" ± {part['bits_per_byte_stderr']:.4f}" if part["documents"] > 1 else "")
+            for part in parts
+        ]
+        trained = filtered.get(source)
+        rows.append(
+            {
+                "source": source,
+                "documents": max(part["documents"] for part in parts if part is not None),
+                "kept": trained["kept_bytes"] / trained["bytes"] if trained and trained["bytes"] else None,
+                "scores": scores,
+            }
+        )
+    return {"labels": labels, "rows": rows}
 
 
 def noise(rows: Iterable[dict[str, Any]]) -> dict[str, list[str]]:
@@ -651,6 +688,11 @@ def _decimal(value: float, places: int = 3) -> str:
     return f"{value:.{places}f}"
 
 
+def _figure(value: float) -> str:
+    """Three digits, more if they stand before the point: 0.00987, 51.2, 1,460."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
 def _metric(row: dict[str, Any], key: str = "value") -> str:
     """A row's value, standard error or chance in the row's unit."""
     factor, places = _scale(row["metric"])
@@ -669,7 +711,8 @@ def _score(row: dict[str, Any], label: str) -> str:
 
 def task_name(row: dict[str, Any]) -> str:
     """A task as a person would call it, with its shots."""
-    name = row["task"].replace("heldout_", "held-out ").replace("_", " ")
+    name = row["task"].replace("heldout_order", "held-out sentence order").replace("heldout_", "held-out ")
+    name = name.replace("_", " ")
     return name + (f" ({row['shots']}-shot)" if row["shots"] else "")
 
 
@@ -721,6 +764,7 @@ FILTERS: dict[str, Any] = {
     "count": _count,
     "decimal": _decimal,
     "duration": _duration,
+    "figure": _figure,
     "fenced": _fenced,
     "literal": lambda text: json.dumps(text, ensure_ascii=False),
     "metric": _metric,

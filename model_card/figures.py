@@ -16,8 +16,9 @@ STYLE: Any = {
     "axes.labelcolor": DARK,
     "axes.spines.right": False,
     "axes.spines.top": False,
+    "axes.titlepad": 10,
     "font.family": "DejaVu Sans",
-    "font.size": 10,
+    "font.size": 10.5,
     "grid.color": "#e6e9ed",
     "legend.frameon": False,
     "figure.constrained_layout.use": True,
@@ -45,9 +46,9 @@ def build(records: dict[str, Any], output: Path) -> list[str]:
     output.mkdir(parents=True, exist_ok=True)
     written = []
     for name in names(records):
-        height = 3.6 if name != "evaluation" else 1.1 + 0.42 * len(_bars(records))
+        height = 4.0 if name != "evaluation" else 1.1 + 0.42 * len(_bars(records))
         with plt.rc_context({**plt.rcParamsDefault, **STYLE}):
-            figure, axes = plt.subplots(figsize=(7.2, height))
+            figure, axes = plt.subplots(figsize=(9.0, height))
             draw[name](records, axes)
             figure.savefig(output / f"{name}.png", metadata={"Software": None})
             plt.close(figure)
@@ -59,7 +60,8 @@ def _loss(records: dict[str, Any], axes: Axes) -> None:
     training = records["training.json"]
     log, evaluations = training["log"], training.get("evaluations", [])
     most = log[-1]["tokens_seen"]
-    scale, unit = next((s, u) for s, u in ((1e9, "billions"), (1e6, "millions"), (1, "")) if most >= s or s == 1)
+    units = ((1e9, "billions"), (1e6, "millions"), (1e3, "thousands"))
+    scale, unit = next((entry for entry in units if most >= 2 * entry[0]), (1, ""))
     axes.plot([e["tokens_seen"] / scale for e in log], [e["loss"] for e in log], color=BLUE, lw=1.2, label="training")
     if evaluations:
         seen = [e["tokens_seen"] / scale for e in evaluations]
@@ -78,7 +80,7 @@ def _loss(records: dict[str, Any], axes: Axes) -> None:
 
 def _quality(records: dict[str, Any], axes: Axes) -> None:
     import numpy as np
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import StrMethodFormatter
 
     quality = records["quality.json"]
     counts, edges = quality["histogram"]["documents"], quality["histogram"]["edges"][:-1]
@@ -90,15 +92,26 @@ def _quality(records: dict[str, Any], axes: Axes) -> None:
     axes.set_xlabel("quality score")
     # Most scores lie at the ends; on a linear scale the middle, where the threshold is, would vanish.
     axes.set_yscale("function", functions=(lambda y: np.sqrt(np.maximum(y, 0)), np.square))
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    axes.set_yticks(_square_root_ticks(max(counts)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set_ylim(0, 1.08 * max(counts))
     axes.set_ylabel("documents (square-root scale)")
     total, kept_documents = quality["documents"], quality["kept_documents"]
     if threshold is None:
-        axes.set_title(f"no threshold: all {total:,} documents kept", fontsize=10, loc="left")
+        axes.set_title(f"no threshold: all {total:,} documents kept", loc="left")
     else:
         axes.axvline(threshold, color=ORANGE, lw=1.5)
-        axes.set_title(f"kept above {threshold:g}: {kept_documents:,} of {total:,} documents", fontsize=10, loc="left")
+        axes.set_title(f"kept above {threshold:g}: {kept_documents:,} of {total:,} documents", loc="left")
+
+
+def _square_root_ticks(highest: int) -> list[int]:
+    """0 and round counts up to `highest`, at least a tenth of a square-root axis apart."""
+    ticks = [0]
+    for power in range(len(str(highest))):
+        for tick in (factor * 10**power for factor in (1, 2, 5)):
+            if tick <= highest and (tick / highest) ** 0.5 >= (ticks[-1] / highest) ** 0.5 + 0.1:
+                ticks.append(tick)
+    return ticks
 
 
 def _bars(records: dict[str, Any]) -> list[dict[str, Any]]:

@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 import yaml
+from hub_server import metadata_errors  # type: ignore[import-not-found]
 from huggingface_hub import ModelCard
+from huggingface_hub.repocard import TEMPLATE_MODELCARD_PATH
 
 from nanophi.model_card import card
 from nanophi.records import UserError, read_json, write_json
@@ -39,39 +41,57 @@ def edit(path: Path, change: Callable[[Any], None]) -> None:
 
 def test_every_field_of_the_hubs_template_is_answered(records: card.Records) -> None:
     text = card.render(records)
-    assert card.problems(text) == []
-    for said in (
-        "Developed by",
-        "Funded by",
-        "Shared by",
-        "Model type",
-        "Language",
-        "License",
-        "Finetuned from",
-        "Repository",
-        "Paper, demo",
-        "Direct use",
-        "Downstream use",
-        "Out of scope",
-        "Limits and bias",
-        "Recommendations",
-        "## Use",
-        "## Training data",
-        "### Preprocessing",
-        "Training regime",
-        "Speed",
-        "## Evaluation",
-        "Hardware",
-        "Hours",
-        "Cloud provider, region",
-        "CO2e",
-        "### Architecture",
-        "## Environment",
-        "```bibtex",
-        "Glossary",
-        "Card authors and contact",
-    ):
-        assert said in text, said
+    assert card.problems(text) == [] and metadata_errors(text) == []
+    # Section or field of huggingface_hub's own template -> how this card says it; the rest is said in prose.
+    fields = {
+        "model_summary": "A small English language model of",
+        "model_description": "### Architecture",
+        "developers": "Developed by",
+        "funded_by": "Funded by",
+        "shared_by": "Shared by",
+        "model_type": "Model type",
+        "language": "| Language |",
+        "license": "| License |",
+        "base_model": "Finetuned from",
+        "repo": "| Repository |",
+        "paper": "Paper, demo",
+        "demo": "Paper, demo",
+        "direct_use": "**Direct use:**",
+        "downstream_use": "**Downstream use:**",
+        "out_of_scope_use": "**Out of scope:**",
+        "bias_risks_limitations": "**Limits and bias:**",
+        "bias_recommendations": "**Recommendations:**",
+        "get_started_code": "## Use",
+        "training_data": "## Training data",
+        "preprocessing": "### Preprocessing",
+        "training_regime": "Training regime",
+        "speeds_sizes_times": "| Speed |",
+        "testing_data": "**Testing data:**",
+        "testing_factors": "**Factors:**",
+        "testing_metrics": "**Metrics:**",
+        "results": "| held-out bits per byte |",
+        "results_summary": "On held-out documents it needs",
+        "model_examination": "**Model examination:**",
+        "hardware_type": "| Hardware |",
+        "hours_used": "| Hours |",
+        "cloud_provider": "Cloud provider, region",
+        "cloud_region": "Cloud provider, region",
+        "co2_emitted": "| CO2e |",
+        "model_specs": "Phi's decoder:",
+        "compute_infrastructure": "## Environment",
+        "hardware_requirements": "For inference, any machine",
+        "software": "Software:",
+        "citation_bibtex": "```bibtex",
+        "citation_apa": "(2026). *tiny*, version v1.0.",
+        "glossary": "**Glossary:**",
+        "more_information": "## Reproduce and verify",
+        "model_card_authors": "Card authors and contact",
+        "model_card_contact": "Questions:",
+    }
+    asked = re.findall(r"\{\{ (\w+) \|", Path(TEMPLATE_MODELCARD_PATH).read_text())
+    assert set(asked) - {"model_id"} == set(fields)
+    for field, said in fields.items():
+        assert said in text, field
 
 
 def test_links_and_figures_of_the_card_are_in_the_release(built_release: Path) -> None:
@@ -204,6 +224,44 @@ def test_records_survive_writing(records: card.Records, tmp_path: Path) -> None:
     assert card.render(again) == card.render(records)
 
 
+def test_metered_energy_and_its_price(records: card.Records) -> None:
+    assert "co2_eq_emissions" not in ModelCard(card.render(records)).data.to_dict()
+    assert "| Energy | not metered |" in card.render(records) and "Cost" not in card.render(records)
+    changed = copy.deepcopy(records)
+    metered = {"energy_kwh": 20.8123, "co2_grams": 1460.04, "co2_source": "a meter", "co2_region": "FRA"}
+    changed["training.json"]["summary"] |= {**metered, "cost_usd": 51.237}
+    text = card.render(changed)
+    for row in ("Energy | 20.8 kWh", "CO2e | 1,460 g (a meter)", "Cost | 51.2 US", "Cloud provider, region | FRA"):
+        assert f"| {row}" in text
+    data = ModelCard(text).data.to_dict()
+    assert data["co2_eq_emissions"] == {
+        "emissions": 1460.0,
+        "source": "a meter",
+        "training_type": "pre-training",
+        "geographical_location": "FRA",
+        "hardware_used": "A processor, 2 threads, no GPU",
+    }
+    assert metadata_errors(text) == []
+    # Of a small run, and where nobody knows where it ran: no figure is rounded to nothing, no field is empty.
+    changed["training.json"]["summary"] |= {"energy_kwh": 0.00123, "co2_grams": 0.0456, "co2_region": None}
+    text = card.render(changed)
+    assert "| Energy | 0.00123 kWh |" in text and "| Cloud provider, region | not recorded |" in text
+    emissions = ModelCard(text).data.to_dict()["co2_eq_emissions"]
+    assert emissions["emissions"] == 0.0456 and "geographical_location" not in emissions
+
+
+def test_query_key_layernorm_needs_a_later_transformers(records: card.Records) -> None:
+    changed = copy.deepcopy(records)
+    changed["model.json"]["config"]["qk_layernorm"] = True
+    assert "(transformers 4.37.2 or later)" in card.render(records)
+    assert "(transformers 4.48 or later)" in card.render(changed)
+
+
+def test_a_loss_of_an_earlier_step_is_not_told(run_copy: Path) -> None:
+    edit(run_copy / "checkpoints/step-000020/checkpoint.json", lambda r: r.update(eval_step=10))
+    assert [entry["eval_loss"] for entry in card.revisions(run_copy)] == [5.3, None, 4.3]
+
+
 def test_card_of_an_earlier_checkpoint(finished_run: Path) -> None:
     text = card.render(card.collect(finished_run, finished_run / "checkpoints" / "step-000010"))
     assert "This revision is the checkpoint at step 10 of 30" in text
@@ -264,6 +322,10 @@ def comparison(ours: str) -> dict[str, Any]:
             },
         },
         "subjects": {},
+        "heldout": {
+            ours: {"by_source": {"licences": {"bits_per_byte": bits, "bits_per_byte_stderr": 0.07, "documents": 20}}},
+            "control": {"by_source": {"licences": {"bits_per_byte": 2.3, "bits_per_byte_stderr": 0, "documents": 1}}},
+        },
         "published": {
             "metrics": {"arc_challenge": "acc_norm, 25-shot"},
             "models": [{"name": "other", "scores": {"arc_challenge": 22.5}, "average": 29.0, "source": "its card"}],
@@ -276,7 +338,12 @@ def comparison(ours: str) -> dict[str, Any]:
 def test_comparison_says_what_is_noise(records: card.Records) -> None:
     changed = copy.deepcopy(records)
     changed["comparison.json"] = comparison(records["recipe.yaml"]["name"])
+    assert "Held-out bits per byte by source</summary>" in card.render(records)
     text = card.render(changed)
+    filtered = records["quality.json"]["sources"]["licences"]
+    kept = 100 * filtered["kept_bytes"] / filtered["bytes"]
+    assert f"| licences | 2.1500 ± 0.0700 | 2.3000 | 20 | {kept:.1f} % |" in text
+    assert "Held-out bits per byte by source</summary>" not in text
     assert "better on held-out bits per byte; within noise on held-out continuation" in text
     assert "| held-out bits per byte | -0.1500 | -0.1700 to -0.1300 | < 0.001 | better |" in text
     assert "| held-out continuation | 41.00 ± 3.10 | 40.00 ± 3.00 | 25.0 |" in text
