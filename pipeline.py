@@ -209,7 +209,9 @@ class Pipeline:
                 bos_token_id=tokenizer.bos_token_id,
                 eos_token_id=tokenizer.eos_token_id,
             )
-            return trainer.train(self.path, recipe.training, config, recipe.seed, recipe.name, self.report)
+            return trainer.train(
+                self.path, recipe.training, config, recipe.seed, recipe.name, self.report, recipe.card.prompt
+            )
 
         outputs = ["checkpoints", "training_state", "training.json"]
         # The others train along, but only if the main process does: it alone would not come to the rendezvous.

@@ -5,6 +5,7 @@ laid end to end; the stream is cut into rows. There is no padding. The tokens th
 End-of-text never stands for anything but a boundary, so training can find the documents in a row again.
 
     output/train, output/heldout   `datasets` folders; column `input_ids`, int32 `[context_length]`
+    output/heldout-documents.parquet   source, tokens, bytes of each held-out document, in packed order
     output/tokens.json             counts, by split
 """
 
@@ -210,6 +211,13 @@ def _write(stream: _Stream, context_length: int, output: Path, work: Path, split
             datasets.enable_progress_bars()
     flat.unlink()
     replace_tree(saved, output)
+    if split == "heldout":
+        documents = {
+            "source": np.array(stream.sources)[stream.codes[stream.order]],
+            "tokens": stream.lengths[stream.order],
+            "bytes": stream.sizes[stream.order],
+        }
+        pq.write_table(pa.table(documents), output.with_name("heldout-documents.parquet"))
     by_source: Counter[str] = Counter()
     sums = np.bincount(stream.codes[stream.order], stream.lengths[stream.order], minlength=len(stream.sources))
     for name, count in zip(stream.sources, sums.tolist(), strict=True):

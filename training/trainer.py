@@ -15,7 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler, SequentialSampler
@@ -30,87 +29,13 @@ from nanophi.training.checkpoints import check_data, data_hashes, is_disk_full, 
 from nanophi.training.estimate import flops_per_token, peak_flops
 from nanophi.training.optimizer import ADAM_EPS, MuonAdamW
 from nanophi.training.recipe import Training, suggestion
+from nanophi.training.rows import PackedCollator, PackedRows
+from nanophi.training.validation import BY_SOURCE, HeldoutRows, SampleText
 
 FREE_SPACE_FACTOR = 1.1
 SPIKE_WINDOW, SPIKE_LOSSES = 50, 10
 NOT_IN_WEIGHTS = {"report_to", "logging_steps", "spike_threshold"}
 """Keys of the recipe's section that may change while a run is stopped: they do not change what is learnt."""
-
-
-class PackedRows(Dataset[dict[str, torch.Tensor]]):
-    """The rows that training sees, in order: all epochs as one sequence, each epoch shuffled by its own seed.
-
-    Row `i` of the sequence depends on nothing but `i` and the seed, so a run that resumes, or that divides its
-    batches among other devices, sees the same rows.
-
-    Args:
-        tokens: folder of `datasets.Dataset.save_to_disk` with a column `input_ids` of equally long rows.
-        rows: length of the sequence; None: each row once, in file order.
-        seed: of the shuffling.
-    """
-
-    def __init__(self, tokens: Path, rows: int | None = None, seed: int = 0) -> None:
-        try:
-            dataset = datasets.load_from_disk(str(tokens))
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(
-                f"{tokens} cannot be read ({reason}); delete {tokens.parent} and run `nanophi prepare` on the recipe: "
-                "the same rows are packed again and checkpoints stay"
-            ) from None
-        if len(dataset) == 0:
-            raise UserError(f"{tokens} holds no complete row; the text is shorter than one context: add documents")
-        self.dataset = dataset.with_format("torch", columns=["input_ids"])
-        self.rows = rows
-        self.seed = seed
-        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self.dataset) if self.rows is None else self.rows
-
-    def index(self, position: int) -> int:
-        """Row of the dataset at a position of the sequence."""
-        if self.rows is None:
-            return position
-        epoch, offset = divmod(position, len(self.dataset))
-        if epoch != self._epoch:
-            self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset))
-            self._epoch = epoch
-        return int(self._order[offset])
-
-    def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
-        return self.dataset[self.index(position)]
-
-    def __getitems__(self, positions: list[int]) -> list[dict[str, torch.Tensor]]:
-        batch = self.dataset[[self.index(position) for position in positions]]["input_ids"]
-        return [{"input_ids": row} for row in batch]
-
-
-@dataclasses.dataclass(frozen=True)
-class PackedCollator:
-    """Rows to a batch: `input_ids`, `labels` and, if documents are isolated, `position_ids`; all (rows, length) int64.
-
-    A document begins at its end-of-text token, which stands before it as well as behind the one before. Positions
-    restart there, so attention (which reads restarting positions as boundaries) stays inside a document, and every
-    prediction, that of the end-of-text token too, depends on one document only.
-    """
-
-    eos_token_id: int
-    isolate_documents: bool
-
-    def __call__(self, rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        input_ids = torch.stack([row["input_ids"] for row in rows]).long()
-        batch = {"input_ids": input_ids, "labels": input_ids}
-        if self.isolate_documents:
-            batch["position_ids"] = restarting_positions(input_ids, self.eos_token_id)
-        return batch
-
-
-def restarting_positions(input_ids: torch.Tensor, eos_token_id: int) -> torch.Tensor:
-    """Positions that count from 0 at the row's start and at every end-of-text token; (rows, length) int64."""
-    positions = torch.arange(input_ids.shape[1]).expand_as(input_ids)
-    starts = torch.where(input_ids == eos_token_id, positions, 0).cummax(dim=1).values
-    return positions - starts
 
 
 def has_bf16() -> bool:
@@ -178,7 +103,6 @@ def training_arguments(training: Training, run: Path, seed: int, world_size: int
         "disable_tqdm": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "remove_unused_columns": False,
-        "dataloader_drop_last": True,
         "seed": seed,
         "data_seed": seed,
     }
@@ -202,16 +126,28 @@ class NanoPhiTrainer(Trainer):
         training: the recipe's section, for what `TrainingArguments` has no field for.
         tokenizer: folder whose files every checkpoint gets.
         bytes_per_token: of the validation text, to turn its loss into bits per byte.
+        prompt: what the sample text at every evaluation begins with; None: no samples.
         **kwargs: `Trainer`'s own.
     """
 
     model: NanoPhiForCausalLM
     train_dataset: PackedRows
+    eval_dataset: HeldoutRows
 
     def __init__(
-        self, *, run: Path, training: Training, tokenizer: Path, bytes_per_token: float, **kwargs: Any
+        self,
+        *,
+        run: Path,
+        training: Training,
+        tokenizer: Path,
+        bytes_per_token: float,
+        prompt: str | None,
+        eval_dataset: HeldoutRows,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        metrics = eval_dataset.metrics if eval_dataset.sources else None
+        super().__init__(eval_dataset=eval_dataset, compute_metrics=metrics, **kwargs)
+        self.sampler = SampleText(tokenizer, prompt) if prompt is not None else None
         self.run = run
         self.training = training
         self.tokenizer_folder = tokenizer
@@ -288,12 +224,32 @@ class NanoPhiTrainer(Trainer):
             write_json(self.run / "training.json", self.history())
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """`Trainer.evaluate`; its time does not count as training time."""
+        """`Trainer.evaluate`, and a sample; the time does not count as training time."""
         began = time.monotonic()
         try:
-            return super().evaluate(*args, **kwargs)
+            metrics = super().evaluate(*args, **kwargs)
+            # A model that is divided among processes generates on all of them or not at all.
+            if self.sampler is not None and (self.is_fsdp_enabled or self.is_world_process_zero()):
+                sample: dict[str, Any] = {"step": self.state.global_step, "sample": self.sampler(self.model)}
+                self.state.log_history.append(sample)
+            return metrics
         finally:
             self._pause(time.monotonic() - began)
+
+    def prediction_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """`Trainer.prediction_step`; prediction and label are `HeldoutRows.sums`, if sources are known."""
+        sources = inputs.pop("sources", None)
+        if sources is None:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        loss, logits, labels = super().prediction_step(model, inputs, False, ignore_keys)
+        assert logits is not None and labels is not None
+        return loss, *self.eval_dataset.sums(logits, labels, sources.to(logits.device))
 
     def _pause(self, seconds: float) -> None:
         if self._clock is not None:
@@ -306,8 +262,10 @@ class NanoPhiTrainer(Trainer):
         return entries[-1] if entries else 0.0
 
     def history(self) -> dict[str, Any]:
-        """`training.json`: `log` (one entry per logging interval) and `evaluations`."""
-        log, evaluations = [], []
+        """`training.json`: `log` (one entry per logging interval), `evaluations` and `samples`."""
+        log: list[dict[str, Any]] = []
+        evaluations: list[dict[str, Any]] = []
+        samples: list[dict[str, Any]] = []
         for entry in self.state.log_history:
             if "tokens_per_second" in entry:
                 keys = ("loss", "learning_rate", "grad_norm", "tokens_seen", "tokens_per_second", "mfu")
@@ -322,7 +280,13 @@ class NanoPhiTrainer(Trainer):
                         "bits_per_byte": entry["bits_per_byte"],
                     }
                 )
-        return {"log": log, "evaluations": evaluations}
+                prefix = f"eval_{BY_SOURCE}"
+                by_source = {key.removeprefix(prefix): entry[key] for key in entry if key.startswith(prefix)}
+                if by_source:
+                    evaluations[-1]["by_source"] = by_source
+            elif "sample" in entry:
+                samples.append({"step": entry["step"], "text": entry["sample"]})
+        return {"log": log, "evaluations": evaluations, "samples": samples}
 
     # Checkpoints
 
@@ -428,6 +392,7 @@ def train(
     seed: int,
     label: str,
     report: Callable[[str], None] = print,
+    prompt: str | None = None,
 ) -> dict[str, Any]:
     """Train a model from scratch, or go on from the run's last checkpoint.
 
@@ -439,6 +404,7 @@ def train(
         seed: of initialisation, dropout and data order.
         label: what progress lines begin with.
         report: gets one line where something is worth telling.
+        prompt: what the sample text at every evaluation begins with; None: no samples.
 
     Returns:
         JSON-able summary: steps, tokens, seconds, tokens/s, losses, parameter count, hash of the final weights.
@@ -460,7 +426,8 @@ def train(
         model=model,
         args=arguments,
         train_dataset=PackedRows(run / "data/tokens/train", rows=training.steps * training.batch_size, seed=seed),
-        eval_dataset=PackedRows(run / "data/tokens/heldout"),
+        eval_dataset=HeldoutRows(run / "data/tokens"),
+        prompt=prompt,
         data_collator=PackedCollator(eos_token_id, training.isolate_documents),
         callbacks=[ProgressLine(label), times],
     )

@@ -103,6 +103,30 @@ def test_rows_hold_exactly_the_kept_documents(folder: Path, tmp_path: Path, spli
     assert any(ids[: len(pieces[-1])] == pieces[-1] for ids in [*known, []])
 
 
+def test_heldout_documents_are_known_by_source_in_packed_order(folder: Path, tmp_path: Path) -> None:
+    summary = pack(folder, tmp_path / "tokens")["heldout"]
+    stream = rows(tmp_path / "tokens", "heldout").ravel()
+    encoder = tokenizer.Encoder(folder / "tokenizer")
+    table = pa.concat_tables([pq.read_table(p) for p in corpus.shards(folder / "documents", "heldout")]).to_pylist()
+    source_of = {row["text"]: row["source"] for row in table}
+    documents = pq.read_table(tmp_path / "tokens" / "heldout-documents.parquet").to_pylist()
+    assert not (tmp_path / "tokens" / "train-documents.parquet").exists()
+    assert len(documents) == summary["documents"] == len(source_of)
+    assert sum(document["bytes"] for document in documents) == summary["bytes"]
+    start = 0
+    for document in documents:
+        piece = stream[start : start + document["tokens"]]
+        start += document["tokens"]
+        if start > len(stream):
+            break
+        text = encoder.backend.decode(piece[:-1].tolist(), skip_special_tokens=False)
+        assert piece[-1] == encoder.eos_token_id
+        assert source_of[text] == document["source"]
+        assert len(text.encode()) == document["bytes"]
+    assert sum(document["tokens"] for document in documents) == len(stream) + summary["tail_tokens"]
+    assert {document["source"] for document in documents} == {"a", "b"}
+
+
 def test_dataset_is_memory_mapped_rows_of_fixed_length(folder: Path, tmp_path: Path) -> None:
     pack(folder, tmp_path / "tokens")
     dataset = datasets.load_from_disk(str(tmp_path / "tokens" / "train"))

@@ -1,0 +1,155 @@
+"""Validation while training: by source, with samples, and without a trace in what is learnt."""
+
+import math
+import random
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from tiny_run import CONFIG, CONTEXT, EOS, TRAINING, VOCAB, make_run, train
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from nanophi.configuration_nanophi import NanoPhiConfig
+from nanophi.modeling_nanophi import NanoPhiForCausalLM
+from nanophi.records import read_json
+from nanophi.training import trainer, validation
+from nanophi.training.recipe import Training
+from nanophi.training.rows import PackedCollator
+
+PROMPT = "w7 w8"
+# 10 rows of 64 tokens hold 640: documents across rows, several in a row, one that the cut leaves out, one cut short.
+DOCUMENTS = {
+    "source": ["web", "code", "web", "wiki", "code", "web", "rare"],
+    "tokens": [100, 10, 5, 200, 300, 60, 9],
+    "bytes": [400, 20, 11, 650, 350, 250, 30],
+}
+
+
+def add_sources(run):
+    pq.write_table(pa.table(DOCUMENTS), run / "data/tokens/heldout-documents.parquet")
+    words = Tokenizer(models.WordLevel({"<eos>": EOS, **{f"w{i}": i for i in range(1, VOCAB)}}, unk_token="<eos>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    (run / "data/tokenizer/tokenizer.json").unlink()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>").save_pretrained(run / "data/tokenizer")
+    return run
+
+
+def train_with_samples(run, **changes):
+    section = Training(**{**TRAINING, **changes})
+    return trainer.train(run, section, NanoPhiConfig(**CONFIG), seed=1, label="test", prompt=PROMPT)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A run with sources and samples, and the same run without."""
+    folder = tmp_path_factory.mktemp("runs")
+    with_sources, without = add_sources(make_run(folder / "with")), make_run(folder / "without")
+    return (
+        with_sources,
+        train_with_samples(with_sources, isolate_documents=False),
+        train(without, isolate_documents=False),
+        without,
+    )
+
+
+def reference(run) -> dict[str, float]:
+    """Bits per byte by source, token by token, from the final checkpoint."""
+    model = NanoPhiForCausalLM.from_pretrained(run / "checkpoints/step-000024").eval()
+    source_of = [
+        name for name, length in zip(DOCUMENTS["source"], DOCUMENTS["tokens"], strict=True) for _ in range(length)
+    ]
+    nats: dict[str, list[float]] = {}
+    rows = validation.HeldoutRows(run / "data/tokens")
+    for row in range(10):
+        tokens = rows[row]["input_ids"].long()
+        with torch.no_grad():
+            log_probabilities = model(tokens[None]).logits[0].log_softmax(-1)
+        for position in range(1, CONTEXT):
+            source = source_of[row * CONTEXT + position]
+            nats.setdefault(source, []).append(-float(log_probabilities[position - 1, tokens[position]]))
+    expected = {}
+    for name, values in nats.items():
+        documents = [i for i, source in enumerate(DOCUMENTS["source"]) if source == name]
+        size = sum(DOCUMENTS["bytes"][i] for i in documents) / sum(DOCUMENTS["tokens"][i] for i in documents)
+        expected[name] = np.mean(values) / math.log(2) / size
+    return expected
+
+
+def test_bits_per_byte_by_source_are_those_of_each_token(runs):
+    run = runs[0]
+    evaluations = read_json(run / "training.json")["evaluations"]
+    expected = reference(run)
+    assert set(expected) == {"web", "code", "wiki"}  # no token of `rare` is in a row
+    assert evaluations[-1]["by_source"] == pytest.approx(expected, rel=1e-4)
+    assert evaluations[0]["by_source"] != evaluations[-1]["by_source"]
+
+
+def test_every_heldout_row_counts(runs):
+    """10 rows in batches of 8: the last two as well, each as much as the others."""
+    run = runs[0]
+    model = NanoPhiForCausalLM.from_pretrained(run / "checkpoints/step-000024").eval()
+    rows = validation.HeldoutRows(run / "data/tokens")
+    batch = PackedCollator(EOS, isolate_documents=False)([rows[i] for i in range(10)])
+    assert batch.pop("sources").shape == (10, CONTEXT)
+    with torch.no_grad():
+        loss = model(**batch).loss.item()
+    assert read_json(run / "training.json")["evaluations"][-1]["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_sources_and_samples_change_nothing_that_is_learnt(runs):
+    run, summary, plain, without = runs
+    assert summary["weights_sha256"] == plain["weights_sha256"]
+    here, there = read_json(run / "training.json"), read_json(without / "training.json")
+    assert [entry["loss"] for entry in here["log"]] == [entry["loss"] for entry in there["log"]]
+    assert [e["loss"] for e in here["evaluations"]] == [e["loss"] for e in there["evaluations"]]
+    assert "by_source" not in there["evaluations"][0]
+    assert there["samples"] == []
+
+
+def test_samples_are_what_the_checkpoint_writes(runs):
+    run = runs[0]
+    samples = read_json(run / "training.json")["samples"]
+    assert [sample["step"] for sample in samples] == [12, 24]
+    tokens = [int(word.removeprefix("w")) for word in samples[-1]["text"].split()]
+    model = NanoPhiForCausalLM.from_pretrained(run / "checkpoints/step-000024").eval()
+    expected = [7, 8]
+    while len(expected) < 2 + validation.SAMPLE_TOKENS:
+        with torch.no_grad():
+            expected.append(int(model(torch.tensor([expected])).logits[0, -1].argmax()))
+        if expected[-1] == EOS:
+            expected.pop()
+            break
+    assert tokens == expected
+
+
+def test_a_sample_leaves_random_state_and_mode_alone(runs):
+    model = NanoPhiForCausalLM.from_pretrained(runs[0] / "checkpoints/step-000024").train()
+    before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+    sampler = validation.SampleText(runs[0] / "data/tokenizer", PROMPT)
+    assert sampler(model).startswith(PROMPT)
+    assert validation.SampleText(runs[0] / "data/tokenizer", "").prompt_ids == [EOS]
+    assert model.training
+    assert random.getstate() == before[0]
+    assert np.array_equal(np.random.get_state()[1], before[1])
+    assert torch.equal(torch.get_rng_state(), before[2])
+
+
+def test_killed_run_with_samples_goes_on_bit_by_bit(runs, tmp_path, monkeypatch):
+    run = add_sources(make_run(tmp_path / "killed"))
+    step = trainer.NanoPhiTrainer.training_step
+
+    def dying_step(self, *args, **kwargs):
+        if self.state.global_step == 14:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trainer.NanoPhiTrainer, "training_step", dying_step)
+        train_with_samples(run, isolate_documents=False)
+    assert train_with_samples(run, isolate_documents=False)["weights_sha256"] == runs[1]["weights_sha256"]
+    histories = [read_json(folder / "training.json") for folder in (run, runs[0])]
+    for key in ("evaluations", "samples"):
+        assert histories[0][key] == histories[1][key]

@@ -1,0 +1,116 @@
+"""Validation while training: bits per byte by source, from the held-out rows' own forward passes, and a text sample."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from torch import nn
+from transformers import AutoTokenizer, EvalPrediction
+
+from nanophi.modeling_nanophi import NanoPhiForCausalLM
+from nanophi.training.rows import PackedRows
+
+SAMPLE_TOKENS = 40
+BY_SOURCE = "bits_per_byte/"
+
+
+class HeldoutRows(PackedRows):
+    """Held-out rows that know the source of every token.
+
+    Args:
+        tokens: the run's `data/tokens`. Where packing left no `heldout-documents.parquet` there are no sources.
+    """
+
+    def __init__(self, tokens: Path) -> None:
+        super().__init__(tokens / "heldout")
+        self.sources: list[str] = []
+        documents = tokens / "heldout-documents.parquet"
+        if not documents.exists():
+            return
+        table = pq.read_table(documents)
+        names = np.array(table["source"].to_pylist())
+        lengths = table["tokens"].to_numpy()
+        self.sources, codes = map(list, np.unique(names, return_inverse=True))
+        # The rows are the documents laid end to end; what fills no last row is cut off.
+        context_length = len(self.dataset[0]["input_ids"])
+        stream = np.repeat(np.array(codes), lengths)[: len(self) * context_length]
+        self._codes = torch.from_numpy(stream.reshape(len(self), context_length))
+        self.bytes_per_token = [
+            table["bytes"].to_numpy()[names == source].sum() / lengths[names == source].sum() for source in self.sources
+        ]
+
+    def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
+        return self.__getitems__([position])[0]
+
+    def __getitems__(self, positions: list[int]) -> list[dict[str, torch.Tensor]]:
+        rows = super().__getitems__(positions)
+        if not self.sources:
+            return rows
+        return [{**row, "sources": self._codes[self.index(i)]} for row, i in zip(rows, positions, strict=True)]
+
+    def sums(
+        self, logits: torch.Tensor, labels: torch.Tensor, sources: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Nats, and number of predicted tokens, by row and source.
+
+        Args:
+            logits: (rows, length, vocabulary).
+            labels, sources: (rows, length), int64.
+
+        Returns:
+            two tensors (rows, sources), float32.
+        """
+        nats = torch.zeros(len(logits), len(self.sources), device=logits.device)
+        counts = torch.zeros_like(nats)
+        for row in range(len(logits)):  # one row at a time: the logits are the largest tensor there is
+            losses = nn.functional.cross_entropy(logits[row, :-1].float(), labels[row, 1:], reduction="none")
+            nats[row].index_add_(0, sources[row, 1:], losses)
+            counts[row].index_add_(0, sources[row, 1:], torch.ones_like(losses))
+        return nats, counts
+
+    def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        """`{"bits_per_byte/NAME": ...}` from `sums` of all rows, for the sources that have a predicted token."""
+        nats = np.asarray(prediction.predictions, np.float64).sum(axis=0)
+        counts = np.asarray(prediction.label_ids, np.float64).sum(axis=0)
+        return {
+            BY_SOURCE + name: round(nats[code] / counts[code] / math.log(2) / self.bytes_per_token[code], 5)
+            for code, name in enumerate(self.sources)
+            if counts[code]
+        }
+
+
+class SampleText:
+    """What the model in training writes after a prompt: greedy, so the random state stays as it was.
+
+    Args:
+        tokenizer: folder of the run's tokenizer.
+        prompt: where the text begins.
+    """
+
+    def __init__(self, tokenizer: Path, prompt: str) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        self.prompt_ids = self.tokenizer(prompt)["input_ids"] or [self.tokenizer.eos_token_id]
+
+    def __call__(self, model: NanoPhiForCausalLM) -> str:
+        """The prompt and up to `SAMPLE_TOKENS` tokens behind it."""
+        input_ids = torch.tensor([self.prompt_ids], device=next(model.parameters()).device)
+        settings: dict[str, Any] = {
+            "do_sample": False,
+            "max_new_tokens": SAMPLE_TOKENS,
+            "pad_token_id": self.tokenizer.eos_token_id,
+        }
+        training = model.training
+        model.eval()
+        try:
+            with torch.no_grad():
+                output = model.generate(  # type: ignore[misc]  # transformers' own annotation of `self`
+                    input_ids, attention_mask=torch.ones_like(input_ids), **settings
+                )
+        finally:
+            model.train(training)
+        return str(self.tokenizer.decode(output[0], skip_special_tokens=True))
