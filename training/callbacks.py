@@ -12,7 +12,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 
 class ProgressLine(TrainerCallback):
-    """One line with step, loss, speed and time left; rewritten in place on a terminal, now and then elsewhere.
+    """One line with step, loss, speed, time left and, where a price is known, cost.
+
+    It is rewritten in place on a terminal; elsewhere one is written now and then.
 
     Args:
         label: what the line begins with.
@@ -49,6 +51,8 @@ class ProgressLine(TrainerCallback):
         if logs.get("mfu") is not None:
             line += f"  MFU {logs['mfu']:.1%}"
         line += f"  {duration(left)} left"
+        if "cost_usd" in logs:
+            line += f"  ${logs['cost_usd']:.2f} of ${logs['cost_usd'] / state.global_step * state.max_steps:.2f}"
         self.stream.write(f"\r\x1b[K{line}" if terminal else f"{line}\n")
         if terminal and finished:
             self.stream.write("\n")

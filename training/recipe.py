@@ -148,6 +148,12 @@ class Training(Section):
     logging_steps: int = pydantic.Field(default=10, gt=0)
     spike_threshold: float | None = pydantic.Field(default=10.0, gt=0)
     """Stop where the logged loss jumps by so many robust standard deviations (`trainer.spike_limit`); None: never."""
+    dollars_per_hour: float | None = pydantic.Field(default=None, gt=0)
+    """Price of one device, for the progress line and the card; None: not shown."""
+    track_energy: bool = False
+    """Meter energy and emissions by codecarbon (`pip install 'nanophi[energy]'`), offline."""
+    country_iso_code: str | None = pydantic.Field(default=None, pattern=r"^[A-Z]{3}$")
+    """Where the electricity comes from, for the emissions: three letters, such as FRA."""
     report_to: list[str] = []
     arguments: dict[str, Any] = {}
     """Any other field of `transformers.TrainingArguments`."""
@@ -163,6 +169,8 @@ class Training(Section):
             raise ValueError(
                 f"batch_size ({self.batch_size}) must be a multiple of micro_batch_size ({self.micro_batch_size})"
             )
+        if self.track_energy and self.country_iso_code is None:
+            raise ValueError("track_energy needs country_iso_code, three letters such as FRA")
         return self
 
 

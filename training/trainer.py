@@ -26,6 +26,7 @@ from nanophi.modeling_nanophi import NanoPhiForCausalLM
 from nanophi.records import UserError, read_json, remove, sha256_of_file, write_json
 from nanophi.training.callbacks import ProgressLine, SaveTimes
 from nanophi.training.checkpoints import check_data, data_hashes, is_disk_full, last_checkpoint, publish, step_of
+from nanophi.training.energy import ENERGY_SOURCE, EnergyMeter, open_meter
 from nanophi.training.estimate import flops_per_token, peak_flops
 from nanophi.training.optimizer import ADAM_EPS, MuonAdamW
 from nanophi.training.recipe import Training, suggestion
@@ -34,7 +35,14 @@ from nanophi.training.validation import BY_SOURCE, HeldoutRows, SampleText
 
 FREE_SPACE_FACTOR = 1.1
 SPIKE_WINDOW, SPIKE_LOSSES = 50, 10
-NOT_IN_WEIGHTS = {"report_to", "logging_steps", "spike_threshold"}
+NOT_IN_WEIGHTS = {
+    "report_to",
+    "logging_steps",
+    "spike_threshold",
+    "dollars_per_hour",
+    "track_energy",
+    "country_iso_code",
+}
 """Keys of the recipe's section that may change while a run is stopped: they do not change what is learnt."""
 
 
@@ -127,6 +135,7 @@ class NanoPhiTrainer(Trainer):
         tokenizer: folder whose files every checkpoint gets.
         bytes_per_token: of the validation text, to turn its loss into bits per byte.
         prompt: what the sample text at every evaluation begins with; None: no samples.
+        meter: of this machine's energy, in one process per machine.
         **kwargs: `Trainer`'s own.
     """
 
@@ -142,6 +151,7 @@ class NanoPhiTrainer(Trainer):
         tokenizer: Path,
         bytes_per_token: float,
         prompt: str | None,
+        meter: EnergyMeter | None,
         eval_dataset: HeldoutRows,
         **kwargs: Any,
     ) -> None:
@@ -157,7 +167,9 @@ class NanoPhiTrainer(Trainer):
         self.tokens_per_step = training.batch_size * config.max_position_embeddings
         self.flops_per_token = flops_per_token(config, config.max_position_embeddings)
         self.peak_flops = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+        self.meter = meter
         self._clock: tuple[float, float, int] | None = None
+        self._before: dict[str, float] | None = None
 
     # Data: `PackedRows` is in order already.
 
@@ -201,10 +213,13 @@ class NanoPhiTrainer(Trainer):
         if "loss" in logs:
             self._check_loss(logs["loss"], int(self.args.logging_steps))
             now = time.monotonic()
+            if self.training.dollars_per_hour is not None:
+                hours = (now - self._train_began) / 3600 * self.args.world_size
+                logs["cost_usd"] = self._total("cost_usd", hours * self.training.dollars_per_hour)
             if self._clock is None:
                 # The first interval of a process holds compilation and warm-up; it has no speed of its own.
                 start = self._train_began
-                elapsed = self._elapsed_before()
+                elapsed = self._total("elapsed_seconds", 0.0)
                 begun_at = self._first_step
             else:
                 start, elapsed, begun_at = self._clock
@@ -256,10 +271,24 @@ class NanoPhiTrainer(Trainer):
             start, elapsed, step = self._clock
             self._clock = (start + seconds, elapsed, step)
 
-    def _elapsed_before(self) -> float:
-        """Training seconds of the processes before this one, up to the checkpoint that it went on from."""
-        entries = [entry["elapsed_seconds"] for entry in self.state.log_history if "elapsed_seconds" in entry]
-        return entries[-1] if entries else 0.0
+    def _total(self, key: str, here: float) -> float:
+        """`here`, counted in this process, and what those before it had up to the checkpoint that it went on from."""
+        if self._before is None:
+            self._before = {key: value for entry in self.state.log_history for key, value in entry.items()}
+        return float(self._before.get(key, 0.0)) + here
+
+    def _log_energy(self) -> None:
+        """The energy of all machines so far, in the history that the checkpoint keeps."""
+        reading = self.meter.read() if self.meter is not None else (0.0, 0.0)
+        energy, grams = self.accelerator.reduce(torch.tensor(reading, device=self.args.device), "sum").tolist()
+        entry: dict[str, Any] = {
+            "step": self.state.global_step,
+            "energy_kwh": self._total("energy_kwh", energy),
+            "co2_grams": self._total("co2_grams", grams),
+            "co2_source": ENERGY_SOURCE,
+            "co2_region": self.training.country_iso_code,
+        }
+        self.state.log_history.append(entry)
 
     def history(self) -> dict[str, Any]:
         """`training.json`: `log` (one entry per logging interval), `evaluations` and `samples`."""
@@ -288,14 +317,29 @@ class NanoPhiTrainer(Trainer):
                 samples.append({"step": entry["step"], "text": entry["sample"]})
         return {"log": log, "evaluations": evaluations, "samples": samples}
 
+    def spent(self) -> dict[str, Any]:
+        """What the card says of energy, emissions and cost: the keys that were metered."""
+        last = {key: value for entry in self.state.log_history for key, value in entry.items()}
+        result: dict[str, Any] = {key: round(last[key], 4) for key in ("cost_usd",) if key in last}
+        if last.get("energy_kwh"):
+            result |= {"energy_kwh": last["energy_kwh"], "co2_grams": last["co2_grams"]}
+            result |= {"co2_source": last["co2_source"], "co2_region": last["co2_region"]}
+        return result
+
     # Checkpoints
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """`Trainer.train`, with the clock started."""
+        """`Trainer.train`, with the clock and the meter started."""
         self._train_began = time.monotonic()
         resumed = kwargs.get("resume_from_checkpoint")
         self._first_step = step_of(Path(resumed)) if resumed else 0
-        return super().train(*args, **kwargs)
+        if self.meter is not None:
+            self.meter.start()
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self.meter is not None:
+                self.meter.stop()
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.run / "training_state" / ".saving")
@@ -312,6 +356,8 @@ class NanoPhiTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         try:
             self._check_free_space()
+            if self.training.track_energy:
+                self._log_energy()
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
@@ -416,6 +462,10 @@ def train(
     if not isinstance(eos_token_id, int):
         raise UserError(f"the tokenizer must have one end-of-text token, found {eos_token_id}")
     model = NanoPhiForCausalLM(config)
+    meter = None
+    if training.track_energy and int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        assert training.country_iso_code is not None
+        meter = open_meter(training.country_iso_code, report)
     tokens = read_json(run / "data" / "tokens" / "tokens.json")
     times = SaveTimes(training.keep_steps)
     trainer = NanoPhiTrainer(
@@ -428,6 +478,7 @@ def train(
         train_dataset=PackedRows(run / "data/tokens/train", rows=training.steps * training.batch_size, seed=seed),
         eval_dataset=HeldoutRows(run / "data/tokens"),
         prompt=prompt,
+        meter=meter,
         data_collator=PackedCollator(eos_token_id, training.isolate_documents),
         callbacks=[ProgressLine(label), times],
     )
@@ -460,6 +511,7 @@ def train(
         "final_loss": history["log"][-1]["loss"],
         "final_bits_per_byte": history["evaluations"][-1]["bits_per_byte"] if history["evaluations"] else None,
         "weights_sha256": sha256_of_file(final / "model.safetensors"),
+        **trainer.spent(),
     }
     if trainer.is_world_process_zero():
         write_json(run / "training.json", {**history, "summary": summary})
