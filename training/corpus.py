@@ -111,7 +111,9 @@ def gather(data: Data, output: Path, columns: Sequence[str] = ()) -> dict[str, A
     documents = _Documents(work, [part["documents"] for part in read])
     if len(documents.ids) == 0:
         raise UserError(f"the sources hold no usable document (dropped: {_total(read, 'dropped') or 'none read'})")
-    decisions, leaders, contaminated = _decide(data, documents)
+    held = [data.sources[part["origin"]].heldout for part in read]
+    held_sources = np.repeat(held, [part["documents"] for part in read])
+    decisions, leaders, contaminated = _decide(data, documents, held_sources)
     if not (decisions == TRAIN).any():
         raise UserError(f"no document is left to train on: {_describe(decisions)}")
     np.save(work / "decisions.npy", decisions)
@@ -525,8 +527,13 @@ class _Documents:
         return self.sources[int(self.codes[row])]
 
 
-def _decide(data: Data, documents: _Documents) -> tuple[np.ndarray, np.ndarray, list[tuple[int, list[int]]]]:
-    """For each document what becomes of it, uint8; the index of the one it repeats (or its own); contaminated ones."""
+def _decide(
+    data: Data, documents: _Documents, held_sources: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, list[tuple[int, list[int]]]]:
+    """For each document what becomes of it, uint8; the index of the one it repeats (or its own); contaminated ones.
+
+    `held_sources`, bool `[documents]`, says which documents are of sources that are held out as a whole.
+    """
     count = len(documents.ids)
     decisions = np.full(count, TRAIN, np.uint8)
     leaders = np.arange(count)
@@ -546,10 +553,16 @@ def _decide(data: Data, documents: _Documents) -> tuple[np.ndarray, np.ndarray, 
     candidates = np.flatnonzero(decisions == TRAIN)
     if len(candidates) < 2:
         raise UserError(f"{len(candidates)} documents are left, too few to hold one out: {_describe(decisions)}")
-    # By hash: the same document is held out in every run, whatever else the corpus holds.
-    order = candidates[np.argsort(documents.ids[candidates], kind="stable")]
-    chosen = int((documents.ids[order] < np.uint64(data.heldout_fraction * 2**64)).sum())
-    heldout = order[: max(1, min(chosen, data.heldout_max_documents))]
+    if held_sources.any():
+        heldout = candidates[held_sources[candidates]]
+        if len(heldout) in (0, len(candidates)):
+            where = "repeat the other sources" if len(heldout) == 0 else "are all that is left"
+            raise UserError(f"the documents of the held-out sources {where}: {_describe(decisions)}")
+    else:
+        # By hash: the same document is held out in every run, whatever else the corpus holds.
+        order = candidates[np.argsort(documents.ids[candidates], kind="stable")]
+        chosen = int((documents.ids[order] < np.uint64(data.heldout_fraction * 2**64)).sum())
+        heldout = order[: max(1, min(chosen, data.heldout_max_documents))]
     decisions[heldout] = HELDOUT
     if not (data.deduplication.near and data.deduplication.exact):
         cluster = near[first]

@@ -48,6 +48,8 @@ class Source(Section):
     weight: float = pydantic.Field(default=1.0, gt=0)
     """How many times (in expectation) each kept document enters the token stream."""
     max_documents: int | None = pydantic.Field(default=None, gt=0)
+    heldout: bool = False
+    """Its documents are never trained on: they are the held-out text, in place of `data.heldout_fraction`."""
 
     @pydantic.model_validator(mode="after")
     def one_origin(self) -> Source:
@@ -86,6 +88,12 @@ class Data(Section):
     """Where the parts of the corpus are worked on: processes here, or a Ray cluster (also one inside a Slurm job)."""
     workers: int | None = pydantic.Field(default=None, gt=0)
     """Processes; None: one per core."""
+
+    @pydantic.model_validator(mode="after")
+    def something_to_train_on(self) -> Data:
+        if all(source.heldout for source in self.sources):
+            raise ValueError("every source is held out; one must be there to train on")
+        return self
 
 
 class Quality(Section):

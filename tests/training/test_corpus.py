@@ -151,6 +151,22 @@ def test_repeats_are_dropped_and_listed(tmp_path: Path) -> None:
     assert sorted(row["reason"] for row in listed) == ["exact", "exact", "near"]
 
 
+def test_a_source_can_be_held_out_as_a_whole(tmp_path: Path) -> None:
+    validation = [text(number) for number in range(10)]
+    write_parquet(tmp_path / "train.parquet", [text(number) for number in range(100, 150)] + validation[:2])
+    write_parquet(tmp_path / "validation.parquet", validation)
+    sources = {"files": str(tmp_path / "train.parquet")}, {"files": str(tmp_path / "validation.parquet")}
+    summary = corpus.gather(data(sources[0], {**sources[1], "heldout": True}), tmp_path / "out")
+    # What the training source already has cannot serve as held-out text.
+    assert (summary["train"], summary["heldout"]) == (52, 8)
+    assert set(documents(tmp_path / "out", "heldout")["text"].to_pylist()) == set(validation[2:])
+    with pytest.raises(ValueError, match="every source is held out"):
+        data({**sources[1], "heldout": True})
+    write_parquet(tmp_path / "validation.parquet", validation[:2])
+    with pytest.raises(UserError, match="the documents of the held-out sources repeat the other sources"):
+        corpus.gather(data(sources[0], {**sources[1], "heldout": True}), tmp_path / "again")
+
+
 def test_heldout_documents_have_no_near_duplicate_among_those_trained_on(tmp_path: Path) -> None:
     texts = []
     for number in range(100):
