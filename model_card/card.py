@@ -688,7 +688,7 @@ def _decimal(value: float, places: int = 3) -> str:
     return f"{value:.{places}f}"
 
 
-def _figure(value: float) -> str:
+def figure(value: float) -> str:
     """Three digits, more if they stand before the point: 0.00987, 51.2, 1,460."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
@@ -764,7 +764,7 @@ FILTERS: dict[str, Any] = {
     "count": _count,
     "decimal": _decimal,
     "duration": _duration,
-    "figure": _figure,
+    "figure": figure,
     "fenced": _fenced,
     "literal": lambda text: json.dumps(text, ensure_ascii=False),
     "metric": _metric,

@@ -50,13 +50,20 @@ def build(run: Path, output: Path) -> dict[str, Any]:
         },
         "documents": documents,
         "scores": [
-            {**{key: row[key] for key in ("task", "metric", "value", "stderr", "chance", "percent")}, "revision": name}
+            {key: row[key] for key in ("task", "metric", "value", "stderr", "chance", "percent")}
+            | {"revision": name, "title": _title(row)}
             for name in (entry["revision"] for entry in records["revisions.json"])
             for row in card.headline(
                 {f"evals/{suite}.json": result for suite, result in card.evaluations(run, name).items()}
             )
         ],
         "comparison": records.get("comparison.json"),
+        "titles": {
+            task: card.task_name({"task": task, "shots": row["num_fewshot"]})
+            for task, row in records.get("comparison.json", {"tasks": {}})["tasks"].items()
+        },
+        "by_source": card.by_source(records),
+        "written": training.get("samples", []),
         "samples": read_json(run / "sample.json") if (run / "sample.json").exists() else None,
     }
     text = TEMPLATE.read_text(encoding="utf-8")
@@ -66,8 +73,16 @@ def build(run: Path, output: Path) -> dict[str, Any]:
     return {"bytes": len(page.encode()), "documents": len(documents)}
 
 
+def _title(row: dict[str, Any]) -> str:
+    """A task with its metric, which some tasks are called after."""
+    metric = card.METRIC_NAMES.get(row["metric"], row["metric"])
+    name = card.task_name(row)
+    return (name if metric in name else f"{name}, {metric}") + (" (%)" if row["percent"] else "")
+
+
 def _facts(records: card.Records) -> list[list[str]]:
     summary, recipe = records["training.json"]["summary"], records["recipe.yaml"]
+    metered = {"energy": ("energy_kwh", "kWh"), "CO2e": ("co2_grams", "g"), "cost": ("cost_usd", "US dollars")}
     return [
         ["parameters", f"{records['model.json']['parameters']:,}"],
         ["steps", f"{recipe['training']['steps']:,}"],
@@ -77,6 +92,11 @@ def _facts(records: card.Records) -> list[list[str]]:
         ["speed", f"{summary['tokens_per_second']:,.0f} tokens/s"],
         ["hardware", card.hardware(records)],
         ["seed", str(recipe["seed"])],
+        *(
+            [name, f"{card.figure(summary[key])} {unit}"]
+            for name, (key, unit) in metered.items()
+            if summary.get(key) is not None
+        ),
     ]
 
 

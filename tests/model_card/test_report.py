@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from nanophi.model_card import report
-from nanophi.records import UserError
+from nanophi.records import UserError, read_json, write_json
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOSTILE = "</script><script>document.title='taken over'</script><img src=x onerror=alert(1)>"
@@ -27,6 +27,12 @@ def page(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     documents = pd.read_parquet(shard)
     documents["text"] = HOSTILE + documents["text"]
     documents.to_parquet(shard)
+    training = read_json(run / "training.json")
+    for entry in training["evaluations"]:
+        entry["by_source"] = {"licences": entry["bits_per_byte"] + 0.1, HOSTILE: entry["bits_per_byte"] - 0.1}
+    training["samples"] = [{"step": step, "text": f"The module {step}{HOSTILE}"} for step in (10, 20, 30)]
+    training["summary"] |= {"energy_kwh": 0.25, "co2_grams": 105.2, "co2_source": "a meter", "cost_usd": 1.5}
+    write_json(run / "training.json", training)
     report.build(run, run / "report.html")
     return run / "report.html"
 
@@ -62,6 +68,13 @@ def test_samples_and_scores_of_every_checkpoint(page: Path) -> None:
     ]
 
 
+def test_nothing_is_shown_that_was_not_recorded(finished_run: Path, tmp_path: Path) -> None:
+    report.build(finished_run, tmp_path / "report.html")
+    data = data_of(tmp_path / "report.html")
+    assert data["written"] == [] and data["by_source"] is None
+    assert [name for name, _ in data["facts"]][-1] == "seed"
+
+
 def test_long_logs_are_thinned_and_keep_the_end() -> None:
     keys = ("loss", "learning_rate", "grad_norm", "tokens_seen", "tokens_per_second")
     log = [{"step": step, **dict.fromkeys(keys, 1.0)} for step in range(1, 2001)]
@@ -80,9 +93,10 @@ def test_missing_scores_are_named(finished_run: Path, tmp_path: Path) -> None:
 def test_page_works_in_a_browser(page: Path, tmp_path: Path) -> None:
     moved = page.with_name("moved.html")
     script = """<script>
-for (const [id, value] of [["threshold", 0.8], ["which", "dropped"]]) {
+for (const [id, value, event] of [["threshold", 0.8, "input"], ["which", "dropped", "input"], ["step", 1, "input"],
+                                  ["curve", "bits per byte by source, held out", "change"]]) {
   document.getElementById(id).value = value;
-  document.getElementById(id).dispatchEvent(new Event("input"));
+  document.getElementById(id).dispatchEvent(new Event(event));
 }
 </script></body>"""
     moved.write_text(page.read_text().replace("</body>", script))
@@ -111,3 +125,7 @@ for (const [id, value] of [["threshold", 0.8], ["which", "dropped"]]) {
     outside_data = re.sub(r'<script type="application/json".*?</script>', "", dom, flags=re.DOTALL)
     assert "<img" not in outside_data and "&lt;img" in outside_data
     assert dom.count("<svg") == 2 + 1 + 2
+    other = outside_data[outside_data.index('<div id="other">') : outside_data.index("<h2>Filter</h2>")]
+    assert other.count("<path") == 2 and other.count("<circle") == 6 and "● licences" in other
+    assert '>step 20</span><pre id="step-text"><strong>The module</strong> 20&lt;' in outside_data
+    assert re.search(r"<b>energy</b>0\.25 kWh.*<b>CO2e</b>105 g.*<b>cost</b>1\.5 US dollars", outside_data)
