@@ -233,6 +233,9 @@ def push(
     public: Annotated[bool, typer.Option("--public", help="Make the repository public when all is there.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would go, send nothing.")] = False,
     signing_key: Annotated[Path | None, typer.Option(help="Sign every revision with this private key (PEM).")] = None,
+    gguf: Annotated[
+        str | None, typer.Option(metavar="KINDS", help="Also llama.cpp files, in ORG/NAME-GGUF: f16,q8_0,bf16,f32.")
+    ] = None,
 ) -> None:
     """Publish a release: main, a branch per kept checkpoint, a tag. Private unless told otherwise; resumable.
 
@@ -240,7 +243,8 @@ def push(
     """
     from nanophi.model_card import push as pushing
 
-    result = pushing.push(release, repo_id, public=public, dry_run=dry_run, signing_key=signing_key)
+    kinds = gguf.split(",") if gguf else ()
+    result = pushing.push(release, repo_id, public=public, dry_run=dry_run, signing_key=signing_key, gguf=kinds)
     if result["url"]:
         typer.echo(result["url"])
 

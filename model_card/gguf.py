@@ -3,9 +3,9 @@
 llama.cpp knows Phi's function as the architecture `phi2`. Its own converter writes as many key/value heads as query
 heads, which is wrong under grouped query attention, so the metadata is written here, from the release's config.
 
-Each variant is a folder of its own, as one repository per variant is on the Hub:
+A folder holds what a companion repository `ORG/NAME-GGUF` does on the Hub, where programs look for these files:
 
-    <output>/<name>-f16/     <name>-f16.gguf  README.md  MANIFEST.json
+    <name>-f16.gguf  <name>-q8_0.gguf  README.md  MANIFEST.json
 
 The files are the same, byte for byte, whenever and wherever they are built from the same release.
 """
@@ -36,12 +36,12 @@ TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
 
 
 def export(release: Path, kinds: Sequence[str], output: Path) -> list[dict[str, Any]]:
-    """Write one folder per kind, ready to be a Hub repository; a folder that is there is replaced when all is well.
+    """Write a folder ready to be a Hub repository; one that is there is replaced when all is well.
 
     Args:
         release: a release folder.
-        kinds: of `KINDS`.
-        output: folder to write `<name>-<kind>/` in; not inside the release, whose manifest lists its files.
+        kinds: of `KINDS`, one file each.
+        output: the folder; not inside the release, whose manifest lists its files.
 
     Returns:
         per kind what `write` returns, and `"path"`, the file's.
@@ -55,22 +55,18 @@ def export(release: Path, kinds: Sequence[str], output: Path) -> list[dict[str, 
         raise UserError(f"{output} lies inside the release {release}, which must stay as it is; choose another folder")
     repo_id = _repo_id(release)
     name = repo_id.split("/")[-1]
-    output.mkdir(parents=True, exist_ok=True)
-    results = []
-    for kind in kinds:
-        folder = output / f"{name}-{kind}"
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=output) as scratch:
-            work = Path(scratch) / "folder"
-            work.mkdir()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as scratch:
+        work = Path(scratch) / "folder"
+        work.mkdir()
+        results = []
+        for kind in kinds:
             file = f"{name}-{kind}.gguf"
-            result = write(release, work / file, kind)
-            write_text(work / "README.md", _card(release, repo_id, file, kind))
-            weights = sha256_of_file(release / "model.safetensors")
-            releases.write_manifest(
-                work, {"nanophi": __version__, "kind": kind, "model": repo_id, "weights_sha256": weights}
-            )
-            replace_tree(work, folder)
-        results.append({**result, "path": str(folder / file)})
+            results.append({**write(release, work / file, kind), "path": str(output / file)})
+        write_text(work / "README.md", _card(release, repo_id, results))
+        weights = sha256_of_file(release / "model.safetensors")
+        releases.write_manifest(work, {"nanophi": __version__, "model": repo_id, "weights_sha256": weights})
+        replace_tree(work, output)
     return results
 
 
@@ -151,7 +147,14 @@ def _check_expressible(release: Path, config: NanoPhiConfig) -> tuple[int, int]:
 def _add_metadata(writer: GGUFWriter, release: Path, config: NanoPhiConfig, kind: str) -> None:
     gguf = _library()
     writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(_repo_id(release).split("/")[-1])
+    repo_id = _repo_id(release)
+    organization, _, name = repo_id.rpartition("/")
+    writer.add_name(name)
+    if is_hub_id(repo_id):
+        writer.add_base_model_count(1)
+        writer.add_base_model_name(0, name)
+        writer.add_base_model_organization(0, organization)
+        writer.add_base_model_repo_url(0, f"https://huggingface.co/{repo_id}")
     if license_name := _front_matter(release).get("license"):
         writer.add_license(license_name)
     writer.add_file_type(gguf.LlamaFileType[KINDS[kind]])
@@ -256,8 +259,8 @@ def _front_matter(release: Path) -> dict[str, Any]:
     return ModelCard.load(path).data.to_dict() if path.is_file() else {}
 
 
-def _card(release: Path, repo_id: str, file: str, kind: str) -> str:
-    """The variant's README: what it is made from, and how to run it."""
+def _card(release: Path, repo_id: str, files: list[dict[str, Any]]) -> str:
+    """The folder's README: what the files are made from, and how to run them."""
     import yaml
 
     kept = _front_matter(release)
@@ -266,11 +269,15 @@ def _card(release: Path, repo_id: str, file: str, kind: str) -> str:
     }
     if is_hub_id(repo_id):
         metadata |= {"base_model": repo_id, "base_model_relation": "quantized"}
-    metadata["tags"] = ["gguf", "phi"]
+    metadata |= {"library_name": "gguf", "tags": ["gguf", "phi"]}
+    name = repo_id.split("/")[-1]
     origin = f"[{repo_id}](https://huggingface.co/{repo_id})" if is_hub_id(repo_id) else repo_id
+    rows = "".join(f"| `{Path(file['path']).name}` | {file['kind']} | {file['bytes']:,} |\n" for file in files)
+    first = Path(files[0]["path"]).name
     return (
-        f"---\n{yaml.safe_dump(metadata, sort_keys=True, allow_unicode=True)}---\n\n# {file.removesuffix('.gguf')}\n\n"
-        f"{origin} for llama.cpp, with its matrices in {kind}. How the model was made and measured is in its card "
-        "there.\n\n"
-        f"```sh\nllama-completion -m {file} -p 'The ' -n 50\n```\n"
+        f"---\n{yaml.safe_dump(metadata, sort_keys=True, allow_unicode=True)}---\n\n# {name}-GGUF\n\n"
+        f"{origin} for llama.cpp and the programs built on it. How the model was made and measured, and what it is not "
+        "fit for, is in its card there.\n\n"
+        f"| file | matrices | bytes |\n|---|---|---:|\n{rows}\n"
+        f"```sh\nllama-completion -m {first} -p 'The ' -n 50\n```\n"
     )

@@ -1,4 +1,4 @@
-"""Publish a release: `main`, a branch for every kept checkpoint, a tag for the version.
+"""Publish a release: `main`, a branch for every kept checkpoint, a tag for the version; its GGUF files beside it.
 
 Every revision arrives as one commit, so it is on the Hub whole or not at all; large files go ahead of it and are not
 sent twice. Branches come first, then `main`, the tag, and at last, if asked for, the world: whoever sees a revision
@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +46,7 @@ def push(
     public: bool = False,
     dry_run: bool = False,
     signing_key: Path | None = None,
+    gguf: Sequence[str] = (),
     report: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Publish a release folder on the Hub, or go on with a push that was cut off.
@@ -58,11 +59,12 @@ def push(
             exists stays as it is.
         dry_run: say what would go, and send nothing.
         signing_key: PEM file of a private key; if given, every revision is signed (`model.sig`).
+        gguf: kinds of GGUF files to publish too, in a companion repository `ORG/NAME-GGUF` with the same tag.
         report: called with one line for each thing worth telling.
 
     Returns:
         `{"repo_id", "revisions": {name: {"files", "bytes", "commit"}}, "tag", "url"}`; in a dry run commits and url
-        are None.
+        are None. With `gguf` also `"gguf"`: the same of the companion.
 
     Raises:
         UserError: if the release must not be published (training state, secrets, paths of this machine, files that
@@ -81,23 +83,40 @@ def push(
     _refuse(release, problems(release))
     with tempfile.TemporaryDirectory(prefix="nanophi-push-") as scratch:
         folders = _revisions(release, repo_id, Path(scratch))
-        for name, folder in folders.items():
+        repositories = {repo_id: folders}
+        if gguf:
+            from nanophi.model_card import gguf as llama
+
+            # From what `main` will be: only there do the records name the repository that the files come from.
+            llama.export(folders["main"], gguf, Path(scratch) / "gguf")
+            repositories[f"{repo_id}-GGUF"] = {"main": Path(scratch) / "gguf"}
+        for name, folder in (entry for revisions in repositories.values() for entry in revisions.items()):
             _refuse(name, problems(folder, release))
             if signing_key is not None:
                 signature.sign(folder, signing_key)
         tag = read_json(release / "records" / "run.json")["tag"]
-        result: dict[str, Any] = {"repo_id": repo_id, "revisions": {}, "tag": tag, "url": None}
-        for name, folder in folders.items():
-            sizes = {file: (folder / file).stat().st_size for file in releases.list_files(folder)}
-            result["revisions"][name] = {"files": len(sizes), "bytes": sum(sizes.values()), "commit": None}
-            if dry_run:
-                report(f"{name}: {len(sizes)} files, {sum(sizes.values()):,} bytes")
-                for file, size in sizes.items():
-                    report(f"    {size:>14,}  {file}")
+        results = [_announce(name, revisions, tag, dry_run, report) for name, revisions in repositories.items()]
         if dry_run:
             report(f"tag {tag}; nothing was sent (dry run)")
-            return result
-        return _send(folders, result, public, report)
+        else:
+            for result in results:  # The model comes before what is made from it.
+                _send(repositories[result["repo_id"]], result, public, report)
+        return {**results[0], "gguf": results[1]} if gguf else results[0]
+
+
+def _announce(
+    repo_id: str, folders: dict[str, Path], tag: str, dry_run: bool, report: Callable[[str], None]
+) -> dict[str, Any]:
+    """What is to be sent to one repository, as `push` returns it; in a dry run also told, file by file."""
+    result: dict[str, Any] = {"repo_id": repo_id, "revisions": {}, "tag": tag, "url": None}
+    for name, folder in folders.items():
+        sizes = {file: (folder / file).stat().st_size for file in releases.list_files(folder)}
+        result["revisions"][name] = {"files": len(sizes), "bytes": sum(sizes.values()), "commit": None}
+        if dry_run:
+            report(f"{repo_id} {name}: {len(sizes)} files, {sum(sizes.values()):,} bytes")
+            for file, size in sizes.items():
+                report(f"    {size:>14,}  {file}")
+    return result
 
 
 def _refuse(what: Path | str, wrong: list[str]) -> None:
@@ -170,9 +189,8 @@ def _revisions(release: Path, repo_id: str, scratch: Path) -> dict[str, Path]:
     return {**folders, described: scratch / "main", "main": scratch / "main"}
 
 
-def _send(
-    folders: dict[str, Path], result: dict[str, Any], public: bool, report: Callable[[str], None]
-) -> dict[str, Any]:
+def _send(folders: dict[str, Path], result: dict[str, Any], public: bool, report: Callable[[str], None]) -> None:
+    """Bring one repository to what `folders` say; commits and url are added to `result`."""
     from httpx2 import HTTPError
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
@@ -210,7 +228,6 @@ def _send(
         reason = str(error.__cause__ or error).splitlines() or [type(error).__name__]
         raise UserError(f"{repo_id}: the connection failed ({reason[0]}); the same command goes on from here") from None
     report(f"{result['url']}: {', '.join(result['revisions'])}, tag {tag}")
-    return result
 
 
 def _is_there(api: HfApi, repo_id: str, revision: str, folder: Path) -> bool:

@@ -86,16 +86,20 @@ def publish(release: Path, hub: HubServer, scratch: Path, report: Callable[[str]
         report(f"{'FAILED' if wrong else 'ok    '} {time.monotonic() - start:5.1f} s  {name}")
 
     def push() -> list[str]:
-        wrong = stranger.nanophi("push", str(release), "--repo-id", REPO_ID, "--public")
+        wrong = stranger.nanophi("push", str(release), "--repo-id", REPO_ID, "--public", "--gguf", "f16,q8_0")
         repository = hub.repositories.get(("model", REPO_ID))
         there = sorted(repository.branches) if repository else []
         if there != sorted(["main", *branches]):
             wrong.append(f"branches {there}, expected main and {branches}")
         elif repository.private or repository.tags.get(described["tag"]) is not repository.branches["main"]:
             wrong.append(f"tag {described['tag']} is not main, or the repository is not public")
+        companion = hub.repositories.get(("model", f"{REPO_ID}-GGUF"))
+        files = sorted(name for name in companion.branches["main"].files if ".gguf" in name) if companion else []
+        if files != ["demo-f16.gguf", "demo-q8_0.gguf"]:
+            wrong.append(f"GGUF files of the companion are {files}")
         return wrong
 
-    step(f"push: main, {', '.join(branches)}, tag {described['tag']}", push)
+    step(f"push: main, {', '.join(branches)}, tag {described['tag']}; GGUF files", push)
     if failures:
         return failures
     final, first = sample["text"], branches[0]

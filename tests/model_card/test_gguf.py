@@ -159,17 +159,19 @@ def test_tied_embeddings_become_a_head(finished_run, tmp_path):
     np.testing.assert_array_equal(tensors["output.weight"], tensors["token_embd.weight"])
 
 
-def test_export_makes_a_repository_per_kind(built_release, tmp_path):
+def test_export_makes_a_repository(built_release, tmp_path):
     release = built_release
     before = {name: sha256_of_file(release / name) for name in list_files(release)}
     for _ in range(2):  # again, over what is there
         results = gguf.export(release, ["f16", "q8_0"], tmp_path / "gguf")
     assert [Path(result["path"]).name for result in results] == ["tiny-f16.gguf", "tiny-q8_0.gguf"]
-    for result in results:
-        folder = Path(result["path"]).parent
-        assert list_files(folder) == ["MANIFEST.json", "README.md", Path(result["path"]).name]
-        assert not verify._checksums(folder, list_files(folder))
-    assert sorted(path.name for path in (tmp_path / "gguf").iterdir()) == ["tiny-f16", "tiny-q8_0"]
+    folder = tmp_path / "gguf"
+    assert list_files(folder) == ["MANIFEST.json", "README.md", "tiny-f16.gguf", "tiny-q8_0.gguf"]
+    assert not verify._checksums(folder, list_files(folder))
+    card = (folder / "README.md").read_text()
+    assert all(f"| `{Path(r['path']).name}` | {r['kind']} | {r['bytes']:,} |" in card for r in results)
+    assert "base_model" not in card  # Its name is no id of the Hub.
+    assert list(tmp_path.iterdir()) == [folder]
     assert before == {name: sha256_of_file(release / name) for name in list_files(release)}
 
 
@@ -179,12 +181,14 @@ def test_card_names_the_model_it_comes_from(release, tmp_path):
     (copy / "records" / "run.json").write_text('{"repo_id": "org/nano-phi"}')
     (copy / "README.md").write_text("---\nlicense: mit\nlanguage: en\n---\n\n# Card\n")
     (result,) = gguf.export(copy, ["f16"], tmp_path / "gguf")
-    assert Path(result["path"]) == tmp_path / "gguf" / "nano-phi-f16" / "nano-phi-f16.gguf"
+    assert Path(result["path"]) == tmp_path / "gguf" / "nano-phi-f16.gguf"
     front = Path(result["path"]).with_name("README.md").read_text().split("---")[1]
     assert "base_model: org/nano-phi\n" in front
     assert "base_model_relation: quantized\n" in front
     assert "license: mit\n" in front
-    assert metadata(Path(result["path"]))["general.license"] == "mit"
+    inside = metadata(Path(result["path"]))
+    assert inside["general.license"] == "mit"
+    assert inside["general.base_model.0.repo_url"] == "https://huggingface.co/org/nano-phi"
 
 
 def test_same_release_same_bytes(release, tmp_path):

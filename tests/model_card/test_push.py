@@ -234,6 +234,53 @@ def test_a_tag_is_never_moved(built_release: Path, run_copy: Path, hub: HubServe
     assert hub.repositories["model", "org/demo"].branches == before
 
 
+def assert_companion_is_complete(hub: HubServer) -> None:
+    repository = hub.repositories["model", "org/demo-GGUF"]
+    head = repository.branches["main"]
+    assert is_whole(head) and set(repository.branches) == {"main"} and repository.tags["v1.0"] is head
+    assert {name for name in head.files if name.endswith(".gguf")} == {"demo-f16.gguf", "demo-q8_0.gguf"}
+    assert b"\nbase_model: org/demo\nbase_model_relation: quantized\n" in head.files["README.md"].data
+
+
+@pytest.mark.usefixtures("built_before")
+def test_gguf_files_go_to_a_companion(built_release: Path, hub: HubServer, tmp_path: Path) -> None:
+    from gguf import GGUFReader
+
+    result = push(built_release, "org/demo", gguf=["f16", "q8_0"], report=silent)
+    assert_complete(hub)
+    assert_companion_is_complete(hub)
+    assert result["gguf"]["url"].endswith("org/demo-GGUF")
+    assert hub.repositories["model", "org/demo-GGUF"].private
+    file = huggingface_hub.hf_hub_download("org/demo-GGUF", "demo-q8_0.gguf", cache_dir=tmp_path / "cache")
+    assert GGUFReader(file).fields["general.base_model.0.repo_url"].contents() == "https://huggingface.co/org/demo"
+    before = len(hub.requests)
+    push(built_release, "org/demo", gguf=["f16", "q8_0"], public=True, report=silent)
+    assert not [line for line in hub.requests[before:] if "/commit/" in line or line.startswith("PUT /lfs")]
+    assert not any(repository.private for repository in hub.repositories.values())
+
+
+@pytest.mark.parametrize("past", [2, 6, 9])
+@pytest.mark.usefixtures("built_before")
+def test_a_cut_companion_is_finished(built_release: Path, hub: HubServer, requests_of_a_push: int, past: int) -> None:
+    hub.cut(requests_of_a_push + past, "during")
+    with pytest.raises(UserError, match=r"^org/demo-GGUF: .*goes on from here"):
+        push(built_release, "org/demo", gguf=["f16", "q8_0"], report=silent)
+    assert_complete(hub)
+    repository = hub.repositories.get(("model", "org/demo-GGUF"))
+    head = repository.branches["main"] if repository else None
+    assert head is None or set(head.files) == {".gitattributes"} or is_whole(head)
+    hub.restore()
+    push(built_release, "org/demo", gguf=["f16", "q8_0"], report=silent)
+    assert_companion_is_complete(hub)
+
+
+@pytest.mark.usefixtures("built_before")
+def test_nothing_is_sent_if_the_gguf_files_cannot_be_made(built_release: Path, hub: HubServer) -> None:
+    with pytest.raises(UserError, match="unknown GGUF kind 'q4'; allowed: f32, f16, bf16, q8_0"):
+        push(built_release, "org/demo", gguf=["q4"], report=silent)
+    assert hub.requests == []
+
+
 def plant(name: str, content: str) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         path = folder / name
