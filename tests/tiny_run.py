@@ -7,6 +7,10 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from nanophi.configuration_nanophi import NanoPhiConfig
 from nanophi.training import trainer
@@ -38,6 +42,14 @@ TRAINING = {
     "precision": "fp32",
 }
 
+PROMPT = "w7 w8"
+# 10 rows of 64 tokens hold 640: documents across rows, several in a row, one that the cut leaves out, one cut short.
+DOCUMENTS = {
+    "source": ["web", "code", "web", "wiki", "code", "web", "rare"],
+    "tokens": [100, 10, 5, 200, 300, 60, 9],
+    "bytes": [400, 20, 11, 650, 350, 250, 30],
+}
+
 
 def make_run(path: Path, rows: int = 100) -> Path:
     """A run directory that is ready to train: rows whose next token is mostly the last one plus one."""
@@ -65,6 +77,16 @@ def replace_rows(run: Path, change: Callable[[int, np.ndarray], np.ndarray]) -> 
     rows = np.array(datasets.load_from_disk(str(folder))["input_ids"])
     shutil.rmtree(folder)
     write_rows(folder, np.array([change(index, row) for index, row in enumerate(rows)]))
+
+
+def add_sources(run: Path) -> Path:
+    """Sources of the held-out rows, and a tokenizer that can write samples."""
+    pq.write_table(pa.table(DOCUMENTS), run / "data/tokens/heldout-documents.parquet")
+    words = Tokenizer(models.WordLevel({"<eos>": EOS, **{f"w{i}": i for i in range(1, VOCAB)}}, unk_token="<eos>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    (run / "data/tokenizer/tokenizer.json").unlink()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>").save_pretrained(run / "data/tokenizer")
+    return run
 
 
 def train(run: Path, **changes) -> dict:

@@ -14,7 +14,7 @@ from typing import Any
 
 from nanophi.records import UserError, read_json, remove, sha256_of_tree, write_json
 
-_STATE_FILES = ("optimizer", "scheduler", "rng_state", "scaler", "trainer_state", "pytorch_model_fsdp")
+_STATE_FILES = ("optimizer", "scheduler", "rng_state", "scaler", "trainer_state")
 _DATA = {
     "train_sha256": "training tokens (data/tokens)",
     "heldout_sha256": "held-out tokens (data/tokens)",
@@ -73,8 +73,8 @@ def publish(run: Path, saved: Path, facts: dict[str, Any], tokenizer: Path, kept
     state = saved / "training_state"
     state.mkdir()
     for file in list(saved.iterdir()):
-        if file.name == "training_args.bin":
-            file.unlink()  # a pickle; the recipe says the same
+        if file.name in ("training_args.bin", "pytorch_model_fsdp.bin"):
+            file.unlink()  # pickles; the recipe and the weights say the same
         elif file.name.startswith(_STATE_FILES):
             file.rename(state / file.name)
     for file in sorted(tokenizer.iterdir()):

@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
@@ -34,6 +36,10 @@ from nanophi.training.rows import PackedCollator, PackedRows
 from nanophi.training.validation import BY_SOURCE, HeldoutRows, SampleText
 
 FREE_SPACE_FACTOR = 1.1
+NO_FSDP = (
+    "training.arguments: fsdp divides a model among several accelerators; start by `accelerate launch` where there are "
+    "some, or leave fsdp out"
+)
 SPIKE_WINDOW, SPIKE_LOSSES = 50, 10
 NOT_IN_WEIGHTS = {
     "report_to",
@@ -111,6 +117,7 @@ def training_arguments(training: Training, run: Path, seed: int, world_size: int
         "disable_tqdm": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "remove_unused_columns": False,
+        "ddp_find_unused_parameters": False,
         "seed": seed,
         "data_seed": seed,
     }
@@ -120,6 +127,8 @@ def training_arguments(training: Training, run: Path, seed: int, world_size: int
             raise UserError(f"training.arguments: unknown key '{name}'{suggestion(name, allowed)}")
         if name in ours:
             raise UserError(f"training.arguments: '{name}' follows from the keys of `training`; set it there")
+    if training.arguments.get("fsdp") and world_size == 1:
+        raise UserError(NO_FSDP)
     try:
         return TrainingArguments(**ours, **training.arguments)
     except (TypeError, ValueError) as error:
@@ -155,8 +164,9 @@ class NanoPhiTrainer(Trainer):
         eval_dataset: HeldoutRows,
         **kwargs: Any,
     ) -> None:
-        metrics = eval_dataset.metrics if eval_dataset.sources else None
-        super().__init__(eval_dataset=eval_dataset, compute_metrics=metrics, **kwargs)
+        super().__init__(eval_dataset=eval_dataset, compute_metrics=eval_dataset.metrics, **kwargs)
+        if self.args.fsdp and not self.is_fsdp_enabled:
+            raise UserError(NO_FSDP)  # accelerate would train without it, and not say so
         self.sampler = SampleText(tokenizer, prompt) if prompt is not None else None
         self.run = run
         self.training = training
@@ -232,6 +242,7 @@ class NanoPhiTrainer(Trainer):
                 logs["mfu"] = round(speed * self.flops_per_token / (self.peak_flops * self.args.world_size), 4)
             self._clock = (now, elapsed + seconds, step)
         if "eval_loss" in logs:
+            logs["eval_loss"] = logs.pop("eval_mean_loss")
             logs["tokens_seen"] = step * self.tokens_per_step
             logs["bits_per_byte"] = round(logs["eval_loss"] / math.log(2) / self.bytes_per_token, 5)
         super().log(logs)
@@ -258,10 +269,8 @@ class NanoPhiTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """`Trainer.prediction_step`; prediction and label are `HeldoutRows.sums`, if sources are known."""
-        sources = inputs.pop("sources", None)
-        if sources is None:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        """`Trainer.prediction_step`; prediction and label are `HeldoutRows.sums`."""
+        sources = inputs.pop("sources")
         loss, logits, labels = super().prediction_step(model, inputs, False, ignore_keys)
         assert logits is not None and labels is not None
         return loss, *self.eval_dataset.sums(logits, labels, sources.to(logits.device))
@@ -376,8 +385,23 @@ class NanoPhiTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         self._pause(time.monotonic() - began)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            # FSDP gives the model a class of its own, whose source would be saved beside the weights.
+            with torch.device("meta"):
+                plain = NanoPhiForCausalLM(self.model.config)
+            plain.save_pretrained(output_dir, state_dict=state_dict)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(str(self.run / "checkpoints" / Path(resume_from_checkpoint).name), model)
+        checkpoint = self.run / "checkpoints" / Path(resume_from_checkpoint).name
+        if not self.is_fsdp_enabled:
+            super()._load_from_checkpoint(str(checkpoint), model)
+            return
+        # `Trainer` would read a pickle that it saved as well; every process reads the same weights, and keeps its part.
+        weights: dict[str, Any] = load_file(checkpoint / "model.safetensors")
+        set_model_state_dict(self.model, weights, options=StateDictOptions(full_state_dict=True))
 
     def _facts(self) -> dict[str, Any]:
         """`checkpoint.json`: what is known of this step's weights."""

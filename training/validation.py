@@ -23,12 +23,15 @@ class HeldoutRows(PackedRows):
     """Held-out rows that know the source of every token.
 
     Args:
-        tokens: the run's `data/tokens`. Where packing left no `heldout-documents.parquet` there are no sources.
+        tokens: the run's `data/tokens`. Where packing left no `heldout-documents.parquet` there is one source, unnamed.
     """
 
     def __init__(self, tokens: Path) -> None:
         super().__init__(tokens / "heldout")
-        self.sources: list[str] = []
+        context_length = len(self.dataset[0]["input_ids"])
+        self.sources = [""]
+        self.bytes_per_token = [math.nan]
+        self._codes = torch.zeros(len(self), context_length, dtype=torch.int64)
         documents = tokens / "heldout-documents.parquet"
         if not documents.exists():
             return
@@ -37,7 +40,6 @@ class HeldoutRows(PackedRows):
         lengths = table["tokens"].to_numpy()
         self.sources, codes = map(list, np.unique(names, return_inverse=True))
         # The rows are the documents laid end to end; what fills no last row is cut off.
-        context_length = len(self.dataset[0]["input_ids"])
         stream = np.repeat(np.array(codes), lengths)[: len(self) * context_length]
         self._codes = torch.from_numpy(stream.reshape(len(self), context_length))
         self.bytes_per_token = [
@@ -49,8 +51,6 @@ class HeldoutRows(PackedRows):
 
     def __getitems__(self, positions: list[int]) -> list[dict[str, torch.Tensor]]:
         rows = super().__getitems__(positions)
-        if not self.sources:
-            return rows
         return [{**row, "sources": self._codes[self.index(i)]} for row, i in zip(rows, positions, strict=True)]
 
     def sums(
@@ -74,14 +74,18 @@ class HeldoutRows(PackedRows):
         return nats, counts
 
     def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        """`{"bits_per_byte/NAME": ...}` from `sums` of all rows, for the sources that have a predicted token."""
+        """From `sums` of all rows: `mean_loss`, and `bits_per_byte/NAME` of each source that has a predicted token.
+
+        The mean is over tokens; that of `Trainer` is over batches, which on several processes hold some rows twice.
+        """
         nats = np.asarray(prediction.predictions, np.float64).sum(axis=0)
         counts = np.asarray(prediction.label_ids, np.float64).sum(axis=0)
-        return {
+        by_source = {
             BY_SOURCE + name: round(nats[code] / counts[code] / math.log(2) / self.bytes_per_token[code], 5)
             for code, name in enumerate(self.sources)
-            if counts[code]
+            if name and counts[code]
         }
+        return {"mean_loss": float(nats.sum() / counts.sum()), **by_source}
 
 
 class SampleText:

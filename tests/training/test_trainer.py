@@ -1,7 +1,6 @@
 """Training: what is learnt, saved and logged; a run that was killed goes on bit by bit as if it had not been."""
 
 import errno
-import os
 import re
 import shutil
 import signal
@@ -14,10 +13,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_run import CONFIG, CONTEXT, EOS, TRAINING, VOCAB, make_run, replace_rows, train
+from tiny_run import CONTEXT, EOS, TRAINING, VOCAB, make_run, replace_rows, train
 from transformers import AutoModelForCausalLM, PhiForCausalLM
 
-from nanophi.configuration_nanophi import NanoPhiConfig
 from nanophi.modeling_nanophi import NanoPhiForCausalLM
 from nanophi.records import UserError, read_json
 from nanophi.training import checkpoints, trainer
@@ -115,28 +113,6 @@ def test_sigkill_leaves_only_whole_checkpoints_and_sigterm_saves_first(tmp_path,
         assert torch.load(last / "optimizer.pt", weights_only=True)["state"]
         if number == signal.SIGTERM:
             assert f"stopped by SIGTERM after saving step {checkpoints.step_of(last)}" in errors
-
-
-def test_two_processes_take_the_same_steps_as_one(tmp_path, finished):
-    one, two = make_run(tmp_path / "one"), make_run(tmp_path / "two")
-    changes = {"micro_batch_size": 4, "keep_steps": [], "optimizer": "muon"}
-    config = {**CONFIG, "resid_pdrop": 0.0}  # each process draws its own dropout
-    trainer.train(one, Training(**{**TRAINING, **changes}), NanoPhiConfig(**config), seed=1, label="test")
-    script = tmp_path / "script.py"
-    script.write_text(
-        f"import sys; sys.path[:0] = [{TESTS!r}]\n"
-        "from pathlib import Path\nfrom tiny_run import *\n"
-        f"trainer.train(Path({str(two)!r}), Training(**{{**TRAINING, **{changes!r}}}), "
-        f"NanoPhiConfig(**{config!r}), seed=1, label='test')\n"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    losses = [[entry["loss"] for entry in read_json(run / "training.json")["log"]] for run in (one, two)]
-    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
-    NanoPhiForCausalLM.from_pretrained(two / "checkpoints/step-000024")
 
 
 def test_no_disk_space_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
