@@ -29,7 +29,7 @@ from nanophi.training import corpus, packing, tokenizer
 from nanophi.training.recipe import Data, Source, Tokenizer, Training, load_recipe
 from nanophi.training.trainer import train
 
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": 4096,
     "hidden_size": 128,
     "intermediate_size": 512,
@@ -44,9 +44,9 @@ SHARES = (0.6, 0.5)
 
 RATES = [0.00025 * 2**power for power in range(12)]
 # Where the search begins, and the ladders it climbs.
-ADAMW = {"optimizer": "adamw", "schedule": "cosine", "learning_rate": 0.004, "weight_decay": 0.1}
-ADAMW_LADDERS = {"learning_rate": RATES, "weight_decay": [0.01, 0.1]}
-FAST = {
+ADAMW: dict[str, Any] = {"optimizer": "adamw", "schedule": "cosine", "learning_rate": 0.004, "weight_decay": 0.1}
+ADAMW_LADDERS: dict[str, list[float]] = {"learning_rate": RATES, "weight_decay": [0.01, 0.1]}
+FAST: dict[str, Any] = {
     "optimizer": "muon",
     "schedule": "wsd",
     "muon_learning_rate": 0.02,
@@ -54,7 +54,7 @@ FAST = {
     "decay_fraction": 0.8,
     "weight_decay": 0.1,
 }
-FAST_LADDERS = {
+FAST_LADDERS: dict[str, list[float]] = {
     "muon_learning_rate": [0.0025 * 2**power for power in range(7)],
     "learning_rate": RATES,
     "decay_fraction": [0.2, 0.4, 0.6, 0.8, 0.95],
@@ -246,9 +246,7 @@ def main() -> None:
     write_json(arguments.output, runs.result)
     plot(runs.result, arguments.output.with_suffix(".png"))
     for name, entry in final.items():
-        print(
-            f"{name}: {entry['steps']} steps, losses {entry['losses']}, mean {entry['mean']:.4f}, {entry['settings']}"
-        )
+        print(f"{name}: {entry['steps']} steps, {entry['losses']}, mean {entry['mean']:.4f}, {entry['settings']}")
 
 
 if __name__ == "__main__":
