@@ -504,7 +504,7 @@ def metadata(records: Records) -> ModelCardData:
                 metric_value=round(100 * row["value"], 2) if row["percent"] else round(row["value"], 4),
             )
         )
-    hub = [source["hub"] for source in recipe["data"]["sources"] if source["hub"] and is_hub_id(source["hub"])]
+    hub = [source["hub"] for source in training_sources(recipe) if source["hub"] and is_hub_id(source["hub"])]
     summary = records["training.json"].get("summary", {})
     extra: dict[str, Any] = {"widget": [{"text": recipe["card"]["prompt"]}]}
     if summary.get("co2_grams") is not None:
@@ -522,7 +522,7 @@ def metadata(records: Records) -> ModelCardData:
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["phi", "nanophi", "small-language-model", "pretrained-from-scratch"],
-        datasets=hub or None,
+        datasets=list(dict.fromkeys(hub)) or None,
         metrics=sorted({row["metric"] if row["metric"] != "acc" else "accuracy" for row in rows}) or None,
         model_name=records["run.json"]["repo_id"].rpartition("/")[2] if results else None,
         eval_results=results or None,
@@ -532,6 +532,11 @@ def metadata(records: Records) -> ModelCardData:
 
 def _shots_name(name: str, shots: int | None) -> str:
     return name if shots is None else f"{name} ({shots}-Shot)"
+
+
+def training_sources(recipe: dict[str, Any]) -> list[dict[str, Any]]:
+    """The recipe's sources without those that are held out as a whole."""
+    return [source for source in recipe["data"]["sources"] if not source.get("heldout")]
 
 
 def is_hub_id(name: str) -> bool:
@@ -559,17 +564,19 @@ def render(records: Records) -> str:
     )
     environment.filters.update({name: _demanding(function) for name, function in FILTERS.items()})
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    rows, every = headline(records), metric_rows(records)
+    header, rows, every = metadata(records), headline(records), metric_rows(records)
     evaluations = [value for name, value in records.items() if name.startswith("evals/")]
     utilisations = [entry["mfu"] for entry in records["training.json"]["log"] if entry["mfu"] is not None]
     try:
         return template.render(
-            metadata=metadata(records).to_yaml(line_break="\n"),
+            metadata=header.to_yaml(line_break="\n"),
+            datasets=header.datasets or [],
             recipe=records["recipe.yaml"],
             run=records["run.json"],
             model=records["model.json"],
             training=records["training.json"],
             checkpoint=records["checkpoint.json"],
+            sources=training_sources(records["recipe.yaml"]),
             revisions=records["revisions.json"],
             documents=records.get("documents.json"),
             quality=records.get("quality.json"),

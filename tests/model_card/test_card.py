@@ -224,6 +224,25 @@ def test_records_survive_writing(records: card.Records, tmp_path: Path) -> None:
     assert card.render(again) == card.render(records)
 
 
+def test_sources_with_weights_and_held_out_ones(records: card.Records) -> None:
+    changed = copy.deepcopy(records)
+    assert "A weight says" not in card.render(records)
+    (plain,) = changed["recipe.yaml"]["data"]["sources"]
+    web = {**plain, "embedded": None, "name": None, "hub": "org/web", "split": "train", "weight": 0.5}
+    changed["recipe.yaml"]["data"]["sources"] = [
+        web,
+        {**web, "config": "more"},
+        {**web, "split": "validation", "heldout": True},
+        {**web, "hub": "org/only-held-out", "heldout": True},
+    ]
+    text = card.render(changed)
+    assert "A weight says" in text
+    assert "| org/web | [org/web](https://huggingface.co/datasets/org/web), split `validation` | held out |" in text
+    assert "| Public datasets | org/web |" in text
+    data: Any = ModelCard(text).data
+    assert data.datasets == ["org/web"]
+
+
 def test_metered_energy_and_its_price(records: card.Records) -> None:
     assert "co2_eq_emissions" not in ModelCard(card.render(records)).data.to_dict()
     assert "| Energy | not metered |" in card.render(records) and "Cost" not in card.render(records)
