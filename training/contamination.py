@@ -101,21 +101,23 @@ def load_benchmarks(folder: Path, ngram: int) -> BenchmarkIndex:
     owners: dict[int, list[np.ndarray]] = {}
     first = 0
     for name, files in _benchmarks(folder):
-        rows = [row for file in files for row in _rows(file)]
-        renderings = [_renderings(row, ngram) for row in rows]
-        item = np.repeat(np.arange(len(rows)), [len(texts) for texts in renderings])
-        words = hash_words([text.encode() for texts in renderings for text in texts])
-        found = np.zeros(len(rows), bool)
-        for length in range(min(SHORTEST, ngram), ngram + 1):
-            chosen = words.counts == length if length < ngram else words.counts >= length
-            hashed = ngrams(words.take(chosen), length)
-            grams.setdefault(length, []).append(hashed.hashes)
-            owners.setdefault(length, []).append(np.repeat(item[chosen] + first, hashed.counts).astype(np.uint32))
-            found[item[chosen]] = True
         names.append(name)
-        items.append(len(rows))
-        too_short.append(int((~found).sum()))
-        first += len(rows)
+        items.append(0)
+        too_short.append(0)
+        for rows in (rows for file in files for rows in _rows(file)):
+            renderings = [_renderings(row, ngram) for row in rows]
+            item = np.repeat(np.arange(len(rows)), [len(texts) for texts in renderings])
+            words = hash_words([text.encode() for texts in renderings for text in texts])
+            found = np.zeros(len(rows), bool)
+            for length in range(min(SHORTEST, ngram), ngram + 1):
+                chosen = words.counts == length if length < ngram else words.counts >= length
+                hashed = ngrams(words.take(chosen), length)
+                grams.setdefault(length, []).append(hashed.hashes)
+                owners.setdefault(length, []).append(np.repeat(item[chosen] + first, hashed.counts).astype(np.uint32))
+                found[item[chosen]] = True
+            items[-1] += len(rows)
+            too_short[-1] += int((~found).sum())
+            first += len(rows)
     if not names:
         raise UserError(
             f"data.decontamination.benchmarks: {folder} holds no dataset (folders with README.md and parquet)"
@@ -209,11 +211,13 @@ def _benchmarks(folder: Path) -> Iterator[tuple[str, list[Path]]]:
         yield from ((name, files) for name, files in found.items() if files)
 
 
-def _rows(file: Path) -> list[dict[str, Any]]:
+def _rows(file: Path) -> Iterator[list[dict[str, Any]]]:
     if file.suffix != ".parquet":
         raise UserError(f"{file}: benchmarks are read from parquet files")
     try:
-        return pq.read_table(file).to_pylist()
+        with pq.ParquetFile(file) as table:
+            for batch in table.iter_batches(batch_size=512):
+                yield batch.to_pylist()
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read as parquet ({error})") from None
 

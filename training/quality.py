@@ -26,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors.numpy import load_file, save_file
-from scipy.sparse import csr_matrix, hstack
+from scipy.sparse import csr_matrix, hstack, vstack
 
 from nanophi.records import UserError, read_json, replace_tree, write_json, write_text
 from nanophi.training import embedded
@@ -41,6 +41,7 @@ EXCERPT_BYTES = 16_000
 FIT_BYTES = 12_000_000
 """Excerpts of each label that the linear scorer is fitted on."""
 TEST_SHARE = 0.2
+_FIT_BATCH = 64
 _CLASSES = ("lower", "upper", "digit", "newline", "space", "sentence", "quote", "markup", "other", "beyond_ascii")
 EXCERPT = 400
 """Characters of a document that the report shows."""
@@ -181,12 +182,22 @@ def fit(
                 raise UserError(
                     "the linear scorer needs at least ten documents of each label (quality.high, quality.low)"
                 )
-    hashed, statistics = features(texts)
-    hashed.sum_duplicates()
+    # In small batches: on the way to its features a text takes some thirty times its size.
+    batches = [features(texts[start : start + _FIT_BATCH]) for start in range(0, len(texts), _FIT_BATCH)]
+    statistics = np.concatenate([batch for _, batch in batches])
     mean, scale = statistics[~test].mean(axis=0), statistics[~test].std(axis=0) + 1e-4
-    inputs = hstack([hashed, csr_matrix(_clip(statistics, mean, scale) * _STATISTIC_SCALE)], format="csr")
+    fitted, left_out = [], []
+    for start in range(0, len(texts), _FIT_BATCH):
+        hashed, batch = batches.pop(0)
+        hashed.sum_duplicates()
+        rows = hstack([hashed, csr_matrix(_clip(batch, mean, scale) * _STATISTIC_SCALE)], format="csr")
+        unseen = test[start : start + _FIT_BATCH]
+        fitted.append(rows[~unseen])
+        left_out.append(rows[unseen])
+    inputs, test_inputs = vstack(fitted, format="csr"), vstack(left_out, format="csr")
+    del fitted, left_out
     model = LogisticRegression(C=_REGULARISATION, max_iter=300, tol=1e-3)
-    model.fit(inputs[~test], good[~test], sample_weight=weight[~test])
+    model.fit(inputs, good[~test], sample_weight=weight[~test])
     weights = model.coef_[0].astype(np.float32)
     scorer = LinearScorer(
         weights[:BUCKETS],
@@ -195,7 +206,7 @@ def fit(
         scale.astype(np.float32),
         float(model.intercept_[0]),
     )
-    scores = model.predict_proba(inputs[test])[:, 1]
+    scores = model.predict_proba(test_inputs)[:, 1]
     calibration = []
     for low in np.arange(0, 1, 0.1):
         inside = (scores >= low) & (scores < low + 0.1 + (low > 0.85))
