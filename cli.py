@@ -80,6 +80,42 @@ def train(recipe: OneRecipe, runs: Runs = Path("runs"), overrides: Overrides = [
 
 
 @app.command()
+def estimate(
+    recipe: OneRecipe,
+    device: Annotated[str, typer.Option(help="a100-40g, a100-80g, h100, h200, l40s, l4, rtx-4090, ...")] = "a100-40g",
+    devices: Annotated[int, typer.Option(min=1, help="How many of them.")] = 1,
+    mfu: Annotated[
+        float | None, typer.Option(min=0.01, max=1, help="Share of the device's peak; else what such runs reach.")
+    ] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="Dollars per hour of one; else the table's.")] = None,
+    grid: Annotated[float | None, typer.Option(min=0, help="Grams of CO2e per kWh; else the world's average.")] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Time a few steps here instead; DEVICE says what this machine is.")
+    ] = False,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Time, money, energy and memory of a recipe's training, beside the published run's.
+
+    Example: nanophi estimate nano-phi-115m --device h100
+    """
+    from nanophi.training import estimate as estimates
+    from nanophi.training.recipe import load_recipe
+
+    resolved, chosen = load_recipe(recipe, overrides), estimates.find_device(device)
+    result = estimates.estimate(
+        resolved,
+        chosen,
+        devices=devices,
+        mfu=estimates.ASSUMED_MFU if mfu is None else mfu,
+        tokens_per_second=estimates.measure(resolved) if measure else None,
+        dollars_per_hour=price,
+        grams_per_kwh=estimates.GRID_GRAMS_PER_KWH if grid is None else grid,
+    )
+    name = f"{devices} x {device}" if devices > 1 else device
+    typer.echo(estimates.render(resolved, name, result, estimates.published_run(resolved)))
+
+
+@app.command()
 def card(recipe: OneRecipe, runs: Runs = Path("runs"), overrides: Overrides = []) -> None:  # noqa: B006
     """Write the model card of a finished run, from its records.
 

@@ -1,0 +1,120 @@
+"""Estimates against torch's own counts, a real model's memory, and the published run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from nanophi import NanoPhiConfig, NanoPhiForCausalLM
+from nanophi.cli import main
+from nanophi.records import UserError
+from nanophi.training import estimate
+from nanophi.training.recipe import Recipe, Training, load_recipe
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 500,
+    "hidden_size": 64,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+
+
+def training(**fields: Any) -> Training:
+    return Training(**{"steps": 10, "batch_size": 4, "learning_rate": 1e-3, "precision": "fp32", **fields})
+
+
+@pytest.fixture
+def recipe() -> Recipe:
+    return load_recipe("nano-phi-115m")
+
+
+@pytest.mark.parametrize("fields", [{}, {"tie_word_embeddings": True}, {"qk_layernorm": True}])
+def test_parameters_are_those_of_the_model(fields: dict[str, Any]) -> None:
+    config = NanoPhiConfig(**{**SMALL, **fields})
+    assert estimate.parameter_count(config) == sum(p.numel() for p in NanoPhiForCausalLM(config).parameters())
+
+
+def test_flops_are_those_that_torch_counts() -> None:
+    config = NanoPhiConfig(**SMALL, attn_implementation="eager")
+    model = NanoPhiForCausalLM(config).eval()  # in evaluation the head is one plain product
+    ids = torch.zeros(2, 128, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    # Biases and norms are parameters, but not products.
+    assert counter.get_total_flops() / ids.numel() == pytest.approx(estimate.flops_per_token(config, 128), rel=0.02)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_row_bytes_are_what_autograd_keeps(precision: str) -> None:
+    config, rows = NanoPhiConfig(**SMALL), 5
+    model, ids = NanoPhiForCausalLM(config).train(), torch.zeros(rows, 128, dtype=torch.int64)
+    kept: dict[int, torch.Tensor] = {}
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
+        model(input_ids=ids, labels=ids, use_cache=False)
+    total = sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in own)
+    fixed = 6 * estimate.parameter_count(config)  # at most: copies of the weights, and the head's gradient
+    row = estimate.row_bytes(config, training(precision=precision))
+    assert total - fixed <= rows * row <= total
+
+
+def test_optimizer_state_is_counted_by_optimizer() -> None:
+    config = NanoPhiConfig(**SMALL)
+    model = NanoPhiForCausalLM(config)
+    parameters = estimate.parameter_count(config)
+    matrices = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "layers" in name)
+    assert estimate.state_bytes(config, training()) == 12 * parameters
+    assert estimate.state_bytes(config, training(optimizer="muon")) == 12 * parameters - 4 * matrices
+    assert estimate.state_bytes(config, training(micro_batch_size=2)) == 16 * parameters
+
+
+def test_the_published_run(recipe: Recipe) -> None:
+    published = estimate.published_run(recipe)
+    assert published["tokens_per_second"] == pytest.approx(39_000, rel=0.01)
+    assert published["mfu"] == pytest.approx(0.06, abs=0.006)
+    assert estimate.flops_per_token(recipe.model_config_for(), 1024) == pytest.approx(515e6, rel=0.001)
+    # The same speed on the same device must take the same time.
+    result = estimate.estimate(recipe, estimate.find_device("A100-40G"), mfu=published["mfu"])
+    assert result["hours"] == pytest.approx(52)
+    assert result["dollars"] == pytest.approx(published["dollars"])
+
+
+def test_more_memory_fits_more_rows_and_too_little_none(recipe: Recipe) -> None:
+    fits = {name: estimate.estimate(recipe, device)["micro_batch_size"] for name, device in estimate.DEVICES.items()}
+    assert fits["t4"] < fits["a100-40g"] < fits["h200"]
+    tiny = estimate.Device("none", 1e12, 1e9, 100, 1.0)
+    result = estimate.estimate(recipe, tiny)
+    assert result["micro_batch_size"] == 0
+    assert "does not fit" in estimate.render(recipe, "none", result, estimate.published_run(recipe))
+
+
+def test_devices_are_found_by_either_name() -> None:
+    assert estimate.peak_flops("NVIDIA H200") == estimate.DEVICES["h200"].bf16_flops
+    assert estimate.peak_flops("NVIDIA L40S") == estimate.DEVICES["l40s"].bf16_flops
+    assert estimate.peak_flops("Some GPU") is None
+    with pytest.raises(UserError, match="unknown device 'h10'; did you mean h100"):
+        estimate.find_device("h10")
+
+
+def test_the_verb_measures_real_steps(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    small = [f"--set=model.{key}={value}" for key, value in SMALL.items()]
+    command = ["estimate", "demo", *small, "--set=training.batch_size=2", "--measure", "--price", "2"]
+    monkeypatch.setattr("sys.argv", ["nanophi", *command])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code in (0, None)
+    output = capsys.readouterr().out
+    assert "beside the published run" in output
+    assert "52.0" in output
