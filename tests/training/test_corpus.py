@@ -77,7 +77,7 @@ def test_every_format_gives_the_same_documents(tmp_path: Path) -> None:
 
 def test_unusable_documents_are_counted_and_named(tmp_path: Path) -> None:
     good = [text(number) for number in range(20)]
-    raw = [entry.encode() for entry in good] + [b"bad \xff\xfe bytes", b"", b" \n\t ", b"x" * 11_000_000]
+    raw = [entry.encode() for entry in good] + [b"bad \xff\xfe bytes", b"", b" \n\t ", b"x" * 50_000_000]
     table = pa.table({"text": pa.Array.from_buffers(pa.string(), len(raw), pa.array(raw, pa.binary()).buffers())})
     pq.write_table(table, tmp_path / "a.parquet")
     lines = [json.dumps({"text": text(100 + number)}).encode() for number in range(5)]
@@ -90,7 +90,7 @@ def test_unusable_documents_are_counted_and_named(tmp_path: Path) -> None:
         b'{"text": "\xff"}',
     ]
     (tmp_path / "b.jsonl").write_bytes(b"\n".join(lines) + b"\n\n")
-    (tmp_path / "c.txt").write_bytes(b"y" * 11_000_000)
+    (tmp_path / "c.txt").write_bytes(b"y" * 50_000_000)
     sources = [{"files": str(tmp_path / name), "name": name} for name in ("a.parquet", "b.jsonl", "c.txt")]
     summary = corpus.gather(data(*sources), tmp_path / "out")
     assert summary["sources"]["a.parquet"]["dropped"] == {"empty": 2, "invalid_utf8": 1, "oversize": 1}

@@ -1,6 +1,8 @@
 """Scorers separate what they should, thresholds keep what they say, and bad scores are refused."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +188,56 @@ def test_scores_that_are_no_scores_are_refused(tmp_path: Path, bad: float | None
     with pytest.raises(UserError, match=r"document [0-9a-f]{16} has quality score .* numbers from 0 to 1"):
         quality.score(tmp_path / "documents", Quality(scorer="column:score"), data, 0, tmp_path / "scores")
     assert not (tmp_path / "scores" / "scores.parquet").exists()
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from nanophi.training import engine, quality
+from nanophi.training.recipe import Data, Quality
+
+documents, output, settings, scorer, survive = Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:5], int(sys.argv[5])
+write_json, calls = engine.write_json, []
+
+def write_or_die(path, value):
+    if len(calls) == survive:
+        os.kill(os.getpid(), signal.SIGKILL)
+    calls.append(path)
+    write_json(path, value)
+
+engine.write_json = write_or_die
+scorer = Quality.model_validate_json(scorer)
+quality.score(documents, scorer, Data.model_validate_json(settings), 0, output)
+"""
+
+
+def test_killed_and_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(1)
+    (tmp_path / "in").mkdir()
+    for number in range(4):
+        rows = [
+            {"text": make(generator, "x"), "source": f"{kind}-x"}
+            for kind, make in (("essay", essay), ("chat", chat))
+            for _ in range(30)
+        ]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "in" / f"{number}.parquet")
+    data, scorer = settings(tmp_path), Quality(high=["essay-x"], low=["chat-x"])
+    corpus.gather(data, tmp_path / "documents")
+    output, whole = tmp_path / "scores", tmp_path / "whole"
+    arguments = [str(tmp_path / "documents"), str(output), data.model_dump_json(), scorer.model_dump_json(), "3"]
+    assert subprocess.run([sys.executable, "-c", KILLED, *arguments]).returncode == -9
+    assert not (output / "scores.parquet").exists()
+    finished = [path for mark in (output / ".parts").glob("*.json") for path in (mark, mark.with_suffix(".parquet"))]
+    assert len(finished) == 6
+    before = {path: path.stat().st_mtime_ns for path in (*finished, *output.glob("scorer.*"))}
+    assert len(before) == 8
+    with monkeypatch.context() as patch:
+        patch.setattr(quality.shutil, "rmtree", lambda path: None)
+        resumed = quality.score(tmp_path / "documents", scorer, data, 0, output)
+    assert {path: path.stat().st_mtime_ns for path in before} == before, "what was finished is not done again"
+    assert resumed == quality.score(tmp_path / "documents", scorer, data, 0, whole)
+    for name in ("scores.parquet", "scorer.json", "scorer.safetensors"):
+        assert (output / name).read_bytes() == (whole / name).read_bytes()
 
 
 def test_labels_must_name_sources_and_not_overlap(folder: Path, tmp_path: Path) -> None:
