@@ -106,7 +106,7 @@ def _encode_shard(shard: Path, kept: Path | None, tokenizer: Path, path: Path) -
                 batch = batch.filter(pa.array(np.isin(keys, _kept_ids(kept))))
             texts = batch.column("text").to_pylist()
             for ids_of_text in encoder.encode(texts):
-                tokens = np.array([*ids_of_text, eos], np.uint32)
+                tokens = np.append(ids_of_text, np.uint32(eos))
                 if int((tokens == eos).sum()) != 1:
                     raise UserError(f"{tokenizer}: text became end-of-text; mark that token as special")
                 output.write(tokens.tobytes())

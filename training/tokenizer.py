@@ -10,7 +10,6 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -104,37 +103,42 @@ class Encoder:
         self._words = _Words(self.backend)
         self._added = _any_of([token["content"] for token in added])
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text."""
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Token ids of each text, uint32 `[tokens]`."""
         if not self._by_words:
-            return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+            encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+            return [np.array(encoding.ids, np.uint32) for encoding in encodings]
         if len(self._words) > _CACHED_WORDS:
             self._words.clear()
-        return [self._encode(text) for text in texts]
+        return [np.frombuffer(self._encode(text), np.uint32) for text in texts]
 
-    def _encode(self, text: str) -> list[int]:
+    def _encode(self, text: str) -> bytes:
         # Added tokens (phi-2's runs of spaces) are taken out before anything else sees the text.
         parts = [text] if self._added is None else self._added.split(text)
         ids = self._words.__getitem__
-        result: list[int] = []
+        result: list[bytes] = []
         for number, part in enumerate(parts):
             if number % 2:
-                result.extend(ids(part))
-            elif part:
-                words = _ASCII_WORD if part.isascii() else _WORD
-                result.extend(chain.from_iterable(map(ids, words.findall(part))))
-        return result
+                result.append(ids(part))
+            elif part.isascii():
+                result.extend(map(ids, _ASCII_WORD.findall(part)))
+            else:
+                # Most lines are ASCII even so. Between two visible characters, line ends are words of their own.
+                for place, line in enumerate(_LINE_ENDS.split(part)):
+                    cut = list(line) if place % 2 else (_ASCII_WORD if line.isascii() else _WORD).findall(line)
+                    result.extend(map(ids, cut))
+        return b"".join(result)
 
 
-class _Words(dict[str, tuple[int, ...]]):
-    """Token ids by word, filled on demand."""
+class _Words(dict[str, bytes]):
+    """Token ids (uint32) by word, filled on demand."""
 
     def __init__(self, backend: BackendTokenizer) -> None:
         super().__init__()
         self._backend = backend
 
-    def __missing__(self, word: str) -> tuple[int, ...]:
-        ids = self[word] = tuple(self._backend.encode(word, add_special_tokens=False).ids)
+    def __missing__(self, word: str) -> bytes:
+        ids = self[word] = np.array(self._backend.encode(word, add_special_tokens=False).ids, np.uint32).tobytes()
         return ids
 
 
@@ -142,6 +146,7 @@ class _Words(dict[str, tuple[int, ...]]):
 _WORD = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 # The same for ASCII text, in the standard library's engine, which is twice as fast.
 _ASCII_WORD = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", re.ASCII)
+_LINE_ENDS = re.compile(r"(?<=[!-~])(\n\n?)(?=[!-~])")
 _CACHED_WORDS = 1_000_000
 
 
