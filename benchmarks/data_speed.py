@@ -274,16 +274,22 @@ def unseen_sources(files: list[Path]) -> dict[str, Any]:
                 good.append(row["kind"] in HIGH)
     names, labels = np.array(sources), np.array(good)
 
-    def area(fitted: np.ndarray, tested: np.ndarray) -> tuple[float, float]:
+    def area(fitted: np.ndarray, tested: np.ndarray) -> tuple[float, float, float]:
+        """ROC AUC, Brier score (each label weighing the same), seconds of the fit."""
         started = time.perf_counter()
         scorer, _ = quality.fit([texts[row] for row in fitted], labels[fitted], names[fitted].tolist(), 0)
         seconds = time.perf_counter() - started
-        return float(roc_auc_score(labels[tested], scorer.score([texts[row] for row in tested]))), seconds
+        scores, good = scorer.score([texts[row] for row in tested]), labels[tested]
+        brier = ((scores[good] - 1) ** 2).mean() / 2 + (scores[~good] ** 2).mean() / 2
+        return float(roc_auc_score(good, scores)), float(brier), seconds
 
     seen = np.isin(names, FIT_ON)
-    auc, seconds = area(np.flatnonzero(seen), np.flatnonzero(~seen))
+    auc, brier, seconds = area(np.flatnonzero(seen), np.flatnonzero(~seen))
     unseen = sorted(set(names[~seen].tolist()))
-    print(f"linear scorer fitted on {', '.join(FIT_ON)} in {seconds:.1f} s: ROC AUC {auc:.4f} on {', '.join(unseen)}")
+    print(
+        f"linear scorer fitted on {', '.join(FIT_ON)} in {seconds:.1f} s: "
+        f"ROC AUC {auc:.4f}, Brier score {brier:.4f} on {', '.join(unseen)}"
+    )
     left_out = {}
     order = np.random.default_rng(0).permutation(len(names))
     half = np.zeros(len(names), bool)
@@ -291,12 +297,13 @@ def unseen_sources(files: list[Path]) -> dict[str, Any]:
     for name in sorted(set(sources)):
         opposite = labels != labels[names == name][0]
         tested = (names == name) | (opposite & ~half)
-        left_out[name], _ = area(np.flatnonzero(half & (names != name)), np.flatnonzero(tested))
+        left_out[name], _, _ = area(np.flatnonzero(half & (names != name)), np.flatnonzero(tested))
         print(f"  without {name:<16} ROC AUC of it against the other label {left_out[name]:.4f}")
     return {
         "fitted_on": list(FIT_ON),
         "unseen": unseen,
         "roc_auc": round(auc, 4),
+        "brier": round(brier, 4),
         "fit_seconds": round(seconds, 2),
         "documents": int(seen.sum()),
         "each_left_out": {name: round(value, 4) for name, value in left_out.items()},

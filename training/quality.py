@@ -563,7 +563,7 @@ def markdown(report: dict[str, Any], bytes_per_token: float | None = None) -> st
             f"under the ROC curve is {scorer['roc_auc']:.3f} and the Brier score {scorer['brier']:.3f}.",
             "",
         ]
-    lines += ["![Histogram of the scores](quality.png)", "", "## By source", ""]
+    lines += ["![Scores, share kept and, for a linear scorer, calibration](quality.png)", "", "## By source", ""]
     lines += ["| source | documents | kept | MB | MB kept | mean score |", "|---|---:|---:|---:|---:|---:|"]
     for name, entry in report["sources"].items():
         share = entry["kept_documents"] / entry["documents"]
@@ -617,7 +617,8 @@ def plot(report: dict[str, Any], path: Path) -> None:
         axes[2].plot(
             [entry["mean_score"] for entry in calibration], [entry["share_good"] for entry in calibration], "o-"
         )
-        axes[2].set(xlabel="mean score", ylabel="share labelled good", title="Calibration", xlim=(0, 1), ylim=(0, 1))
+        title = f"Calibration, left-out documents (Brier {report['scorer']['brier']:.3f})"
+        axes[2].set(xlabel="mean score", ylabel="share labelled good", title=title, xlim=(0, 1), ylim=(0, 1))
     figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
