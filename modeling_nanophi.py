@@ -25,6 +25,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_nanophi import NanoPhiConfig
 
 LOSS_CHUNK = 1024  # rows of logits alive at a time
+LOSS_BLOCKS = (16, 1024)  # rows and classes of them that a CPU's caches hold
 ALIGNMENT = 64  # the loss pads the vocabulary to a multiple of this, which matrix kernels like better than 50,295
 FEW_ROWS = 8  # up to so many rows, a product on a CPU is bound by reading the weight
 
@@ -108,6 +109,56 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
+def document_lengths(position_ids: torch.Tensor) -> list[int] | None:
+    """Lengths of the documents that are packed into rows, row by row; None if every row is one document.
+
+    Args:
+        position_ids: [batch, tokens]; where they do not count on, a document begins.
+    """
+    batch, tokens = position_ids.shape
+    starts = nn.functional.pad(position_ids.diff(dim=1) != 1, (1, 0), value=True).flatten().nonzero()[:, 0]
+    if len(starts) == batch:
+        return None
+    return starts.diff(append=starts.new_tensor([batch * tokens])).tolist()
+
+
+def document_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lengths: list[int],
+    scaling: float,
+    dropout: float,
+) -> torch.Tensor:
+    """Causal attention of each packed document by itself: the scores between documents are never computed.
+
+    A mask over whole rows gives the same, but costs the full square of the row's length.
+
+    Args:
+        query: [batch, heads, tokens, head_dim]; key, value: [batch, key_value_heads, tokens, head_dim].
+        lengths: of the documents in all rows, in order.
+
+    Returns:
+        [batch, tokens, heads * head_dim].
+    """
+    batch, _, tokens, _ = query.shape
+    # Tokens first: a document is then a slice of all three, and the gradients of a split are one concatenation.
+    # In float32: torch's bf16 kernel for a CPU takes twice as long for the gradients of short documents.
+    parts = [states.transpose(1, 2).flatten(0, 1).float().split(lengths) for states in (query, key, value)]
+    with torch.autocast(query.device.type, enabled=False):
+        outputs = [
+            nn.functional.scaled_dot_product_attention(
+                *(states.transpose(0, 1)[None] for states in document),
+                dropout_p=dropout,
+                is_causal=True,
+                scale=scaling,
+                enable_gqa=True,
+            )[0].transpose(0, 1)
+            for document in zip(*parts, strict=True)
+        ]
+    return torch.cat(outputs).view(batch, tokens, -1).to(query.dtype)
+
+
 class NanoPhiLinear(nn.Linear):
     """A linear layer that reads its weight faster than torch's own when there are one or a few rows, on a CPU.
 
@@ -189,6 +240,10 @@ class NanoPhiAttention(nn.Module):
         query, key = apply_rotary(query, key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
+        lengths = kwargs.pop("document_lengths", None)
+        if lengths is not None:
+            dropout = self.attention_dropout if self.training else 0.0
+            return self.dense(document_attention(query, key, value, lengths, self.scaling, dropout)), None
         attention: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -235,6 +290,9 @@ class NanoPhiDecoderLayer(GradientCheckpointingLayer):
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """[batch, tokens, hidden_size] -> the same shape; keyword arguments go to the attention."""
         normed = self.input_layernorm(hidden_states)
+        if torch.is_autocast_enabled(normed.device.type):
+            # Each of the four matrices that read it would convert, and keep, a copy of its own.
+            normed = normed.to(torch.get_autocast_dtype(normed.device.type))
         attention, _ = self.self_attn(normed, **kwargs)
         return self.resid_dropout(attention) + self.resid_dropout(self.mlp(normed)) + hidden_states
 
@@ -305,13 +363,26 @@ class NanoPhiModel(NanoPhiPreTrainedModel):
         if position_ids is None:
             start = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + start).unsqueeze(0)
-        causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=mask_position_ids,
-        )
+        lengths = None
+        if (
+            mask_position_ids is not None
+            and attention_mask is None
+            and past_key_values is None
+            and not use_cache
+            and inputs_embeds.device.type == "cpu"
+            and self.config._attn_implementation == "sdpa"
+            and not torch.compiler.is_compiling()
+        ):
+            lengths = document_lengths(mask_position_ids.expand(len(inputs_embeds), -1))
+        causal_mask = None
+        if lengths is None:
+            causal_mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=mask_position_ids,
+            )
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         hidden_states = self.embed_dropout(inputs_embeds)
@@ -324,6 +395,7 @@ class NanoPhiModel(NanoPhiPreTrainedModel):
                 past_key_values=past_key_values,
                 use_cache=use_cache,
                 position_embeddings=position_embeddings,
+                document_lengths=lengths,
                 **kwargs,
             )
         return BaseModelOutputWithPast(
@@ -356,8 +428,11 @@ class LinearCrossEntropy(torch.autograd.Function):
         device, vocab_size = hidden_states.device, len(weight)
         padding = -vocab_size % ALIGNMENT
         matrix = nn.functional.pad(weight.to(dtype), (0, 0, 0, padding))
+        # On a CPU, all but the matrix products is done in blocks that stay in its caches, the bias too.
+        on_cpu = device.type == "cpu"
+        row_block, class_block = LOSS_BLOCKS if on_cpu else (LOSS_CHUNK, len(matrix))
         # Padded classes have probability zero, in the loss and in every gradient.
-        offset = nn.functional.pad(bias.to(dtype), (0, padding), value=-torch.inf)
+        offset = nn.functional.pad(bias.to(torch.float32 if on_cpu else dtype), (0, padding), value=-torch.inf)
         keep = targets != ignore_index
         classes = targets.where(keep, 0)[:, None]
         loss = torch.zeros((), dtype=torch.float32, device=device)
@@ -367,25 +442,29 @@ class LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(targets), LOSS_CHUNK):
             rows = slice(start, start + LOSS_CHUNK)
             chunk, kept = hidden_states[rows].to(dtype), keep[rows, None]
-            logits = nn.functional.linear(chunk, matrix, offset)
-            grad = nn.functional.log_softmax(logits, dim=-1, dtype=torch.float32)
-            del logits
-            loss -= (grad.gather(1, classes[rows]) * kept).sum()
-            if not any(wanted):
-                continue
-            grad.exp_().scatter_add_(1, classes[rows], -torch.ones_like(classes[rows], dtype=torch.float32))
-            # Rows that are ignored are left out by zeroing the small factor of each product, not the large one.
-            if grad_bias is not None:
-                grad_bias += grad.t().mv(kept[:, 0].float())
-            grad = grad.to(dtype)
+            logits = nn.functional.linear(chunk, matrix, None if on_cpu else offset)
+            for block, block_kept, block_classes in zip(
+                logits.split(row_block), kept.split(row_block), classes[rows].split(row_block), strict=True
+            ):
+                grad = nn.functional.log_softmax(block + offset if on_cpu else block, dim=-1, dtype=torch.float32)
+                loss -= (grad.gather(1, block_classes) * block_kept).sum()
+                if not any(wanted):
+                    continue
+                grad.exp_().scatter_add_(1, block_classes, -torch.ones_like(block_classes, dtype=torch.float32))
+                # Rows that are ignored are left out by zeroing the small factor of each product, not the large one.
+                if grad_bias is not None:
+                    grad_bias += grad.t().mv(block_kept[:, 0].float())
+                block.copy_(grad)  # the logits' gradient takes their place
             if grad_hidden is not None:
-                grad_hidden[rows] = (grad @ matrix) * kept
+                grad_hidden[rows] = (logits @ matrix) * kept
             if grad_weight is not None:
-                if dtype == torch.float32:
-                    grad_weight.addmm_(grad.t(), chunk * kept)
-                else:
-                    grad_weight += grad.t() @ (chunk * kept)
-            del grad
+                chunk = chunk * kept
+                for part, columns in zip(grad_weight.split(class_block), logits.split(class_block, dim=1), strict=True):
+                    if dtype == torch.float32:
+                        part.addmm_(columns.t(), chunk)
+                    else:
+                        part += columns.t() @ chunk
+            del logits
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.parameters = (weight.dtype, bias.dtype, vocab_size)
         return loss
