@@ -3,6 +3,7 @@
 import inspect
 import json
 import pydoc_data.topics
+import shutil
 import textwrap
 
 import pytest
@@ -10,6 +11,7 @@ import yaml
 
 from nanophi import pipeline
 from nanophi.records import RunDirectory, UserError, read_json, sha256_of_tree
+from nanophi.training import trainer
 from nanophi.training.recipe import load_recipe
 
 RECIPE = """
@@ -137,6 +139,36 @@ def test_dying_at_every_durable_moment_changes_nothing(finished, recipe, tmp_pat
         assert sha256_of_tree(survivor / part) == sha256_of_tree(reference / part), part
     results = [read_json(run / "evals/step-000008-heldout.json")["results"] for run in (reference, survivor)]
     assert results[0] == results[1]
+
+
+def test_an_unfinished_training_does_not_begin_anew_on_other_data(finished, recipe, monkeypatch):
+    runs, _ = finished
+    step = trainer.NanoPhiTrainer.training_step
+
+    def dying_step(self, *args, **kwargs):
+        if self.state.global_step == 6:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    def stopped(*overrides):
+        overrides = ("name=stopped", *overrides)
+        return pipeline.Pipeline(load_recipe(recipe, overrides), runs, report=lambda line: None)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trainer.NanoPhiTrainer, "training_step", dying_step)
+        stopped().training()
+    before = sha256_of_tree(runs / "stopped/checkpoints")
+    with pytest.raises(UserError, match=r"step-000004 was trained on other data: training tokens .* Restore it"):
+        stopped("quality.threshold=null").training()
+    assert sha256_of_tree(runs / "stopped/checkpoints") == before
+    stopped().tokens()
+    shard = next((runs / "stopped/data/tokens/train").glob("*.arrow"))
+    shard.unlink()
+    with pytest.raises(UserError, match=r"delete .*stopped/data/tokens and run `nanophi prepare`"):
+        stopped().training()
+    shutil.rmtree(runs / "stopped/data/tokens")
+    summary = stopped("training.spike_threshold=null", "training.dollars_per_hour=1.0").training()
+    assert summary["weights_sha256"] == read_json(runs / "small/training.json")["summary"]["weights_sha256"]
 
 
 def test_a_stage_alone_wants_those_before_it(recipe, tmp_path):

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments, set_seed
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer import TRAINER_STATE_NAME
 
 from nanophi.configuration_nanophi import NanoPhiConfig
@@ -63,8 +64,8 @@ def training_arguments(training: Training, run: Path, seed: int, world_size: int
     """The recipe's `training` section as `TrainingArguments`.
 
     Raises:
-        UserError: for an unknown field in `arguments`, one that the recipe sets by another key, or a batch that does
-            not divide among the devices.
+        UserError: for an unknown field in `arguments`, one that the recipe sets by another key, a batch that does not
+            divide among the devices, or a tracker in `report_to` that is unknown or not installed.
     """
     micro_batch_size = training.micro_batch_size or max(1, training.batch_size // world_size)
     if training.batch_size % (micro_batch_size * world_size):
@@ -127,6 +128,12 @@ def training_arguments(training: Training, run: Path, seed: int, world_size: int
             raise UserError(f"training.arguments: unknown key '{name}'{suggestion(name, allowed)}")
         if name in ours:
             raise UserError(f"training.arguments: '{name}' follows from the keys of `training`; set it there")
+    for tracker in training.report_to:
+        try:
+            for callback in get_reporting_integration_callbacks([tracker]):
+                callback()
+        except (ImportError, RuntimeError, ValueError) as error:
+            raise UserError(f"training.report_to: {' '.join(str(error).split())}") from None
     if training.arguments.get("fsdp") and world_size == 1:
         raise UserError(NO_FSDP)
     try:
@@ -389,6 +396,7 @@ class NanoPhiTrainer(Trainer):
         if not self.is_fsdp_enabled:
             super()._save(output_dir, state_dict)
         elif self.args.should_save:
+            assert output_dir is not None
             # FSDP gives the model a class of its own, whose source would be saved beside the weights.
             with torch.device("meta"):
                 plain = NanoPhiForCausalLM(self.model.config)

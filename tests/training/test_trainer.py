@@ -1,6 +1,7 @@
 """Training: what is learnt, saved and logged; a run that was killed goes on bit by bit as if it had not been."""
 
 import errno
+import importlib.util
 import re
 import shutil
 import signal
@@ -14,7 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_run import CONTEXT, EOS, TRAINING, VOCAB, make_run, replace_rows, train
-from transformers import AutoModelForCausalLM, PhiForCausalLM
+from transformers import AutoModelForCausalLM, PhiForCausalLM, TrainerCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from nanophi.modeling_nanophi import NanoPhiForCausalLM
 from nanophi.records import UserError, read_json
@@ -212,6 +214,31 @@ def test_training_arguments_are_checked(tmp_path):
         arguments(arguments={"learning_rate": 1.0})
     with pytest.raises(UserError, match=r"batch_size \(8\) is no multiple of micro_batch_size x devices \(8 x 3\)"):
         arguments(micro_batch_size=8, world_size=3)
+
+
+def test_trackers_get_the_log_and_absent_ones_are_named(tmp_path, monkeypatch):
+    assert trainer.training_arguments(Training(**TRAINING), tmp_path, 0).report_to == []
+    with pytest.raises(UserError, match=r"training.report_to: wandbb is not supported, only .*tensorboard.* are supp"):
+        train(make_run(tmp_path / "unknown"), report_to=["wandbb"])
+    for tracker in ("tensorboard", "wandb", "trackio"):
+        if importlib.util.find_spec(tracker) is not None:
+            continue  # what is installed cannot be missed
+        with pytest.raises(UserError, match=rf"training.report_to: \w+ requires {tracker} to be installed") as raised:
+            train(make_run(tmp_path / tracker), report_to=[tracker])
+        assert "\n" not in str(raised.value)
+        assert not (tmp_path / tracker / "checkpoints").exists()
+
+    class Tracker(TrainerCallback):
+        logs: list[dict] = []
+
+        def on_log(self, args, state, control, logs, **kwargs):
+            self.logs.append(dict(logs))
+
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "tensorboard", Tracker)
+    train(make_run(tmp_path / "tracked"), report_to=["tensorboard"])
+    names = {name for entry in Tracker.logs for name in entry}
+    assert {"loss", "tokens_seen", "tokens_per_second", "eval_loss", "bits_per_byte"} <= names
+    assert all(isinstance(value, int | float) for entry in Tracker.logs for value in entry.values())
 
 
 def test_missing_tokens_are_named(tmp_path):
