@@ -37,12 +37,12 @@ import torch
 from nanophi.eval import compare
 from nanophi.pipeline import Pipeline
 from nanophi.records import UserError, environment, read_json, write_json, write_text
+from nanophi.training.estimate import PUBLISHED_TOKENS
 from nanophi.training.recipe import Recipe, load_recipe
 
 ARMS = ("filtered", "control", "matched")
 HIGH, LOW = ["textbook", "reference", "encyclopedia"], ["chat-log", "transcript", "latex"]
 KEPT_SHARE = 0.42
-PUBLISHED_TOKENS = 14_000 * 512 * 1024
 PROBE_STEPS = 40
 DEFAULTS = [
     # Far fewer tokens than the recipe's 7.3B: smaller steps, so that there are enough of them.

@@ -56,7 +56,7 @@ DEVICES = {
     "t4": Device("T4", 65e12, 16e9, 70, 0.53),
 }
 
-PUBLISHED = {"device": "a100-40g", "tokens": 14_000 * 512 * 1024, "hours": 52.0}
+PUBLISHED_DEVICE, PUBLISHED_TOKENS, PUBLISHED_HOURS = "a100-40g", 14_000 * 512 * 1024, 52.0
 """The run of https://huggingface.co/kenhktsui/nano-phi-115M-v0.1, as its card gives it."""
 
 
@@ -213,8 +213,7 @@ def estimate(
 
 def published_run(recipe: Recipe) -> dict[str, Any]:
     """The published model's own run, in the terms of `estimate`; its FLOP per token are those of the recipe's model."""
-    device = DEVICES[str(PUBLISHED["device"])]
-    tokens, hours = int(PUBLISHED["tokens"]), float(PUBLISHED["hours"])
+    device, tokens, hours = DEVICES[PUBLISHED_DEVICE], PUBLISHED_TOKENS, PUBLISHED_HOURS
     config = recipe.model_config_for()
     speed = tokens / hours / 3600
     kwh = hours * device.watts / 1000
