@@ -3,14 +3,17 @@
     nanophi compare runs/demo runs/demo-control --baseline demo-control
 
 Models are compared on the items that both answered (same document, same prompt). For an accuracy the p-value is
-McNemar's exact test (McNemar 1947, Psychometrika 12), for anything else the paired bootstrap's; both come with the
-bootstrap's 95 % interval of the difference. All tests of one comparison are corrected together by Holm's method (1979,
-Scand. J. Statist. 6). A difference is called better or worse only if its corrected p-value is below 0.05.
+McNemar's exact test (McNemar 1947, Psychometrika 12), for anything else the paired bootstrap's, and for bits per byte
+not below that of Student's t; all come with the bootstrap's 95 % interval of the difference. All tests of one
+comparison are corrected together by Holm's method (1979, Scand. J. Statist. 6), and so are those of a secondary table
+(a group's subjects, the held-out sources) among themselves. A difference is called better or worse only if its
+corrected p-value is below 0.05.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,12 +22,17 @@ import numpy as np
 import scipy.stats
 import yaml
 
+from nanophi.eval.metrics import bits_per_byte, bits_per_byte_stderr
 from nanophi.eval.results import FORMAT, read_result
 from nanophi.records import UserError, write_json, write_text
 
 SIGNIFICANCE = 0.05
 LEADERBOARD = ("arc_challenge", "hellaswag", "mmlu", "truthfulqa_mc2", "winogrande", "gsm8k")
 RESAMPLES = 10_000
+MAX_SOURCES = 12
+"""Held-out sources with a row of their own; every row more makes Holm's correction harsher on all of them."""
+MIN_DOCUMENTS = 20
+"""Documents that a source needs for a row of its own: fewer say little about it."""
 REFERENCES = Path(__file__).parent / "references.yaml"
 TITLES = {
     "heldout_bits_per_byte": "held-out bits per byte",
@@ -49,11 +57,13 @@ class Measured:
         line: the result file's `headline` entry.
         items: per leaf task, item key -> value: a number, or (log-likelihood in nats, bytes).
         prompts: item key -> hash of its prompt.
+        sources: item key -> source of a held-out document; empty for other tasks.
     """
 
     line: dict[str, Any]
     items: dict[str, dict[tuple[int, str], Any]]
     prompts: dict[tuple[int, str], str]
+    sources: dict[tuple[int, str], str] = dataclasses.field(default_factory=dict)
 
 
 def compare(
@@ -70,8 +80,8 @@ def compare(
 
     Returns:
         what `comparison.json` holds: `labels`, `baseline`, `tasks` (per task `scores` by label and `differences` from
-        the baseline by label), `subjects` (the same for the parts of a group such as MMLU), `heldout` by label,
-        `published`, `notes`.
+        the baseline by label), `subjects` (the same for the parts of a group such as MMLU), `sources` (the same for
+        bits per byte of each held-out source, the small ones together), `heldout` by label, `published`, `notes`.
 
     Raises:
         UserError: for a file that is no result of ours, or results that cannot be compared.
@@ -102,6 +112,8 @@ def compare(
                 parts[leaf], _ = _row(leaf, part, baseline, rng, notes)
             _correct(parts.values())
             subjects[task] = parts
+    held = {label: scores.get("heldout_bits_per_byte") for label, scores in measured.items()}
+    sources = _sources(held, baseline, rng)
     if set(LEADERBOARD) <= set(table):
         _add_average(table, draws, labels, baseline)
     _correct(table.values())
@@ -115,6 +127,7 @@ def compare(
         "models": {label: [content["nanophi"]["model"] for content in contents] for label, contents in files.items()},
         "tasks": table,
         "subjects": subjects,
+        "sources": sources,
         "heldout": {
             label: content["nanophi"]["heldout"]
             for label, contents in files.items()
@@ -122,7 +135,8 @@ def compare(
             if "heldout" in content["nanophi"]
         },
         "published": references() if set(LEADERBOARD) & set(table) else None,
-        "method": f"McNemar's exact test or paired bootstrap ({RESAMPLES} resamples, seed {seed}); Holm's correction",
+        "method": f"McNemar's exact test, or paired bootstrap ({RESAMPLES} resamples, seed {seed}) and, for bits per "
+        "byte, Student's t; Holm's correction, separately for each secondary table",
         "notes": notes,
     }
     output = Path(output)
@@ -181,18 +195,8 @@ def to_markdown(comparison: Mapping[str, Any]) -> str:
             lines += _markdown_rule(5)
             for task, row in rows:
                 lines += _markdown_difference(_title(task, row), row["differences"][label], row)
-    sources = {source for held in comparison["heldout"].values() for source in held["by_source"]}
-    if sources:
-        lines += ["", "## Held-out bits per byte by source", ""]
-        lines += _markdown_row(["source", *(label for label in labels if label in comparison["heldout"])])
-        lines += _markdown_rule(1 + len(comparison["heldout"]))
-        for source in sorted(sources):
-            cells = []
-            for label in labels:
-                entry = comparison["heldout"].get(label, {}).get("by_source", {}).get(source)
-                if entry:
-                    cells.append(f"{entry['bits_per_byte']:.4f} ± {entry['bits_per_byte_stderr']:.4f}")
-            lines += _markdown_row([source, *cells])
+    if comparison["sources"]:
+        lines += _markdown_sources(comparison)
     for group, parts in comparison["subjects"].items():
         lines += ["", f"## {TITLES.get(group, group)} by subject", ""]
         lines += _markdown_row(["subject", *labels, *(f"{x} against {baseline}" for x in labels if x != baseline)])
@@ -313,6 +317,27 @@ def bootstrap_bits(ours: np.ndarray, theirs: np.ndarray, rng: np.random.Generato
     return np.concatenate(differences)
 
 
+def student(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """p-value of Student's t test of equal bits per byte, over documents.
+
+    The standard error of the ratio is the jackknife's, the degrees of freedom are those of Kish's effective number of
+    documents (1965, Survey Sampling): with few of them, or few that make up most of the bytes, the bootstrap alone is
+    too sure of itself. For documents of equal size this is the paired t test.
+
+    Args:
+        ours, theirs: shape (documents, 2): log-likelihood in nats, bytes.
+    """
+    difference, sizes = theirs[:, 0] - ours[:, 0], ours[:, 1]
+    count, total = len(sizes), sizes.sum()
+    freedom = total**2 / np.square(sizes).sum() - 1
+    ratio = difference.sum() / total
+    if freedom <= 0 or ratio == 0:
+        return 1.0
+    moved = (difference - ratio * sizes) / (total - sizes)
+    stderr = np.sqrt((count - 1) / count * np.square(moved - moved.mean()).sum())
+    return float(2 * scipy.stats.t.sf(abs(ratio) / stderr, freedom)) if stderr else 0.0
+
+
 def _measured(contents: Sequence[dict[str, Any]]) -> dict[str, Measured]:
     found: dict[str, Measured] = {}
     for content in contents:
@@ -321,11 +346,13 @@ def _measured(contents: Sequence[dict[str, Any]]) -> dict[str, Measured]:
                 continue
             items: dict[str, dict[tuple[int, str], Any]] = {}
             prompts: dict[tuple[int, str], str] = {}
+            sources: dict[tuple[int, str], str] = {}
             for leaf in line["tasks"]:
                 samples = [s for s in content["samples"][leaf] if s["filter"] == line["filter"]]
                 items[leaf] = {(s["doc_id"], s["doc_hash"]): s[line["metric"]] for s in samples}
                 prompts |= {(s["doc_id"], s["doc_hash"]): s["prompt_hash"] for s in samples}
-            found[line["task"]] = Measured(line, items, prompts)
+                sources |= {(s["doc_id"], s["doc_hash"]): s["source"] for s in samples if "source" in s}
+            found[line["task"]] = Measured(line, items, prompts, sources)
     return found
 
 
@@ -335,6 +362,40 @@ def _leaf(score: Measured, leaf: str) -> Measured:
     stderr = float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
     line = {**score.line, "task": leaf, "tasks": [leaf], "value": float(values.mean()), "stderr": stderr}
     return Measured({**line, "items": len(values)}, {leaf: score.items[leaf]}, score.prompts)
+
+
+def _sources(scores: Mapping[str, Measured | None], baseline: str, rng: np.random.Generator) -> dict[str, Any]:
+    """Bits per byte of every held-out source that is large enough, like the tasks; the other sources together."""
+    measured = {label: score for label, score in scores.items() if score is not None}
+    counts: Counter[str] = Counter()
+    for source in {key: source for score in measured.values() for key, source in score.sources.items()}.values():
+        counts[source] += 1
+    large = [source for source, count in counts.most_common(MAX_SOURCES) if count >= MIN_DOCUMENTS]
+    small = [source for source in counts if source not in large]
+    if len(small) == 1 and len(large) < MAX_SOURCES:
+        large, small = large + small, []  # one source together with nothing has a name of its own
+    groups = {source: [source] for source in large} | ({f"other ({len(small)} sources)": small} if small else {})
+    rows = {}
+    for name, members in groups.items():
+        parts = {label: part for label, score in measured.items() if (part := _of_sources(score, set(members)))}
+        rows[name], _ = _row(name, parts, baseline, rng, [])
+        rows[name]["documents"] = max(part.line["items"] for part in parts.values())
+    _correct(rows.values())
+    return rows
+
+
+def _of_sources(score: Measured, sources: set[str]) -> Measured | None:
+    """The part of a held-out score that belongs to some sources; None if it has no document of them."""
+    items = {
+        leaf: {key: value for key, value in values.items() if score.sources.get(key) in sources}
+        for leaf, values in score.items.items()
+    }
+    pairs = np.array([value for values in items.values() for value in values.values()], dtype=float)
+    if not len(pairs):
+        return None
+    value, stderr = bits_per_byte(pairs[:, 0], pairs[:, 1]), bits_per_byte_stderr(pairs[:, 0], pairs[:, 1])
+    line = {**score.line, "value": value, "stderr": stderr if len(pairs) > 1 else None, "items": len(pairs)}
+    return Measured(line, items, score.prompts, score.sources)
 
 
 def _row(
@@ -383,7 +444,9 @@ def _paired(ours: Measured, theirs: Measured, rng: np.random.Generator) -> tuple
     draws = np.mean(drawn, axis=0)
     a, b = (np.concatenate([pair[side] for pair in pooled]) for side in (0, 1))
     entry = _entry(float(np.mean(differences)), draws, len(a))
-    if a.ndim == 1 and set(np.unique(np.concatenate([a, b]))) <= {0.0, 1.0}:
+    if a.ndim == 2:
+        entry["p_value"] = max(entry["p_bootstrap"], student(a, b))
+    elif set(np.unique(np.concatenate([a, b]))) <= {0.0, 1.0}:
         entry["mcnemar"] = mcnemar(a, b)
         if len(leaves) == 1:
             entry["p_value"] = entry["mcnemar"]["p_value"]
@@ -489,6 +552,23 @@ def _markdown_row(cells: Sequence[str]) -> list[str]:
 
 def _markdown_rule(columns: int) -> list[str]:
     return ["|---" + "|---:" * (columns - 1) + "|"]
+
+
+def _markdown_sources(comparison: Mapping[str, Any]) -> list[str]:
+    """Bits per byte by source, folded: each model's, and its difference from the baseline."""
+    labels, baseline = comparison["labels"], comparison["baseline"]
+    others = [label for label in labels if any(label in row["differences"] for row in comparison["sources"].values())]
+    lines = ["", "<details>", "<summary>Held-out bits per byte by source</summary>", ""]
+    header = [part for label in others for part in (f"{label} against {baseline} [95 % interval]", "verdict")]
+    lines += _markdown_row(["source", "documents", *labels, *header])
+    lines += _markdown_rule(2 + len(labels) + len(header))
+    for name, row in comparison["sources"].items():
+        cells = [_score(row["scores"].get(label), row) for label in labels]
+        for label in others:
+            difference = row["differences"].get(label)
+            cells += [_difference(difference, row), _verdict(difference)] if difference else ["", ""]
+        lines += _markdown_row([name, str(row["documents"]), *cells])
+    return [*lines, "", "</details>"]
 
 
 def _markdown_difference(title: str, difference: Mapping[str, Any], row: Mapping[str, Any]) -> list[str]:

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from nanophi.eval.compare import bootstrap_bits, bootstrap_mean, compare, holm, mcnemar, references, render
+from nanophi.eval.compare import bootstrap_bits, bootstrap_mean, compare, holm, mcnemar, references, render, student
 from nanophi.records import UserError, read_json
 
 
-def result(path, scores, *, task="arc_easy", metric="acc", chance=0.25, shots=0, prompts="p", **fields):
-    """A result file with these scores per item."""
+def result(path, scores, *, task="arc_easy", metric="acc", chance=0.25, shots=0, prompts="p", sources=None, **fields):
+    """A result file with these scores per item, of one source or of those given."""
     pairs = isinstance(scores[0], tuple)
     samples = [
         {
@@ -21,7 +21,7 @@ def result(path, scores, *, task="arc_easy", metric="acc", chance=0.25, shots=0,
             "prompt_hash": f"{prompts}{i}",
             "filter": "none",
             metric: score,
-            "source": "s",
+            "source": sources[i] if sources else "s",
         }
         for i, score in enumerate(scores)
     ]
@@ -34,14 +34,16 @@ def result(path, scores, *, task="arc_easy", metric="acc", chance=0.25, shots=0,
     return path
 
 
-def bits(path, nats, sizes):
+def bits(path, nats, sizes, sources=None):
     held = {
         "bits_per_byte": 1.0,
         "bz2": {"bits_per_byte": 2.25},
         "by_source": {"s": {"bits_per_byte": 1.0, "bits_per_byte_stderr": 0.1}},
     }
     scores = list(zip(nats.tolist(), sizes.tolist(), strict=True))
-    return result(path, scores, task="heldout_bits_per_byte", metric="bits_per_byte", chance=None, heldout=held)
+    return result(
+        path, scores, task="heldout_bits_per_byte", metric="bits_per_byte", chance=None, heldout=held, sources=sources
+    )
 
 
 def test_better_is_found_and_noise_is_not(tmp_path):
@@ -82,6 +84,57 @@ def test_worse_bits_per_byte(tmp_path):
     assert "bz2 -9, same text" in render(read_json(tmp_path / "comparison.json"))
 
 
+def test_bits_per_byte_by_source(tmp_path):
+    """Paired within each source: one gets better, one worse, the rest is noise; small ones are put together."""
+    rng = np.random.default_rng(5)
+    sources = ["manual"] * 60 + ["code"] * 60 + ["prose"] * 60 + ["a", "b", "c"] * 7
+    sizes = rng.integers(500, 5000, len(sources)).astype(float)
+    control = -sizes * rng.normal(1.3, 0.3, len(sources))
+    shift = np.array([{"manual": 0.03, "code": -0.03}.get(source, 0.0) for source in sources])
+    ours = control + sizes * (shift + rng.normal(0, 0.02, len(sources)))
+    files = {
+        "a": [bits(tmp_path / "a.json", ours, sizes, sources)],
+        "b": [bits(tmp_path / "b.json", control, sizes, sources)],
+    }
+    comparison = compare(files, tmp_path)
+    rows = comparison["sources"]
+    assert {name: row["documents"] for name, row in rows.items()} == {
+        "manual": 60,
+        "code": 60,
+        "prose": 60,
+        "other (3 sources)": 21,
+    }
+    verdicts = {name: row["differences"]["a"]["verdict"] for name, row in rows.items()}
+    assert verdicts["manual"] == "better" and verdicts["code"] == "worse"
+    assert verdicts["prose"] == verdicts["other (3 sources)"] == "within noise"
+    of = np.array([source == "manual" for source in sources])
+    exact = (control - ours)[of].sum() / sizes[of].sum() / math.log(2)
+    difference = rows["manual"]["differences"]["a"]
+    assert difference["value"] == pytest.approx(exact) and difference["interval"][0] < exact < difference["interval"][1]
+    assert rows["manual"]["scores"]["b"]["value"] == pytest.approx(-control[of].sum() / sizes[of].sum() / math.log(2))
+    corrected = holm([row["differences"]["a"]["p_value"] for row in rows.values()])
+    assert [row["differences"]["a"]["p_corrected"] for row in rows.values()] == pytest.approx(corrected)
+    markdown = (tmp_path / "comparison.md").read_text()
+    assert (
+        "<summary>Held-out bits per byte by source</summary>" in markdown and "| other (3 sources) | 21 |" in markdown
+    )
+
+
+def test_noise_in_many_small_sources_stays_noise(tmp_path):
+    """Documents of heavy-tailed size in sources as small as they may be: at most one comparison in twenty finds any."""
+    rng = np.random.default_rng(6)
+    sources = [f"source {i % 12}" for i in range(240)]
+    found = 0
+    for trial in range(60):
+        sizes = np.ceil(rng.lognormal(6, 1, 240))
+        nats = [-sizes * rng.normal(1.3, 0.2, 240) for _ in range(2)]
+        files = {x: [bits(tmp_path / f"{x}.json", n, sizes, sources)] for x, n in zip("ab", nats, strict=True)}
+        rows = _compare_quickly(files, tmp_path, trial, "sources")
+        assert len(rows) == 12
+        found += any(row["differences"]["a"]["verdict"] != "within noise" for row in rows.values())
+    assert found <= 7  # of 60; 3 expected at most
+
+
 def test_models_of_equal_quality_are_rarely_told_apart(tmp_path):
     """Under the null hypothesis at most one comparison in twenty finds a difference anywhere in it."""
     rng = np.random.default_rng(2)
@@ -98,11 +151,11 @@ def test_models_of_equal_quality_are_rarely_told_apart(tmp_path):
     assert found <= 7  # of 60; 3 expected at most, 8 or more in one of 60 runs
 
 
-def _compare_quickly(files, folder, seed):
+def _compare_quickly(files, folder, seed, table="tasks"):
     from unittest import mock
 
     with mock.patch("nanophi.eval.compare.draw"), mock.patch("nanophi.eval.compare.RESAMPLES", 500):
-        return compare(files, folder, seed=seed)["tasks"]
+        return compare(files, folder, seed=seed)[table]
 
 
 def test_statistics_against_scipy():
@@ -120,6 +173,10 @@ def test_statistics_against_scipy():
         assert draws.std() == pytest.approx(sample.std() / math.sqrt(len(sample)), rel=0.03)
     sizes = rng.integers(100, 1000, 100).astype(float)
     ours, theirs = (np.stack([-sizes * rng.normal(1, 0.1, 100), sizes], axis=1) for _ in range(2))
+    # For texts of equal size, the ratio's test is the paired t test.
+    equal = [np.stack([pairs[:, 0], np.full(100, 500.0)], axis=1) for pairs in (ours, theirs)]
+    expected = scipy.stats.ttest_rel(equal[0][:, 0], equal[1][:, 0]).pvalue
+    assert student(*equal) == pytest.approx(expected)
     draws = bootstrap_bits(ours, theirs, np.random.default_rng(0))
     exact = (theirs[:, 0] - ours[:, 0]).sum() / sizes.sum() / math.log(2)
     assert draws.mean() == pytest.approx(exact, abs=3e-3)
