@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 LLAMA := $(VENV)/llama
+CLUSTER := $(VENV)/cluster
 
-.PHONY: demo test lint compat hub gguf clean
+.PHONY: demo test lint cluster compat hub gguf clean
 
 demo: $(INSTALLED)
 	$(BIN)/nanophi run recipes/demo.yaml recipes/demo-control.yaml
@@ -18,6 +19,17 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The data stages on two Ray workers and through Slurm's commands, beside the local engine
+cluster: $(CLUSTER)/installed
+	PYTHONPATH=$(CLUSTER) $(BIN)/pytest -c tests/pytest.ini --rootdir tests tests/training/test_engine.py
+
+# Without dependencies, so that nothing here hides a package of the environment.
+$(CLUSTER)/installed: | $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --no-deps --target $(CLUSTER) \
+		datatrove==0.10.1 humanize==4.17.0 loguru==0.7.3 ray==2.60.0 msgpack==1.2.4 protobuf==7.36.2 \
+		jsonschema==4.26.0 jsonschema-specifications==2025.9.1 referencing==0.37.0 rpds-py==2026.9.1
+	touch $@
 
 # A release under transformers 4.37.2, 4.57.6 and the newest: make compat RELEASE=runs/demo/release
 compat: $(INSTALLED)

@@ -1,4 +1,4 @@
-"""Runs one function over many parts of a corpus, on all cores or a Ray cluster; goes on where a killed run stopped.
+"""Runs one function over many parts of a corpus, on all cores or a cluster; goes on where a killed run stopped.
 
 A part's function writes its files and returns its counts; the counts are written last, beside them, as the mark that
 the part is finished. Parts are cut by size, never by the number of workers, and results keep the parts' order, so the
@@ -39,8 +39,8 @@ def run_parts(
         folder: where the parts' files go. A part whose `NNNNN.json` is there already is not run again.
         label: what the progress bar says.
         workers: processes; None: one per core (of the cluster).
-        engine: `local`, or `ray`: on the cluster that RAY_ADDRESS names, else on one started here. The cluster's
-            machines need nanophi installed and the run directory under the same path.
+        engine: `local`; or, by datatrove, `ray` on the cluster that RAY_ADDRESS names, else on one started here, or
+            `slurm`, which waits for a job array that it submits.
 
     Raises:
         UserError: from a part (the first one), or if a worker died.
@@ -53,14 +53,15 @@ def run_parts(
     with progress:
         try:
             finished: Iterable[None]
-            if engine == "ray":
-                finished = _on_ray(tasks, workers)
+            if engine != "local" and tasks:
+                finished = _cluster()(tasks, engine, workers, folder / "datatrove")
             elif min(workers or cores(), len(todo)) <= 1:
                 finished = itertools.starmap(_run_part, tasks)
             else:
-                finished = _in_processes(tasks, min(workers or cores(), len(todo)))
+                finished = in_processes(tasks, min(workers or cores(), len(todo)))
             for _ in finished:
-                progress.update()
+                progress.n = len(parts) - sum(not path.with_suffix(".json").exists() for _, _, path in tasks)
+                progress.refresh()
         except WorkerDiedError:
             raise UserError(
                 f"{label}: a worker process died (out of memory?); run again with fewer data.workers, "
@@ -77,7 +78,8 @@ class WorkerDiedError(Exception):
     """A process ended without an answer."""
 
 
-def _in_processes(tasks: Sequence[Task], workers: int) -> Iterator[None]:
+def in_processes(tasks: Sequence[Task], workers: int) -> Iterator[None]:
+    """Run the tasks in so many processes here; yields once for each that is done. Raises `WorkerDiedError`."""
     # Not `fork`: the parent holds threads (torch, pyarrow, tokenizers) whose locks a forked child inherits.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["nanophi.training.engine", *(sorted({task[0].__module__ for task in tasks}))])
@@ -93,38 +95,12 @@ def _in_processes(tasks: Sequence[Task], workers: int) -> Iterator[None]:
             raise
 
 
-def _on_ray(tasks: Sequence[Task], workers: int | None) -> Iterator[None]:
+def _cluster() -> Callable[..., Iterator[None]]:
     try:
-        import ray
-    except ImportError:
-        raise UserError("data.engine 'ray' needs Ray: pip install ray") from None
-    if not ray.is_initialized():
-        address = os.environ.get("RAY_ADDRESS")
-        ray.init(
-            address=address,
-            num_cpus=None if address else workers or cores(),
-            include_dashboard=False,
-            log_to_driver=False,
-            configure_logging=False,
-        )
-    remote = ray.remote(num_cpus=1, max_retries=0)(_run_part_on_ray)
-    waiting = [remote.remote(*task) for task in tasks]
-    try:
-        while waiting:
-            ready, waiting = ray.wait(waiting)
-            yield ray.get(ready[0])
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from None
-    except ray.exceptions.RayError:
-        raise WorkerDiedError from None
-    finally:
-        for reference in waiting:
-            ray.cancel(reference)
-
-
-def _run_part_on_ray(function: Callable[..., dict[str, Any]], part: tuple[Any, ...], path: Path) -> None:
-    _one_thread()
-    _run_part(function, part, path)
+        from nanophi.training.cluster import on_cluster
+    except ImportError as error:
+        raise UserError(f"data.engine 'ray' and 'slurm' need more: pip install 'nanophi[cluster]' ({error})") from None
+    return on_cluster
 
 
 def _run_part(function: Callable[..., dict[str, Any]], part: tuple[Any, ...], path: Path) -> None:

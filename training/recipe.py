@@ -84,10 +84,10 @@ class Data(Section):
     heldout_max_documents: int = pydantic.Field(default=2000, gt=0)
     deduplication: Deduplication = Deduplication()
     decontamination: Decontamination = Decontamination()
-    engine: Literal["local", "ray"] = "local"
-    """Where the parts of the corpus are worked on: processes here, or a Ray cluster (also one inside a Slurm job)."""
+    engine: Literal["local", "ray", "slurm"] = "local"
+    """Where the parts of the corpus are worked on: processes here, a Ray cluster, or a Slurm job array."""
     workers: int | None = pydantic.Field(default=None, gt=0)
-    """Processes; None: one per core."""
+    """Processes; None: one per core (of the Ray cluster), 16 under Slurm."""
 
     @pydantic.model_validator(mode="after")
     def something_to_train_on(self) -> Data:

@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,31 +16,77 @@ from engine_parts import die_on_three, fail_on_three, square  # type: ignore[imp
 from nanophi.records import UserError
 from nanophi.training.engine import run_parts
 
+TESTS = Path(__file__).parent.parent
+
+SBATCH = """
+import os, pathlib, re, shutil, subprocess, sys
+here = pathlib.Path(__file__).parent
+job = here / str(100 + len(list(here.glob("*.sh"))))
+shutil.copy(sys.argv[-1], f"{job}.sh")
+last = int(re.search(r"--array=0-([0-9]+)", pathlib.Path(sys.argv[-1]).read_text()).group(1))
+every = "".join(f"SLURM_ARRAY_TASK_ID={task} bash {job}.sh > {job}-{task}.out 2>&1 &\\n" for task in range(last + 1))
+environment = {**os.environ, "SLURM_NODELIST": "localhost"}
+job.touch()
+subprocess.Popen(["bash", "-c", f"{every} wait; rm {job}"], env=environment, start_new_session=True,
+                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+print("Submitted batch job", job.name)
+"""
+SQUEUE = """
+import pathlib, sys
+if not (pathlib.Path(__file__).parent / sys.argv[-1]).exists():
+    sys.exit("slurm_load_jobs error: Invalid job id specified")
+print(sys.argv[-1], "R")
+"""
+
+
+@pytest.fixture(params=["ray", "slurm"])
+def engine(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Two real Ray workers on this machine; or Slurm, if it is here, else commands that run what is submitted."""
+    cluster = pytest.importorskip("nanophi.training.cluster", reason="needs datatrove and Ray (make cluster)")
+    # Its workers import the functions of this folder by name, as a cluster's machines import nanophi's.
+    path = os.pathsep.join([str(TESTS), *sys.path])
+    if request.param == "ray":
+        request.getfixturevalue("ray")
+    else:
+        monkeypatch.setattr(cluster, "POLL_SECONDS", 0.2)
+        monkeypatch.setenv("PYTHONPATH", path)
+        if shutil.which("sinfo") and subprocess.run(["sinfo"], capture_output=True).returncode == 0:
+            return request.param
+        commands = {"sbatch": SBATCH, "squeue": SQUEUE, "scancel": "", "scontrol": "print('localhost')"}
+        (tmp_path / "slurm").mkdir()
+        for name, script in commands.items():
+            (tmp_path / "slurm" / name).write_text(f"#!{sys.executable}\n{script}")
+            (tmp_path / "slurm" / name).chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path / 'slurm'}{os.pathsep}{os.environ['PATH']}")
+    return request.param
+
 
 @pytest.fixture(scope="module")
 def ray() -> Iterator[Any]:
-    ray = pytest.importorskip("ray", reason="needs Ray")
-    # Its workers import the functions of this file by name, as a cluster's machines import nanophi's.
-    environment = {"env_vars": {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), *sys.path])}}
+    ray = pytest.importorskip("ray", reason="needs Ray (make cluster)")
+    environment = {"env_vars": {"PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}}
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=environment)
     yield ray
     ray.shutdown()
 
 
-def test_ray_gives_the_same_and_fails_alike(tmp_path: Path, ray: Any) -> None:
+def test_a_cluster_gives_the_same_and_fails_alike(tmp_path: Path, engine: str) -> None:
     parts = [(number,) for number in range(7)]
     expected = run_parts(square, parts, tmp_path / "local", "squares", 1)
-    assert run_parts(square, parts, tmp_path / "ray", "squares", 2, "ray") == expected
+    assert run_parts(square, parts, tmp_path / "cluster", "squares", 2, engine) == expected
     for path in (tmp_path / "local").iterdir():
-        assert path.read_bytes() == (tmp_path / "ray" / path.name).read_bytes()
+        assert path.read_bytes() == (tmp_path / "cluster" / path.name).read_bytes()
+    assert len(list((tmp_path / "cluster" / "datatrove" / "completions").iterdir())) == 2, "one task for each worker"
     with pytest.raises(UserError, match="part three is bad"):
-        run_parts(fail_on_three, parts, tmp_path / "failed", "squares", 2, "ray")
+        run_parts(fail_on_three, parts, tmp_path / "failed", "squares", 2, engine)
     with pytest.raises(UserError, match="a worker process died"):
-        run_parts(die_on_three, parts, tmp_path / "died", "squares", 2, "ray")
-    assert len(run_parts(square, parts, tmp_path / "died", "squares", 2, "ray")) == 7
+        run_parts(die_on_three, parts, tmp_path / "died", "squares", 2, engine)
+    finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "died").glob("*.json")}
+    assert len(run_parts(square, parts, tmp_path / "died", "squares", 2, engine)) == 7
+    assert finished and all(path.stat().st_mtime_ns == changed for path, changed in finished.items())
 
 
-def test_documents_and_tokens_are_the_same_on_ray(tmp_path: Path, ray: Any) -> None:
+def test_documents_and_tokens_are_the_same_on_a_cluster(tmp_path: Path, engine: str) -> None:
     from nanophi.training import corpus, packing, quality, tokenizer
     from nanophi.training.recipe import Data, Quality, Tokenizer
 
@@ -47,10 +95,10 @@ def test_documents_and_tokens_are_the_same_on_ray(tmp_path: Path, ray: Any) -> N
         rows = [{"text": " ".join(f"w{generator.randrange(3000)}" for _ in range(80)), "score": 0.7} for _ in range(50)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     sums = []
-    for engine in ("local", "ray"):
+    for where in ("local", engine):
         source = {"files": str(tmp_path / "*.jsonl")}
-        data = Data.model_validate({"sources": [source], "engine": engine, "workers": 2, "heldout_fraction": 0.2})
-        work, scorer = tmp_path / engine, Quality(scorer="column:score")
+        data = Data.model_validate({"sources": [source], "engine": where, "workers": 2, "heldout_fraction": 0.2})
+        work, scorer = tmp_path / where, Quality(scorer="column:score")
         documents = corpus.gather(data, work / "documents", ["score"])
         quality.score(work / "documents", scorer, data, 0, work / "scores")
         quality.select(work / "documents", work / "scores", scorer, work / "quality")
@@ -58,6 +106,14 @@ def test_documents_and_tokens_are_the_same_on_ray(tmp_path: Path, ray: Any) -> N
         folders = (work / "documents", work / "quality", work / "tokenizer")
         sums.append((documents, packing.pack(*folders, 64, data, 0, work / "tokens")))
     assert sums[0] == sums[1]
+
+
+def test_without_the_cluster_extra_the_engine_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "nanophi.training.cluster", None)
+    with pytest.raises(UserError, match=r"pip install 'nanophi\[cluster\]'"):
+        run_parts(square, [(1,)], tmp_path, "squares", 2, "ray")
 
 
 @pytest.mark.parametrize("workers", [1, 2])

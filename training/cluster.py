@@ -1,0 +1,186 @@
+"""Runs parts on a cluster as a datatrove pipeline of one step: through Ray or through Slurm.
+
+Which parts there are, what they write and how they are checked does not depend on this (`nanophi.training.engine`);
+datatrove only brings them to the machines. Those need nanophi installed and the run directory under the same path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from datatrove.executor.ray import RayPipelineExecutor
+from datatrove.executor.slurm import SlurmPipelineExecutor
+from datatrove.pipeline.base import PipelineStep
+from datatrove.utils.logging import logger
+
+from nanophi.records import UserError, read_json, write_json
+from nanophi.training.engine import Task, WorkerDiedError, in_processes
+
+POLL_SECONDS = 2.0
+SLURM_WORKERS = 16
+
+
+class Parts(PipelineStep):
+    """Runs the tasks `rank`, `rank + world_size`, ...; what ends them early is written to `failures`."""
+
+    type = "nanophi"
+    name = "parts"
+
+    def __init__(self, tasks: Sequence[Task], failures: Path) -> None:
+        super().__init__()
+        self.tasks = tasks
+        self.failures = failures
+
+    def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Any]:
+        """Called by datatrove in every task of the pipeline."""
+        try:
+            # In a process of its own: datatrove forks a pool, which would wait for ever for a process that was killed.
+            for _ in in_processes(self.tasks[rank::world_size], 1):
+                self.stat_update("parts")
+        except Exception as error:
+            kind = next((kind.__name__ for kind in (UserError, WorkerDiedError) if isinstance(error, kind)), None)
+            text = str(error) if kind else traceback.format_exc()
+            write_json(self.failures / f"{rank:05d}.json", {"kind": kind, "text": text})
+            raise
+        yield from data or ()
+
+
+def on_cluster(tasks: Sequence[Task], engine: str, workers: int | None, folder: Path) -> Iterator[None]:
+    """Run the tasks; yields from time to time while they run.
+
+    Args:
+        tasks: what to run.
+        engine: `ray` or `slurm`.
+        workers: tasks of the pipeline; None: one per core of the Ray cluster, `SLURM_WORKERS` under Slurm.
+        folder: for datatrove's logs and scripts; emptied first.
+
+    Raises:
+        UserError: from a task (the first one). WorkerDiedError: if a task ended without an answer.
+    """
+    logger.disable("datatrove")
+    job = folder / "job"
+    if job.exists():  # of a run that was killed while its job went on
+        _cancel(job.read_text())
+    shutil.rmtree(folder, ignore_errors=True)
+    failures = folder / "failures"
+    failures.mkdir(parents=True)
+    run = _ray if engine == "ray" else _slurm
+    yield from run(Parts(tasks, failures), workers, folder)
+    for path in sorted(failures.glob("*.json")):
+        failure = read_json(path)
+        if failure["kind"] == "WorkerDiedError":
+            raise WorkerDiedError
+        raise UserError(failure["text"]) if failure["kind"] else RuntimeError(failure["text"])
+    if not all(path.with_suffix(".json").exists() for _, _, path in tasks):
+        raise WorkerDiedError
+
+
+def _ray(step: Parts, workers: int | None, folder: Path) -> Iterator[None]:
+    import ray
+
+    if not ray.is_initialized():
+        address = os.environ.get("RAY_ADDRESS")
+        ray.init(
+            address=address,
+            num_cpus=None if address else workers,
+            include_dashboard=False,
+            log_to_driver=False,
+            configure_logging=False,
+        )
+    count = min(len(step.tasks), workers or int(ray.cluster_resources()["CPU"]))
+    executor = RayPipelineExecutor([step], tasks=count, logging_dir=str(folder), ray_remote_kwargs={"max_restarts": 0})
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            executor.run()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(POLL_SECONDS)
+        yield
+    if failed:
+        raise UserError(f"Ray: {(str(failed[0]).strip() or type(failed[0]).__name__).splitlines()[0]}")
+
+
+class _Slurm(SlurmPipelineExecutor):
+    """One job array. What a site needs besides is said by sbatch's own variables (SBATCH_PARTITION, SBATCH_ACCOUNT)."""
+
+    def get_sbatch_args(self, max_array: int = 1) -> dict[str, Any]:
+        return {key: value for key, value in super().get_sbatch_args(max_array).items() if value is not None}
+
+    def launch_merge_stats(self) -> None:
+        """The parts' counts are checked here; no second job for datatrove's statistics."""
+
+
+def _slurm(step: Parts, workers: int | None, folder: Path) -> Iterator[None]:
+    if "SLURM_ARRAY_TASK_ID" in os.environ:
+        raise UserError("data.engine 'slurm' submits a job array; start nanophi outside of one (a login node)")
+    for command in ("sbatch", "squeue", "scancel"):
+        if shutil.which(command) is None:
+            raise UserError(f"data.engine 'slurm' needs {command} on the PATH: start nanophi where jobs are submitted")
+    count = min(len(step.tasks), workers or SLURM_WORKERS)
+    # The command that datatrove's script calls, in this very environment.
+    launch = f'launch_pickled_pipeline() {{ "{sys.executable}" -m datatrove.tools.launch_pickled_pipeline "$@"; }}'
+    executor = _Slurm(
+        [step],
+        tasks=count,
+        time=os.environ.get("SBATCH_TIMELIMIT", "24:00:00"),
+        partition=os.environ.get("SBATCH_PARTITION"),  # None: Slurm's default
+        qos=os.environ.get("SBATCH_QOS"),
+        job_name="nanophi",
+        logging_dir=str(folder),
+        env_command=launch,
+        requeue=False,
+        requeue_signals=None,
+        with_srun=False,
+        max_array_size=-1,
+    )
+    try:
+        executor.run()
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError(f"sbatch refused the job ({error})") from None
+    job = str(executor.job_id)
+    (folder / "job").write_text(job)
+    try:
+        while _is_queued(job):
+            yield
+            time.sleep(POLL_SECONDS)
+    except BaseException:
+        _cancel(job)
+        raise
+    # A shared file system may show what another machine wrote a moment later.
+    for _ in range(5):
+        if len(executor.get_incomplete_ranks(skip_completed=True)) == 0 or any(step.failures.iterdir()):
+            break
+        time.sleep(POLL_SECONDS)
+    (folder / "job").unlink()
+
+
+def _is_queued(job: str) -> bool:
+    """Whether Slurm still has tasks of a job to run or running."""
+    done = subprocess.run(["squeue", "--noheader", "--jobs", job], capture_output=True, text=True)
+    if done.returncode:
+        # A finished job is forgotten after some minutes; a controller that does not answer has not ended it.
+        return "Invalid job id" not in done.stderr
+    return bool(done.stdout.strip())
+
+
+def _cancel(job: str) -> None:
+    with contextlib.suppress(OSError):
+        subprocess.run(["scancel", job], capture_output=True)
+        while _is_queued(job):
+            time.sleep(POLL_SECONDS)
