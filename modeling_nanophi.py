@@ -145,17 +145,14 @@ def document_attention(
     # Tokens first: a document is then a slice of all three, and the gradients of a split are one concatenation.
     # In float32: torch's bf16 kernel for a CPU takes twice as long for the gradients of short documents.
     parts = [states.transpose(1, 2).flatten(0, 1).float().split(lengths) for states in (query, key, value)]
+    outputs = []
     with torch.autocast(query.device.type, enabled=False):
-        outputs = [
-            nn.functional.scaled_dot_product_attention(
-                *(states.transpose(0, 1)[None] for states in document),
-                dropout_p=dropout,
-                is_causal=True,
-                scale=scaling,
-                enable_gqa=True,
-            )[0].transpose(0, 1)
-            for document in zip(*parts, strict=True)
-        ]
+        for document in zip(*parts, strict=True):
+            q, k, v = (states.transpose(0, 1)[None] for states in document)
+            attended = nn.functional.scaled_dot_product_attention(
+                q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=True
+            )
+            outputs.append(attended[0].transpose(0, 1))
     return torch.cat(outputs).view(batch, tokens, -1).to(query.dtype)
 
 

@@ -7,7 +7,8 @@ A small NanoPhi with grouped queries is trained through `nanophi.training.traine
 `recipes/nano-phi-115m.yaml` but for its length, on one file of the corpus (`data/train-*.parquet`); the loss is that
 of its validation split. Both recipes are tuned in the same way, on one seed: a search along one setting at a time, on
 a ladder of values, that ends when the best value of each has a worse one on either side. AdamW is tuned, and run, at
-`--steps`; the fast recipe at 60 % of them, with its own full schedule. The best of each then runs with every seed.
+`--steps`; Muon with WSD at 60 % of them, with its own full schedule. The best of each then runs with every seed, and
+so do the settings of `recipes/nano-phi-115m-fast.yaml`, which are more cautious.
 
 Every run is written to the result file as it ends and is not repeated: a killed benchmark goes on. The result goes to
 benchmarks/steps_to_loss.json (`--output`), the plot beside it.
@@ -185,7 +186,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    for (name, final), colour in zip(result["final"].items(), ("black", "tab:red", "tab:orange"), strict=False):
+    for (name, final), colour in zip(
+        result["final"].items(), ("black", "tab:red", "tab:orange", "tab:blue"), strict=False
+    ):
         for number, run in enumerate(final["runs"]):
             curve = result["runs"][run]["evaluations"]
             label = f"{name}: {final['mean']:.4f} after {final['steps']} steps" if number == 0 else None
@@ -219,27 +222,25 @@ def main() -> None:
         "tokens": {split: {key: tokens[split][key] for key in ("tokens", "sha256")} for split in ("train", "heldout")},
     }
     runs = Runs(arguments.work, arguments.output, protocol)
-    steps = {"adamw": arguments.steps}
-    steps.update({f"fast {share:.0%}": round(arguments.steps * share) for share in SHARES})
     tuned_at = round(arguments.steps * SHARES[0])
-    if arguments.quick:
-        adamw, fast = ADAMW, FAST
-    else:
+    adamw, fast = ADAMW, FAST
+    if not arguments.quick:
         adamw = runs.search(ADAMW, ADAMW_LADDERS, arguments.steps, seed=0)
         fast = runs.search(FAST, FAST_LADDERS, tuned_at, seed=0)
-    # What does each half of the fast recipe give?
+    section = load_recipe("nano-phi-115m-fast").training
+    plans = {"adamw": (adamw, arguments.steps)}
+    plans |= {f"tuned, {share:.0%}": (fast, round(arguments.steps * share)) for share in SHARES}
+    plans[f"nano-phi-115m-fast, {SHARES[0]:.0%}"] = ({key: getattr(section, key) for key in FAST}, tuned_at)
+    final: dict[str, Any] = {}
+    for seed, (name, (settings, steps)) in itertools.product(range(arguments.seeds), plans.items()):
+        entry = final.setdefault(name, {"settings": settings, "steps": steps, "losses": [], "runs": []})
+        entry["losses"].append(round(runs.run(settings, steps, seed), 5))
+        entry["runs"].append(name_of(settings, steps, seed))
+    # What does each half of the fast recipe give, and what do fewer steps cost AdamW?
     cosine = {key: value for key, value in fast.items() if key != "decay_fraction"} | {"schedule": "cosine"}
     wsd = adamw | {"schedule": "wsd", "decay_fraction": fast["decay_fraction"]}
-    runs.run(cosine, tuned_at, seed=0)
-    runs.run(wsd, arguments.steps, seed=0)
-    runs.run(adamw, tuned_at, seed=0)
-    final: dict[str, Any] = {}
-    for seed, name in itertools.product(range(arguments.seeds), steps):
-        settings = adamw if name == "adamw" else fast
-        loss = runs.run(settings, steps[name], seed)
-        entry = final.setdefault(name, {"settings": settings, "steps": steps[name], "losses": [], "runs": []})
-        entry["losses"].append(round(loss, 5))
-        entry["runs"].append(name_of(settings, steps[name], seed))
+    for settings, steps in ((cosine, tuned_at), (wsd, arguments.steps), (adamw, tuned_at)):
+        runs.run(settings, steps, seed=0)
     for entry in final.values():
         entry["mean"] = round(statistics.mean(entry["losses"]), 5)
     runs.result.update(final=final, command=f"python benchmarks/{Path(__file__).name} --corpus FOLDER", finished=now())
