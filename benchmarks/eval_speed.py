@@ -2,15 +2,18 @@
 
     python benchmarks/eval_speed.py --data ../shared/benchmarks --tokenizer ../shared/tokenizers/phi-2
 
-Both score the leaderboard's six tasks at their shots with a randomly initialised nano-phi-115M. Every pair of task and
-scorer runs in a process of its own, whose peak memory is measured; what is timed is the scoring (with tokenization),
-not the loading of model and data. `HFLM` gets the batch size that is fastest for it here. Writes the figures to
-`benchmarks/eval_speed.json`. The whole takes hours on two cores; `--items 20 --mmlu-subjects 2` gives a first look.
+Both score the leaderboard's six tasks at their shots with a randomly initialised nano-phi-115M. Each scorer has a
+process of its own per task, whose peak memory is measured. They take turns, a block of items each, so that a machine
+whose speed drifts drifts for both; what is timed is the scoring (with tokenization), not the loading of model and
+data. `HFLM` gets the batch size that is fastest for it (`--calibrate` measures it). A task's figures are kept in
+`benchmarks/eval_speed.json` as soon as it ends: called again with the same settings, the script goes on with the next
+one. `--items 20 --mmlu-subjects 2 --output /tmp/look.json` gives a first look.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import resource
@@ -21,7 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-SCORERS = ("ours", "hflm")
+SCORERS = ("hflm", "ours")
 # Short and long few-shot prefixes, and two subjects whose five examples alone overflow 1,024 tokens.
 MMLU = [
     "abstract_algebra",
@@ -38,6 +41,10 @@ MMLU = [
 SHARE_OF_SUITE = {"arc_challenge": 1172, "hellaswag": 10042, "mmlu": 14042, "truthfulqa_mc2": 817, "winogrande": 1267}
 SHARE_OF_SUITE["gsm8k"] = 1319
 TARGETS = {"arc_challenge": 8.0, "hellaswag": 5.0, "mmlu": 5.0, "whole suite": 3.0}
+BATCH_SIZES = {"arc_challenge": 1, "hellaswag": 1, "mmlu": 1, "truthfulqa_mc2": 1, "winogrande": 1, "gsm8k": 16}
+"""Fastest for `HFLM` on one and on two cores, of 1, 4, 16 and 32."""
+BLOCK = 64
+"""Items that a scorer takes in its turn, at least."""
 
 
 def main() -> None:
@@ -46,9 +53,9 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of a tokenizer of 50,295 tokens")
     parser.add_argument("--items", type=int, default=200, help="items per task")
     parser.add_argument("--mmlu-subjects", type=int, default=10)
-    parser.add_argument("--tasks", default="arc_challenge,hellaswag,mmlu,truthfulqa_mc2,winogrande,gsm8k")
+    parser.add_argument("--tasks", default=",".join(BATCH_SIZES))
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--batch-size", type=int, help="of HFLM; default: the fastest of 1, 4 and 16")
+    parser.add_argument("--calibrate", action="store_true", help="only try batch sizes of HFLM on a few items")
     parser.add_argument("--quick", action="store_true", help="also time the suite `quick` as a whole")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -57,171 +64,262 @@ def main() -> None:
         worker(json.loads(options.worker))
         return
     with tempfile.TemporaryDirectory() as folder:
-        report = benchmark(options, Path(folder))
-    options.output.write_text(json.dumps(report, indent=2) + "\n")
+        job = {"model": f"{folder}/model", "data": str(options.data), "threads": options.threads}
+        job |= {"items": options.items, "subjects": MMLU[: options.mmlu_subjects]}
+        with Worker({**job, "do": "make", "tokenizer": str(options.tokenizer)}) as made:
+            made.read()
+        if options.calibrate:
+            calibrate(options.tasks.split(","), job)
+            return
+        benchmark(options, job, Path(folder))
+
+
+def calibrate(tasks: list[str], job: dict[str, Any]) -> None:
+    """Print HFLM's seconds by batch size on a few items of each task."""
+    for task in tasks:
+        sizes = (8, 16, 32) if task == "gsm8k" else (1, 4, 16)
+        seconds = {}
+        for size in sizes:
+            few = {"items": 32 if task == "gsm8k" else 8, "subjects": job["subjects"][:4]}
+            with Worker({**job, **few, "do": "score", "scorer": "hflm", "task": task, "batch_size": size}) as stock:
+                seconds[size] = round(sum(stock.ask(block)["seconds"] for block in range(stock.read()["blocks"])), 1)
+        print(f"{task}: {seconds}", flush=True)
+
+
+def benchmark(options: argparse.Namespace, job: dict[str, Any], folder: Path) -> None:
+    """Run the tasks that are not done yet, and write what is known after each."""
+    settings = {key: job[key] for key in ("threads", "items", "subjects")}
+    report: dict[str, Any] = {}
+    if options.output.exists():
+        report = json.loads(options.output.read_text())
+    if report.get("settings") != settings:
+        report = {"settings": settings, "tasks": {}}
+    for task in options.tasks.split(","):
+        if task not in report["tasks"]:
+            report["tasks"][task] = run(task, job)
+            write(report, options.output)
+        print(line(task, report["tasks"][task]), flush=True)
+    if options.quick and "quick_seconds" not in report:
+        with Worker({**job, "do": "quick", "output": str(folder / "quick.json")}) as quick:
+            report["quick_seconds"] = quick.read()["seconds"]
+    write(report, options.output)
+    print(f"these items: {report['these_items']['ratio']:.1f}x")
+    print(f"extrapolated to the suite's numbers of items: {report['whole_suite']['ratio']:.1f}x")
+    if "quick_seconds" in report:
+        print(f"suite quick: {report['quick_seconds']:.0f} s")
     print(f"written: {options.output}")
 
 
-def benchmark(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Run every worker and put their figures together."""
-    common = {"model": str(folder / "model"), "data": str(options.data), "threads": options.threads}
-    common |= {"items": options.items, "subjects": MMLU[: options.mmlu_subjects]}
-    call({**common, "do": "make", "tokenizer": str(options.tokenizer)})
-    batch_size = options.batch_size
-    tried = {}
-    if batch_size is None:
-        for size in (1, 4, 16):
-            tried[size] = call({**common, "do": "calibrate", "batch_size": size})["seconds"]
-        batch_size = min(tried, key=lambda size: tried[size])
-        print(f"HFLM is fastest with batch size {batch_size}: {tried}", flush=True)
-    report: dict[str, Any] = {"command": " ".join(sys.argv), "hflm_batch_size": batch_size, "hflm_batch_sizes": tried}
-    report["tasks"] = {}
-    for task in options.tasks.split(","):
-        runs = {
-            scorer: call({**common, "do": "score", "scorer": scorer, "task": task, "batch_size": batch_size})
-            for scorer in SCORERS
-        }
-        report["environment"] = runs["ours"].pop("environment")
-        del runs["hflm"]["environment"]
-        report["tasks"][task] = row = compare(runs)
-        print(
-            f"{task:16} {row['items']:5} items, {row['overflowing']:5} of {row['requests']} requests overflow; "
-            f"HFLM {row['hflm']['seconds']:.1f} s, ours {row['ours']['seconds']:.1f} s: {row['ratio']:.1f}x "
-            f"(processor time: {row['hflm']['cpu_seconds'] / row['ours']['cpu_seconds']:.1f}x); peak "
-            f"{row['hflm']['peak_mib']:.0f} and {row['ours']['peak_mib']:.0f} MiB; "
-            f"log-likelihoods differ by {row['largest_difference']:.1e}, decisions by {row['different_decisions']}",
-            flush=True,
-        )
+def write(report: dict[str, Any], path: Path) -> None:
+    """Put the tasks' figures together and write the report."""
+    tasks = report["tasks"]
     # The whole suite has its tasks' true numbers of items, not the same number of each.
-    weights = {task: SHARE_OF_SUITE[task] / row["items"] for task, row in report["tasks"].items()}
-    seconds = {s: sum(weights[t] * row[s]["seconds"] for t, row in report["tasks"].items()) for s in SCORERS}
-    sampled = {s: sum(row[s]["seconds"] for row in report["tasks"].values()) for s in SCORERS}
-    report["whole_suite"] = {
-        "hours": {s: seconds[s] / 3600 for s in SCORERS},
-        "ratio": seconds["hflm"] / seconds["ours"],
-    }
+    weights = {task: SHARE_OF_SUITE[task] / row["items"] for task, row in tasks.items()}
+    seconds = {s: sum(weights[t] * row[s]["seconds"] for t, row in tasks.items()) for s in SCORERS}
+    sampled = {s: sum(row[s]["seconds"] for row in tasks.values()) for s in SCORERS}
+    hours = {s: seconds[s] / 3600 for s in SCORERS}
+    report["whole_suite"] = {"hours": hours, "ratio": seconds["hflm"] / seconds["ours"]}
     report["these_items"] = {"seconds": sampled, "ratio": sampled["hflm"] / sampled["ours"]}
-    print(f"these items: {report['these_items']['ratio']:.1f}x")
-    print(f"extrapolated to the suite's numbers of items: {report['whole_suite']['ratio']:.1f}x")
-    if options.quick:
-        report["quick_seconds"] = call({**common, "do": "quick", "output": str(folder / "quick.json")})["seconds"]
-        print(f"suite quick: {report['quick_seconds']:.0f} s")
-    ratios = {
-        **{task: row["ratio"] for task, row in report["tasks"].items()},
-        "whole suite": report["these_items"]["ratio"],
-    }
+    ratios = {task: row["ratio"] for task, row in tasks.items()} | {"whole suite": report["these_items"]["ratio"]}
     report["targets"] = {name: {"target": t, "measured": ratios[name]} for name, t in TARGETS.items() if name in ratios}
-    return report
+    partial = path.with_name(f".{path.name}.part")
+    partial.write_text(json.dumps(report, indent=2) + "\n")
+    partial.replace(path)
 
 
-def compare(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def line(task: str, row: dict[str, Any]) -> str:
+    """A task's figures for a person."""
+    stock, ours = row["hflm"], row["ours"]
+    return (
+        f"{task:16} {row['items']:5} items, {row['overflowing']:5} of {row['requests']} requests overflow; "
+        f"HFLM {stock['seconds']:.1f} s, ours {ours['seconds']:.1f} s: {row['ratio']:.1f}x "
+        f"({min(row['ratios']):.1f} to {max(row['ratios']):.1f} by block); "
+        f"peak {stock['peak_mib']:.0f} and {ours['peak_mib']:.0f} MiB; "
+        f"log-likelihoods differ by {row['largest_difference']:.1e}, outputs by {row['different_outputs']}, "
+        f"decisions by {row['different_decisions']}"
+    )
+
+
+def run(task: str, job: dict[str, Any]) -> dict[str, Any]:
     """Speed, memory and differences of the two scorers on one task."""
-    answers = {scorer: run.pop("answers") for scorer, run in runs.items()}
-    decisions = {scorer: run.pop("decisions") for scorer, run in runs.items()}
-    texts = isinstance(answers["ours"][0], str)
+    common = {**job, "do": "score", "task": task, "batch_size": BATCH_SIZES[task]}
+    with Worker({**common, "scorer": "hflm"}) as hflm, Worker({**common, "scorer": "ours"}) as ours:
+        workers = {"hflm": hflm, "ours": ours}
+        counts = {name: worker.read() for name, worker in workers.items()}["ours"]
+        blocks: dict[str, list[dict[str, Any]]] = {name: [] for name in SCORERS}
+        for block in range(counts["blocks"]):
+            # Whoever came second comes first in the next block.
+            for name in SCORERS if block % 2 else SCORERS[::-1]:
+                blocks[name].append(workers[name].ask(block))
+        ends = {name: worker.ask("end") for name, worker in workers.items()}
+    answers = {name: [answer for part in parts for answer in part["answers"]] for name, parts in blocks.items()}
     pairs = list(zip(answers["ours"], answers["hflm"], strict=True))
+    texts = isinstance(pairs[0][0], str)
+    seconds = {name: sum(part["seconds"] for part in parts) for name, parts in blocks.items()}
     return {
-        **{key: runs["ours"].pop(key) for key in ("items", "requests", "overflowing", "sharing")},
-        "ratio": runs["hflm"]["seconds"] / runs["ours"]["seconds"],
+        **{key: counts[key] for key in ("items", "requests")},
+        **{key: ends["ours"][key] for key in ("overflowing", "sharing", "environment")},
+        "hflm_batch_size": BATCH_SIZES[task],
+        "ratio": seconds["hflm"] / seconds["ours"],
+        "ratios": [a["seconds"] / b["seconds"] for a, b in zip(blocks["hflm"], blocks["ours"], strict=True)],
         "largest_difference": 0.0 if texts else max(abs(a[0] - b[0]) for a, b in pairs),
         "different_greedy": 0 if texts else sum(a[1] != b[1] for a, b in pairs),
         "different_outputs": sum(a != b for a, b in pairs) if texts else 0,
         # mc2 is a share of probability, the other metrics are 0 or 1.
         "different_decisions": sum(
             any(abs(a[metric] - b[metric]) > 1e-3 for metric in a)
-            for a, b in zip(decisions["ours"], decisions["hflm"], strict=True)
+            for a, b in zip(ends["ours"]["decisions"], ends["hflm"]["decisions"], strict=True)
         ),
-        **{scorer: {key: run[key] for key in ("seconds", "cpu_seconds", "peak_mib")} for scorer, run in runs.items()},
+        **{
+            name: {
+                "seconds": seconds[name],
+                "cpu_seconds": sum(part["cpu_seconds"] for part in parts),
+                "peak_mib": ends[name]["peak_mib"],
+            }
+            for name, parts in blocks.items()
+        },
     }
 
 
-def call(job: dict[str, Any]) -> dict[str, Any]:
-    """Run a worker process and return its last line."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(job["threads"]), "TOKENIZERS_PARALLELISM": "true"}
-    done = subprocess.run(
-        [sys.executable, __file__, "--data", job["data"], "--tokenizer", "-", "--worker", json.dumps(job)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    return json.loads(done.stdout.splitlines()[-1])
+class Worker:
+    """A process that does a job: it answers with lines of JSON, and is asked by lines of JSON."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": str(job["threads"]), "TOKENIZERS_PARALLELISM": "true"}
+        command = [sys.executable, __file__, "--data", job["data"], "--tokenizer", "-", "--worker", json.dumps(job)]
+        self.process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.process.communicate()
+
+    def ask(self, question: Any) -> Any:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(question) + "\n")
+        self.process.stdin.flush()
+        return self.read()
+
+    def read(self) -> Any:
+        """The next line that is an answer; libraries print lines of their own."""
+        assert self.process.stdout is not None
+        for text in self.process.stdout:
+            if text.startswith("answer: "):
+                return json.loads(text.removeprefix("answer: "))
+        raise SystemExit(f"a worker ended with status {self.process.wait()}")
+
+
+def answer(value: Any) -> None:
+    """Answer the process that asked."""
+    print(f"answer: {json.dumps(value)}", flush=True)
 
 
 def worker(job: dict[str, Any]) -> None:
-    """One job in a process of its own; its result is the last line of its output."""
+    """Do a job in this process."""
     import torch
-    import transformers
 
     torch.set_num_threads(job["threads"])
     if job["do"] == "make":
-        from nanophi import NanoPhiConfig, NanoPhiForCausalLM
-
-        words = transformers.AutoTokenizer.from_pretrained(job["tokenizer"])
-        torch.manual_seed(0)
-        config = NanoPhiConfig(
-            vocab_size=50295,
-            hidden_size=768,
-            intermediate_size=3072,
-            num_hidden_layers=6,
-            num_attention_heads=24,
-            num_key_value_heads=8,
-            max_position_embeddings=1024,
-            bos_token_id=50256,
-            eos_token_id=50256,
-        )
-        NanoPhiForCausalLM(config).save_pretrained(job["model"])
-        words.save_pretrained(job["model"])
-        print("{}")
-        return
-    if job["do"] == "quick":
+        make(job)
+    elif job["do"] == "quick":
         from nanophi.eval.evaluate import evaluate
 
         started = time.monotonic()
-        evaluate(
-            job["model"],
-            "quick",
-            Path(job["output"]),
-            data=Path(job["data"]),
-            report=lambda line: print(line, file=sys.stderr),
-        )
-        print(json.dumps({"seconds": time.monotonic() - started}))
-        return
+        with contextlib.redirect_stdout(sys.stderr):
+            evaluate(job["model"], "quick", Path(job["output"]), data=Path(job["data"]))
+        answer({"seconds": time.monotonic() - started})
+    else:
+        score(job)
+
+
+def make(job: dict[str, Any]) -> None:
+    """Save a randomly initialised nano-phi-115M."""
+    import torch
+    import transformers
+
+    from nanophi import NanoPhiConfig, NanoPhiForCausalLM
+
+    words = transformers.AutoTokenizer.from_pretrained(job["tokenizer"])
+    torch.manual_seed(0)
+    config = NanoPhiConfig(
+        vocab_size=50295,
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=6,
+        num_attention_heads=24,
+        num_key_value_heads=8,
+        max_position_embeddings=1024,
+        bos_token_id=50256,
+        eos_token_id=50256,
+    )
+    NanoPhiForCausalLM(config).save_pretrained(job["model"])
+    words.save_pretrained(job["model"])
+    answer(None)
+
+
+def score(job: dict[str, Any]) -> None:
+    """Score the blocks of a task's items that are asked for; at the end, say what was decided."""
     from lm_eval.models.huggingface import HFLM
 
     from nanophi.eval.evaluate import load_model
     from nanophi.eval.scorer import ScorerLM
+    from nanophi.records import environment
 
     network, tokenizer, _ = load_model(job["model"], dtype="float32")
-    instances, tasks = build(job["task"] if job["do"] == "score" else "arc_challenge", job)
-    ours = job.get("scorer") == "ours"
+    instances, tasks = build(job["task"], job)
     lm: HFLM = (
         ScorerLM(network, tokenizer)
-        if ours
+        if job["scorer"] == "ours"
         else HFLM(pretrained=network, tokenizer=tokenizer, batch_size=job["batch_size"])
     )
-    if job["do"] == "calibrate":
-        instances = instances[:32]
     method = getattr(lm, instances[0].request_type)
-    started, cpu = time.monotonic(), time.process_time()
-    answers = method(instances)
-    result: dict[str, Any] = {"seconds": time.monotonic() - started, "cpu_seconds": time.process_time() - cpu}
-    if job["do"] == "score":
-        from nanophi.records import environment
-
-        for instance, answer in zip(instances, answers, strict=True):
-            instance.resps.append(answer)
-        result |= {
-            "answers": answers,
+    blocks = divide(instances)
+    items = len({(instance.task_name, instance.doc_id) for instance in instances})
+    answer({"blocks": len(blocks), "items": items, "requests": len(instances)})
+    for text in sys.stdin:
+        asked = json.loads(text)
+        if asked == "end":
+            break
+        started, cpu = time.monotonic(), time.process_time()
+        answers = method(blocks[asked])
+        seconds, cpu_seconds = time.monotonic() - started, time.process_time() - cpu
+        answer({"answers": answers, "seconds": seconds, "cpu_seconds": cpu_seconds})
+        for instance, found in zip(blocks[asked], answers, strict=True):
+            instance.resps.append(found)
+    else:
+        return
+    answer(
+        {
             "decisions": decide(tasks),
-            "items": len({(instance.task_name, instance.doc_id) for instance in instances}),
-            "requests": len(instances),
             "overflowing": lm.overflowing if isinstance(lm, ScorerLM) else None,
             "sharing": lm.sharing if isinstance(lm, ScorerLM) else None,
             "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             "environment": environment(),
         }
-    print(json.dumps(result))
+    )
+
+
+def divide(instances: list[Any]) -> list[list[Any]]:
+    """Requests in blocks of `BLOCK` items or a few more; an MMLU subject, whose items share examples, stays whole."""
+    groups: dict[Any, list[Any]] = {}
+    for instance in instances:
+        key = instance.task_name if instance.task_name.startswith("mmlu") else instance.doc_id
+        groups.setdefault(key, []).append(instance)
+    blocks: list[list[Any]] = [[]]
+    items = 0
+    for group in groups.values():
+        if items >= BLOCK:
+            blocks.append([])
+            items = 0
+        blocks[-1] += group
+        items += len({instance.doc_id for instance in group})
+    if items < BLOCK / 2 and len(blocks) > 1:
+        last = blocks.pop()
+        blocks[-1] += last
+    return blocks
 
 
 def build(name: str, job: dict[str, Any]) -> tuple[list[Any], list[Any]]:

@@ -45,15 +45,13 @@ from transformers import PhiConfig, PhiForCausalLM, Trainer, TrainerCallback, Tr
 from nanophi import NanoPhiForCausalLM
 from nanophi.records import environment, now, read_json, write_json
 from nanophi.training import trainer
-from nanophi.training.estimate import DEVICES, flops_per_token, peak_flops
+from nanophi.training.estimate import DEVICES, PUBLISHED_TOKENS, flops_per_token, peak_flops
 from nanophi.training.optimizer import ADAM_EPS
 from nanophi.training.recipe import Recipe, load_recipe
 from nanophi.training.rows import PackedCollator, PackedRows
 
 CONTESTANTS = ("trainer", "trainer-tuned", "loop", "nanophi")
 WARM_UP = 2
-PUBLISHED_TOKENS = 14_000 * 512 * 1024
-"""Those that the published nano-phi-115M-v0.1 was trained on."""
 DOCUMENT_TOKENS = 600
 """Mean length of a synthetic document; lengths are lognormal with a sigma of 1."""
 

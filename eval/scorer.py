@@ -6,7 +6,8 @@ What `HFLM` scores, and how it cuts what does not fit the context, is inherited;
   subject) share them. The requests' tokens form a prefix tree, which runs as one sequence in which every token attends
   to its own ancestors only, at its own position. A prefix that serves many such sequences is computed once and kept
   as keys and values.
-- The LM head runs only at positions whose next token is scored, not at every position of the context.
+- The LM head runs only at positions whose next token is scored, not at every position of the context, and for
+  several forward passes together.
 - Generation ends as soon as every sequence has reached one of its stop strings.
 
 Whether a model computes the same this way is tried on a few random tokens at the start. A model that does not (its
@@ -52,8 +53,8 @@ MIN_GAIN = 256
 MIN_STEM = 256
 """Unscored tokens at the beginning of a row that are worth a forward pass of their own on a CPU."""
 
-HEAD_CHUNK = 512
-"""Positions whose logits are held in float32 at a time."""
+HEAD_CHUNK = 256
+"""Positions whose logits are computed and held at a time: enough for the LM head to be quick, and no more memory."""
 
 
 Answers = list[tuple[int, tuple[float, bool]]]
@@ -75,6 +76,10 @@ class Request:
 
 Range = tuple[int, int]
 """Sequences [low, high) of a forest."""
+
+
+Scored = tuple[list[tuple[Request, np.ndarray]], Tensor]
+"""Requests with the rows that predict their tokens, and these rows: hidden states or logits, one per place."""
 
 
 class Row(NamedTuple):
@@ -224,6 +229,7 @@ class ScorerLM(HFLM):
         self._encoded: dict[str, list[int]] = {}
         self._kernels = Kernels(network)
         self._slim = network.get_output_embeddings() is not None
+        self._plain_head = self._slim and self._logits_are_the_heads()
         self.sharing = "" if share else "switched off"
         self.sharing = self.sharing or self._why_not_shared()
         if self.sharing and self._slim:
@@ -284,15 +290,16 @@ class ScorerLM(HFLM):
     def _loglikelihood_tokens(
         self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
+        for _, context, continuation in requests:
+            if not context or not 0 < len(continuation) <= self.max_length:
+                raise TooLong(
+                    f"a continuation of {len(continuation)} tokens does not fit the model's {self.max_length}"
+                )
         if not self._slim:
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
         # Big-endian bytes sort like the tokens, and take a ninth of a list's memory.
         windows: dict[bytes, list[tuple[int, list[int]]]] = {}
         for number, (_, context, continuation) in enumerate(requests):
-            if not context or not 0 < len(continuation) <= self.max_length:
-                raise TooLong(
-                    f"a continuation of {len(continuation)} tokens does not fit the model's {self.max_length}"
-                )
             whole = context + continuation
             self.overflowing += len(whole) > self.max_length + 1
             # From the left, as HFLM does; the last token is predicted, not read.
@@ -326,13 +333,56 @@ class ScorerLM(HFLM):
     def _score(self, forest: Forest, asked: Sequence[Sequence[Request]]) -> Iterator[Answers]:
         everything = (0, len(forest.sequences))
         if self.sharing:
-            yield from self._run(forest, forest.rows([(i, i + 1) for i in range(everything[1])], 0), 0, None, asked)
-        elif everything[1]:
-            yield from self._descend(forest, [everything], 0, None, asked)
+            scored = self._run(forest, forest.rows([(i, i + 1) for i in range(everything[1])], 0), 0, None, asked)
+        else:
+            scored = self._descend(forest, [everything] if everything[1] else [], 0, None, asked)
+        waiting: list[Scored] = []
+        for one in scored:
+            waiting.append(one)
+            if sum(len(states) for _, states in waiting) >= HEAD_CHUNK:
+                yield self._answers(waiting)
+                waiting = []
+        if waiting:
+            yield self._answers(waiting)
+
+    @torch.inference_mode()
+    def _answers(self, scored: Sequence[Scored]) -> Answers:
+        """The answers to requests whose last hidden states are known."""
+        offsets = np.cumsum([0, *(len(states) for _, states in scored)])
+        requests = [
+            (request, places + offset)
+            for (found, _), offset in zip(scored, offsets, strict=False)
+            for request, places in found
+        ]
+        rows = np.concatenate([places for _, places in requests])
+        tokens = np.concatenate([request.tokens for request, _ in requests])
+        order = np.argsort(rows, kind="stable")
+        scores, hits = np.zeros(len(rows)), np.zeros(len(rows), dtype=bool)
+        states = torch.cat([states for _, states in scored])
+        for start in range(0, len(states), HEAD_CHUNK):
+            logits = self._logits(states[start : start + HEAD_CHUNK])
+            low, high = np.searchsorted(rows[order], [start, start + len(logits)])
+            chosen = order[low:high]
+            index = torch.from_numpy(np.stack([rows[chosen] - start, tokens[chosen]])).to(logits.device)
+            values = logits[index[0], index[1]] - logits.logsumexp(dim=-1)[index[0]]
+            scores[chosen] = values.double().cpu().numpy()
+            hits[chosen] = (logits.argmax(dim=-1)[index[0]] == index[1]).cpu().numpy()
+        answers = []
+        start = 0
+        for request, places in requests:
+            end = start + len(places)
+            answers.append((request.number, (float(scores[start:end].sum()), bool(hits[start:end].all()))))
+            start = end
+        return answers
+
+    @torch.inference_mode()
+    def _logits(self, states: Tensor) -> Tensor:
+        """What `_forward` returned, [places, hidden or vocabulary], as logits [places, vocabulary] in float32."""
+        return (self.model.get_output_embeddings()(states[None])[0] if self._plain_head else states).float()
 
     def _descend(
         self, forest: Forest, ranges: list[Range], base: int, past: Past | None, asked: Sequence[Sequence[Request]]
-    ) -> Iterator[Answers]:
+    ) -> Iterator[Scored]:
         """Score sequences that share their first `base` tokens, whose keys and values are `past`.
 
         A range that takes several rows and shares more tokens has those computed first, and goes on from there. One
@@ -366,7 +416,7 @@ class ScorerLM(HFLM):
         base: int,
         past: Past | None,
         asked: Sequence[Sequence[Request]],
-    ) -> Iterator[Answers]:
+    ) -> Iterator[Scored]:
         """Forward passes over rows, which stand longest first."""
         tokens = ROW_TOKENS * (1 if self.device.type == "cpu" else self.batch_size)
         while rows:
@@ -377,16 +427,22 @@ class ScorerLM(HFLM):
             for pack in packs:
                 longest = {i: max(len(request.tokens) for request in asked[i]) for i in pack.paths}
                 places.append(sorted({p for i, path in pack.paths.items() for p in path[-longest[i] :].tolist()}))
-            logits = self._forward(packs, past, places)
-            offset = 0
-            for pack, chosen in zip(packs, places, strict=True):
-                requests = [request for i in pack.paths for request in asked[i]]
-                yield _answers(pack, requests, chosen, logits[offset : offset + len(chosen)])
-                offset += len(chosen)
+            states = self._forward(packs, past, places)
+            for pack, chosen, part in zip(packs, places, states.split([len(c) for c in places]), strict=True):
+                yield (
+                    [
+                        (request, np.searchsorted(chosen, path[-len(request.tokens) :]))
+                        for i, path in pack.paths.items()
+                        for request in asked[i]
+                    ],
+                    part,
+                )
 
     @torch.inference_mode()
     def _forward(self, packs: Sequence[Pack], past: Past | None, places: Sequence[Sequence[int]]) -> Tensor:
-        """Logits [places of all packs, vocabulary] of the packed sequences."""
+        """Last hidden states [places of all packs, hidden] of the packed sequences; or their logits, if the model
+        does more than apply its LM head to them.
+        """
         length, base = max(len(pack.tokens) for pack in packs), packs[0].base
         ids = np.zeros((len(packs), length), dtype=np.int64)
         for row, pack in enumerate(packs):
@@ -411,19 +467,20 @@ class ScorerLM(HFLM):
         rows = [row for row, chosen in enumerate(places) for _ in chosen]
         columns = [column for chosen in places for column in chosen]
         places_of = torch.tensor([rows, columns], device=self.device)
-        with self._kernels(), self._head_at(*places_of):
-            return self.model(**arguments).logits[0]
-
-    @contextlib.contextmanager
-    def _head_at(self, rows: Tensor, columns: Tensor) -> Iterator[None]:
-        """Let the LM head see only these places of the hidden states: [1, places, hidden]."""
+        states: list[Tensor] = []
 
         def select(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return (inputs[0][rows, columns][None], *inputs[1:])
+            states.append(inputs[0][places_of[0], places_of[1]])
+            if self._plain_head:
+                raise _Complete
+            return (states[0][None], *inputs[1:])
 
         handle = self.model.get_output_embeddings().register_forward_pre_hook(select)
         try:
-            yield
+            with self._kernels():
+                return self.model(**arguments).logits[0]
+        except _Complete:
+            return states[0]
         finally:
             handle.remove()
 
@@ -437,6 +494,19 @@ class ScorerLM(HFLM):
         return [(keys, values) for keys, values, _ in cache]
 
     # Whether prefixes can be shared
+
+    @torch.inference_mode()
+    def _logits_are_the_heads(self) -> bool:
+        """Whether the model gives out what its LM head computes, with nothing done to it (a soft cap, say)."""
+        made: list[Tensor] = []
+        handle = self.model.get_output_embeddings().register_forward_hook(
+            lambda _, __, output: made.append(output.float().clone())
+        )
+        try:
+            logits = self.model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=self.device)).logits
+        finally:
+            handle.remove()
+        return len(made) == 1 and made[0].shape == logits.shape and torch.equal(made[0], logits.float())
 
     def _why_not_shared(self) -> str:
         """Empty if the model computes the same with shared prefixes; else the reason, for a person."""
@@ -468,12 +538,15 @@ class ScorerLM(HFLM):
         forest = Forest([np.array(s) for s in sequences], [len(sequence) - 2 for sequence in sequences])
         if not shared:
             packs = [Pack(forest, [(i, i + 1)], 0) for i in range(3)]
-            return torch.cat([self._forward([pack], None, [list(pack.paths[i][-2:])]) for i, pack in enumerate(packs)])
+            ends = [self._forward([pack], None, [list(pack.paths[i][-2:])]) for i, pack in enumerate(packs)]
+            return self._logits(torch.cat(ends))
         prefix = forest.prefix(0, 3)
         past = self._extend(forest.sequences[0][: prefix - 3], 0, None)
         past = self._extend(forest.sequences[0][prefix - 3 : prefix], prefix - 3, past)
         pack = Pack(forest, [(0, 3)], prefix)
-        return self._forward([pack], past, [[place for i in range(3) for place in pack.paths[i][-2:].tolist()]])
+        return self._logits(
+            self._forward([pack], past, [[place for i in range(3) for place in pack.paths[i][-2:].tolist()]])
+        )
 
     @torch.inference_mode()
     def _probe_plain(self) -> Tensor:
@@ -487,11 +560,19 @@ class ScorerLM(HFLM):
     # Generation
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any) -> Tensor:
-        """As in `HFLM`, except that a row is done at the first of its stop strings, whatever the other rows do."""
+        """As in `HFLM`, except that a row is done at the first of its stop strings, whatever the other rows do.
+
+        All of a prompt but its last token is computed row by row, into a cache of the full length: a batch of prompts
+        at once takes more memory and no less time on a CPU, and a cache that grows is copied for every token.
+        """
         temperature = generation_kwargs.setdefault("temperature", 0.0)
         if temperature == 0.0 and not generation_kwargs.get("do_sample"):
             generation_kwargs["do_sample"] = False
             del generation_kwargs["temperature"]
+        if not self.sharing and self.device.type == "cpu":
+            generation_kwargs["past_key_values"] = self._prompts(
+                context, generation_kwargs["attention_mask"], max_length
+            )
         with self._kernels():
             return self.model.generate(
                 input_ids=context,
@@ -503,6 +584,40 @@ class ScorerLM(HFLM):
                 use_cache=True,
                 **generation_kwargs,
             )
+
+    def _prompts(self, context: Tensor, attention_mask: Tensor, max_length: int) -> DynamicCache:
+        """Keys and values of left-padded prompts [rows, tokens] but for the last token of each."""
+        cache = DynamicCache()
+        layers = [_Room() for _ in range(self.model.config.num_hidden_layers)]
+        cache.layers = list(layers)
+        for row, (tokens, mask) in enumerate(zip(context.numpy(), attention_mask.numpy(), strict=True)):
+            prompt = tokens[mask.argmax() : -1]
+            if not len(prompt):
+                continue
+            for layer, (keys, values) in zip(layers, self._extend(prompt, 0, None), strict=True):
+                layer.put(keys, values, row, len(context), len(tokens) - 1, max_length)
+        return cache
+
+
+class _Room(DynamicLayer):
+    """A layer's keys and values in memory for all tokens that will come."""
+
+    def put(self, keys: Tensor, values: Tensor, row: int, rows: int, tokens: int, max_length: int) -> None:
+        """Fill a row's last of the first `tokens` places with keys and values [1, heads, prompt, head size]."""
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+            self.room = [x.new_zeros(rows, x.shape[1], max_length, x.shape[3]) for x in (keys, values)]
+            self.keys, self.values = (x[:, :, :tokens] for x in self.room)
+        for whole, new in zip(self.room, (keys, values), strict=True):
+            whole[row, :, tokens - new.shape[2] : tokens] = new[0]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        start = self.get_seq_length()
+        end = start + key_states.shape[2]
+        for whole, new in zip(self.room, (key_states, value_states), strict=True):
+            whole[:, :, start:end] = new
+        self.keys, self.values = (whole[:, :, :end] for whole in self.room)
+        return self.keys, self.values
 
 
 class _StopStrings(transformers.StoppingCriteria):
@@ -533,7 +648,7 @@ def _attention_window(config: Any, max_length: int) -> int | None:
 
 
 class _Complete(Exception):  # noqa: N818  # it is none
-    """Ends a forward pass when the last layer has handed over its keys and values."""
+    """Ends a forward pass when all that is wanted of it is known."""
 
 
 class _PrefixCache(DynamicCache):
@@ -550,29 +665,3 @@ class _PrefixCache(DynamicCache):
         if layer_idx == self.last_layer:
             raise _Complete
         return result
-
-
-def _answers(pack: Pack, requests: Sequence[Request], places: Sequence[int], logits: Tensor) -> Answers:
-    """The answers to the requests of a pack.
-
-    Args:
-        logits: [places, vocabulary], at the packed positions `places`.
-    """
-    row_of = {place: row for row, place in enumerate(places)}
-    rows = [row_of[place] for r in requests for place in pack.paths[r.sequence][-len(r.tokens) :].tolist()]
-    tokens = [token for request in requests for token in request.tokens]
-    greedy, totals = [], []
-    for start in range(0, len(places), HEAD_CHUNK):
-        chunk = logits[start : start + HEAD_CHUNK].float()
-        greedy.append(chunk.argmax(dim=-1))
-        totals.append(chunk.logsumexp(dim=-1))
-    index = torch.tensor([rows, tokens], device=logits.device)
-    scores = (logits[index[0], index[1]].float() - torch.cat(totals)[index[0]]).double().cpu().numpy()
-    hits = (torch.cat(greedy)[index[0]] == index[1]).cpu().numpy()
-    answers = []
-    start = 0
-    for request in requests:
-        end = start + len(request.tokens)
-        answers.append((request.number, (float(scores[start:end].sum()), bool(hits[start:end].all()))))
-        start = end
-    return answers

@@ -14,7 +14,8 @@ from nanophi.records import UserError
 from nanophi.training.recipe import Recipe, Training
 
 ASSUMED_MFU = 0.40
-"""Share of the peak that training is taken to reach: published runs of about this size reach 0.37 to 0.41."""
+"""Share of the peak that a run is taken to reach until it is measured: PaLM reached 0.46 at 540B parameters (Chowdhery
+et al. 2022, table 3); small models with a large vocabulary reach less."""
 GRID_GRAMS_PER_KWH = 480.0
 """Emissions of the world's average electricity in 2023 (Ember, Global Electricity Review 2024)."""
 USABLE_MEMORY = 0.92
@@ -28,10 +29,12 @@ class Device:
 
     Attributes:
         cuda_name: part of the name that CUDA gives it.
-        bf16_flops: peak dense bf16 rate (float16 where there is no bf16) with float32 accumulation, FLOP/s.
+        bf16_flops: peak dense bf16 rate with float32 accumulation, FLOP/s; of a device without bf16 its float32 rate,
+            since it trains in that.
         memory: bytes.
         watts: board power.
         dollars_per_hour: on-demand list price of one in a cloud.
+        price_source: whose price, and when it was read.
     """
 
     cuda_name: str
@@ -39,21 +42,21 @@ class Device:
     memory: float
     watts: float
     dollars_per_hour: float
+    price_source: str
 
 
-# Rates, memory and power: the makers' data sheets. Prices: RunPod on demand, March 2026, as listed at
-# https://deploybase.ai/articles/runpod-gpu-pricing; A100-40GB: Lambda, A10G and T4: AWS g5 and g4dn, all 2025.
+# Rates, memory and power: the makers' data sheets, of the SXM boards where there are several.
 DEVICES = {
-    "a100-40g": Device("A100-SXM4-40GB", 312e12, 40e9, 400, 1.29),
-    "a100-80g": Device("A100", 312e12, 80e9, 400, 2.45),
-    "h100": Device("H100", 989e12, 80e9, 700, 4.76),
-    "h200": Device("H200", 989e12, 141e9, 700, 6.35),
-    "l40s": Device("L40S", 362e12, 48e9, 350, 1.40),
-    "l4": Device("L4", 121e12, 24e9, 72, 0.78),
-    "rtx-4090": Device("RTX 4090", 165e12, 24e9, 450, 0.60),
-    "rtx-3090": Device("RTX 3090", 71e12, 24e9, 350, 0.39),
-    "a10g": Device("A10G", 70e12, 24e9, 300, 1.01),
-    "t4": Device("T4", 65e12, 16e9, 70, 0.53),
+    "a100-40g": Device("A100-SXM4-40GB", 312e12, 40e9, 400, 1.99, "lambda.ai/pricing, 2026-11-16"),
+    "a100-80g": Device("A100", 312e12, 80e9, 400, 1.79, "runpod.io/pricing, secure cloud, 2026-11-09"),
+    "h100": Device("H100", 989e12, 80e9, 700, 3.99, "runpod.io/pricing, secure cloud, 2026-11-09"),
+    "h200": Device("H200", 989e12, 141e9, 700, 4.59, "runpod.io/pricing, 2026-10-07"),
+    "l40s": Device("L40S", 362e12, 48e9, 350, 1.95, "modal.com/pricing, 2026-05-07"),
+    "l4": Device("L4", 121e12, 24e9, 72, 0.80, "modal.com/pricing, 2026-05-07"),
+    "rtx-4090": Device("RTX 4090", 165e12, 24e9, 450, 0.29, "openrelay.inc, 2026-09-20"),
+    "rtx-3090": Device("RTX 3090", 71e12, 24e9, 350, 0.18, "openrelay.inc, 2026-09-20"),
+    "a10g": Device("A10G", 70e12, 24e9, 300, 1.01, "AWS g5.xlarge, us-east-1, 2026-06-17"),
+    "t4": Device("T4", 8.1e12, 16e9, 70, 0.59, "modal.com/pricing, 2026-05-07"),
 }
 
 PUBLISHED_DEVICE, PUBLISHED_TOKENS, PUBLISHED_HOURS = "a100-40g", 14_000 * 512 * 1024, 52.0
@@ -183,7 +186,7 @@ def estimate(
     Returns:
         `tokens`, `tokens_per_second`, `mfu`, `hours`, `dollars`, `kwh` and `co2_grams` (board power all the time,
         without host and cooling), `peak_bytes` (of one row, and of `micro_batch_size`), `micro_batch_size`: the
-        largest power of two of rows that fits, 0 if none does.
+        largest power of two of rows that fits, 0 if none does; `sources`: of speed and price.
     """
     config, training = recipe.model_config_for(), recipe.training
     flops = flops_per_token(config, config.max_position_embeddings)
@@ -208,6 +211,10 @@ def estimate(
         "co2_grams": kwh * grams_per_kwh,
         "peak_bytes": {rows: peaks[rows] for rows in sorted({1, largest or 1})},
         "micro_batch_size": largest,
+        "sources": (
+            f"speed: {'assumed' if tokens_per_second is None else 'measured'}; price: ${price:.2f} an hour, "
+            f"{device.price_source if dollars_per_hour is None else 'as given'}"
+        ),
     }
 
 
@@ -286,4 +293,5 @@ def render(recipe: Recipe, name: str, result: dict[str, Any], published: dict[st
         f"{size / 1e9:.1f} GB with a micro-batch of {rows}" for rows, size in result["peak_bytes"].items()
     )
     lines += ["", f"memory: {peaks}" + (" (the largest that fits)" if result["micro_batch_size"] else ": does not fit")]
+    lines.append(result["sources"])
     return "\n".join(lines)

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -284,7 +285,7 @@ def test_bad_suites(suite, problem, model, benchmarks, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_bad_models(model, make_model, benchmarks, tmp_path, tokenizer):
+def test_bad_models(model, make_model, benchmarks, heldout, tmp_path, tokenizer):
     def problem(broken, suite="arc_easy", **options):
         with pytest.raises(UserError) as error:
             evaluate(broken, suite, tmp_path / "m.json", data=benchmarks, report=lambda line: None, **options)
@@ -308,4 +309,7 @@ def test_bad_models(model, make_model, benchmarks, tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path / "damaged")
     assert "not finite numbers; its weights are damaged" in problem(tmp_path / "damaged")
     assert "dtype 'float8' is not one of" in problem(model, dtype="float8")
+    narrow = make_model(11, max_position_embeddings=24)
+    longest = "task 'heldout_continuation': a continuation of [0-9]+ tokens does not fit the model's 24"
+    assert re.match(longest, problem(narrow, "heldout_continuation", heldout=heldout))
     assert not (tmp_path / "m.json").exists()

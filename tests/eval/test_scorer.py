@@ -178,7 +178,9 @@ def test_network_is_left_as_it_was(tokenizer):
     assert not any("forward" in vars(module) or module._forward_pre_hooks for module in model.modules())
 
 
-def test_too_long_a_continuation_is_refused(tokenizer):
-    ours = ScorerLM(network("phi"), tokenizer, progress=False)
+@pytest.mark.parametrize("name", ["phi", "mamba"])
+def test_too_long_a_continuation_is_refused(name, tokenizer):
+    ours = ScorerLM(network(name), tokenizer, progress=False)
+    ours._max_length = 64
     with pytest.raises(scorer.TooLong, match="does not fit the model's 64"):
         ours.loglikelihood([Instance("loglikelihood", {}, ("a", " the" * 70), 0)])

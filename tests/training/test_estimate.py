@@ -94,7 +94,7 @@ def test_the_published_run(recipe: Recipe) -> None:
 def test_more_memory_fits_more_rows_and_too_little_none(recipe: Recipe) -> None:
     fits = {name: estimate.estimate(recipe, device)["micro_batch_size"] for name, device in estimate.DEVICES.items()}
     assert fits["t4"] < fits["a100-40g"] < fits["h200"]
-    tiny = estimate.Device("none", 1e12, 1e9, 100, 1.0)
+    tiny = estimate.Device("none", 1e12, 1e9, 100, 1.0, "nobody")
     result = estimate.estimate(recipe, tiny)
     assert result["micro_batch_size"] == 0
     assert "does not fit" in estimate.render(recipe, "none", result, estimate.published_run(recipe))
@@ -118,3 +118,4 @@ def test_the_verb_measures_real_steps(monkeypatch: pytest.MonkeyPatch, capsys: p
     output = capsys.readouterr().out
     assert "beside the published run" in output
     assert "52.0" in output
+    assert "speed: measured; price: $2.00 an hour, as given" in output

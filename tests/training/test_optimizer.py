@@ -1,0 +1,113 @@
+"""`MuonAdamW` takes the steps that torch's two optimizers take, and is one optimizer to schedulers and checkpoints."""
+
+import copy
+
+import pytest
+import torch
+
+from nanophi.configuration_nanophi import NanoPhiConfig
+from nanophi.modeling_nanophi import NanoPhiForCausalLM
+from nanophi.training.optimizer import ADAM_EPS, MuonAdamW
+
+CONFIG = NanoPhiConfig(
+    vocab_size=50,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=16,
+    bos_token_id=0,
+    eos_token_id=0,
+)
+SETTINGS = {"muon_lr": 0.02, "lr": 3e-3, "betas": (0.9, 0.95), "weight_decay": 0.1}
+
+
+@pytest.fixture
+def model() -> NanoPhiForCausalLM:
+    torch.manual_seed(0)
+    return NanoPhiForCausalLM(CONFIG).train()
+
+
+def backward(model: NanoPhiForCausalLM, seed: int) -> None:
+    tokens = torch.randint(0, 50, (2, 16), generator=torch.Generator().manual_seed(seed))
+    model.zero_grad()
+    model(tokens, labels=tokens).loss.backward()
+
+
+def kinds(model: NanoPhiForCausalLM, optimizer: MuonAdamW) -> dict[str, tuple[str, float]]:
+    """Which optimizer and weight decay each parameter has."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        names[parameter]: (group["kind"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+
+
+def test_the_matrices_between_layers_are_muons(model):
+    found = kinds(model, MuonAdamW(model, **SETTINGS))
+    assert found.keys() == dict(model.named_parameters()).keys()
+    for name, kind in found.items():
+        if name in ("model.embed_tokens.weight", "lm_head.weight"):
+            assert kind == ("adamw", 0.1)
+        elif name.endswith(".bias") or "layernorm" in name:
+            assert kind == ("adamw", 0.0)
+        else:
+            assert kind == ("muon", 0.1), name
+
+
+def test_steps_are_those_of_torchs_two_optimizers(model):
+    reference = copy.deepcopy(model)
+    ours = MuonAdamW(model, **SETTINGS)
+    kind = kinds(model, ours)
+    parameters = dict(reference.named_parameters())
+    muon = torch.optim.Muon(
+        [value for name, value in parameters.items() if kind[name][0] == "muon"], lr=0.02, weight_decay=0.1
+    )
+    adamw = torch.optim.AdamW(
+        [
+            {"params": [value], "weight_decay": kind[name][1]}
+            for name, value in parameters.items()
+            if kind[name][0] == "adamw"
+        ],
+        lr=3e-3,
+        betas=(0.9, 0.95),
+        eps=ADAM_EPS,
+    )
+    for seed in range(3):
+        # The same gradients for both: Adam would blow up the rounding of those that are zero in exact arithmetic.
+        backward(model, seed)
+        for name, value in model.named_parameters():
+            assert value.grad is not None
+            parameters[name].grad = value.grad.clone()
+        for optimizer in (ours, muon, adamw):
+            optimizer.step()
+    for name, value in model.named_parameters():
+        torch.testing.assert_close(value, parameters[name], atol=1e-6, rtol=1e-5)
+
+
+def test_a_restored_optimizer_goes_on_as_if_nothing_had_happened(model):
+    ours = MuonAdamW(model, **SETTINGS)
+    backward(model, 0)
+    ours.step()
+    restored_model = copy.deepcopy(model)
+    restored = MuonAdamW(restored_model, **SETTINGS)
+    restored.load_state_dict(copy.deepcopy(ours.state_dict()))
+    for network, optimizer in ((model, ours), (restored_model, restored)):
+        backward(network, 1)
+        optimizer.step()
+    for first, second in zip(model.parameters(), restored_model.parameters(), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_a_schedule_moves_both(model):
+    optimizer = MuonAdamW(model, **SETTINGS)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0 if step else 1.0)
+    backward(model, 0)
+    optimizer.step()
+    schedule.step()
+    before = copy.deepcopy(model.state_dict())
+    backward(model, 1)
+    optimizer.step()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
