@@ -11,6 +11,8 @@ The contestants, each in a process of its own, all with the model of `recipes/na
     loop               a bare PyTorch loop around NanoPhi: bf16, fused AdamW, no `Trainer`; compiled too on a GPU
     nanophi            what `nanophi train` runs on the recipe named by `--recipe`
 
+A processor that only emulates bf16 is slower in it than in float32; there all four compute in float32.
+
 All warm up, then take turns: a turn is `--steps` optimizer steps. The median of the turns and their range are
 reported. `loop` and `nanophi` keep packed documents from attending to each other, as the recipe says; the two stock
 contestants, whose users rarely do, let them. Rows are synthetic tokens with document lengths of web text, or those of
@@ -138,7 +140,11 @@ def work(name: str, arguments: argparse.Namespace) -> None:
     )
     if name in ("trainer", "trainer-tuned"):
         fields = {key: value for key, value in config.to_dict().items() if key not in ("auto_map", "model_type")}
-        tuned = {"bf16": True, "optim": "adamw_torch_fused", "torch_compile": True} if name == "trainer-tuned" else {}
+        tuned = (
+            {"bf16": trainer.has_bf16(), "optim": "adamw_torch_fused", "torch_compile": True}
+            if name == "trainer-tuned"
+            else {}
+        )
         with tempfile.TemporaryDirectory() as folder:
             Trainer(
                 model=PhiForCausalLM(PhiConfig(**fields)),
@@ -188,6 +194,7 @@ def bare_loop(
     ]
     optimizer = torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.95), eps=ADAM_EPS, fused=True)
     forward = torch.compile(model) if compiled else model
+    bf16 = trainer.has_bf16()
     collate = PackedCollator(config.eos_token_id, isolate)
     position = itertools.count(0, arguments.rows)
 
@@ -196,7 +203,7 @@ def bare_loop(
             first = next(position)
             batch = collate(data.__getitems__(list(range(first, first + arguments.rows))))
             batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
-            with torch.autocast(device, dtype=torch.bfloat16):
+            with torch.autocast(device, dtype=torch.bfloat16, enabled=bf16):
                 loss = forward(**batch).loss / arguments.accumulation
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -326,6 +333,7 @@ def main() -> None:
         "finished": now(),
         "environment": environment(),
         "recipe": arguments.recipe,
+        "precision": "bf16" if trainer.has_bf16() else "fp32",
         "step": f"{arguments.accumulation} x {arguments.rows} x {arguments.context} tokens",
         "turns": f"{arguments.rounds} of {arguments.steps} steps",
         "contestants": measured,
