@@ -423,10 +423,11 @@ class LinearCrossEntropy(torch.autograd.Function):
         """
         wanted = ctx.needs_input_grad[:3]
         device, vocab_size = hidden_states.device, len(weight)
-        padding = -vocab_size % ALIGNMENT
-        matrix = nn.functional.pad(weight.to(dtype), (0, 0, 0, padding))
         # On a CPU, all but the matrix products is done in blocks that stay in its caches, the bias too.
         on_cpu = device.type == "cpu"
+        # There a padded copy of the weight costs more than it gives, unless it must be converted anyway.
+        padding = 0 if on_cpu and dtype == weight.dtype else -vocab_size % ALIGNMENT
+        matrix = nn.functional.pad(weight.to(dtype), (0, 0, 0, padding)) if padding else weight.to(dtype)
         row_block, class_block = LOSS_BLOCKS if on_cpu else (LOSS_CHUNK, len(matrix))
         # Padded classes have probability zero, in the loss and in every gradient.
         offset = nn.functional.pad(bias.to(torch.float32 if on_cpu else dtype), (0, padding), value=-torch.inf)

@@ -18,6 +18,7 @@ sharing, and `ScorerLM.sharing` says why.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import inspect
 import sys
 from collections.abc import Iterator, Sequence
@@ -52,6 +53,9 @@ MIN_GAIN = 256
 
 MIN_STEM = 256
 """Unscored tokens at the beginning of a row that are worth a forward pass of their own on a CPU."""
+
+FILL = 16
+"""Rows are filled up to a multiple of so many tokens."""
 
 HEAD_CHUNK = 256
 """Positions whose logits are computed and held at a time: enough for the LM head to be quick, and no more memory."""
@@ -342,6 +346,8 @@ class ScorerLM(HFLM):
             if sum(len(states) for _, states in waiting) >= HEAD_CHUNK:
                 yield self._answers(waiting)
                 waiting = []
+                if self.device.type == "cpu":
+                    _trim()
         if waiting:
             yield self._answers(waiting)
 
@@ -364,9 +370,12 @@ class ScorerLM(HFLM):
             low, high = np.searchsorted(rows[order], [start, start + len(logits)])
             chosen = order[low:high]
             index = torch.from_numpy(np.stack([rows[chosen] - start, tokens[chosen]])).to(logits.device)
-            values = logits[index[0], index[1]] - logits.logsumexp(dim=-1)[index[0]]
-            scores[chosen] = values.double().cpu().numpy()
+            values = logits[index[0], index[1]]
             hits[chosen] = (logits.argmax(dim=-1)[index[0]] == index[1]).cpu().numpy()
+            # logits.logsumexp(dim=-1) without a second matrix of that size
+            largest = logits.amax(dim=-1)
+            totals = logits.sub_(largest[:, None]).exp_().sum(dim=-1).log_().add_(largest)
+            scores[chosen] = (values - totals[index[0]]).double().cpu().numpy()
         answers = []
         start = 0
         for request, places in requests:
@@ -443,7 +452,8 @@ class ScorerLM(HFLM):
         """Last hidden states [places of all packs, hidden] of the packed sequences; or their logits, if the model
         does more than apply its LM head to them.
         """
-        length, base = max(len(pack.tokens) for pack in packs), packs[0].base
+        base = packs[0].base
+        length = self._filled(max(len(pack.tokens) for pack in packs), base)
         ids = np.zeros((len(packs), length), dtype=np.int64)
         for row, pack in enumerate(packs):
             ids[row, : len(pack.tokens)] = pack.tokens
@@ -488,10 +498,19 @@ class ScorerLM(HFLM):
     def _extend(self, tokens: np.ndarray, base: int, past: Past | None) -> Past:
         """Keys and values of a prefix of `base` tokens (`past`) and `tokens` after it."""
         cache = _PrefixCache(past, last_layer=self.model.config.num_hidden_layers - 1)
-        ids = torch.from_numpy(tokens.astype(np.int64))[None].to(self.device)
+        ids = np.zeros((1, self._filled(len(tokens), base)), dtype=np.int64)
+        ids[0, : len(tokens)] = tokens
         with contextlib.suppress(_Complete), self._kernels():
-            self.model(input_ids=ids, past_key_values=cache, use_cache=True)
-        return [(keys, values) for keys, values, _ in cache]
+            self.model(input_ids=torch.from_numpy(ids).to(self.device), past_key_values=cache, use_cache=True)
+        end = base + len(tokens)
+        return [(keys[:, :, :end], values[:, :, :end]) for keys, values, _ in cache]
+
+    def _filled(self, tokens: int, base: int) -> int:
+        """The length that a row of `tokens` after `base` others is filled up to.
+
+        oneDNN keeps compiled code for every number of rows that it has seen, and memory is reused best in few sizes.
+        """
+        return max(tokens, min(-(-tokens // FILL) * FILL, self.max_length - base))
 
     # Whether prefixes can be shared
 
@@ -618,6 +637,12 @@ class _Room(DynamicLayer):
             whole[:, :, start:end] = new
         self.keys, self.values = (whole[:, :, :end] for whole in self.room)
         return self.keys, self.values
+
+
+def _trim() -> None:
+    """Give freed memory back to the system: passes of ever other lengths leave holes that nothing fits into."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's
+        trim(0)
 
 
 class _StopStrings(transformers.StoppingCriteria):

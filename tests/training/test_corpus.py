@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hub_server import HubServer  # type: ignore[import-not-found]
+from killed import run_killed
 
 from nanophi.records import UserError
 from nanophi.training import corpus, embedded
@@ -287,24 +288,13 @@ def test_the_number_of_workers_changes_nothing(tmp_path: Path) -> None:
 
 
 KILLED = """
-import os, signal, sys
-from pathlib import Path
-from nanophi.training import corpus, engine
+from nanophi.training import corpus
 from nanophi.training.recipe import Data
 
-source, output, survive = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-write_json, calls = engine.write_json, []
-
-def write_or_die(path, value):
-    if len(calls) == survive:
-        os.kill(os.getpid(), signal.SIGKILL)
-    calls.append(path)
-    write_json(path, value)
-
-engine.write_json = write_or_die
+source, output = arguments
 settings = Data.model_validate({"sources": [{"files": source, "name": "numbers"}], "heldout_fraction": 0.1,
                                 "deduplication": {"similarity": 0.5}, "workers": 1})
-corpus.gather(settings, output)
+corpus.gather(settings, Path(output))
 """
 
 
@@ -312,8 +302,7 @@ corpus.gather(settings, output)
 def test_killed_and_started_again(tmp_path: Path, survive: int, monkeypatch: pytest.MonkeyPatch) -> None:
     source = many_files(tmp_path / "in")
     output = tmp_path / "out"
-    done = subprocess.run([sys.executable, "-c", KILLED, source["files"], str(output), str(survive)])
-    assert done.returncode == -9
+    run_killed(KILLED, source["files"], output, survive=survive)
     assert not (output / "documents.json").exists()
     finished = {path: path.stat().st_mtime_ns for path in (output / ".parts").rglob("*.json")}
     assert len(finished) == survive

@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from killed import run_killed
 
 from nanophi.records import UserError
 from nanophi.training import corpus, packing, quality, tokenizer
@@ -168,30 +167,18 @@ def test_weights_repeat_documents(folder: Path, tmp_path: Path) -> None:
 
 
 KILLED = """
-import os, signal, sys
-from pathlib import Path
-from nanophi.training import engine, packing
+from nanophi.training import packing
 from nanophi.training.recipe import Data
 
-folder, output, settings, survive = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
-write_json, calls = engine.write_json, []
-
-def write_or_die(path, value):
-    if len(calls) == survive:
-        os.kill(os.getpid(), signal.SIGKILL)
-    calls.append(path)
-    write_json(path, value)
-
-engine.write_json = write_or_die
-data = Data.model_validate_json(settings)
-packing.pack(folder / "documents", folder / "quality", folder / "tokenizer", 64, data, 0, output)
+folder, output, settings = arguments
+inputs = [Path(folder, name) for name in ("documents", "quality", "tokenizer")]
+packing.pack(*inputs, 64, Data.model_validate_json(settings), 0, Path(output))
 """
 
 
 def test_killed_and_started_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "tokens"
-    arguments = [str(folder), str(output), settings(folder).model_dump_json(), "2"]
-    assert subprocess.run([sys.executable, "-c", KILLED, *arguments]).returncode == -9
+    run_killed(KILLED, folder, output, settings(folder).model_dump_json(), survive=2)
     assert len(list((output / ".parts" / "train").glob("*.json"))) == 2
     encoded: list[Path] = []
     encode = packing._encode_shard

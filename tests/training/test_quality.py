@@ -1,8 +1,6 @@
 """Scorers separate what they should, thresholds keep what they say, and bad scores are refused."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from killed import run_killed
 
 from nanophi.records import UserError
 from nanophi.training import corpus, quality
@@ -191,23 +190,12 @@ def test_scores_that_are_no_scores_are_refused(tmp_path: Path, bad: float | None
 
 
 KILLED = """
-import os, signal, sys
-from pathlib import Path
-from nanophi.training import engine, quality
+from nanophi.training import quality
 from nanophi.training.recipe import Data, Quality
 
-documents, output, settings, scorer, survive = Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:5], int(sys.argv[5])
-write_json, calls = engine.write_json, []
-
-def write_or_die(path, value):
-    if len(calls) == survive:
-        os.kill(os.getpid(), signal.SIGKILL)
-    calls.append(path)
-    write_json(path, value)
-
-engine.write_json = write_or_die
+documents, output, settings, scorer = arguments
 scorer = Quality.model_validate_json(scorer)
-quality.score(documents, scorer, Data.model_validate_json(settings), 0, output)
+quality.score(Path(documents), scorer, Data.model_validate_json(settings), 0, Path(output))
 """
 
 
@@ -224,8 +212,7 @@ def test_killed_and_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     data, scorer = settings(tmp_path), Quality(high=["essay-x"], low=["chat-x"])
     corpus.gather(data, tmp_path / "documents")
     output, whole = tmp_path / "scores", tmp_path / "whole"
-    arguments = [str(tmp_path / "documents"), str(output), data.model_dump_json(), scorer.model_dump_json(), "3"]
-    assert subprocess.run([sys.executable, "-c", KILLED, *arguments]).returncode == -9
+    run_killed(KILLED, tmp_path / "documents", output, data.model_dump_json(), scorer.model_dump_json(), survive=3)
     assert not (output / "scores.parquet").exists()
     finished = [path for mark in (output / ".parts").glob("*.json") for path in (mark, mark.with_suffix(".parquet"))]
     assert len(finished) == 6
