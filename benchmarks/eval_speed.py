@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("--tasks", default=",".join(BATCH_SIZES))
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--calibrate", action="store_true", help="only try batch sizes of HFLM on a few items")
+    parser.add_argument("--ours", action="store_true", help="only time ours, and write nothing: to work on the scorer")
     parser.add_argument("--quick", action="store_true", help="also time the suite `quick` as a whole")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -71,6 +72,9 @@ def main() -> None:
         if options.calibrate:
             calibrate(options.tasks.split(","), job)
             return
+        if options.ours:
+            ours(options.tasks.split(","), job)
+            return
         benchmark(options, job, Path(folder))
 
 
@@ -84,6 +88,15 @@ def calibrate(tasks: list[str], job: dict[str, Any]) -> None:
             with Worker({**job, **few, "do": "score", "scorer": "hflm", "task": task, "batch_size": size}) as stock:
                 seconds[size] = round(sum(stock.ask(block)["seconds"] for block in range(stock.read()["blocks"])), 1)
         print(f"{task}: {seconds}", flush=True)
+
+
+def ours(tasks: list[str], job: dict[str, Any]) -> None:
+    """Print the scorer's own seconds and peak memory on each task."""
+    for task in tasks:
+        with Worker({**job, "do": "score", "scorer": "ours", "task": task}) as scorer:
+            seconds = sum(scorer.ask(block)["seconds"] for block in range(scorer.read()["blocks"]))
+            peak = scorer.ask("end")["peak_mib"]
+        print(f"{task}: {seconds:.1f} s, {peak:.0f} MiB", flush=True)
 
 
 def benchmark(options: argparse.Namespace, job: dict[str, Any], folder: Path) -> None:
