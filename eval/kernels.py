@@ -1,10 +1,10 @@
 """The same functions by sooner kernels, while a model is measured in float32 on a CPU.
 
-oneDNN, which torch ships, multiplies by a weight that lies in its own blocked layout. Against torch's linear layers
-(MKL) that is twice as fast on AMD processors and for a few rows on any, and as fast for many rows on Intel ones. It
-also applies GELU to a product before that leaves the cache; torch's own GELU costs a quarter of the product, and
-transformers' GPT-2 GELU is written out in eight passes over memory. Which kernel is used depends on the model only,
-never on a clock, so that a measurement repeats bit for bit. Results agree with torch's to rounding.
+oneDNN, which torch ships, multiplies twice as fast as torch's linear layers (MKL) on AMD processors, sooner for a few
+rows on any, and as fast for many rows on Intel ones. It also applies GELU to a product before that leaves the cache;
+torch's own GELU costs a quarter of the product, and transformers' GPT-2 GELU is written out in eight passes over
+memory. Which kernel is used depends on the model only, never on a clock, so that a measurement repeats bit for bit.
+Results agree with torch's to rounding.
 """
 
 from __future__ import annotations
@@ -18,16 +18,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import GELUTanh, NewGELUActivation
 
-ROWS = 256
-"""Rows for which oneDNN chooses a weight's layout; it is as good for more and for fewer."""
-
 
 class Kernels:
-    """Sooner forwards for the modules of a network that have one.
-
-    Holds a copy of the linear layers' weights, in oneDNN's layout, but for the LM head's: they are the largest, and
-    the head sees few positions. `with kernels():` puts the forwards in place.
-    """
+    """Sooner forwards for the modules of a network that have one. `with kernels():` puts them in place."""
 
     def __init__(self, network: PreTrainedModel) -> None:
         self.forwards: list[tuple[nn.Module, Callable[..., Tensor]]] = []
@@ -36,13 +29,10 @@ class Kernels:
             return
         fused = _before_gelu(network) if torch.backends.mkldnn.is_available() else {}
         for module in network.modules():
-            if module is network.get_output_embeddings():
-                continue
             if type(module) is nn.Linear and torch.backends.mkldnn.is_available():
-                weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), ROWS)
                 after: tuple[str, list[float], str] = ("gelu", [], "tanh") if module in fused else ("none", [], "")
                 bias = None if module.bias is None else module.bias.detach()
-                self.forwards.append((module, functools.partial(_linear, weight, bias, after)))
+                self.forwards.append((module, functools.partial(_linear, module.weight.detach(), bias, after)))
             elif type(module) in GELUS:
                 done = module in fused.values()
                 self.forwards.append((module, _identity if done else _gelu))

@@ -387,7 +387,10 @@ class ScorerLM(HFLM):
     @torch.inference_mode()
     def _logits(self, states: Tensor) -> Tensor:
         """What `_forward` returned, [places, hidden or vocabulary], as logits [places, vocabulary] in float32."""
-        return (self.model.get_output_embeddings()(states[None])[0] if self._plain_head else states).float()
+        if not self._plain_head:
+            return states.float()
+        with self._kernels():
+            return self.model.get_output_embeddings()(states[None])[0].float()
 
     def _descend(
         self, forest: Forest, ranges: list[Range], base: int, past: Past | None, asked: Sequence[Sequence[Request]]
