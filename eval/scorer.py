@@ -57,7 +57,7 @@ MIN_STEM = 256
 FILL = 16
 """Rows are filled up to a multiple of so many tokens."""
 
-HEAD_CHUNK = 256
+HEAD_CHUNK = 128
 """Positions whose logits are computed and held at a time: enough for the LM head to be quick, and no more memory."""
 
 
