@@ -24,6 +24,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from nanophi.records import read_json, write_json
+
 SCORERS = ("hflm", "ours")
 # Short and long few-shot prefixes, and two subjects whose five examples alone overflow 1,024 tokens.
 MMLU = [
@@ -102,9 +104,7 @@ def ours(tasks: list[str], job: dict[str, Any]) -> None:
 def benchmark(options: argparse.Namespace, job: dict[str, Any], folder: Path) -> None:
     """Run the tasks that are not done yet, and write what is known after each."""
     settings = {key: job[key] for key in ("threads", "items", "subjects")}
-    report: dict[str, Any] = {}
-    if options.output.exists():
-        report = json.loads(options.output.read_text())
+    report: dict[str, Any] = read_json(options.output) if options.output.exists() else {}
     if report.get("settings") != settings:
         report = {"settings": settings, "tasks": {}}
     for task in options.tasks.split(","):
@@ -136,9 +136,7 @@ def write(report: dict[str, Any], path: Path) -> None:
     report["these_items"] = {"seconds": sampled, "ratio": sampled["hflm"] / sampled["ours"]}
     ratios = {task: row["ratio"] for task, row in tasks.items()} | {"whole suite": report["these_items"]["ratio"]}
     report["targets"] = {name: {"target": t, "measured": ratios[name]} for name, t in TARGETS.items() if name in ratios}
-    partial = path.with_name(f".{path.name}.part")
-    partial.write_text(json.dumps(report, indent=2) + "\n")
-    partial.replace(path)
+    write_json(path, report)
 
 
 def line(task: str, row: dict[str, Any]) -> str:

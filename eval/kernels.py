@@ -27,15 +27,15 @@ class Kernels:
         parameter = next(network.parameters())
         if parameter.device.type != "cpu" or parameter.dtype != torch.float32:
             return
-        fused = _before_gelu(network) if torch.backends.mkldnn.is_available() else {}
+        onednn = torch.backends.mkldnn.is_available()
+        fused = _before_gelu(network) if onednn else {}
         for module in network.modules():
-            if type(module) is nn.Linear and torch.backends.mkldnn.is_available():
+            if type(module) is nn.Linear and onednn:
                 after: tuple[str, list[float], str] = ("gelu", [], "tanh") if module in fused else ("none", [], "")
                 bias = None if module.bias is None else module.bias.detach()
                 self.forwards.append((module, functools.partial(_linear, module.weight.detach(), bias, after)))
             elif type(module) in GELUS:
-                done = module in fused.values()
-                self.forwards.append((module, _identity if done else _gelu))
+                self.forwards.append((module, _identity if module in fused.values() else _gelu))
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
