@@ -22,7 +22,7 @@ lint: $(INSTALLED)
 
 # The data stages on two Ray workers and through Slurm's commands, beside the local engine
 cluster: $(CLUSTER)/installed
-	PYTHONPATH=$(CLUSTER) $(BIN)/pytest -c tests/pytest.ini --rootdir tests tests/training/test_engine.py
+	PYTHONPATH=$(CLUSTER) $(BIN)/pytest -c tests/pytest.ini --rootdir tests tests/data/test_parallel.py
 
 # Without dependencies, so that nothing here hides a package of the environment.
 $(CLUSTER)/installed: | $(INSTALLED)

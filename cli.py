@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from transformers.utils import logging
 
-from nanophi.records import UserError
+from nanophi.files import UserError
 
 app = typer.Typer(
     help="Pretrain small language models from scratch, measure them honestly, publish them on the Hub.",
@@ -32,7 +32,7 @@ Overrides = Annotated[list[str], typer.Option("--set", metavar="SECTION.KEY=VALU
 
 def _pipeline(recipe: Path, runs: Path, overrides: list[str], build: tuple[str, ...]) -> Any:
     from nanophi.pipeline import Pipeline
-    from nanophi.training.recipe import load_recipe
+    from nanophi.recipe import load_recipe
 
     return Pipeline(load_recipe(recipe, overrides), runs, build)
 
@@ -44,7 +44,7 @@ def run(recipes: Recipes, runs: Runs = Path("runs"), overrides: Overrides = []) 
     Example: nanophi run recipes/demo.yaml recipes/demo-control.yaml
     """
     from nanophi.pipeline import run_recipes
-    from nanophi.training.recipe import load_recipe
+    from nanophi.recipe import load_recipe
 
     run_recipes([load_recipe(recipe, overrides) for recipe in recipes], runs)
 
@@ -98,8 +98,8 @@ def estimate(
 
     Example: nanophi estimate nano-phi-115m --device h100
     """
+    from nanophi.recipe import load_recipe
     from nanophi.training import estimate as estimates
-    from nanophi.training.recipe import load_recipe
 
     resolved, chosen = load_recipe(recipe, overrides), estimates.find_device(device)
     result = estimates.estimate(
@@ -298,7 +298,7 @@ def reproduce(
     """
     from nanophi.model_card import reproduce as reproduction
     from nanophi.pipeline import run_recipes
-    from nanophi.training.recipe import load_recipe
+    from nanophi.recipe import load_recipe
 
     recipe = load_recipe(reproduction.prepare(release, runs, revision), overrides)
     run_recipes([recipe], runs)
@@ -342,7 +342,7 @@ def quality_fit(
 
     Example: nanophi quality fit scorer --high "books/*.txt" --low "chat/*.jsonl.gz"
     """
-    from nanophi.training import quality
+    from nanophi.data import quality
 
     report = quality.fit_files(high, low, output, text_column, seed)
     typer.echo(
@@ -363,7 +363,7 @@ def quality_score(
 
     Example: nanophi quality score "web/*.parquet" --scorer model:scorer
     """
-    from nanophi.training import quality
+    from nanophi.data import quality
 
     summary = quality.score_files(files, scorer, output, text_column)
     typer.echo(f"{output}: {summary['documents']} documents")
@@ -379,7 +379,7 @@ def quality_report(
 
     Example: nanophi quality report scores.parquet --threshold 0.3
     """
-    from nanophi.training import quality
+    from nanophi.data import quality
 
     if scores.is_dir():
         typer.echo(quality.report_run(scores))

@@ -10,17 +10,9 @@ from typing import Any
 
 import yaml
 
-from nanophi.records import (
-    RunDirectory,
-    UserError,
-    environment,
-    read_json,
-    remove,
-    sha256_of_file,
-    write_json,
-    write_text,
-)
-from nanophi.training.recipe import Recipe
+from nanophi.files import UserError, read_json, remove, sha256_of_file, write_json, write_text
+from nanophi.recipe import Recipe
+from nanophi.run import RunDirectory, environment
 
 PREPARE = ("documents", "scores", "quality", "tokenizer", "tokens")
 STAGES = (*PREPARE, "training", "sample", "evaluation", "comparison", "report", "card", "release", "verification")
@@ -80,7 +72,7 @@ class Pipeline:
 
     def documents(self) -> dict[str, Any]:
         """Sources to clean, deduplicated documents, split into train and held-out."""
-        from nanophi.training import corpus
+        from nanophi.data import gather
 
         recipe = self.recipe
         kind, _, column = recipe.quality.scorer.partition(":")
@@ -88,19 +80,19 @@ class Pipeline:
         data = recipe.data.model_dump(mode="json", exclude={"engine", "workers"})
         inputs = {
             "data": data,
-            "sources": corpus.fingerprint(recipe.data),
+            "sources": gather.fingerprint(recipe.data),
             "columns": columns,
         }
         return self._stage(
             "documents",
             inputs,
             ["data/documents"],
-            lambda work: corpus.gather(recipe.data, work / "data/documents", columns),
+            lambda work: gather.gather(recipe.data, work / "data/documents", columns),
         )
 
     def scores(self) -> dict[str, Any]:
         """A quality score for every document."""
-        from nanophi.training import quality
+        from nanophi.data import quality
 
         self.documents()
         recipe = self.recipe
@@ -120,7 +112,7 @@ class Pipeline:
 
     def quality(self) -> dict[str, Any]:
         """The documents that the threshold keeps, and the report on it."""
-        from nanophi.training import quality
+        from nanophi.data import quality
 
         self.scores()
         recipe = self.recipe
@@ -136,7 +128,7 @@ class Pipeline:
 
     def tokenizer(self) -> dict[str, Any]:
         """An existing tokenizer, or one trained on all documents, so that a filtered run and its control share it."""
-        from nanophi.training import tokenizer
+        from nanophi.data import tokenizer
 
         self.documents()
         recipe = self.recipe
@@ -153,7 +145,7 @@ class Pipeline:
 
     def tokens(self) -> dict[str, Any]:
         """Kept documents as packed rows of tokens."""
-        from nanophi.training import packing
+        from nanophi.data import packing
 
         self.quality()
         self.tokenizer()

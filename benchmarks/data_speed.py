@@ -36,9 +36,9 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanophi.records import read_json, write_json
-from nanophi.training import contamination, corpus, packing, quality, tokenizer
-from nanophi.training.recipe import Data, Quality, Tokenizer
+from nanophi.data import contamination, gather, packing, quality, tokenizer
+from nanophi.files import read_json, write_json
+from nanophi.recipe import Data, Quality, Tokenizer
 
 HIGH = {"textbook", "reference", "encyclopedia"}
 LOW = {"chat-log", "transcript", "latex"}
@@ -115,7 +115,7 @@ def prepare(args: argparse.Namespace, files: list[Path], work: Path) -> dict[str
     print(f"{len(files)} files, {size / 1e6:.0f} MB of text, {args.workers} workers")
     with Peak() as peak:
         with step("gather"):
-            documents = corpus.gather(data, work / "documents")
+            documents = gather.gather(data, work / "documents")
         with step("score"):
             quality.score(work / "documents", scorer, data, 0, work / "scores")
         with step("select"):
@@ -157,8 +157,8 @@ def planted(args: argparse.Namespace, files: list[Path], work: Path) -> dict[str
 
     def stayed(name: str) -> set[str]:
         """Ids of the documents that `gather` keeps of what `work/in` holds."""
-        corpus.gather(Data.model_validate(data), work / name)
-        paths = [path for split in ("train", "heldout") for path in corpus.shards(work / name, split)]
+        gather.gather(Data.model_validate(data), work / name)
+        paths = [path for split in ("train", "heldout") for path in gather.shards(work / name, split)]
         return {key for path in paths for key in pq.read_table(path, columns=["id"])["id"].to_pylist()}
 
     (work / "in").mkdir()

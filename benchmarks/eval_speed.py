@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from nanophi.records import read_json, write_json
+from nanophi.files import read_json, write_json
 
 SCORERS = ("hflm", "ours")
 # Short and long few-shot prefixes, and two subjects whose five examples alone overflow 1,024 tokens.
@@ -278,7 +278,7 @@ def score(job: dict[str, Any]) -> None:
 
     from nanophi.eval.evaluate import load_model
     from nanophi.eval.scorer import ScorerLM
-    from nanophi.records import environment
+    from nanophi.run import environment
 
     network, tokenizer, _ = load_model(job["model"], dtype="float32")
     instances, tasks = build(job["task"], job)

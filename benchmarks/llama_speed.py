@@ -28,8 +28,9 @@ from transformers import CompileConfig
 from transformers.utils.logging import disable_progress_bar
 
 from nanophi.benchmarks.model_speed import PROMPT_TOKENS, bandwidth, build, in_turn
+from nanophi.files import write_json
 from nanophi.model_card import gguf
-from nanophi.records import environment, now, write_json
+from nanophi.run import environment, now
 
 KINDS = ("f32", "f16", "bf16", "q8_0")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}

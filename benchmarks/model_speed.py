@@ -28,7 +28,8 @@ import torch
 from transformers import CompileConfig, PhiConfig, PhiForCausalLM
 
 from nanophi import NanoPhiConfig, NanoPhiForCausalLM
-from nanophi.records import environment, now, write_json
+from nanophi.files import write_json
+from nanophi.run import environment, now
 
 Models = dict[str, torch.nn.Module]
 PROMPT_TOKENS = 64

@@ -35,10 +35,11 @@ import pyarrow.parquet as pq
 import torch
 
 from nanophi.eval import compare
+from nanophi.files import UserError, read_json, write_json, write_text
 from nanophi.pipeline import Pipeline
-from nanophi.records import UserError, environment, read_json, write_json, write_text
+from nanophi.recipe import Recipe, load_recipe
+from nanophi.run import environment
 from nanophi.training.estimate import PUBLISHED_TOKENS
-from nanophi.training.recipe import Recipe, load_recipe
 
 ARMS = ("filtered", "control", "matched")
 HIGH, LOW = ["textbook", "reference", "encyclopedia"], ["chat-log", "transcript", "latex"]

@@ -32,10 +32,11 @@ import torch
 from transformers import Trainer, TrainerState, TrainingArguments
 
 from nanophi.configuration_nanophi import NanoPhiConfig
+from nanophi.files import read_json, write_json
 from nanophi.modeling_nanophi import NanoPhiForCausalLM
-from nanophi.records import environment, read_json, write_json
+from nanophi.recipe import Training
+from nanophi.run import environment
 from nanophi.training import checkpoints, trainer
-from nanophi.training.recipe import Training
 from nanophi.training.rows import PackedCollator, PackedRows
 
 KILLS, KILL_WITHIN_SECONDS, KILL_SEED = 10, 3.0, 0

@@ -26,9 +26,10 @@ import pyarrow.parquet as pq
 import torch
 
 from nanophi import NanoPhiConfig
-from nanophi.records import environment, now, read_json, remove, write_json
-from nanophi.training import corpus, packing, tokenizer
-from nanophi.training.recipe import Data, Source, Tokenizer, Training, load_recipe
+from nanophi.data import gather, packing, tokenizer
+from nanophi.files import read_json, remove, write_json
+from nanophi.recipe import Data, Source, Tokenizer, Training, load_recipe
+from nanophi.run import environment, now
 from nanophi.training.trainer import train
 
 SHAPE: dict[str, Any] = {
@@ -83,13 +84,13 @@ def prepare(source: Path, work: Path) -> dict[str, Any]:
         )
         for name, files in (("train", file), ("validation", source / "data/validation-*.parquet"))
     }
-    corpus.gather(data["train"], documents)
-    corpus.gather(data["validation"], validation)
+    gather.gather(data["train"], documents)
+    gather.gather(data["validation"], validation)
     for heldout in documents.glob("heldout-*.parquet"):
         heldout.unlink()
     for heldout in validation.glob("heldout-*.parquet"):
         heldout.rename(documents / heldout.name)
-    kept = pa.concat_tables([pq.read_table(path, columns=["id"]) for path in corpus.shards(documents, "train")])
+    kept = pa.concat_tables([pq.read_table(path, columns=["id"]) for path in gather.shards(documents, "train")])
     pq.write_table(kept, documents / "kept.parquet")
     tokenizer.build(documents, Tokenizer(vocab_size=SHAPE["vocab_size"]), 0, work / "data/tokenizer")
     tokens = packing.pack(

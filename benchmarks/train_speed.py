@@ -45,11 +45,12 @@ import torch
 from transformers import PhiConfig, PhiForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from nanophi import NanoPhiForCausalLM
-from nanophi.records import environment, now, read_json, write_json
+from nanophi.files import read_json, write_json
+from nanophi.recipe import Recipe, load_recipe
+from nanophi.run import environment, now
 from nanophi.training import trainer
 from nanophi.training.estimate import DEVICES, PUBLISHED_TOKENS, flops_per_token, peak_flops
 from nanophi.training.optimizer import ADAM_EPS
-from nanophi.training.recipe import Recipe, load_recipe
 from nanophi.training.rows import PackedCollator, PackedRows
 
 CONTESTANTS = ("trainer", "trainer-tuned", "loop", "nanophi")

@@ -24,7 +24,7 @@ import yaml
 
 from nanophi.eval.metrics import bits_per_byte, bits_per_byte_stderr
 from nanophi.eval.results import FORMAT, read_result
-from nanophi.records import UserError, write_json, write_text
+from nanophi.files import UserError, write_json, write_text
 
 SIGNIFICANCE = 0.05
 LEADERBOARD = ("arc_challenge", "hellaswag", "mmlu", "truthfulqa_mc2", "winogrande", "gsm8k")

@@ -38,16 +38,8 @@ from nanophi.eval.metrics import BitsPerByte
 from nanophi.eval.results import FORMAT, read_result
 from nanophi.eval.scorer import ScorerLM, TooLong
 from nanophi.eval.suites import LoadedSuite, find_suite, load_suite, sample_of_items
-from nanophi.records import (
-    UserError,
-    environment,
-    read_json,
-    remove,
-    sha256_of,
-    sha256_of_file,
-    sha256_of_tree,
-    write_json,
-)
+from nanophi.files import UserError, read_json, remove, sha256_of, sha256_of_file, sha256_of_tree, write_json
+from nanophi.run import environment
 
 # lm-eval's own seeds (`simple_evaluate`): other ones draw other few-shot examples, and nothing compares any more.
 RANDOM_SEED, FEWSHOT_SEED = 0, 1234

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nanophi.records import UserError, read_json
+from nanophi.files import UserError, read_json
 
 FORMAT = 1
 """Version of the `nanophi` key in result files. A reader refuses another one."""

@@ -20,7 +20,8 @@ import safetensors
 import transformers
 from huggingface_hub import HfApi, ModelCard
 
-from nanophi.records import UserError, now, read_json, write_json
+from nanophi.files import UserError, read_json, write_json
+from nanophi.run import now
 
 MODEL_TYPES = ("pretrained", "continuously pretrained", "fine-tuned", "chat", "merge")
 PRECISIONS = ("float16", "bfloat16", "float32")

@@ -22,7 +22,7 @@ from lm_eval.api.task import Task
 from lm_eval.config.group import GroupConfig
 from lm_eval.tasks import TaskManager
 
-from nanophi.records import UserError
+from nanophi.files import UserError
 
 OUR_TASKS = Path(__file__).parent / "tasks"
 # TaskManager reads thousands of YAML files (several seconds); the suites' own tasks lie in these few folders.

@@ -21,8 +21,8 @@ import jinja2
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 
+from nanophi.files import UserError, read_json, write_json, write_text
 from nanophi.model_card import figures
-from nanophi.records import UserError, read_json, write_json, write_text
 
 TEMPLATE = Path(__file__).parent / "template.md"
 

@@ -15,10 +15,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nanophi.files import UserError, read_json, sha256_of_file
 from nanophi.model_card import card as model_card
 from nanophi.model_card import release as releases
 from nanophi.model_card import signature, verify
-from nanophi.records import UserError, read_json, sha256_of_file
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

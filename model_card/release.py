@@ -15,9 +15,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from nanophi.files import UserError, link_or_copy, read_json, sha256_of_file, write_json
 from nanophi.model_card import card as model_card
 from nanophi.model_card.signature import SIGNATURE
-from nanophi.records import UserError, link_or_copy, read_json, sha256_of_file, write_json
 from nanophi.version import __version__
 
 CODE_FILES = ("configuration_nanophi.py", "modeling_nanophi.py")

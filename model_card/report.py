@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from nanophi.files import UserError, read_json, write_text
 from nanophi.model_card import card
-from nanophi.records import UserError, read_json, write_text
 
 TEMPLATE = Path(__file__).parent / "report.html"
 PLACE_OF_DATA = "/*DATA*/"

@@ -18,8 +18,8 @@ from typing import Any
 
 import yaml
 
+from nanophi.files import UserError, read_json, write_text
 from nanophi.model_card import card, release, verify
-from nanophi.records import UserError, read_json, write_text
 from nanophi.version import __version__
 
 Row = dict[str, Any]

@@ -10,7 +10,7 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from nanophi.records import UserError
+from nanophi.files import UserError
 
 SIGNATURE = "model.sig"
 

@@ -17,10 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from nanophi.files import UserError, read_json, sha256_of_file, write_json
 from nanophi.model_card import card as model_card
 from nanophi.model_card import signature
 from nanophi.model_card.release import CODE_FILES, MANIFEST, list_files
-from nanophi.records import UserError, read_json, sha256_of_file, write_json
 from nanophi.version import __version__
 
 Check = dict[str, Any]

@@ -1,11 +1,11 @@
-"""Functions that test_engine.py runs in other processes, which must be able to import them by name."""
+"""Functions that test_parallel.py runs in other processes, which must be able to import them by name."""
 
 import os
 import signal
 from pathlib import Path
 from typing import Any
 
-from nanophi.records import UserError
+from nanophi.files import UserError
 
 
 def square(number: int, path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import sys
 PREAMBLE = """
 import os, signal, sys
 from pathlib import Path
-from nanophi.training import engine
+from nanophi.data import parallel
 
 write_json, marked = engine.write_json, []
 

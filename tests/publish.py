@@ -21,7 +21,7 @@ from typing import Any
 
 from hub_server import HubServer  # type: ignore[import-not-found]
 
-from nanophi.records import read_json
+from nanophi.files import read_json
 
 REPO_ID = "org/demo"
 

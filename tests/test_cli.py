@@ -55,7 +55,7 @@ def test_mistakes_are_one_line(monkeypatch, capsys, tmp_path, arguments, message
 
 def test_a_run_that_another_process_writes_is_refused(monkeypatch, capsys, tmp_path):
     script = (
-        "import sys; from nanophi.records import RunDirectory\n"
+        "import sys; from nanophi.run import RunDirectory\n"
         "with RunDirectory(sys.argv[1]).lock(): print('held', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", script, str(tmp_path / "demo")]

@@ -10,9 +10,10 @@ import pytest
 import yaml
 
 from nanophi import pipeline
-from nanophi.records import RunDirectory, UserError, read_json, sha256_of_tree
+from nanophi.files import UserError, read_json, sha256_of_tree
+from nanophi.recipe import load_recipe
+from nanophi.run import RunDirectory
 from nanophi.training import trainer
-from nanophi.training.recipe import load_recipe
 
 RECIPE = """
 name: small

@@ -16,7 +16,7 @@ import pytest
 
 import nanophi
 from nanophi import cli
-from nanophi.records import read_json
+from nanophi.files import read_json
 
 ROOT = Path(nanophi.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from nanophi.configuration_nanophi import NanoPhiConfig
+from nanophi.recipe import Training
 from nanophi.training import trainer
-from nanophi.training.recipe import Training
 
 VOCAB, CONTEXT, EOS = 61, 64, 0
 CONFIG = {

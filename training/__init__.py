@@ -1,1 +1,1 @@
-"""The stages from text to checkpoints: sources, quality filter, tokenizer, packing, `Trainer`."""
+"""The stages from packed tokens to checkpoints, with `Trainer`."""

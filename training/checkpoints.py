@@ -12,7 +12,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from nanophi.records import UserError, read_json, remove, sha256_of_tree, write_json
+from nanophi.files import UserError, read_json, remove, sha256_of_tree, write_json
 
 _STATE_FILES = ("optimizer", "scheduler", "rng_state", "scaler", "trainer_state")
 _DATA = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from nanophi.records import UserError
+from nanophi.files import UserError
 
 ENERGY_SOURCE = "codecarbon, mean grid intensity of the country"
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from nanophi.configuration_nanophi import NanoPhiConfig
-from nanophi.records import UserError
-from nanophi.training.recipe import Recipe, Training
+from nanophi.files import UserError
+from nanophi.recipe import Recipe, Training
 
 ASSUMED_MFU = 0.40
 """Share of the peak that a run is taken to reach until it is measured: PaLM reached 0.46 at 540B parameters (Chowdhery
@@ -241,7 +241,7 @@ def measure(recipe: Recipe, report: Callable[[str], None] = print) -> float:
     import pyarrow as pa
     from datasets import Dataset
 
-    from nanophi.records import write_json
+    from nanophi.files import write_json
     from nanophi.training.trainer import train
 
     config = recipe.model_config_for(eos_token_id=0, bos_token_id=0)

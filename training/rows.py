@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from nanophi.records import UserError
+from nanophi.files import UserError
 
 
 class PackedRows(Dataset[dict[str, torch.Tensor]]):

@@ -25,14 +25,14 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer import TRAINER_STATE_NAME
 
 from nanophi.configuration_nanophi import NanoPhiConfig
+from nanophi.files import UserError, read_json, remove, sha256_of_file, write_json
 from nanophi.modeling_nanophi import NanoPhiForCausalLM
-from nanophi.records import UserError, read_json, remove, sha256_of_file, write_json
+from nanophi.recipe import Training, suggestion
 from nanophi.training.callbacks import ProgressLine, SaveTimes
 from nanophi.training.checkpoints import check_data, data_hashes, is_disk_full, last_checkpoint, publish, step_of
 from nanophi.training.energy import ENERGY_SOURCE, EnergyMeter, open_meter
 from nanophi.training.estimate import flops_per_token, peak_flops
 from nanophi.training.optimizer import ADAM_EPS, MuonAdamW
-from nanophi.training.recipe import Training, suggestion
 from nanophi.training.rows import PackedCollator, PackedRows
 from nanophi.training.validation import BY_SOURCE, HeldoutRows, SampleText
 

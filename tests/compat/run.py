@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import nanophi
-from nanophi.records import read_json, write_json
+from nanophi.files import read_json, write_json
 
 ROOT = Path(nanophi.__file__).parent.resolve()
 ENVIRONMENTS = ROOT / ".venv" / "compat"
@@ -69,9 +69,9 @@ def small_releases(folder: Path) -> dict[str, Path]:
     from transformers.utils.logging import disable_progress_bar
 
     from nanophi import NanoPhiConfig, NanoPhiForCausalLM
+    from nanophi.data import tokenizer
     from nanophi.model_card import release
-    from nanophi.training import tokenizer
-    from nanophi.training.recipe import Tokenizer
+    from nanophi.recipe import Tokenizer
 
     disable_progress_bar()
     documents = folder / "documents"

@@ -8,7 +8,7 @@ import pytest
 import scipy.stats
 
 from nanophi.eval.compare import bootstrap_bits, bootstrap_mean, compare, holm, mcnemar, references, render, student
-from nanophi.records import UserError, read_json
+from nanophi.files import UserError, read_json
 
 
 def result(path, scores, *, task="arc_easy", metric="acc", chance=0.25, shots=0, prompts="p", sources=None, **fields):

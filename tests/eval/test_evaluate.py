@@ -22,7 +22,7 @@ from nanophi.eval.evaluate import evaluate, evaluate_checkpoints
 from nanophi.eval.metrics import BitsPerByte
 from nanophi.eval.scorer import ScorerLM
 from nanophi.eval.suites import OPEN_LLM_V1, Suite, find_suite, load_suite, sample_of_items
-from nanophi.records import UserError, read_json
+from nanophi.files import UserError, read_json
 
 
 @pytest.fixture(scope="module")

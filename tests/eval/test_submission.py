@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import HfApi
 
 from nanophi.eval.submission import check, render, submit
-from nanophi.records import UserError, read_json
+from nanophi.files import UserError, read_json
 
 NAMES = [
     "model type",

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from nanophi.records import write_json
+from nanophi.files import write_json
 
 STEPS, BATCH, CONTEXT, VOCABULARY = 30, 4, 128, 300
 KEPT_STEPS = (10, 20)
@@ -295,7 +295,7 @@ def heldout_samples(run: Path, step: int) -> list[dict[str, Any]]:
 
 
 def build_run(run: Path) -> None:
-    from nanophi.training.recipe import Recipe
+    from nanophi.recipe import Recipe
 
     recipe = Recipe.model_validate(
         {

@@ -16,8 +16,8 @@ from hub_server import metadata_errors  # type: ignore[import-not-found]
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard import TEMPLATE_MODELCARD_PATH
 
+from nanophi.files import UserError, read_json, write_json
 from nanophi.model_card import card
-from nanophi.records import UserError, read_json, write_json
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,9 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer
 
 from nanophi import NanoPhiConfig, NanoPhiForCausalLM
+from nanophi.files import UserError, read_json, sha256_of_file
 from nanophi.model_card import gguf, verify
 from nanophi.model_card.release import list_files
-from nanophi.records import UserError, read_json, sha256_of_file
 
 CONTEXT = 96
 TEXTS = [

@@ -17,10 +17,10 @@ import huggingface_hub.utils._http
 import pytest
 from hub_server import Commit, HubServer  # type: ignore[import-not-found]
 
+from nanophi.files import UserError, read_json, write_json
 from nanophi.model_card import push as pushing
 from nanophi.model_card import release
 from nanophi.model_card.push import problems, push
-from nanophi.records import UserError, read_json, write_json
 
 REVISIONS = ["step-000010", "step-000020", "step-000030", "main"]
 

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PhiForCausalLM
 
+from nanophi.files import UserError, read_json, sha256_of_file, sha256_of_tree, write_json
 from nanophi.model_card import card, figures, release
-from nanophi.records import UserError, read_json, sha256_of_file, sha256_of_tree, write_json
 
 LAST = "checkpoints/step-000030"
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from nanophi.files import UserError, read_json, write_json
 from nanophi.model_card import report
-from nanophi.records import UserError, read_json, write_json
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOSTILE = "</script><script>document.title='taken over'</script><img src=x onerror=alert(1)>"

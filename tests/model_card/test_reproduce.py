@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from nanophi.files import UserError, read_json, write_json
 from nanophi.model_card import release, reproduce
-from nanophi.records import UserError, read_json, write_json
-from nanophi.training.recipe import load_recipe
+from nanophi.recipe import load_recipe
 
 
 @pytest.fixture

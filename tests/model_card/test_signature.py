@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from nanophi.files import UserError, read_json
 from nanophi.model_card import release, signature, verify
 from nanophi.model_card.push import problems
-from nanophi.records import UserError, read_json
 
 pytest.importorskip("model_signing", reason="the extra 'signing' is not installed")
 

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from nanophi.files import UserError, read_json, write_json
 from nanophi.model_card import release, verify
-from nanophi.records import UserError, read_json, write_json
 
 
 @pytest.fixture

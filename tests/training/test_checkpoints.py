@@ -5,7 +5,7 @@ import shutil
 import pytest
 from tiny_run import make_run, train
 
-from nanophi.records import UserError, read_json, sha256_of_tree, write_json
+from nanophi.files import UserError, read_json, sha256_of_tree, write_json
 from nanophi.training import trainer
 
 

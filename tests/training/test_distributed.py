@@ -13,10 +13,10 @@ from tiny_run import PROMPT, TRAINING, add_sources, make_run
 from transformers import AutoModelForCausalLM, PhiForCausalLM
 
 from nanophi.configuration_nanophi import NanoPhiConfig
+from nanophi.files import UserError, read_json
 from nanophi.modeling_nanophi import NanoPhiForCausalLM
-from nanophi.records import UserError, read_json
+from nanophi.recipe import Training
 from nanophi.training import trainer
-from nanophi.training.recipe import Training
 
 STEPS = 50
 CHANGES = {**TRAINING, "steps": STEPS, "micro_batch_size": 4, "keep_steps": [], "save_steps": 20, "eval_steps": 25}
@@ -27,7 +27,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from nanophi.training import trainer
-from nanophi.training.recipe import Training
+from nanophi.recipe import Training
 from nanophi.configuration_nanophi import NanoPhiConfig
 
 if CHANGES.get("arguments"):

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from tiny_run import TRAINING, make_run, train
 
-from nanophi.records import UserError, read_json
+from nanophi.files import UserError, read_json
+from nanophi.recipe import Training
 from nanophi.training import trainer
-from nanophi.training.recipe import Training
 
 METERED = {"track_energy": True, "country_iso_code": "FRA"}
 

@@ -10,9 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nanophi import NanoPhiConfig, NanoPhiForCausalLM
 from nanophi.cli import main
-from nanophi.records import UserError
+from nanophi.files import UserError
+from nanophi.recipe import Recipe, Training, load_recipe
 from nanophi.training import estimate
-from nanophi.training.recipe import Recipe, Training, load_recipe
 
 SMALL: dict[str, Any] = {
     "vocab_size": 500,

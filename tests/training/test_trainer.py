@@ -18,10 +18,10 @@ from tiny_run import CONTEXT, EOS, TRAINING, VOCAB, make_run, replace_rows, trai
 from transformers import AutoModelForCausalLM, PhiForCausalLM, TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from nanophi.files import UserError, read_json
 from nanophi.modeling_nanophi import NanoPhiForCausalLM
-from nanophi.records import UserError, read_json
+from nanophi.recipe import Training
 from nanophi.training import checkpoints, trainer
-from nanophi.training.recipe import Training
 
 TESTS = str(Path(__file__).parents[1])
 

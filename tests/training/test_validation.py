@@ -9,10 +9,10 @@ import torch
 from tiny_run import CONFIG, CONTEXT, DOCUMENTS, EOS, PROMPT, TRAINING, add_sources, make_run, train
 
 from nanophi.configuration_nanophi import NanoPhiConfig
+from nanophi.files import read_json
 from nanophi.modeling_nanophi import NanoPhiForCausalLM
-from nanophi.records import read_json
+from nanophi.recipe import Training
 from nanophi.training import trainer, validation
-from nanophi.training.recipe import Training
 from nanophi.training.rows import PackedCollator
 
 

@@ -29,11 +29,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanophi.records import UserError, read_json, write_json
-from nanophi.training import contamination, deduplication, embedded
-from nanophi.training.engine import run_parts
-from nanophi.training.ngrams import hash_words
-from nanophi.training.recipe import Data, Source
+from nanophi.data import contamination, deduplication, installed_docs
+from nanophi.data.ngrams import hash_words
+from nanophi.data.parallel import run_parts
+from nanophi.files import UserError, read_json, write_json
+from nanophi.recipe import Data, Source
 
 PART_BYTES = 16 << 20
 BATCH_BYTES = 4 << 20
@@ -56,7 +56,7 @@ def fingerprint(data: Data) -> Any:
     result: list[Any] = []
     for source in data.sources:
         if source.embedded:
-            result.append(embedded.inputs())
+            result.append(installed_docs.inputs())
         elif source.files:
             result.append(_stamps(_files(source)))
         else:
@@ -173,7 +173,7 @@ def _plan(source: Source, columns: Sequence[str]) -> list[Origin]:
             raise UserError(
                 f"the embedded corpus has no column '{columns[0]}'; use quality.scorer 'linear' or 'model:'"
             )
-        groups = embedded.groups()
+        groups = installed_docs.groups()
         step = len(groups) if source.max_documents else 16
         return [("embedded", tuple(groups[start : start + step])) for start in range(0, len(groups), step)]
     if source.hub:
@@ -276,7 +276,7 @@ def _rows(source: Source, origin: Origin, columns: Sequence[str]) -> Iterator[Ro
             yield from _rows(source, part, columns)
     elif kind == "embedded":
         for group in origin[1]:
-            for number, (name, text) in enumerate(embedded.documents(group)):
+            for number, (name, text) in enumerate(installed_docs.documents(group)):
                 yield f"{group}:{number}", text, name, ()
     elif kind == "parquet":
         yield from _parquet_rows(source, origin[1], range(origin[2], origin[3]), columns)

@@ -15,7 +15,7 @@ from rensa import RMinHash
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from nanophi.training.ngrams import Words, ngrams
+from nanophi.data.ngrams import Words, ngrams
 
 NGRAM = 5
 PERMUTATIONS = 128

@@ -5,8 +5,8 @@ import re
 import numpy as np
 import pytest
 
-from nanophi.training import ngrams
-from nanophi.training.ngrams import hash_words, ngrams_of_lengths
+from nanophi.data import ngrams
+from nanophi.data.ngrams import hash_words, ngrams_of_lengths
 
 TEXTS = [
     b"The quick brown fox -- the QUICK brown-fox, 42 times!",

@@ -3,10 +3,10 @@
 import pytest
 import yaml
 
+from nanophi.files import UserError
 from nanophi.modeling_nanophi import NanoPhiForCausalLM
-from nanophi.records import UserError
+from nanophi.recipe import RECIPES, Recipe, load_recipe
 from nanophi.training.estimate import flops_per_token, parameter_count
-from nanophi.training.recipe import RECIPES, Recipe, load_recipe
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)

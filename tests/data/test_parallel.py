@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from engine_parts import die_on_three, fail_on_three, square  # type: ignore[import-not-found]
 
-from nanophi.records import UserError
-from nanophi.training.engine import run_parts
+from nanophi.data.parallel import run_parts
+from nanophi.files import UserError
 
 TESTS = Path(__file__).parent.parent
 
@@ -42,7 +42,7 @@ print(sys.argv[-1], "R")
 @pytest.fixture(params=["ray", "slurm"])
 def engine(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Two real Ray workers on this machine; or Slurm, if it is here, else commands that run what is submitted."""
-    cluster = pytest.importorskip("nanophi.training.cluster", reason="needs datatrove and Ray (make cluster)")
+    cluster = pytest.importorskip("nanophi.data.cluster", reason="needs datatrove and Ray (make cluster)")
     # Its workers import the functions of this folder by name, as a cluster's machines import nanophi's.
     path = os.pathsep.join([str(TESTS), *sys.path])
     if request.param == "ray":
@@ -87,8 +87,8 @@ def test_a_cluster_gives_the_same_and_fails_alike(tmp_path: Path, engine: str) -
 
 
 def test_documents_and_tokens_are_the_same_on_a_cluster(tmp_path: Path, engine: str) -> None:
-    from nanophi.training import corpus, packing, quality, tokenizer
-    from nanophi.training.recipe import Data, Quality, Tokenizer
+    from nanophi.data import gather, packing, quality, tokenizer
+    from nanophi.recipe import Data, Quality, Tokenizer
 
     generator = random.Random(0)
     for name in "abc":
@@ -99,7 +99,7 @@ def test_documents_and_tokens_are_the_same_on_a_cluster(tmp_path: Path, engine: 
         source = {"files": str(tmp_path / "*.jsonl")}
         data = Data.model_validate({"sources": [source], "engine": where, "workers": 2, "heldout_fraction": 0.2})
         work, scorer = tmp_path / where, Quality(scorer="column:score")
-        documents = corpus.gather(data, work / "documents", ["score"])
+        documents = gather.gather(data, work / "documents", ["score"])
         quality.score(work / "documents", scorer, data, 0, work / "scores")
         quality.select(work / "documents", work / "scores", scorer, work / "quality")
         tokenizer.build(work / "documents", Tokenizer(vocab_size=300), 0, work / "tokenizer")
@@ -111,7 +111,7 @@ def test_documents_and_tokens_are_the_same_on_a_cluster(tmp_path: Path, engine: 
 def test_without_the_cluster_extra_the_engine_is_refused_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "nanophi.training.cluster", None)
+    monkeypatch.setitem(sys.modules, "nanophi.data.cluster", None)
     with pytest.raises(UserError, match=r"pip install 'nanophi\[cluster\]'"):
         run_parts(square, [(1,)], tmp_path, "squares", 2, "ray")
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from nanophi.records import RunDirectory, UserError, read_json, sha256_of_tree, write_json, write_text
+from nanophi.files import UserError, read_json, sha256_of_tree, write_json, write_text
+from nanophi.run import RunDirectory
 
 
 def builder(text, calls):
@@ -101,7 +102,7 @@ def test_required_stage_that_has_not_run(tmp_path):
 
 def test_one_writer_at_a_time(tmp_path):
     script = (
-        "import sys; from nanophi.records import RunDirectory\n"
+        "import sys; from nanophi.run import RunDirectory\n"
         "with RunDirectory(sys.argv[1]).lock(): print('held', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", script, str(tmp_path / "a")]

@@ -22,11 +22,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanophi.records import UserError, read_json, replace_tree, write_json
-from nanophi.training.corpus import shards
-from nanophi.training.engine import run_parts
-from nanophi.training.recipe import Data
-from nanophi.training.tokenizer import Encoder
+from nanophi.data.gather import shards
+from nanophi.data.parallel import run_parts
+from nanophi.data.tokenizer import Encoder
+from nanophi.files import UserError, read_json, replace_tree, write_json
+from nanophi.recipe import Data
 
 _BATCH_BYTES = 1 << 20
 _WRITE_TOKENS = 1 << 20

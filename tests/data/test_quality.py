@@ -10,10 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 from killed import run_killed
 
-from nanophi.records import UserError
-from nanophi.training import corpus, quality
-from nanophi.training.ngrams import hash_words, ngrams
-from nanophi.training.recipe import Data, Quality
+from nanophi.data import gather, quality
+from nanophi.data.ngrams import hash_words, ngrams
+from nanophi.files import UserError
+from nanophi.recipe import Data, Quality
 
 GOOD = (
     "the a of in which that is are because however a language reason example people water energy system cell "
@@ -57,7 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 )
     (folder / "in").mkdir()
     pq.write_table(pa.Table.from_pylist(rows), folder / "in" / "a.parquet", row_group_size=100)
-    corpus.gather(settings(folder), folder / "documents", ["score"])
+    gather.gather(settings(folder), folder / "documents", ["score"])
     return folder
 
 
@@ -92,7 +92,7 @@ def test_scores_follow_the_documents_and_the_saved_scorer(folder: Path, tmp_path
     shards = [
         (split, pq.read_table(path))
         for split in ("train", "heldout")
-        for path in corpus.shards(folder / "documents", split)
+        for path in gather.shards(folder / "documents", split)
     ]
     texts = [text.encode() for _, shard in shards for text in shard["text"].to_pylist()]
     assert table["id"].to_pylist() == [key for _, shard in shards for key in shard["id"].to_pylist()]
@@ -136,7 +136,7 @@ def test_column_scores_and_threshold(folder: Path, tmp_path: Path) -> None:
     column = Quality(scorer="column:score", threshold=0.5)
     quality.score(folder / "documents", column, settings(folder), 0, tmp_path / "scores")
     report = quality.select(folder / "documents", tmp_path / "scores", column, tmp_path / "quality")
-    train = pa.concat_tables([pq.read_table(path) for path in corpus.shards(folder / "documents", "train")]).to_pylist()
+    train = pa.concat_tables([pq.read_table(path) for path in gather.shards(folder / "documents", "train")]).to_pylist()
     kept = pq.read_table(tmp_path / "quality" / "kept.parquet").to_pylist()
     assert [row["id"] for row in kept] == [row["id"] for row in train if row["score"] > 0.5]
     assert report["documents"] == len(train) and report["kept_documents"] == len(kept)
@@ -183,15 +183,15 @@ def test_scores_that_are_no_scores_are_refused(tmp_path: Path, bad: float | None
     data = Data.model_validate(
         {"sources": [{"files": str(tmp_path / "in" / "*.parquet")}], "deduplication": {"near": False}, "workers": 1}
     )
-    corpus.gather(data, tmp_path / "documents", ["score"])
+    gather.gather(data, tmp_path / "documents", ["score"])
     with pytest.raises(UserError, match=r"document [0-9a-f]{16} has quality score .* numbers from 0 to 1"):
         quality.score(tmp_path / "documents", Quality(scorer="column:score"), data, 0, tmp_path / "scores")
     assert not (tmp_path / "scores" / "scores.parquet").exists()
 
 
 KILLED = """
-from nanophi.training import quality
-from nanophi.training.recipe import Data, Quality
+from nanophi.data import quality
+from nanophi.recipe import Data, Quality
 
 documents, output, settings, scorer = arguments
 scorer = Quality.model_validate_json(scorer)
@@ -210,7 +210,7 @@ def test_killed_and_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ]
         pq.write_table(pa.Table.from_pylist(rows), tmp_path / "in" / f"{number}.parquet")
     data, scorer = settings(tmp_path), Quality(high=["essay-x"], low=["chat-x"])
-    corpus.gather(data, tmp_path / "documents")
+    gather.gather(data, tmp_path / "documents")
     output, whole = tmp_path / "scores", tmp_path / "whole"
     run_killed(KILLED, tmp_path / "documents", output, data.model_dump_json(), scorer.model_dump_json(), survive=3)
     assert not (output / "scores.parquet").exists()
@@ -266,7 +266,7 @@ def test_a_transformers_classifier(folder: Path, tmp_path: Path) -> None:
     table = read_scores(tmp_path / "scores").slice(0, 20).to_pylist()
     texts = {
         row["id"]: row["text"]
-        for path in corpus.shards(folder / "documents", "train")
+        for path in gather.shards(folder / "documents", "train")
         for row in pq.read_table(path).to_pylist()
     }
     model.eval()

@@ -28,12 +28,12 @@ import pyarrow.parquet as pq
 from safetensors.numpy import load_file, save_file
 from scipy.sparse import csr_matrix, hstack, vstack
 
-from nanophi.records import UserError, read_json, replace_tree, write_json, write_text
-from nanophi.training import embedded
-from nanophi.training.corpus import read_texts, shards
-from nanophi.training.engine import run_parts
-from nanophi.training.ngrams import hash_words, ngrams
-from nanophi.training.recipe import Data, Quality, Source
+from nanophi.data import installed_docs
+from nanophi.data.gather import read_texts, shards
+from nanophi.data.ngrams import hash_words, ngrams
+from nanophi.data.parallel import run_parts
+from nanophi.files import UserError, read_json, replace_tree, write_json, write_text
+from nanophi.recipe import Data, Quality, Source
 
 BUCKETS = 1 << 18
 EXCERPT_BYTES = 16_000
@@ -237,7 +237,7 @@ def labels(quality: Quality, data: Data) -> tuple[list[str], list[str]]:
     """Names of the sources that are examples of good and of poor text."""
     high, low = list(quality.high), list(quality.low)
     if not high and not low and any(source.embedded for source in data.sources):
-        high, low = list(embedded.HIGH), list(embedded.LOW)
+        high, low = list(installed_docs.HIGH), list(installed_docs.LOW)
     both = sorted(set(high) & set(low))
     if both:
         raise UserError(f"quality.high and quality.low both name '{both[0]}'")
@@ -284,7 +284,7 @@ def score(documents: Path, quality: Quality, data: Data, seed: int, output: Path
     """Score every document, training and held-out (see the module for the files).
 
     Args:
-        documents: folder of `corpus.gather`.
+        documents: folder of `gather.gather`.
         quality: the recipe's section; the threshold plays no part, so that a filtered run and its control share this.
         data: the recipe's section, for the number of workers and whether the corpus is the embedded one.
         seed: of the sample that the linear scorer is fitted on.

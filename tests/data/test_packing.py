@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 from killed import run_killed
 
-from nanophi.records import UserError
-from nanophi.training import corpus, packing, quality, tokenizer
-from nanophi.training.recipe import Data, Quality, Tokenizer
+from nanophi.data import gather, packing, quality, tokenizer
+from nanophi.files import UserError
+from nanophi.recipe import Data, Quality, Tokenizer
 
 CONTEXT = 64
 
@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         scores = generator.random(40)
         pq.write_table(pa.table({"text": texts, "score": scores}), folder / f"{name}.parquet")
     data = settings(folder)
-    corpus.gather(data, folder / "documents", ["score"])
+    gather.gather(data, folder / "documents", ["score"])
     scorer = Quality(scorer="column:score", threshold=0.3)
     quality.score(folder / "documents", scorer, data, 0, folder / "scores")
     quality.select(folder / "documents", folder / "scores", scorer, folder / "quality")
@@ -68,7 +68,7 @@ def rows(output: Path, split: str) -> np.ndarray:
 
 
 def expected_documents(folder: Path, split: str) -> list[str]:
-    table = pa.concat_tables([pq.read_table(path) for path in corpus.shards(folder / "documents", split)]).to_pylist()
+    table = pa.concat_tables([pq.read_table(path) for path in gather.shards(folder / "documents", split)]).to_pylist()
     return [row["text"] for row in table if split == "heldout" or np.float32(row["score"]) > 0.3]
 
 
@@ -106,7 +106,7 @@ def test_heldout_documents_are_known_by_source_in_packed_order(folder: Path, tmp
     summary = pack(folder, tmp_path / "tokens")["heldout"]
     stream = rows(tmp_path / "tokens", "heldout").ravel()
     encoder = tokenizer.Encoder(folder / "tokenizer")
-    table = pa.concat_tables([pq.read_table(p) for p in corpus.shards(folder / "documents", "heldout")]).to_pylist()
+    table = pa.concat_tables([pq.read_table(p) for p in gather.shards(folder / "documents", "heldout")]).to_pylist()
     source_of = {row["text"]: row["source"] for row in table}
     documents = pq.read_table(tmp_path / "tokens" / "heldout-documents.parquet").to_pylist()
     assert not (tmp_path / "tokens" / "train-documents.parquet").exists()
@@ -167,8 +167,8 @@ def test_weights_repeat_documents(folder: Path, tmp_path: Path) -> None:
 
 
 KILLED = """
-from nanophi.training import packing
-from nanophi.training.recipe import Data
+from nanophi.data import packing
+from nanophi.recipe import Data
 
 folder, output, settings = arguments
 inputs = [Path(folder, name) for name in ("documents", "quality", "tokenizer")]
@@ -189,7 +189,7 @@ def test_killed_and_started_again(folder: Path, tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(packing, "_encode_shard", counting)
     resumed = pack(folder, output)
-    shards = sum(len(corpus.shards(folder / "documents", split)) for split in ("train", "heldout"))
+    shards = sum(len(gather.shards(folder / "documents", split)) for split in ("train", "heldout"))
     assert len(encoded) == shards - 2, "finished shards are not tokenized again"
     monkeypatch.undo()
     assert resumed == pack(folder, tmp_path / "whole")

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import nanophi
-from nanophi.records import UserError
-from nanophi.training import corpus, tokenizer
-from nanophi.training.recipe import Data, Tokenizer
+from nanophi.data import gather, tokenizer
+from nanophi.files import UserError
+from nanophi.recipe import Data, Tokenizer
 
 SHARED = Path(os.environ.get("NANOPHI_SHARED", Path(nanophi.__file__).parent.parent / "shared"))
 PHI_2 = SHARED / "tokenizers" / "phi-2"
@@ -31,7 +31,7 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "a.jsonl").write_text("\n".join(lines))
     source = {"files": str(folder / "a.jsonl")}
     data = Data.model_validate({"sources": [source], "deduplication": {"near": False}, "workers": 1})
-    corpus.gather(data, folder / "documents")
+    gather.gather(data, folder / "documents")
     return folder / "documents"
 
 
@@ -82,7 +82,7 @@ def test_training_is_deterministic_and_reported(documents: Path, trained: Path, 
     summary = tokenizer.build(documents, Tokenizer(vocab_size=300), 0, tmp_path / "again")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (trained / name).read_bytes()
-    texts = [text for path in corpus.shards(documents, "heldout") for batch in tokenizer._texts(path) for text in batch]
+    texts = [text for path in gather.shards(documents, "heldout") for batch in tokenizer._texts(path) for text in batch]
     tokens = sum(map(len, tokenizer.Encoder(trained).encode(texts)))
     size = sum(len(text.encode()) for text in texts)
     assert (summary["heldout_bytes"], summary["heldout_tokens"]) == (size, tokens)
@@ -93,8 +93,8 @@ def test_training_is_deterministic_and_reported(documents: Path, trained: Path, 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from nanophi.training import tokenizer
-from nanophi.training.recipe import Tokenizer
+from nanophi.data import tokenizer
+from nanophi.recipe import Tokenizer
 
 tokenizer.write_json = lambda path, value: os.kill(os.getpid(), signal.SIGKILL)
 tokenizer.build(Path(sys.argv[1]), Tokenizer(vocab_size=300), 0, Path(sys.argv[2]))

@@ -19,7 +19,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from nanophi.records import UserError, read_json, write_json
+from nanophi.files import UserError, read_json, write_json
 
 
 def run_parts(
@@ -82,7 +82,7 @@ def in_processes(tasks: Sequence[Task], workers: int) -> Iterator[None]:
     """Run the tasks in so many processes here; yields once for each that is done. Raises `WorkerDiedError`."""
     # Not `fork`: the parent holds threads (torch, pyarrow, tokenizers) whose locks a forked child inherits.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["nanophi.training.engine", *(sorted({task[0].__module__ for task in tasks}))])
+    context.set_forkserver_preload(["nanophi.data.parallel", *(sorted({task[0].__module__ for task in tasks}))])
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as pool:
         futures = [pool.submit(_run_part, *task) for task in tasks]
         try:
@@ -97,7 +97,7 @@ def in_processes(tasks: Sequence[Task], workers: int) -> Iterator[None]:
 
 def _cluster() -> Callable[..., Iterator[None]]:
     try:
-        from nanophi.training.cluster import on_cluster
+        from nanophi.data.cluster import on_cluster
     except ImportError as error:
         raise UserError(f"data.engine 'ray' and 'slurm' need more: pip install 'nanophi[cluster]' ({error})") from None
     return on_cluster

@@ -1,6 +1,6 @@
 """Runs parts on a cluster as a datatrove pipeline of one step: through Ray or through Slurm.
 
-Which parts there are, what they write and how they are checked does not depend on this (`nanophi.training.engine`);
+Which parts there are, what they write and how they are checked does not depend on this (`nanophi.data.parallel`);
 datatrove only brings them to the machines. Those need nanophi installed and the run directory under the same path.
 """
 
@@ -23,8 +23,8 @@ from datatrove.executor.slurm import SlurmPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 from datatrove.utils.logging import logger
 
-from nanophi.records import UserError, read_json, write_json
-from nanophi.training.engine import Task, WorkerDiedError, in_processes
+from nanophi.data.parallel import Task, WorkerDiedError, in_processes
+from nanophi.files import UserError, read_json, write_json
 
 POLL_SECONDS = 2.0
 SLURM_WORKERS = 16

@@ -19,9 +19,9 @@ import regex
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as BackendTokenizer
 
-from nanophi.records import UserError, read_json, write_json
-from nanophi.training.corpus import shards
-from nanophi.training.recipe import Tokenizer
+from nanophi.data.gather import shards
+from nanophi.files import UserError, read_json, write_json
+from nanophi.recipe import Tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 # BPE merges hardly change beyond this, and the trainer holds every distinct word in memory.

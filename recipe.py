@@ -17,9 +17,9 @@ import pydantic
 import yaml
 
 from nanophi.configuration_nanophi import NanoPhiConfig
-from nanophi.records import UserError
+from nanophi.files import UserError
 
-RECIPES = Path(__file__).parent.parent / "recipes"
+RECIPES = Path(__file__).parent / "recipes"
 
 
 class Section(pydantic.BaseModel):

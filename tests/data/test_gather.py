@@ -16,9 +16,9 @@ import pytest
 from hub_server import HubServer  # type: ignore[import-not-found]
 from killed import run_killed
 
-from nanophi.records import UserError
-from nanophi.training import corpus, embedded
-from nanophi.training.recipe import Data
+from nanophi.data import gather, installed_docs
+from nanophi.files import UserError
+from nanophi.recipe import Data
 
 
 def text(number: int, words: int = 120) -> str:
@@ -38,7 +38,7 @@ def write_parquet(path: Path, texts: list[Any], **columns: Any) -> Path:
 
 
 def documents(output: Path, split: str = "train") -> pa.Table:
-    return pa.concat_tables([pq.read_table(path) for path in corpus.shards(output, split)])
+    return pa.concat_tables([pq.read_table(path) for path in gather.shards(output, split)])
 
 
 def tree_digest(folder: Path) -> str:
@@ -65,7 +65,7 @@ def test_every_format_gives_the_same_documents(tmp_path: Path) -> None:
     found = {}
     for name in ("a.parquet", "b.jsonl", "c.jsonl.gz", "d.jsonl.zst", "e*.txt"):
         output = tmp_path / "out" / name.strip("*")
-        summary = corpus.gather(data({"files": str(tmp_path / name), "name": "mine"}), output)
+        summary = gather.gather(data({"files": str(tmp_path / name), "name": "mine"}), output)
         assert summary["read"] == 40
         assert summary["train"] + summary["heldout"] == 40
         rows = pa.concat_tables([documents(output, split) for split in ("train", "heldout")]).to_pylist()
@@ -93,7 +93,7 @@ def test_unusable_documents_are_counted_and_named(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_bytes(b"\n".join(lines) + b"\n\n")
     (tmp_path / "c.txt").write_bytes(b"y" * 50_000_000)
     sources = [{"files": str(tmp_path / name), "name": name} for name in ("a.parquet", "b.jsonl", "c.txt")]
-    summary = corpus.gather(data(*sources), tmp_path / "out")
+    summary = gather.gather(data(*sources), tmp_path / "out")
     assert summary["sources"]["a.parquet"]["dropped"] == {"empty": 2, "invalid_utf8": 1, "oversize": 1}
     assert summary["sources"]["b.jsonl"]["dropped"] == {"invalid_utf8": 2, "not_text": 4}
     assert summary["sources"]["c.txt"]["dropped"] == {"oversize": 1}
@@ -130,7 +130,7 @@ def test_a_source_that_cannot_be_read_is_refused_in_one_line(tmp_path: Path, mak
     (tmp_path / "notes.md").write_text("x")
     (tmp_path / "nodata").mkdir()
     with pytest.raises(UserError) as caught:
-        corpus.gather(data(make(tmp_path)), tmp_path / "out")
+        gather.gather(data(make(tmp_path)), tmp_path / "out")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -142,7 +142,7 @@ def test_repeats_are_dropped_and_listed(tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet", originals)
     write_parquet(tmp_path / "b.parquet", [originals[5], " ".join(words), text(99), f"  {originals[6]}\r\n"])
     sources = [{"files": str(tmp_path / f"{name}.parquet"), "name": name} for name in "ab"]
-    summary = corpus.gather(data(*sources), tmp_path / "out")
+    summary = gather.gather(data(*sources), tmp_path / "out")
     assert summary["sources"]["a"]["dropped"] == {}
     assert summary["sources"]["b"]["dropped"] == {"exact_duplicate": 2, "near_duplicate": 1}
     assert summary["duplicates"] == {"clusters": 3, "largest": 2}
@@ -157,7 +157,7 @@ def test_a_source_can_be_held_out_as_a_whole(tmp_path: Path) -> None:
     write_parquet(tmp_path / "train.parquet", [text(number) for number in range(100, 150)] + validation[:2])
     write_parquet(tmp_path / "validation.parquet", validation)
     sources = {"files": str(tmp_path / "train.parquet")}, {"files": str(tmp_path / "validation.parquet")}
-    summary = corpus.gather(data(sources[0], {**sources[1], "heldout": True}), tmp_path / "out")
+    summary = gather.gather(data(sources[0], {**sources[1], "heldout": True}), tmp_path / "out")
     # What the training source already has cannot serve as held-out text.
     assert (summary["train"], summary["heldout"]) == (52, 8)
     assert set(documents(tmp_path / "out", "heldout")["text"].to_pylist()) == set(validation[2:])
@@ -165,7 +165,7 @@ def test_a_source_can_be_held_out_as_a_whole(tmp_path: Path) -> None:
         data({**sources[1], "heldout": True})
     write_parquet(tmp_path / "validation.parquet", validation[:2])
     with pytest.raises(UserError, match="the documents of the held-out sources repeat the other sources"):
-        corpus.gather(data(sources[0], {**sources[1], "heldout": True}), tmp_path / "again")
+        gather.gather(data(sources[0], {**sources[1], "heldout": True}), tmp_path / "again")
 
 
 def test_heldout_documents_have_no_near_duplicate_among_those_trained_on(tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_heldout_documents_have_no_near_duplicate_among_those_trained_on(tmp_pat
         texts.append(" ".join(words))
     write_parquet(tmp_path / "a.parquet", texts)
     sources = {"files": str(tmp_path / "a.parquet")}
-    summary = corpus.gather(
+    summary = gather.gather(
         data(sources, deduplication={"near": False, "similarity": 0.5}, heldout_fraction=0.2), tmp_path / "out"
     )
     assert summary["dropped"]["heldout_near_train"] > 0
@@ -200,7 +200,7 @@ def test_contaminated_documents_are_dropped_and_listed(tmp_path: Path) -> None:
     settings = data(
         {"files": str(tmp_path / "a.parquet")}, decontamination={"benchmarks": str(tmp_path / "benchmarks")}
     )
-    summary = corpus.gather(settings, tmp_path / "out")
+    summary = gather.gather(settings, tmp_path / "out")
     assert summary["dropped"] == {"contaminated": 1}
     assert summary["contamination"] == {"quiz": {"items": 1, "too_short": 0, "items_found": 1, "documents": 1}}
     report = json.loads((tmp_path / "out" / "contamination.json").read_text())
@@ -212,13 +212,13 @@ def test_columns_caps_and_source_columns(tmp_path: Path) -> None:
     scores = [number / 100 for number in range(100)]
     write_parquet(tmp_path / "a.parquet", texts, score=scores, origin=["x", "y"] * 50)
     source = {"files": str(tmp_path / "a.parquet"), "source_column": "origin", "max_documents": 60}
-    summary = corpus.gather(data(source), tmp_path / "out", ["score"])
+    summary = gather.gather(data(source), tmp_path / "out", ["score"])
     assert summary["read"] == 60
     assert {name: entry["read"] for name, entry in summary["sources"].items()} == {"x": 30, "y": 30}
     rows = documents(tmp_path / "out").to_pylist()
     assert all(row["score"] == scores[texts.index(row["text"])] for row in rows)
     with pytest.raises(UserError, match="has no column 'quality'"):
-        corpus.gather(data(source), tmp_path / "other", ["quality"])
+        gather.gather(data(source), tmp_path / "other", ["quality"])
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -228,21 +228,21 @@ def test_a_folder_in_hub_layout(tmp_path: Path, streaming: bool, monkeypatch: py
         write_parquet(tmp_path / "set" / "data" / f"train-{part}.parquet", texts[20 * part : 20 * part + 20])
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     source = {"hub": str(tmp_path / "set"), "streaming": streaming, "name": "set"}
-    summary = corpus.gather(data(source), tmp_path / "out")
+    summary = gather.gather(data(source), tmp_path / "out")
     assert summary["read"] == summary["train"] + summary["heldout"] == 60
-    capped = corpus.gather(data({**source, "max_documents": 30}), tmp_path / "capped")
+    capped = gather.gather(data({**source, "max_documents": 30}), tmp_path / "capped")
     assert capped["read"] == 30
     with pytest.raises(UserError, match="has no column 'body'"):
-        corpus.gather(data({**source, "text_column": "body"}), tmp_path / "none")
+        gather.gather(data({**source, "text_column": "body"}), tmp_path / "none")
 
 
 GATHER = """
 import json, sys
 from pathlib import Path
-from nanophi.training import corpus
-from nanophi.training.recipe import Data
+from nanophi.data import gather
+from nanophi.recipe import Data
 
-print(json.dumps(corpus.gather(Data.model_validate_json(sys.argv[1]), Path(sys.argv[2]))))
+print(json.dumps(gather.gather(Data.model_validate_json(sys.argv[1]), Path(sys.argv[2]))))
 """
 
 
@@ -283,18 +283,18 @@ def many_files(folder: Path) -> dict[str, Any]:
 def test_the_number_of_workers_changes_nothing(tmp_path: Path) -> None:
     source = many_files(tmp_path / "in")
     for workers in (1, 3):
-        corpus.gather(data(source, workers=workers), tmp_path / str(workers))
+        gather.gather(data(source, workers=workers), tmp_path / str(workers))
     assert tree_digest(tmp_path / "1") == tree_digest(tmp_path / "3")
 
 
 KILLED = """
-from nanophi.training import corpus
-from nanophi.training.recipe import Data
+from nanophi.data import gather
+from nanophi.recipe import Data
 
 source, output = arguments
 settings = Data.model_validate({"sources": [{"files": source, "name": "numbers"}], "heldout_fraction": 0.1,
                                 "deduplication": {"similarity": 0.5}, "workers": 1})
-corpus.gather(settings, Path(output))
+gather.gather(settings, Path(output))
 """
 
 
@@ -306,50 +306,50 @@ def test_killed_and_started_again(tmp_path: Path, survive: int, monkeypatch: pyt
     assert not (output / "documents.json").exists()
     finished = {path: path.stat().st_mtime_ns for path in (output / ".parts").rglob("*.json")}
     assert len(finished) == survive
-    run, ran = corpus.run_parts, []
+    run, ran = gather.run_parts, []
 
     def counting(function: Any, parts: Any, folder: Path, *args: Any) -> Any:
         ran.extend(path for path in range(len(parts)) if not (folder / f"{path:05d}.json").exists())
         return run(function, parts, folder, *args)
 
-    monkeypatch.setattr(corpus, "run_parts", counting)
-    corpus.gather(data(source), output)
+    monkeypatch.setattr(gather, "run_parts", counting)
+    gather.gather(data(source), output)
     assert len(ran) == 12 - survive, "finished parts are not run again"
     monkeypatch.undo()
-    corpus.gather(data(source), tmp_path / "whole")
+    gather.gather(data(source), tmp_path / "whole")
     assert tree_digest(output) == tree_digest(tmp_path / "whole")
 
 
 def test_a_finished_folder_is_left_alone(tmp_path: Path) -> None:
     source = many_files(tmp_path / "in")
-    first = corpus.gather(data(source), tmp_path / "out")
+    first = gather.gather(data(source), tmp_path / "out")
     before = tree_digest(tmp_path / "out")
-    assert corpus.gather(data(source), tmp_path / "out") == first
+    assert gather.gather(data(source), tmp_path / "out") == first
     assert tree_digest(tmp_path / "out") == before
 
 
 def test_fingerprint_follows_the_files(tmp_path: Path) -> None:
     source = many_files(tmp_path / "in")
-    before = corpus.fingerprint(data(source))
-    assert corpus.fingerprint(data(source)) == before
+    before = gather.fingerprint(data(source))
+    assert gather.fingerprint(data(source)) == before
     write_parquet(tmp_path / "in" / "5.parquet", [text(1)])
-    assert corpus.fingerprint(data(source)) != before
+    assert gather.fingerprint(data(source)) != before
 
 
 def test_sources_of_different_weight_need_different_names(tmp_path: Path) -> None:
     source = many_files(tmp_path / "in")
     with pytest.raises(UserError, match="set their 'name'"):
-        corpus.gather(data(source, {**source, "weight": 2.0}), tmp_path / "out")
+        gather.gather(data(source, {**source, "weight": 2.0}), tmp_path / "out")
 
 
 def test_embedded_documents_are_english_and_the_same_each_time() -> None:
-    group = next(name for name in embedded.groups() if name == "packaging")
-    first = list(embedded.documents(group))
-    assert first == list(embedded.documents(group))
+    group = next(name for name in installed_docs.groups() if name == "packaging")
+    first = list(installed_docs.documents(group))
+    assert first == list(installed_docs.documents(group))
     sources = {source for source, _ in first}
     assert {"package-descriptions", "licences"} <= sources
     assert all(len(entry) >= 300 for _, entry in first)
-    docs = [entry for source, entry in embedded.documents("python") if source == "python-docs"]
+    docs = [entry for source, entry in installed_docs.documents("python") if source == "python-docs"]
     assert sum(map(len, docs)) > 300_000
     assert any('The "try" statement' in entry for entry in docs)
 
@@ -364,4 +364,4 @@ def test_embedded_documents_are_english_and_the_same_each_time() -> None:
     ],
 )
 def test_embedded_corpus_leaves_out_what_is_not_english(entry: str) -> None:
-    assert not embedded._is_english(entry)
+    assert not installed_docs._is_english(entry)

@@ -19,8 +19,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import yaml
 
-from nanophi.records import UserError
-from nanophi.training.ngrams import Words, hash_words, ngrams, ngrams_of_lengths
+from nanophi.data.ngrams import Words, hash_words, ngrams, ngrams_of_lengths
+from nanophi.files import UserError
 
 SHORTEST = 8
 _QUESTIONS = ("question", "ctx", "sentence", "query", "prompt", "goal")

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from nanophi.training import deduplication
-from nanophi.training.ngrams import hash_words, ngrams
+from nanophi.data import deduplication
+from nanophi.data.ngrams import hash_words, ngrams
 
 VOCABULARY = [f"w{number}" for number in range(5000)]
 

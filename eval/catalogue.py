@@ -1,0 +1,70 @@
+"""What is known of a task by its name: title, leading metric, Hub dataset, place on the first Open LLM Leaderboard.
+
+Read from `tasks.yaml`; imports nothing heavy, so that the card and the comparison can use it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import yaml
+
+
+@dataclasses.dataclass(frozen=True)
+class HubDataset:
+    """A benchmark as the leaderboard wrote it into `model-index`."""
+
+    id: str
+    name: str
+    split: str
+    metric: str
+    config: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaderboard:
+    """A task's part in the first Open LLM Leaderboard."""
+
+    shots: int
+    title: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One entry of `tasks.yaml`. `metric` is lm-eval's `metric,filter` that leads."""
+
+    title: str
+    metric: str
+    hub: HubDataset | None = None
+    leaderboard: Leaderboard | None = None
+
+
+def _load() -> dict[str, Task]:
+    entries = yaml.safe_load(Path(__file__).with_name("tasks.yaml").read_text(encoding="utf-8"))
+    tasks = {}
+    for name, entry in entries.items():
+        hub, leaderboard = entry.pop("hub", None), entry.pop("leaderboard", None)
+        tasks[name] = Task(
+            **entry,
+            hub=HubDataset(**hub) if hub else None,
+            leaderboard=Leaderboard(**leaderboard) if leaderboard else None,
+        )
+    return tasks
+
+
+TASKS = _load()
+LEADERBOARD = tuple(name for name, task in TASKS.items() if task.leaderboard)
+"""The six tasks whose mean was the first Open LLM Leaderboard's score, in its order."""
+
+
+def title(task: str, shots: int | None = None) -> str:
+    """A task as a person would call it: `HellaSwag (10-shot)`; lm-eval's name where we have no title."""
+    name = TASKS[task].title if task in TASKS else task
+    return f"{name} ({shots}-shot)" if shots else name
+
+
+def position(task: str) -> int:
+    """Where a task stands in every table; tasks that are not in `tasks.yaml` come last."""
+    names = list(TASKS)
+    return names.index(task) if task in TASKS else len(names)

@@ -1,0 +1,107 @@
+"""The structure of the package: which part may import which, no circles, and files of one job each."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent
+ROOMS = ("data", "training", "eval", "model_card")
+MAY_IMPORT = {
+    # Below everything; the two files that travel with a release import nothing of the package but each other.
+    "version": (),
+    "files": (),
+    "formatting": (),
+    "inputs": ("files",),
+    "configuration_nanophi": (),
+    "modeling_nanophi": ("configuration_nanophi",),
+    "run": ("files", "formatting", "inputs", "version"),
+    "recipe": ("configuration_nanophi", "files", "formatting", "inputs"),
+}
+BASE = tuple(MAY_IMPORT)
+MAY_IMPORT |= {
+    "data": BASE,
+    "training": (*BASE, "data"),
+    "eval": (*BASE, "data"),
+    "model_card": (*BASE, "data", "eval"),
+    "pipeline": (*BASE, *ROOMS),
+    "cli": (*BASE, *ROOMS, "pipeline"),
+    "__main__": ("cli",),
+    "__init__": ("configuration_nanophi", "modeling_nanophi", "version"),
+}
+MAXIMUM_LINES = 450
+LONGER = {"eval/scorer.py": "batching, caches and exactness of one scorer; its parts are in forest.py and kernels.py"}
+
+
+def modules() -> dict[str, Path]:
+    """Dotted name below `nanophi` -> file, of everything that is installed."""
+    paths = [*PACKAGE.glob("*.py"), *(path for room in ROOMS for path in (PACKAGE / room).rglob("*.py"))]
+    named = {}
+    for path in paths:
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        named[".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)] = path
+    return named
+
+
+def imports(name: str, path: Path, known: dict[str, Path]) -> set[str]:
+    """Modules of the package that a module imports, anywhere in its text."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            targets = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = f"nanophi.{node.module}" if node.level else str(node.module)
+            targets = [f"{base}.{alias.name}" for alias in node.names] + [base]
+        else:
+            continue
+        for target in targets:
+            if target.startswith("nanophi.") and target.removeprefix("nanophi.") in known:
+                found.add(target.removeprefix("nanophi."))
+    return found - {name}
+
+
+@pytest.fixture(scope="module")
+def graph() -> dict[str, set[str]]:
+    known = modules()
+    return {name: imports(name, path, known) for name, path in known.items()}
+
+
+def test_every_import_points_down(graph):
+    upward = []
+    for name, targets in graph.items():
+        room = name.partition(".")[0]
+        for target in targets:
+            other = target.partition(".")[0]
+            if other != room and other not in MAY_IMPORT[room]:
+                upward.append(f"{name} imports {target}")
+    assert not upward
+
+
+def test_no_circle_of_imports(graph):
+    circles = []
+    finished: set[str] = set()
+
+    def visit(name: str, above: tuple[str, ...]) -> None:
+        if name in above:
+            circles.append(" -> ".join((*above[above.index(name) :], name)))
+        elif name not in finished:
+            for target in sorted(graph[name]):
+                visit(target, (*above, name))
+            finished.add(name)
+
+    for name in sorted(graph):
+        visit(name, ())
+    assert not circles
+
+
+def test_the_checks_see_what_they_look_for(graph):
+    assert "modeling_nanophi" in graph["__init__"] or "configuration_nanophi" in graph["__init__"]
+    assert any(target.startswith("data.") for target in graph["pipeline"])
+    assert len(graph) > 40
+
+
+@pytest.mark.parametrize("path", sorted(modules().values()), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_file_has_one_job(path):
+    name = path.relative_to(PACKAGE).as_posix()
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= MAXIMUM_LINES or name in LONGER, f"{name} has {lines} lines"
