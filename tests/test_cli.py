@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from nanophi import cli, records
+from nanophi import cli, files
 
 VERBS = [[command.name or command.callback.__name__] for command in cli.app.registered_commands]
 VERBS += [["quality", command.name] for command in cli.quality_app.registered_commands]
@@ -78,7 +78,7 @@ def test_a_full_disk_is_one_line(monkeypatch, capsys, tmp_path):
 
 def test_debug_shows_where_it_came_from(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["nanophi", "run", "nowhere.yaml", "--debug"])
-    with pytest.raises(records.UserError):
+    with pytest.raises(files.UserError):
         cli.main()
 
 
