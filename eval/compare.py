@@ -13,22 +13,21 @@ corrected p-value is below 0.05.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy.stats
 import yaml
 
-from nanophi.eval.metrics import bits_per_byte, bits_per_byte_stderr
+from nanophi.eval import statistics
 from nanophi.eval.results import FORMAT, read_result
+from nanophi.eval.statistics import SIGNIFICANCE, bits_per_byte, bits_per_byte_stderr, holm, mcnemar
 from nanophi.files import UserError, write_json, write_text
 
-SIGNIFICANCE = 0.05
 LEADERBOARD = ("arc_challenge", "hellaswag", "mmlu", "truthfulqa_mc2", "winogrande", "gsm8k")
-RESAMPLES = 10_000
 MAX_SOURCES = 12
 """Held-out sources with a row of their own; every row more makes Holm's correction harsher on all of them."""
 MIN_DOCUMENTS = 20
@@ -135,8 +134,8 @@ def compare(
             if "heldout" in content["nanophi"]
         },
         "published": references() if set(LEADERBOARD) & set(table) else None,
-        "method": f"McNemar's exact test, or paired bootstrap ({RESAMPLES} resamples, seed {seed}) and, for bits per "
-        "byte, Student's t; Holm's correction, separately for each secondary table",
+        "method": f"McNemar's exact test, or paired bootstrap ({statistics.RESAMPLES} resamples, seed {seed}) and, for "
+        "bits per byte, Student's t; Holm's correction, separately for each secondary table",
         "notes": notes,
     }
     output = Path(output)
@@ -273,71 +272,6 @@ def draw(comparison: Mapping[str, Any], path: Path) -> None:
     partial.replace(path)
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down correction: p-values that hold for the whole family, in the order given."""
-    count = len(p_values)
-    corrected = [0.0] * count
-    highest = 0.0
-    for rank, index in enumerate(sorted(range(count), key=lambda i: p_values[i])):
-        highest = max(highest, min(1.0, (count - rank) * p_values[index]))
-        corrected[index] = highest
-    return corrected
-
-
-def mcnemar(ours: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:
-    """McNemar's exact test of two 0/1 arrays over the same items: counts of items that only one got right, and p."""
-    gained, lost = int(((ours == 1) & (theirs == 0)).sum()), int(((ours == 0) & (theirs == 1)).sum())
-    p_value = float(scipy.stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
-    return {"gained": gained, "lost": lost, "p_value": p_value}
-
-
-def bootstrap_mean(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Means of bootstrap resamples of `values` (items,): shape (RESAMPLES,)."""
-    distinct, counts = np.unique(values, return_counts=True)
-    if len(distinct) <= 8:
-        # Few distinct values (right or wrong): how often each is drawn is multinomial, no need to draw every item.
-        draws = rng.multinomial(len(values), counts / len(values), size=RESAMPLES)
-        return draws @ distinct / len(values)
-    return np.concatenate(
-        [values[rng.integers(0, len(values), (100, len(values)))].mean(1) for _ in range(RESAMPLES // 100)]
-    )
-
-
-def bootstrap_bits(ours: np.ndarray, theirs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Differences in bits per byte over resamples of the documents.
-
-    Args:
-        ours, theirs: shape (documents, 2): log-likelihood in nats, bytes. The bytes are the same in both.
-    """
-    differences = []
-    for _ in range(RESAMPLES // 100):
-        drawn = rng.integers(0, len(ours), (100, len(ours)))
-        nats = (theirs[:, 0] - ours[:, 0])[drawn].sum(1)
-        differences.append(nats / ours[:, 1][drawn].sum(1) / np.log(2))
-    return np.concatenate(differences)
-
-
-def student(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """p-value of Student's t test of equal bits per byte, over documents.
-
-    The standard error of the ratio is the jackknife's, the degrees of freedom are those of Kish's effective number of
-    documents (1965, Survey Sampling): with few of them, or few that make up most of the bytes, the bootstrap alone is
-    too sure of itself. For documents of equal size this is the paired t test.
-
-    Args:
-        ours, theirs: shape (documents, 2): log-likelihood in nats, bytes.
-    """
-    difference, sizes = theirs[:, 0] - ours[:, 0], ours[:, 1]
-    count, total = len(sizes), sizes.sum()
-    freedom = total**2 / np.square(sizes).sum() - 1
-    ratio = difference.sum() / total
-    if freedom <= 0 or ratio == 0:
-        return 1.0
-    moved = (difference - ratio * sizes) / (total - sizes)
-    stderr = np.sqrt((count - 1) / count * np.square(moved - moved.mean()).sum())
-    return float(2 * scipy.stats.t.sf(abs(ratio) / stderr, freedom)) if stderr else 0.0
-
-
 def _measured(contents: Sequence[dict[str, Any]]) -> dict[str, Measured]:
     found: dict[str, Measured] = {}
     for content in contents:
@@ -359,7 +293,7 @@ def _measured(contents: Sequence[dict[str, Any]]) -> dict[str, Measured]:
 def _leaf(score: Measured, leaf: str) -> Measured:
     """The part of a group's score that belongs to one of its tasks."""
     values = np.array(list(score.items[leaf].values()), dtype=float)
-    stderr = float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
+    stderr = statistics.mean_stderr(values)
     line = {**score.line, "task": leaf, "tasks": [leaf], "value": float(values.mean()), "stderr": stderr}
     return Measured({**line, "items": len(values)}, {leaf: score.items[leaf]}, score.prompts)
 
@@ -436,16 +370,17 @@ def _paired(ours: Measured, theirs: Measured, rng: np.random.Generator) -> tuple
         b = np.array([theirs.items[leaf][key] for key in common], dtype=float)
         pooled.append((a, b))
         if a.ndim == 2:
-            differences.append(float((b[:, 0] - a[:, 0]).sum() / a[:, 1].sum() / np.log(2)))
-            drawn.append(bootstrap_bits(a, b, rng))
+            bits = (b[:, 0] - a[:, 0]) / math.log(2)
+            differences.append(float(bits.sum() / a[:, 1].sum()))
+            drawn.append(statistics.bootstrap_ratio(bits, a[:, 1], rng))
         else:
             differences.append(float((a - b).mean()))
-            drawn.append(bootstrap_mean(a - b, rng))
+            drawn.append(statistics.bootstrap_mean(a - b, rng))
     draws = np.mean(drawn, axis=0)
     a, b = (np.concatenate([pair[side] for pair in pooled]) for side in (0, 1))
     entry = _entry(float(np.mean(differences)), draws, len(a))
     if a.ndim == 2:
-        entry["p_value"] = max(entry["p_bootstrap"], student(a, b))
+        entry["p_value"] = max(entry["p_bootstrap"], statistics.student(b[:, 0] - a[:, 0], a[:, 1]))
     elif set(np.unique(np.concatenate([a, b]))) <= {0.0, 1.0}:
         entry["mcnemar"] = mcnemar(a, b)
         if len(leaves) == 1:
@@ -454,16 +389,14 @@ def _paired(ours: Measured, theirs: Measured, rng: np.random.Generator) -> tuple
 
 
 def _entry(difference: float, draws: np.ndarray, items: int) -> dict[str, Any]:
-    low, high = np.quantile(draws, [0.025, 0.975])
-    tail = min((draws <= 0).sum(), (draws >= 0).sum())
-    bootstrap = min(1.0, 2 * float(tail + 1) / (len(draws) + 1))
+    p_value = statistics.bootstrap_p_value(draws)
     return {
         "value": difference,
         "stderr": float(draws.std()),
-        "interval": [float(low), float(high)],
+        "interval": statistics.interval(draws),
         "items": items,
-        "p_bootstrap": bootstrap,
-        "p_value": bootstrap,
+        "p_bootstrap": p_value,
+        "p_value": p_value,
     }
 
 

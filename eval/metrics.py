@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import datasets
 import evaluate
 import numpy as np
 
-RESAMPLES = 2000
+from nanophi.eval.statistics import bits_per_byte, bits_per_byte_stderr
 
 
 class BitsPerByte(evaluate.Metric):
@@ -38,20 +37,3 @@ class BitsPerByte(evaluate.Metric):
             "bits_per_byte_stderr": bits_per_byte_stderr(log_likelihoods, sizes),
             "bytes": int(sizes.sum()),
         }
-
-
-def bits_per_byte(log_likelihoods: np.ndarray, sizes: np.ndarray) -> float:
-    """Bits per byte of texts with these log-likelihoods (nats) and sizes (bytes), each of shape (texts,)."""
-    return float(-log_likelihoods.sum() / sizes.sum() / math.log(2))
-
-
-def bits_per_byte_stderr(log_likelihoods: np.ndarray, sizes: np.ndarray, seed: int = 0) -> float:
-    """Standard deviation of `bits_per_byte` over bootstrap resamples of the texts; NaN-free: 0.0 for one text."""
-    draws = resamples(len(sizes), seed)
-    ratios = (log_likelihoods[draws].sum(axis=1) / sizes[draws].sum(axis=1)) / -math.log(2)
-    return float(ratios.std())
-
-
-def resamples(count: int, seed: int = 0, times: int = RESAMPLES) -> np.ndarray:
-    """Indices of bootstrap resamples, shape (times, count), int64. Same `count` and `seed`: same draws."""
-    return np.random.default_rng(seed).integers(0, count, size=(times, count))

@@ -1,0 +1,155 @@
+"""The statistics of a comparison: paired tests, bootstrap, Holm's correction, the minimum detectable effect.
+
+Everything here takes arrays and returns numbers; which items are paired is decided in compare.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import scipy.stats
+
+SIGNIFICANCE = 0.05
+"""A difference counts as one if its corrected p-value is below this."""
+
+POWER = 0.8
+"""Probability with which a minimum detectable effect is detected."""
+
+RESAMPLES = 10_000
+"""Bootstrap resamples behind an interval and a p-value."""
+
+STDERR_RESAMPLES = 2000
+"""Bootstrap resamples behind the standard error of a single score."""
+
+
+def bits_per_byte(log_likelihoods: np.ndarray, sizes: np.ndarray) -> float:
+    """Bits per byte of texts with these log-likelihoods (nats) and sizes (bytes), each of shape (texts,)."""
+    return float(-log_likelihoods.sum() / sizes.sum() / math.log(2))
+
+
+def bits_per_byte_stderr(log_likelihoods: np.ndarray, sizes: np.ndarray, seed: int = 0) -> float:
+    """Standard deviation of `bits_per_byte` over bootstrap resamples of the texts; 0.0 for a single text."""
+    draws = np.random.default_rng(seed).integers(0, len(sizes), size=(STDERR_RESAMPLES, len(sizes)))
+    ratios = (log_likelihoods[draws].sum(axis=1) / sizes[draws].sum(axis=1)) / -math.log(2)
+    return float(ratios.std())
+
+
+def mean_stderr(values: np.ndarray) -> float | None:
+    """Standard error of the mean of `values` (items,); None for fewer than two."""
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down correction (1979, Scand. J. Statist. 6): p-values valid for the whole family, in input order."""
+    count = len(p_values)
+    corrected = [0.0] * count
+    highest = 0.0
+    for rank, index in enumerate(sorted(range(count), key=lambda i: p_values[i])):
+        highest = max(highest, min(1.0, (count - rank) * p_values[index]))
+        corrected[index] = highest
+    return corrected
+
+
+def mcnemar(ours: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:
+    """McNemar's exact test (1947, Psychometrika 12) of two 0/1 arrays over the same items.
+
+    Returns:
+        `gained` and `lost`, the items that only `ours` or only `theirs` got right, and `p_value`.
+    """
+    gained, lost = int(((ours == 1) & (theirs == 0)).sum()), int(((ours == 0) & (theirs == 1)).sum())
+    p_value = float(scipy.stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+    return {"gained": gained, "lost": lost, "p_value": p_value}
+
+
+def bootstrap_mean(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Means of bootstrap resamples of `values` (items,): shape (RESAMPLES,)."""
+    distinct, counts = np.unique(values, return_counts=True)
+    if len(distinct) <= 8:
+        # With few distinct values (right or wrong) their counts in a resample are multinomial: no need to draw items.
+        draws = rng.multinomial(len(values), counts / len(values), size=RESAMPLES)
+        return draws @ distinct / len(values)
+    return np.concatenate(
+        [values[rng.integers(0, len(values), (100, len(values)))].mean(1) for _ in range(RESAMPLES // 100)]
+    )
+
+
+def bootstrap_ratio(numerators: np.ndarray, denominators: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Ratios of sums, such as bits per byte, over bootstrap resamples of the items.
+
+    Args:
+        numerators, denominators: each of shape (items,).
+
+    Returns:
+        shape (RESAMPLES,).
+    """
+    ratios = []
+    for _ in range(RESAMPLES // 100):
+        drawn = rng.integers(0, len(numerators), (100, len(numerators)))
+        ratios.append(numerators[drawn].sum(1) / denominators[drawn].sum(1))
+    return np.concatenate(ratios)
+
+
+def effective_items(sizes: np.ndarray) -> float:
+    """Kish's effective number of items (1965, Survey Sampling) that are weighted by `sizes` (items,)."""
+    return float(sizes.sum() ** 2 / np.square(sizes).sum())
+
+
+def student(differences: np.ndarray, sizes: np.ndarray) -> float:
+    """p-value of Student's t test that `differences.sum() / sizes.sum()` is zero.
+
+    The standard error of the ratio is the jackknife's, the degrees of freedom those of Kish's effective number of
+    items: with few of them, or few that make up most of the bytes, the bootstrap alone is overconfident. For items of
+    equal size this is the paired t test.
+
+    Args:
+        differences: per item, of the quantity that is summed (log-likelihoods, or scores).
+        sizes: per item, of what it is divided by (bytes, or ones).
+    """
+    count, total = len(sizes), sizes.sum()
+    freedom = effective_items(sizes) - 1
+    ratio = differences.sum() / total
+    if freedom <= 0 or ratio == 0:
+        return 1.0
+    moved = (differences - ratio * sizes) / (total - sizes)
+    stderr = np.sqrt((count - 1) / count * np.square(moved - moved.mean()).sum())
+    return float(2 * scipy.stats.t.sf(abs(ratio) / stderr, freedom)) if stderr else 0.0
+
+
+def interval(draws: np.ndarray) -> list[float]:
+    """The 95 % confidence interval of bootstrap `draws` (resamples,): their 2.5 % and 97.5 % quantiles."""
+    low, high = np.quantile(draws, [SIGNIFICANCE / 2, 1 - SIGNIFICANCE / 2])
+    return [float(low), float(high)]
+
+
+def bootstrap_p_value(draws: np.ndarray) -> float:
+    """Two-sided p-value of no difference, from bootstrap `draws` (resamples,) of the difference."""
+    tail = min((draws <= 0).sum(), (draws >= 0).sum())
+    return min(1.0, 2 * float(tail + 1) / (len(draws) + 1))
+
+
+def minimum_detectable_effect(stderr: float, *, tests: int = 1, freedom: float = math.inf) -> float:
+    """The smallest true difference that a test detects with probability `POWER` (Bloom 1995, Evaluation Review 19).
+
+    Args:
+        stderr: standard error of the estimated difference.
+        tests: size of the family that is corrected together. The effect must then pass Holm's first and hardest
+            step, `SIGNIFICANCE / tests`, so that it is detected whatever the others show.
+        freedom: degrees of freedom of `stderr`; infinite: the normal distribution.
+
+    Returns:
+        in the unit of `stderr`.
+    """
+    distribution = scipy.stats.t(freedom)
+    return float(stderr * (distribution.isf(SIGNIFICANCE / tests / 2) + distribution.isf(1 - POWER)))
+
+
+def fewest_discordant(tests: int = 1) -> int:
+    """The fewest items that must change, all in one direction, before McNemar's exact test finds a difference.
+
+    Args:
+        tests: size of the family that is corrected together.
+    """
+    return math.floor(1 - math.log2(SIGNIFICANCE / tests)) + 1
