@@ -37,6 +37,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanophi.data import contamination, gather, packing, quality, tokenizer
+from nanophi.data.documents import shards
 from nanophi.files import read_json, write_json
 from nanophi.recipe import Data, Quality, Tokenizer
 
@@ -158,7 +159,7 @@ def planted(args: argparse.Namespace, files: list[Path], work: Path) -> dict[str
     def stayed(name: str) -> set[str]:
         """Ids of the documents that `gather` keeps of what `work/in` holds."""
         gather.gather(Data.model_validate(data), work / name)
-        paths = [path for split in ("train", "heldout") for path in gather.shards(work / name, split)]
+        paths = [path for split in ("train", "heldout") for path in shards(work / name, split)]
         return {key for path in paths for key in pq.read_table(path, columns=["id"])["id"].to_pylist()}
 
     (work / "in").mkdir()

@@ -27,6 +27,7 @@ import torch
 
 from nanophi import NanoPhiConfig
 from nanophi.data import gather, packing, tokenizer
+from nanophi.data.documents import shards
 from nanophi.files import read_json, remove, write_json
 from nanophi.recipe import Data, Source, Tokenizer, Training, load_recipe
 from nanophi.run import environment, now
@@ -90,7 +91,7 @@ def prepare(source: Path, work: Path) -> dict[str, Any]:
         heldout.unlink()
     for heldout in validation.glob("heldout-*.parquet"):
         heldout.rename(documents / heldout.name)
-    kept = pa.concat_tables([pq.read_table(path, columns=["id"]) for path in gather.shards(documents, "train")])
+    kept = pa.concat_tables([pq.read_table(path, columns=["id"]) for path in shards(documents, "train")])
     pq.write_table(kept, documents / "kept.parquet")
     tokenizer.build(documents, Tokenizer(vocab_size=SHAPE["vocab_size"]), 0, work / "data/tokenizer")
     tokens = packing.pack(

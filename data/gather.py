@@ -143,14 +143,6 @@ def gather(data: Data, output: Path, columns: Sequence[str] = ()) -> dict[str, A
     return summary
 
 
-def shards(documents: Path, split: str) -> list[Path]:
-    """The shards of a split (`train` or `heldout`), in order. Raises `UserError` if there is none."""
-    found = sorted(documents.glob(f"{split}-*.parquet"))
-    if not found:
-        raise UserError(f"{documents} holds no {split}-*.parquet; run `nanophi prepare` again")
-    return found
-
-
 # Planning and reading
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanophi.data.gather import shards
+from nanophi.data.documents import batches, keys, shards
 from nanophi.data.parallel import run_parts
 from nanophi.data.tokenizer import Encoder
 from nanophi.files import UserError, read_json, replace_tree, write_json
@@ -86,24 +86,21 @@ def _encoder(tokenizer: Path) -> Encoder:
 
 @functools.lru_cache(maxsize=1)
 def _kept_ids(path: Path) -> np.ndarray:
-    ids = pq.read_table(path, columns=["id"])["id"].to_pylist()
-    return np.sort(np.array([int(value, 16) for value in ids], np.uint64))
+    return np.sort(keys(pq.read_table(path, columns=["id"])["id"]))
 
 
 def _encode_shard(shard: Path, kept: Path | None, tokenizer: Path, path: Path) -> dict[str, Any]:
-    """Write `.tokens` (uint32, end-of-text after each document), `.lengths`, `.bytes`, `.codes` and `.ids`."""
+    """Write `.tokens` (uint32, end-of-text after each document), `.lengths`, `.bytes` and `.codes`."""
     encoder = _encoder(tokenizer)
     eos = encoder.eos_token_id
     names: dict[str, int] = {}
     lengths: list[int] = []
     sizes: list[int] = []
     codes: list[int] = []
-    ids: list[int] = []
-    with pq.ParquetFile(shard) as file, path.with_suffix(".tokens").open("wb") as output:
-        for batch in file.iter_batches(batch_size=128, columns=["id", "text", "source"]):
-            keys = np.array([int(value, 16) for value in batch.column("id").to_pylist()], np.uint64)
+    with path.with_suffix(".tokens").open("wb") as output:
+        for batch in batches(shard, ["id", "text", "source"], 128):
             if kept is not None:
-                batch = batch.filter(pa.array(np.isin(keys, _kept_ids(kept))))
+                batch = batch.filter(pa.array(np.isin(keys(batch.column("id")), _kept_ids(kept))))
             texts = batch.column("text").to_pylist()
             for ids_of_text in encoder.encode(texts):
                 tokens = np.append(ids_of_text, np.uint32(eos))
@@ -113,11 +110,9 @@ def _encode_shard(shard: Path, kept: Path | None, tokenizer: Path, path: Path) -
                 lengths.append(len(tokens))
             sizes.extend(len(text.encode()) for text in texts)
             codes.extend(names.setdefault(name, len(names)) for name in batch.column("source").to_pylist())
-            ids.extend(int(value, 16) for value in batch.column("id").to_pylist())
     np.array(lengths, np.int64).tofile(path.with_suffix(".lengths"))
     np.array(sizes, np.int64).tofile(path.with_suffix(".bytes"))
     np.array(codes, np.int64).tofile(path.with_suffix(".codes"))
-    np.array(ids, np.uint64).tofile(path.with_suffix(".ids"))
     return {"documents": len(lengths), "tokens": sum(lengths), "sources": list(names)}
 
 

@@ -29,7 +29,8 @@ from safetensors.numpy import load_file, save_file
 from scipy.sparse import csr_matrix, hstack, vstack
 
 from nanophi.data import installed_docs
-from nanophi.data.gather import read_texts, shards
+from nanophi.data.documents import SPLITS, batches, draw, find, shards
+from nanophi.data.gather import read_texts
 from nanophi.data.ngrams import hash_words, ngrams
 from nanophi.data.parallel import run_parts
 from nanophi.files import UserError, read_json, replace_tree, write_json, write_text
@@ -258,18 +259,13 @@ def _fit_on(documents: Path, quality: Quality, data: Data, seed: int, output: Pa
         present = [name for name in group if name in known]
         for name in present:
             room[name] = min(1.0, FIT_BYTES / len(present) / max(1, sizes[name]))
-    mixer = np.uint64((2 * seed + 1) * 0x9E3779B97F4A7C15 % 2**64)
-    for path in shards(documents, "train"):
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=256, columns=["id", "text", "source"]):
-                ids = np.array([int(value, 16) for value in batch.column("id").to_pylist()], np.uint64)
-                place = (ids * mixer) / 2.0**64
-                names = batch.column("source").to_pylist()
-                rows = [row for row, name in enumerate(names) if place[row] < room.get(name, 0.0)]
-                for row in rows:
-                    taken.append(batch.column("text")[row].as_py().encode()[:EXCERPT_BYTES])
-                    good.append(names[row] in high)
-                    sources.append(names[row])
+    for batch in batches(shards(documents, "train"), ["id", "text", "source"]):
+        names = batch.column("source").to_pylist()
+        for row, (name, number) in enumerate(zip(names, draw(batch.column("id"), seed), strict=True)):
+            if number < room.get(name, 0.0):
+                taken.append(batch.column("text")[row].as_py().encode()[:EXCERPT_BYTES])
+                good.append(name in high)
+                sources.append(name)
     if not any(good) or all(good):
         raise UserError("the linear scorer found documents of one label only; see quality.high and quality.low")
     scorer, report = fit(taken, np.array(good), sources, seed)
@@ -303,7 +299,7 @@ def score(documents: Path, quality: Quality, data: Data, seed: int, output: Path
             _fit_on(documents, quality, data, seed, output)
         else:
             write_json(output / "scorer.json", {"scorer": quality.scorer})
-    paths = [(split, path) for split in ("train", "heldout") for path in shards(documents, split)]
+    paths = [(split, path) for split in SPLITS for path in shards(documents, split)]
     folder = str(output) if kind == "linear" else name
     function = "linear" if kind == "model" and _is_linear(name) else kind
     parts = [(path, split, function, folder) for split, path in paths]
@@ -338,15 +334,9 @@ _SCHEMA = pa.schema(
 
 def _score_shard(shard: Path, split: str, kind: str, name: str, path: Path) -> dict[str, Any]:
     total, documents = 0.0, 0
-    with (
-        pq.ParquetFile(shard) as file,
-        pq.ParquetWriter(path.with_suffix(".parquet"), _SCHEMA, compression="zstd") as writer,
-    ):
-        if kind == "column" and name not in file.schema_arrow.names:
-            raise UserError(f"{shard} has no column '{name}' for quality.scorer 'column:{name}'")
-        columns = ["id", "text", "source", *([name] if kind == "column" else [])]
-        for group in range(file.num_row_groups):
-            table = file.read_row_group(group, columns=columns)
+    columns = ["id", "text", "source", *([name] if kind == "column" else [])]
+    with pq.ParquetWriter(path.with_suffix(".parquet"), _SCHEMA, compression="zstd") as writer:
+        for table in batches(shard, columns, None):
             texts = table["text"].cast(pa.binary()).to_pylist()
             if kind == "column":
                 scores = table[name].to_numpy(zero_copy_only=False).astype(np.float32)
@@ -358,8 +348,8 @@ def _score_shard(shard: Path, split: str, kind: str, name: str, path: Path) -> d
             writer.write_table(
                 pa.table(
                     [
-                        table["id"].combine_chunks(),
-                        table["source"].combine_chunks().dictionary_encode(),
+                        table["id"],
+                        table["source"].dictionary_encode(),
                         pa.array([split] * len(table), pa.string()).dictionary_encode(),
                         pa.array([len(text) for text in texts], pa.int64()),
                         pa.array(scores, pa.float32(), from_pandas=False),
@@ -531,16 +521,7 @@ def _examples(
 
 def _excerpts(documents: Path, wanted: set[str]) -> dict[str, str]:
     """The first characters of some training documents, by id."""
-    result: dict[str, str] = {}
-    for shard in shards(documents, "train"):
-        with pq.ParquetFile(shard) as file:
-            for group in range(file.num_row_groups):
-                ids = file.read_row_group(group, columns=["id"])["id"].to_pylist()
-                found = [row for row, key in enumerate(ids) if key in wanted]
-                if found:
-                    texts = file.read_row_group(group, columns=["text"])["text"]
-                    result.update({ids[row]: texts[row].as_py()[:EXCERPT] for row in found})
-    return result
+    return {key: row["text"][:EXCERPT] for key, row in find(documents, wanted, ["text"]).items()}
 
 
 def markdown(report: dict[str, Any], bytes_per_token: float | None = None) -> str:

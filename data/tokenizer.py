@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import regex
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as BackendTokenizer
 
-from nanophi.data.gather import shards
+from nanophi.data.documents import batches, draw, shards, text_bytes
 from nanophi.files import UserError, read_json, write_json
 from nanophi.recipe import Tokenizer
 
@@ -52,10 +51,10 @@ def build(documents: Path, tokenizer: Tokenizer, seed: int, output: Path) -> dic
         _copy(tokenizer.path, output)
     encoder = Encoder(output)
     size = tokens = 0
-    for shard in shards(documents, "heldout"):
-        for texts in _texts(shard):
-            size += sum(len(text.encode()) for text in texts)
-            tokens += sum(map(len, encoder.encode(texts)))
+    for batch in batches(shards(documents, "heldout"), ["text"]):
+        texts = batch.column("text").to_pylist()
+        size += sum(len(text.encode()) for text in texts)
+        tokens += sum(map(len, encoder.encode(texts)))
     return {
         "origin": tokenizer.path or "trained on the run's documents",
         "vocab_size": encoder.vocab_size,
@@ -190,16 +189,10 @@ def _train(documents: Path, vocab_size: int, seed: int, output: Path) -> None:
 def _sample(documents: Path, seed: int) -> Iterator[list[str]]:
     """Training documents of about `TRAINING_BYTES`, chosen by their ids."""
     paths = shards(documents, "train")
-    groups = (pq.read_metadata(path) for path in paths)
-    total = sum(group.row_group(index).total_byte_size for group in groups for index in range(group.num_row_groups))
-    share = min(1.0, TRAINING_BYTES / max(1, total))
-    mixer = np.uint64((2 * seed + 1) * 0x9E3779B97F4A7C15 % 2**64)
-    for path in paths:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=256, columns=["id", "text"]):
-                ids = np.array([int(value, 16) for value in batch.column("id").to_pylist()], np.uint64)
-                chosen = (ids * mixer) / 2.0**64 < share
-                yield [text for text, keep in zip(batch.column("text").to_pylist(), chosen, strict=True) if keep]
+    share = min(1.0, TRAINING_BYTES / max(1, text_bytes(paths)))
+    for batch in batches(paths, ["id", "text"]):
+        chosen = draw(batch.column("id"), seed) < share
+        yield [text for text, keep in zip(batch.column("text").to_pylist(), chosen, strict=True) if keep]
 
 
 def _copy(path: str, output: Path) -> None:
@@ -233,9 +226,3 @@ def _spell_merges_as_strings(path: Path) -> None:
     partial = path.with_suffix(f".{os.getpid()}.part")
     partial.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
     partial.replace(path)
-
-
-def _texts(shard: Path) -> Iterator[list[str]]:
-    with pq.ParquetFile(shard) as file:
-        for batch in file.iter_batches(batch_size=128, columns=["text"]):
-            yield batch.column("text").to_pylist()

@@ -7,7 +7,6 @@ the shipped records can render the card again and must get the same text: that i
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -213,16 +212,12 @@ def reduce_results(results: dict[str, Any]) -> dict[str, Any]:
 
 def _heldout_items(run: Path, checkpoint: str) -> list[dict[str, Any]]:
     """A few short held-out documents with their recorded log-likelihoods, so that a stranger can score them again."""
-    import pyarrow.parquet as pq
+    from nanophi.data.documents import heldout
 
     path = run / "evals" / f"{checkpoint}-heldout.json"
     if not path.exists():
         return []
-    documents = []
-    for shard in sorted((run / "data" / "documents").glob("heldout-*.parquet")):
-        documents += pq.read_table(shard, columns=["id", "text"]).to_pylist()
-    # The order in which the evaluation numbers them.
-    documents.sort(key=lambda row: hashlib.sha256(row["id"].encode()).digest())
+    documents = heldout(run / "data" / "documents", ["text"])
     items = []
     for sample in read_json(path)["samples"]["heldout_bits_per_byte"]:
         log_likelihood, size = sample["bits_per_byte"]

@@ -6,7 +6,6 @@ Unlike the card it is for who made the run: it shows documents, of every score, 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +115,8 @@ def _documents(run: Path) -> list[dict[str, Any]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from nanophi.data.documents import find
+
     path = run / "data" / "scores" / "scores.parquet"
     if not path.exists():
         raise UserError(f"{path} is missing; run `nanophi prepare` on its recipe")
@@ -128,7 +129,7 @@ def _documents(run: Path) -> list[dict[str, Any]]:
         rows = np.flatnonzero(train & (bins == number))
         for row in sorted(rows, key=lambda row: ids[row])[:DOCUMENTS_PER_BIN]:
             chosen[str(ids[row])] = round(float(scores[row]), 4)
-    found = {row["id"]: row for row in _rows(run, set(chosen))}
+    found = find(run / "data" / "documents", chosen, ["source", "text"])
     return [
         {
             "source": found[key]["source"],
@@ -139,18 +140,3 @@ def _documents(run: Path) -> list[dict[str, Any]]:
         for key, score in sorted(chosen.items(), key=lambda item: item[1])
         if key in found
     ]
-
-
-def _rows(run: Path, wanted: set[str]) -> Iterator[dict[str, Any]]:
-    import pyarrow as pa
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
-    keys = pa.array(sorted(wanted))
-    for shard in sorted((run / "data" / "documents").glob("train-*.parquet")):
-        with pq.ParquetFile(shard) as file:
-            for group in range(file.num_row_groups):
-                ids = file.read_row_group(group, columns=["id"])["id"]
-                mask = pc.is_in(ids, keys)
-                if pc.any(mask).as_py():
-                    yield from file.read_row_group(group, columns=["id", "source", "text"]).filter(mask).to_pylist()

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow.parquet
+
+from nanophi.data.documents import heldout as read_heldout
 
 MAX_BYTES = 1 << 20  # of text for bits per byte: a minute for a small model on a CPU
 MAX_DOCUMENT_BYTES = 8192  # so that a few long documents do not make up the whole sample
@@ -80,10 +81,7 @@ def order(heldout: str, **_: Any) -> dict[str, datasets.Dataset]:
 
 
 def _read(heldout: str) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    for path in sorted(Path(heldout).glob("heldout-*.parquet")):
-        rows += pyarrow.parquet.read_table(path, columns=["id", "source", "text"]).to_pylist()
-    return sorted(rows, key=lambda row: hashlib.sha256(row["id"].encode()).digest())
+    return read_heldout(Path(heldout), ["id", "source", "text"])
 
 
 def _draw(row: dict[str, Any], salt: str) -> bytes:

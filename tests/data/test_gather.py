@@ -17,6 +17,7 @@ from hub_server import HubServer  # type: ignore[import-not-found]
 from killed import run_killed
 
 from nanophi.data import gather, installed_docs
+from nanophi.data.documents import shards
 from nanophi.files import UserError
 from nanophi.recipe import Data
 
@@ -38,7 +39,7 @@ def write_parquet(path: Path, texts: list[Any], **columns: Any) -> Path:
 
 
 def documents(output: Path, split: str = "train") -> pa.Table:
-    return pa.concat_tables([pq.read_table(path) for path in gather.shards(output, split)])
+    return pa.concat_tables([pq.read_table(path) for path in shards(output, split)])
 
 
 def tree_digest(folder: Path) -> str:

@@ -13,6 +13,7 @@ import pytest
 from killed import run_killed
 
 from nanophi.data import gather, packing, quality, tokenizer
+from nanophi.data.documents import shards
 from nanophi.files import UserError
 from nanophi.recipe import Data, Quality, Tokenizer
 
@@ -68,7 +69,7 @@ def rows(output: Path, split: str) -> np.ndarray:
 
 
 def expected_documents(folder: Path, split: str) -> list[str]:
-    table = pa.concat_tables([pq.read_table(path) for path in gather.shards(folder / "documents", split)]).to_pylist()
+    table = pa.concat_tables([pq.read_table(path) for path in shards(folder / "documents", split)]).to_pylist()
     return [row["text"] for row in table if split == "heldout" or np.float32(row["score"]) > 0.3]
 
 
@@ -106,7 +107,7 @@ def test_heldout_documents_are_known_by_source_in_packed_order(folder: Path, tmp
     summary = pack(folder, tmp_path / "tokens")["heldout"]
     stream = rows(tmp_path / "tokens", "heldout").ravel()
     encoder = tokenizer.Encoder(folder / "tokenizer")
-    table = pa.concat_tables([pq.read_table(p) for p in gather.shards(folder / "documents", "heldout")]).to_pylist()
+    table = pa.concat_tables([pq.read_table(p) for p in shards(folder / "documents", "heldout")]).to_pylist()
     source_of = {row["text"]: row["source"] for row in table}
     documents = pq.read_table(tmp_path / "tokens" / "heldout-documents.parquet").to_pylist()
     assert not (tmp_path / "tokens" / "train-documents.parquet").exists()
@@ -189,8 +190,8 @@ def test_killed_and_started_again(folder: Path, tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(packing, "_encode_shard", counting)
     resumed = pack(folder, output)
-    shards = sum(len(gather.shards(folder / "documents", split)) for split in ("train", "heldout"))
-    assert len(encoded) == shards - 2, "finished shards are not tokenized again"
+    count = sum(len(shards(folder / "documents", split)) for split in ("train", "heldout"))
+    assert len(encoded) == count - 2, "finished shards are not tokenized again"
     monkeypatch.undo()
     assert resumed == pack(folder, tmp_path / "whole")
     assert json.loads((output / "tokens.json").read_text()) == resumed

@@ -11,6 +11,7 @@ import pytest
 from killed import run_killed
 
 from nanophi.data import gather, quality
+from nanophi.data.documents import shards
 from nanophi.data.ngrams import hash_words, ngrams
 from nanophi.files import UserError
 from nanophi.recipe import Data, Quality
@@ -89,14 +90,12 @@ def test_scores_follow_the_documents_and_the_saved_scorer(folder: Path, tmp_path
     quality.score(folder / "documents", LINEAR, settings(folder, workers=2), 0, tmp_path / "two")
     table = read_scores(tmp_path / "one")
     assert table.equals(read_scores(tmp_path / "two"))
-    shards = [
-        (split, pq.read_table(path))
-        for split in ("train", "heldout")
-        for path in gather.shards(folder / "documents", split)
+    read = [
+        (split, pq.read_table(path)) for split in ("train", "heldout") for path in shards(folder / "documents", split)
     ]
-    texts = [text.encode() for _, shard in shards for text in shard["text"].to_pylist()]
-    assert table["id"].to_pylist() == [key for _, shard in shards for key in shard["id"].to_pylist()]
-    assert table["split"].to_pylist() == [split for split, shard in shards for _ in range(len(shard))]
+    texts = [text.encode() for _, shard in read for text in shard["text"].to_pylist()]
+    assert table["id"].to_pylist() == [key for _, shard in read for key in shard["id"].to_pylist()]
+    assert table["split"].to_pylist() == [split for split, shard in read for _ in range(len(shard))]
     assert table["bytes"].to_pylist() == [len(text) for text in texts]
     scorer = quality.LinearScorer.load(tmp_path / "one")
     assert np.allclose(table["quality_score"].to_numpy(), scorer.score(texts), atol=1e-6)
@@ -136,7 +135,7 @@ def test_column_scores_and_threshold(folder: Path, tmp_path: Path) -> None:
     column = Quality(scorer="column:score", threshold=0.5)
     quality.score(folder / "documents", column, settings(folder), 0, tmp_path / "scores")
     report = quality.select(folder / "documents", tmp_path / "scores", column, tmp_path / "quality")
-    train = pa.concat_tables([pq.read_table(path) for path in gather.shards(folder / "documents", "train")]).to_pylist()
+    train = pa.concat_tables([pq.read_table(path) for path in shards(folder / "documents", "train")]).to_pylist()
     kept = pq.read_table(tmp_path / "quality" / "kept.parquet").to_pylist()
     assert [row["id"] for row in kept] == [row["id"] for row in train if row["score"] > 0.5]
     assert report["documents"] == len(train) and report["kept_documents"] == len(kept)
@@ -266,7 +265,7 @@ def test_a_transformers_classifier(folder: Path, tmp_path: Path) -> None:
     table = read_scores(tmp_path / "scores").slice(0, 20).to_pylist()
     texts = {
         row["id"]: row["text"]
-        for path in gather.shards(folder / "documents", "train")
+        for path in shards(folder / "documents", "train")
         for row in pq.read_table(path).to_pylist()
     }
     model.eval()

@@ -12,6 +12,7 @@ import pytest
 
 import nanophi
 from nanophi.data import gather, tokenizer
+from nanophi.data.documents import heldout
 from nanophi.files import UserError
 from nanophi.recipe import Data, Tokenizer
 
@@ -82,7 +83,7 @@ def test_training_is_deterministic_and_reported(documents: Path, trained: Path, 
     summary = tokenizer.build(documents, Tokenizer(vocab_size=300), 0, tmp_path / "again")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (trained / name).read_bytes()
-    texts = [text for path in gather.shards(documents, "heldout") for batch in tokenizer._texts(path) for text in batch]
+    texts = [row["text"] for row in heldout(documents, ["text"])]
     tokens = sum(map(len, tokenizer.Encoder(trained).encode(texts)))
     size = sum(len(text.encode()) for text in texts)
     assert (summary["heldout_bytes"], summary["heldout_tokens"]) == (size, tokens)

@@ -1,0 +1,102 @@
+"""The one reader of a run's documents (`data/documents/`), for every stage after `gather`.
+
+    train-NNNNN.parquet, heldout-NNNNN.parquet   id (16 hex digits of the text's SHA-256), text, source, [columns]
+
+The order of the documents is that of the shards and of the rows in them; `heldout` alone has the order in which the
+evaluation numbers the held-out documents.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from nanophi.files import UserError
+
+SPLITS = ("train", "heldout")
+
+
+def shards(documents: Path, split: str) -> list[Path]:
+    """The files of a split (`train` or `heldout`), in order. Raises `UserError` if there are none."""
+    found = sorted(documents.glob(f"{split}-*.parquet"))
+    if not found:
+        raise UserError(f"{documents} holds no {split}-*.parquet; run `nanophi prepare` again")
+    return found
+
+
+def batches(paths: Path | Sequence[Path], columns: Sequence[str], rows: int | None = 256) -> Iterator[pa.RecordBatch]:
+    """The documents of some shards, in order.
+
+    Args:
+        paths: one shard or several.
+        columns: which columns to read; a batch has them in the file's order.
+        rows: documents per batch; None: as they were written, about 4 MB of text at a time.
+
+    Raises:
+        UserError: naming a file that is missing or damaged, or a column that it lacks.
+    """
+    for path in [paths] if isinstance(paths, Path) else paths:
+        try:
+            with pq.ParquetFile(path) as file:
+                absent = [column for column in columns if column not in file.schema_arrow.names]
+                if absent:
+                    raise UserError(f"{path} has no column '{absent[0]}'; it has {', '.join(file.schema_arrow.names)}")
+                if rows is not None:
+                    yield from file.iter_batches(batch_size=rows, columns=list(columns))
+                    continue
+                for group in range(file.num_row_groups):
+                    table = file.read_row_group(group, columns=list(columns))
+                    yield from table.combine_chunks().to_batches()
+        except (OSError, pa.ArrowException) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(f"{path} cannot be read ({reason}); run `nanophi prepare` again") from None
+
+
+def text_bytes(paths: Iterable[Path]) -> int:
+    """About how many bytes some shards hold uncompressed, from their metadata alone."""
+    metadata = (pq.read_metadata(path) for path in paths)
+    return sum(file.row_group(index).total_byte_size for file in metadata for index in range(file.num_row_groups))
+
+
+def keys(ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """Ids as numbers, uint64 `[documents]`."""
+    return np.array([int(value, 16) for value in ids.to_pylist()], np.uint64)
+
+
+def draw(ids: pa.Array, seed: int) -> np.ndarray:
+    """A number in [0, 1) for each document that depends on its id and the seed alone, float64 `[documents]`.
+
+    The documents whose number is below a share are a sample of about that share which the corpus's order cannot skew.
+    """
+    mixer = np.uint64((2 * seed + 1) * 0x9E3779B97F4A7C15 % 2**64)
+    return np.asarray((keys(ids) * mixer) / 2.0**64)
+
+
+def find(documents: Path, wanted: Collection[str], columns: Sequence[str], split: str = "train") -> dict[str, Any]:
+    """Some documents by id: `{id: {column: value}}`; ids that are not there are left out."""
+    values = pa.array(sorted(wanted), pa.string())
+    found: dict[str, Any] = {}
+    for shard in shards(documents, split):
+        with pq.ParquetFile(shard) as file:
+            for group in range(file.num_row_groups):
+                # The ids first: texts are most of a file.
+                mask = pc.is_in(file.read_row_group(group, columns=["id"])["id"], values)
+                if pc.any(mask).as_py():
+                    table = file.read_row_group(group, columns=list(dict.fromkeys(["id", *columns])))
+                    found.update((row["id"], row) for row in table.filter(mask).to_pylist())
+    return found
+
+
+def heldout(documents: Path, columns: Sequence[str] = ("id", "source", "text")) -> list[dict[str, Any]]:
+    """The held-out documents in the order in which the evaluation numbers them: by the SHA-256 of their ids."""
+    paths = shards(documents, "heldout")
+    names = list(dict.fromkeys(["id", *columns]))
+    rows = [row for batch in batches(paths, names, None) for row in batch.select(names).to_pylist()]
+    return sorted(rows, key=lambda row: hashlib.sha256(row["id"].encode()).digest())
