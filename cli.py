@@ -379,12 +379,12 @@ def quality_report(
 
     Example: nanophi quality report scores.parquet --threshold 0.3
     """
-    from nanophi.data import quality
+    from nanophi.data import quality_report as reports
 
     if scores.is_dir():
-        typer.echo(quality.report_run(scores))
+        typer.echo(reports.report_run(scores))
     else:
-        quality.report_files(scores, threshold, output)
+        reports.report_files(scores, threshold, output)
         typer.echo(output / "quality.md")
 
 

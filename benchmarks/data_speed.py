@@ -36,7 +36,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanophi.data import contamination, gather, packing, quality, tokenizer
+from nanophi.data import contamination, gather, packing, quality, scorers, tokenizer
 from nanophi.data.documents import shards
 from nanophi.files import read_json, write_json
 from nanophi.recipe import Data, Quality, Tokenizer
@@ -278,7 +278,7 @@ def unseen_sources(files: list[Path]) -> dict[str, Any]:
     def area(fitted: np.ndarray, tested: np.ndarray) -> tuple[float, float, float]:
         """ROC AUC, Brier score (each label weighing the same), seconds of the fit."""
         started = time.perf_counter()
-        scorer, _ = quality.fit([texts[row] for row in fitted], labels[fitted], names[fitted].tolist(), 0)
+        scorer, _ = scorers.fit([texts[row] for row in fitted], labels[fitted], names[fitted].tolist(), 0)
         seconds = time.perf_counter() - started
         scores, good = scorer.score([texts[row] for row in tested]), labels[tested]
         brier = ((scores[good] - 1) ** 2).mean() / 2 + (scores[~good] ** 2).mean() / 2

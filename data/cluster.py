@@ -23,7 +23,7 @@ from datatrove.executor.slurm import SlurmPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 from datatrove.utils.logging import logger
 
-from nanophi.data.parallel import Task, WorkerDiedError, in_processes
+from nanophi.data.processes import Task, WorkerDiedError, in_processes
 from nanophi.files import UserError, read_json, write_json
 
 POLL_SECONDS = 2.0

@@ -8,18 +8,15 @@ outcome does not depend on how many processes there are.
 from __future__ import annotations
 
 import itertools
-import multiprocessing
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from nanophi.files import UserError, read_json, write_json
+from nanophi.data.processes import WorkerDiedError, cores, in_processes, run_task
+from nanophi.files import UserError, read_json
 
 
 def run_parts(
@@ -56,7 +53,7 @@ def run_parts(
             if engine != "local" and tasks:
                 finished = _cluster()(tasks, engine, workers, folder / "datatrove")
             elif min(workers or cores(), len(todo)) <= 1:
-                finished = itertools.starmap(_run_part, tasks)
+                finished = itertools.starmap(run_task, tasks)
             else:
                 finished = in_processes(tasks, min(workers or cores(), len(todo)))
             for _ in finished:
@@ -71,52 +68,9 @@ def run_parts(
     return [read_json(path.with_suffix(".json")) for path in paths]
 
 
-Task = tuple[Callable[..., dict[str, Any]], tuple[Any, ...], Path]
-
-
-class WorkerDiedError(Exception):
-    """A process ended without an answer."""
-
-
-def in_processes(tasks: Sequence[Task], workers: int) -> Iterator[None]:
-    """Run the tasks in so many processes here; yields once for each that is done. Raises `WorkerDiedError`."""
-    # Not `fork`: the parent holds threads (torch, pyarrow, tokenizers) whose locks a forked child inherits.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["nanophi.data.parallel", *(sorted({task[0].__module__ for task in tasks}))])
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as pool:
-        futures = [pool.submit(_run_part, *task) for task in tasks]
-        try:
-            for future in as_completed(futures):
-                yield future.result()
-        except BrokenProcessPool:
-            raise WorkerDiedError from None
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
 def _cluster() -> Callable[..., Iterator[None]]:
     try:
         from nanophi.data.cluster import on_cluster
     except ImportError as error:
         raise UserError(f"data.engine 'ray' and 'slurm' need more: pip install 'nanophi[cluster]' ({error})") from None
     return on_cluster
-
-
-def _run_part(function: Callable[..., dict[str, Any]], part: tuple[Any, ...], path: Path) -> None:
-    counts = function(*part, path)
-    write_json(path.with_suffix(".json"), counts)
-
-
-def _one_thread() -> None:
-    """One thread per worker: the parts are the parallelism."""
-    import pyarrow as pa
-
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    pa.set_cpu_count(1)
-    pa.set_io_thread_count(1)
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from killed import run_killed
 
-from nanophi.data import gather, quality
+from nanophi.data import gather, quality, quality_report, scorers
 from nanophi.data.documents import shards
 from nanophi.data.ngrams import hash_words, ngrams
 from nanophi.files import UserError
@@ -97,7 +97,7 @@ def test_scores_follow_the_documents_and_the_saved_scorer(folder: Path, tmp_path
     assert table["id"].to_pylist() == [key for _, shard in read for key in shard["id"].to_pylist()]
     assert table["split"].to_pylist() == [split for split, shard in read for _ in range(len(shard))]
     assert table["bytes"].to_pylist() == [len(text) for text in texts]
-    scorer = quality.LinearScorer.load(tmp_path / "one")
+    scorer = scorers.LinearScorer.load(tmp_path / "one")
     assert np.allclose(table["quality_score"].to_numpy(), scorer.score(texts), atol=1e-6)
     saved = Quality(scorer=f"model:{tmp_path / 'one'}")
     quality.score(folder / "documents", saved, settings(folder), 0, tmp_path / "three")
@@ -106,21 +106,21 @@ def test_scores_follow_the_documents_and_the_saved_scorer(folder: Path, tmp_path
 
 def test_features_are_counts_of_hashed_words_and_pairs() -> None:
     texts = [b"one two one two.", b"", b"Only\n{code} 42"]
-    hashed, statistics = quality.features(texts)
+    hashed, statistics = scorers.features(texts)
     words, pairs = hash_words(texts), ngrams(hash_words(texts), 2)
     for row in range(len(texts)):
         mine = [
             *words.hashes[slice(*words.offsets[row : row + 2])],
             *pairs.hashes[slice(*pairs.offsets[row : row + 2])],
         ]
-        expected = np.zeros(quality.BUCKETS)
+        expected = np.zeros(scorers.BUCKETS)
         for value in mine:
-            expected[int(value) % quality.BUCKETS] += 1 / np.sqrt(len(mine))
+            expected[int(value) % scorers.BUCKETS] += 1 / np.sqrt(len(mine))
         assert np.allclose(hashed[row].toarray()[0], expected)
-    lower = quality._CLASSES.index("lower")
+    lower = scorers._CLASSES.index("lower")
     assert statistics[0, lower] == pytest.approx(12 / 16)
-    assert statistics[1, : len(quality._CLASSES)].sum() == 0
-    assert statistics[2, quality._CLASSES.index("digit")] == pytest.approx(2 / 14)
+    assert statistics[1, : len(scorers._CLASSES)].sum() == 0
+    assert statistics[2, scorers._CLASSES.index("digit")] == pytest.approx(2 / 14)
 
 
 def test_fit_is_calibrated_on_what_it_left_out(folder: Path, tmp_path: Path) -> None:
@@ -289,17 +289,17 @@ def test_fit_score_and_report_on_files(tmp_path: Path) -> None:
     quality.fit_files([str(tmp_path / "good.jsonl")], [str(tmp_path / "poor.jsonl")], tmp_path / "scorer")
     summary = quality.score_files(str(tmp_path / "mine.jsonl"), str(tmp_path / "scorer"), tmp_path / "scores.parquet")
     assert summary["documents"] == 60 and summary["mean_score"] > 0.7
-    described = quality.report_files(tmp_path / "scores.parquet", 0.5, tmp_path / "report")
+    described = quality_report.report_files(tmp_path / "scores.parquet", 0.5, tmp_path / "report")
     assert described["documents"] == 60 and described["kept_fraction"] > 0.9
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
     with pytest.raises(UserError, match="was not written by"):
         pq.write_table(pa.table({"a": [1]}), tmp_path / "other.parquet")
-        quality.report_files(tmp_path / "other.parquet", 0.5, tmp_path / "report")
+        quality_report.report_files(tmp_path / "other.parquet", 0.5, tmp_path / "report")
     with pytest.raises(UserError, match="cannot be read"):
         (tmp_path / "broken.parquet").write_bytes(b"PAR1")
-        quality.report_files(tmp_path / "broken.parquet", 0.5, tmp_path / "report")
+        quality_report.report_files(tmp_path / "broken.parquet", 0.5, tmp_path / "report")
     (tmp_path / "scorer" / "scorer.safetensors").write_bytes(b"nonsense")
-    quality._linear.cache_clear()
+    scorers.linear.cache_clear()
     with pytest.raises(UserError, match="is not a linear scorer"):
         quality.score_files(str(tmp_path / "mine.jsonl"), str(tmp_path / "scorer"), tmp_path / "again.parquet")
     assert not (tmp_path / "again.parquet").exists()
@@ -309,9 +309,9 @@ def test_report_of_a_run_counts_tokens(folder: Path, tmp_path: Path) -> None:
     column: Any = Quality(scorer="column:score", threshold=0.5)
     quality.score(folder / "documents", column, settings(folder), 0, tmp_path / "data" / "scores")
     quality.select(folder / "documents", tmp_path / "data" / "scores", column, tmp_path / "data" / "quality")
-    assert "tokens" not in quality.report_run(tmp_path)
+    assert "tokens" not in quality_report.report_run(tmp_path)
     (tmp_path / "data" / "tokens").mkdir()
     (tmp_path / "data" / "tokens" / "tokens.json").write_text('{"train": {"bytes_per_token": 4.0}}')
-    assert "tokens, about" in quality.report_run(tmp_path)
+    assert "tokens, about" in quality_report.report_run(tmp_path)
     with pytest.raises(UserError, match="is missing"):
-        quality.report_run(tmp_path / "nowhere")
+        quality_report.report_run(tmp_path / "nowhere")

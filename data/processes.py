@@ -1,0 +1,56 @@
+"""Tasks, one after another or in processes on this machine: what `nanophi.data.parallel` and the cluster both run."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+from nanophi.files import write_json
+
+Task = tuple[Callable[..., dict[str, Any]], tuple[Any, ...], Path]
+
+
+class WorkerDiedError(Exception):
+    """A process ended without an answer."""
+
+
+def in_processes(tasks: Sequence[Task], workers: int) -> Iterator[None]:
+    """Run the tasks in so many processes here; yields once for each that is done. Raises `WorkerDiedError`."""
+    # Not `fork`: the parent holds threads (torch, pyarrow, tokenizers) whose locks a forked child inherits.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["nanophi.data.processes", *(sorted({task[0].__module__ for task in tasks}))])
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as pool:
+        futures = [pool.submit(run_task, *task) for task in tasks]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        except BrokenProcessPool:
+            raise WorkerDiedError from None
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def run_task(function: Callable[..., dict[str, Any]], part: tuple[Any, ...], path: Path) -> None:
+    """Call a part's function, then write the counts that mark the part as finished."""
+    counts = function(*part, path)
+    write_json(path.with_suffix(".json"), counts)
+
+
+def _one_thread() -> None:
+    """One thread per worker: the parts are the parallelism."""
+    import pyarrow as pa
+
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    pa.set_cpu_count(1)
+    pa.set_io_thread_count(1)
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,265 @@
+"""Scorers: what gives a document its quality score, a number in [0, 1].
+
+`LinearScorer` is fitted here on examples of good and of low-quality text; `classify` runs a transformers text
+classifier.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+from scipy.sparse import csr_matrix, hstack, vstack
+
+from nanophi.data.ngrams import hash_words, ngrams
+from nanophi.files import UserError
+
+BUCKETS = 1 << 18
+EXCERPT_BYTES = 16_000
+"""How much of a document the linear scorer reads."""
+FIT_BYTES = 12_000_000
+"""Excerpts of each label that the linear scorer is fitted on."""
+TEST_SHARE = 0.2
+_FIT_BATCH = 64
+_CLASSES = ("lower", "upper", "digit", "newline", "space", "sentence", "quote", "markup", "other", "beyond_ascii")
+
+
+def _class_table() -> np.ndarray:
+    table = np.full(256, _CLASSES.index("other"), np.uint8)
+    for name, characters in {
+        "lower": "abcdefghijklmnopqrstuvwxyz",
+        "upper": "ABCDEFGHIJKLMNOPQRSTUVWXYZ",
+        "digit": "0123456789",
+        "newline": "\n",
+        "space": " \t",
+        "sentence": ".,;?!",
+        "quote": "'\"`()-",
+        "markup": "<>{}[]\\|$#_*=/@^~&%+:",
+    }.items():
+        table[[ord(character) for character in characters]] = _CLASSES.index(name)
+    table[128:] = _CLASSES.index("beyond_ascii")
+    return table
+
+
+_CLASS_TABLE = _class_table()
+
+
+def features(texts: Sequence[bytes]) -> tuple[csr_matrix, np.ndarray]:
+    """What the linear scorer sees of each document's first `EXCERPT_BYTES`.
+
+    Returns:
+        hashed words and word pairs, float32 `[documents, BUCKETS]`, counts over the square root of their sum; and
+        statistics, float32 `[documents, len(_CLASSES) + 2]`: shares of character classes, mean word and line length.
+    """
+    excerpts = [text[:EXCERPT_BYTES] for text in texts]
+    words = hash_words(excerpts)
+    pairs = ngrams(words, 2)
+    counts = words.counts + pairs.counts
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    indices = np.empty(offsets[-1], np.int32)
+    # Each document's words, then its pairs.
+    target = np.repeat(offsets[:-1] - words.offsets[:-1], words.counts) + np.arange(len(words.hashes))
+    indices[target] = (words.hashes % np.uint64(BUCKETS)).astype(np.int32)
+    target = np.repeat(offsets[:-1] + words.counts - pairs.offsets[:-1], pairs.counts) + np.arange(len(pairs.hashes))
+    indices[target] = (pairs.hashes % np.uint64(BUCKETS)).astype(np.int32)
+    values = np.repeat(1 / np.sqrt(np.maximum(counts, 1)), counts).astype(np.float32)
+    hashed = csr_matrix((values, indices, offsets), shape=(len(texts), BUCKETS))
+
+    classes = _CLASS_TABLE[np.frombuffer(b"".join(excerpts), np.uint8)].astype(np.int64)
+    lengths = np.array([len(text) for text in excerpts])
+    classes += np.repeat(np.arange(len(texts)), lengths) * len(_CLASSES)
+    tallies = np.bincount(classes, minlength=len(texts) * len(_CLASSES)).reshape(len(texts), len(_CLASSES))
+    shares = tallies / np.maximum(lengths, 1)[:, None]
+    word_length = np.log1p((tallies[:, 0] + tallies[:, 1]) / np.maximum(words.counts, 1))
+    line_length = np.log1p(lengths / (tallies[:, _CLASSES.index("newline")] + 1))
+    return hashed, np.column_stack([shares, word_length, line_length]).astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearScorer:
+    """Logistic regression on `features`.
+
+    Attributes:
+        weights: float32 `[BUCKETS]`; `statistic_weights`, `mean`, `scale`: float32 `[len(_CLASSES) + 2]`.
+        intercept: float.
+    """
+
+    weights: np.ndarray
+    statistic_weights: np.ndarray
+    mean: np.ndarray
+    scale: np.ndarray
+    intercept: float
+
+    def score(self, texts: Sequence[bytes]) -> np.ndarray:
+        """Probability that each document (UTF-8) is good, float32 `[documents]`."""
+        hashed, statistics = features(texts)
+        logits = hashed @ self.weights + _clip(statistics, self.mean, self.scale) @ self.statistic_weights
+        return (1 / (1 + np.exp(-np.clip(logits + self.intercept, -30, 30)))).astype(np.float32)
+
+    def save(self, folder: Path) -> None:
+        """Write `scorer.safetensors`."""
+        arrays = {field: getattr(self, field) for field in ("weights", "statistic_weights", "mean", "scale")}
+        save_file({**arrays, "intercept": np.array([self.intercept], np.float32)}, folder / "scorer.safetensors")
+
+    @classmethod
+    def load(cls, folder: Path) -> LinearScorer:
+        """Read what `save` wrote."""
+        try:
+            arrays = load_file(folder / "scorer.safetensors")
+            intercept = float(arrays.pop("intercept")[0])
+            if arrays["weights"].shape != (BUCKETS,):
+                raise KeyError("weights")
+            return cls(intercept=intercept, **arrays)
+        except FileNotFoundError:
+            raise UserError(f"{folder} holds no scorer.safetensors") from None
+        except Exception as error:
+            raise UserError(f"{folder}/scorer.safetensors is not a linear scorer ({type(error).__name__})") from None
+
+
+def _clip(statistics: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    # A document far outside what was seen must not be decided by one statistic.
+    return np.clip((statistics - mean) / scale, -4, 4)
+
+
+def fit(
+    texts: Sequence[bytes], good: np.ndarray, sources: Sequence[str], seed: int
+) -> tuple[LinearScorer, dict[str, Any]]:
+    """Fit a linear scorer.
+
+    Labels weigh the same, and so do the sources within a label, so that a large source does not become the definition
+    of its label.
+
+    Args:
+        texts: documents, UTF-8.
+        good: bool `[documents]`.
+        sources: of each document.
+        seed: of the split into documents to fit on and, `TEST_SHARE`, to test on.
+
+    Returns:
+        the scorer, and `{documents, test_documents, roc_auc, brier, calibration}` on the documents left out of the fit.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import brier_score_loss, roc_auc_score
+
+    weight = np.zeros(len(texts))
+    names = np.array(sources)
+    for label in (False, True):
+        mine = sorted({name for name, is_good in zip(sources, good, strict=True) if is_good == label})
+        for name in mine:
+            chosen = (names == name) & (good == label)
+            weight[chosen] = len(texts) / (2 * len(mine) * chosen.sum())
+    test = np.random.default_rng(seed).random(len(texts)) < TEST_SHARE
+    for label in (False, True):
+        for part in (test, ~test):
+            if not (part & (good == label)).any():
+                raise UserError(
+                    "the linear scorer needs at least ten documents of each label (quality.high, quality.low)"
+                )
+    # In small batches: on the way to its features a text takes some thirty times its size.
+    batches = [features(texts[start : start + _FIT_BATCH]) for start in range(0, len(texts), _FIT_BATCH)]
+    statistics = np.concatenate([batch for _, batch in batches])
+    mean, scale = statistics[~test].mean(axis=0), statistics[~test].std(axis=0) + 1e-4
+    fitted, left_out = [], []
+    for start in range(0, len(texts), _FIT_BATCH):
+        hashed, batch = batches.pop(0)
+        hashed.sum_duplicates()
+        rows = hstack([hashed, csr_matrix(_clip(batch, mean, scale) * _STATISTIC_SCALE)], format="csr")
+        unseen = test[start : start + _FIT_BATCH]
+        fitted.append(rows[~unseen])
+        left_out.append(rows[unseen])
+    inputs, test_inputs = vstack(fitted, format="csr"), vstack(left_out, format="csr")
+    del fitted, left_out
+    model = LogisticRegression(C=_REGULARISATION, max_iter=300, tol=1e-3)
+    model.fit(inputs, good[~test], sample_weight=weight[~test])
+    weights = model.coef_[0].astype(np.float32)
+    scorer = LinearScorer(
+        weights[:BUCKETS],
+        weights[BUCKETS:] * np.float32(_STATISTIC_SCALE),
+        mean.astype(np.float32),
+        scale.astype(np.float32),
+        float(model.intercept_[0]),
+    )
+    scores = model.predict_proba(test_inputs)[:, 1]
+    calibration = []
+    for low in np.arange(0, 1, 0.1):
+        inside = (scores >= low) & (scores < low + 0.1 + (low > 0.85))
+        if inside.any():
+            share = np.average(good[test][inside], weights=weight[test][inside])
+            calibration.append(
+                {
+                    "mean_score": round(float(np.average(scores[inside], weights=weight[test][inside])), 4),
+                    "share_good": round(float(share), 4),
+                    "documents": int(inside.sum()),
+                }
+            )
+    return scorer, {
+        "documents": int((~test).sum()),
+        "test_documents": int(test.sum()),
+        "roc_auc": round(float(roc_auc_score(good[test], scores, sample_weight=weight[test])), 4),
+        "brier": round(float(brier_score_loss(good[test], scores, sample_weight=weight[test])), 4),
+        "calibration": calibration,
+    }
+
+
+# Chosen on sources left out of the fit; benchmarks/data_speed.py prints the area under the curve they give.
+_REGULARISATION = 10.0
+_STATISTIC_SCALE = 0.3
+
+
+def check_scores(scores: np.ndarray, ids: Sequence[str]) -> None:
+    """Raise `UserError` naming the first document whose score is not a number in [0, 1]."""
+    bad = np.flatnonzero(~((scores >= 0) & (scores <= 1)))
+    if len(bad):
+        raise UserError(
+            f"document {ids[bad[0]]} has quality score {scores[bad[0]]} ({len(bad)} such documents); "
+            "scores must be numbers from 0 to 1"
+        )
+
+
+def is_linear(name: str) -> bool:
+    return (Path(name) / "scorer.safetensors").exists()
+
+
+@functools.lru_cache(maxsize=1)
+def linear(folder: Path) -> LinearScorer:
+    return LinearScorer.load(folder)
+
+
+@functools.lru_cache(maxsize=1)
+def _classifier(name: str) -> tuple[Any, Any, str]:
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model = AutoModelForSequenceClassification.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # transformers raises anything from KeyError to huggingface_hub's errors here
+        message = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"quality.scorer: {name} cannot be loaded as a text classifier ({message})") from None
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.eval().to(device), tokenizer, device
+
+
+def classify(name: str, texts: list[str]) -> np.ndarray:
+    """Probability of the last label (`LABEL_1` of two); of a model with one output, its sigmoid."""
+    import torch
+
+    model, tokenizer, device = _classifier(name)
+    limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512), 512)
+    scores = np.empty(len(texts), np.float32)
+    # By length, so that a batch is not padded to one long document.
+    order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
+    for start in range(0, len(order), 32):
+        rows = order[start : start + 32]
+        batch = [texts[row][: 20 * limit] for row in rows]
+        inputs = tokenizer(batch, truncation=True, max_length=limit, padding=True, return_tensors="pt").to(device)
+        with torch.inference_mode():
+            logits = model(**inputs).logits.float()
+        values = logits.sigmoid()[:, 0] if logits.shape[1] == 1 else logits.softmax(-1)[:, -1]
+        scores[rows] = values.cpu().numpy()
+    return scores
