@@ -1,17 +1,58 @@
 """nanophi: pretrain small English language models and publish them on the Hugging Face Hub.
 
-Importing this package registers NanoPhi with transformers' Auto classes, so that
+Importing the package is fast: torch and transformers are imported with the first of its classes. Importing a class,
+from here or from its own module, registers NanoPhi with transformers' Auto classes, so that
 `AutoModelForCausalLM.from_config(NanoPhiConfig())` works without remote code.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-from nanophi.configuration_nanophi import NanoPhiConfig
-from nanophi.modeling_nanophi import NanoPhiForCausalLM, NanoPhiModel
 from nanophi.version import __version__
 
-AutoConfig.register("nanophi", NanoPhiConfig)
-AutoModel.register(NanoPhiConfig, NanoPhiModel)
-AutoModelForCausalLM.register(NanoPhiConfig, NanoPhiForCausalLM)
+if TYPE_CHECKING:
+    from nanophi.configuration_nanophi import NanoPhiConfig
+    from nanophi.modeling_nanophi import NanoPhiForCausalLM, NanoPhiModel
 
 __all__ = ["NanoPhiConfig", "NanoPhiForCausalLM", "NanoPhiModel", "__version__"]
+
+
+def _register() -> None:
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    from nanophi.configuration_nanophi import NanoPhiConfig
+    from nanophi.modeling_nanophi import NanoPhiForCausalLM, NanoPhiModel
+
+    AutoConfig.register("nanophi", NanoPhiConfig)
+    AutoModel.register(NanoPhiConfig, NanoPhiModel)
+    AutoModelForCausalLM.register(NanoPhiConfig, NanoPhiForCausalLM)
+
+
+class _Package(ModuleType):
+    """Registers the classes as soon as their modules have been imported, by whatever statement.
+
+    Python sets each imported submodule as an attribute of its package. The files themselves cannot register, because
+    copies of them are loaded as remote code beside the installed package.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        # modeling_nanophi imports configuration_nanophi: the later of the two registers both.
+        if name == "modeling_nanophi" or (
+            name == "configuration_nanophi" and f"{self.__name__}.modeling_nanophi" not in sys.modules
+        ):
+            _register()
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        from nanophi import configuration_nanophi, modeling_nanophi
+
+        return getattr(configuration_nanophi if name == "NanoPhiConfig" else modeling_nanophi, name)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *__all__})
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,6 +1,7 @@
 """The `nanophi` command: one verb, one plain function.
 
-Imports of the stages stand inside the verbs, so that `nanophi --help` and a mistyped recipe answer at once.
+Verbs import what they use of data, training, eval and model_card themselves: torch and transformers take seconds to
+import, and `nanophi --help` or a mistyped recipe must be answered at once.
 """
 
 from __future__ import annotations
@@ -8,100 +9,133 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from transformers.utils import logging
+from typer import Argument, Option
 
 from nanophi.files import UserError
+from nanophi.inputs import is_hub_id
+from nanophi.pipeline import PREPARE, Pipeline, is_main_process, run_recipes
+from nanophi.recipe import load_recipe
+from nanophi.run import step_folders
+from nanophi.version import __version__
+
+INTERRUPTED = 130
+"""Exit status of a command that Ctrl-C stopped (128 + SIGINT); typer sets it."""
 
 app = typer.Typer(
-    help="Pretrain small language models from scratch, measure them honestly, publish them on the Hub.",
+    help="Pretrain small language models from scratch, measure them honestly, publish them on the Hugging Face Hub.",
+    epilog="RECIPE is a YAML file or the name of a built-in recipe. With --debug, errors show their traceback.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+quality_app = typer.Typer(help="Apply the quality filter to text files of your own.", no_args_is_help=True)
 
-Recipes = Annotated[list[Path], typer.Argument(metavar="RECIPE...", help="YAML files, or names of built-in recipes.")]
-OneRecipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file, or name of a built-in recipe.")]
-Runs = Annotated[Path, typer.Option("--runs", help="Folder that holds the run directories.")]
-Overrides = Annotated[list[str], typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a key of the recipe.")]
+# Arguments and options that several verbs share
+Recipes = Annotated[list[Path], Argument(metavar="RECIPE...", help="YAML files, or names of built-in recipes.")]
+OneRecipe = Annotated[Path, Argument(metavar="RECIPE", help="YAML file, or name of a built-in recipe.")]
+Runs = Annotated[Path, Option("--runs", help="Folder that holds the run directories.")]
+Overrides = Annotated[
+    list[str], Option("--set", metavar="SECTION.KEY=VALUE", help="Change a key of the recipe; repeatable.")
+]
+ReleaseOrId = Annotated[str, Argument(metavar="RELEASE", help="Release folder, or id on the Hub.")]
+ReleaseFolder = Annotated[Path, Argument(metavar="RELEASE", help="Release folder.")]
+Revision = Annotated[str | None, Option(help="Branch, tag or commit on the Hub.")]
+Gguf = Annotated[str | None, Option(metavar="KINDS", help="llama.cpp files too, any of f16,q8_0,bf16,f32.")]
+Trust = Annotated[bool, Option("--trust-remote-code", help="Run the Python code that comes with the model.")]
+TextColumn = Annotated[str, Option(help="Column or JSON key that holds the text.")]
 
 
-def _pipeline(recipe: Path, runs: Path, overrides: list[str], build: tuple[str, ...]) -> Any:
-    from nanophi.pipeline import Pipeline
-    from nanophi.recipe import load_recipe
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"nanophi {__version__}")
+        raise typer.Exit
 
-    return Pipeline(load_recipe(recipe, overrides), runs, build)
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, Option("--version", is_eager=True, callback=_show_version, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Options of the command itself; `--debug` is taken out by `main`, wherever it is given."""
+
+
+@contextmanager
+def _open(recipe: Path, runs: Path, overrides: list[str], build: tuple[str, ...]) -> Iterator[Pipeline]:
+    """The recipe's pipeline, its run directory locked; stages outside `build` must be up to date already."""
+    pipeline = Pipeline(load_recipe(recipe, overrides), runs, build)
+    with pipeline.run.lock():
+        yield pipeline
 
 
 @app.command()
-def run(recipes: Recipes, runs: Runs = Path("runs"), overrides: Overrides = []) -> None:  # noqa: B006
-    """Every stage through the release; several recipes end in one comparison, the last being the baseline.
+def run(recipes: Recipes, runs: Runs = Path("runs"), overrides: Overrides = []) -> None:
+    """Run every stage of a recipe, from text to release.
 
-    Example: nanophi run recipes/demo.yaml recipes/demo-control.yaml
+    Several recipes are compared at the end; the last one is the baseline.
+
+    Example: nanophi run demo demo-control
     """
-    from nanophi.pipeline import run_recipes
-    from nanophi.recipe import load_recipe
-
     run_recipes([load_recipe(recipe, overrides) for recipe in recipes], runs)
 
 
 @app.command()
-def prepare(recipe: OneRecipe, runs: Runs = Path("runs"), overrides: Overrides = []) -> None:  # noqa: B006
-    """Sources to packed tokens: gather, deduplicate, score, filter, tokenize, pack.
+def prepare(recipe: OneRecipe, runs: Runs = Path("runs"), overrides: Overrides = []) -> None:
+    """Prepare packed tokens: gather, deduplicate, score, filter, tokenize, pack.
 
-    Example: nanophi prepare recipes/demo.yaml --set quality.threshold=0.6
+    Example: nanophi prepare demo --set quality.threshold=0.6
     """
-    from nanophi.pipeline import PREPARE
-
-    pipeline = _pipeline(recipe, runs, overrides, PREPARE)
-    with pipeline.run.lock():
+    with _open(recipe, runs, overrides, PREPARE) as pipeline:
         pipeline.write_recipe()
         pipeline.tokens()
 
 
 @app.command()
-def train(recipe: OneRecipe, runs: Runs = Path("runs"), overrides: Overrides = []) -> None:  # noqa: B006
-    """Train the recipe's model on prepared tokens, or go on from its last checkpoint.
+def train(recipe: OneRecipe, runs: Runs = Path("runs"), overrides: Overrides = []) -> None:
+    """Train on prepared tokens, or resume from the last checkpoint.
 
-    Example: accelerate launch -m nanophi train recipes/nano-phi-115m.yaml
+    Example: nanophi train demo
+
+    On several GPUs: accelerate launch -m nanophi train nano-phi-115m
     """
-    from nanophi.pipeline import is_main_process
-
-    pipeline = _pipeline(recipe, runs, overrides, ("training",))
-    if not is_main_process():
-        pipeline.training()
-        return
-    with pipeline.run.lock():
-        pipeline.training()
+    if is_main_process():
+        with _open(recipe, runs, overrides, ("training",)) as pipeline:
+            pipeline.training()
+    else:
+        Pipeline(load_recipe(recipe, overrides), runs, ("training",)).training()
 
 
 @app.command()
 def estimate(
     recipe: OneRecipe,
-    device: Annotated[str, typer.Option(help="a100-40g, a100-80g, h100, h200, l40s, l4, rtx-4090, ...")] = "a100-40g",
-    devices: Annotated[int, typer.Option(min=1, help="How many of them.")] = 1,
+    device: Annotated[str, Option(help="a100-40g, a100-80g, h100, h200, l40s, l4, rtx-4090, ...")] = "a100-40g",
+    devices: Annotated[int, Option(min=1, help="Number of devices.")] = 1,
     mfu: Annotated[
-        float | None, typer.Option(min=0.01, max=1, help="Share of the device's peak; else what such runs reach.")
+        float | None,
+        Option(min=0.01, max=1, help="Share of the device's peak that is reached (default: what is typical)."),
     ] = None,
-    price: Annotated[float | None, typer.Option(min=0, help="Dollars per hour of one; else the table's.")] = None,
-    grid: Annotated[float | None, typer.Option(min=0, help="Grams of CO2e per kWh; else the world's average.")] = None,
-    measure: Annotated[
-        bool, typer.Option("--measure", help="Time a few steps here instead; DEVICE says what this machine is.")
-    ] = False,
-    overrides: Overrides = [],  # noqa: B006
+    price: Annotated[float | None, Option(min=0, help="Dollars per device-hour (default: built-in table).")] = None,
+    grid: Annotated[float | None, Option(min=0, help="Grams of CO2e per kWh (default: world average).")] = None,
+    measure: Annotated[bool, Option("--measure", help="Time a few steps here; --device names this machine.")] = False,
+    overrides: Overrides = [],
 ) -> None:
-    """Time, money, energy and memory of a recipe's training, beside the published run's.
+    """Estimate time, cost, energy and memory of a training run.
+
+    The figures of the published run are shown beside them.
 
     Example: nanophi estimate nano-phi-115m --device h100
     """
-    from nanophi.recipe import load_recipe
+    resolved = load_recipe(recipe, overrides)
     from nanophi.training import estimate as estimates
 
-    resolved, chosen = load_recipe(recipe, overrides), estimates.find_device(device)
+    chosen = estimates.find_device(device)
     result = estimates.estimate(
         resolved,
         chosen,
@@ -115,60 +149,21 @@ def estimate(
     typer.echo(estimates.render(resolved, name, result, estimates.published_run(resolved)))
 
 
-@app.command()
-def card(recipe: OneRecipe, runs: Runs = Path("runs"), overrides: Overrides = []) -> None:  # noqa: B006
-    """Write the model card of a finished run, from its records.
-
-    Example: nanophi card recipes/demo.yaml
-    """
-    pipeline = _pipeline(recipe, runs, overrides, ("sample", "evaluation", "card"))
-    with pipeline.run.lock():
-        pipeline.card()
-    typer.echo(pipeline.path / "card" / "README.md")
-
-
-@app.command()
-def release(
-    recipe: OneRecipe,
-    runs: Runs = Path("runs"),
-    overrides: Overrides = [],  # noqa: B006
-    gguf: Annotated[str | None, typer.Option(metavar="KINDS", help="Also llama.cpp files: f16,q8_0,bf16,f32.")] = None,
-) -> None:
-    """Build and verify the release folder of a finished run.
-
-    Example: nanophi release recipes/demo.yaml --gguf f16,q8_0
-    """
-    pipeline = _pipeline(recipe, runs, overrides, ("sample", "evaluation", "card", "release", "verification"))
-    with pipeline.run.lock():
-        pipeline.verification()
-        typer.echo(pipeline.path / "release")
-        if gguf:
-            from nanophi.model_card import gguf as llama
-
-            for file in llama.export(pipeline.path / "release", gguf.split(","), pipeline.path / "gguf"):
-                typer.echo(file["path"])
-
-
 @app.command("eval")
 def evaluate(
     models: Annotated[
-        list[str],
-        typer.Argument(metavar="MODEL...", help="Folders, run directories, or Hub ids with optional @revision."),
+        list[str], Argument(metavar="MODEL...", help="Folders, run directories, or Hub ids with optional @revision.")
     ],
-    suite: Annotated[
-        str, typer.Option(help="heldout, quick, open-llm-v1, or lm-eval task names with commas.")
-    ] = "quick",
-    data: Annotated[
-        Path | None, typer.Option(help="Folder with the benchmarks under their Hub ids; else the Hub.")
-    ] = None,
-    heldout: Annotated[Path | None, typer.Option(help="A run's data/documents, for the suite heldout.")] = None,
-    output: Annotated[Path, typer.Option(help="Folder for the result files.")] = Path("evals"),
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many items per task.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")] = 16,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
+    suite: Annotated[str, Option(help="heldout, quick, open-llm-v1, or lm-eval tasks separated by commas.")] = "quick",
+    data: Annotated[Path | None, Option(help="Benchmarks under their Hub ids (default: the Hub).")] = None,
+    heldout: Annotated[Path | None, Option(help="A run's data/documents, for the suite heldout.")] = None,
+    output: Annotated[Path, Option(help="Where the result files go.")] = Path("evals"),
+    limit: Annotated[int | None, Option(min=1, help="Items per task at most.")] = None,
+    batch_size: Annotated[int, Option(min=1, help="Sequences per forward pass.")] = 16,
+    dtype: Annotated[str, Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    trust_remote_code: Trust = False,
 ) -> None:
-    """Measure models on a suite with lm-eval; killed and called again, it goes on.
+    """Evaluate models with lm-eval. If interrupted, run the same command to resume.
 
     Example: nanophi eval runs/demo/release microsoft/phi-2 --suite arc_easy --limit 200
     """
@@ -191,10 +186,12 @@ def evaluate(
 
 @app.command()
 def compare(
-    results: Annotated[list[Path], typer.Argument(metavar="RESULT...", help="Run directories, or result files.")],
-    output: Annotated[Path, typer.Option(help="Folder for comparison.json, .md and .png.")] = Path("comparison"),
+    results: Annotated[list[Path], Argument(metavar="RESULT...", help="Run directories, or result files.")],
+    output: Annotated[Path, Option(help="Where comparison.json, .md and .png go.")] = Path("comparison"),
 ) -> None:
-    """Compare models item by item, with noise bars; the last one named is the baseline.
+    """Compare models item by item, with confidence intervals.
+
+    The last one is the baseline.
 
     Example: nanophi compare runs/demo runs/demo-control
     """
@@ -209,29 +206,56 @@ def compare(
 
 def _final_results(run: Path) -> list[Path]:
     """Result files of a run's last checkpoint."""
-    names = [path.name for path in sorted((run / "checkpoints").glob("step-*"))]
-    found = sorted((run / "evals").glob(f"{names[-1]}-*.json")) if names else []
+    steps = step_folders(run / "checkpoints")
+    found = sorted((run / "evals").glob(f"{steps[-1].name}-*.json")) if steps else []
     if not found:
         raise UserError(f"{run} holds no evaluation of its last checkpoint; run `nanophi run` on its recipe")
     return found
 
 
 @app.command()
+def card(recipe: OneRecipe, runs: Runs = Path("runs"), overrides: Overrides = []) -> None:
+    """Write the model card of a finished run from its records.
+
+    Example: nanophi card demo
+    """
+    with _open(recipe, runs, overrides, ("sample", "evaluation", "card")) as pipeline:
+        pipeline.card()
+    typer.echo(pipeline.path / "card" / "README.md")
+
+
+@app.command()
+def release(recipe: OneRecipe, runs: Runs = Path("runs"), overrides: Overrides = [], gguf: Gguf = None) -> None:
+    """Build and verify the release folder of a finished run.
+
+    Example: nanophi release demo --gguf f16,q8_0
+    """
+    with _open(recipe, runs, overrides, ("sample", "evaluation", "card", "release", "verification")) as pipeline:
+        pipeline.verification()
+        typer.echo(pipeline.path / "release")
+        if gguf:
+            from nanophi.model_card import gguf as llama
+
+            for file in llama.export(pipeline.path / "release", gguf.split(","), pipeline.path / "gguf"):
+                typer.echo(file["path"])
+
+
+@app.command()
 def generate(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id.")],
-    prompt: Annotated[str, typer.Argument(help="Where the text begins.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 100,
-    temperature: Annotated[float, typer.Option(min=0, help="0: greedy.")] = 0.8,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    model: Annotated[str, Argument(help="Folder, or id on the Hub.")],
+    prompt: Annotated[str, Argument(help="Text to continue.")],
+    max_new_tokens: Annotated[int, Option(min=1, help="Length of the continuation.")] = 100,
+    temperature: Annotated[float, Option(min=0, help="0 always takes the most likely token.")] = 0.8,
+    seed: Annotated[int, Option(min=0, help="Seed of the sampling.")] = 0,
 ) -> None:
-    """Let a model write.
+    """Generate text from a prompt.
 
     Example: nanophi generate runs/demo/release "The function returns"
     """
+    if not Path(model).is_dir() and not is_hub_id(model):
+        raise UserError(f"{model} cannot be loaded: it is neither a folder nor a Hub id like ORG/NAME")
     from transformers import pipeline, set_seed
 
-    if not Path(model).is_dir() and model.count("/") != 1:
-        raise UserError(f"{model} cannot be loaded: it is neither a folder nor a Hub id like ORG/NAME")
     try:
         generator = pipeline("text-generation", model=model)
     except (OSError, ValueError) as error:
@@ -243,14 +267,14 @@ def generate(
 
 @app.command()
 def verify(
-    release: Annotated[str, typer.Argument(help="Release folder or Hub id.")],
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option(help="Run the release's code even if it is not this version's.")
-    ] = False,
-    public_key: Annotated[Path | None, typer.Option(help="Check the signature against this key (PEM).")] = None,
+    release: ReleaseOrId,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    public_key: Annotated[Path | None, Option(help="Check the signature with this public key (PEM).")] = None,
 ) -> None:
-    """Check a release: checksums, both doors, the card's numbers. Exit status 1 if anything fails.
+    """Check a release: checksums, loading, the card's numbers.
+
+    The exit status is 1 if a check fails.
 
     Example: nanophi verify runs/demo/release
     """
@@ -264,16 +288,17 @@ def verify(
 
 @app.command()
 def push(
-    release: Annotated[Path, typer.Argument(help="Release folder.")],
-    repo_id: Annotated[str, typer.Option(help="ORG/NAME on the Hub.")],
-    public: Annotated[bool, typer.Option("--public", help="Make the repository public when all is there.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would go, send nothing.")] = False,
-    signing_key: Annotated[Path | None, typer.Option(help="Sign every revision with this private key (PEM).")] = None,
-    gguf: Annotated[
-        str | None, typer.Option(metavar="KINDS", help="Also llama.cpp files, in ORG/NAME-GGUF: f16,q8_0,bf16,f32.")
-    ] = None,
+    release: ReleaseFolder,
+    repo_id: Annotated[str, Option(metavar="ORG/NAME", help="Repository on the Hub.")],
+    public: Annotated[bool, Option("--public", help="Make it public once everything is uploaded.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="List what would be sent; send nothing.")] = False,
+    signing_key: Annotated[Path | None, Option(help="Sign every revision with this private key (PEM).")] = None,
+    gguf: Gguf = None,
 ) -> None:
-    """Publish a release: main, a branch per kept checkpoint, a tag. Private unless told otherwise; resumable.
+    """Publish a release on the Hub, or resume its upload.
+
+    Sends the main branch, a branch for each kept checkpoint and a tag; llama.cpp files go to ORG/NAME-GGUF. The
+    repository is private unless --public is given.
 
     Example: nanophi push runs/demo/release --repo-id ORG/nano-phi-demo --dry-run
     """
@@ -287,18 +312,16 @@ def push(
 
 @app.command()
 def reproduce(
-    release: Annotated[str, typer.Argument(help="Release folder or Hub id.")],
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
-    runs: Annotated[Path, typer.Option("--runs", help="Folder for the new run.")] = Path("reproductions"),
-    overrides: Overrides = [],  # noqa: B006
+    release: ReleaseOrId,
+    revision: Revision = None,
+    runs: Annotated[Path, Option("--runs", help="Folder for the new run.")] = Path("reproductions"),
+    overrides: Overrides = [],
 ) -> None:
-    """Run a release's recipe again and set the outcome beside what was published.
+    """Run a release's recipe again and compare the results.
 
-    Example: nanophi reproduce ORG/nano-phi-demo
+    Example: nanophi reproduce runs/demo/release
     """
     from nanophi.model_card import reproduce as reproduction
-    from nanophi.pipeline import run_recipes
-    from nanophi.recipe import load_recipe
 
     recipe = load_recipe(reproduction.prepare(release, runs, revision), overrides)
     run_recipes([recipe], runs)
@@ -310,14 +333,16 @@ def reproduce(
 
 @app.command()
 def submit(
-    model: Annotated[str, typer.Argument(help="Release folder or Hub id.")],
-    repo_id: Annotated[str | None, typer.Option(help="ORG/NAME that the folder is, or will be, pushed to.")] = None,
-    revision: Annotated[str, typer.Option(help="Branch, tag or commit on the Hub.")] = "main",
-    precision: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "bfloat16",
-    sender: Annotated[str, typer.Option(help="Your user name on the Hub.")] = "",
-    output: Annotated[Path, typer.Option(help="Folder for the request files.")] = Path("requests"),
+    model: ReleaseOrId,
+    repo_id: Annotated[str | None, Option(metavar="ORG/NAME", help="Repository of a release folder.")] = None,
+    revision: Annotated[str, Option(help="Branch, tag or commit on the Hub.")] = "main",
+    precision: Annotated[str, Option(help="float16, bfloat16 or float32.")] = "bfloat16",
+    sender: Annotated[str, Option(help="Your user name on the Hub.")] = "",
+    output: Annotated[Path, Option(help="Where the request files go.")] = Path("requests"),
 ) -> None:
-    """The Open LLM Leaderboard's checks, and the request file in both its formats if all pass.
+    """Check a model for the Open LLM Leaderboard.
+
+    If all checks pass, the request file is written in both of its formats.
 
     Example: nanophi submit runs/demo/release --repo-id ORG/nano-phi-demo
     """
@@ -326,38 +351,33 @@ def submit(
     submission.submit(model, output, repo_id=repo_id, revision=revision, precision=precision, sender=sender)
 
 
-quality_app = typer.Typer(help="The quality filter on text files of your own.", no_args_is_help=True)
 app.add_typer(quality_app, name="quality")
 
 
 @quality_app.command("fit")
 def quality_fit(
-    output: Annotated[Path, typer.Argument(help="Folder for the scorer.")],
-    high: Annotated[list[str], typer.Option(help="Glob of files of good text; may be given again.")],
-    low: Annotated[list[str], typer.Option(help="Glob of files of poor text; may be given again.")],
-    text_column: Annotated[str, typer.Option()] = "text",
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    output: Annotated[Path, Argument(help="Folder for the scorer.")],
+    high: Annotated[list[str], Option(metavar="GLOB", help="Files of high-quality text; repeatable.")],
+    low: Annotated[list[str], Option(metavar="GLOB", help="Files of low-quality text; repeatable.")],
+    text_column: TextColumn = "text",
+    seed: Annotated[int, Option(min=0, help="Seed of the split into train and test documents.")] = 0,
 ) -> None:
-    """Fit a linear scorer; use it in a recipe as `quality.scorer: model:FOLDER`.
+    """Fit a linear scorer. A recipe uses it as `quality.scorer: model:FOLDER`.
 
     Example: nanophi quality fit scorer --high "books/*.txt" --low "chat/*.jsonl.gz"
     """
     from nanophi.data import quality
 
     report = quality.fit_files(high, low, output, text_column, seed)
-    typer.echo(
-        f"{output}: area under the ROC curve {report['roc_auc']} on {report['test_documents']} documents left out"
-    )
+    typer.echo(f"{output}: area under the ROC curve {report['roc_auc']} on {report['test_documents']} test documents")
 
 
 @quality_app.command("score")
 def quality_score(
-    files: Annotated[str, typer.Argument(help="Glob of .parquet, .jsonl(.gz, .zst) or .txt files.")],
-    scorer: Annotated[str, typer.Option(help="column:NAME, or model:FOLDER or Hub id.")],
-    output: Annotated[Path, typer.Option(help="Parquet file with a score for every document.")] = Path(
-        "scores.parquet"
-    ),
-    text_column: Annotated[str, typer.Option()] = "text",
+    files: Annotated[str, Argument(metavar="GLOB", help="Parquet, .jsonl (.gz, .zst) or .txt files.")],
+    scorer: Annotated[str, Option(help="column:NAME, model:FOLDER, or model:ORG/NAME.")],
+    output: Annotated[Path, Option(help="Parquet file with a score for every document.")] = Path("scores.parquet"),
+    text_column: TextColumn = "text",
 ) -> None:
     """Score every document.
 
@@ -371,11 +391,13 @@ def quality_score(
 
 @quality_app.command("report")
 def quality_report(
-    scores: Annotated[Path, typer.Argument(help="What `nanophi quality score` wrote, or a run directory.")],
-    threshold: Annotated[float, typer.Option(help="Documents above it are kept.")] = 0.5,
-    output: Annotated[Path, typer.Option(help="Folder for quality.json, .md and .png.")] = Path("quality"),
+    scores: Annotated[Path, Argument(help="A file written by `nanophi quality score`, or a run directory.")],
+    threshold: Annotated[float, Option(help="Documents that score above it are kept.")] = 0.5,
+    output: Annotated[Path, Option(help="Where quality.json, .md and .png go.")] = Path("quality"),
 ) -> None:
-    """What a threshold keeps and drops, with examples; of a run directory, its own report.
+    """Show what a threshold keeps and drops, with examples.
+
+    For a run directory, its own report is shown.
 
     Example: nanophi quality report scores.parquet --threshold 0.3
     """
@@ -388,19 +410,24 @@ def quality_report(
         typer.echo(output / "quality.md")
 
 
-def main() -> None:
-    """Entry point: a `UserError` becomes one line and exit status 1; `--debug` shows where it came from."""
-    arguments = sys.argv[1:]
-    debug = "--debug" in arguments
-    if debug:
-        arguments = [argument for argument in arguments if argument != "--debug"]
-    # The libraries' bars and advice would drown the stages' own lines.
+def _prepare_environment(debug: bool) -> None:
+    """Settings that libraries read when they are imported: the stages report for themselves."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     if not debug:
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    for stream in (sys.stdout, sys.stderr):
+        # A sample or a sign such as ± must not stop a run where the output's encoding lacks it.
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+
+
+def main() -> None:
+    """Entry point: a `UserError` becomes one line and exit status 1; `--debug` shows the traceback instead."""
+    debug = "--debug" in sys.argv
+    _prepare_environment(debug)
     try:
-        app(args=arguments, prog_name="nanophi")
+        app(args=[argument for argument in sys.argv[1:] if argument != "--debug"], prog_name="nanophi")
     except UserError as error:
         if debug:
             raise
@@ -409,5 +436,7 @@ def main() -> None:
         if debug or error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         sys.exit(f"nanophi: no disk space left ({error.filename or 'unknown file'}); free some and run it again")
-    except KeyboardInterrupt:
-        sys.exit("nanophi: interrupted; the same command goes on from here")
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:
+            print("\nnanophi: interrupted; run the same command to resume", file=sys.stderr)
+        raise

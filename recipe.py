@@ -11,13 +11,15 @@ import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pydantic
 import yaml
 
-from nanophi.configuration_nanophi import NanoPhiConfig
 from nanophi.files import UserError
+
+if TYPE_CHECKING:
+    from nanophi.configuration_nanophi import NanoPhiConfig
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -228,16 +230,6 @@ class Recipe(Section):
     card: Card = Card()
     release: Release = Release()
 
-    @pydantic.field_validator("model")
-    @classmethod
-    def buildable(cls, value: dict[str, Any]) -> dict[str, Any]:
-        allowed = set(NanoPhiConfig.__dataclass_fields__) - {"model_type", "transformers_version"}
-        for key in value:
-            if key not in allowed:
-                raise ValueError(f"unknown key '{key}'{suggestion(key, allowed)}")
-        NanoPhiConfig(**value)
-        return value
-
     @pydantic.model_validator(mode="after")
     def has_labels(self) -> Recipe:
         embedded = all(source.embedded for source in self.data.sources)
@@ -245,8 +237,25 @@ class Recipe(Section):
             raise ValueError("quality.scorer 'linear' needs quality.high and quality.low (names of sources)")
         return self
 
+    @pydantic.model_validator(mode="after")
+    def model_can_be_built(self) -> Recipe:
+        # Last, because it imports transformers: every other mistake is answered at once.
+        from nanophi.configuration_nanophi import NanoPhiConfig
+
+        allowed = set(NanoPhiConfig.__dataclass_fields__) - {"model_type", "transformers_version"}
+        for key in self.model:
+            if key not in allowed:
+                raise ValueError(f"'model': unknown key '{key}'{suggestion(key, allowed)}")
+        try:
+            self.model_config_for()
+        except ValueError as error:
+            raise ValueError(f"'model': {error}") from None
+        return self
+
     def model_config_for(self, **fields: Any) -> NanoPhiConfig:
         """The model's configuration, with fields that only the tokenizer knows."""
+        from nanophi.configuration_nanophi import NanoPhiConfig
+
         return NanoPhiConfig(**{**self.model, **fields})
 
     def dump(self) -> dict[str, Any]:

@@ -1,6 +1,9 @@
 """The structure of the package: which part may import which, no circles, and files of one job each."""
 
 import ast
+import re
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -111,3 +114,24 @@ def test_a_file_has_one_job(path):
     name = path.relative_to(PACKAGE).as_posix()
     lines = len(path.read_text(encoding="utf-8").splitlines())
     assert lines <= MAXIMUM_LINES or name in LONGER, f"{name} has {lines} lines"
+
+
+def test_every_library_that_is_imported_is_declared():
+    """In `dependencies` or in an extra, so that no import works by another package's kindness alone."""
+    declared = tomllib.loads((PACKAGE / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lists = [declared["dependencies"], *declared["optional-dependencies"].values()]
+    names = {re.match(r"[\w.-]+", line).group().lower().replace("-", "_") for group in lists for line in group}
+    distributions = {"yaml": "pyyaml", "sklearn": "scikit_learn"}
+    missing = set()
+    for name, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                targets = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                targets = [str(node.module)]
+            else:
+                continue
+            for target in {target.partition(".")[0] for target in targets} - sys.stdlib_module_names - {"nanophi"}:
+                if distributions.get(target, target) not in names:
+                    missing.add(f"{name} imports {target}")
+    assert not missing

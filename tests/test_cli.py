@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from nanophi import cli, files
+from nanophi import __version__, cli, files
 
 VERBS = [[command.name or command.callback.__name__] for command in cli.app.registered_commands]
 VERBS += [["quality", command.name] for command in cli.quality_app.registered_commands]
@@ -74,6 +74,36 @@ def test_a_full_disk_is_one_line(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("nanophi.pipeline.write_text", full)
     code, _, _ = nanophi(monkeypatch, capsys, "run", "demo", "--runs", tmp_path)
     assert code.startswith("nanophi: no disk space left")
+
+
+def test_a_quick_answer_loads_none_of_the_large_libraries(tmp_path):
+    """Help, a mistyped verb, a mistyped recipe or key: answered without the seconds that torch takes to import."""
+    script = """
+import contextlib, io, sys
+from nanophi import cli
+for line in ("--help", "run --help", "rnu", "run nowhere", "train demo --set training.stepz=1"):
+    sys.argv[1:] = line.split()
+    with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO())), contextlib.suppress(SystemExit):
+        cli.main()
+print(*sorted({"torch", "transformers", "datasets", "lm_eval", "numpy", "pyarrow", "matplotlib"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()) == (0, []), done.stderr
+
+
+def test_ctrl_c_is_one_line(monkeypatch, capsys, tmp_path):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "run_recipes", interrupted)
+    code, out, err = nanophi(monkeypatch, capsys, "run", "demo", "--runs", tmp_path)
+    assert (code, out) == (cli.INTERRUPTED, "")
+    assert err.split("\n") == ["", "nanophi: interrupted; run the same command to resume", ""]
+
+
+def test_the_version(monkeypatch, capsys):
+    code, out, _ = nanophi(monkeypatch, capsys, "--version")
+    assert (code, out) == (0, f"nanophi {__version__}\n")
 
 
 def test_debug_shows_where_it_came_from(monkeypatch):

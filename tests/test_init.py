@@ -1,0 +1,42 @@
+"""The package itself: quick to import, and its classes are registered however they are imported."""
+
+import subprocess
+import sys
+
+import pytest
+
+import nanophi
+
+SCRIPT = """
+import sys
+import transformers
+
+tiny = dict(hidden_size=8, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=1, vocab_size=9)
+for statement in (
+    "from nanophi import NanoPhiConfig",
+    "import nanophi; NanoPhiConfig = nanophi.NanoPhiConfig",
+    "from nanophi.configuration_nanophi import NanoPhiConfig",
+    "from nanophi.modeling_nanophi import NanoPhiForCausalLM; NanoPhiConfig = NanoPhiForCausalLM.config_class",
+    "import nanophi.modeling_nanophi as modeling; NanoPhiConfig = modeling.NanoPhiConfig",
+):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "nanophi"]:
+        del sys.modules[name]
+    exec(statement)
+    config = NanoPhiConfig(**tiny)
+    assert type(transformers.AutoConfig.for_model("nanophi", **tiny)) is NanoPhiConfig, statement
+    for auto, made in (("AutoModel", "NanoPhiModel"), ("AutoModelForCausalLM", "NanoPhiForCausalLM")):
+        model = getattr(transformers, auto).from_config(config)
+        assert type(model) is getattr(sys.modules["nanophi"], made), (statement, auto)
+"""
+
+
+def test_the_auto_classes_know_nanophi_whatever_was_imported():
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_package_shows_its_names():
+    assert set(nanophi.__all__) <= set(dir(nanophi))
+    assert nanophi.NanoPhiModel is nanophi.modeling_nanophi.NanoPhiModel
+    with pytest.raises(AttributeError, match="module 'nanophi' has no attribute 'NanoPhy'"):
+        nanophi.NanoPhy  # noqa: B018
