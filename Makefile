@@ -1,58 +1,62 @@
-# `make demo` and `make test` are the two commands; both build `.venv` first if it is missing or out of date.
+# `make demo` and `make test` are the two commands to know; each builds `.venv` first if it is missing or out of date.
+# PYTHON chooses the interpreter of a new `.venv`, RELEASE the release folder that hub, compat and gguf check.
 PYTHON ?= python3
+RELEASE ?= runs/demo/release
+
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 LLAMA := $(VENV)/llama
 CLUSTER := $(VENV)/cluster
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PYTEST := $(BIN)/pytest -c tests/pytest.ini --rootdir tests
 
-.PHONY: demo test lint cluster compat hub gguf clean
+.PHONY: help demo test lint hub compat gguf cluster clean
 
-demo: $(INSTALLED)
-	$(BIN)/nanophi run recipes/demo.yaml recipes/demo-control.yaml
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
 
-test: $(INSTALLED) lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -c tests/pytest.ini --rootdir tests --numprocesses 2 --dist loadfile \
+demo: $(INSTALLED) ## train, evaluate and release two small models: 6 minutes on 2 cores
+	$(BIN)/nanophi run demo demo-control
+
+test: $(INSTALLED) lint ## lint, types, tests and their coverage: 6 minutes on 2 cores
+	OMP_NUM_THREADS=1 $(PYTEST) --numprocesses 2 --dist loadfile \
 		--cov nanophi --cov-config tests/coverage.ini --cov-report term tests
 
-lint: $(INSTALLED)
+lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The data stages on two Ray workers and through Slurm's commands, beside the local engine
-cluster: $(CLUSTER)/installed
-	PYTHONPATH=$(CLUSTER) $(BIN)/pytest -c tests/pytest.ini --rootdir tests tests/data/test_parallel.py
-
-# Without dependencies, so that nothing here hides a package of the environment.
-$(CLUSTER)/installed: | $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --no-deps --target $(CLUSTER) \
-		datatrove==0.10.1 humanize==4.17.0 loguru==0.7.3 ray==2.60.0 msgpack==1.2.4 protobuf==7.36.2 \
-		jsonschema==4.26.0 jsonschema-specifications==2025.9.1 referencing==0.37.0 rpds-py==2026.9.1
-	touch $@
-
-# A release under transformers 4.37.2, 4.57.6 and the newest: make compat RELEASE=runs/demo/release
-compat: $(INSTALLED)
-	$(BIN)/python tests/compat/run.py $(RELEASE)
-
-# A release pushed to a loopback Hub, used by a stranger, verified, submitted: make hub RELEASE=runs/demo/release
-hub: $(INSTALLED)
+hub: $(INSTALLED) ## push RELEASE to a loopback Hub, then load, verify and submit it from there
 	$(BIN)/python tests/publish.py $(RELEASE)
 
-# GGUF files against llama.cpp itself, which is built from source first: make gguf RELEASE=runs/demo/release
-gguf: $(LLAMA)/installed
-	PYTHONPATH=$(LLAMA) $(BIN)/pytest -c tests/pytest.ini --rootdir tests tests/model_card/test_gguf.py
-	$(if $(RELEASE),PYTHONPATH=$(LLAMA) $(BIN)/python benchmarks/gguf_check.py $(RELEASE))
+compat: $(INSTALLED) ## load RELEASE with transformers 4.37.2, 4.57.6 and the installed version
+	$(BIN)/python tests/compat/run.py $(wildcard $(RELEASE))
 
-$(LLAMA)/installed: | $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --no-deps --target $(LLAMA) llama-cpp-python==0.3.36 diskcache==5.6.3
-	touch $@
+gguf: $(LLAMA)/installed ## compare GGUF files of RELEASE with llama.cpp itself, built from source first
+	PYTHONPATH=$(LLAMA) $(PYTEST) tests/model_card/test_gguf.py
+	PYTHONPATH=$(LLAMA) $(BIN)/python benchmarks/gguf_check.py $(RELEASE)
+
+cluster: $(CLUSTER)/installed ## run the data stages on two Ray workers and through Slurm's commands
+	PYTHONPATH=$(CLUSTER) $(PYTEST) tests/data/test_parallel.py
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch --editable '.[dev]'
+	$(PIP) --constraint constraints.txt torch --editable '.[dev]'
 	mkdir -p $(VENV)/src && ln -sfn ../.. $(VENV)/src/nanophi
 	touch $@
 
-clean:
-	rm -rf $(VENV) runs build *.egg-info
+$(LLAMA)/installed: | $(INSTALLED)
+	$(PIP) --upgrade --no-deps --target $(LLAMA) llama-cpp-python==0.3.36 diskcache==5.6.3
+	touch $@
+
+# Without dependencies, so that nothing here hides a package of the environment.
+$(CLUSTER)/installed: | $(INSTALLED)
+	$(PIP) --upgrade --no-deps --target $(CLUSTER) datatrove==0.10.1 humanize==4.17.0 loguru==0.7.3 ray==2.60.0 \
+		msgpack==1.2.4 protobuf==7.36.2 jsonschema==4.26.0 jsonschema-specifications==2025.9.1 referencing==0.37.0 \
+		rpds-py==2026.9.1
+	touch $@
+
+clean: ## delete what was built; runs/ stays
+	rm -rf $(VENV) build *.egg-info

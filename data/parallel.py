@@ -8,15 +8,13 @@ outcome does not depend on how many processes there are.
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from nanophi.data.processes import WorkerDiedError, cores, in_processes, run_task
 from nanophi.files import UserError, read_json
+from nanophi.progress import progress_bar
 
 
 def run_parts(
@@ -45,7 +43,7 @@ def run_parts(
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{index:05d}" for index in range(len(parts))]
     todo = [index for index, path in enumerate(paths) if not path.with_suffix(".json").exists()]
-    progress = tqdm(total=len(parts), initial=len(parts) - len(todo), desc=label, file=sys.stderr, leave=False, delay=2)
+    progress = progress_bar(len(parts), label, initial=len(parts) - len(todo))
     tasks = [(function, parts[index], paths[index]) for index in todo]
     with progress:
         try:
@@ -57,8 +55,8 @@ def run_parts(
             else:
                 finished = in_processes(tasks, min(workers or cores(), len(todo)))
             for _ in finished:
-                progress.n = len(parts) - sum(not path.with_suffix(".json").exists() for _, _, path in tasks)
-                progress.refresh()
+                done = len(parts) - sum(not path.with_suffix(".json").exists() for _, _, path in tasks)
+                progress.update(done - progress.n)
         except WorkerDiedError:
             raise UserError(
                 f"{label}: a worker process died (out of memory?); run again with fewer data.workers, "

@@ -20,7 +20,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import inspect
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -31,10 +30,10 @@ from lm_eval import utils
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import has_bos_prefix
 from torch import Tensor
-from tqdm import tqdm
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from nanophi.eval.kernels import Kernels
+from nanophi.progress import progress_bar
 
 Past = list[tuple[Tensor, Tensor]]
 """Keys and values of a prefix, per layer, each [1, key-value heads, tokens, head size]."""
@@ -317,14 +316,7 @@ class ScorerLM(HFLM):
             for sequence, group in zip(sequences, asked, strict=True)
         ]
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        bar = tqdm(
-            total=len(requests),
-            disable=not self.progress,
-            mininterval=0.5 if sys.stderr.isatty() else 30,
-            delay=0 if sys.stderr.isatty() else 30,
-            leave=False,
-            unit=" requests",
-        )
+        bar = progress_bar(len(requests), "scoring", unit=" requests", disable=not self.progress)
         for answers in self._score(Forest(sequences, scored), asked):
             for number, answer in answers:
                 results[number] = answer

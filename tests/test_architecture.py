@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "files": (),
     "formatting": (),
     "inputs": ("files",),
+    "progress": (),
     "configuration_nanophi": (),
     "modeling_nanophi": ("configuration_nanophi",),
     "run": ("files", "formatting", "inputs", "version"),
