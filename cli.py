@@ -18,10 +18,9 @@ import typer
 from typer import Argument, Option
 
 from nanophi.files import UserError
-from nanophi.inputs import is_hub_id
+from nanophi.inputs import is_hub_id, model_folder
 from nanophi.pipeline import PREPARE, Pipeline, is_main_process, run_recipes
 from nanophi.recipe import load_recipe
-from nanophi.run import step_folders
 from nanophi.version import __version__
 
 INTERRUPTED = 130
@@ -154,11 +153,16 @@ def evaluate(
     models: Annotated[
         list[str], Argument(metavar="MODEL...", help="Folders, run directories, or Hub ids with optional @revision.")
     ],
-    suite: Annotated[str, Option(help="heldout, quick, open-llm-v1, or lm-eval tasks separated by commas.")] = "quick",
+    suite: Annotated[
+        str, Option(help="heldout, quick, signal, open-llm-v1, or lm-eval tasks: arc_easy,winogrande:5.")
+    ] = "quick",
     data: Annotated[Path | None, Option(help="Benchmarks under their Hub ids (default: the Hub).")] = None,
     heldout: Annotated[Path | None, Option(help="A run's data/documents, for the suite heldout.")] = None,
     output: Annotated[Path, Option(help="Where the result files go.")] = Path("evals"),
     limit: Annotated[int | None, Option(min=1, help="Items per task at most.")] = None,
+    num_fewshot: Annotated[
+        int | None, Option(min=0, help="Examples in the prompt of the named tasks (default: as lm-eval defines them).")
+    ] = None,
     batch_size: Annotated[int, Option(min=1, help="Sequences per forward pass.")] = 16,
     dtype: Annotated[str, Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     trust_remote_code: Trust = False,
@@ -167,15 +171,18 @@ def evaluate(
 
     Example: nanophi eval runs/demo/release microsoft/phi-2 --suite arc_easy --limit 200
     """
-    from nanophi.eval import evaluate as evaluation
+    for model in models:
+        model_folder(model)  # a mistyped name, before anything slow is imported
+    from nanophi.eval.curve import evaluate_checkpoints
 
-    _, curve = evaluation.evaluate_checkpoints(
+    _, curve = evaluate_checkpoints(
         models,
         suite,
         output,
         data=data,
         heldout=heldout,
         limit=limit,
+        num_fewshot=num_fewshot,
         batch_size=batch_size,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
@@ -186,31 +193,26 @@ def evaluate(
 
 @app.command()
 def compare(
-    results: Annotated[list[Path], Argument(metavar="RESULT...", help="Run directories, or result files.")],
+    results: Annotated[
+        list[Path], Argument(metavar="RESULT...", help="Run directories, result files, or folders of result files.")
+    ],
     output: Annotated[Path, Option(help="Where comparison.json, .md and .png go.")] = Path("comparison"),
+    baseline: Annotated[
+        str | None, Option(help="The model that the others are compared with: a label, or one of RESULT.")
+    ] = None,
 ) -> None:
     """Compare models item by item, with confidence intervals.
 
-    The last one is the baseline.
+    The last one is the baseline, unless --baseline names another.
 
-    Example: nanophi compare runs/demo runs/demo-control
+    Example: nanophi compare runs/demo runs/demo-control --baseline demo-control
     """
     from nanophi.eval import compare as comparison
+    from nanophi.eval.render import to_text
 
-    files = {}
-    for path in results:
-        label = path.resolve().name if path.is_dir() else path.stem
-        files[label] = _final_results(path) if path.is_dir() else [path]
-    typer.echo(comparison.render(comparison.compare(files, output)))
-
-
-def _final_results(run: Path) -> list[Path]:
-    """Result files of a run's last checkpoint."""
-    steps = step_folders(run / "checkpoints")
-    found = sorted((run / "evals").glob(f"{steps[-1].name}-*.json")) if steps else []
-    if not found:
-        raise UserError(f"{run} holds no evaluation of its last checkpoint; run `nanophi run` on its recipe")
-    return found
+    files = comparison.label_results(results)
+    typer.echo(to_text(comparison.compare(files, output, baseline=comparison.find_label(files, baseline))))
+    typer.echo(output / "comparison.md")
 
 
 @app.command()

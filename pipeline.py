@@ -233,6 +233,7 @@ class Pipeline:
     def evaluation(self) -> dict[str, dict[str, Any]]:
         """Every suite of the recipe on every kept checkpoint. Returns headline numbers by result file."""
         from nanophi.eval import evaluate
+        from nanophi.eval.results import FORMAT, run_result_name
 
         self.training()
         section, recipe = self.recipe.evaluation, self.recipe
@@ -240,8 +241,9 @@ class Pipeline:
         for step in sorted({*recipe.training.keep_steps, recipe.training.steps}):
             model = f"step-{step:06d}"
             for suite in section.suites:
-                file = f"evals/{model}-{suite}.json"
+                file = f"evals/{run_result_name(model, suite)}"
                 inputs = {
+                    "format": FORMAT,
                     "training": self.run.stage_key("training"),
                     "step": step,
                     "suite": suite,
@@ -269,9 +271,11 @@ class Pipeline:
 
     def final_evaluations(self) -> list[Path]:
         """Result files of the final checkpoint."""
+        from nanophi.eval.results import run_result_name
+
         self.evaluation()
         final = f"step-{self.recipe.training.steps:06d}"
-        return [self.path / f"evals/{final}-{suite}.json" for suite in self.recipe.evaluation.suites]
+        return [self.path / "evals" / run_result_name(final, suite) for suite in self.recipe.evaluation.suites]
 
     def comparison(self, runs: Sequence[Pipeline]) -> None:
         """Several runs, this one among them, side by side; the last is the baseline.
@@ -364,11 +368,12 @@ class Pipeline:
 
 def run_recipes(recipes: Sequence[Recipe], runs: Path, report: Callable[[str], None] = print) -> None:
     """Every stage of every recipe; several recipes end in one comparison, with the last as the baseline."""
-    from nanophi.eval import compare, suites
+    from nanophi.eval import render, suites
 
     for recipe in recipes:
-        for suite in recipe.evaluation.suites:
-            suites.find_suite(suite)
+        context = recipe.model_config_for().max_position_embeddings
+        if problem := suites.context_problem(recipe.evaluation.suites, context):
+            raise UserError(f"{recipe.name}: {problem}")
     names = [recipe.name for recipe in recipes]
     if len(set(names)) < len(names):
         raise UserError(f"two recipes have the same name ({', '.join(names)}); each run needs its own directory")
@@ -387,7 +392,7 @@ def run_recipes(recipes: Sequence[Recipe], runs: Path, report: Callable[[str], N
             pipeline.verification()
     first = pipelines[0]
     if len(pipelines) > 1:
-        report("\n" + compare.render(read_json(first.path / "comparison.json")))
+        report("\n" + render.to_text(read_json(first.path / "comparison.json")))
     for pipeline in pipelines:
         sample = read_json(pipeline.path / "sample.json")
         report(f"\n{pipeline.recipe.name} writes:\n{sample['text']}")

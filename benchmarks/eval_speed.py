@@ -276,7 +276,7 @@ def score(job: dict[str, Any]) -> None:
     """Score the blocks of a task's items that are asked for; at the end, say what was decided."""
     from lm_eval.models.huggingface import HFLM
 
-    from nanophi.eval.evaluate import load_model
+    from nanophi.eval.models import load_model
     from nanophi.eval.scorer import ScorerLM
     from nanophi.run import environment
 
@@ -307,7 +307,7 @@ def score(job: dict[str, Any]) -> None:
         {
             "decisions": decide(tasks),
             "overflowing": lm.overflowing if isinstance(lm, ScorerLM) else None,
-            "sharing": lm.sharing if isinstance(lm, ScorerLM) else None,
+            "sharing": lm.unshared_because if isinstance(lm, ScorerLM) else None,
             "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             "environment": environment(),
         }
@@ -336,11 +336,11 @@ def divide(instances: list[Any]) -> list[list[Any]]:
 
 def build(name: str, job: dict[str, Any]) -> tuple[list[Any], list[Any]]:
     """The requests of a fixed sample of a task's items, as lm-eval builds them."""
-    from nanophi.eval.evaluate import FEWSHOT_SEED, _quiet
-    from nanophi.eval.suites import OPEN_LLM_V1, Suite, load_suite, sample_of_items
+    from nanophi.eval.evaluate import FEWSHOT_SEED
+    from nanophi.eval.suites import OPEN_LLM_V1, Suite, load_suite, quiet, sample_of_items
 
     entries = [entry for entry in OPEN_LLM_V1.entries if entry.task == name]
-    with _quiet():
+    with quiet():
         loaded = load_suite(Suite(name, tuple(entries)), data=Path(job["data"]))
         tasks = [loaded.tasks[leaf] for leaf in loaded.tasks]
         count = job["items"]

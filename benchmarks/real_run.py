@@ -34,7 +34,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-from nanophi.eval import compare
+from nanophi.eval import render
 from nanophi.files import UserError, read_json, write_json, write_text
 from nanophi.pipeline import Pipeline
 from nanophi.recipe import Recipe, load_recipe
@@ -278,7 +278,7 @@ def main() -> None:
             if len(pipelines) > 1:
                 for name in ("comparison.json", "comparison.md", "comparison.png"):
                     shutil.copyfile(first.path / name, args.output / name)
-                print("\n" + compare.render(read_json(first.path / "comparison.json")))
+                print("\n" + render.to_text(read_json(first.path / "comparison.json")))
             shutil.copytree(first.path / "card", args.output / "card", dirs_exist_ok=True)
     except UserError as error:
         raise SystemExit(f"real_run: {error}") from None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -36,6 +37,7 @@ class Task:
 
     title: str
     metric: str
+    answer_tokens: int = 1
     hub: HubDataset | None = None
     leaderboard: Leaderboard | None = None
 
@@ -68,3 +70,8 @@ def position(task: str) -> int:
     """Where a task stands in every table; tasks that are not in `tasks.yaml` come last."""
     names = list(TASKS)
     return names.index(task) if task in TASKS else len(names)
+
+
+def references() -> dict[str, Any]:
+    """The scores of other models in `references.yaml`, published elsewhere."""
+    return yaml.safe_load(Path(__file__).with_name("references.yaml").read_text(encoding="utf-8"))

@@ -3,10 +3,10 @@
     nanophi compare runs/demo runs/demo-control --baseline demo-control
 
 Models are compared on the items that both answered (same document, same prompt). For an accuracy the p-value is
-McNemar's exact test (McNemar 1947, Psychometrika 12), for anything else the paired bootstrap's, and for bits per byte
-not below that of Student's t; all come with the bootstrap's 95 % interval of the difference. All tests of one
-comparison are corrected together by Holm's method (1979, Scand. J. Statist. 6), and so are those of a secondary table
-(a group's subjects, the held-out sources) among themselves. A difference is called better or worse only if its
+McNemar's exact test, for anything else the larger of the paired bootstrap's and Student's t test's; each comes with the
+bootstrap's 95 % confidence interval of the difference and the minimum detectable effect. All tests of the main table
+are corrected together by Holm's method, and so are those of each secondary table (a group's subjects, the held-out
+sources, the right answers' bits per byte) among themselves. A difference is called better or worse only if its
 corrected p-value is below 0.05.
 """
 
@@ -20,32 +20,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
-from nanophi.eval import statistics
-from nanophi.eval.results import FORMAT, read_result
+from nanophi.eval import render, statistics
+from nanophi.eval.catalogue import LEADERBOARD, TASKS, position, references
+from nanophi.eval.models import fingerprint
+from nanophi.eval.results import ANSWER_METRIC, FORMAT, ItemKey, distinct, final_results, item_values, read_result
 from nanophi.eval.statistics import SIGNIFICANCE, bits_per_byte, bits_per_byte_stderr, holm, mcnemar
 from nanophi.files import UserError, write_json, write_text
 
-LEADERBOARD = ("arc_challenge", "hellaswag", "mmlu", "truthfulqa_mc2", "winogrande", "gsm8k")
 MAX_SOURCES = 12
-"""Held-out sources with a row of their own; every row more makes Holm's correction harsher on all of them."""
+"""Held-out sources with a row of their own; every further row makes Holm's correction harsher on all of them."""
 MIN_DOCUMENTS = 20
 """Documents that a source needs for a row of its own: fewer say little about it."""
-REFERENCES = Path(__file__).parent / "references.yaml"
-TITLES = {
-    "heldout_bits_per_byte": "held-out bits per byte",
-    "heldout_continuation": "held-out continuation",
-    "heldout_order": "held-out sentence order",
-    "arc_easy": "ARC-Easy",
-    "arc_challenge": "ARC-Challenge",
-    "hellaswag": "HellaSwag",
-    "mmlu": "MMLU",
-    "truthfulqa_mc2": "TruthfulQA mc2",
-    "winogrande": "Winogrande",
-    "gsm8k": "GSM8K",
-    "average": "average",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,15 +40,86 @@ class Measured:
 
     Attributes:
         line: the result file's `headline` entry.
-        items: per leaf task, item key -> value: a number, or (log-likelihood in nats, bytes).
-        prompts: item key -> hash of its prompt.
-        sources: item key -> source of a held-out document; empty for other tasks.
+        items: per leaf task, item -> value: a number, or (log-likelihood in nats, bytes).
+        prompts: item -> hash of its prompt.
+        sources: item -> source of a held-out document; empty for other tasks.
+        answers: per leaf task, item -> bits per byte of the right answer; empty for tasks without one.
     """
 
     line: dict[str, Any]
-    items: dict[str, dict[tuple[int, str], Any]]
-    prompts: dict[tuple[int, str], str]
-    sources: dict[tuple[int, str], str] = dataclasses.field(default_factory=dict)
+    items: dict[str, dict[ItemKey, Any]]
+    prompts: dict[ItemKey, str]
+    sources: dict[ItemKey, str] = dataclasses.field(default_factory=dict)
+    answers: dict[str, dict[ItemKey, Any]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def protocol(self) -> tuple[int | None, str]:
+        """What must be equal for two scores to be comparable: the number of shots, and the metric."""
+        return self.line["num_fewshot"], self.line["metric"]
+
+
+def label_results(paths: Sequence[Path]) -> dict[str, list[Path]]:
+    """A label for each model that some paths lead to -> its result files.
+
+    Args:
+        paths: run directories, whose last checkpoint counts; result files, which are grouped by the model that they
+            name; other folders, for all the result files in them.
+
+    Raises:
+        UserError: if a path leads to no results, or is named twice.
+    """
+    runs: list[Path] = []
+    files: list[Path] = []
+    for path in paths:
+        resolved = path.resolve()
+        if resolved in (*runs, *files):
+            raise UserError(f"{path} is named twice; name each run or result once")
+        if (path / "checkpoints").is_dir() or (path / "record.json").is_file():
+            runs.append(resolved)
+        elif path.is_dir():
+            found = sorted(file.resolve() for file in path.glob("*.json") if not file.name.startswith("curve-"))
+            if not found:
+                raise UserError(f"{path} holds no results; name a run directory, or files that `nanophi eval` wrote")
+            files += found
+        else:
+            files.append(resolved)
+    models: dict[str, list[Path]] = {}
+    identities: dict[str, dict[str, Any]] = {}
+    for file in dict.fromkeys(files):
+        identity = read_result(file)["nanophi"]["model"]
+        models.setdefault(fingerprint(identity), []).append(file)
+        identities[fingerprint(identity)] = identity
+    labelled = dict(zip(distinct([str(run) for run in runs]), map(final_results, runs), strict=True))
+    for mark, found in models.items():
+        labelled[_label(identities[mark], [*identities.values()], labelled)] = found
+    # The order in which they were named decides which is the baseline.
+    order = [path.resolve() for path in paths]
+
+    def place(label: str) -> int:
+        file = labelled[label][0]
+        return next(i for i, path in enumerate(order) if file == path or file.is_relative_to(path))
+
+    return {label: labelled[label] for label in sorted(labelled, key=place)}
+
+
+def find_label(labelled: Mapping[str, Sequence[Path]], name: str | None) -> str | None:
+    """The label that `name` is, or whose results lie at the path `name`; any other `name` as it is."""
+    if name is None or name in labelled:
+        return name
+    path = Path(name).resolve()
+    return next((label for label, files in labelled.items() if files[0].is_relative_to(path)), name)
+
+
+def _label(identity: Mapping[str, Any], others: Sequence[Mapping[str, Any]], taken: Mapping[str, Any]) -> str:
+    """A model's name, with its dtype or the beginning of its hash where the name alone is not unique."""
+    same = [other for other in others if other["name"] == identity["name"]]
+    label = str(identity["name"])
+    if len({other.get("dtype") for other in same}) > 1:
+        label += f" {identity['dtype']}"
+        same = [other for other in same if other.get("dtype") == identity["dtype"]]
+    if len(same) > 1 or label in taken:
+        label += f" ({str(identity.get('sha256') or identity.get('revision'))[:8]})"
+    return label
 
 
 def compare(
@@ -71,19 +128,22 @@ def compare(
     """Compare models and write `comparison.json`, `comparison.md` and `comparison.png`.
 
     Args:
-        results: label of each model -> its result files, written by `nanophi eval`. A task that several of them hold
-            counts from the one with the most items.
+        results: label of each model -> its result files, written by `nanophi eval`; see `label_results`. A task that
+            several of them hold counts from the one with the most items, which a note says.
         output: folder to write in.
         baseline: the label that the others are compared with; None: the last one.
         seed: of the bootstrap.
 
     Returns:
         what `comparison.json` holds: `labels`, `baseline`, `tasks` (per task `scores` by label and `differences` from
-        the baseline by label), `subjects` (the same for the parts of a group such as MMLU), `sources` (the same for
-        bits per byte of each held-out source, the small ones together), `heldout` by label, `published`, `notes`.
+        the baseline by label), `answers` (the same for the bits per byte of the right answers), `subjects` (the same
+        for the parts of a group such as MMLU), `sources` (the same for bits per byte of each held-out source, the
+        small ones together), `heldout` by label, `published`, `notes`. A task that was not measured alike everywhere
+        has a row for each way: `winogrande:0` and `winogrande:5`.
 
     Raises:
-        UserError: for a file that is no result of ours, or results that cannot be compared.
+        UserError: for a file that is no result of ours, results of two models under one label, or results that have
+            nothing comparable.
     """
     if not results:
         raise UserError("nothing to compare: name at least one result")
@@ -92,17 +152,16 @@ def compare(
     if baseline not in results:
         raise UserError(f"baseline '{baseline}' is not one of {', '.join(labels)}")
     files = {label: [read_result(Path(path)) for path in paths] for label, paths in results.items()}
-    measured = {label: _measured(contents) for label, contents in files.items()}
-    tasks = list(dict.fromkeys(t for scores in measured.values() for t in scores))
-    tasks.sort(key=lambda task: list(TITLES).index(task) if task in TITLES else len(TITLES))
     rng = np.random.default_rng(seed)
-    notes: list[str] = []
+    notes = _identity_notes(files)
+    rows = _rows({label: _measured(label, contents, notes) for label, contents in files.items()}, notes)
     table: dict[str, Any] = {}
+    answers: dict[str, Any] = {}
     subjects: dict[str, Any] = {}
+    sources: dict[str, Any] = {}
     draws: dict[str, dict[str, np.ndarray]] = {}
-    for task in tasks:
-        scores = {label: measured[label][task] for label in labels if task in measured[label]}
-        table[task], draws[task] = _row(task, scores, baseline, rng, notes)
+    for key, scores in rows.items():
+        table[key], draws[key] = _row(key, scores, baseline, rng, notes)
         leaves = next(iter(scores.values())).line["tasks"]
         if len(leaves) > 1:
             parts = {}
@@ -110,12 +169,16 @@ def compare(
                 part = {label: _leaf(score, leaf) for label, score in scores.items() if leaf in score.items}
                 parts[leaf], _ = _row(leaf, part, baseline, rng, notes)
             _correct(parts.values())
-            subjects[task] = parts
-    held = {label: scores.get("heldout_bits_per_byte") for label, scores in measured.items()}
-    sources = _sources(held, baseline, rng)
-    if set(LEADERBOARD) <= set(table):
+            subjects[key] = parts
+        right = {label: answer for label, score in scores.items() if (answer := _answers(score))}
+        if right:
+            answers[key], _ = _row(key, right, baseline, rng, [])
+        if key == "heldout_bits_per_byte":
+            sources = _sources(scores, baseline, rng)
+    if all(task in table and table[task]["num_fewshot"] == _leaderboard_shots(task) for task in LEADERBOARD):
         _add_average(table, draws, labels, baseline)
     _correct(table.values())
+    _correct(answers.values())
     versions = {content["lm_eval_version"] for contents in files.values() for content in contents}
     if len(versions) > 1:
         notes.append(f"measured with different versions of lm-eval: {', '.join(sorted(versions))}")
@@ -125,6 +188,7 @@ def compare(
         "baseline": baseline,
         "models": {label: [content["nanophi"]["model"] for content in contents] for label, contents in files.items()},
         "tasks": table,
+        "answers": answers,
         "subjects": subjects,
         "sources": sources,
         "heldout": {
@@ -134,176 +198,111 @@ def compare(
             if "heldout" in content["nanophi"]
         },
         "published": references() if set(LEADERBOARD) & set(table) else None,
-        "method": f"McNemar's exact test, or paired bootstrap ({statistics.RESAMPLES} resamples, seed {seed}) and, for "
-        "bits per byte, Student's t; Holm's correction, separately for each secondary table",
+        "method": "McNemar's exact test for accuracies, otherwise the larger p-value of the paired bootstrap "
+        f"({statistics.RESAMPLES} resamples, seed {seed}) and Student's t test; Holm's correction, separately for each "
+        "secondary table; minimum detectable effect at 80 % power and the correction's hardest step",
         "notes": notes,
     }
     output = Path(output)
     write_json(output / "comparison.json", comparison)
-    write_text(output / "comparison.md", to_markdown(comparison))
-    draw(comparison, output / "comparison.png")
+    write_text(output / "comparison.md", render.to_markdown(comparison))
+    render.draw_comparison(comparison, output / "comparison.png")
     return comparison
 
 
-def references() -> dict[str, Any]:
-    """The published scores in `references.yaml`."""
-    return yaml.safe_load(REFERENCES.read_text(encoding="utf-8"))
+def _leaderboard_shots(task: str) -> int | None:
+    board = TASKS[task].leaderboard
+    return board.shots if board else None
 
 
-def render(comparison: Mapping[str, Any]) -> str:
-    """The comparison as a plain-text table for the terminal."""
-    labels, baseline = comparison["labels"], comparison["baseline"]
-    header = ["", *labels, "chance"]
-    rows = [
-        [_title(task, row), *(_score(row["scores"].get(label), row) for label in labels), _chance(row)]
-        for task, row in comparison["tasks"].items()
-    ]
-    if comparison["heldout"]:
-        rows.append(["bz2 -9, same text", *_bz2(comparison), ""])
-    lines = _columns([header, *rows])
-    for label in labels:
-        differences = [
-            [f"  {_title(task, row)}", _difference(row["differences"][label], row), _verdict(row["differences"][label])]
-            for task, row in comparison["tasks"].items()
-            if label in row["differences"]
-        ]
-        if differences:
-            lines += ["", f"{label} against {baseline}, on the same items (95 % interval; p after Holm's correction):"]
-            lines += _columns(differences)
-    lines += [f"note: {note}" for note in comparison["notes"]]
-    return "\n".join(lines)
+def _identity_notes(files: Mapping[str, Sequence[dict[str, Any]]]) -> list[str]:
+    """Notes on labels of one and the same model. Raises `UserError` for a label that mixes two models."""
+    marks: dict[str, str] = {}
+    notes = []
+    for label, contents in files.items():
+        found = {fingerprint(content["nanophi"]["model"]) for content in contents}
+        if len(found) > 1:
+            names = sorted({str(content["nanophi"]["model"]["name"]) for content in contents})
+            raise UserError(f"'{label}' holds results of {len(found)} different models ({', '.join(names)})")
+        for mark in found:
+            if mark in marks:
+                notes.append(f"{marks[mark]} and {label} are the same model")
+            marks[mark] = label
+    return notes
 
 
-def to_markdown(comparison: Mapping[str, Any]) -> str:
-    """The comparison as Markdown, with the subjects of groups and the published scores."""
-    labels, baseline = comparison["labels"], comparison["baseline"]
-    lines = ["# Comparison", "", "Score ± standard error. ↓: lower is better.", ""]
-    lines += _markdown_row(["", *labels, "chance", "items"])
-    lines += _markdown_rule(len(labels) + 3)
-    for task, row in comparison["tasks"].items():
-        items = max((score["items"] for score in row["scores"].values()), default=0)
-        cells = [_score(row["scores"].get(label), row) for label in labels]
-        lines += _markdown_row([_title(task, row), *cells, _chance(row), str(items) if items else ""])
-    if comparison["heldout"]:
-        lines += _markdown_row(["bz2 -9 on the same text ↓", *_bz2(comparison), "", ""])
-    for label in labels:
-        rows = [(task, row) for task, row in comparison["tasks"].items() if label in row["differences"]]
-        if rows:
-            lines += ["", f"## {label} against {baseline}", ""]
-            lines += _markdown_row(["", "difference [95 % interval]", "p", "p, corrected", "verdict"])
-            lines += _markdown_rule(5)
-            for task, row in rows:
-                lines += _markdown_difference(_title(task, row), row["differences"][label], row)
-    if comparison["sources"]:
-        lines += _markdown_sources(comparison)
-    for group, parts in comparison["subjects"].items():
-        lines += ["", f"## {TITLES.get(group, group)} by subject", ""]
-        lines += _markdown_row(["subject", *labels, *(f"{x} against {baseline}" for x in labels if x != baseline)])
-        lines += _markdown_rule(2 * len(labels))
-        for name, row in parts.items():
-            cells = [_score(row["scores"].get(label), row) for label in labels]
-            verdicts = [
-                _verdict(row["differences"][label]) if label in row["differences"] else ""
-                for label in labels
-                if label != baseline
-            ]
-            lines += _markdown_row([name.removeprefix(f"{group}_"), *cells, *verdicts])
-    if comparison["published"]:
-        published = comparison["published"]
-        tasks = list(published["metrics"])
-        lines += ["", "## Published scores, measured elsewhere", ""]
-        lines += _markdown_row(["model", *(TITLES[task] for task in tasks), "average", "source"])
-        lines += _markdown_rule(len(tasks) + 3)
-        for model in published["models"]:
-            scores = [f"{model['scores'][task]:.2f}" for task in tasks]
-            lines += _markdown_row([model["name"], *scores, f"{model['average']:.2f}", model["source"]])
-    lines += ["", *(f"Note: {note}." for note in comparison["notes"]), f"Method: {comparison['method']}."]
-    return "\n".join(lines) + "\n"
-
-
-def draw(comparison: Mapping[str, Any], path: Path) -> None:
-    """Bars with 95 % error bars: scores with their chance level, and bits per byte, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    labels = comparison["labels"]
-    choices = {t: row for t, row in comparison["tasks"].items() if row["higher_is_better"] and t != "average"}
-    bits = {t: row for t, row in comparison["tasks"].items() if not row["higher_is_better"]}
-    panels = [panel for panel in (choices, bits) if panel] or [{}]
-    widths = [max(len(panel), 1) for panel in panels]
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(2.5 + 1.1 * sum(widths), 4), width_ratios=widths, squeeze=False, layout="constrained"
-    )
-    for axis, panel in zip(axes[0], panels, strict=True):
-        width = 0.8 / len(labels)
-        for number, label in enumerate(labels):
-            for place, row in enumerate(panel.values()):
-                score = row["scores"].get(label)
-                if score:
-                    axis.bar(
-                        place + (number - (len(labels) - 1) / 2) * width,
-                        score["value"],
-                        width * 0.9,
-                        yerr=1.96 * (score["stderr"] or 0),
-                        capsize=3,
-                        color=f"C{number}",
-                        label=label if place == 0 else None,
-                    )
-        for place, row in enumerate(panel.values()):
-            if row["chance"] is not None:
-                axis.hlines(row["chance"], place - 0.45, place + 0.45, color="black", linestyle=":", linewidth=1)
-        axis.set_xticks(range(len(panel)), [TITLES.get(t, t).replace(" ", "\n") for t in panel], fontsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.set_title("score (dotted: chance)" if panel is choices else "lower is better", fontsize=9)
-        if panel is choices:
-            axis.set_ylim(0, min(1, axis.get_ylim()[1]))
-        if panel is bits and comparison["heldout"]:
-            for held in comparison["heldout"].values():
-                axis.axhline(held["bz2"]["bits_per_byte"], color="grey", linestyle="--", linewidth=1)
-                axis.annotate("bz2 -9", (0.5, held["bz2"]["bits_per_byte"]), fontsize=7, va="bottom", ha="right")
-            axis.set_title("bits per byte", fontsize=9)
-    axes[0][0].legend(fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.part")
-    figure.savefig(partial, format="png", dpi=150)
-    plt.close(figure)
-    partial.replace(path)
-
-
-def _measured(contents: Sequence[dict[str, Any]]) -> dict[str, Measured]:
-    found: dict[str, Measured] = {}
+def _measured(label: str, contents: Sequence[dict[str, Any]], notes: list[str]) -> list[Measured]:
+    """One model's scores, each task and way of measuring it once: the one with the most items."""
+    found: dict[tuple[Any, ...], Measured] = {}
     for content in contents:
         for line in content["nanophi"]["headline"]:
-            if line["task"] in found and found[line["task"]].line["items"] >= line["items"]:
-                continue
-            items: dict[str, dict[tuple[int, str], Any]] = {}
-            prompts: dict[tuple[int, str], str] = {}
-            sources: dict[tuple[int, str], str] = {}
+            items: dict[str, dict[ItemKey, Any]] = {}
+            answers: dict[str, dict[ItemKey, Any]] = {}
+            prompts: dict[ItemKey, str] = {}
+            sources: dict[ItemKey, str] = {}
             for leaf in line["tasks"]:
-                samples = [s for s in content["samples"][leaf] if s["filter"] == line["filter"]]
-                items[leaf] = {(s["doc_id"], s["doc_hash"]): s[line["metric"]] for s in samples}
-                prompts |= {(s["doc_id"], s["doc_hash"]): s["prompt_hash"] for s in samples}
-                sources |= {(s["doc_id"], s["doc_hash"]): s["source"] for s in samples if "source" in s}
-            found[line["task"]] = Measured(line, items, prompts, sources)
-    return found
+                items[leaf] = item_values(content, leaf, line["metric"], line["filter"])
+                prompts |= item_values(content, leaf, "prompt_hash", line["filter"])
+                sources |= item_values(content, leaf, "source", line["filter"])
+                answers[leaf] = item_values(content, leaf, ANSWER_METRIC)
+            answered = all(answers.values())
+            score = Measured(line, items, prompts, sources, answers if answered else {})
+            key = (line["task"], *score.protocol)
+            if key in found:
+                larger, smaller = sorted((score.line["items"], found[key].line["items"]), reverse=True)
+                left_out = "another" if larger == smaller else f"that on {smaller}"
+                notes.append(f"{line['task']}: {label} has two results; that on {larger} items counts, {left_out} not")
+                if found[key].line["items"] >= line["items"]:
+                    continue
+            found[key] = score
+    return list(found.values())
+
+
+def _rows(measured: Mapping[str, Sequence[Measured]], notes: list[str]) -> dict[str, dict[str, Measured]]:
+    """Key of each row -> score by label. What was measured differently gets rows of its own, and a note says so."""
+    every = [(label, score) for label, scores in measured.items() for score in scores]
+    tasks = sorted(dict.fromkeys(score.line["task"] for _, score in every), key=position)
+    rows: dict[str, dict[str, Measured]] = {}
+    unlike = []
+    for task in tasks:
+        of_task = [(label, score) for label, score in every if score.line["task"] == task]
+        protocols = list(dict.fromkeys(score.protocol for _, score in of_task))
+        by_shots = len({shots for shots, _ in protocols}) == len(protocols)
+        for protocol in protocols:
+            key = f"{task}:{protocol[0]}" if by_shots else f"{task}:{protocol[0]}:{protocol[1]}"
+            scores = {label: score for label, score in of_task if score.protocol == protocol}
+            rows[key if len(protocols) > 1 else task] = scores
+        if len(protocols) > 1:
+            said = ", ".join(
+                f"{label}: {score.line['num_fewshot']}-shot {score.line['metric']}" for label, score in of_task
+            )
+            unlike.append(f"{task} was not measured alike ({said})")
+    if unlike and all(len(scores) == 1 for scores in rows.values()):
+        raise UserError(f"{unlike[0]}; run `nanophi eval` again with the same --num-fewshot or suite")
+    notes += [f"{line}; only results with the same number of shots are compared" for line in unlike]
+    return rows
 
 
 def _leaf(score: Measured, leaf: str) -> Measured:
     """The part of a group's score that belongs to one of its tasks."""
     values = np.array(list(score.items[leaf].values()), dtype=float)
-    stderr = statistics.mean_stderr(values)
-    line = {**score.line, "task": leaf, "tasks": [leaf], "value": float(values.mean()), "stderr": stderr}
-    return Measured({**line, "items": len(values)}, {leaf: score.items[leaf]}, score.prompts)
+    line = {**score.line, "task": leaf, "tasks": [leaf], "value": float(values.mean()), "items": len(values)}
+    return Measured({**line, "stderr": statistics.mean_stderr(values)}, {leaf: score.items[leaf]}, score.prompts)
 
 
-def _sources(scores: Mapping[str, Measured | None], baseline: str, rng: np.random.Generator) -> dict[str, Any]:
+def _answers(score: Measured) -> Measured | None:
+    """The bits per byte of the right answers as a score of its own; None where there are none."""
+    figures = score.line.get(ANSWER_METRIC)
+    if not figures or not score.answers:
+        return None
+    line = {**score.line, **figures, "metric": ANSWER_METRIC, "chance": None, "higher_is_better": False}
+    return Measured(line, score.answers, score.prompts)
+
+
+def _sources(scores: Mapping[str, Measured], baseline: str, rng: np.random.Generator) -> dict[str, Any]:
     """Bits per byte of every held-out source that is large enough, like the tasks; the other sources together."""
-    measured = {label: score for label, score in scores.items() if score is not None}
-    counts: Counter[str] = Counter()
-    for source in {key: source for score in measured.values() for key, source in score.sources.items()}.values():
-        counts[source] += 1
+    every = {key: source for score in scores.values() for key, source in score.sources.items()}
+    counts = Counter(every.values())
     large = [source for source, count in counts.most_common(MAX_SOURCES) if count >= MIN_DOCUMENTS]
     small = [source for source in counts if source not in large]
     if len(small) == 1 and len(large) < MAX_SOURCES:
@@ -311,7 +310,7 @@ def _sources(scores: Mapping[str, Measured | None], baseline: str, rng: np.rando
     groups = {source: [source] for source in large} | ({f"other ({len(small)} sources)": small} if small else {})
     rows = {}
     for name, members in groups.items():
-        parts = {label: part for label, score in measured.items() if (part := _of_sources(score, set(members)))}
+        parts = {label: part for label, score in scores.items() if (part := _of_sources(score, set(members)))}
         rows[name], _ = _row(name, parts, baseline, rng, [])
         rows[name]["documents"] = max(part.line["items"] for part in parts.values())
     _correct(rows.values())
@@ -333,31 +332,31 @@ def _of_sources(score: Measured, sources: set[str]) -> Measured | None:
 
 
 def _row(
-    task: str, scores: dict[str, Measured], baseline: str, rng: np.random.Generator, notes: list[str]
+    key: str, scores: dict[str, Measured], baseline: str, rng: np.random.Generator, notes: list[str]
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """One task's entry in the comparison, and the bootstrap's differences by label."""
-    shots = {label: score.line["num_fewshot"] for label, score in scores.items()}
-    if len({(score.line["num_fewshot"], score.line["metric"]) for score in scores.values()}) > 1:
-        said = ", ".join(f"{label}: {count}-shot {scores[label].line['metric']}" for label, count in shots.items())
-        raise UserError(f"{task} was not measured alike ({said}); run `nanophi eval` again with one suite")
+    """One row of the comparison, and the bootstrap's differences by label."""
     line = next(iter(scores.values())).line
-    row: dict[str, Any] = {key: line[key] for key in ("metric", "filter", "num_fewshot", "chance", "higher_is_better")}
+    names = ("task", "metric", "filter", "num_fewshot", "chance", "higher_is_better")
+    row: dict[str, Any] = {name: line[name] for name in names}
     row["scores"] = {label: {k: s.line[k] for k in ("value", "stderr", "items")} for label, s in scores.items()}
     row["differences"] = {}
     draws = {}
     for label, score in scores.items():
-        if label != baseline and baseline in scores:
-            found = _paired(score, scores[baseline], rng)
-            if found is None:
-                notes.append(f"{task}: {label} and {baseline} have no item with the same prompt in common")
-                continue
-            row["differences"][label], draws[label] = found
-            if row["differences"][label]["items"] < min(score.line["items"], scores[baseline].line["items"]):
-                notes.append(f"{task}: {row['differences'][label]['items']} items are common to {label} and {baseline}")
+        if label == baseline or baseline not in scores:
+            continue
+        found = _paired(score, scores[baseline], rng)
+        if found is None:
+            notes.append(f"{key}: {label} and {baseline} have no item with the same prompt in common")
+            continue
+        row["differences"][label], draws[label] = found
+        common = found[0]["items"]
+        if common < max(score.line["items"], scores[baseline].line["items"]):
+            notes.append(f"{key}: {label} and {baseline} are compared on the {common} items that both answered")
     return row, draws
 
 
 def _paired(ours: Measured, theirs: Measured, rng: np.random.Generator) -> tuple[dict[str, Any], np.ndarray] | None:
+    """The difference of two scores over the items that both have; None if a leaf task has no such item."""
     leaves = [leaf for leaf in ours.items if leaf in theirs.items]
     differences, drawn, pooled = [], [], []
     for leaf in leaves:
@@ -380,11 +379,15 @@ def _paired(ours: Measured, theirs: Measured, rng: np.random.Generator) -> tuple
     a, b = (np.concatenate([pair[side] for pair in pooled]) for side in (0, 1))
     entry = _entry(float(np.mean(differences)), draws, len(a))
     if a.ndim == 2:
-        entry["p_value"] = max(entry["p_bootstrap"], statistics.student(b[:, 0] - a[:, 0], a[:, 1]))
+        entry["p_value"] = max(entry["p_value"], statistics.student(b[:, 0] - a[:, 0], a[:, 1]))
+        entry["freedom"] = statistics.effective_items(a[:, 1]) - 1
     elif set(np.unique(np.concatenate([a, b]))) <= {0.0, 1.0}:
         entry["mcnemar"] = mcnemar(a, b)
         if len(leaves) == 1:
             entry["p_value"] = entry["mcnemar"]["p_value"]
+    elif len(leaves) == 1:
+        entry["p_value"] = max(entry["p_value"], statistics.student(a - b, np.ones(len(a))))
+        entry["freedom"] = len(a) - 1
     return entry, draws
 
 
@@ -405,8 +408,8 @@ def _add_average(
 ) -> None:
     """The mean of the leaderboard's six tasks, for the labels that have them all."""
     rows = [table[task] for task in LEADERBOARD]
-    average: dict[str, Any] = {"metric": "mean of six", "filter": "none", "num_fewshot": None, "chance": None}
-    average |= {"higher_is_better": True, "scores": {}, "differences": {}}
+    average: dict[str, Any] = {"task": "average", "metric": "mean of six", "filter": "none", "num_fewshot": None}
+    average |= {"chance": None, "higher_is_better": True, "scores": {}, "differences": {}}
     for label in labels:
         if all(label in row["scores"] for row in rows):
             errors = [row["scores"][label]["stderr"] or 0.0 for row in rows]
@@ -423,87 +426,21 @@ def _add_average(
 
 
 def _correct(rows: Any) -> None:
-    """Holm's correction over all differences of these rows, and the verdicts."""
+    """Holm's correction over all differences of these rows, the verdicts, and the minimum detectable effects."""
     entries = [(row, difference) for row in rows for difference in row["differences"].values()]
     for (row, difference), p_value in zip(entries, holm([d["p_value"] for _, d in entries]), strict=True):
         difference["p_corrected"] = p_value
         improved = (difference["value"] > 0) == row["higher_is_better"]
         difference["verdict"] = "within noise" if p_value >= SIGNIFICANCE else "better" if improved else "worse"
+        difference["minimum_detectable_effect"] = _detectable(difference, len(entries))
 
 
-def _title(task: str, row: Mapping[str, Any]) -> str:
-    shots = f", {row['num_fewshot']}-shot" if row["num_fewshot"] else ""
-    metric = f" ({row['metric']}{shots})" if not task.startswith("heldout_") else ""
-    return TITLES.get(task, task) + metric + ("" if row["higher_is_better"] else " ↓")
-
-
-def _scale(row: Mapping[str, Any]) -> tuple[float, int]:
-    """Accuracies in percent with two digits, bits per byte as they are with four."""
-    return (100.0, 2) if row["higher_is_better"] else (1.0, 4)
-
-
-def _score(score: Mapping[str, Any] | None, row: Mapping[str, Any]) -> str:
-    if score is None:
-        return ""
-    factor, digits = _scale(row)
-    error = f" ± {factor * score['stderr']:.{digits}f}" if score["stderr"] is not None else ""
-    return f"{factor * score['value']:.{digits}f}{error}"
-
-
-def _bz2(comparison: Mapping[str, Any]) -> list[str]:
-    held = comparison["heldout"]
-    return [f"{held[label]['bz2']['bits_per_byte']:.4f}" if label in held else "" for label in comparison["labels"]]
-
-
-def _chance(row: Mapping[str, Any]) -> str:
-    return "" if row["chance"] is None else f"{100 * row['chance']:.1f}"
-
-
-def _difference(difference: Mapping[str, Any], row: Mapping[str, Any]) -> str:
-    factor, digits = _scale(row)
-    low, high = (f"{factor * bound:+.{digits}f}" for bound in difference["interval"])
-    return f"{factor * difference['value']:+.{digits}f} [{low}, {high}]"
-
-
-def _verdict(difference: Mapping[str, Any]) -> str:
-    p_value = _p(difference["p_corrected"])
-    return f"{difference['verdict']} (p {p_value if p_value.startswith('<') else '= ' + p_value})"
-
-
-def _p(value: float) -> str:
-    return f"{value:.3f}" if value >= 0.001 else "< 0.001"
-
-
-def _columns(rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
-def _markdown_row(cells: Sequence[str]) -> list[str]:
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"]
-
-
-def _markdown_rule(columns: int) -> list[str]:
-    return ["|---" + "|---:" * (columns - 1) + "|"]
-
-
-def _markdown_sources(comparison: Mapping[str, Any]) -> list[str]:
-    """Bits per byte by source, folded: each model's, and its difference from the baseline."""
-    labels, baseline = comparison["labels"], comparison["baseline"]
-    others = [label for label in labels if any(label in row["differences"] for row in comparison["sources"].values())]
-    lines = ["", "<details>", "<summary>Held-out bits per byte by source</summary>", ""]
-    header = [part for label in others for part in (f"{label} against {baseline} [95 % interval]", "verdict")]
-    lines += _markdown_row(["source", "documents", *labels, *header])
-    lines += _markdown_rule(2 + len(labels) + len(header))
-    for name, row in comparison["sources"].items():
-        cells = [_score(row["scores"].get(label), row) for label in labels]
-        for label in others:
-            difference = row["differences"].get(label)
-            cells += [_difference(difference, row), _verdict(difference)] if difference else ["", ""]
-        lines += _markdown_row([name, str(row["documents"]), *cells])
-    return [*lines, "", "</details>"]
-
-
-def _markdown_difference(title: str, difference: Mapping[str, Any], row: Mapping[str, Any]) -> list[str]:
-    p_values = [_p(difference["p_value"]), _p(difference["p_corrected"])]
-    return _markdown_row([title, _difference(difference, row), *p_values, difference["verdict"]])
+def _detectable(difference: dict[str, Any], tests: int) -> float | None:
+    """The minimum detectable effect of a comparison like this one; None if nothing varied from which to tell."""
+    freedom = difference.pop("freedom", math.inf)
+    if freedom < 1:
+        return None
+    effect = statistics.minimum_detectable_effect(difference["stderr"], tests=tests, freedom=freedom)
+    if "mcnemar" in difference:
+        effect = max(effect, statistics.fewest_discordant(tests) / difference["items"])
+    return effect or None

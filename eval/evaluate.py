@@ -1,50 +1,45 @@
 """Measure a model on a suite with lm-eval, and write everything that a reader needs to check or compare it.
 
-    nanophi eval MODEL --suite open-llm-v1 --data benchmarks/
-    nanophi eval runs/demo/checkpoints/step-000600 --suite heldout --heldout runs/demo/data/documents
-
-The result file is lm-eval's result JSON (results, versions, n-shot, n-samples, configs, samples, ...) with the
-log-likelihoods and metrics of every item, and one more key, `nanophi`: the suite's leading figures, the held-out
-figures by source, the environment, and hashes of model and data.
+nanophi eval MODEL --suite open-llm-v1 --data benchmarks/
+nanophi eval runs/demo/checkpoints/step-000600 --suite heldout --heldout runs/demo/data/documents
 """
 
 from __future__ import annotations
 
 import bz2
 import contextlib
-import functools
-import logging
 import math
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import datasets
 import lm_eval
-import lm_eval.api.task
 import lm_eval.evaluator
 import numpy as np
 import torch
-import tqdm
 import transformers
 from lm_eval.api.task import Task
 from lm_eval.loggers.utils import add_tokenizer_info
 from lm_eval.utils import hash_string
 
-from nanophi.eval.metrics import BitsPerByte
-from nanophi.eval.results import FORMAT, read_result
+from nanophi.eval.metrics import bits_figures, heldout_figures
+from nanophi.eval.models import load_model
+from nanophi.eval.results import ANSWER_METRIC, FORMAT, headline, mean_of, read_result, result_name
 from nanophi.eval.scorer import ScorerLM, TooLong
-from nanophi.eval.suites import LoadedSuite, find_suite, load_suite, sample_of_items
+from nanophi.eval.statistics import mean_stderr
+from nanophi.eval.suites import LoadedSuite, find_suite, load_suite, quiet, sample_of_items
 from nanophi.files import UserError, read_json, remove, sha256_of, sha256_of_file, sha256_of_tree, write_json
+from nanophi.formatting import duration, score
+from nanophi.inputs import model_folder
 from nanophi.run import environment
 
-# lm-eval's own seeds (`simple_evaluate`): other ones draw other few-shot examples, and nothing compares any more.
+# lm-eval's own seeds (`simple_evaluate`): with other ones it draws other few-shot examples, and scores are not
+# comparable any more.
 RANDOM_SEED, FEWSHOT_SEED = 0, 1234
 BOOTSTRAP_ITERATIONS = 100_000
-CURVE_KEYS = ("metric", "value", "stderr", "chance", "higher_is_better", "items")
 
 
 def evaluate(
@@ -55,6 +50,7 @@ def evaluate(
     data: Path | None = None,
     heldout: Path | None = None,
     limit: int | None = None,
+    num_fewshot: int | None = None,
     batch_size: int = 16,
     seed: int = 0,
     dtype: str = "auto",
@@ -63,16 +59,19 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure a model on a suite and write the result file.
 
-    A task's results are kept as soon as it ends (in `.<output's name>.partial/`): killed and called again with the
-    same inputs, it goes on with the next task.
+    Each task's results are kept as soon as it ends (in `.<file's name>.partial/`): killed and called again with the
+    same inputs, it resumes with the next task.
 
     Args:
-        model: folder or Hub id of any causal language model; `id@revision` for a branch, tag or commit.
-        suite: `heldout`, `quick`, `open-llm-v1`, or names of lm-eval tasks and groups, separated by commas.
-        output: the result file (JSON).
+        model: folder or Hub id of any causal language model; `ORG/NAME@revision` for a branch, tag or commit.
+        suite: `heldout`, `quick`, `signal`, `open-llm-v1`, or names of lm-eval tasks and groups, separated by commas:
+            `arc_easy,winogrande:5`, where the number is the examples in the prompt.
+        output: the result file (`.json`), or a folder, in which the file is named after the model, the suite and
+            a hash of everything that the result depends on.
         data: folder with the benchmarks under their Hub ids (`<data>/allenai/ai2_arc`); None: the Hub.
         heldout: a run's `data/documents`; the suite `heldout` needs it.
-        limit: at most so many items per task: a fixed sample, the same for every model.
+        limit: at most this many items per task: a fixed sample, the same for every model.
+        num_fewshot: examples in the prompt of tasks that are named without a number; None: as lm-eval defines them.
         batch_size: sequences per forward pass, at most.
         seed: of the bootstrap. Few-shot examples are always drawn with lm-eval's own seed.
         dtype: `float32`, `bfloat16`, `float16`, or `auto`: bfloat16 on a GPU, float32 on a CPU.
@@ -85,13 +84,14 @@ def evaluate(
     Raises:
         UserError: for an unknown suite, missing data, or something that is not a causal language model.
     """
-    output = Path(output)
-    loaded = load_suite(find_suite(suite), data=data, heldout=heldout)
-    network, tokenizer, identity = load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
-    with _quiet():
+    if model_folder(model) is None:
+        report(f"{model}: there is no folder of that name, so it is looked for on the Hub")
+    loaded = load_suite(find_suite(suite, num_fewshot), data=data, heldout=heldout)
+    with quiet():
+        network, tokenizer, identity = load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
         lm = ScorerLM(network, tokenizer, batch_size)
-    if lm.sharing:
-        report(f"{identity['name']}: no prefixes are shared, since {lm.sharing}; slower, same results")
+    if lm.unshared_because:
+        report(f"{identity['name']}: prefixes are not shared, since {lm.unshared_because}; slower, same results")
     indices = {
         name: sample_of_items(task, min(filter(None, (limit, loaded.entries[name].items)), default=None))
         for name, task in loaded.tasks.items()
@@ -104,12 +104,16 @@ def evaluate(
         "environment": {key: value for key, value in environment().items() if key not in ("cpu_threads", "commit")},
     }
     key = sha256_of(inputs)
+    output = Path(output)
+    if output.suffix != ".json":
+        output /= result_name(identity["name"], loaded.suite.name, key)
     if output.exists():
         with contextlib.suppress(UserError):
             earlier = read_result(output)
             if earlier["nanophi"].get("key") == key:
-                report(f"{output} is up to date")
+                report(f"{output.name} is up to date")
                 return earlier
+        report(f"{output.name} holds another measurement, which this one will replace")
     for name, task in loaded.tasks.items():
         if task.OUTPUT_TYPE == "generate_until" and lm.max_length <= lm.max_gen_toks:
             raise UserError(
@@ -123,18 +127,19 @@ def evaluate(
         name: _characters(task, indices[name]) for name, task in loaded.tasks.items() if not paths[name].exists()
     }
     if len(waiting) < len(paths):
-        report(f"{len(paths) - len(waiting)} of {len(paths)} tasks were done before")
+        report(f"{len(paths) - len(waiting)} of {len(paths)} tasks were finished before")
     scored = 0
     for name in list(waiting):
-        result = _run_task(lm, name, loaded.tasks[name], indices[name])
-        write_json(paths[name], result)
+        part = run_task(lm, name, loaded.tasks[name], indices[name])
+        write_json(paths[name], part)
         scored += waiting.pop(name)
         left = (time.monotonic() - started) * sum(waiting.values()) / scored
-        report(_line(result, name) + (f"; about {_duration(left)} left for {len(waiting)} more" if waiting else ""))
+        more = f"; about {duration(left)} left for {len(waiting)} more" if waiting else ""
+        report(_line(part, name) + more)
     parts = {name: read_json(path) for name, path in paths.items()}
     result = _merge(loaded, parts)
     result["config"] = {
-        "model": str(model),
+        "model": identity["name"],
         "model_num_parameters": identity["parameters"],
         "model_dtype": identity["dtype"],
         "batch_size": batch_size,
@@ -152,7 +157,7 @@ def evaluate(
         "format": FORMAT,
         "key": key,
         "model": identity,
-        **_summary(loaded, result, seed),
+        **_summary(loaded, result, parts),
         "data": inputs["data"],
         "environment": environment(),
         "seconds": {name: part["seconds"] for name, part in parts.items()},
@@ -160,148 +165,8 @@ def evaluate(
     }
     write_json(output, result)
     shutil.rmtree(partial)
-    report(f"{output} written, {_duration(time.monotonic() - started)}")
+    report(f"{output.name} written, {duration(time.monotonic() - started)}")
     return result
-
-
-def evaluate_checkpoints(
-    models: Sequence[str | Path], suite: str, folder: Path, **options: Any
-) -> tuple[list[dict[str, Any]], Path | None]:
-    """Measure several models, and draw their scores over the tokens that they had seen.
-
-    Args:
-        models: folders and Hub ids, as for `evaluate`; a run directory stands for all its checkpoints.
-        suite: as for `evaluate`.
-        folder: where the result files go (`<model>-<suite>.json`), and `curve-<suite>.json` and `.png` if two models
-            or more are checkpoints of ours.
-        options: the other arguments of `evaluate`.
-
-    Returns:
-        the result files' contents, in the order of the models, and the curve's JSON file, if there is one.
-    """
-    expanded = [checkpoint for model in models for checkpoint in checkpoints_of(model)]
-    results = [evaluate(model, suite, Path(folder) / result_name(model, suite), **options) for model in expanded]
-    points = sorted(
-        (result["nanophi"] for result in results if "tokens_seen" in result["nanophi"]["model"]),
-        key=lambda point: point["model"]["tokens_seen"],
-    )
-    if len(points) < 2:
-        return results, None
-    path = Path(folder) / f"curve-{suite}.json"
-    curve = [
-        {
-            **{key: point["model"].get(key) for key in ("name", "step", "tokens_seen")},
-            "scores": {line["task"]: {key: line[key] for key in CURVE_KEYS} for line in point["headline"]},
-        }
-        for point in points
-    ]
-    write_json(path, {"format": FORMAT, "suite": suite, "points": curve})
-    draw_curve(curve, path.with_suffix(".png"))
-    return results, path
-
-
-def checkpoints_of(model: str | Path) -> list[str | Path]:
-    """A run directory's checkpoints, by step; any other model is itself."""
-    folder = Path(model) / "checkpoints"
-    return sorted(folder.glob("step-*")) or [model] if folder.is_dir() else [model]
-
-
-def result_name(model: str | Path, suite: str) -> str:
-    """File name of a model's results on a suite: `step-000600-heldout.json`."""
-    name = Path(model).resolve().name if Path(model).is_dir() else str(model).replace("/", "--").replace("@", "--")
-    return f"{name}-{suite}.json"
-
-
-def draw_curve(curve: list[dict[str, Any]], path: Path) -> None:
-    """Scores with their 95 % intervals over tokens seen, one panel per task, chance dotted; a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    tasks = list(curve[0]["scores"])
-    figure, axes = plt.subplots(
-        1, len(tasks), figsize=(1 + 3 * len(tasks), 3), squeeze=False, sharex=True, layout="constrained"
-    )
-    tokens = [point["tokens_seen"] for point in curve]
-    for axis, task in zip(axes[0], tasks, strict=True):
-        scores = [point["scores"][task] for point in curve]
-        errors = [1.96 * (score["stderr"] or 0) for score in scores]
-        axis.errorbar(tokens, [score["value"] for score in scores], yerr=errors, marker="o", capsize=3)
-        if scores[0]["chance"] is not None:
-            axis.axhline(scores[0]["chance"], color="black", linestyle=":", linewidth=1)
-        axis.set_title(f"{task} ({scores[0]['metric']})", fontsize=9)
-        axis.set_xlabel("tokens seen")
-        axis.spines[["top", "right"]].set_visible(False)
-    partial = path.with_name(f".{path.name}.part")
-    figure.savefig(partial, format="png", dpi=150)
-    plt.close(figure)
-    partial.replace(path)
-
-
-def load_model(
-    model: str | Path, *, dtype: str = "auto", trust_remote_code: bool = False
-) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase, dict[str, Any]]:
-    """A causal language model ready to be measured, its tokenizer, and what identifies it.
-
-    Returns:
-        the model (in evaluation mode, on the GPU if there is one), its tokenizer, and a JSON-able description:
-        `name`, `sha256` of a folder's weights and configuration or `revision` of a Hub id, `parameters`, `dtype`,
-        `architecture`, and `step` and `tokens_seen` of a checkpoint of ours.
-
-    Raises:
-        UserError: if it cannot be loaded, is not a causal language model, or does not fit its tokenizer.
-    """
-    source, _, revision = str(model).partition("@")
-    folder = Path(source)
-    local = folder.is_dir()
-    if local:
-        source, revision = str(folder.resolve()), ""
-        if not (folder / "config.json").is_file():
-            raise UserError(f"{folder} is not a model: it has no config.json")
-    elif folder.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
-        raise UserError(f"model folder {source} does not exist")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if dtype == "auto":
-        dtype = "bfloat16" if device == "cuda" else "float32"
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise UserError(f"dtype '{dtype}' is not one of auto, float32, bfloat16, float16")
-    common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
-    try:
-        config = transformers.AutoConfig.from_pretrained(source, **common)
-        network: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=getattr(torch, dtype), use_safetensors=True, **common
-        )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **common)
-    except UserError:
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        if "Unrecognized configuration class" in reason:
-            reason = f"model type '{config.model_type}' is not a causal language model"
-        raise UserError(f"cannot load {model}: {reason[:300]}") from error
-    rows = network.get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows:
-        raise UserError(
-            f"{model}: the tokenizer has {len(tokenizer)} tokens but the weights only {rows} rows; "
-            "it is another model's tokenizer"
-        )
-    network = network.to(device).eval()
-    identity: dict[str, Any] = {"name": folder.name if local else str(model)}
-    if local:
-        files = [
-            path for pattern in ("*.safetensors", "config.json", "tokenizer*.json") for path in folder.glob(pattern)
-        ]
-        identity["sha256"] = sha256_of({path.name: sha256_of_file(path) for path in files})
-    else:
-        identity["revision"] = getattr(config, "_commit_hash", None)
-    identity["architecture"] = type(network).__name__
-    identity["parameters"] = network.num_parameters()
-    identity["dtype"] = dtype
-    if (folder / "checkpoint.json").is_file():
-        checkpoint = read_json(folder / "checkpoint.json")
-        identity |= {key: checkpoint[key] for key in ("step", "tokens_seen") if key in checkpoint}
-    return network, tokenizer, identity
 
 
 def _characters(task: Task, indices: list[int] | None) -> int:
@@ -316,8 +181,11 @@ def _characters(task: Task, indices: list[int] | None) -> int:
     return 1 + sum(lengths) * len(indices or docs) // len(lengths)
 
 
-def _run_task(lm: ScorerLM, name: str, task: Task, indices: list[int] | None) -> dict[str, Any]:
-    """lm-eval's evaluation of one task, as plain data, with the samples cut down to what is worth keeping."""
+def run_task(lm: ScorerLM, name: str, task: Task, indices: list[int] | None) -> dict[str, Any]:
+    """lm-eval's evaluation of one task, as plain data, with the samples cut down to what is worth keeping.
+
+    Beside lm-eval's metrics each item gets `ANSWER_METRIC`, where it has a right answer that was scored.
+    """
     started = time.monotonic()
     overflowing = lm.overflowing
     # What `lm_eval.simple_evaluate` does before it calls `evaluate`.
@@ -326,7 +194,7 @@ def _run_task(lm: ScorerLM, name: str, task: Task, indices: list[int] | None) ->
     torch.manual_seed(FEWSHOT_SEED)
     task.set_fewshot_seed(FEWSHOT_SEED)
     try:
-        with _quiet():
+        with quiet():
             result: Any = lm_eval.evaluator.evaluate(
                 lm,
                 {"tasks": {name: task}},
@@ -342,6 +210,16 @@ def _run_task(lm: ScorerLM, name: str, task: Task, indices: list[int] | None) ->
         name: hash_string("".join(s["doc_hash"] + s["prompt_hash"] + s["target_hash"] for s in samples))
     }
     result["chance"] = _chance(samples)
+    for sample in samples:
+        bits = answer_bits_per_byte(task, sample)
+        if bits is not None:
+            sample[ANSWER_METRIC] = bits
+    values = np.array([sample[ANSWER_METRIC] for sample in samples if ANSWER_METRIC in sample])
+    if len(values) and len(values) == len(samples):
+        stderr = mean_stderr(values)
+        figures = {f"{ANSWER_METRIC},none": float(values.mean()), f"{ANSWER_METRIC}_stderr,none": stderr}
+        result["results"][name] |= {key: value for key, value in figures.items() if value is not None}
+        result["higher_is_better"][name][ANSWER_METRIC] = False
     if name == "heldout_bits_per_byte":
         text = "\n".join(sample["doc"]["text"] for sample in samples).encode()
         result["bz2"] = {"bits_per_byte": 8 * len(bz2.compress(text, 9)) / len(text), "bytes": len(text)}
@@ -363,6 +241,7 @@ def _numbers(value: Any) -> Iterator[float]:
 def _slim(sample: dict[str, Any]) -> dict[str, Any]:
     """What pairs an item with another model's and says how it was scored; the prompts would be gigabytes."""
     kept = (
+        ANSWER_METRIC,
         "doc_id",
         "filter",
         "filtered_resps",
@@ -372,12 +251,38 @@ def _slim(sample: dict[str, Any]) -> dict[str, Any]:
         "target_hash",
         *sample["metrics"],
     )
-    slim = {key: sample[key] for key in kept}
+    slim = {key: sample[key] for key in kept if key in sample}
     if isinstance(sample["target"], int):
         slim["target"] = sample["target"]
     if isinstance(sample["doc"], dict) and "source" in sample["doc"]:
         slim["source"] = sample["doc"]["source"]
     return slim
+
+
+def answer_bits_per_byte(task: Task, sample: dict[str, Any]) -> float | None:
+    """-log2 P(right answer | prompt) / bytes of the right answer, of one of lm-eval's samples; None: not that kind.
+
+    The answer is what lm-eval scored, without the delimiter between prompt and answer. Of several right answers the
+    likeliest counts. Where the choices are prompts and the answer is the text after them (Winogrande), it is that
+    text's, after the right prompt.
+    """
+    if task.OUTPUT_TYPE not in ("multiple_choice", "loglikelihood"):
+        return None
+    scores = [score for score, _ in sample["filtered_resps"]]
+    if task.OUTPUT_TYPE == "loglikelihood":
+        right: Any = 0
+    else:
+        right = task.doc_to_text(sample["doc"]) if task.multiple_input else task.doc_to_target(sample["doc"])
+        choices = task.doc_to_choice(sample["doc"])
+        scores = scores[: len(choices)]
+        if isinstance(right, str):
+            right = choices.index(right) if right in choices else None
+    indices = [index for index in (right if isinstance(right, list) else [right]) if index in range(len(scores))]
+    if not indices:
+        return None
+    best = max(indices, key=lambda index: scores[index])
+    answer = sample["arguments"][best][1].removeprefix(task.config.target_delimiter)
+    return -scores[best] / math.log(2) / len(answer.encode()) if answer else None
 
 
 def _chance(samples: list[dict[str, Any]]) -> float | None:
@@ -436,121 +341,56 @@ def _merge(loaded: LoadedSuite, parts: dict[str, dict[str, Any]]) -> dict[str, A
     for part in parts.values():
         for key in keys:
             merged[key].update(part[key])
-    merged["nanophi_parts"] = {name: {key: part.get(key) for key in ("chance", "bz2")} for name, part in parts.items()}
+    if "heldout_bits_per_byte" in loaded.tasks:
+        # lm-eval has no standard error for it.
+        pairs = [sample["bits_per_byte"] for sample in merged["samples"]["heldout_bits_per_byte"]]
+        stderr = bits_figures(pairs)["bits_per_byte_stderr"]
+        merged["results"]["heldout_bits_per_byte"]["bits_per_byte_stderr,none"] = stderr
     if loaded.groups:
         merged["group_subtasks"] = {name: group.child_names for name, group in loaded.groups.items()}
         merged["groups"] = {}
         for name, group in loaded.groups.items():
             aggregate = _plain(group.aggregate(merged["results"]))
+            leaves = [task.task_name for task in group.get_all_tasks()]
+            if answers := mean_of(merged["results"], leaves, f"{ANSWER_METRIC},none"):
+                aggregate[f"{ANSWER_METRIC},none"] = answers["value"]
+                aggregate[f"{ANSWER_METRIC}_stderr,none"] = answers["stderr"]
             merged["results"][name] = merged["groups"][name] = aggregate
             merged["versions"][name] = group.version
-            shots = {merged["n-shot"][task.task_name] for task in group.get_all_tasks()}
+            shots = {merged["n-shot"][leaf] for leaf in leaves}
             if len(shots) == 1:
                 merged["n-shot"][name] = shots.pop()
     return merged
 
 
-def _summary(loaded: LoadedSuite, result: dict[str, Any], seed: int) -> dict[str, Any]:
-    """The suite's leading figures, and those of the held-out documents by source."""
-    parts = result.pop("nanophi_parts")
-    headline = []
+def _summary(loaded: LoadedSuite, result: dict[str, Any], parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The suite's leading figures, their average, and those of the held-out documents by source."""
+    lines = []
     for entry in loaded.suite.entries:
         leaves = [name for name, other in loaded.entries.items() if other is entry]
-        first = result["results"][leaves[0]]
-        metric = entry.metric or next(key for key in first if "," in key and "_stderr" not in key)
-        stderr = metric.replace(",", "_stderr,")
-        if leaves == ["heldout_bits_per_byte"]:
-            scores = [result["samples"][leaves[0]][i]["bits_per_byte"] for i in range(first["sample_len"])]
-            overall = bits_per_byte_of(scores)
-            first[metric], first[stderr] = overall["bits_per_byte"], overall["bits_per_byte_stderr"]
-        values = [result["results"][leaf][metric] for leaf in leaves]
-        errors = [result["results"][leaf].get(stderr) for leaf in leaves]
-        chances = [parts[leaf]["chance"] for leaf in leaves]
-        headline.append(
-            {
-                "task": entry.task,
-                "metric": metric.split(",")[0],
-                "filter": metric.split(",")[1],
-                "num_fewshot": result["n-shot"][leaves[0]],
-                # Several leaves (MMLU's subjects): the unweighted mean, as on the leaderboard.
-                "value": float(np.mean(values)),
-                "stderr": float(np.sqrt(np.sum(np.square(errors))) / len(errors))
-                if all(isinstance(error, float) for error in errors)
-                else None,
-                "chance": float(np.mean(chances)) if None not in chances else None,
-                "higher_is_better": bool(result["higher_is_better"][leaves[0]].get(metric.split(",")[0], True)),
-                "items": sum(result["n-samples"][leaf]["effective"] for leaf in leaves),
-                "of": sum(result["n-samples"][leaf]["original"] for leaf in leaves),
-                "tasks": leaves,
-            }
-        )
-    summary: dict[str, Any] = {"suite": loaded.suite.name, "headline": headline, "average": None}
-    averaged = [line for line in headline if line["task"] in loaded.suite.average]
-    if loaded.suite.average:
+        lines.append(headline(entry.task, entry.metric, leaves, result, [parts[leaf]["chance"] for leaf in leaves]))
+    summary: dict[str, Any] = {"suite": loaded.suite.name, "headline": lines, "average": None}
+    averaged = [line for line in lines if line["task"] in loaded.suite.average]
+    if averaged:
         summary["average"] = {
             "value": float(np.mean([line["value"] for line in averaged])),
-            "stderr": float(np.sqrt(sum(line["stderr"] ** 2 for line in averaged)) / len(averaged)),
-            "tasks": list(loaded.suite.average),
+            "stderr": math.sqrt(sum(line["stderr"] ** 2 for line in averaged)) / len(averaged),
+            "tasks": [line["task"] for line in averaged],
         }
     if "heldout_bits_per_byte" in loaded.tasks:
-        samples = result["samples"]["heldout_bits_per_byte"]
-        sources = sorted({sample["source"] for sample in samples})
-        summary["heldout"] = {
-            **bits_per_byte_of([sample["bits_per_byte"] for sample in samples]),
-            "documents": len(samples),
-            "bz2": parts["heldout_bits_per_byte"]["bz2"],
-            "by_source": {
-                source: {
-                    **bits_per_byte_of([s["bits_per_byte"] for s in samples if s["source"] == source]),
-                    "documents": sum(sample["source"] == source for sample in samples),
-                }
-                for source in sources
-            },
-        }
+        name = "heldout_bits_per_byte"
+        summary["heldout"] = heldout_figures(result["samples"][name], parts[name]["bz2"])
     return summary
 
 
-def bits_per_byte_of(scores: list[Any]) -> dict[str, Any]:
-    """`BitsPerByte` of lm-eval's (log-likelihood, bytes) pairs."""
-    predictions, references = zip(*scores, strict=True)
-    metric = BitsPerByte(keep_in_memory=True)
-    return metric.compute(predictions=list(predictions), references=list(references))
-
-
 def _line(part: dict[str, Any], name: str) -> str:
+    """A finished task in one line: `arc_easy: acc 31.20 ± 0.95, ... (2,376 items, 41 s)`."""
     values = part["results"][name]
     shown = []
     for key, value in values.items():
         if "," in key and "_stderr" not in key and isinstance(value, float):
-            error = values.get(key.replace(",", "_stderr,"))
-            shown.append(f"{key.split(',')[0]} {value:.4f}" + (f" ± {error:.4f}" if isinstance(error, float) else ""))
+            metric, error = key.split(",")[0], values.get(key.replace(",", "_stderr,"))
+            figures = {"value": value, "stderr": error if isinstance(error, float) else None}
+            shown.append(f"{metric} {score(figures, metric)}")
     cut = f", {part['overflowing']} prompts cut to the context" if part["overflowing"] else ""
-    return f"{name}: {', '.join(shown)} ({values['sample_len']} items{cut}, {_duration(part['seconds'])})"
-
-
-def _duration(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 100
-        else f"{seconds / 60:.0f} min"
-        if seconds < 6000
-        else f"{seconds / 3600:.1f} h"
-    )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence lm-eval's and datasets' logging and their bars over documents; ours over the model's work stay."""
-    logger = logging.getLogger("lm_eval")
-    level, bar = logger.level, lm_eval.api.task.tqdm
-    bars = datasets.are_progress_bars_disabled()
-    logger.setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
-    lm_eval.api.task.tqdm = functools.partial(tqdm.tqdm, disable=True)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        lm_eval.api.task.tqdm = bar
-        if not bars:
-            datasets.enable_progress_bars()
+    return f"{name}: {', '.join(shown)} ({values['sample_len']} items{cut}, {duration(part['seconds'])})"

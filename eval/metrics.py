@@ -1,8 +1,8 @@
-"""Bits per byte, as a metric of the `evaluate` library."""
+"""Bits per byte, as a metric of the `evaluate` library, and the figures of the held-out documents."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -37,3 +37,25 @@ class BitsPerByte(evaluate.Metric):
             "bits_per_byte_stderr": bits_per_byte_stderr(log_likelihoods, sizes),
             "bytes": int(sizes.sum()),
         }
+
+
+def heldout_figures(samples: Sequence[Mapping[str, Any]], bz2: Mapping[str, Any]) -> dict[str, Any]:
+    """Bits per byte of the held-out documents, together and by source, beside what bz2 makes of the same text.
+
+    Args:
+        samples: with `bits_per_byte` (log-likelihood in nats, bytes) and `source`.
+        bz2: its `bits_per_byte` and `bytes`.
+    """
+    by_source: dict[str, list[Any]] = {}
+    for sample in samples:
+        by_source.setdefault(sample["source"], []).append(sample["bits_per_byte"])
+    figures = {source: bits_figures(by_source[source]) for source in sorted(by_source)}
+    whole = bits_figures([sample["bits_per_byte"] for sample in samples])
+    return {**whole, "bz2": dict(bz2), "by_source": figures}
+
+
+def bits_figures(pairs: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """What `BitsPerByte` computes of (log-likelihood in nats, bytes) pairs, and the number of `documents`."""
+    predictions, references = zip(*pairs, strict=True)
+    metric = BitsPerByte(keep_in_memory=True)
+    return {**metric.compute(predictions=list(predictions), references=list(references)), "documents": len(pairs)}

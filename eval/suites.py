@@ -1,32 +1,53 @@
-"""Suites: which lm-eval tasks are run, with how many examples in the prompt, on which items, and which figure leads.
+"""Suites: which lm-eval tasks are run, with how many examples in the prompt, and on which items.
 
 A suite is data. The task definitions are lm-eval's own, unmodified (and ours under `tasks/`, in lm-eval's format);
 only where the data lies and the number of shots are set from here. `open-llm-v1` follows the first Open LLM
-Leaderboard (lm-eval group `openllm`): its six tasks, shots and metrics, beside ARC-Easy.
+Leaderboard (lm-eval group `openllm`): its six tasks, shots and metrics, beside ARC-Easy. A task that is named by
+itself runs as lm-eval defines it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import functools
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
+import huggingface_hub.utils
+import lm_eval.api.task
 import lm_eval.tasks
+import tqdm
+import transformers
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 from lm_eval.config.group import GroupConfig
 from lm_eval.tasks import TaskManager
 
+from nanophi.eval.catalogue import LEADERBOARD, TASKS
 from nanophi.files import UserError
 
 OUR_TASKS = Path(__file__).parent / "tasks"
 # TaskManager reads thousands of YAML files (several seconds); the suites' own tasks lie in these few folders.
-STOCK_FOLDERS = ("arc", "gsm8k", "hellaswag", "mmlu/default", "truthfulqa", "winogrande")
+STOCK_FOLDERS = (
+    "arc",
+    "blimp",
+    "gsm8k",
+    "hellaswag",
+    "lambada",
+    "mmlu/default",
+    "piqa",
+    "sciq",
+    "truthfulqa",
+    "winogrande",
+)
+GENERATED_TOKENS = 256
+"""Tokens that lm-eval generates for a task that does not say how many."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,14 +57,17 @@ class Entry:
     Attributes:
         task: lm-eval's name of a task or of a group, which counts as one line (`mmlu`: 57 subjects).
         num_fewshot: examples in the prompt; None: what the task's definition says.
-        metric: the figure that leads, `metric,filter` as lm-eval names it; None: the task's first metric.
-        items: at most so many items of each task, drawn by hash; None: all of them.
+        items: at most this many items of each task, drawn by hash; None: all of them.
     """
 
     task: str
     num_fewshot: int | None = None
-    metric: str | None = None
     items: int | None = None
+
+    @property
+    def metric(self) -> str | None:
+        """The figure that leads, `metric,filter` as lm-eval names it; None: the task's first metric."""
+        return TASKS[self.task].metric if self.task in TASKS else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,19 +79,9 @@ class Suite:
     average: tuple[str, ...] = ()
 
 
-LEADERBOARD = ("arc_challenge", "hellaswag", "mmlu", "truthfulqa_mc2", "winogrande", "gsm8k")
-
 OPEN_LLM_V1 = Suite(
     "open-llm-v1",
-    (
-        Entry("arc_challenge", 25, "acc_norm,none"),
-        Entry("hellaswag", 10, "acc_norm,none"),
-        Entry("mmlu", 5, "acc,none"),
-        Entry("truthfulqa_mc2", 0, "acc,none"),
-        Entry("winogrande", 5, "acc,none"),
-        Entry("gsm8k", 5, "exact_match,strict-match"),
-        Entry("arc_easy", 0, "acc,none"),
-    ),
+    (*(Entry(task, TASKS[task].leaderboard.shots) for task in LEADERBOARD), Entry("arc_easy", 0)),  # type: ignore[union-attr]
     average=LEADERBOARD,
 )
 
@@ -78,16 +92,20 @@ QUICK = Suite(
     tuple(dataclasses.replace(entry, items=QUICK_ITEMS.get(entry.task, 150)) for entry in OPEN_LLM_V1.entries),
 )
 
-HELDOUT = Suite(
-    "heldout",
-    (
-        Entry("heldout_bits_per_byte", 0, "bits_per_byte,none"),
-        Entry("heldout_continuation", 0, "acc_norm,none"),
-        Entry("heldout_order", 0, "acc,none"),
+# Tasks on which models of about 100M parameters are above chance, or whose right answers' bits per byte rank them.
+SIGNAL = Suite(
+    "signal",
+    tuple(
+        Entry(task) for task in ("arc_easy", "arc_challenge", "hellaswag", "sciq", "piqa", "lambada_openai", "blimp")
     ),
 )
 
-SUITES = {suite.name: suite for suite in (HELDOUT, QUICK, OPEN_LLM_V1)}
+HELDOUT = Suite(
+    "heldout",
+    (Entry("heldout_bits_per_byte", 0), Entry("heldout_continuation", 0), Entry("heldout_order", 0)),
+)
+
+SUITES = {suite.name: suite for suite in (HELDOUT, QUICK, SIGNAL, OPEN_LLM_V1)}
 
 
 @dataclasses.dataclass
@@ -95,7 +113,7 @@ class LoadedSuite:
     """A suite whose tasks are ready to run.
 
     Attributes:
-        suite: what was asked for.
+        suite: from `find_suite`.
         tasks: every leaf task by name, in the order of the suite.
         entries: the suite's entry that each leaf task belongs to.
         groups: lm-eval groups (`mmlu` and its four categories) by name, children attached.
@@ -109,22 +127,73 @@ class LoadedSuite:
     datasets: dict[str, tuple[str, Path | None]]
 
 
-def find_suite(name: str) -> Suite:
-    """The suite of that name, or one made of the lm-eval tasks that `name` lists (`arc-easy,hellaswag`).
+def find_suite(name: str, num_fewshot: int | None = None) -> Suite:
+    """The suite of that name, or one made of the lm-eval tasks that `name` lists.
+
+    Args:
+        name: a suite, or names of lm-eval tasks and groups with commas, each with its number of examples in the
+            prompt where that is to differ from the task's own definition: `winogrande:5,arc_easy`.
+        num_fewshot: examples in the prompt of every task that does not say otherwise.
 
     Raises:
-        UserError: for a task that lm-eval does not know, with the nearest names.
+        UserError: for a task that lm-eval does not know, with the nearest names; for a suite with `num_fewshot`.
     """
     if name in SUITES:
+        if num_fewshot is not None:
+            raise UserError(f"suite '{name}' fixes its number of shots; name tasks instead, such as winogrande:5")
         return SUITES[name]
-    known = {entry.task: entry for suite in SUITES.values() for entry in suite.entries}
-    known |= {entry.task: entry for entry in OPEN_LLM_V1.entries}
-    entries = []
-    for part in name.split(","):
-        task = part.strip().replace("-", "_")
-        entries.append(known.get(task, Entry(task)))
-    _manager(tuple(entry.task for entry in entries))
-    return Suite(name, tuple(entries))
+    entries = [_entry(part.strip(), num_fewshot) for part in name.split(",")]
+    manager = _manager(tuple(entry.task for entry in entries))
+    leaves = [leaf for entry in entries for leaf in _leaves(manager, entry.task)]
+    if twice := {leaf for leaf in leaves if leaves.count(leaf) > 1}:
+        raise UserError(f"task '{min(twice)}' is named twice in '{name}'; measure it in two calls")
+    parts = (entry.task + ("" if entry.num_fewshot is None else f":{entry.num_fewshot}") for entry in entries)
+    return Suite(",".join(parts), tuple(entries))
+
+
+def _entry(text: str, num_fewshot: int | None) -> Entry:
+    """An entry from `task` or `task:shots`."""
+    task, colon, shots = text.partition(":")
+    if not colon:
+        return Entry(_known_name(task), num_fewshot)
+    if not shots.isdecimal():
+        raise UserError(f"'{text}' does not name a number of shots; write it like {task or 'winogrande'}:5")
+    return Entry(_known_name(task), int(shots))
+
+
+def _known_name(task: str) -> str:
+    """lm-eval's spelling of a task: `arc-easy` is `arc_easy`, unless there is a task with that very name."""
+    underscored = task.replace("-", "_")
+    return underscored if underscored in _common().task_index or task not in _everything().task_index else task
+
+
+def context_problem(suites: Sequence[str], max_position_embeddings: int) -> str:
+    """Which task of some suites needs a longer context than a model has, in one line; empty if none does.
+
+    Needs the definitions of the tasks only, not their data, so that it can be asked before a model is trained.
+    Prompts that are too long are cut from the left, as lm-eval does; what cannot be cut is an answer.
+
+    Raises:
+        UserError: for an unknown suite or task.
+    """
+    for name in suites:
+        suite = find_suite(name)
+        manager = _manager(tuple(entry.task for entry in suite.entries))
+        for entry in suite.entries:
+            answer = TASKS[entry.task].answer_tokens if entry.task in TASKS else 1
+            for leaf in _leaves(manager, entry.task):
+                config = manager.task_index[leaf].cfg or {}
+                if config.get("output_type") == "generate_until":
+                    tokens = (config.get("generation_kwargs") or {}).get("max_gen_toks", GENERATED_TOKENS)
+                    needed, what = tokens + 1, f"generates {tokens} tokens after a question"
+                else:
+                    needed, what = answer, f"has answers of about {answer} tokens"
+                if max_position_embeddings < needed:
+                    return (
+                        f"task '{leaf}' (suite '{name}') {what}, too many for a context of {max_position_embeddings} "
+                        "tokens; choose other suites or a larger max_position_embeddings"
+                    )
+    return ""
 
 
 def load_suite(suite: Suite, *, data: Path | None = None, heldout: Path | None = None) -> LoadedSuite:
@@ -250,27 +319,48 @@ def _origin(task: str, config: dict[str, Any], data: Path | None, heldout: Path 
 
 def _load_task(manager: TaskManager, name: str, entry: Entry, dataset: str, folder: Path | None) -> Task:
     overrides: dict[str, Any] = {"task": name}
-    if entry.num_fewshot is not None:
-        overrides["num_fewshot"] = entry.num_fewshot
     if dataset == "heldout":
         overrides["dataset_kwargs"] = {"heldout": str(folder)}
     elif folder is not None:
         overrides["dataset_path"] = str(folder)
-    # At top level a dict with a "task" key defines a new task; inside a group it refers to the one of that name.
-    # The task's data layer logs every load as a warning, which would hide the warnings that matter.
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
     try:
-        (task,) = manager.load([{"group": "nanophi", "task": [overrides]}])["tasks"].values()
+        # At top level a dict with a "task" key defines a new task; inside a group it refers to the one of that name.
+        with quiet():
+            (task,) = manager.load([{"group": "nanophi", "task": [overrides]}])["tasks"].values()
     except UserError:
         raise
     except Exception as error:
-        where = f"folder {folder}" if folder else f"dataset {dataset} on the Hub (a local copy goes in with --data)"
+        where = f"folder {folder}" if folder else f"dataset {dataset} on the Hub (use a local copy with --data)"
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"task '{name}': cannot load {where}: {type(error).__name__}: {reason}") from error
+    defined = task.get_config("num_fewshot")
+    if defined == 0 and entry.num_fewshot:
+        raise UserError(f"task '{name}' is defined with 0 shots, and lm-eval lets nobody change that; leave them out")
+    task.set_config("num_fewshot", (defined or 0) if entry.num_fewshot is None else entry.num_fewshot)
+    return task
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the libraries' logging and progress bars, which would drown the lines about the evaluation itself."""
+    logger = logging.getLogger("lm_eval")
+    level, bar = logger.level, lm_eval.api.task.tqdm
+    bars_of_datasets = not datasets.are_progress_bars_disabled()
+    bars_of_transformers = transformers.utils.logging.is_progress_bar_enabled()
+    bars_of_hub = not huggingface_hub.utils.are_progress_bars_disabled()
+    logger.setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    huggingface_hub.utils.disable_progress_bars()
+    lm_eval.api.task.tqdm = functools.partial(tqdm.tqdm, disable=True)
+    try:
+        yield
     finally:
         logger.setLevel(level)
-    if task.get_config("num_fewshot") is None:
-        task.set_config("num_fewshot", 0)
-    return task
+        lm_eval.api.task.tqdm = bar
+        if bars_of_datasets:
+            datasets.enable_progress_bars()
+        if bars_of_transformers:
+            transformers.utils.logging.enable_progress_bar()
+        if bars_of_hub:
+            huggingface_hub.utils.enable_progress_bars()

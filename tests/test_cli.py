@@ -36,7 +36,7 @@ def test_every_verb_has_help_with_an_example(monkeypatch, capsys, verb):
         (["run", "demo", "demo"], "two recipes have the same name (demo, demo); each run needs its own directory"),
         (["run", "demo", "--set", "evaluation.suites=[heldoot]"], "heldout"),
         (["train", "demo"], "stage 'documents' has not run for this recipe"),
-        (["compare", "."], "holds no evaluation of its last checkpoint"),
+        (["compare", "."], "holds no results; name a run directory"),
         (["generate", "nowhere", "x"], "nowhere cannot be loaded"),
         (["verify", "nowhere"], "nowhere"),
     ],

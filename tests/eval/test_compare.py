@@ -6,13 +6,28 @@ import math
 import numpy as np
 import pytest
 
-from nanophi.eval.compare import compare, references, render
+from nanophi.eval.catalogue import references
+from nanophi.eval.compare import compare
+from nanophi.eval.render import to_text
+from nanophi.eval.results import FORMAT
 from nanophi.eval.statistics import holm
 from nanophi.files import UserError, read_json
 
 
-def result(path, scores, *, task="arc_easy", metric="acc", chance=0.25, shots=0, prompts="p", sources=None, **fields):
-    """A result file with these scores per item, of one source or of those given."""
+def result(
+    path,
+    scores,
+    *,
+    task="arc_easy",
+    metric="acc",
+    chance=0.25,
+    shots=0,
+    prompts="p",
+    sources=None,
+    model=None,
+    **fields,
+):
+    """A result file with these scores per item, of one source or of those given, of a model named like the file."""
     pairs = isinstance(scores[0], tuple)
     samples = [
         {
@@ -29,7 +44,8 @@ def result(path, scores, *, task="arc_easy", metric="acc", chance=0.25, shots=0,
     line = {"task": task, "metric": metric, "filter": "none", "num_fewshot": shots, "value": value, "stderr": 0.01}
     line |= {"chance": chance, "higher_is_better": not pairs, "items": len(scores), "of": len(scores), "tasks": [task]}
     content = {"samples": {task: samples}, "lm_eval_version": "0.4.13"}
-    content["nanophi"] = {"format": 1, "headline": [line], "model": {"name": path.stem}, **fields}
+    identity = {"name": model or path.stem, "sha256": model or path.stem, "dtype": "float32"}
+    content["nanophi"] = {"format": FORMAT, "headline": [line], "model": identity, **fields}
     path.write_text(json.dumps(content))
     return path
 
@@ -66,10 +82,10 @@ def test_better_is_found_and_noise_is_not(tmp_path):
     assert low < (better - base).mean() < high and low > 0
     assert differences["better"]["value"] == pytest.approx((better - base).mean())
     assert read_json(tmp_path / "out/comparison.json") == comparison
-    assert "better (p < 0.001)" in render(comparison).replace("p = <", "p <")
+    assert "better (p < 0.001)" in to_text(comparison).replace("p = <", "p <")
     assert (tmp_path / "out/comparison.png").read_bytes().startswith(b"\x89PNG")
     markdown = (tmp_path / "out/comparison.md").read_text()
-    assert "| ARC-Easy (acc) |" in markdown and "measured elsewhere" not in markdown
+    assert "| ARC-Easy (acc, 0-shot) |" in markdown and "measured elsewhere" not in markdown
 
 
 def test_worse_bits_per_byte(tmp_path):
@@ -81,7 +97,7 @@ def test_worse_bits_per_byte(tmp_path):
     difference = compare(files, tmp_path)["tasks"]["heldout_bits_per_byte"]["differences"]["a"]
     assert difference["verdict"] == "worse" and difference["value"] > 0
     assert difference["value"] == pytest.approx((control - worse).sum() / sizes.sum() / math.log(2))
-    assert "bz2 -9, same text" in render(read_json(tmp_path / "comparison.json"))
+    assert "bz2 -9 on the same text" in to_text(read_json(tmp_path / "comparison.json"))
 
 
 def test_bits_per_byte_by_source(tmp_path):
@@ -145,7 +161,7 @@ def test_models_of_equal_quality_are_rarely_told_apart(tmp_path):
             skill = rng.random(200) * 0.6
             for label in files:
                 scores = (rng.random(200) < skill).astype(float).tolist()
-                files[label].append(result(tmp_path / f"{label}{task}.json", scores, task=f"task{task}"))
+                files[label].append(result(tmp_path / f"{label}{task}.json", scores, task=f"task{task}", model=label))
         rows = _compare_quickly(files, tmp_path, trial)
         found += any(row["differences"]["a"]["verdict"] != "within noise" for row in rows.values())
     assert found <= 7  # of 60; 3 expected at most, 8 or more in one of 60 runs
@@ -154,7 +170,7 @@ def test_models_of_equal_quality_are_rarely_told_apart(tmp_path):
 def _compare_quickly(files, folder, seed, table="tasks"):
     from unittest import mock
 
-    with mock.patch("nanophi.eval.compare.draw"), mock.patch("nanophi.eval.statistics.RESAMPLES", 500):
+    with mock.patch("nanophi.eval.render.draw_comparison"), mock.patch("nanophi.eval.statistics.RESAMPLES", 500):
         return compare(files, folder, seed=seed)[table]
 
 
@@ -214,7 +230,7 @@ def test_bad_input(tmp_path):
     old = json.loads(good.read_text())
     old["nanophi"]["format"] = 0
     (tmp_path / "old.json").write_text(json.dumps(old))
-    assert "has format 0, this version reads 1" in problem({"a": [tmp_path / "old.json"]})
+    assert "has format 0, this version reads 2" in problem({"a": [tmp_path / "old.json"]})
     (tmp_path / "other.json").write_text("{}")
     assert "is not a result of `nanophi eval`" in problem({"a": [tmp_path / "other.json"]})
     assert "is missing" in problem({"a": [tmp_path / "nowhere.json"]})

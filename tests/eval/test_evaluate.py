@@ -18,8 +18,10 @@ from lm_eval.models.huggingface import HFLM
 
 import nanophi
 from nanophi.eval import evaluate as evaluation
-from nanophi.eval.evaluate import evaluate, evaluate_checkpoints
+from nanophi.eval.curve import evaluate_checkpoints
+from nanophi.eval.evaluate import evaluate
 from nanophi.eval.metrics import BitsPerByte
+from nanophi.eval.models import load_model
 from nanophi.eval.scorer import ScorerLM
 from nanophi.eval.suites import OPEN_LLM_V1, Suite, find_suite, load_suite, sample_of_items
 from nanophi.files import UserError, read_json
@@ -121,7 +123,7 @@ def test_leaderboard_tasks_on_real_items(make_model, tmp_path):
     # One MMLU subject stands for the 57: they differ in nothing but the data.
     entries = [entry for entry in OPEN_LLM_V1.entries if entry.task != "mmlu"]
     entries.append(dataclasses.replace(OPEN_LLM_V1.entries[2], task="mmlu_anatomy"))
-    network, tokenizer, _ = evaluation.load_model(folder)
+    network, tokenizer, _ = load_model(folder)
     stock = HFLM(pretrained=network, tokenizer=tokenizer, batch_size=4)
     ours = ScorerLM(network, tokenizer, progress=False)
     loaded = load_suite(Suite("all", tuple(entries)), data=data)
@@ -132,7 +134,7 @@ def test_leaderboard_tasks_on_real_items(make_model, tmp_path):
     assert shots["winogrande"] == shots["gsm8k"] == shots["mmlu_anatomy"] == 5
     for name, task in loaded.tasks.items():
         indices = sample_of_items(task, 1 if name == "gsm8k" else 3)
-        found, expected = (evaluation._run_task(lm, name, task, indices) for lm in (ours, Stock(stock)))
+        found, expected = (evaluation.run_task(lm, name, task, indices) for lm in (ours, Stock(stock)))
         assert found["task_hashes"] == expected["task_hashes"]
         for a, b in zip(found["samples"][name], expected["samples"][name], strict=True):
             assert [a[metric] for metric in a["metrics"]] == pytest.approx(
@@ -142,7 +144,7 @@ def test_leaderboard_tasks_on_real_items(make_model, tmp_path):
 
 
 class Stock:
-    """Stock `HFLM` with the one attribute that `_run_task` reads beside lm-eval's own."""
+    """Stock `HFLM` with the one attribute that `run_task` reads beside lm-eval's own."""
 
     def __init__(self, lm):
         self.lm, self.overflowing = lm, 0
@@ -153,28 +155,28 @@ class Stock:
 
 def test_killed_evaluation_goes_on(model, heldout, tmp_path, monkeypatch):
     output, ran = tmp_path / "evals/m-heldout.json", []
-    run_task = evaluation._run_task
+    original = evaluation.run_task
 
     def dies_at_the_second(lm, name, *rest):
         if len(ran) == 1:
             raise KeyboardInterrupt
         ran.append(name)
-        return run_task(lm, name, *rest)
+        return original(lm, name, *rest)
 
-    monkeypatch.setattr(evaluation, "_run_task", dies_at_the_second)
+    monkeypatch.setattr(evaluation, "run_task", dies_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         evaluate(model, "heldout", output, heldout=heldout, limit=8, report=lambda line: None)
     assert not output.exists()
-    monkeypatch.setattr(evaluation, "_run_task", lambda lm, name, *rest: ran.append(name) or run_task(lm, name, *rest))
+    monkeypatch.setattr(evaluation, "run_task", lambda lm, name, *rest: ran.append(name) or original(lm, name, *rest))
     lines: list[str] = []
     found = evaluate(model, "heldout", output, heldout=heldout, limit=8, report=lines.append)
     assert ran == ["heldout_bits_per_byte", "heldout_continuation", "heldout_order"]
-    assert "1 of 3 tasks were done before" in lines
+    assert "1 of 3 tasks were finished before" in lines
     monkeypatch.undo()
     again = evaluate(model, "heldout", tmp_path / "again.json", heldout=heldout, limit=8, report=lambda line: None)
     assert again["results"] == found["results"] and again["samples"] == found["samples"]
     assert evaluate(model, "heldout", output, heldout=heldout, limit=8, report=lines.append) == found
-    assert lines[-1] == f"{output} is up to date"
+    assert lines[-1] == f"{output.name} is up to date"
 
 
 def test_other_limit_does_not_reuse_parts(model, heldout, tmp_path, monkeypatch):
@@ -250,21 +252,63 @@ def test_the_meter_moves(make_model, benchmarks, tmp_path):
     assert line["value"] > 0.6 and line["value"] - 5 * line["stderr"] > line["chance"]
 
 
-def test_curve_over_checkpoints(make_model, heldout, tmp_path):
-    run = tmp_path / "run"
+def checkpoint_of(folder, model, step):
+    shutil.copytree(model, folder / f"checkpoints/step-{step:06d}")
+    written = json.dumps({"step": step, "tokens_seen": 1000 * step})
+    (folder / f"checkpoints/step-{step:06d}/checkpoint.json").write_text(written)
+
+
+def test_curve_over_checkpoints_with_a_line_for_each_run(make_model, heldout, tmp_path):
     for step in (200, 100):
-        checkpoint = run / f"checkpoints/step-{step:06d}"
-        shutil.copytree(make_model(step), checkpoint)
-        (checkpoint / "checkpoint.json").write_text(json.dumps({"step": step, "tokens_seen": 1000 * step}))
-    results, path = evaluate_checkpoints(
-        [run], "heldout_order", tmp_path / "evals", heldout=heldout, limit=8, report=lambda line: None
-    )
+        checkpoint_of(tmp_path / "a/run", make_model(step), step)
+    options = {"heldout": heldout, "limit": 8, "report": lambda line: None}
+    results, path = evaluate_checkpoints([tmp_path / "a/run"], "heldout_order", tmp_path / "evals", **options)
     assert len(results) == 2 and path is not None
     curve = read_json(path)
-    assert [point["tokens_seen"] for point in curve["points"]] == [100_000, 200_000]
+    assert [(point["run"], point["tokens_seen"]) for point in curve["points"]] == [("run", 100_000), ("run", 200_000)]
     assert curve["points"][0]["scores"]["heldout_order"]["value"] == results[0]["results"]["heldout_order"]["acc,none"]
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "evals/step-000100-heldout_order.json").exists()
+    checkpoint_of(tmp_path / "b/run", make_model(7), 100)
+    runs = [tmp_path / "a/run", tmp_path / "b/run"]
+    _, both = evaluate_checkpoints(runs, "heldout_order", tmp_path / "evals", **options)
+    assert both != path and path.exists()
+    assert [point["run"] for point in read_json(both)["points"]] == ["a/run", "a/run", "b/run"]
+
+
+def test_every_measurement_has_a_file_of_its_own(make_model, heldout, benchmarks, tmp_path):
+    """Same folder name, other suite, other limit, other dtype, other shots: nothing is replaced."""
+    for number in (1, 2):
+        shutil.copytree(make_model(number), tmp_path / f"m{number}/release")
+    lines: list[str] = []
+    options = {"heldout": heldout, "data": benchmarks, "report": lines.append}
+    models = [tmp_path / "m1/release", tmp_path / "m2/release"]
+    folder = tmp_path / "evals"
+    evaluate_checkpoints(models, "heldout_order", folder, limit=4, **options)
+    evaluate_checkpoints(models[:1], "heldout_order", folder, limit=5, **options)
+    evaluate_checkpoints(models[:1], "heldout_order", folder, limit=4, dtype="bfloat16", **options)
+    evaluate_checkpoints(models[:1], "arc_easy", folder, limit=4, **options)
+    evaluate_checkpoints(models[:1], "arc_easy:2", folder, limit=4, **options)
+    files = sorted(path.name for path in folder.glob("*.json"))
+    assert len(files) == 6
+    assert sorted(re.sub("-[0-9a-f]{8}.json", "", name) for name in files) == [
+        "m1-release-arc_easy",
+        "m1-release-arc_easy-2",
+        *["m1-release-heldout_order"] * 3,
+        "m2-release-heldout_order",
+    ]
+    assert str(tmp_path) not in "".join(path.read_text() for path in folder.glob("*.json"))
+    again = len(lines)
+    evaluate_checkpoints(models[:1], "heldout_order", folder, limit=4, **options)
+    assert "is up to date" in "".join(lines[again:]) and len(list(folder.glob("*.json"))) == 6
+
+
+def test_a_named_file_that_holds_another_measurement_is_replaced_with_a_word(make_model, heldout, tmp_path):
+    output, lines = tmp_path / "result.json", []
+    for limit in (4, 5):
+        evaluate(make_model(1), "heldout_order", output, heldout=heldout, limit=limit, report=lines.append)
+    assert [line for line in lines if "another measurement" in line] == [
+        "result.json holds another measurement, which this one will replace"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from nanophi import NanoPhiConfig, NanoPhiForCausalLM
-from nanophi.eval import scorer
+from nanophi.eval import forest, scorer
 from nanophi.eval.scorer import ScorerLM
 
 SIZES = {"vocab_size": 512, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 0}
@@ -86,14 +86,15 @@ def requests() -> list[Instance]:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_log_likelihoods_are_those_of_hflm(name, tokenizer, monkeypatch):
     monkeypatch.setattr(scorer, "ROW_TOKENS", 48)  # several rows and kept prefixes, also at this size
-    monkeypatch.setattr(scorer, "PACK_TOKENS", 32)
+    monkeypatch.setattr(forest, "ROW_TOKENS", 48)
+    monkeypatch.setattr(forest, "PACK_TOKENS", 32)
     monkeypatch.setattr(scorer, "MIN_GAIN", 24)
     monkeypatch.setattr(scorer, "MIN_STEM", 40)
     model = network(name)
     max_length = 64 if name in ("bloom", "mamba") else None
     ours, theirs = ScorerLM(model, tokenizer, progress=False), HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
     ours._max_length = theirs._max_length = max_length
-    assert (not ours.sharing) == (name in SHARED), ours.sharing
+    assert (not ours.unshared_because) == (name in SHARED), ours.unshared_because
     expected = theirs.loglikelihood(requests(), disable_tqdm=True)
     found = ours.loglikelihood(requests(), disable_tqdm=True)
     assert ours.overflowing >= 8
@@ -129,7 +130,8 @@ def test_one_sequence_per_document_and_logits_only_where_scored(tokenizer, monke
 
 def test_a_subjects_examples_run_once(tokenizer, monkeypatch):
     monkeypatch.setattr(scorer, "ROW_TOKENS", 64)
-    monkeypatch.setattr(scorer, "PACK_TOKENS", 64)
+    monkeypatch.setattr(forest, "ROW_TOKENS", 64)
+    monkeypatch.setattr(forest, "PACK_TOKENS", 64)
     monkeypatch.setattr(scorer, "MIN_GAIN", 32)
     model = network("llama")
     ours = ScorerLM(model, tokenizer, progress=False)
@@ -164,7 +166,7 @@ def test_bfloat16_is_near_float32(tokenizer):
     model = network("phi")
     exact = ScorerLM(model, tokenizer, progress=False).loglikelihood(requests())
     rounded = ScorerLM(model.to(torch.bfloat16), tokenizer, progress=False)
-    assert not rounded.sharing
+    assert not rounded.unshared_because
     found = rounded.loglikelihood(requests())
     differences = [abs(a - b) / (1 + abs(a)) for (a, _), (b, _) in zip(exact, found, strict=True)]
     assert max(differences) < 0.05

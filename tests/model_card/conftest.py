@@ -115,7 +115,7 @@ def results_of(run: Path, step: int) -> dict[str, Any]:
         "transformers_version": "5.23.0",
         "tokenizer_pad_token": ["<|endoftext|>", "0"],
         "nanophi": {
-            "format": 1,
+            "format": 2,
             "model": {"name": f"step-{step:06d}"},
             "suite": "heldout",
             "headline": [

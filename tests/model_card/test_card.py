@@ -403,7 +403,7 @@ def leaderboard_results() -> Any:
         "n-shot": dict.fromkeys([*results, "mmlu"], 5),
         "n-samples": {task: {"original": 100, "effective": 100} for task in results},
         "lm_eval_version": "0.4.13",
-        "nanophi": {"format": 1, "suite": "open-llm-v1", "headline": headline, "average": average},
+        "nanophi": {"format": 2, "suite": "open-llm-v1", "headline": headline, "average": average},
     }
 
 

@@ -1,0 +1,139 @@
+"""Requests that begin with the same tokens as one sequence: a prefix tree, and how it is laid out in rows.
+
+A forest holds token sequences in order. A range of it runs as one row, in which every token attends to its own
+ancestors only, at its own position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ROW_TOKENS = 1024
+"""Tokens of a row, about, and of a forward pass on a CPU: enough to keep its cores busy."""
+
+PACK_TOKENS = 512
+"""Tokens of a row behind a kept prefix. More would be spent on attention that the mask then hides."""
+
+Range = tuple[int, int]
+"""Sequences [low, high) of a forest."""
+
+
+class Row(NamedTuple):
+    """What runs as one sequence: ranges of a forest, and how many tokens they make."""
+
+    tokens: int
+    ranges: list[Range]
+
+
+class Forest:
+    """Token sequences in lexicographic order, which is the order of a walk through their prefix tree.
+
+    Args:
+        sequences: each int [tokens], all different, in order.
+        scored: for each sequence its first position (index of an input token) that is scored.
+    """
+
+    def __init__(self, sequences: Sequence[np.ndarray], scored: Sequence[int]) -> None:
+        self.sequences, self.scored = sequences, scored
+        self.shared = [0] * len(sequences)
+        """How many tokens each sequence shares with the one before it."""
+        for i in range(1, len(sequences)):
+            common = min(len(sequences[i - 1]), len(sequences[i]))
+            differs = np.flatnonzero(sequences[i - 1][:common] != sequences[i][:common])
+            self.shared[i] = int(differs[0]) if len(differs) else common
+
+    def prefix(self, low: int, high: int) -> int:
+        """Tokens that sequences [low, high) share and of which none is scored."""
+        tokens = min(self.shared[low + 1 : high], default=len(self.sequences[low]))
+        return min(tokens, *self.scored[low:high])
+
+    def new(self, i: int, low: int, base: int) -> int:
+        """Tokens that sequence i adds to a row that begins with sequence `low`, after `base` tokens."""
+        return len(self.sequences[i]) - (base if i == low else max(self.shared[i], base))
+
+    def split(self, low: int, high: int, base: int) -> list[Range]:
+        """Consecutive ranges of [low, high), each a row of about `ROW_TOKENS` tokens after the first `base`."""
+        rows = []
+        start = low
+        total = 0
+        for i in range(low, high):
+            length, new = len(self.sequences[i]) - base, self.new(i, start, base)
+            # A sequence that shares most of its tokens with the one before joins it even if the row gets long.
+            if total and total + new > ROW_TOKENS and (2 * new > length or total + new > 2 * ROW_TOKENS):
+                rows.append((start, i))
+                start, total, new = i, 0, length
+            total += new
+        return [*rows, (start, high)]
+
+    def children(self, low: int, high: int) -> list[Range]:
+        """[low, high) divided where the least is shared."""
+        least = min(self.shared[low + 1 : high])
+        cuts = [i for i in range(low + 1, high) if self.shared[i] == least]
+        return list(zip([low, *cuts], [*cuts, high], strict=True))
+
+    def tokens(self, low: int, high: int, base: int) -> int:
+        """Tokens of [low, high) as one row, after the first `base`."""
+        return sum(self.new(i, low, base) for i in range(low, high))
+
+    def rows(self, ranges: Sequence[Range], base: int) -> list[Row]:
+        """Ranges as rows, longest first.
+
+        Behind a kept prefix, which every row of a pass would copy, ranges are put together up to `PACK_TOKENS`.
+        """
+        rows = [Row(self.tokens(low, high, base), [(low, high)]) for low, high in ranges]
+        if base:
+            packed: list[Row] = []
+            for row in rows:
+                if packed and packed[-1].tokens + row.tokens <= PACK_TOKENS:
+                    packed[-1] = Row(packed[-1].tokens + row.tokens, packed[-1].ranges + row.ranges)
+                else:
+                    packed.append(row)
+            rows = packed
+        return sorted(rows, key=lambda row: -row.tokens)
+
+
+class PackedRow:
+    """Sequences [low, high) of a forest as one packed sequence, without their first `base` tokens.
+
+    Attributes:
+        tokens, positions: int64 [packed tokens].
+        chain: whether every token is the ancestor of the next, so that plain causal attention is right.
+    """
+
+    def __init__(self, forest: Forest, ranges: Sequence[Range], base: int) -> None:
+        self.base = base
+        self.paths: dict[int, np.ndarray] = {}
+        tokens, positions = [], []
+        self.blocks: list[tuple[int, np.ndarray]] = []
+        length = 0
+        for low, high in ranges:
+            path = np.empty(0, dtype=np.int64)
+            for i in range(low, high):
+                sequence = forest.sequences[i]
+                start = base if i == low else max(forest.shared[i], base)
+                new = np.arange(length, length + len(sequence) - start)
+                path = np.concatenate([path[: start - base], new])
+                self.paths[i] = path
+                self.blocks.append((len(new), path))
+                tokens.append(sequence[start:])
+                positions.append(np.arange(start, len(sequence)))
+                length += len(new)
+        self.tokens, self.positions = np.concatenate(tokens), np.concatenate(positions)
+        self.chain = all(len(path) == path[-1] + 1 for _, path in self.blocks if len(path))
+
+    def allow(self, mask: Tensor) -> None:
+        """Zero the places of an additive mask [tokens, base + tokens] where a token may attend."""
+        mask[: len(self.tokens), : self.base] = 0
+        allowed = np.zeros((len(self.tokens), len(self.tokens)), dtype=bool)
+        for count, path in self.blocks:
+            if count:
+                rows = path[-count:]
+                allowed[rows[0] : rows[-1] + 1, path[:-count]] = True
+                allowed[rows[0] : rows[-1] + 1, rows[0] : rows[-1] + 1] = np.tri(count, dtype=bool)
+        where = torch.from_numpy(allowed).to(mask.device)
+        mask[: len(self.tokens), self.base : self.base + len(self.tokens)].masked_fill_(where, 0)

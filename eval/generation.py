@@ -1,0 +1,49 @@
+"""What generating needs beside transformers: a cache of its final length, and stop strings row by row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+
+class PreallocatedLayer(DynamicLayer):
+    """A layer's keys and values in memory for all tokens that will come."""
+
+    def put(self, keys: Tensor, values: Tensor, row: int, rows: int, tokens: int, max_length: int) -> None:
+        """Fill a row's last of the first `tokens` places with keys and values [1, heads, prompt, head size]."""
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+            self.room = [x.new_zeros(rows, x.shape[1], max_length, x.shape[3]) for x in (keys, values)]
+            self.keys, self.values = (x[:, :, :tokens] for x in self.room)
+        for whole, new in zip(self.room, (keys, values), strict=True):
+            whole[row, :, tokens - new.shape[2] : tokens] = new[0]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        start = self.get_seq_length()
+        end = start + key_states.shape[2]
+        for whole, new in zip(self.room, (key_states, value_states), strict=True):
+            whole[:, :, start:end] = new
+        self.keys, self.values = (whole[:, :, :end] for whole in self.room)
+        return self.keys, self.values
+
+
+class StopStrings(transformers.StoppingCriteria):
+    """Which rows hold one of some strings in what was generated."""
+
+    def __init__(self, tokenizer: Any, strings: list[str], start: int) -> None:
+        self.tokenizer, self.strings, self.start = tokenizer, strings, start
+        # Two more tokens than the longest needs: the same text may be generated in other tokens (as HFLM does).
+        self.tail = 2 + max((len(tokenizer.encode(s, add_special_tokens=False)) for s in strings), default=0)
+        self.done: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        if self.done is None:
+            self.done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        tails = self.tokenizer.batch_decode(input_ids[:, self.start :][:, -self.tail :])
+        found = [any(string in tail for string in self.strings) for tail in tails]
+        self.done = self.done | torch.tensor(found, device=input_ids.device)
+        return self.done
