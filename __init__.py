@@ -19,14 +19,16 @@ __all__ = ["NanoPhiConfig", "NanoPhiForCausalLM", "NanoPhiModel", "__version__"]
 
 
 def _register() -> None:
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    import transformers
 
-    from nanophi.configuration_nanophi import NanoPhiConfig
-    from nanophi.modeling_nanophi import NanoPhiForCausalLM, NanoPhiModel
+    from nanophi import modeling_nanophi
+    from nanophi.configuration_nanophi import AUTO_MAP, NanoPhiConfig
 
-    AutoConfig.register("nanophi", NanoPhiConfig)
-    AutoModel.register(NanoPhiConfig, NanoPhiModel)
-    AutoModelForCausalLM.register(NanoPhiConfig, NanoPhiForCausalLM)
+    transformers.AutoConfig.register("nanophi", NanoPhiConfig)
+    for auto_class, name in AUTO_MAP.items():
+        if auto_class != "AutoConfig":
+            model_class = getattr(modeling_nanophi, name.rpartition(".")[2])
+            getattr(transformers, auto_class).register(NanoPhiConfig, model_class)
 
 
 class _Package(ModuleType):

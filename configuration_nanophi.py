@@ -1,8 +1,8 @@
-"""NanoPhi's configuration: Phi's fields, NanoPhi's defaults, and a config.json that opens two doors.
+"""NanoPhi's configuration: Phi's fields, NanoPhi's defaults, and one config.json for two loaders.
 
-In memory `model_type` is "nanophi", so that the Auto classes can tell the two apart. What is written says
-`model_type: phi` with an `auto_map` to this code: stock transformers then loads a folder as Phi, and with
-`trust_remote_code=True` as NanoPhi. Both compute the same function from the same tensors.
+In memory `model_type` is "nanophi", so that the Auto classes can tell the two apart. config.json says
+`model_type: phi` with an `auto_map` to this code: stock transformers loads a folder as Phi, and as NanoPhi with
+`trust_remote_code=True`. Both compute the same function from the same tensors.
 """
 
 from dataclasses import field
@@ -19,14 +19,16 @@ if version.parse(transformers.__version__) < version.parse("5.4.0"):
 
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 STOCK_MODEL_TYPE = "phi"
 AUTO_MAP = {
     "AutoConfig": "configuration_nanophi.NanoPhiConfig",
     "AutoModel": "modeling_nanophi.NanoPhiModel",
     "AutoModelForCausalLM": "modeling_nanophi.NanoPhiForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_nanophi.NanoPhiForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_nanophi.NanoPhiForTokenClassification",
 }
-ROPE_FIELDS = {"rope_type", "rope_theta", "partial_rotary_factor"}
 
 
 class NanoPhiConfig(PreTrainedConfig):
@@ -45,11 +47,12 @@ class NanoPhiConfig(PreTrainedConfig):
         max_position_embeddings: context length in tokens that the model is trained for.
         initializer_range: standard deviation of the initial weights.
         layer_norm_eps: epsilon of every LayerNorm.
-        use_cache: keep keys and values for generation. Written to config.json as true whatever it is in memory,
-            because `Trainer` switches it off while it trains.
+        use_cache: keep keys and values for generation. config.json always says true, because `Trainer` switches it
+            off in memory while it trains.
         tie_word_embeddings: the LM head shares the embedding's weight.
-        rope_parameters: `{"rope_type": "default", "rope_theta": float, "partial_rotary_factor": float}`. The older
-            top-level keys `rope_theta` (default 10000.0) and `partial_rotary_factor` (default 0.5) are understood too.
+        rope_parameters: `{"rope_type": "default", "rope_theta": float, "partial_rotary_factor": float}`, or one of
+            transformers' scaled types with its own keys. The older top-level keys `rope_theta` (default 10000.0) and
+            `partial_rotary_factor` (default 0.5) are accepted too.
         qk_layernorm: LayerNorm on queries and keys before the rotation.
         bos_token_id, eos_token_id, pad_token_id: special tokens.
 
@@ -98,20 +101,21 @@ class NanoPhiConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        self._validate_shape()
+        self.validate_shape()
         # The base class fills this dictionary in place; the caller's must stay as it was.
         self.rope_parameters = dict(self.rope_parameters or {})
         kwargs.setdefault("partial_rotary_factor", 0.5)
         kwargs.pop("model_type", None)  # the class's; the instance must not shadow it with what config.json says
         super().__post_init__(**kwargs)
-        self._validate_rope()
+        self.validate_rope()
 
     @property
     def rotary_ndims(self) -> int:
         """Leading dimensions of each head that RoPE rotates."""
         return int(self.hidden_size // self.num_attention_heads * self.rope_parameters["partial_rotary_factor"])
 
-    def _validate_shape(self) -> None:
+    def validate_shape(self) -> None:
+        """Part of `validate`, which runs after construction, before a model is built, and before saving."""
         for name in (
             "vocab_size",
             "hidden_size",
@@ -143,17 +147,16 @@ class NanoPhiConfig(PreTrainedConfig):
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act {self.hidden_act!r} is not known to transformers; try 'gelu_new'")
 
-    def _validate_rope(self) -> None:
+    def validate_rope(self) -> None:
+        """Part of `validate`: the type, the rotated dimensions, and transformers' own checks of a type's keys."""
         rope = self.rope_parameters
-        if rope["rope_type"] != "default":
-            raise ValueError(
-                f"rope_type {rope['rope_type']!r} is not supported: NanoPhi has plain rotary embeddings only; "
-                "use rope_type 'default' or load the model as Phi"
-            )
-        if unknown := sorted(set(rope) - ROPE_FIELDS - {"type"}):
-            raise ValueError(f"rope_parameters has unknown keys {unknown}; allowed: {', '.join(sorted(ROPE_FIELDS))}")
-        rope.pop("type", None)
-        theta, factor = rope["rope_theta"], rope["partial_rotary_factor"]
+        types = ("default", *ROPE_INIT_FUNCTIONS)
+        if rope.get("rope_type") not in types:
+            raise ValueError(f"rope_type {rope.get('rope_type')!r} is unknown; use one of {', '.join(types)}")
+        unknown = sorted(set(rope) - {"rope_type", "type", "rope_theta", "partial_rotary_factor"})
+        if rope["rope_type"] == "default" and unknown:
+            raise ValueError(f"rope_parameters has keys that rope_type 'default' does not use: {', '.join(unknown)}")
+        theta, factor = rope.get("rope_theta"), rope.get("partial_rotary_factor")
         if not isinstance(theta, int | float) or theta <= 1:
             raise ValueError(f"rope_theta must be a number above 1, got {theta!r}")
         if not isinstance(factor, int | float) or not 0 < factor <= 1:
@@ -164,6 +167,10 @@ class NanoPhiConfig(PreTrainedConfig):
                 f"partial_rotary_factor ({factor}) rotates {self.rotary_ndims} of {head_dim} head dimensions "
                 "(hidden_size / num_attention_heads); it must give an even number, at least 2"
             )
+        try:
+            super().validate_rope()
+        except KeyError as error:
+            raise ValueError(f"rope_parameters: {error.args[0]}") from None
 
     @classmethod
     def get_config_dict(
@@ -175,6 +182,12 @@ class NanoPhiConfig(PreTrainedConfig):
             config_dict["model_type"] = cls.model_type
             config_dict.setdefault("num_key_value_heads", None)  # Phi's default, where a file leaves it out
         return config_dict, kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Build a configuration; fields among `kwargs`, as from `from_pretrained`, are checked like the file's."""
+        fields = {name: kwargs.pop(name) for name in NanoPhiConfig.__annotations__ if name in kwargs}
+        return super().from_dict({**config_dict, **fields}, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, under the names by which other tools know them: a Phi with an `auto_map`."""

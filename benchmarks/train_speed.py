@@ -8,7 +8,8 @@ The contestants, each in a process of its own, all with the model of `recipes/na
 
     trainer            transformers' `Trainer` and `PhiForCausalLM`, default `TrainingArguments`
     trainer-tuned      the same with bf16, fused AdamW and torch.compile
-    loop               a bare PyTorch loop around NanoPhi: bf16, fused AdamW, no `Trainer`; compiled too on a GPU
+    loop               a bare PyTorch loop around NanoPhi with our loss and attention: bf16, fused AdamW, no `Trainer`;
+                       compiled too on a GPU
     nanophi            what `nanophi train` runs on the recipe named by `--recipe`
 
 A processor that only emulates bf16 is slower in it than in float32; there all four compute in float32.
@@ -49,7 +50,9 @@ from nanophi.files import read_json, write_json
 from nanophi.recipe import Recipe, load_recipe
 from nanophi.run import environment, now
 from nanophi.training import trainer
+from nanophi.training.attention import PACKED_DOCUMENTS
 from nanophi.training.estimate import DEVICES, PUBLISHED_TOKENS, flops_per_token, peak_flops
+from nanophi.training.loss import use_chunked_loss
 from nanophi.training.optimizer import ADAM_EPS
 from nanophi.training.rows import PackedCollator, PackedRows
 
@@ -189,6 +192,9 @@ def bare_loop(
     """A function that takes one optimizer step, with nothing around it that training does not need."""
     device = arguments.device
     model: Any = NanoPhiForCausalLM(config).to(device).train()
+    use_chunked_loss(model)
+    if device == "cpu" and not compiled:
+        model.set_attn_implementation(PACKED_DOCUMENTS)
     groups = [
         {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
         {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},

@@ -60,9 +60,12 @@ def test_the_defaults_are_nano_phi_115m():
         ({"partial_rotary_factor": 0.1}, "rotates 1 of 16"),
         ({"partial_rotary_factor": 1.5}, r"must be in \(0, 1\], got 1.5"),
         ({"rope_theta": 0.5}, "rope_theta must be a number above 1"),
-        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_type 'linear' is not supported"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic' is not supported"),
-        ({"rope_parameters": {"rope_theta": 1e4, "rope_tehta": 1e5}}, "unknown keys"),
+        (
+            {"rope_parameters": {"rope_type": "lineal", "factor": 2.0}},
+            "rope_type 'lineal' is unknown; use one of default",
+        ),
+        ({"rope_scaling": {"type": "dynamic"}}, "rope_parameters: .*factor"),
+        ({"rope_parameters": {"rope_theta": 1e4, "rope_tehta": 1e5}}, "rope_type 'default' does not use: rope_tehta"),
     ],
 )
 def test_an_impossible_shape_is_refused_in_one_line_that_names_the_field(fields, message):
@@ -88,6 +91,8 @@ def test_the_written_file_is_a_phi_with_an_auto_map_and_the_older_keys(tmp_path)
             "AutoConfig": "configuration_nanophi.NanoPhiConfig",
             "AutoModel": "modeling_nanophi.NanoPhiModel",
             "AutoModelForCausalLM": "modeling_nanophi.NanoPhiForCausalLM",
+            "AutoModelForSequenceClassification": "modeling_nanophi.NanoPhiForSequenceClassification",
+            "AutoModelForTokenClassification": "modeling_nanophi.NanoPhiForTokenClassification",
         },
     }
     assert {key: written.get(key) for key in expected} == expected

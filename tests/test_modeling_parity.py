@@ -59,11 +59,9 @@ def test_logits_loss_and_gradients(attention, key_value_heads, rotary, qk_layern
     expected, actual = phi(ids, labels=labels), nanophi(ids, labels=labels)
     assert difference(expected.logits, actual.logits) < TOLERANCE
     assert difference(expected.loss, actual.loss) < TOLERANCE
-    fused = nanophi.train()(ids, labels=labels)
-    assert fused.logits is None
-    assert difference(expected.loss, fused.loss) < TOLERANCE
+    assert (actual.past_key_values is None) == (expected.past_key_values is None)
     expected.loss.backward()
-    fused.loss.backward()
+    actual.loss.backward()
     gradients = {name: parameter.grad for name, parameter in nanophi.named_parameters()}
     assert gradients.keys() == dict(phi.named_parameters()).keys()
     for name, parameter in phi.named_parameters():
@@ -152,6 +150,84 @@ def test_beyond_the_context_it_does_what_phi_does():
     assert torch.equal(*(model.generate(ids[:1], max_new_tokens=20, do_sample=False) for model in (phi, nanophi)))
 
 
+ROPE = {"rope_theta": 5000.0, "partial_rotary_factor": 0.5}
+SCALED = [
+    {"rope_type": "linear", "factor": 4.0},
+    {"rope_type": "dynamic", "factor": 4.0},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+    {
+        "rope_type": "llama3",
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+    },
+]
+
+
+@pytest.mark.parametrize("scaled", SCALED, ids=lambda rope: rope["rope_type"])
+def test_scaled_rotary_embeddings_are_phis_however_they_arrive(tmp_path, scaled):
+    """From the constructor, from a saved file, from an argument of from_pretrained, and assigned to a configuration."""
+    rope = {**ROPE, **scaled}
+    phi, nanophi = make_pair(max_position_embeddings=64)
+    for name, parameter in phi.named_parameters():
+        if "q_proj" in name or "k_proj" in name:
+            torch.nn.init.normal_(parameter, std=0.5)  # sharper attention, so that rotations matter
+    nanophi.load_state_dict(phi.state_dict())
+    ids = tokens(length=100)
+    nanophi.save_pretrained(tmp_path / "plain")
+    expected = PhiForCausalLM.from_pretrained(tmp_path / "plain", rope_parameters=dict(rope)).eval()(ids).logits
+    assert difference(expected, phi(ids).logits) > 100 * TOLERANCE
+    override = NanoPhiForCausalLM.from_pretrained(tmp_path / "plain", rope_parameters=dict(rope)).eval()
+    assert difference(override(ids).logits, expected) < TOLERANCE
+    override.save_pretrained(tmp_path / "scaled")
+    assert difference(NanoPhiForCausalLM.from_pretrained(tmp_path / "scaled")(ids).logits, expected) < TOLERANCE
+    config = NanoPhiConfig.from_pretrained(tmp_path / "plain")
+    config.rope_parameters = dict(rope)
+    assert (
+        difference(NanoPhiForCausalLM.from_pretrained(tmp_path / "plain", config=config)(ids).logits, expected) < 1e-5
+    )
+    # Short rows after long ones: "dynamic" goes back to the original frequencies.
+    short = tokens(length=12)
+    again = PhiForCausalLM.from_pretrained(tmp_path / "scaled").eval()
+    for inputs in (ids, short):
+        assert difference(override(inputs).logits, again(inputs).logits) < TOLERANCE
+
+
+def test_a_wrong_field_is_refused_however_it_arrives(tmp_path):
+    _, nanophi = make_pair()
+    nanophi.save_pretrained(tmp_path)
+    wrong = [
+        ({"rope_parameters": {"rope_type": "lineal", **ROPE}}, "rope_type 'lineal' is unknown"),
+        ({"rope_parameters": {"rope_type": "yarn", **ROPE}}, "rope_parameters: .*factor"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 0.5}}, "rope_theta must be a number above 1"),
+        ({"num_key_value_heads": 3}, "use one of 1, 2, 4 key/value heads"),
+        ({"hidden_size": 81}, "must be a multiple of num_attention_heads"),
+    ]
+    for fields, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            NanoPhiForCausalLM.from_pretrained(tmp_path, **fields)
+        with pytest.raises(ValueError, match=message):
+            NanoPhiConfig.from_pretrained(tmp_path, **fields)
+        config = NanoPhiConfig.from_pretrained(tmp_path)
+        for name, value in fields.items():
+            setattr(config, name, value)
+        with pytest.raises(ValueError, match=message):
+            NanoPhiForCausalLM(config)
+
+
+def test_exported_with_dynamic_shapes_it_takes_other_shapes():
+    phi, nanophi = make_pair()
+    sizes = {0: torch.export.Dim("rows", min=1, max=8), 1: torch.export.Dim("tokens", min=2, max=64)}
+    arguments = {"input_ids": tokens(), "use_cache": False}
+    with torch.no_grad():
+        shapes = {"input_ids": sizes, "use_cache": None}
+        exported = torch.export.export(nanophi, (), arguments, dynamic_shapes=shapes).module()
+        for rows, length in ((3, 30), (1, 5)):
+            ids = tokens(rows, length)
+            assert difference(exported(input_ids=ids, use_cache=False).logits, phi(ids).logits) < TOLERANCE
+
+
 def test_a_window_sliding_over_the_context_gives_the_same_log_likelihoods():
     phi, nanophi = make_pair(max_position_embeddings=16)
     ids = tokens(batch=1, length=40)
@@ -183,6 +259,13 @@ def test_inputs_embeds_and_logits_to_keep_are_phis():
     assert difference(nanophi(ids, logits_to_keep=3).logits, phi(ids, logits_to_keep=3).logits) < TOLERANCE
     chosen = torch.tensor([2, 7, 20])
     assert difference(nanophi(ids, logits_to_keep=chosen).logits, phi(ids).logits[:, chosen]) < TOLERANCE
+    pairs = torch.tensor([[2, 7], [0, 20]])
+    assert difference(nanophi(ids, logits_to_keep=pairs).logits, phi(ids, logits_to_keep=pairs).logits) < TOLERANCE
+    mask = torch.zeros(2, 21, dtype=torch.bool)
+    mask[0, 3] = mask[1, 5:9] = True
+    kept = nanophi(ids, logits_to_keep=mask).logits
+    assert kept.shape == (5, 131)
+    assert difference(kept, phi(ids, logits_to_keep=mask).logits) < TOLERANCE
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         nanophi(ids, inputs_embeds=embeds)
     tuple_form = nanophi(ids, return_dict=False)
@@ -243,7 +326,6 @@ def test_training_on_a_packed_row_is_training_on_its_documents():
     labels = ids.clone()
     labels[positions == 0] = -100  # the token before a document's first one belongs to another document
     outputs = nanophi.train()(ids, position_ids=positions, labels=labels)
-    assert outputs.past_key_values is None
     outputs.loss.backward()
     parts = ids.split(lengths, dim=1)
     loss = sum(phi(part, labels=part).loss * (part.shape[1] - 1) for part in parts) / sum(n - 1 for n in lengths)

@@ -124,6 +124,7 @@ def row_bytes(config: NanoPhiConfig, training: Training) -> int:
     import torch
 
     from nanophi.modeling_nanophi import NanoPhiForCausalLM
+    from nanophi.training.loss import use_chunked_loss
 
     fields = {key: value for key, value in config.to_dict().items() if key in NanoPhiConfig.__dataclass_fields__}
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=training.precision != "fp32")
@@ -133,6 +134,7 @@ def row_bytes(config: NanoPhiConfig, training: Training) -> int:
         small = {**fields, "num_hidden_layers": layers, "vocab_size": 64, "eos_token_id": 0, "bos_token_id": 0}
         with torch.random.fork_rng(devices=[]):
             model = NanoPhiForCausalLM(NanoPhiConfig(**small)).train()
+        use_chunked_loss(model)
         sizes: dict[int, int] = {}
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -142,7 +144,7 @@ def row_bytes(config: NanoPhiConfig, training: Training) -> int:
 
         ids = torch.zeros(rows, config.max_position_embeddings, dtype=torch.int64)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss = model(input_ids=ids, labels=ids).loss
         del loss
         return sum(sizes.values())
 
@@ -157,7 +159,7 @@ def peak_bytes(config: NanoPhiConfig, training: Training, rows: int, row: int) -
     twice, or the end of the backward pass, when it has come down to all gradients. On the safe side: measured peaks
     are lower, since autocast casts some weights anew instead of keeping the copy.
     """
-    from nanophi.modeling_nanophi import LOSS_CHUNK
+    from nanophi.training.loss import LOSS_CHUNK
 
     parameters = parameter_count(config)
     copies = 0 if training.precision == "fp32" else 2 * parameters

@@ -28,10 +28,12 @@ from nanophi.configuration_nanophi import NanoPhiConfig
 from nanophi.files import UserError, read_json, remove, sha256_of_file, write_json
 from nanophi.modeling_nanophi import NanoPhiForCausalLM
 from nanophi.recipe import Training, suggestion
+from nanophi.training.attention import PACKED_DOCUMENTS
 from nanophi.training.callbacks import ProgressLine, SaveTimes
 from nanophi.training.checkpoints import check_data, data_hashes, is_disk_full, last_checkpoint, publish, step_of
 from nanophi.training.energy import ENERGY_SOURCE, EnergyMeter, open_meter
 from nanophi.training.estimate import flops_per_token, peak_flops
+from nanophi.training.loss import use_chunked_loss
 from nanophi.training.optimizer import ADAM_EPS, MuonAdamW
 from nanophi.training.rows import PackedCollator, PackedRows
 from nanophi.training.validation import BY_SOURCE, HeldoutRows, SampleText
@@ -277,10 +279,11 @@ class NanoPhiTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """`Trainer.prediction_step`; prediction and label are `HeldoutRows.sums`."""
+        inputs = self._prepare_inputs(inputs)
         sources = inputs.pop("sources")
-        loss, logits, labels = super().prediction_step(model, inputs, False, ignore_keys)
-        assert logits is not None and labels is not None
-        return loss, *self.eval_dataset.sums(logits, labels, sources.to(logits.device))
+        with torch.no_grad(), self.compute_loss_context_manager():
+            losses = model(**inputs, reduction="none").loss
+        return losses[:, :-1].mean(), *self.eval_dataset.sums(losses, sources)
 
     def _pause(self, seconds: float) -> None:
         if self._clock is not None:
@@ -494,6 +497,9 @@ def train(
     if not isinstance(eos_token_id, int):
         raise UserError(f"the tokenizer must have one end-of-text token, found {eos_token_id}")
     model = NanoPhiForCausalLM(config)
+    use_chunked_loss(model)
+    if arguments.device.type == "cpu" and not training.compile:
+        model.set_attn_implementation(PACKED_DOCUMENTS)
     meter = None
     if training.track_energy and int(os.environ.get("LOCAL_RANK", "0")) == 0:
         assert training.country_iso_code is not None

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from torch import nn
 from transformers import AutoTokenizer, EvalPrediction
 
 from nanophi.modeling_nanophi import NanoPhiForCausalLM
@@ -53,24 +52,20 @@ class HeldoutRows(PackedRows):
         rows = super().__getitems__(positions)
         return [{**row, "sources": self._codes[self.index(i)]} for row, i in zip(rows, positions, strict=True)]
 
-    def sums(
-        self, logits: torch.Tensor, labels: torch.Tensor, sources: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def sums(self, losses: torch.Tensor, sources: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Nats, and number of predicted tokens, by row and source.
 
         Args:
-            logits: (rows, length, vocabulary).
-            labels, sources: (rows, length), int64.
+            losses: (rows, length), float32; position i holds the loss of predicting token i + 1.
+            sources: (rows, length), int64; of each token.
 
         Returns:
             two tensors (rows, sources), float32.
         """
-        nats = torch.zeros(len(logits), len(self.sources), device=logits.device)
+        nats = torch.zeros(len(losses), len(self.sources), device=losses.device)
         counts = torch.zeros_like(nats)
-        for row in range(len(logits)):  # one row at a time: the logits are the largest tensor there is
-            losses = nn.functional.cross_entropy(logits[row, :-1].float(), labels[row, 1:], reduction="none")
-            nats[row].index_add_(0, sources[row, 1:], losses)
-            counts[row].index_add_(0, sources[row, 1:], torch.ones_like(losses))
+        nats.scatter_add_(1, sources[:, 1:], losses[:, :-1])
+        counts.scatter_add_(1, sources[:, 1:], torch.ones_like(losses[:, :-1]))
         return nats, counts
 
     def metrics(self, prediction: EvalPrediction) -> dict[str, float]:

@@ -13,6 +13,7 @@ from nanophi.cli import main
 from nanophi.files import UserError
 from nanophi.recipe import Recipe, Training, load_recipe
 from nanophi.training import estimate
+from nanophi.training.loss import use_chunked_loss
 
 SMALL: dict[str, Any] = {
     "vocab_size": 500,
@@ -54,6 +55,7 @@ def test_flops_are_those_that_torch_counts() -> None:
 def test_row_bytes_are_what_autograd_keeps(precision: str) -> None:
     config, rows = NanoPhiConfig(**SMALL), 5
     model, ids = NanoPhiForCausalLM(config).train(), torch.zeros(rows, 128, dtype=torch.int64)
+    use_chunked_loss(model)
     kept: dict[int, torch.Tensor] = {}
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
@@ -63,7 +65,7 @@ def test_row_bytes_are_what_autograd_keeps(precision: str) -> None:
 
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
-        model(input_ids=ids, labels=ids, use_cache=False)
+        model(input_ids=ids, labels=ids)
     total = sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in own)
     fixed = 6 * estimate.parameter_count(config)  # at most: copies of the weights, and the head's gradient
     row = estimate.row_bytes(config, training(precision=precision))
