@@ -1,0 +1,237 @@
+"""Does the filter help? The statistics of an ablation: contrasts of arms over seeds and items.
+
+Every run of an experiment is one arm, one seed and one learning rate, measured on the same items. A target is a figure
+in bits per byte (lower is better) over one or more sets of items; with several, the unweighted mean of their figures.
+
+    quality    = best - random    the same amount of text, repeated as often: only which text differs
+    repetition = random - all     the same mixture of text, less of it and repeated more often
+    net        = best - all       what a user of the filter gets: their sum
+    check      = best - worst     whether the measurement sees a difference that must be there
+
+At each learning rate a contrast is the mean over the seeds. Its error has two sources, and the hierarchical bootstrap
+draws both: the items, resampled with replacement and alike for all runs, since all are measured on the same ones; and
+the seeds, whose deviations are those of a table of arms by seeds without the means of its rows and columns (a seed's
+initialisation and order are common to all arms). The deviations are pooled over the arms, for three seeds alone give no
+usable variance, and what the items explain of them is taken out, lest it counts twice. The interval is Student's, with
+Satterthwaite's degrees of freedom (1946, Biometrics Bulletin 2): with few seeds a bootstrap's quantiles are too narrow.
+
+A contrast is claimed only if its sign is the same at both learning rates and the larger of the two p-values, corrected
+by Holm's method for all contrasts of its family, is below 0.05. The primary target is one family; the others together
+are another.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import scipy.stats
+
+from nanophi.eval.statistics import SIGNIFICANCE, effective_items, holm, minimum_detectable_effect
+
+ARMS = ("all", "best", "random", "worst")
+CONTRASTS = {"quality": ("best", "random"), "repetition": ("random", "all"), "net": ("best", "all")}
+CHECK = ("best", "worst")
+MIN_ITEMS = 20
+"""Items that a set needs for a test: a resample of fewer says little about others of their kind."""
+RESAMPLES = 2000
+
+Items = tuple[np.ndarray, np.ndarray]
+"""Of one set: log-likelihood in nats and size in bytes, each of shape (items,)."""
+Key = tuple[str, int, float]
+"""A run: arm, seed, learning rate."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What is measured.
+
+    Attributes:
+        title: in tables and sentences.
+        primary: fixed in advance as the one that decides.
+        runs: per run, its sets of items. The items of a set are the same, in the same order, in all runs.
+    """
+
+    title: str
+    primary: bool
+    runs: Mapping[Key, Sequence[Items]]
+
+
+def analyse(targets: Mapping[str, Target], seed: int = 0) -> dict[str, Any]:
+    """All contrasts of all targets, with what may be claimed.
+
+    Args:
+        targets: by name.
+        seed: of the bootstrap.
+
+    Returns:
+        per target `title`, `primary`, `items` (per set), `values` (per learning rate and arm, the mean over seeds),
+        `contrasts` and `check`. A contrast has `arms`, `learning_rates` (each: see `contrast`), `p_value` (the larger
+        one), `p_corrected` and `verdict`: `better`, `worse`, `not found`, `depends on the learning rate`, or why there
+        is no test. Numbers that do not exist are None.
+    """
+    result: dict[str, Any] = {}
+    for name, target in targets.items():
+        rates = sorted({rate for _, _, rate in target.runs}, reverse=True)
+        sets = next(iter(target.runs.values()))
+        draws = item_draws(sets, np.random.default_rng(seed))
+        entry: dict[str, Any] = {
+            "title": target.title,
+            "primary": target.primary,
+            "items": [len(sizes) for _, sizes in sets],
+            "values": {},
+            "contrasts": {},
+        }
+        for rate in rates:
+            mine = {
+                arm: [value(items) for (a, _, r), items in target.runs.items() if (a, r) == (arm, rate)] for arm in ARMS
+            }
+            entry["values"][str(rate)] = {arm: float(np.mean(values)) for arm, values in mine.items() if values}
+        for label, (ours, theirs) in {**CONTRASTS, "check": CHECK}.items():
+            family = sum(other.primary == target.primary for other in targets.values()) * len(CONTRASTS)
+            tests = 1 if label == "check" else family
+            by_rate = {str(rate): contrast(target.runs, ours, theirs, rate, draws, tests) for rate in rates}
+            found = {"arms": [ours, theirs], "learning_rates": by_rate, **_both(list(by_rate.values()))}
+            if label == "check":
+                entry["check"] = found
+            else:
+                entry["contrasts"][label] = found
+        result[name] = entry
+    for primary in (True, False):
+        family = [c for entry in result.values() if entry["primary"] == primary for c in entry["contrasts"].values()]
+        _correct(family)
+    for entry in result.values():
+        _correct([entry["check"]])
+    return result
+
+
+def value(sets: Sequence[Items]) -> float:
+    """A target's figure for one run: bits per byte of each set, averaged over the sets."""
+    return float(np.mean([-nats.sum() / sizes.sum() / math.log(2) for nats, sizes in sets]))
+
+
+def item_draws(sets: Sequence[Items], rng: np.random.Generator) -> list[np.ndarray]:
+    """How often each item is drawn in each resample: per set, uint8 of shape (RESAMPLES, items)."""
+    result = []
+    for _, sizes in sets:
+        count = len(sizes)
+        drawn = np.zeros((RESAMPLES, count), np.uint8)
+        for row in drawn:
+            row += np.bincount(rng.integers(0, count, count), minlength=count).astype(np.uint8)
+        result.append(drawn)
+    return result
+
+
+def contrast(
+    runs: Mapping[Key, Sequence[Items]],
+    ours: str,
+    theirs: str,
+    rate: float,
+    draws: Sequence[np.ndarray],
+    tests: int = 1,
+) -> dict[str, Any]:
+    """One contrast at one learning rate: `ours - theirs`, in bits per byte.
+
+    Args:
+        runs: as in `Target`. Seeds that not all arms have at this learning rate are left out.
+        ours, theirs: arms.
+        draws: from `item_draws`, the same for all contrasts of the target.
+        tests: size of the family, for the minimum detectable effect.
+
+    Returns:
+        `value`, `seeds`, `by_seed`, `stderr`, `seed_stderr` and `item_stderr` (its parts), `freedom`, `interval` (95 %),
+        `p_value`, `minimum_detectable_effect`, and `no_test`: why there is no test, None if there is one.
+    """
+    arms = [arm for arm in ARMS if any(a == arm and r == rate for a, _, r in runs)]
+    seeds = sorted({s for _, s, r in runs if r == rate and all((arm, s, rate) in runs for arm in arms)})
+    result: dict[str, Any] = {"value": None, "seeds": seeds, "by_seed": [], "stderr": None, "seed_stderr": None,
+                              "item_stderr": None, "freedom": None, "interval": None, "p_value": None,
+                              "minimum_detectable_effect": None}  # fmt: skip
+    if ours not in arms or theirs not in arms or not seeds:
+        return {**result, "no_test": "not measured yet"}
+    # (arms, seeds), and the same in every resample of the items: (RESAMPLES, arms, seeds).
+    table = np.array([[value(runs[arm, s, rate]) for s in seeds] for arm in arms])
+    resampled = np.zeros((RESAMPLES, len(arms), len(seeds)))
+    sets = len(draws)
+    for index, drawn in enumerate(draws):
+        columns = [runs[arm, s, rate][index][0] for arm in arms for s in seeds]
+        sums = _product(drawn, np.stack([*columns, runs[arms[0], seeds[0], rate][index][1]], axis=1))
+        ratios = sums[:, :-1] / sums[:, -1:] / -math.log(2) / sets
+        resampled += ratios.reshape(RESAMPLES, len(arms), len(seeds))
+    plus, minus = arms.index(ours), arms.index(theirs)
+    by_seed = table[plus] - table[minus]
+    mean = float(by_seed.mean())
+    result |= {"value": mean, "by_seed": by_seed.tolist()}
+    item_variance = float((resampled[:, plus] - resampled[:, minus]).mean(axis=1).var())
+    result["item_stderr"] = math.sqrt(item_variance)
+    few = [draw.shape[1] for draw in draws if draw.shape[1] < MIN_ITEMS]
+    if few:
+        return {**result, "no_test": f"too few items: {few[0]} of the {MIN_ITEMS} that a test needs"}
+    if len(seeds) < 2:
+        return {**result, "no_test": "one seed: no interval over seeds exists"}
+    freedom = (len(arms) - 1) * (len(seeds) - 1)
+    # A contrast is a mean over seeds of the difference of two runs: twice a run's variance over the seeds' number.
+    factor = 2 / len(seeds)
+    spread = factor * float(np.square(_deviations(table)).sum()) / freedom
+    noise = factor * float(np.square(_deviations(resampled - table)).sum(axis=(1, 2)).mean()) / freedom
+    seed_variance = max(0.0, spread - noise)
+    variance = seed_variance + item_variance
+    items = sum(effective_items(runs[arms[0], seeds[0], rate][index][1]) - 1 for index in range(sets))
+    # How well the variance is known: the seeds' part from few deviations, the rest from many items.
+    scatter = spread**2 / freedom + item_variance**2 / max(1.0, items)
+    freedom = variance**2 / scatter if scatter else math.inf
+    stderr = math.sqrt(variance)
+    distribution = scipy.stats.t(freedom)
+    half = float(stderr * distribution.isf(SIGNIFICANCE / 2))
+    result |= {
+        "stderr": stderr,
+        "seed_stderr": math.sqrt(seed_variance),
+        "freedom": float(freedom),
+        "interval": [mean - half, mean + half],
+        "p_value": float(2 * distribution.sf(abs(mean) / stderr)) if stderr else float(mean == 0),
+        "minimum_detectable_effect": minimum_detectable_effect(stderr, tests=tests, freedom=freedom),
+    }
+    return {**result, "no_test": None}
+
+
+def _product(drawn: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """`drawn @ columns` in blocks of rows, since the counts are small integers that must become float64 first."""
+    return np.concatenate(
+        [drawn[start : start + 100].astype(np.float64) @ columns for start in range(0, len(drawn), 100)]
+    )
+
+
+def _deviations(table: np.ndarray) -> np.ndarray:
+    """Tables (..., arms, seeds) without the means of their rows and columns."""
+    rows, columns = table.mean(axis=-1, keepdims=True), table.mean(axis=-2, keepdims=True)
+    return table - rows - columns + rows.mean(axis=-2, keepdims=True)
+
+
+def _both(by_rate: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the learning rates say together: the larger p-value, and 1 if their signs differ."""
+    reasons = [entry["no_test"] for entry in by_rate if entry["no_test"]]
+    if len(by_rate) < 2:
+        reasons.append("one learning rate: a claim needs two")
+    if reasons:
+        return {"p_value": None, "no_test": reasons[0]}
+    agree = len({entry["value"] > 0 for entry in by_rate}) == 1
+    return {"p_value": max(entry["p_value"] for entry in by_rate) if agree else 1.0, "no_test": None}
+
+
+def _correct(family: Sequence[dict[str, Any]]) -> None:
+    """Holm's correction over the contrasts that have a test, and every contrast's verdict."""
+    tested = [entry for entry in family if entry["no_test"] is None]
+    for entry in family:
+        entry |= {"p_corrected": None, "verdict": entry["no_test"]}
+    for entry, p_value in zip(tested, holm([entry["p_value"] for entry in tested]), strict=True):
+        rates = list(entry["learning_rates"].values())
+        entry["p_corrected"] = p_value
+        if p_value < SIGNIFICANCE:
+            entry["verdict"] = "better" if rates[0]["value"] < 0 else "worse"
+        elif any(rate["p_value"] < SIGNIFICANCE / len(tested) for rate in rates):
+            entry["verdict"] = "depends on the learning rate"
+        else:
+            entry["verdict"] = "not found"
