@@ -19,6 +19,7 @@ from typer import Argument, Option
 
 from nanophi.files import UserError
 from nanophi.inputs import is_hub_id, model_folder
+from nanophi.jobs import stop_with_parent
 from nanophi.pipeline import PREPARE, Pipeline, is_main_process, run_recipes
 from nanophi.recipe import load_recipe
 from nanophi.version import __version__
@@ -48,6 +49,7 @@ ReleaseFolder = Annotated[Path, Argument(metavar="RELEASE", help="Release folder
 Revision = Annotated[str | None, Option(help="Branch, tag or commit on the Hub.")]
 Gguf = Annotated[str | None, Option(metavar="KINDS", help="llama.cpp files too, any of f16,q8_0,bf16,f32.")]
 Trust = Annotated[bool, Option("--trust-remote-code", help="Run the Python code that comes with the model.")]
+Jobs = Annotated[int, Option(min=1, help="Trainings at once, each with one GPU or its share of the cores.")]
 TextColumn = Annotated[str, Option(help="Column or JSON key that holds the text.")]
 
 
@@ -75,14 +77,23 @@ def _open(recipe: Path, runs: Path, overrides: list[str], build: tuple[str, ...]
 
 
 @app.command()
-def run(recipes: Recipes, runs: Runs = Path("runs"), overrides: Overrides = []) -> None:
+def run(recipes: Recipes, jobs: Jobs = 1, runs: Runs = Path("runs"), overrides: Overrides = []) -> None:
     """Run every stage of a recipe, from text to release.
 
     Several recipes are compared at the end; the last one is the baseline.
 
-    Example: nanophi run demo demo-control
+    Example: nanophi run demo demo-control --jobs 2
     """
-    run_recipes([load_recipe(recipe, overrides) for recipe in recipes], runs)
+    run_recipes([load_recipe(recipe, overrides) for recipe in recipes], runs, jobs=jobs)
+
+
+@app.command(hidden=True)
+def worker(recipe: OneRecipe, runs: Runs = Path("runs")) -> None:
+    """Train and evaluate one run, for `--jobs`; stop when standard input ends."""
+    stop_with_parent()
+    with _open(recipe, runs, [], ("training", "sample", "evaluation")) as pipeline:
+        pipeline.sample()
+        pipeline.evaluation()
 
 
 @app.command()

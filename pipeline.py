@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import yaml
 
 from nanophi.files import UserError, read_json, remove, sha256_of_file, write_json, write_text
+from nanophi.jobs import side_by_side
 from nanophi.recipe import Recipe
 from nanophi.run import RunDirectory, environment
 
@@ -366,8 +368,16 @@ class Pipeline:
         return self._stage("verification", inputs, ["verification.json"], build, shared=False)
 
 
-def run_recipes(recipes: Sequence[Recipe], runs: Path, report: Callable[[str], None] = print) -> None:
-    """Every stage of every recipe; several recipes end in one comparison, with the last as the baseline."""
+def run_recipes(recipes: Sequence[Recipe], runs: Path, report: Callable[[str], None] = print, jobs: int = 1) -> None:
+    """Every stage of every recipe; several recipes end in one comparison, with the last as the baseline.
+
+    Args:
+        recipes: with different names.
+        runs: the folder that holds the run directories.
+        report: called with one line for each thing worth telling.
+        jobs: how many recipes are trained and evaluated at once, each in a process of its own with one GPU or its
+            share of the cores.
+    """
     from nanophi.eval import render, suites
 
     for recipe in recipes:
@@ -377,6 +387,9 @@ def run_recipes(recipes: Sequence[Recipe], runs: Path, report: Callable[[str], N
     names = [recipe.name for recipe in recipes]
     if len(set(names)) < len(names):
         raise UserError(f"two recipes have the same name ({', '.join(names)}); each run needs its own directory")
+    jobs = min(jobs, len(recipes))
+    if jobs > 1:
+        train_side_by_side([Pipeline(recipe, runs, report=report) for recipe in recipes], jobs)
     pipelines = [Pipeline(recipe, runs, report=report) for recipe in recipes]
     with contextlib.ExitStack() as locks:
         for pipeline in pipelines:
@@ -397,3 +410,34 @@ def run_recipes(recipes: Sequence[Recipe], runs: Path, report: Callable[[str], N
         sample = read_json(pipeline.path / "sample.json")
         report(f"\n{pipeline.recipe.name} writes:\n{sample['text']}")
     report(f"\nreport:  {first.path / 'report.html'}\nrelease: {first.path / 'release'}")
+
+
+def train_side_by_side(
+    pipelines: Sequence[Pipeline], jobs: int, finished: Callable[[str], None] = lambda name: None
+) -> None:
+    """Train and evaluate several runs of one folder, so many at once; what they share is made first, once.
+
+    Args:
+        pipelines: with different names, of one folder of runs.
+        jobs: how many at once.
+        finished: called with the name of each run that has been evaluated.
+
+    Raises:
+        UserError: naming the runs that failed, once the others are done. All of them can be resumed.
+    """
+    if "RANK" in os.environ:
+        raise UserError("--jobs starts processes of its own; leave out `accelerate launch` or `torchrun`")
+    with contextlib.ExitStack() as locks:
+        for pipeline in pipelines:
+            locks.enter_context(pipeline.run.lock())
+        for pipeline in pipelines:
+            pipeline.write_recipe()
+            pipeline.tokens()
+    commands = {
+        pipeline.recipe.name: [
+            *(sys.executable, "-m", "nanophi", "worker", str(pipeline.path / "recipe.yaml")),
+            *("--runs", str(pipeline.path.parent)),
+        ]
+        for pipeline in pipelines
+    }
+    side_by_side(commands, jobs, pipelines[0].report, finished)

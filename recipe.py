@@ -99,7 +99,7 @@ class Data(Section):
 
 
 class Quality(Section):
-    """The filter. `threshold: null` keeps everything (a control) but still scores it."""
+    """The filter: a threshold or a share. `threshold: null` without a share keeps everything (a control)."""
 
     scorer: str = "linear"
     """`linear` (trained here), `column:<name>`, or `model:<hub id or folder>`."""
@@ -108,6 +108,26 @@ class Quality(Section):
     low: list[str] = []
     """For `linear`: sources whose documents are examples of poor text."""
     threshold: float | None = 0.5
+    """Documents that score above it are kept."""
+    share: float | None = pydantic.Field(default=None, gt=0, le=1)
+    """In place of a threshold: the share of the training bytes that is kept."""
+    select: Literal["best", "random", "worst"] = "best"
+    """Which documents `share` keeps: those with the highest scores, any, or those with the lowest."""
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def share_replaces_default_threshold(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("share") is not None and "threshold" not in values:
+            return {**values, "threshold": None}
+        return values
+
+    @pydantic.model_validator(mode="after")
+    def one_rule(self) -> Quality:
+        if self.share is not None and self.threshold is not None:
+            raise ValueError("'share' and 'threshold' exclude each other; set quality.threshold to null")
+        if self.share is None and self.select != "best":
+            raise ValueError(f"select '{self.select}' needs 'share', such as 0.42")
+        return self
 
     @pydantic.field_validator("scorer")
     @classmethod

@@ -70,7 +70,7 @@ def analyse(targets: Mapping[str, Target], seed: int = 0) -> dict[str, Any]:
     Returns:
         per target `title`, `primary`, `items` (per set), `values` (per learning rate and arm, the mean over seeds),
         `contrasts` and `check`. A contrast has `arms`, `learning_rates` (each: see `contrast`), `p_value` (the larger
-        one), `p_corrected` and `verdict`: `better`, `worse`, `not found`, `depends on the learning rate`, or why there
+        one), `p_corrected` and `verdict`: `better`, `worse`, `not found`, `at one learning rate only`, or why there
         is no test. Numbers that do not exist are None.
     """
     result: dict[str, Any] = {}
@@ -142,7 +142,7 @@ def contrast(
         tests: size of the family, for the minimum detectable effect.
 
     Returns:
-        `value`, `seeds`, `by_seed`, `stderr`, `seed_stderr` and `item_stderr` (its parts), `freedom`, `interval` (95 %),
+        `value`, `seeds`, `by_seed`, `stderr`, its parts `seed_stderr` and `item_stderr`, `freedom`, `interval` (95 %),
         `p_value`, `minimum_detectable_effect`, and `no_test`: why there is no test, None if there is one.
     """
     arms = [arm for arm in ARMS if any(a == arm and r == rate for a, _, r in runs)]
@@ -232,6 +232,6 @@ def _correct(family: Sequence[dict[str, Any]]) -> None:
         if p_value < SIGNIFICANCE:
             entry["verdict"] = "better" if rates[0]["value"] < 0 else "worse"
         elif any(rate["p_value"] < SIGNIFICANCE / len(tested) for rate in rates):
-            entry["verdict"] = "depends on the learning rate"
+            entry["verdict"] = "at one learning rate only"
         else:
             entry["verdict"] = "not found"

@@ -28,8 +28,10 @@ MAY_IMPORT |= {
     "training": (*BASE, "data"),
     "eval": (*BASE, "data"),
     "model_card": (*BASE, "data", "eval"),
-    "pipeline": (*BASE, *ROOMS),
-    "cli": (*BASE, *ROOMS, "pipeline"),
+    "jobs": ("files", "data"),
+    "pipeline": (*BASE, *ROOMS, "jobs"),
+    "ablate": (*BASE, *ROOMS, "jobs", "pipeline"),
+    "cli": (*BASE, *ROOMS, "jobs", "pipeline", "ablate"),
     "__main__": ("cli",),
     "__init__": ("configuration_nanophi", "modeling_nanophi", "version"),
 }

@@ -1,0 +1,95 @@
+"""Which training documents the filter keeps: those above a threshold, or a share of the training bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from nanophi.files import UserError
+from nanophi.formatting import percent
+from nanophi.recipe import Quality
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """What is kept.
+
+    Attributes:
+        kept: bool, shape (documents,).
+        cutoff: the score of the last document that a share took, by which held-out documents are divided the same way;
+            None: the threshold divides them, or nothing does.
+    """
+
+    kept: np.ndarray
+    cutoff: float | None = None
+
+
+def choose(scores: np.ndarray, sizes: np.ndarray, ids: np.ndarray, quality: Quality, seed: int) -> Selection:
+    """Choose training documents.
+
+    A share is taken from the best, the worst or a random end of the documents until their bytes come nearest to it.
+    Documents with equal scores come in random order, so that no source is favoured by where it stands in the corpus.
+    What is chosen depends on the documents and the seed, not on their order.
+
+    Args:
+        scores, sizes: of the training documents, shape (documents,); sizes in bytes.
+        ids: their ids, distinct, shape (documents,).
+        quality: the recipe's section.
+        seed: of the random order.
+
+    Raises:
+        UserError: if nothing is kept, or all scores are equal where a best or worst share is asked for.
+    """
+    if quality.share is None:
+        kept = np.ones(len(scores), bool) if quality.threshold is None else scores > quality.threshold
+        if not kept.any():
+            highest = f"; the highest score is {scores.max():.4f}" if len(scores) else ""
+            raise UserError(f"quality.threshold {quality.threshold} keeps no document{highest}")
+        return Selection(kept)
+    by_score = quality.select != "random"
+    if by_score and quality.share < 1 and len(scores) and scores.min() == scores.max():
+        raise UserError(
+            f"quality.select '{quality.select}': every document has the score {scores[0]:.4f}, so none is better than "
+            "another; use another quality.scorer, or quality.select 'random'"
+        )
+    shuffled = np.argsort(ids, kind="stable")
+    np.random.default_rng([seed, 1]).shuffle(shuffled)
+    key = {"best": -scores, "worst": scores, "random": np.zeros(len(scores))}[quality.select]
+    order = shuffled[np.argsort(key[shuffled], kind="stable")]
+    reached = np.concatenate([[0], np.cumsum(sizes[order], dtype=np.int64)])
+    count = int(np.argmin(np.abs(reached - quality.share * reached[-1])))
+    if count == 0:
+        raise UserError(
+            f"quality.share {quality.share:g} of {reached[-1]:,} bytes keeps no document; the first has "
+            f"{sizes[order[0]]:,} bytes"
+            if len(order)
+            else "there is no training document to choose from"
+        )
+    kept = np.zeros(len(scores), bool)
+    kept[order[:count]] = True
+    return Selection(kept, float(scores[order[count - 1]]) if by_score else None)
+
+
+def divide(scores: np.ndarray, quality: Quality, cutoff: float | None) -> np.ndarray | None:
+    """Which other documents the filter would keep, bool, shape (documents,).
+
+    Args:
+        scores: of documents that it did not choose from, such as the held-out ones.
+        quality: the recipe's section.
+        cutoff: of `Selection`.
+
+    Returns:
+        None for a control or a random share, which treat no document as better than another.
+    """
+    if cutoff is not None:
+        return scores >= cutoff if quality.select == "best" else scores <= cutoff
+    return None if quality.threshold is None else scores > quality.threshold
+
+
+def describe_rule(quality: Quality) -> str:
+    """The filter in words: `score > 0.5`, `the best 42.0 % of the bytes`, `all`."""
+    if quality.share is not None:
+        article = "a random" if quality.select == "random" else f"the {quality.select}"
+        return f"{article} {percent(quality.share)} of the bytes"
+    return "all" if quality.threshold is None else f"score > {quality.threshold:g}"

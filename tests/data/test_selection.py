@@ -1,0 +1,116 @@
+"""A share of the training bytes: the right end of the scores, the right size, the same for any order."""
+
+import numpy as np
+import pytest
+
+from nanophi.data.selection import choose, describe_rule, divide
+from nanophi.files import UserError
+from nanophi.recipe import Quality
+
+
+def documents(count=1000, seed=0):
+    generator = np.random.default_rng(seed)
+    ids = np.array([f"{value:016x}" for value in generator.permutation(10 * count)[:count]])
+    return generator.random(count).astype(np.float32), generator.integers(100, 3000, count), ids
+
+
+@pytest.mark.parametrize("share", [0.01, 0.42, 0.9, 1.0])
+def test_a_share_is_of_the_bytes_and_from_the_right_end(share):
+    scores, sizes, ids = documents()
+    kept = {}
+    for select in ("best", "random", "worst"):
+        quality = Quality(share=share, select=select)
+        kept[select] = choose(scores, sizes, ids, quality, seed=3).kept
+        assert abs(sizes[kept[select]].sum() - share * sizes.sum()) <= 1500
+    if share < 1:
+        assert scores[kept["best"]].min() >= scores[~kept["best"]].max()
+        assert scores[kept["worst"]].max() <= scores[~kept["worst"]].min()
+        assert scores[kept["worst"]].mean() < scores[kept["random"]].mean() < scores[kept["best"]].mean()
+    assert abs(kept["random"].mean() - share) < 0.06  # large documents are as likely as small ones
+
+
+def test_the_choice_depends_on_the_seed_and_not_on_the_order():
+    scores, sizes, ids = documents()
+    scores = np.round(scores, 1)  # ties everywhere
+    mixed = np.random.default_rng(9).permutation(len(ids))
+    for select in ("best", "random", "worst"):
+        quality = Quality(share=0.3, select=select)
+        chosen = [set(ids[choose(scores, sizes, ids, quality, seed).kept]) for seed in (0, 1)]
+        again = set(ids[mixed][choose(scores[mixed], sizes[mixed], ids[mixed], quality, 0).kept])
+        assert chosen[0] == again
+        assert chosen[0] != chosen[1]
+
+
+def test_two_seeds_share_no_more_documents_than_chance():
+    scores, sizes, ids = documents(4000)
+    kept = [choose(scores, sizes, ids, Quality(share=0.4, select="random"), seed).kept for seed in range(6)]
+    for first in range(6):
+        for second in range(first):
+            assert abs((kept[first] & kept[second]).mean() - 0.16) < 0.03
+
+
+def test_equal_scores_are_drawn_evenly_from_the_corpus():
+    _, sizes, ids = documents(2000)
+    scores = np.where(np.arange(2000) % 4 == 0, 0.9, 0.1)  # the share reaches into the ties of 0.1
+    kept = choose(scores, sizes, ids, Quality(share=0.5), seed=0).kept
+    assert kept[scores > 0.5].all()
+    tied = kept[scores < 0.5]
+    assert abs(tied[:750].mean() - tied[750:].mean()) < 0.1
+
+
+def test_what_cannot_be_chosen_is_refused():
+    scores, sizes, ids = documents(50)
+    with pytest.raises(UserError, match=r"share 1e-06 of .* bytes keeps no document"):
+        choose(scores, sizes, ids, Quality(share=1e-6), seed=0)
+    same = np.full(50, 0.25)
+    for select in ("best", "worst"):
+        with pytest.raises(UserError, match=r"every document has the score 0\.2500"):
+            choose(same, sizes, ids, Quality(share=0.5, select=select), seed=0)
+    assert choose(same, sizes, ids, Quality(share=0.5, select="random"), seed=0).kept.any()
+    with pytest.raises(UserError, match=r"threshold 2\.0 keeps no document; the highest score is"):
+        choose(scores, sizes, ids, Quality(threshold=2.0), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"share": 0}, "greater than 0"),
+        ({"share": -0.1}, "greater than 0"),
+        ({"share": 1.1}, "less than or equal to 1"),
+        ({"share": 0.4, "threshold": 0.5}, "exclude each other"),
+        ({"select": "worst"}, "needs 'share'"),
+        ({"share": 0.4, "select": "first"}, "'best', 'random' or 'worst'"),
+    ],
+)
+def test_impossible_sections_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        Quality(**values)
+
+
+def test_a_share_replaces_the_default_threshold_and_survives_writing_out():
+    quality = Quality(share=0.42)
+    assert quality.threshold is None
+    assert Quality(**quality.model_dump()) == quality
+    assert Quality().threshold == 0.5
+
+
+def test_other_documents_are_divided_as_the_chosen_ones_were():
+    scores, sizes, ids = documents()
+    for select in ("best", "worst"):
+        quality = Quality(share=0.42, select=select)
+        selection = choose(scores, sizes, ids, quality, seed=0)
+        assert (divide(scores, quality, selection.cutoff) == selection.kept).all()
+    random = Quality(share=0.42, select="random")
+    assert divide(scores, random, choose(scores, sizes, ids, random, 0).cutoff) is None
+    assert divide(np.array([0.5, 0.51]), Quality(threshold=0.5), None).tolist() == [False, True]
+    assert divide(scores, Quality(threshold=None), None) is None
+
+
+def test_the_rule_in_words():
+    rules = [Quality(), Quality(threshold=None), Quality(share=0.42), Quality(share=0.42, select="random")]
+    assert [describe_rule(rule) for rule in rules] == [
+        "score > 0.5",
+        "all",
+        "the best 42.0 % of the bytes",
+        "a random 42.0 % of the bytes",
+    ]
