@@ -79,7 +79,7 @@ class Pipeline:
         recipe = self.recipe
         kind, _, column = recipe.quality.scorer.partition(":")
         columns = [column] if kind == "column" else []
-        data = recipe.data.model_dump(mode="json", exclude={"engine", "workers"})
+        data = recipe.data.model_dump(mode="json", exclude={"engine", "workers", "max_tokens"})
         inputs = {
             "data": data,
             "sources": gather.fingerprint(recipe.data),
@@ -97,10 +97,10 @@ class Pipeline:
         from nanophi.data import quality
 
         self.documents()
-        recipe = self.recipe
+        recipe, selection = self.recipe, {"threshold", "share", "select"}
         inputs = {
             "documents": self.run.stage_key("documents"),
-            "quality": recipe.quality.model_dump(mode="json", exclude={"threshold"}),
+            "quality": recipe.quality.model_dump(mode="json", exclude=selection),
             "seed": recipe.seed,
         }
         return self._stage(
@@ -113,18 +113,21 @@ class Pipeline:
         )
 
     def quality(self) -> dict[str, Any]:
-        """The documents that the threshold keeps, and the report on it."""
+        """The documents that the filter keeps, and the report on it."""
         from nanophi.data import quality
 
         self.scores()
         recipe = self.recipe
-        inputs = {"scores": self.run.stage_key("scores"), "threshold": recipe.quality.threshold}
+        section, seed = recipe.quality, recipe.training_seed
+        inputs: dict[str, Any] = {"scores": self.run.stage_key("scores"), "threshold": section.threshold}
+        if section.share is not None:
+            inputs |= {"share": section.share, "select": section.select, "seed": seed}
         return self._stage(
             "quality",
             inputs,
             ["data/quality"],
             lambda work: quality.select(
-                self.path / "data/documents", self.path / "data/scores", recipe.quality, work / "data/quality"
+                self.path / "data/documents", self.path / "data/scores", section, work / "data/quality", seed
             ),
         )
 
@@ -157,7 +160,8 @@ class Pipeline:
             "quality": self.run.stage_key("quality"),
             "tokenizer": self.run.stage_key("tokenizer"),
             "context_length": context_length,
-            "seed": recipe.seed,
+            "max_tokens": recipe.data.max_tokens,
+            "seed": recipe.training_seed,
         }
         return self._stage(
             "tokens",
@@ -169,7 +173,7 @@ class Pipeline:
                 self.path / "data/tokenizer",
                 context_length,
                 recipe.data,
-                recipe.seed,
+                recipe.training_seed,
                 work / "data/tokens",
             ),
         )
@@ -190,8 +194,8 @@ class Pipeline:
             "tokens": self.run.stage_key("tokens"),
             "tokenizer": self.run.stage_key("tokenizer"),
             "model": recipe.model,
-            "training": recipe.training.model_dump(mode="json", exclude=trainer.NOT_IN_WEIGHTS),
-            "seed": recipe.seed,
+            "training": recipe.training.model_dump(mode="json", exclude={*trainer.NOT_IN_WEIGHTS, "seed"}),
+            "seed": recipe.training_seed,
         }
 
         def build(work: Path) -> dict[str, Any]:
@@ -204,7 +208,7 @@ class Pipeline:
                 eos_token_id=tokenizer.eos_token_id,
             )
             return trainer.train(
-                self.path, recipe.training, config, recipe.seed, recipe.name, self.report, recipe.card.prompt
+                self.path, recipe.training, config, recipe.training_seed, recipe.name, self.report, recipe.card.prompt
             )
 
         outputs = ["checkpoints", "training_state", "training.json"]

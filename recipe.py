@@ -84,6 +84,8 @@ class Data(Section):
     sources: list[Source] = pydantic.Field(min_length=1)
     heldout_fraction: float = pydantic.Field(default=0.02, gt=0, lt=0.5)
     heldout_max_documents: int = pydantic.Field(default=2000, gt=0)
+    max_tokens: int | None = pydantic.Field(default=None, gt=0)
+    """At most so many training tokens, in documents drawn by the seed from those that the filter keeps."""
     deduplication: Deduplication = Deduplication()
     decontamination: Decontamination = Decontamination()
     engine: Literal["local", "ray", "slurm"] = "local"
@@ -185,6 +187,9 @@ class Training(Section):
     country_iso_code: str | None = pydantic.Field(default=None, pattern=r"^[A-Z]{3}$")
     """Where the electricity comes from, for the emissions: three letters, such as FRA."""
     report_to: list[str] = []
+    seed: int | None = pydantic.Field(default=None, ge=0, lt=2**32)
+    """Of initialisation, of the order of the documents and of what is drawn from them; None: the recipe's seed. Runs
+    that differ in it alone share documents, scores and tokenizer."""
     arguments: dict[str, Any] = {}
     """Any other field of `transformers.TrainingArguments`."""
 
@@ -271,6 +276,11 @@ class Recipe(Section):
         except ValueError as error:
             raise ValueError(f"'model': {error}") from None
         return self
+
+    @property
+    def training_seed(self) -> int:
+        """Seed of everything that may differ between two runs on the same corpus."""
+        return self.seed if self.training.seed is None else self.training.seed
 
     def model_config_for(self, **fields: Any) -> NanoPhiConfig:
         """The model's configuration, with fields that only the tokenizer knows."""

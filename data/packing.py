@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanophi.data.documents import batches, keys, shards
+from nanophi.data.documents import batches, draw, keys, shards
 from nanophi.data.parallel import run_parts
 from nanophi.data.tokenizer import Encoder
 from nanophi.files import UserError, read_json, replace_tree, write_json
@@ -30,6 +30,8 @@ from nanophi.recipe import Data
 
 _BATCH_BYTES = 1 << 20
 _WRITE_TOKENS = 1 << 20
+LONGEST_TOKEN = 8
+"""Bytes per token that no English text exceeds on average; how much text is tokenized for `data.max_tokens`."""
 
 
 def pack(
@@ -43,8 +45,10 @@ def pack(
             all packed, so that a filtered run and its control are measured on the same text.
         tokenizer: folder of `tokenizer.build`.
         context_length: tokens per row.
-        data: the recipe's section, for the sources' weights and the number of workers.
-        seed: of the order of the training documents, and of who is repeated under a fractional weight.
+        data: the recipe's section, for the sources' weights, the number of workers, and `max_tokens`: the training
+            split then has that many tokens, in whole rows, if there are so many.
+        seed: of the order of the training documents, of which of them make up `max_tokens`, and of which are repeated
+            under a fractional weight.
         output: folder to create; goes on where a killed attempt left it.
 
     Returns:
@@ -69,10 +73,19 @@ def pack(
     for split in ("train", "heldout"):
         paths = shards(documents, split)
         train = split == "train"
-        parts = [(path, kept / "kept.parquet" if train else None, tokenizer) for path in paths]
-        counts = run_parts(_encode_shard, parts, work / split, f"tokenizing {split}", data.workers, data.engine)
-        stream = _Stream(work / split, counts, weights if train else {}, seed)
-        summary[split] = _write(stream, context_length, output / split, work, split)
+        limit = data.max_tokens if train else None
+        share = (
+            1.0 if limit is None else min(1.0, LONGEST_TOKEN * limit / read_json(kept / "quality.json")["kept_bytes"])
+        )
+        while True:
+            parts = [(path, kept / "kept.parquet" if train else None, (share, seed), tokenizer) for path in paths]
+            folder = work / (split if share == 1 else f"{split}-part")
+            counts = run_parts(_encode_shard, parts, folder, f"tokenizing {split}", data.workers, data.engine)
+            stream = _Stream(folder, counts, weights if train else {}, seed, limit)
+            if share == 1 or stream.lengths[stream.order].sum() >= (limit or 0):
+                break
+            share = 1.0  # documents with few, long tokens, or with weights below one
+        summary[split] = _write(stream, context_length, output / split, work, split, limit)
     summary["vocab_size"] = _encoder(tokenizer).vocab_size
     write_json(done, summary)
     shutil.rmtree(work)
@@ -89,7 +102,9 @@ def _kept_ids(path: Path) -> np.ndarray:
     return np.sort(keys(pq.read_table(path, columns=["id"])["id"]))
 
 
-def _encode_shard(shard: Path, kept: Path | None, tokenizer: Path, path: Path) -> dict[str, Any]:
+def _encode_shard(
+    shard: Path, kept: Path | None, sample: tuple[float, int], tokenizer: Path, path: Path
+) -> dict[str, Any]:
     """Write `.tokens` (uint32, end-of-text after each document), `.lengths`, `.bytes` and `.codes`."""
     encoder = _encoder(tokenizer)
     eos = encoder.eos_token_id
@@ -100,7 +115,8 @@ def _encode_shard(shard: Path, kept: Path | None, tokenizer: Path, path: Path) -
     with path.with_suffix(".tokens").open("wb") as output:
         for batch in batches(shard, ["id", "text", "source"], 128):
             if kept is not None:
-                batch = batch.filter(pa.array(np.isin(keys(batch.column("id")), _kept_ids(kept))))
+                ids = batch.column("id")
+                batch = batch.filter(pa.array(np.isin(keys(ids), _kept_ids(kept)) & (draw(ids, sample[1]) < sample[0])))
             texts = batch.column("text").to_pylist()
             for ids_of_text in encoder.encode(texts):
                 tokens = np.append(ids_of_text, np.uint32(eos))
@@ -119,7 +135,14 @@ def _encode_shard(shard: Path, kept: Path | None, tokenizer: Path, path: Path) -
 class _Stream:
     """The documents of a split in the order in which they are packed."""
 
-    def __init__(self, folder: Path, counts: list[dict[str, Any]], weights: dict[str, float], seed: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        counts: list[dict[str, Any]],
+        weights: dict[str, float],
+        seed: int,
+        limit: int | None = None,
+    ) -> None:
         self.paths = [folder / f"{index:05d}" for index in range(len(counts))]
         self.parts = np.repeat(np.arange(len(counts)), [part["documents"] for part in counts])
         lengths = [np.fromfile(path.with_suffix(".lengths"), np.int64) for path in self.paths]
@@ -144,6 +167,9 @@ class _Stream:
             weight = np.array([weights.get(name, 1.0) for name in self.sources])[self.codes]
             times = np.floor(weight + generator.random(len(weight))).astype(np.int64)
             self.order = generator.permutation(np.repeat(self.order, times))
+        if limit is not None:
+            reached = np.cumsum(self.lengths[self.order])
+            self.order = self.order[: np.searchsorted(reached, limit) + 1]
 
     def blocks(self) -> Any:
         """The token stream, int32, in blocks of about `_WRITE_TOKENS`."""
@@ -168,23 +194,31 @@ class _Stream:
             yield np.concatenate(pending).astype("<i4")
 
 
-def _write(stream: _Stream, context_length: int, output: Path, work: Path, split: str) -> dict[str, Any]:
+def _write(
+    stream: _Stream, context_length: int, output: Path, work: Path, split: str, limit: int | None
+) -> dict[str, Any]:
     import datasets
 
     total = int(stream.lengths[stream.order].sum())
+    if limit is not None and limit < context_length:
+        raise UserError(f"data.max_tokens {limit} is less than one row of {context_length} tokens")
     if total < context_length:
-        remedy = "lower quality.threshold or add sources" if split == "train" else "raise data.heldout_fraction"
+        remedy = (
+            "keep more (quality.threshold or quality.share) or add sources"
+            if split == "train"
+            else "raise data.heldout_fraction"
+        )
         raise UserError(f"the {split} split has {total} tokens, less than one row of {context_length}; {remedy}")
     schema = pa.schema([("input_ids", pa.list_(pa.int32(), context_length))])
     digest = hashlib.sha256()
-    rows = 0
+    rows, most = 0, (total if limit is None else min(total, limit)) // context_length
     rest = np.zeros(0, np.int32)
     flat = work / f"{split}.arrow"
     with flat.open("wb") as file, pa.ipc.new_stream(file, schema) as writer:
         for block in stream.blocks():
             digest.update(block.tobytes())
             block = np.concatenate([rest, block])
-            whole = len(block) // context_length
+            whole = min(len(block) // context_length, most - rows)
             rest = block[whole * context_length :]
             rows += whole
             values = pa.array(block[: whole * context_length])

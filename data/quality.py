@@ -7,7 +7,9 @@ linear scorer).
     scores/scores.parquet     id, source, split, bytes, quality_score (float32), in the order of the documents
     scores/scorer.json        what the scorer is, what it was fitted on, how well it separates what it did not see
     scores/scorer.safetensors its weights (linear)
-    quality/kept.parquet      id, quality_score of the training documents above the threshold
+    quality/kept.parquet      id, quality_score of the training documents that the filter keeps
+    quality/heldout.parquet   id, quality_score, kept of the held-out documents: whether the filter would keep them (not
+                              for a control or a random share, which treat all alike)
     quality/quality.json|.md|.png   the report: histogram, sweep over thresholds, kept share by source, examples
 """
 
@@ -26,10 +28,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanophi.data import installed_docs, quality_report
-from nanophi.data.documents import SPLITS, batches, draw, find, shards
+from nanophi.data.documents import SPLITS, batches, draw, find, keys, shards
 from nanophi.data.gather import read_texts
 from nanophi.data.parallel import run_parts
 from nanophi.data.scorers import EXCERPT_BYTES, FIT_BYTES, check_scores, classify, fit, is_linear, linear
+from nanophi.data.selection import choose, divide
 from nanophi.files import UserError, read_json, replace_tree, write_json
 from nanophi.recipe import Data, Quality, Source
 
@@ -159,32 +162,41 @@ def _score_shard(shard: Path, split: str, kind: str, name: str, path: Path) -> d
     return {"documents": documents, "sum": total}
 
 
-def select(documents: Path, scores: Path, quality: Quality, output: Path) -> dict[str, Any]:
-    """Apply the threshold: keep training documents that score above it (all if it is None), and write the report.
+def select(documents: Path, scores: Path, quality: Quality, output: Path, seed: int = 0) -> dict[str, Any]:
+    """Keep training documents by threshold or share, and write the report.
+
+    Args:
+        documents: folder of `gather.gather`.
+        scores: folder of `score`.
+        quality: the recipe's section.
+        output: folder to create (see the module for the files).
+        seed: of what a share draws.
 
     Returns:
         `quality.json` without the examples.
 
     Raises:
-        UserError: if nothing is kept, naming the highest score; for scores outside [0, 1].
+        UserError: if nothing is kept, or a share cannot be chosen; for scores outside [0, 1].
     """
     output.mkdir(parents=True, exist_ok=True)
     table = pq.read_table(scores / "scores.parquet")
     values = table["quality_score"].to_numpy()
     check_scores(values, table["id"])
     train = np.asarray(table["split"].cast(pa.string()).to_numpy(zero_copy_only=False) == "train")
-    threshold = quality.threshold
-    kept = train.copy() if threshold is None else train & (values > threshold)
-    if not kept.any():
-        raise UserError(
-            f"quality.threshold {threshold} keeps no document; the highest score is {values[train].max():.4f}"
-        )
-    kept_table = table.filter(pa.array(kept)).select(["id", "quality_score"])
-    pq.write_table(kept_table, output / "kept.parquet", compression="zstd")
+    sizes = table["bytes"].to_numpy()
+    selection = choose(values[train], sizes[train], keys(table["id"])[train], quality, seed)
+    rows = np.flatnonzero(train)[selection.kept]
+    pq.write_table(table.select(["id", "quality_score"]).take(rows), output / "kept.parquet", compression="zstd")
+    held = np.flatnonzero(~train)
+    divided = divide(values[held], quality, selection.cutoff)
+    if divided is not None:
+        heldout = table.select(["id", "quality_score"]).take(held).append_column("kept", pa.array(divided))
+        pq.write_table(heldout, output / "heldout.parquet", compression="zstd")
     report = quality_report.write(
         table,
         train,
-        threshold,
+        selection,
+        quality,
         read_json(scores / "scorer.json"),
         lambda ids: {key: row["text"] for key, row in find(documents, ids, ["text"]).items()},
         output,

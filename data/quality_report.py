@@ -11,7 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanophi.data.scorers import check_scores
+from nanophi.data.selection import Selection, describe_rule
 from nanophi.files import UserError, read_json, write_json, write_text
+from nanophi.recipe import Quality
 
 EXCERPT = 400
 """Characters of a document that the report shows."""
@@ -21,7 +23,8 @@ SWEEP = tuple(round(0.05 * step, 2) for step in range(20))
 def write(
     table: pa.Table,
     train: np.ndarray,
-    threshold: float | None,
+    selection: Selection,
+    quality: Quality,
     scorer: dict[str, Any],
     excerpts_of: Callable[[set[str]], dict[str, str]],
     output: Path,
@@ -31,7 +34,8 @@ def write(
     Args:
         table: scores of the documents: id, source (dictionary), bytes, quality_score.
         train: bool `[documents]`; the report is about these.
-        threshold: documents above it are kept; None: all.
+        selection: which of these are kept.
+        quality: the recipe's section, for the rule in words.
         scorer: contents of `scorer.json`.
         excerpts_of: gives the texts of some documents by id.
         output: folder, made if need be.
@@ -40,23 +44,28 @@ def write(
         the contents of quality.json.
     """
     output.mkdir(parents=True, exist_ok=True)
-    report = describe(table, train, threshold)
+    report = describe(table, train, selection, quality)
     report["scorer"] = scorer
-    report["examples"] = _examples(table, train, threshold, excerpts_of)
+    report["examples"] = _examples(table, train, _cut(report), excerpts_of)
     write_json(output / "quality.json", report)
     write_text(output / "quality.md", markdown(report))
     plot(report, output / "quality.png")
     return report
 
 
-def describe(table: pa.Table, train: np.ndarray, threshold: float | None) -> dict[str, Any]:
+def _cut(report: dict[str, Any]) -> float | None:
+    """The score that divides what is kept from what is dropped; None if none does."""
+    return report["cutoff"] if report["threshold"] is None else report["threshold"]
+
+
+def describe(table: pa.Table, train: np.ndarray, selection: Selection, quality: Quality) -> dict[str, Any]:
     """Counts, histogram, sweep and shares by source of the training documents' scores."""
     scores = table["quality_score"].to_numpy()[train]
     sizes = table["bytes"].to_numpy()[train]
     column = table["source"].combine_chunks()
     names = column.dictionary.to_pylist()
     codes = column.indices.to_numpy()[train]
-    kept = np.ones(len(scores), bool) if threshold is None else scores > threshold
+    kept = selection.kept
     counts, edges = np.histogram(scores, bins=50, range=(0, 1))
     sweep = []
     for step in SWEEP:
@@ -74,7 +83,11 @@ def describe(table: pa.Table, train: np.ndarray, threshold: float | None) -> dic
                 "mean_score": round(float(scores[mine].mean()), 4),
             }
     return {
-        "threshold": threshold,
+        "rule": describe_rule(quality),
+        "threshold": quality.threshold,
+        "share": quality.share,
+        "select": quality.select if quality.share is not None else None,
+        "cutoff": selection.cutoff,
         "documents": len(scores),
         "kept_documents": int(kept.sum()),
         "bytes": int(sizes.sum()),
@@ -89,13 +102,13 @@ def describe(table: pa.Table, train: np.ndarray, threshold: float | None) -> dic
 
 
 def _examples(
-    table: pa.Table, train: np.ndarray, threshold: float | None, excerpts_of: Callable[[set[str]], dict[str, str]]
+    table: pa.Table, train: np.ndarray, cut: float | None, excerpts_of: Callable[[set[str]], dict[str, str]]
 ) -> dict[str, Any]:
-    """Best, worst, and the nearest on both sides of the threshold (for a control: of 0.5), with the text's start."""
+    """Best, worst, and the nearest on both sides of the cut (where there is none: of 0.5), with the text's start."""
     rows = np.flatnonzero(train)
     scores = table["quality_score"].to_numpy()[rows]
     order = rows[np.argsort(scores, kind="stable")]
-    cut = 0.5 if threshold is None else threshold
+    cut = 0.5 if cut is None else cut
     above = int(np.searchsorted(np.sort(scores), cut, side="right"))
     chosen = {
         "best": order[::-1][:5],
@@ -120,14 +133,12 @@ def _examples(
 
 def markdown(report: dict[str, Any], bytes_per_token: float | None = None) -> str:
     """The report as Markdown, with tokens beside bytes if it is known how many bytes a token has."""
-    threshold = report["threshold"]
-    rule = "no threshold (all kept)" if threshold is None else f"score > {threshold}"
     scorer = report["scorer"]
     lines = [
         "# Quality filter",
         "",
-        f"Scorer `{scorer['scorer']}`, {rule}: {report['kept_documents']:,} of {report['documents']:,} training "
-        f"documents kept, {report['kept_bytes'] / 1e6:.1f} of {report['bytes'] / 1e6:.1f} MB "
+        f"Scorer `{scorer['scorer']}`, {report['rule']}: {report['kept_documents']:,} of {report['documents']:,} "
+        f"training documents kept, {report['kept_bytes'] / 1e6:.1f} of {report['bytes'] / 1e6:.1f} MB "
         f"({100 * report['kept_bytes_fraction']:.1f} %).",
         "",
     ]
@@ -157,8 +168,8 @@ def markdown(report: dict[str, Any], bytes_per_token: float | None = None) -> st
     titles = {
         "best": "The best",
         "worst": "The worst",
-        "nearest_above": "Just above the threshold",
-        "nearest_below": "Just below the threshold",
+        "nearest_above": "Just above the cut",
+        "nearest_below": "Just below the cut",
     }
     for kind, title in titles.items():
         lines += ["", f"## {title}", ""]
@@ -184,9 +195,9 @@ def plot(report: dict[str, Any], path: Path) -> None:
         color="#4c72b0",
     )
     axes[1].set(xlabel="threshold", ylabel="% of bytes kept", title="Kept", xlim=(0, 1), ylim=(0, 101))
-    if report["threshold"] is not None:
+    if _cut(report) is not None:
         for axis in axes[:2]:
-            axis.axvline(report["threshold"], color="#c44e52", linestyle="--")
+            axis.axvline(_cut(report), color="#c44e52", linestyle="--")
     if calibration:
         axes[2].plot([0, 1], [0, 1], color="0.7", linestyle="--")
         axes[2].plot(
@@ -210,7 +221,11 @@ def report_files(scores: Path, threshold: float | None, output: Path) -> dict[st
     table = table.set_column(1, "source", table["source"].combine_chunks().dictionary_encode())
     texts = dict(zip(table["id"].to_pylist(), table["text"].to_pylist(), strict=True))
     scorer = {"scorer": str(scores)}
-    return write(table, everything, threshold, scorer, lambda ids: {key: texts[key] for key in ids}, output)
+    quality = Quality(threshold=threshold)
+    kept = everything if threshold is None else table["quality_score"].to_numpy() > threshold
+    return write(
+        table, everything, Selection(kept), quality, scorer, lambda ids: {key: texts[key] for key in ids}, output
+    )
 
 
 def report_run(run: Path) -> str:

@@ -84,8 +84,9 @@ def _quality(records: dict[str, Any], axes: Axes) -> None:
 
     quality = records["quality.json"]
     counts, edges = quality["histogram"]["documents"], quality["histogram"]["edges"][:-1]
-    threshold, width = quality["threshold"], 1 / len(counts)
-    kept = [threshold is None or edge + width / 2 > threshold for edge in edges]
+    cut = quality["cutoff"] if quality["threshold"] is None else quality["threshold"]
+    width = 1 / len(counts)
+    kept = [cut is None or (edge + width / 2 > cut) == (quality["select"] != "worst") for edge in edges]
     colours = [BLUE if keep else GREY for keep in kept]
     axes.bar(edges, counts, width=width, align="edge", color=colours, edgecolor="white", linewidth=0.4)
     axes.set_xlim(0, 1)
@@ -97,11 +98,9 @@ def _quality(records: dict[str, Any], axes: Axes) -> None:
     axes.set_ylim(0, 1.08 * max(counts))
     axes.set_ylabel("documents (square-root scale)")
     total, kept_documents = quality["documents"], quality["kept_documents"]
-    if threshold is None:
-        axes.set_title(f"no threshold: all {total:,} documents kept", loc="left")
-    else:
-        axes.axvline(threshold, color=ORANGE, lw=1.5)
-        axes.set_title(f"kept above {threshold:g}: {kept_documents:,} of {total:,} documents", loc="left")
+    if cut is not None:
+        axes.axvline(cut, color=ORANGE, lw=1.5)
+    axes.set_title(f"kept: {quality['rule']}, {kept_documents:,} of {total:,} documents", loc="left")
 
 
 def _square_root_ticks(highest: int) -> list[int]:

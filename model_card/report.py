@@ -45,7 +45,8 @@ def build(run: Path, output: Path) -> dict[str, Any]:
         "log": _thinned(training["log"]),
         "evaluations": training["evaluations"],
         "quality": {
-            key: records["quality.json"][key] for key in ("threshold", "documents", "bytes", "histogram", "sources")
+            key: records["quality.json"][key]
+            for key in ("rule", "threshold", "documents", "bytes", "histogram", "sources")
         },
         "documents": documents,
         "scores": [

@@ -20,13 +20,21 @@ from nanophi.recipe import Data, Quality, Tokenizer
 CONTEXT = 64
 
 
-def settings(folder: Path, workers: int = 1, weights: tuple[float, float] = (1.0, 1.0)) -> Data:
+def settings(
+    folder: Path, workers: int = 1, weights: tuple[float, float] = (1.0, 1.0), max_tokens: int | None = None
+) -> Data:
     sources = [
         {"files": str(folder / f"{name}*.parquet"), "name": name, "weight": weight}
         for name, weight in zip("ab", weights, strict=True)
     ]
     return Data.model_validate(
-        {"sources": sources, "deduplication": {"near": False}, "heldout_fraction": 0.2, "workers": workers}
+        {
+            "sources": sources,
+            "deduplication": {"near": False},
+            "heldout_fraction": 0.2,
+            "workers": workers,
+            "max_tokens": max_tokens,
+        }
     )
 
 
@@ -202,3 +210,33 @@ def test_too_few_tokens_are_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="less than one row of 10000000"):
         packing.pack(*arguments, tmp_path / "tokens")
     assert not (tmp_path / "tokens" / "tokens.json").exists()
+
+
+def test_max_tokens_is_a_random_part_in_whole_rows(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    everything = pack(folder, tmp_path / "all")["train"]
+    limit = everything["tokens"] // 3
+    encoded = []
+    monkeypatch.setattr(packing, "LONGEST_TOKEN", 2)  # so that a part is tokenized: 300 tokens are short
+    encode = packing._encode_shard
+    monkeypatch.setattr(packing, "_encode_shard", lambda *args: encoded.append(encode(*args)) or encoded[-1])
+    kept = set()
+    for seed in (0, 1):
+        encoded.clear()
+        summary = pack(folder, tmp_path / str(seed), seed=seed, max_tokens=limit)["train"]
+        assert summary["rows"] == limit // CONTEXT
+        assert summary["rows"] * CONTEXT + summary["tail_tokens"] == summary["tokens"] >= limit
+        assert rows(tmp_path / str(seed), "train").shape == (limit // CONTEXT, CONTEXT)
+        assert (
+            sum(part["documents"] for part in encoded[: len(shards(folder / "documents", "train"))])
+            < (everything["documents"])
+        )
+        kept.add(summary["sha256"])
+    assert len(kept) == 2
+    monkeypatch.setattr(packing, "LONGEST_TOKEN", 0.2)  # too little is tokenized at first
+    assert pack(folder, tmp_path / "again", max_tokens=limit)["train"]["rows"] == limit // CONTEXT
+    beyond = pack(folder, tmp_path / "beyond", max_tokens=10 * everything["tokens"])["train"]
+    assert beyond["sha256"] == everything["sha256"]
+    with pytest.raises(UserError, match=r"data\.max_tokens 10 is less than one row"):
+        pack(folder, tmp_path / "none", max_tokens=10)

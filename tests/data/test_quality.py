@@ -174,6 +174,29 @@ def test_a_document_at_the_threshold_is_dropped_and_a_control_keeps_all(folder: 
         quality.select(folder / "documents", tmp_path / "scores", high, tmp_path / "none")
 
 
+def test_a_share_is_kept_and_the_heldout_documents_are_divided_alike(folder: Path, tmp_path: Path) -> None:
+    data, documents, scores = settings(folder), folder / "documents", tmp_path / "scores"
+    column = Quality(scorer="column:score", share=0.25)  # less than the essays' part
+    quality.score(documents, column, data, 0, scores)
+    report = quality.select(documents, scores, column, tmp_path / "best", seed=1)
+    assert abs(report["kept_bytes_fraction"] - 0.25) < 0.01
+    assert all(name.startswith("essay") for name, entry in report["sources"].items() if entry["kept_documents"])
+    assert (report["rule"], report["threshold"]) == ("the best 25.0 % of the bytes", None)
+    assert report["cutoff"] == pytest.approx(0.9)
+    held = pq.read_table(tmp_path / "best" / "heldout.parquet").to_pylist()
+    assert {row["id"] for row in held} == {
+        row["id"] for row in read_scores(scores).to_pylist() if row["split"] != "train"
+    }
+    assert all(row["kept"] == (row["quality_score"] > 0.5) for row in held)
+    worst = column.model_copy(update={"select": "worst"})
+    report = quality.select(documents, scores, worst, tmp_path / "worst", seed=1)
+    assert not any(entry["kept_documents"] for name, entry in report["sources"].items() if name.startswith("essay"))
+    random = column.model_copy(update={"select": "random"})
+    report = quality.select(documents, scores, random, tmp_path / "random", seed=1)
+    assert all(entry["kept_documents"] for entry in report["sources"].values())
+    assert not (tmp_path / "random" / "heldout.parquet").exists()
+
+
 @pytest.mark.parametrize("bad", [float("nan"), 1.5, -0.1, None])
 def test_scores_that_are_no_scores_are_refused(tmp_path: Path, bad: float | None) -> None:
     texts = [f"document number {number} " * 30 for number in range(20)]
