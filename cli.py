@@ -89,7 +89,10 @@ def run(recipes: Recipes, jobs: Jobs = 1, runs: Runs = Path("runs"), overrides: 
 
 @app.command(hidden=True)
 def worker(recipe: OneRecipe, runs: Runs = Path("runs")) -> None:
-    """Train and evaluate one run, for `--jobs`; stop when standard input ends."""
+    """Train and evaluate one prepared run, for `--jobs`; stop when standard input ends.
+
+    Example: nanophi worker runs/demo/recipe.yaml
+    """
     stop_with_parent()
     with _open(recipe, runs, [], ("training", "sample", "evaluation")) as pipeline:
         pipeline.sample()

@@ -334,10 +334,9 @@ def contradictions(records: Records) -> list[str]:
             f"{checkpoint['step']} steps of {training['batch_size']} x {context} are {expected}"
         )
     quality = records.get("quality.json")
-    if quality is not None and quality["threshold"] != recipe["quality"]["threshold"]:
-        wrong.append(
-            f"quality.json has threshold {quality['threshold']}, recipe.yaml says {recipe['quality']['threshold']}"
-        )
+    for key in ("threshold", "share"):
+        if quality is not None and quality[key] != recipe["quality"][key]:
+            wrong.append(f"quality.json has {key} {quality[key]}, recipe.yaml says {recipe['quality'][key]}")
     compared = records.get("comparison.json", {"tasks": {}})["tasks"]
     for row in headline(records) if run["final"] else []:
         score = compared.get(row["task"], {"scores": {}})["scores"].get(recipe["name"])

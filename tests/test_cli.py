@@ -92,7 +92,7 @@ print(*sorted({"torch", "transformers", "datasets", "lm_eval", "numpy", "pyarrow
 
 
 def test_ctrl_c_is_one_line(monkeypatch, capsys, tmp_path):
-    def interrupted(*arguments):
+    def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "run_recipes", interrupted)

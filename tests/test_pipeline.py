@@ -153,11 +153,6 @@ def test_two_recipes_side_by_side_come_to_the_same_and_one_that_fails_stops_no_o
     assert any(line.startswith("small: training       done in") for line in lines)
     for part in ("data", "checkpoints", "sample.json"):
         assert sha256_of_tree(tmp_path / "small" / part) == sha256_of_tree(finished[0] / "small" / part), part
-    recipes[1] = load_recipe(recipe, ["name=hot", "quality.threshold=null"])  # cooled down, and another arm
-    again: list[str] = []
-    pipeline.run_recipes(recipes, tmp_path, again.append, jobs=2)
-    assert (tmp_path / "small/comparison.json").exists()
-    assert not any(line.startswith("small: training       done") for line in again)
 
 
 def test_an_unfinished_training_does_not_begin_anew_on_other_data(finished, recipe, monkeypatch):

@@ -190,7 +190,11 @@ def write_data(run: Path) -> None:
     }
     counts, edges = np.histogram(score, bins=50, range=(0, 1))
     quality = {
+        "rule": "score > 0.5",
         "threshold": 0.5,
+        "share": None,
+        "select": None,
+        "cutoff": None,
         "documents": count,
         "kept_documents": int(kept.sum()),
         "bytes": int(size.sum()),
