@@ -91,8 +91,8 @@ def analyse(targets: Mapping[str, Target], seed: int = 0) -> dict[str, Any]:
             }
             entry["values"][str(rate)] = {arm: float(np.mean(values)) for arm, values in mine.items() if values}
         for label, (ours, theirs) in {**CONTRASTS, "check": CHECK}.items():
-            family = sum(other.primary == target.primary for other in targets.values()) * len(CONTRASTS)
-            tests = 1 if label == "check" else family
+            count = sum(other.primary == target.primary for other in targets.values()) * len(CONTRASTS)
+            tests = 1 if label == "check" else count
             by_rate = {str(rate): contrast(target.runs, ours, theirs, rate, draws, tests) for rate in rates}
             found = {"arms": [ours, theirs], "learning_rates": by_rate, **_both(list(by_rate.values()))}
             if label == "check":
@@ -172,16 +172,16 @@ def contrast(
         return {**result, "no_test": f"too few items: {few[0]} of the {MIN_ITEMS} that a test needs"}
     if len(seeds) < 2:
         return {**result, "no_test": "one seed: no interval over seeds exists"}
-    freedom = (len(arms) - 1) * (len(seeds) - 1)
+    free = (len(arms) - 1) * (len(seeds) - 1)
     # A contrast is a mean over seeds of the difference of two runs: twice a run's variance over the seeds' number.
     factor = 2 / len(seeds)
-    spread = factor * float(np.square(_deviations(table)).sum()) / freedom
-    noise = factor * float(np.square(_deviations(resampled - table)).sum(axis=(1, 2)).mean()) / freedom
+    spread = factor * float(np.square(_deviations(table)).sum()) / free
+    noise = factor * float(np.square(_deviations(resampled - table)).sum(axis=(1, 2)).mean()) / free
     seed_variance = max(0.0, spread - noise)
     variance = seed_variance + item_variance
     items = sum(effective_items(runs[arms[0], seeds[0], rate][index][1]) - 1 for index in range(sets))
     # How well the variance is known: the seeds' part from few deviations, the rest from many items.
-    scatter = spread**2 / freedom + item_variance**2 / max(1.0, items)
+    scatter = spread**2 / free + item_variance**2 / max(1.0, items)
     freedom = variance**2 / scatter if scatter else math.inf
     stderr = math.sqrt(variance)
     distribution = scipy.stats.t(freedom)
