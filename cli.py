@@ -390,25 +390,32 @@ def quality_fit(
 
 @quality_app.command("score")
 def quality_score(
-    files: Annotated[str, Argument(metavar="GLOB", help="Parquet, .jsonl (.gz, .zst) or .txt files.")],
+    files: Annotated[str, Argument(metavar="GLOB", help="Files, or a folder, as in a recipe's sources.")],
     scorer: Annotated[str, Option(help="column:NAME, model:FOLDER, or model:ORG/NAME.")],
     output: Annotated[Path, Option(help="Parquet file with a score for every document.")] = Path("scores.parquet"),
     text_column: TextColumn = "text",
+    label: Annotated[str | None, Option(help="Label of a classifier that means high-quality text.")] = None,
+    scale: Annotated[
+        tuple[float, float] | None, Option(metavar="LOW HIGH", help="Range of the scores (default: 0 1).")
+    ] = None,
 ) -> None:
     """Score every document.
 
     Example: nanophi quality score "web/*.parquet" --scorer model:scorer
     """
-    from nanophi.data import quality
+    from nanophi.data import quality, scorers
 
-    summary = quality.score_files(files, scorer, output, text_column)
-    typer.echo(f"{output}: {summary['documents']} documents")
+    summary = quality.score_files(files, scorers.find_scorer(scorer, label, scale), output, text_column)
+    dropped = ", ".join(f"{reason} {count}" for reason, count in summary["dropped"].items())
+    typer.echo(f"{output}: {summary['documents']} documents" + (f"; dropped: {dropped}" if dropped else ""))
 
 
 @quality_app.command("report")
 def quality_report(
     scores: Annotated[Path, Argument(help="A file written by `nanophi quality score`, or a run directory.")],
-    threshold: Annotated[float, Option(help="Documents that score above it are kept.")] = 0.5,
+    threshold: Annotated[
+        float | None, Option(help="Documents that score above it are kept (default: the middle of the scale).")
+    ] = None,
     output: Annotated[Path, Option(help="Where quality.json, .md and .png go.")] = Path("quality"),
 ) -> None:
     """Show what a threshold keeps and drops, with examples.

@@ -2,16 +2,58 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 
 class UserError(Exception):
     """Something the user can put right. The message is one line: what is wrong, with its name, and the remedy."""
+
+
+def reason(error: BaseException) -> str:
+    """One line on why a library failed: its message, and the innermost one where it wraps another."""
+    innermost = error
+    while True:
+        inner = innermost.__cause__ or (None if innermost.__suppress_context__ else innermost.__context__)
+        if inner is None or isinstance(inner, StopIteration):
+            break
+        innermost = inner
+    outer, inner_text = _first_line(error), _first_line(innermost)
+    return outer if inner_text in outer else inner_text if outer in inner_text else f"{outer}: {inner_text}"
+
+
+def _first_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        # A name in bytes that are not UTF-8 must be printable too.
+        name = "" if error.filename is None else os.fsencode(error.filename).decode("utf-8", "backslashreplace") + ": "
+        return name + error.strerror
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0].encode("utf-8", "backslashreplace").decode() if lines else ""
+    # The message of a KeyError is the key alone.
+    return f"{type(error).__name__}: {text}" if isinstance(error, LookupError) or not text else text
+
+
+@contextlib.contextmanager
+def user_errors(what: str) -> Iterator[None]:
+    """Where a stage meets the user's data: whatever a library raises there becomes `UserError("what (reason)")`.
+
+    A full disk passes: the command says that by itself.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"{what} ({reason(error)})") from error
 
 
 def sha256_of(value: Any) -> str:
@@ -99,3 +141,34 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def check_own_folder(folder: Path, names: Sequence[str], command: str) -> None:
+    """Refuse an output folder that holds anything but what the same command writes, the first of `names` at any rate.
+
+    Raises:
+        UserError: naming what is in the way.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UserError(f"{folder} is a file; `nanophi {command}` writes a folder: choose another name")
+    held = sorted(path.name for path in folder.iterdir())
+    other = [name for name in held if name not in names] if names[0] in held else held
+    if other:
+        raise UserError(
+            f"{folder} holds {other[0]}, which `nanophi {command}` did not write: choose another folder, or empty it"
+        )
+
+
+def check_own_file(path: Path, is_own: Callable[[], bool], command: str) -> None:
+    """Refuse an output file that is a folder, or that `is_own` says (or fails to say) is not the same command's."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; `nanophi {command}` writes a file: choose another name")
+    if not path.exists():
+        return
+    own = False
+    with contextlib.suppress(Exception):  # whatever a library says of a file that it cannot read
+        own = is_own()
+    if not own:
+        raise UserError(f"{path} was not written by `nanophi {command}`: choose another name, or remove it")

@@ -1,13 +1,26 @@
-"""What a name in a recipe or on the command line refers to: a path, or a repository on the Hub."""
+"""What a name in a recipe or on the command line refers to, and the identity of what it holds.
+
+A name is a local path (file, folder, glob) or a repository on the Hub. What a stage depends on is what the name
+*holds*: the hash of a local path's contents, the commit that a Hub revision stands for.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
+import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
-from nanophi.files import UserError
+from nanophi.files import UserError, read_json, reason, sha256_of, sha256_of_file, write_json
 
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+", re.ASCII)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
+
+Kind = Literal["model", "dataset"]
 
 
 def is_hub_id(name: str) -> bool:
@@ -28,3 +41,131 @@ def model_folder(model: str | Path) -> Path | None:
     if not is_hub_id(str(model).partition("@")[0]):
         raise UserError(f"folder {model} does not exist, and it is not a Hub id like ORG/NAME")
     return None
+
+
+def local(name: str | Path) -> Path:
+    """The path that a name stands for, `~` expanded."""
+    return Path(os.path.expanduser(name))  # noqa: PTH111 (a user who does not exist is no error here)
+
+
+def shown(path: str | Path) -> str:
+    r"""A path as text that can be printed and stored: bytes that are not UTF-8 as `\xNN`."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+class Contents:
+    """SHA-256 of files' contents. A file whose size and times are those of last time is not read again.
+
+    Args:
+        memory: JSON file that remembers the hashes; None: this object alone does.
+    """
+
+    def __init__(self, memory: Path | None = None) -> None:
+        self.memory = memory
+        self._known: dict[str, list[Any]] = {}
+        self._changed = False
+        if memory is not None and memory.exists():
+            with contextlib.suppress(UserError):  # a damaged memory is only a slow one
+                self._known = read_json(memory)
+
+    def files(self, paths: Iterable[Path]) -> list[list[str]]:
+        """`[path, hash]` of each file, in the order given."""
+        return [[shown(path), self._file(path)] for path in paths]
+
+    def of(self, name: str | Path, ignore: Sequence[str] = ()) -> str:
+        """Hash of a file, or of the names and contents of a folder's files (hidden ones apart).
+
+        Args:
+            name: the file or folder.
+            ignore: endings of names that play no part.
+
+        Raises:
+            UserError: if there is no such file or folder.
+        """
+        path = local(name)
+        if not path.exists():
+            raise UserError(f"{shown(name)}: no such file or folder")
+        if path.is_file():
+            return self._file(path)
+        inside = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.endswith(tuple(ignore)))
+        visible = [file for file in inside if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+        return sha256_of([[shown(file.relative_to(path)), self._file(file)] for file in visible])
+
+    def save(self) -> None:
+        """Write the memory."""
+        if self.memory is not None and self._changed:
+            write_json(self.memory, self._known)
+            self._changed = False
+
+    def _file(self, path: Path) -> str:
+        state = path.stat()
+        times = [state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino]
+        key = shown(path.absolute())
+        known = self._known.get(key)
+        if known is not None and known[:-1] == times:
+            return str(known[-1])
+        digest = sha256_of_file(path)
+        # A file that was changed a moment ago may change again without a visible change of its times.
+        if time.time() - max(state.st_mtime, state.st_ctime) > 2:
+            self._known[key], self._changed = [*times, digest], True
+        return digest
+
+
+def resolve_commit(repo_id: str, revision: str | None, kind: Kind) -> str:
+    """The commit that a revision (None: `main`) of a repository on the Hub stands for.
+
+    Without a network it is the one that was last downloaded.
+
+    Raises:
+        UserError: if the repository or revision does not exist, or cannot be asked for and was never downloaded.
+    """
+    wanted = revision or "main"
+    if _COMMIT.fullmatch(wanted):
+        return wanted
+    import huggingface_hub
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        return str(huggingface_hub.HfApi().repo_info(repo_id, repo_type=kind, revision=revision).sha)
+    except RepositoryNotFoundError:
+        raise UserError(
+            f"{kind} {repo_id} does not exist on the Hub, or is private: check the name, or log in by `hf auth login`"
+        ) from None
+    except RevisionNotFoundError:
+        raise UserError(f"{kind} {repo_id} has no revision '{wanted}' on the Hub") from None
+    except Exception as error:  # httpx's, huggingface_hub's and the system's errors of a network that is not there
+        folder = Path(HF_HUB_CACHE) / f"{kind}s--{repo_id.replace('/', '--')}" / "refs" / wanted
+        if folder.is_file():
+            return folder.read_text(encoding="utf-8").strip()
+        raise UserError(
+            f"{kind} {repo_id} cannot be looked up on the Hub ({reason(error)}), and no copy of it is here"
+        ) from None
+
+
+def identity(
+    name: str,
+    revision: str | None,
+    kind: Kind,
+    contents: Contents,
+    commit_of: Callable[[str, str | None, Kind], str],
+    ignore: Sequence[str] = (),
+) -> dict[str, str]:
+    """What a model or dataset is: `{path, sha256}` of a local folder, or `{hub, commit}`.
+
+    Args:
+        name: a local path (which comes first) or a Hub id.
+        revision: branch, tag or commit on the Hub.
+        kind: of repository.
+        contents: hashes local files.
+        commit_of: `resolve_commit`, or what remembers its answers.
+        ignore: endings of a folder's files that play no part.
+
+    Raises:
+        UserError: if it is neither.
+    """
+    if local(name).exists():
+        return {"path": name, "sha256": contents.of(name, ignore)}
+    if not is_hub_id(name):
+        raise UserError(f"{name}: no such file or folder, and not a Hub id like ORG/NAME")
+    return {"hub": name, "commit": commit_of(name, revision, kind)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 from collections.abc import Callable, Collection, Sequence
@@ -12,14 +13,18 @@ from typing import Any
 import yaml
 
 from nanophi.files import UserError, read_json, remove, sha256_of_file, write_json, write_text
+from nanophi.inputs import WEIGHTS, Contents, Kind, identity, is_hub_id, local, resolve_commit
 from nanophi.jobs import side_by_side
-from nanophi.recipe import Recipe
+from nanophi.recipe import Data, Recipe
 from nanophi.run import RunDirectory, environment
 
 PREPARE = ("documents", "scores", "quality", "tokenizer", "tokens")
 STAGES = (*PREPARE, "training", "sample", "evaluation", "comparison", "report", "card", "release", "verification")
 
 Build = Callable[[Path], dict[str, Any]]
+
+# Runs of one command see the same commit.
+_resolve_commit = functools.lru_cache(resolve_commit)
 
 
 def is_main_process() -> bool:
@@ -62,6 +67,8 @@ class Pipeline:
     ) -> dict[str, Any]:
         """Each stage once per process, so that no two callers check the same thing twice."""
         if name not in self._done:
+            if is_main_process():
+                self.contents.save()
             allowed = build if (kind or name) in self.build else None
             self._done[name] = self.run.stage(name, inputs, outputs, allowed, **kwargs)
         return self._done[name]
@@ -70,26 +77,57 @@ class Pipeline:
         """`recipe.yaml`: the resolved recipe, every default written out."""
         write_text(self.path / "recipe.yaml", yaml.safe_dump(self.recipe.dump(), sort_keys=False, allow_unicode=True))
 
+    # What the recipe names
+
+    @functools.cached_property
+    def contents(self) -> Contents:
+        """Hashes of what local paths hold, remembered beside the record."""
+        return Contents(self.path / ".inputs.json")
+
+    def _commit_of(self, repo_id: str, revision: str | None, kind: Kind) -> str:
+        """The commit of a repository on the Hub: looked up once, then recorded, so that a run stays what it is."""
+        name = f"{kind} {repo_id}@{revision or 'main'}"
+        known = self.run.record.get("hub", {})
+        if name not in known:
+            known = {**known, name: _resolve_commit(repo_id, revision, kind)}
+            if is_main_process():
+                self.run.update_record(hub=known)
+        return str(known[name])
+
+    def _identity(self, name: str, ignore: Sequence[str] = ()) -> dict[str, str]:
+        return identity(name, None, "model", self.contents, self._commit_of, ignore)
+
+    def _pinned_data(self) -> Data:
+        """The recipe's section with the commit of each dataset on the Hub as its revision."""
+        pinned = []
+        for source in self.recipe.data.sources:
+            if source.hub and is_hub_id(source.hub) and not local(source.hub).is_dir():
+                commit = self._commit_of(source.hub, source.revision, "dataset")
+                source = source.model_copy(update={"revision": commit})
+            pinned.append(source)
+        return self.recipe.data.model_copy(update={"sources": pinned})
+
     # Data
 
     def documents(self) -> dict[str, Any]:
         """Sources to clean, deduplicated documents, split into train and held-out."""
-        from nanophi.data import gather
+        from nanophi.data import gather, sources
 
-        recipe = self.recipe
-        kind, _, column = recipe.quality.scorer.partition(":")
-        columns = [column] if kind == "column" else []
-        data = recipe.data.model_dump(mode="json", exclude={"engine", "workers", "max_tokens"})
+        data = self._pinned_data()
+        kind, _, column = self.recipe.quality.scorer.partition(":")
+        score = column if kind == "column" else None
+        benchmarks = data.decontamination.benchmarks
         inputs = {
-            "data": data,
-            "sources": gather.fingerprint(recipe.data),
-            "columns": columns,
+            "data": data.model_dump(mode="json", exclude={"engine", "workers", "max_tokens", "max_dropped"}),
+            "sources": [sources.fingerprint(source, self.contents) for source in data.sources],
+            "benchmarks": self.contents.of(benchmarks) if benchmarks else None,
+            "score": score,
         }
         return self._stage(
             "documents",
             inputs,
             ["data/documents"],
-            lambda work: gather.gather(recipe.data, work / "data/documents", columns),
+            lambda work: gather.gather(data, work / "data/documents", score, self.report),
         )
 
     def scores(self) -> dict[str, Any]:
@@ -98,17 +136,25 @@ class Pipeline:
 
         self.documents()
         recipe, selection = self.recipe, {"threshold", "share", "select"}
-        inputs = {
+        inputs: dict[str, Any] = {
             "documents": self.run.stage_key("documents"),
             "quality": recipe.quality.model_dump(mode="json", exclude=selection),
             "seed": recipe.seed,
         }
+        kind, _, name = recipe.quality.scorer.partition(":")
+        if kind == "model":
+            inputs["scorer"] = self._identity(name)
         return self._stage(
             "scores",
             inputs,
             ["data/scores"],
             lambda work: quality.score(
-                self.path / "data/documents", recipe.quality, recipe.data, recipe.seed, work / "data/scores"
+                self.path / "data/documents",
+                recipe.quality,
+                recipe.data,
+                recipe.seed,
+                work / "data/scores",
+                revision=inputs.get("scorer", {}).get("commit"),
             ),
         )
 
@@ -139,12 +185,20 @@ class Pipeline:
         recipe = self.recipe
         inputs: dict[str, Any] = {"tokenizer": recipe.tokenizer.model_dump(mode="json"), "seed": recipe.seed}
         inputs["documents"] = self.run.stage_key("documents")
+        if recipe.tokenizer.path is not None:
+            # A tokenizer's folder may hold a model's weights too, which are large and play no part.
+            inputs["files"] = self._identity(recipe.tokenizer.path, ignore=WEIGHTS)
         return self._stage(
             "tokenizer",
             inputs,
             ["data/tokenizer"],
             lambda work: tokenizer.build(
-                self.path / "data/documents", recipe.tokenizer, recipe.seed, work / "data/tokenizer"
+                self.path / "data/documents",
+                recipe.tokenizer,
+                recipe.seed,
+                work / "data/tokenizer",
+                revision=inputs.get("files", {}).get("commit"),
+                report=self.report,
             ),
         )
 
@@ -254,7 +308,7 @@ class Pipeline:
                     "step": step,
                     "suite": suite,
                     "limit": section.limit,
-                    "data": section.data,
+                    "data": self.contents.of(section.data) if section.data else None,
                     "documents": self.run.stage_key("documents"),
                 }
 

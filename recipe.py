@@ -35,16 +35,20 @@ class Source(Section):
 
     embedded: Literal["documentation"] | None = None
     hub: str | None = None
-    """Dataset id on the Hub, or a local folder in Hub-dataset layout."""
+    """Dataset id on the Hub, or a local folder in Hub-dataset layout or written by `save_to_disk`."""
     files: str | None = None
-    """Glob of .parquet, .jsonl, .jsonl.gz, .jsonl.zst or .txt files."""
+    """A file, a folder (all files below it) or a glob: .parquet, .arrow, .jsonl, .json, .csv, .tsv, .txt or .md, the
+    last six also compressed as .gz, .bz2, .xz or .zst."""
     name: str | None = None
-    """Name in reports; defaults to the id or glob."""
+    """Name in reports; defaults to the id, path or glob."""
     config: str | None = None
     split: str = "train"
     revision: str | None = None
     streaming: bool = False
     text_column: str = "text"
+    """Column, or a path in it: `meta.text`, `messages[].content` (the texts of a list, joined by an empty line)."""
+    separator: str | None = None
+    """Splits text files into documents, for example `<|endoftext|>`; null or "": a file is one document."""
     source_column: str | None = None
     """Column that says a document's own source, if the dataset mixes several."""
     weight: float = pydantic.Field(default=1.0, gt=0)
@@ -86,6 +90,9 @@ class Data(Section):
     heldout_max_documents: int = pydantic.Field(default=2000, gt=0)
     max_tokens: int | None = pydantic.Field(default=None, gt=0)
     """At most so many training tokens, in documents drawn by the seed from those that the filter keeps."""
+    max_dropped: float = pydantic.Field(default=0.2, ge=0, le=1)
+    """Stop if a larger share of a source's documents cannot be used (no text, not UTF-8, too large); empty documents
+    and repeats do not count."""
     deduplication: Deduplication = Deduplication()
     decontamination: Decontamination = Decontamination()
     engine: Literal["local", "ray", "slurm"] = "local"
@@ -108,9 +115,14 @@ class Quality(Section):
     high: list[str] = []
     """For `linear`: sources whose documents are examples of good text; empty: the embedded corpus's own."""
     low: list[str] = []
-    """For `linear`: sources whose documents are examples of poor text."""
+    """For `linear`: sources whose documents are examples of low-quality text."""
+    label: str | None = None
+    """For `model:`: name of the classifier's label that means good text; the score is its probability."""
+    scale: tuple[float, float] | None = None
+    """For `column:` and `model:`: lowest and highest score; null: 0 to 1. With it, the score of a classifier without
+    `label` is the expected value of the numbers that its labels' names end in, or its one output (regression)."""
     threshold: float | None = 0.5
-    """Documents that score above it are kept."""
+    """Documents that score above it are kept, in the units of `scale`."""
     share: float | None = pydantic.Field(default=None, gt=0, le=1)
     """In place of a threshold: the share of the training bytes that is kept."""
     select: Literal["best", "random", "worst"] = "best"
@@ -138,6 +150,24 @@ class Quality(Section):
         if value != "linear" and (kind not in ("column", "model") or not name):
             raise ValueError("must be 'linear', 'column:<name>' or 'model:<hub id or folder>'")
         return value
+
+    @pydantic.model_validator(mode="after")
+    def threshold_on_the_scale(self) -> Quality:
+        low, high = self.scale or (0.0, 1.0)
+        if not low < high:
+            raise ValueError(f"scale [{low:g}, {high:g}] must go from a smaller to a larger number")
+        if self.label is not None and not self.scorer.startswith("model:"):
+            raise ValueError("label is for a scorer 'model:<hub id or folder>'")
+        if self.scale is not None and self.scorer == "linear":
+            raise ValueError("scale is for a scorer 'column:<name>' or 'model:<hub id or folder>'")
+        if self.scale is not None and "threshold" not in self.model_fields_set:
+            raise ValueError(f"with a scale, say the threshold between {low:g} and {high:g} (or null)")
+        if self.threshold is not None and not low <= self.threshold <= high:
+            hint = "" if self.scale else "; if they have another range, say it, for example scale: [0, 5]"
+            raise ValueError(
+                f"threshold {self.threshold:g} lies outside the scale of the scores, {low:g} to {high:g}{hint}"
+            )
+        return self
 
 
 class Tokenizer(Section):

@@ -1,27 +1,23 @@
-"""Gathers the documents of a recipe: reads the sources, cleans, removes repeats and evaluation items, holds some out.
+"""Gathers the documents of a recipe: reads the sources, removes repeats and evaluation items, holds some out.
 
-    output/train-NNNNN.parquet    id (16 hex digits of the text's SHA-256), text, source, [columns]
+    output/train-NNNNN.parquet    id (16 hex digits of the text's SHA-256), text, source, [score]
     output/heldout-NNNNN.parquet  likewise
     output/documents.json         what was read, kept and dropped, by source and reason
     output/duplicates.parquet     id, source, reason (exact, near), kept (id of the document that stayed)
     output/contamination.json     evaluation items found, by benchmark (if they were looked for)
 
-The corpus is cut into parts of about `PART_BYTES`, each of which is read and hashed by one process in small batches;
-only hashes are looked at together. So memory does not grow with the corpus but for 600 bytes per document, most of
-them in a memory-mapped file.
+The corpus is cut into parts of about 16 MB, each of which is read and hashed by one process in small batches; only
+hashes are looked at together. So memory does not grow with the corpus but for 600 bytes per document, most of them in
+a memory-mapped file.
 """
 
 from __future__ import annotations
 
 import functools
-import glob
-import gzip
 import hashlib
-import io
-import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +25,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanophi.data import contamination, deduplication, installed_docs
+from nanophi.data import contamination, deduplication, sources
 from nanophi.data.ngrams import hash_words
 from nanophi.data.parallel import run_parts
 from nanophi.files import UserError, read_json, write_json
+from nanophi.formatting import integer
 from nanophi.recipe import Data, Source
 
-PART_BYTES = 16 << 20
 BATCH_BYTES = 4 << 20
-MAXIMUM_DOCUMENT_BYTES = 10_000_000
 TRAIN, HELDOUT, EXACT, NEAR, CONTAMINATED, HELDOUT_NEAR = range(6)
 REASONS = {
     EXACT: "exact_duplicate",
@@ -46,74 +41,54 @@ REASONS = {
     HELDOUT_NEAR: "heldout_near_train",
 }
 
-Origin = tuple[Any, ...]
-"""Where a part is read from: `("embedded", groups)`, `("parquet", path, first row group, last)`, `("jsonl", path)`,
-`("text", paths)`, `("hub", first row, last)` or `("hub-stream", shard, shards)`."""
+SCORE = "score"
+"""The documents' column with the number that came with the data (quality.scorer `column:...`), float64."""
 
 
-def fingerprint(data: Data) -> Any:
-    """JSON-able identity of what the sources hold now: versions, or files with sizes and modification times."""
-    result: list[Any] = []
-    for source in data.sources:
-        if source.embedded:
-            result.append(installed_docs.inputs())
-        elif source.files:
-            result.append(_stamps(_files(source)))
-        else:
-            identity: dict[str, Any] = {
-                "hub": source.hub,
-                "config": source.config,
-                "split": source.split,
-                "revision": source.revision,
-            }
-            if Path(str(source.hub)).is_dir():
-                identity["files"] = _stamps(sorted(path for path in Path(str(source.hub)).rglob("*") if path.is_file()))
-            result.append(identity)
-    if data.decontamination.benchmarks:
-        folder = Path(data.decontamination.benchmarks)
-        result.append(_stamps(sorted(path for path in folder.rglob("*") if path.is_file())))
-    return result
-
-
-def _stamps(paths: Sequence[Path]) -> list[list[Any]]:
-    return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
-
-
-def gather(data: Data, output: Path, columns: Sequence[str] = ()) -> dict[str, Any]:
+def gather(
+    data: Data, output: Path, score: str | None = None, report: Callable[[str], None] = lambda line: None
+) -> dict[str, Any]:
     """Write the documents of `data` to `output` (see the module) and return the counts of `documents.json`.
 
     Args:
         data: the recipe's section. Which documents are held out depends on their text alone, so that runs with
             different seeds are measured on the same ones.
-        output: folder to create; goes on where a killed attempt left it.
-        columns: numeric columns of the sources to keep, as float64.
+        output: folder to create; resumes where a killed attempt stopped.
+        score: column of the sources with a quality score, kept as `SCORE`.
+        report: called with a line for each source: documents read, kept, and dropped by reason.
 
     Raises:
-        UserError: if a source cannot be read, or nothing is left.
+        UserError: if a source cannot be read, keeps nothing, or has more than `data.max_dropped` unusable documents.
     """
     done = output / "documents.json"
     if done.exists():
         return read_json(done)
     output.mkdir(parents=True, exist_ok=True)
     work = output / ".parts"
-    parts = [
-        (number, source, origin) for number, source in enumerate(data.sources) for origin in _plan(source, columns)
-    ]
+    parts: list[tuple[int, Source, sources.Part]] = []
+    for number, source in enumerate(data.sources):
+        planned, others = sources.plan(source, score)
+        parts += [(number, source, part) for part in planned]
+        if others:
+            names = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+            report(f"{sources.name_of(source)}: {len(others)} files in other formats are not read: {names}")
     benchmarks = _index_benchmarks(data, work)
     read = run_parts(
         _read_part,
-        [(*part, tuple(columns), benchmarks) for part in parts],
+        [(*part, score, benchmarks) for part in parts],
         work / "read",
         "reading documents",
         data.workers,
         data.engine,
     )
+    _check_read(data, read)
     documents = _Documents(work, [part["documents"] for part in read])
-    if len(documents.ids) == 0:
-        raise UserError(f"the sources hold no usable document (dropped: {_total(read, 'dropped') or 'none read'})")
     held = [data.sources[part["origin"]].heldout for part in read]
     held_sources = np.repeat(held, [part["documents"] for part in read])
-    decisions, leaders, contaminated = _decide(data, documents, held_sources)
+    whole = {sources.name_of(source) for _, source, part in parts if part[0] == "text" and source.separator is None}
+    remedy = f"; set the separator of {', '.join(sorted(whole))} to split a text file into documents" if whole else ""
+    decisions, leaders, contaminated = _decide(data, documents, held_sources, remedy)
+    _report_sources(data, read, decisions, report)
     if not (decisions == TRAIN).any():
         raise UserError(f"no document is left to train on: {_describe(decisions)}")
     np.save(work / "decisions.npy", decisions)
@@ -126,268 +101,38 @@ def gather(data: Data, output: Path, columns: Sequence[str] = ()) -> dict[str, A
         data.workers,
         data.engine,
     )
-    summary = _summary(data, read, documents, decisions, leaders)
-    if sum(part["train"] + part["heldout"] for part in written) != summary["train"] + summary["heldout"]:
+    summary = _summary(read, documents, decisions, leaders)
+    kept = summary["train"] + summary["heldout"]
+    if sum(part["train"] + part["heldout"] for part in written) != kept or summary["read"] != kept + sum(
+        summary["dropped"].values()
+    ):
         raise UserError(f"{output}: documents were lost between reading and writing; delete the run's .work folder")
     _write_duplicates(output / "duplicates.parquet", documents, decisions, leaders)
     if benchmarks is not None:
         index = contamination.BenchmarkIndex.load(benchmarks)
         hits = [(f"{documents.ids[row]:016x}", documents.source(row), items) for row, items in contaminated]
-        report = contamination.report(index, hits)
-        write_json(output / "contamination.json", report)
+        found = contamination.report(index, hits)
+        write_json(output / "contamination.json", found)
         summary["contamination"] = {
-            name: {key: value for key, value in entry.items() if key != "examples"} for name, entry in report.items()
+            name: {key: value for key, value in entry.items() if key != "examples"} for name, entry in found.items()
         }
     write_json(done, summary)
     shutil.rmtree(work)
     return summary
 
 
-# Planning and reading
-
-
-def read_texts(source: Source) -> Iterator[tuple[str, str, bytes]]:
-    """`(where, source, text)` of every usable document of one source, in order; text as clean UTF-8."""
-    default = source.name or source.hub or source.files or "embedded"
-    for origin in _plan(source, ()):
-        for number, (where, raw, name, _) in enumerate(_rows(source, origin, ())):
-            if source.max_documents is not None and number >= source.max_documents:
-                break
-            reason, text = _clean(raw)
-            if reason is None:
-                yield where, default if name is None else str(name), text
-
-
-def _plan(source: Source, columns: Sequence[str]) -> list[Origin]:
-    """The parts of a source. A source with `max_documents` is one part, whose reading stops there."""
-    if source.embedded:
-        if columns:
-            raise UserError(
-                f"the embedded corpus has no column '{columns[0]}'; use quality.scorer 'linear' or 'model:'"
-            )
-        groups = installed_docs.groups()
-        step = len(groups) if source.max_documents else 16
-        return [("embedded", tuple(groups[start : start + step])) for start in range(0, len(groups), step)]
-    if source.hub:
-        return _plan_hub(source, columns)
-    origins: list[Origin] = []
-    texts: list[Path] = []
-    for path in _files(source):
-        if path.suffix == ".parquet":
-            origins.extend(_plan_parquet(path, source, columns))
-        elif path.suffix == ".txt":
-            texts.append(path)
-            if sum(text.stat().st_size for text in texts) >= PART_BYTES:
-                origins.append(("text", tuple(texts)))
-                texts = []
-        else:
-            origins.append(("jsonl", path))
-    if texts:
-        if columns or source.source_column:
-            raise UserError(f"source {source.files}: .txt files have no column '{[*columns, source.source_column][0]}'")
-        origins.append(("text", tuple(texts)))
-    return [("files", tuple(origins))] if source.max_documents else origins
-
-
-def _files(source: Source) -> list[Path]:
-    # `Path.glob` refuses absolute patterns.
-    paths = [Path(path) for path in sorted(glob.glob(str(source.files), recursive=True))]  # noqa: PTH207
-    paths = [path for path in paths if path.is_file()]
-    if not paths:
-        raise UserError(f"source {source.files}: no such file")
-    for path in paths:
-        if not path.name.endswith((".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt")):
-            raise UserError(f"source {path}: not a .parquet, .jsonl, .jsonl.gz, .jsonl.zst or .txt file")
-    return paths
-
-
-def _plan_parquet(path: Path, source: Source, columns: Sequence[str]) -> list[Origin]:
-    try:
-        file = pq.ParquetFile(path)
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{path} is not a whole parquet file ({_first_line(error)})") from None
-    for column in _wanted(source, columns):
-        if column not in file.schema_arrow.names:
-            raise UserError(f"{path} has no column '{column}'; it has {', '.join(file.schema_arrow.names)}")
-    origins: list[Origin] = []
-    first, size = 0, 0
-    for group in range(file.num_row_groups):
-        size += file.metadata.row_group(group).total_byte_size
-        if size >= PART_BYTES or group == file.num_row_groups - 1:
-            origins.append(("parquet", path, first, group + 1))
-            first, size = group + 1, 0
-    return origins
-
-
-def _plan_hub(source: Source, columns: Sequence[str]) -> list[Origin]:
-    dataset = _load_hub(source)
-    names = dataset.column_names or list(next(iter(dataset), {}))
-    for column in _wanted(source, columns):
-        if column not in names:
-            raise UserError(f"dataset {source.hub} has no column '{column}'; it has {', '.join(names)}")
-    if source.streaming:
-        count = 1 if source.max_documents else dataset.num_shards
-        return [("hub-stream", shard, count) for shard in range(count)]
-    rows = len(dataset)
-    if source.max_documents:
-        return [("hub", 0, min(rows, source.max_documents))]
-    step = max(1, min(rows, int(rows * PART_BYTES / max(1, dataset.dataset_size or dataset.data.nbytes))))
-    return [("hub", start, min(rows, start + step)) for start in range(0, rows, step)]
-
-
-def _load_hub(source: Source) -> Any:
-    import datasets
-
-    try:
-        return datasets.load_dataset(
-            source.hub, source.config, split=source.split, revision=source.revision, streaming=source.streaming
-        )
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"dataset {source.hub} cannot be loaded: {_first_line(error)}") from None
-
-
-def _wanted(source: Source, columns: Sequence[str]) -> list[str]:
-    return [source.text_column, *([source.source_column] if source.source_column else []), *columns]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-TOO_LARGE = object()
-"""Stands for a text file that is not read because of its size."""
-
-Row = tuple[str, Any, Any, tuple[Any, ...]]
-"""`(where, text, source, columns)`; the text is bytes, str, or whatever else the source holds in its place."""
-
-
-def _rows(source: Source, origin: Origin, columns: Sequence[str]) -> Iterator[Row]:
-    kind = origin[0]
-    if kind == "files":
-        for part in origin[1]:
-            yield from _rows(source, part, columns)
-    elif kind == "embedded":
-        for group in origin[1]:
-            for number, (name, text) in enumerate(installed_docs.documents(group)):
-                yield f"{group}:{number}", text, name, ()
-    elif kind == "parquet":
-        yield from _parquet_rows(source, origin[1], range(origin[2], origin[3]), columns)
-    elif kind == "jsonl":
-        yield from _json_rows(source, origin[1], columns)
-    elif kind == "text":
-        for path in origin[1]:
-            yield str(path), path.read_bytes() if path.stat().st_size <= MAXIMUM_DOCUMENT_BYTES else TOO_LARGE, None, ()
-    else:
-        dataset = _load_hub(source)
-        if kind == "hub":
-            dataset = dataset.select(range(origin[1], origin[2]))
-        elif origin[2] > 1:
-            dataset = dataset.shard(origin[2], origin[1])
-        number = 0
-        for batch in dataset.select_columns(_wanted(source, columns)).iter(256):
-            for row, text in enumerate(batch[source.text_column]):
-                label = batch[source.source_column][row] if source.source_column else None
-                yield f"{source.hub}:{origin[1]}:{number}", text, label, tuple(batch[key][row] for key in columns)
-                number += 1
-
-
-def _parquet_rows(source: Source, path: Path, groups: Sequence[int], columns: Sequence[str]) -> Iterator[Row]:
-    names = list(dict.fromkeys(_wanted(source, columns)))
-    number = 0
-    try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=256, row_groups=list(groups), columns=names):
-                texts = batch.column(source.text_column)
-                if pa.types.is_string(texts.type) or pa.types.is_large_string(texts.type):
-                    # As bytes: arrow does not check UTF-8 when it reads, and one bad document must not fail the batch.
-                    texts = texts.cast(pa.large_binary())
-                sources = batch.column(source.source_column).to_pylist() if source.source_column else None
-                extras = list(zip(*(batch.column(column).to_pylist() for column in columns), strict=True))
-                for row, text in enumerate(texts.to_pylist()):
-                    where = f"{path}:{groups[0]}:{number}"
-                    yield where, text, sources[row] if sources else None, extras[row] if extras else ()
-                    number += 1
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{path} is not a whole parquet file ({_first_line(error)})") from None
-
-
-def _json_rows(source: Source, path: Path, columns: Sequence[str]) -> Iterator[Row]:
-    seen = False
-    number = 0
-    try:
-        with _open_lines(path) as file:
-            for number, line in enumerate(file, start=1):
-                where = f"{path}:{number}"
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except UnicodeDecodeError:
-                    yield where, b"\xff", None, (None,) * len(columns)
-                    continue
-                except (json.JSONDecodeError, RecursionError):
-                    row = None
-                if not isinstance(row, dict):
-                    yield where, None, None, (None,) * len(columns)
-                    continue
-                for column in columns:
-                    if column not in row:
-                        raise UserError(f"{where} has no column '{column}'; it has {', '.join(row)}")
-                seen = seen or source.text_column in row
-                label = row.get(source.source_column) if source.source_column else None
-                yield where, row.get(source.text_column), label, tuple(row[column] for column in columns)
-    except (EOFError, OSError, gzip.BadGzipFile, pa.ArrowException) as error:
-        raise UserError(f"{path} ends early or is damaged after line {number} ({_first_line(error)})") from None
-    if number and not seen:
-        raise UserError(f"{path} has no line with a column '{source.text_column}'")
-
-
-def _open_lines(path: Path) -> Any:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rb")
-    if path.suffix == ".zst":
-        return io.BufferedReader(pa.input_stream(str(path), compression="zstd"))
-    return path.open("rb")
-
-
-def _clean(text: Any) -> tuple[str | None, bytes]:
-    """`(reason to drop it or None, UTF-8 text)`."""
-    if text is TOO_LARGE:
-        return "oversize", b""
-    if isinstance(text, bytes):
-        if len(text) > MAXIMUM_DOCUMENT_BYTES:
-            return "oversize", b""
-        try:
-            text = text.decode()
-        except UnicodeDecodeError:
-            return "invalid_utf8", b""
-    if not isinstance(text, str):
-        return "not_text", b""
-    try:
-        encoded = text.replace("\r\n", "\n").replace("\r", "\n").replace("\0", "").strip().encode()
-    except UnicodeEncodeError:  # lone surrogates, which JSON can spell
-        return "invalid_utf8", b""
-    if not encoded:
-        return "empty", b""
-    return ("oversize", b"") if len(encoded) > MAXIMUM_DOCUMENT_BYTES else (None, encoded)
-
-
 def _read_part(
-    number_of_source: int, source: Source, origin: Origin, columns: tuple[str, ...], benchmarks: Path | None, path: Path
+    number_of_source: int, source: Source, part: sources.Part, score: str | None, benchmarks: Path | None, path: Path
 ) -> dict[str, Any]:
     """Clean and hash one part. Writes `.parquet` (documents), `.ids` (uint64) and `.signatures` (uint32)."""
     schema = pa.schema(
         [("id", pa.string()), ("text", pa.string()), ("source", pa.string())]
-        + [(column, pa.float64()) for column in columns]
+        + ([(SCORE, pa.float64())] if score else [])
     )
-    default = source.name or source.hub or source.files or "embedded"
-    read: Counter[str] = Counter()
-    size: Counter[str] = Counter()
-    dropped: dict[str, Counter[str]] = {}
-    refused: list[dict[str, str]] = []
+    tally = sources.Tally()
     hits: list[list[Any]] = []
     documents = 0
-    batch: list[tuple[bytes, str, tuple[Any, ...]]] = []
+    batch: list[sources.Document] = []
     with (
         pq.ParquetWriter(path.with_suffix(".parquet"), schema, compression="zstd") as writer,
         path.with_suffix(".ids").open("wb") as ids,
@@ -396,23 +141,17 @@ def _read_part(
 
         def flush() -> None:
             nonlocal documents
-            texts = [text for text, _, _ in batch]
+            texts = [document.text for document in batch]
             digests = [hashlib.sha256(text).digest()[:8] for text in texts]
             words = hash_words(texts)
-            writer.write_table(
-                pa.table(
-                    [
-                        pa.array([digest.hex() for digest in digests], pa.string()),
-                        pa.array(texts, pa.binary()).cast(pa.string()),
-                        pa.array([name for _, name, _ in batch], pa.string()),
-                        *(
-                            pa.array([_number(extra[index]) for _, _, extra in batch], pa.float64())
-                            for index in range(len(columns))
-                        ),
-                    ],
-                    schema=schema,
-                )
-            )
+            columns = [
+                pa.array([digest.hex() for digest in digests], pa.string()),
+                pa.array(texts, pa.binary()).cast(pa.string()),
+                pa.array([document.label for document in batch], pa.string()),
+            ]
+            if score:
+                columns.append(pa.array([document.score for document in batch], pa.float64()))
+            writer.write_table(pa.table(columns, schema=schema))
             ids.write(b"".join(digests))
             signatures.write(deduplication.signatures(words).tobytes())
             if benchmarks is not None:
@@ -422,38 +161,15 @@ def _read_part(
             batch.clear()
 
         pending = 0
-        for number, (where, raw, name, extra) in enumerate(_rows(source, origin, columns)):
-            if source.max_documents is not None and number >= source.max_documents:
-                break
-            label = default if name is None else str(name)
-            read[label] += 1
-            reason, text = _clean(raw)
-            if reason is not None:
-                dropped.setdefault(label, Counter())[reason] += 1
-                if reason != "empty" and len(refused) < 20:
-                    refused.append({"document": where, "reason": reason})
-                continue
-            size[label] += len(text)
-            batch.append((text, label, extra))
-            pending += len(text)
+        for document in sources.read(source, part, score, tally):
+            batch.append(document)
+            pending += len(document.text)
             if pending >= BATCH_BYTES:
                 flush()
                 pending = 0
         if batch:
             flush()
-    return {
-        "origin": number_of_source,
-        "documents": documents,
-        "read": dict(read),
-        "bytes": dict(size),
-        "dropped": {name: dict(reasons) for name, reasons in dropped.items()},
-        "refused": refused,
-        "contaminated": hits,
-    }
-
-
-def _number(value: Any) -> float | None:
-    return None if value is None or isinstance(value, str | bytes | list | dict) else float(value)
+    return {"origin": number_of_source, "documents": documents, **tally.summary(), "contaminated": hits}
 
 
 def _index_benchmarks(data: Data, work: Path) -> Path | None:
@@ -472,6 +188,51 @@ def _index_benchmarks(data: Data, work: Path) -> Path | None:
 @functools.lru_cache(maxsize=1)
 def _benchmark_index(path: Path) -> contamination.BenchmarkIndex:
     return contamination.BenchmarkIndex.load(path)
+
+
+# What each source gave
+
+
+def _dropped_of(read: Sequence[dict[str, Any]], number: int) -> Counter[str]:
+    """Unusable documents of the recipe's source `number`, by reason."""
+    total: Counter[str] = Counter()
+    for part in read:
+        if part["origin"] == number:
+            for reasons in part["dropped"].values():
+                total.update(reasons)
+    return total
+
+
+def _check_read(data: Data, read: Sequence[dict[str, Any]]) -> None:
+    """What stops the run before hours of work: names that stand for two sources, and sources that lose too much."""
+    weights: dict[str, float] = {}
+    for part in read:
+        weight = data.sources[part["origin"]].weight
+        for name in part["read"]:
+            if weights.setdefault(name, weight) != weight:
+                raise UserError(f"two sources of different weight give the same name '{name}'; set their 'name'")
+    for number, source in enumerate(data.sources):
+        mine = [part for part in read if part["origin"] == number]
+        total = sum(sum(part["read"].values()) for part in mine)
+        refused = [entry for part in mine for entry in part["refused"]]
+        sources.check_usable(sources.name_of(source), total, _dropped_of(read, number), refused, data.max_dropped)
+
+
+def _report_sources(
+    data: Data, read: Sequence[dict[str, Any]], decisions: np.ndarray, report: Callable[[str], None]
+) -> None:
+    """A line for each source. Raises `UserError` for one that keeps nothing."""
+    origins = np.repeat([part["origin"] for part in read], [part["documents"] for part in read])
+    for number, source in enumerate(data.sources):
+        mine = decisions[origins == number]
+        dropped = _dropped_of(read, number)
+        dropped.update({reason: int((mine == code).sum()) for code, reason in REASONS.items()})
+        kept = int(((mine == TRAIN) | (mine == HELDOUT)).sum())
+        total = kept + dropped.total()
+        line = f"{sources.name_of(source)}: {integer(total)} documents read, {integer(kept)} kept"
+        report(line + (f", {integer(dropped.total())} dropped ({sources.reasons(dropped)})" if dropped.total() else ""))
+        if kept == 0:
+            raise UserError(f"source {sources.name_of(source)} keeps nothing: {sources.reasons(dropped)}; leave it out")
 
 
 # Decisions over the whole corpus
@@ -520,11 +281,12 @@ class _Documents:
 
 
 def _decide(
-    data: Data, documents: _Documents, held_sources: np.ndarray
+    data: Data, documents: _Documents, held_sources: np.ndarray, remedy: str
 ) -> tuple[np.ndarray, np.ndarray, list[tuple[int, list[int]]]]:
     """For each document what becomes of it, uint8; the index of the one it repeats (or its own); contaminated ones.
 
-    `held_sources`, bool `[documents]`, says which documents are of sources that are held out as a whole.
+    `held_sources`, bool `[documents]`, says which documents are of sources that are held out as a whole; `remedy` is
+    what to do if there are too few.
     """
     count = len(documents.ids)
     decisions = np.full(count, TRAIN, np.uint8)
@@ -544,7 +306,12 @@ def _decide(
     decisions[[row for row, _ in contaminated]] = CONTAMINATED
     candidates = np.flatnonzero(decisions == TRAIN)
     if len(candidates) < 2:
-        raise UserError(f"{len(candidates)} documents are left, too few to hold one out: {_describe(decisions)}")
+        dropped = sources.reasons(Counter({reason: int((decisions == code).sum()) for code, reason in REASONS.items()}))
+        raise UserError(
+            f"{len(candidates)} of {count} documents are left, too few to hold one out"
+            + (f" (dropped: {dropped})" if dropped else "")
+            + remedy
+        )
     if held_sources.any():
         heldout = candidates[held_sources[candidates]]
         if len(heldout) in (0, len(candidates)):
@@ -614,32 +381,22 @@ def _write_duplicates(path: Path, documents: _Documents, decisions: np.ndarray, 
     pq.write_table(table, path, compression="zstd")
 
 
-def _total(parts: Sequence[dict[str, Any]], key: str) -> dict[str, int]:
-    total: Counter[str] = Counter()
-    for part in parts:
-        for reasons in part[key].values():
-            total.update(reasons)
-    return dict(sorted(total.items()))
-
-
 def _summary(
-    data: Data, read: Sequence[dict[str, Any]], documents: _Documents, decisions: np.ndarray, leaders: np.ndarray
+    read: Sequence[dict[str, Any]], documents: _Documents, decisions: np.ndarray, leaders: np.ndarray
 ) -> dict[str, Any]:
     names = sorted({name for part in read for name in part["read"]})
     codes = {name: code for code, name in enumerate(documents.sources)}
     origins: dict[str, int] = {}
     for part in read:
         for name in part["read"]:
-            origin = origins.setdefault(name, part["origin"])
-            if data.sources[origin].weight != data.sources[part["origin"]].weight:
-                raise UserError(f"two sources of different weight give the same name '{name}'; set their 'name'")
-    sources: dict[str, Any] = {}
+            origins.setdefault(name, part["origin"])
+    entries: dict[str, Any] = {}
     for name in names:
         mine = decisions[documents.codes == codes[name]] if name in codes else decisions[:0]
         dropped = Counter({reason: int((mine == code).sum()) for code, reason in REASONS.items()})
         for part in read:
             dropped.update(part["dropped"].get(name, {}))
-        sources[name] = {
+        entries[name] = {
             "origin": origins[name],
             "read": sum(part["read"].get(name, 0) for part in read),
             "bytes": sum(part["bytes"].get(name, 0) for part in read),
@@ -648,15 +405,15 @@ def _summary(
             "dropped": {reason: count for reason, count in sorted(dropped.items()) if count},
         }
     total: Counter[str] = Counter()
-    for source in sources.values():
+    for source in entries.values():
         total.update(source["dropped"])
     return {
-        "read": sum(source["read"] for source in sources.values()),
-        "bytes": sum(source["bytes"] for source in sources.values()),
+        "read": sum(source["read"] for source in entries.values()),
+        "bytes": sum(source["bytes"] for source in entries.values()),
         "train": int((decisions == TRAIN).sum()),
         "heldout": int((decisions == HELDOUT).sum()),
         "dropped": dict(sorted(total.items())),
         "duplicates": deduplication.cluster_counts(leaders),
-        "sources": sources,
+        "sources": entries,
         "refused": [entry for part in read for entry in part["refused"]][:100],
     }

@@ -1,4 +1,4 @@
-"""Quality scores: a number in [0, 1] for every document, a threshold, and the evidence for both.
+"""Quality scores: a number for every document, a threshold, and the evidence for both.
 
 Three kinds of scorer give the number: `linear` (trained here on examples of good and low-quality text),
 `column:<name>` (it came with the data) and `model:<hub id or folder>` (a transformers text classifier, or a saved
@@ -16,9 +16,9 @@ linear scorer).
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,14 +27,25 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanophi.data import installed_docs, quality_report
+from nanophi.data import installed_docs, quality_report, sources
 from nanophi.data.documents import SPLITS, batches, draw, find, keys, shards
-from nanophi.data.gather import read_texts
+from nanophi.data.gather import SCORE
 from nanophi.data.parallel import run_parts
-from nanophi.data.scorers import EXCERPT_BYTES, FIT_BYTES, check_scores, classify, fit, is_linear, linear
+from nanophi.data.quality_report import EXCERPT, MADE_BY
+from nanophi.data.scorers import EXCERPT_BYTES, FIT_BYTES, Scorer, find_scorer, fit
 from nanophi.data.selection import choose, divide
-from nanophi.files import UserError, read_json, replace_tree, write_json
+from nanophi.files import UserError, check_own_file, check_own_folder, read_json, write_json
 from nanophi.recipe import Data, Quality, Source
+
+_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("source", pa.dictionary(pa.int32(), pa.string())),
+        ("split", pa.dictionary(pa.int32(), pa.string())),
+        ("bytes", pa.int64()),
+        ("quality_score", pa.float32()),
+    ]
+)
 
 
 def labels(quality: Quality, data: Data) -> tuple[list[str], list[str]]:
@@ -76,7 +87,12 @@ def _fit_on(documents: Path, quality: Quality, data: Data, seed: int, output: Pa
     write_json(output / "scorer.json", {"scorer": "linear", "high": high, "low": low, **report})
 
 
-def score(documents: Path, quality: Quality, data: Data, seed: int, output: Path) -> dict[str, Any]:
+# Scoring
+
+
+def score(
+    documents: Path, quality: Quality, data: Data, seed: int, output: Path, revision: str | None = None
+) -> dict[str, Any]:
     """Score every document, training and held-out (see the module for the files).
 
     Args:
@@ -84,28 +100,31 @@ def score(documents: Path, quality: Quality, data: Data, seed: int, output: Path
         quality: the recipe's section; the threshold plays no part, so that a filtered run and its control share this.
         data: the recipe's section, for the number of workers and whether the corpus is the embedded one.
         seed: of the sample that the linear scorer is fitted on.
-        output: folder to create; goes on where a killed attempt left it.
+        output: folder to create; resumes where a killed attempt stopped.
+        revision: of a classifier on the Hub.
 
     Returns:
-        `{scorer, documents, mean_score, ...}` with the fit's report for a linear scorer.
+        `{scorer, scored, mean_score, ...}` with the fit's report for a linear scorer.
 
     Raises:
-        UserError: for a score that is missing, not a number or outside [0, 1], naming the document.
+        UserError: for a scorer that cannot be used, or a score outside the scale, naming the document.
     """
     output.mkdir(parents=True, exist_ok=True)
-    kind, _, name = quality.scorer.partition(":")
     if not (output / "scorer.json").exists():
-        if kind == "linear":
+        if quality.scorer == "linear":
             _fit_on(documents, quality, data, seed, output)
         else:
-            write_json(output / "scorer.json", {"scorer": quality.scorer})
+            scale = {"scale": list(quality.scale)} if quality.scale else {}
+            write_json(output / "scorer.json", {"scorer": quality.scorer, "label": quality.label, **scale})
     paths = [(split, path) for split in SPLITS for path in shards(documents, split)]
-    folder = str(output) if kind == "linear" else name
-    function = "linear" if kind == "model" and is_linear(name) else kind
-    parts = [(path, split, function, folder) for split, path in paths]
+    if quality.scorer == "linear":
+        scorer = Scorer("linear", str(output))
+    else:
+        scorer = find_scorer(quality.scorer, quality.label, quality.scale, revision)
     work = output / ".parts"
     # A classifier fills the device, or all cores, by itself.
-    workers = 1 if function == "model" else data.workers
+    workers = 1 if scorer.kind == "model" else data.workers
+    parts = [(path, split, scorer) for split, path in paths]
     counts = run_parts(_score_shard, parts, work, "scoring documents", workers, data.engine)
     partial = work / "scores.parquet"
     with pq.ParquetWriter(partial, _SCHEMA, compression="zstd") as writer:
@@ -121,45 +140,33 @@ def score(documents: Path, quality: Quality, data: Data, seed: int, output: Path
     }
 
 
-_SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("source", pa.dictionary(pa.int32(), pa.string())),
-        ("split", pa.dictionary(pa.int32(), pa.string())),
-        ("bytes", pa.int64()),
-        ("quality_score", pa.float32()),
-    ]
-)
-
-
-def _score_shard(shard: Path, split: str, kind: str, name: str, path: Path) -> dict[str, Any]:
+def _score_shard(shard: Path, split: str, scorer: Scorer, path: Path) -> dict[str, Any]:
     total, documents = 0.0, 0
-    columns = ["id", "text", "source", *([name] if kind == "column" else [])]
+    columns = ["id", "text", "source", *([SCORE] if scorer.kind == "column" else [])]
     with pq.ParquetWriter(path.with_suffix(".parquet"), _SCHEMA, compression="zstd") as writer:
-        for table in batches(shard, columns, None):
-            texts = table["text"].cast(pa.binary()).to_pylist()
-            if kind == "column":
-                scores = table[name].to_numpy(zero_copy_only=False).astype(np.float32)
-            elif kind == "linear":
-                scores = linear(Path(name)).score(texts)
-            else:
-                scores = classify(name, [text.decode() for text in texts])
-            check_scores(scores, table["id"].to_pylist())
-            writer.write_table(
-                pa.table(
-                    [
-                        table["id"],
-                        table["source"].dictionary_encode(),
-                        pa.array([split] * len(table), pa.string()).dictionary_encode(),
-                        pa.array([len(text) for text in texts], pa.int64()),
-                        pa.array(scores, pa.float32(), from_pandas=False),
-                    ],
-                    schema=_SCHEMA,
-                )
-            )
-            total += float(scores.sum(dtype=np.float64))
+        for batch in batches(shard, columns, None):
+            texts = batch["text"].cast(pa.binary()).to_pylist()
+            values = batch[SCORE].to_pylist() if scorer.kind == "column" else None
+            table = _scored(scorer, batch["id"], texts, batch["source"], values)
+            splits = pa.array([split] * len(table), pa.string()).dictionary_encode()
+            writer.write_table(table.add_column(2, "split", splits).cast(_SCHEMA))
+            total += float(table["quality_score"].to_numpy().sum(dtype=np.float64))
             documents += len(table)
     return {"documents": documents, "sum": total}
+
+
+def _scored(
+    scorer: Scorer, ids: pa.Array, texts: Sequence[bytes], labels: pa.Array, values: Sequence[float] | None
+) -> pa.Table:
+    """Columns id, source, bytes and quality_score of some documents. Raises `UserError` for a score that is none."""
+    scores = scorer.score(texts, values)
+    scorer.check(scores, ids.to_pylist())
+    sizes = pa.array([len(text) for text in texts], pa.int64())
+    columns = [ids, labels.dictionary_encode(), sizes, pa.array(scores, pa.float32(), from_pandas=False)]
+    return pa.table(columns, names=["id", "source", "bytes", "quality_score"])
+
+
+# Selecting
 
 
 def select(documents: Path, scores: Path, quality: Quality, output: Path, seed: int = 0) -> dict[str, Any]:
@@ -176,12 +183,11 @@ def select(documents: Path, scores: Path, quality: Quality, output: Path, seed: 
         `quality.json` without the examples.
 
     Raises:
-        UserError: if nothing is kept, or a share cannot be chosen; for scores outside [0, 1].
+        UserError: if nothing is kept, or a share cannot be chosen.
     """
     output.mkdir(parents=True, exist_ok=True)
     table = pq.read_table(scores / "scores.parquet")
     values = table["quality_score"].to_numpy()
-    check_scores(values, table["id"])
     train = np.asarray(table["split"].cast(pa.string()).to_numpy(zero_copy_only=False) == "train")
     sizes = table["bytes"].to_numpy()
     selection = choose(values[train], sizes[train], keys(table["id"])[train], quality, seed)
@@ -210,96 +216,103 @@ def select(documents: Path, scores: Path, quality: Quality, output: Path, seed: 
 def fit_files(
     high: Sequence[str], low: Sequence[str], output: Path, text_column: str = "text", seed: int = 0
 ) -> dict[str, Any]:
-    """Fit a linear scorer on files of good and of poor documents and save it, for `quality.scorer: model:<output>`.
+    """Fit a linear scorer on files of good and of low-quality documents, for `quality.scorer: model:<output>`.
 
     Args:
-        high, low: globs of .parquet, .jsonl(.gz, .zst) or .txt files. Each glob counts as one source.
-        output: folder to create or replace.
+        high, low: files, folders or globs, as a recipe's sources have them. Each one counts as one source.
+        text_column: column, or path in it, of files that have columns.
+        output: folder to create; one that this wrote before is replaced.
+        seed: of the documents left out of the fit.
 
     Returns:
         what `scorer.json` says.
+
+    Raises:
+        UserError: if `output` holds anything else, or there are too few documents.
     """
+    check_own_folder(output, ("scorer.json", "scorer.safetensors"), "quality fit")
     texts: list[bytes] = []
     good: list[bool] = []
-    sources: list[str] = []
+    names: list[str] = []
     for patterns, label in ((high, True), (low, False)):
         for pattern in patterns:
             room = FIT_BYTES // len(patterns)
-            for _, _, text in read_texts(Source(files=pattern, text_column=text_column)):
-                texts.append(text[:EXCERPT_BYTES])
+            tally = sources.Tally()
+            for document in _documents_of(Source(files=pattern, text_column=text_column), None, tally):
+                texts.append(document.text[:EXCERPT_BYTES])
                 good.append(label)
-                sources.append(pattern)
+                names.append(pattern)
                 room -= len(texts[-1])
                 if room <= 0:
                     break
-    scorer, report = fit(texts, np.array(good), sources, seed)
+            sources.check_usable(pattern, tally.read.total(), tally.dropped_total(), tally.refused, 1.0)
+    scorer, report = fit(texts, np.array(good), names, seed)
     report = {"scorer": "linear", "high": list(high), "low": list(low), **report}
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as name:
-        partial = Path(name) / output.name
-        partial.mkdir()
-        scorer.save(partial)
-        write_json(partial / "scorer.json", report)
-        replace_tree(partial, output)
+    output.mkdir(parents=True, exist_ok=True)
+    scorer.save(output)
+    write_json(output / "scorer.json", report)
     return report
 
 
-def score_files(files: str, scorer: str, output: Path, text_column: str = "text") -> dict[str, Any]:
+def _documents_of(source: Source, score: str | None, tally: sources.Tally) -> Any:
+    parts, _ = sources.plan(source, score)
+    for part in parts:
+        yield from sources.read(source, part, score, tally)
+
+
+def score_files(files: str, scorer: Scorer, output: Path, text_column: str = "text") -> dict[str, Any]:
     """Score the documents of files.
 
     Args:
-        files: glob of .parquet, .jsonl(.gz, .zst) or .txt files.
-        scorer: folder of a linear scorer, or Hub id or folder of a text classifier.
-        output: parquet file to write: id, source (the file), bytes, quality_score, text (its first characters).
+        files: file, folder or glob, as a recipe's sources have them.
+        scorer: what gives the scores.
+        output: parquet file to write: id, source (the file), bytes, quality_score, text (its first characters). One
+            that this wrote before is replaced.
+        text_column: column, or path in it, of files that have columns.
 
     Returns:
-        `{documents, mean_score}`.
+        `{documents, mean_score, dropped}`, the last by reason.
+
+    Raises:
+        UserError: if `output` is anything else, or no document can be used.
     """
-    schema = pa.schema([*(field for field in _SCHEMA if field.name != "split"), ("text", pa.string())])
+    check_own_file(output, lambda: MADE_BY in (pq.read_schema(output).metadata or {}), "quality score")
+    column = scorer.name if scorer.kind == "column" else None
+    made_by = {MADE_BY: json.dumps({"scorer": scorer.name, "scale": scorer.range})}
+    schema = pa.schema([*(field for field in _SCHEMA if field.name != "split"), ("text", pa.string())], made_by)
     total, documents = 0.0, 0
-    batch: list[tuple[str, bytes]] = []
+    batch: list[sources.Document] = []
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.name}.{os.getpid()}.part")
+    tally = sources.Tally()
 
     def flush(writer: pq.ParquetWriter) -> None:
         nonlocal total, documents
-        texts = [text for _, text in batch]
-        scores = (
-            linear(Path(scorer)).score(texts)
-            if is_linear(scorer)
-            else classify(scorer, [text.decode() for text in texts])
-        )
-        columns = [
-            pa.array([hashlib.sha256(text).hexdigest()[:16] for text in texts]),
-            pa.array([source for source, _ in batch], pa.string()).dictionary_encode(),
-            pa.array([len(text) for text in texts], pa.int64()),
-            pa.array(scores, pa.float32()),
-            pa.array(
-                [
-                    text[: 4 * quality_report.EXCERPT].decode(errors="ignore")[: quality_report.EXCERPT]
-                    for text in texts
-                ],
-                pa.string(),
-            ),
-        ]
-        writer.write_table(pa.table(columns, schema=schema))
-        total, documents = total + float(scores.sum(dtype=np.float64)), documents + len(batch)
+        texts = [document.text for document in batch]
+        ids = pa.array([hashlib.sha256(text).hexdigest()[:16] for text in texts])
+        excerpts = [text[: 4 * EXCERPT].decode(errors="ignore")[:EXCERPT] for text in texts]
+        values = [float(document.score or 0.0) for document in batch] if column else None
+        table = _scored(scorer, ids, texts, pa.array([document.file for document in batch], pa.string()), values)
+        table = table.append_column("text", pa.array(excerpts, pa.string()))
+        writer.write_table(table.cast(schema))
+        total += float(table["quality_score"].to_numpy().sum(dtype=np.float64))
+        documents += len(batch)
         batch.clear()
 
     try:
         with pq.ParquetWriter(partial, schema, compression="zstd") as writer:
             size = 0
-            for where, _, text in read_texts(Source(files=files, text_column=text_column)):
-                batch.append((where.split(":")[0], text))
-                size += len(text)
+            for document in _documents_of(Source(files=files, text_column=text_column), column, tally):
+                batch.append(document)
+                size += len(document.text)
                 if size >= 4 << 20:
                     flush(writer)
                     size = 0
             if batch:
                 flush(writer)
-        if not documents:
-            raise UserError(f"{files} holds no usable document")
+        dropped = tally.dropped_total()
+        sources.check_usable(files, tally.read.total(), dropped, tally.refused, 1.0)
         partial.replace(output)
     finally:
         partial.unlink(missing_ok=True)
-    return {"documents": documents, "mean_score": round(total / documents, 4)}
+    return {"documents": documents, "mean_score": round(total / documents, 4), "dropped": dict(dropped)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,14 +12,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanophi.data.scorers import check_scores
 from nanophi.data.selection import Selection, describe_rule
-from nanophi.files import UserError, read_json, write_json, write_text
+from nanophi.files import UserError, check_own_folder, read_json, user_errors, write_json, write_text
+from nanophi.formatting import integer, percent
 from nanophi.recipe import Quality
 
 EXCERPT = 400
 """Characters of a document that the report shows."""
-SWEEP = tuple(round(0.05 * step, 2) for step in range(20))
+SWEEP_STEPS = 20
+MADE_BY = b"nanophi"
+"""Key of the metadata of a Parquet file that `nanophi quality score` wrote: which scorer, which scale."""
 
 
 def write(
@@ -46,7 +50,7 @@ def write(
     output.mkdir(parents=True, exist_ok=True)
     report = describe(table, train, selection, quality)
     report["scorer"] = scorer
-    report["examples"] = _examples(table, train, _cut(report), excerpts_of)
+    report["examples"] = _examples(table, train, _middle(report), excerpts_of)
     write_json(output / "quality.json", report)
     write_text(output / "quality.md", markdown(report))
     plot(report, output / "quality.png")
@@ -58,17 +62,24 @@ def _cut(report: dict[str, Any]) -> float | None:
     return report["cutoff"] if report["threshold"] is None else report["threshold"]
 
 
+def _middle(report: dict[str, Any]) -> float:
+    cut = _cut(report)
+    return sum(report["scale"]) / 2 if cut is None else cut
+
+
 def describe(table: pa.Table, train: np.ndarray, selection: Selection, quality: Quality) -> dict[str, Any]:
     """Counts, histogram, sweep and shares by source of the training documents' scores."""
+    low, high = quality.scale or (0.0, 1.0)
     scores = table["quality_score"].to_numpy()[train]
     sizes = table["bytes"].to_numpy()[train]
     column = table["source"].combine_chunks()
     names = column.dictionary.to_pylist()
     codes = column.indices.to_numpy()[train]
     kept = selection.kept
-    counts, edges = np.histogram(scores, bins=50, range=(0, 1))
+    counts, edges = np.histogram(scores, bins=50, range=(low, high))
     sweep = []
-    for step in SWEEP:
+    for number in range(SWEEP_STEPS):
+        step = round(low + (high - low) * number / SWEEP_STEPS, 6)
         above = scores > step
         sweep.append({"threshold": step, "documents": int(above.sum()), "bytes": int(sizes[above].sum())})
     sources = {}
@@ -88,6 +99,7 @@ def describe(table: pa.Table, train: np.ndarray, selection: Selection, quality: 
         "share": quality.share,
         "select": quality.select if quality.share is not None else None,
         "cutoff": selection.cutoff,
+        "scale": [low, high],
         "documents": len(scores),
         "kept_documents": int(kept.sum()),
         "bytes": int(sizes.sum()),
@@ -102,13 +114,12 @@ def describe(table: pa.Table, train: np.ndarray, selection: Selection, quality: 
 
 
 def _examples(
-    table: pa.Table, train: np.ndarray, cut: float | None, excerpts_of: Callable[[set[str]], dict[str, str]]
+    table: pa.Table, train: np.ndarray, cut: float, excerpts_of: Callable[[set[str]], dict[str, str]]
 ) -> dict[str, Any]:
-    """Best, worst, and the nearest on both sides of the cut (where there is none: of 0.5), with the text's start."""
+    """Best, worst, and the nearest on both sides of the cut, with the text's start."""
     rows = np.flatnonzero(train)
     scores = table["quality_score"].to_numpy()[rows]
     order = rows[np.argsort(scores, kind="stable")]
-    cut = 0.5 if cut is None else cut
     above = int(np.searchsorted(np.sort(scores), cut, side="right"))
     chosen = {
         "best": order[::-1][:5],
@@ -137,16 +148,17 @@ def markdown(report: dict[str, Any], bytes_per_token: float | None = None) -> st
     lines = [
         "# Quality filter",
         "",
-        f"Scorer `{scorer['scorer']}`, {report['rule']}: {report['kept_documents']:,} of {report['documents']:,} "
-        f"training documents kept, {report['kept_bytes'] / 1e6:.1f} of {report['bytes'] / 1e6:.1f} MB "
-        f"({100 * report['kept_bytes_fraction']:.1f} %).",
+        f"Scorer `{_plain(scorer['scorer'])}`, {report['rule']}: {integer(report['kept_documents'])} of "
+        f"{integer(report['documents'])} documents kept, {report['kept_bytes'] / 1e6:.1f} of "
+        f"{report['bytes'] / 1e6:.1f} MB ({percent(report['kept_bytes_fraction'])}).",
         "",
     ]
     if "roc_auc" in scorer:
         lines += [
-            f"Fitted on {scorer['documents']:,} labelled documents (good: {', '.join(scorer['high'])}; "
-            f"poor: {', '.join(scorer['low'])}). On {scorer['test_documents']:,} others with the same labels the area "
-            f"under the ROC curve is {scorer['roc_auc']:.3f} and the Brier score {scorer['brier']:.3f}.",
+            f"Fitted on {integer(scorer['documents'])} labelled documents (good: {_plain(', '.join(scorer['high']))}; "
+            f"low-quality: {_plain(', '.join(scorer['low']))}). On {integer(scorer['test_documents'])} others with the "
+            f"same labels the area under the ROC curve is {scorer['roc_auc']:.3f} and the Brier score "
+            f"{scorer['brier']:.3f}.",
             "",
         ]
     lines += ["![Scores, share kept and, for a linear scorer, calibration](quality.png)", "", "## By source", ""]
@@ -154,14 +166,14 @@ def markdown(report: dict[str, Any], bytes_per_token: float | None = None) -> st
     for name, entry in report["sources"].items():
         share = entry["kept_documents"] / entry["documents"]
         lines.append(
-            f"| {name} | {entry['documents']:,} | {100 * share:.1f} % | {entry['bytes'] / 1e6:.2f} "
+            f"| {_plain(name)} | {integer(entry['documents'])} | {percent(share)} | {entry['bytes'] / 1e6:.2f} "
             f"| {entry['kept_bytes'] / 1e6:.2f} | {entry['mean_score']:.3f} |"
         )
     heads = ["score >", "documents", "MB", "share of bytes", *(["tokens, about"] if bytes_per_token else [])]
     lines += ["", "## Other thresholds", "", f"| {' | '.join(heads)} |", "|" + "---:|" * len(heads)]
     for step in report["sweep"]:
-        cells = [f"{step['threshold']:.2f}", f"{step['documents']:,}", f"{step['bytes'] / 1e6:.2f}"]
-        cells.append(f"{100 * step['bytes'] / report['bytes']:.1f} %")
+        cells = [f"{step['threshold']:.2f}", integer(step["documents"]), f"{step['bytes'] / 1e6:.2f}"]
+        cells.append(percent(step["bytes"] / report["bytes"]))
         if bytes_per_token:
             cells.append(f"{step['bytes'] / bytes_per_token / 1e6:.2f} M")
         lines.append(f"| {' | '.join(cells)} |")
@@ -175,8 +187,13 @@ def markdown(report: dict[str, Any], bytes_per_token: float | None = None) -> st
         lines += ["", f"## {title}", ""]
         for example in report["examples"][kind]:
             text = " ".join(example["text"].split()).replace("`", "'")
-            lines += [f"- {example['quality_score']:.3f}, {example['source']}, {example['id']}: `{text[:300]}`"]
+            lines += [f"- {example['quality_score']:.3f}, {_plain(example['source'])}, {example['id']}: `{text[:300]}`"]
     return "\n".join(lines) + "\n"
+
+
+def _plain(name: str) -> str:
+    """A name from the data, which is never markup."""
+    return html.escape(name, quote=False).replace("|", "\\|").replace("`", "'")
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
@@ -186,15 +203,15 @@ def plot(report: dict[str, Any], path: Path) -> None:
     calibration = report["scorer"].get("calibration")
     figure = Figure(figsize=(12 if calibration else 8, 3.6), layout="constrained")
     axes = figure.subplots(1, 3 if calibration else 2)
-    edges = report["histogram"]["edges"]
+    scale, edges = tuple(report["scale"]), report["histogram"]["edges"]
     axes[0].bar(edges[:-1], report["histogram"]["documents"], width=edges[1] - edges[0], align="edge", color="#4c72b0")
-    axes[0].set(xlabel="quality score", ylabel="training documents", title="Scores", xlim=(0, 1))
+    axes[0].set(xlabel="quality score", ylabel="training documents", title="Scores", xlim=scale)
     axes[1].plot(
         [step["threshold"] for step in report["sweep"]],
         [100 * step["bytes"] / report["bytes"] for step in report["sweep"]],
         color="#4c72b0",
     )
-    axes[1].set(xlabel="threshold", ylabel="% of bytes kept", title="Kept", xlim=(0, 1), ylim=(0, 101))
+    axes[1].set(xlabel="threshold", ylabel="% of bytes kept", title="Kept", xlim=scale, ylim=(0, 101))
     if _cut(report) is not None:
         for axis in axes[:2]:
             axis.axvline(_cut(report), color="#c44e52", linestyle="--")
@@ -209,23 +226,33 @@ def plot(report: dict[str, Any], path: Path) -> None:
 
 
 def report_files(scores: Path, threshold: float | None, output: Path) -> dict[str, Any]:
-    """Write quality.json, quality.md and quality.png on what `score_files` wrote, and return the report."""
-    try:
+    """Write quality.json, quality.md and quality.png on what `nanophi quality score` wrote; returns the first.
+
+    Args:
+        scores: the Parquet file.
+        threshold: documents above it are kept; None: the middle of the scale.
+        output: folder to create; one that this wrote before is replaced.
+
+    Raises:
+        UserError: if `scores` is anything else, `output` holds anything else, or the threshold is outside the scale.
+    """
+    check_own_folder(output, ("quality.json", "quality.md", "quality.png"), "quality report")
+    with user_errors(f"{scores} cannot be read as parquet"):
         table = pq.read_table(scores)
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{scores} cannot be read as parquet ({str(error).splitlines()[0]})") from None
-    if not {"id", "source", "bytes", "quality_score", "text"} <= set(table.column_names):
+    made_by = json.loads((table.schema.metadata or {}).get(MADE_BY, b"null"))
+    if made_by is None:
         raise UserError(f"{scores} was not written by `nanophi quality score`")
-    check_scores(table["quality_score"].to_numpy(), table["id"])
-    everything = np.ones(len(table), bool)
-    table = table.set_column(1, "source", table["source"].combine_chunks().dictionary_encode())
+    low, high = made_by["scale"]
+    if threshold is None:
+        threshold = (low + high) / 2
+    if not low <= threshold <= high:
+        raise UserError(f"--threshold {threshold:g} lies outside the scale of the scores, {low:g} to {high:g}")
     texts = dict(zip(table["id"].to_pylist(), table["text"].to_pylist(), strict=True))
-    scorer = {"scorer": str(scores)}
-    quality = Quality(threshold=threshold)
-    kept = everything if threshold is None else table["quality_score"].to_numpy() > threshold
-    return write(
-        table, everything, Selection(kept), quality, scorer, lambda ids: {key: texts[key] for key in ids}, output
-    )
+    table = table.set_column(1, "source", table["source"].combine_chunks().dictionary_encode())
+    everything = np.ones(len(table), bool)
+    selection = Selection(table["quality_score"].to_numpy() > threshold)
+    quality = Quality(scorer="column:quality_score", scale=(low, high), threshold=threshold)
+    return write(table, everything, selection, quality, made_by, lambda ids: {key: texts[key] for key in ids}, output)
 
 
 def report_run(run: Path) -> str:

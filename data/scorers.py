@@ -1,13 +1,14 @@
-"""Scorers: what gives a document its quality score, a number in [0, 1].
+"""Scorers: what gives a document its quality score.
 
-`LinearScorer` is fitted here on examples of good and of low-quality text; `classify` runs a transformers text
-classifier.
+`LinearScorer` is fitted here on examples of good and of low-quality text; `Classifier` runs a transformers text
+classifier; a column came with the data.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from safetensors.numpy import load_file, save_file
 from scipy.sparse import csr_matrix, hstack, vstack
 
 from nanophi.data.ngrams import hash_words, ngrams
-from nanophi.files import UserError
+from nanophi.files import UserError, user_errors
+from nanophi.inputs import is_hub_id, local
 
 BUCKETS = 1 << 18
 EXCERPT_BYTES = 16_000
@@ -211,55 +213,185 @@ _REGULARISATION = 10.0
 _STATISTIC_SCALE = 0.3
 
 
-def check_scores(scores: np.ndarray, ids: Sequence[str]) -> None:
-    """Raise `UserError` naming the first document whose score is not a number in [0, 1]."""
-    bad = np.flatnonzero(~((scores >= 0) & (scores <= 1)))
-    if len(bad):
-        raise UserError(
-            f"document {ids[bad[0]]} has quality score {scores[bad[0]]} ({len(bad)} such documents); "
-            "scores must be numbers from 0 to 1"
-        )
+# Classifiers and columns
 
 
-def is_linear(name: str) -> bool:
-    return (Path(name) / "scorer.safetensors").exists()
+@dataclasses.dataclass(frozen=True)
+class Scorer:
+    """Which scorer a recipe or command chooses, as it is handed to the processes that score.
+
+    Attributes:
+        kind: `linear` (`name` is the folder of a `LinearScorer`), `column`, or `model` (a transformers classifier).
+        name: folder, column or Hub id.
+        label: of a classifier, the name of the label whose probability is the score.
+        scale: lowest and highest score; None: 0 to 1.
+        revision: of a classifier on the Hub.
+    """
+
+    kind: str
+    name: str
+    label: str | None = None
+    scale: tuple[float, float] | None = None
+    revision: str | None = None
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """Lowest and highest score."""
+        return self.scale or (0.0, 1.0)
+
+    def score(self, texts: Sequence[bytes], values: Sequence[float] | None = None) -> np.ndarray:
+        """Scores of documents (UTF-8), float32 `[documents]`; `values` are those of a `column` scorer."""
+        if self.kind == "column":
+            assert values is not None
+            return np.array(values, np.float32)
+        if self.kind == "linear":
+            return linear(self.name).score(texts)
+        return classifier(self).score(texts)
+
+    def check(self, scores: np.ndarray, ids: Sequence[str]) -> None:
+        """Raise `UserError` naming the first document whose score is not a number within the scale."""
+        low, high = self.range
+        bad = np.flatnonzero(~((scores >= low) & (scores <= high)))
+        if len(bad):
+            hint = "" if self.scale else "; if they have another range, say it, for example quality.scale: [0, 5]"
+            raise UserError(
+                f"document {ids[bad[0]]} has quality score {scores[bad[0]]:g} ({len(bad)} such documents); "
+                f"scores must be numbers from {low:g} to {high:g}{hint}"
+            )
+
+
+def find_scorer(
+    name: str, label: str | None = None, scale: tuple[float, float] | None = None, revision: str | None = None
+) -> Scorer:
+    """The scorer that `column:NAME`, `model:FOLDER_OR_ID` or a bare folder or id stands for."""
+    kind, colon, rest = name.partition(":")
+    if colon and kind == "column" and rest:
+        return Scorer("column", rest, None, scale)
+    place = rest if colon and kind == "model" else name
+    if (local(place) / "scorer.safetensors").exists():
+        if label is not None or scale is not None:
+            raise UserError(f"{place} is a linear scorer, whose score is a probability; leave out label and scale")
+        return Scorer("linear", str(local(place)))
+    return Scorer("model", place, label, scale, revision)
 
 
 @functools.lru_cache(maxsize=1)
-def linear(folder: Path) -> LinearScorer:
-    return LinearScorer.load(folder)
+def linear(folder: str) -> LinearScorer:
+    """A saved linear scorer."""
+    return LinearScorer.load(Path(folder))
 
 
 @functools.lru_cache(maxsize=1)
-def _classifier(name: str) -> tuple[Any, Any, str]:
-    import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model = AutoModelForSequenceClassification.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # transformers raises anything from KeyError to huggingface_hub's errors here
-        message = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"quality.scorer: {name} cannot be loaded as a text classifier ({message})") from None
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.eval().to(device), tokenizer, device
+def classifier(scorer: Scorer) -> Classifier:
+    """A text classifier, loaded."""
+    return Classifier(scorer)
 
 
-def classify(name: str, texts: list[str]) -> np.ndarray:
-    """Probability of the last label (`LABEL_1` of two); of a model with one output, its sigmoid."""
-    import torch
+class Classifier:
+    """A transformers text classifier. What its outputs mean is said by its configuration and by the recipe.
 
-    model, tokenizer, device = _classifier(name)
-    limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512), 512)
-    scores = np.empty(len(texts), np.float32)
-    # By length, so that a batch is not padded to one long document.
-    order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
-    for start in range(0, len(order), 32):
-        rows = order[start : start + 32]
-        batch = [texts[row][: 20 * limit] for row in rows]
-        inputs = tokenizer(batch, truncation=True, max_length=limit, padding=True, return_tensors="pt").to(device)
-        with torch.inference_mode():
-            logits = model(**inputs).logits.float()
-        values = logits.sigmoid()[:, 0] if logits.shape[1] == 1 else logits.softmax(-1)[:, -1]
-        scores[rows] = values.cpu().numpy()
-    return scores
+    One output without a `problem_type`, or with `regression`, is a number on `scale`; another single output is a
+    logit. Of several labels the score is the probability of `label` or, with `scale`, the expected value of the
+    numbers that the labels' names end in (`0` to `5`, `LABEL_0` to `LABEL_5`).
+
+    Raises:
+        UserError: if it cannot be loaded, or if that leaves open what a good score is.
+    """
+
+    def __init__(self, scorer: Scorer) -> None:
+        import torch
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        values = label_values(scorer)
+        name = local(scorer.name) if local(scorer.name).exists() else scorer.name
+        with user_errors(f"quality.scorer: {scorer.name} cannot be loaded as a text classifier"):
+            arguments: dict[str, Any] = {"trust_remote_code": False, "revision": scorer.revision}
+            tokenizer = AutoTokenizer.from_pretrained(name, **arguments)
+            model = AutoModelForSequenceClassification.from_pretrained(name, **arguments)
+        self.range = scorer.range
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model, self.tokenizer = model.eval().to(self.device), tokenizer
+        self.values = None if values is None else torch.tensor(values, device=self.device)
+        self.limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512), 512)
+        tokenizer.padding_side = "right"
+        self.batch_size = 32
+        if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+            tokenizer.pad_token = tokenizer.eos_token
+        if tokenizer.pad_token is None:
+            self.batch_size = 1
+        elif model.config.pad_token_id is None:
+            # Decoders find a text's last token by it.
+            model.config.pad_token_id = tokenizer.pad_token_id
+
+    def score(self, texts: Sequence[bytes]) -> np.ndarray:
+        """Scores of documents (UTF-8), of which it reads the first 512 tokens; float32 `[documents]`."""
+        import torch
+
+        scores = np.empty(len(texts), np.float32)
+        # By length, so that a batch is not padded to one long document.
+        order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            batch = [texts[row].decode()[: 20 * self.limit] for row in rows]
+            padding = self.batch_size > 1
+            inputs = self.tokenizer(
+                batch, truncation=True, max_length=self.limit, padding=padding, return_tensors="pt"
+            ).to(self.device)
+            with torch.inference_mode():
+                logits = self.model(**inputs).logits.float()
+            scores[rows] = self._scores(logits).cpu().numpy()
+        return scores
+
+    def _scores(self, logits: Any) -> Any:
+        several = self.model.config.problem_type == "multi_label_classification" or logits.shape[1] == 1
+        if self.values is None:
+            return logits[:, 0].clamp(*self.range)
+        return ((logits.sigmoid() if several else logits.softmax(-1)) * self.values).sum(-1)
+
+
+def label_values(scorer: Scorer) -> list[float] | None:
+    """What each output of a classifier counts for, by its configuration alone; None: the one output is the score.
+
+    Raises:
+        UserError: if that is not said by the recipe, or not possible.
+    """
+    from transformers import AutoConfig
+
+    what = f"quality.scorer: {scorer.name}"
+    name = local(scorer.name) if local(scorer.name).exists() else scorer.name
+    if name == scorer.name and not is_hub_id(scorer.name):
+        raise UserError(f"{what} cannot be loaded as a text classifier (no such folder, and not a Hub id)")
+    with user_errors(f"{what} cannot be loaded as a text classifier"):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, revision=scorer.revision)
+    names = [str(config.id2label[index]) for index in sorted(config.id2label)]
+    listed = ", ".join(names)
+    problem = getattr(config, "problem_type", None)
+    if len(names) == 1:
+        if scorer.label not in (None, names[0]):
+            raise UserError(f"{what} has no label '{scorer.label}'; it has one output, {listed}")
+        if problem not in (None, "regression"):
+            return [1.0]
+        if scorer.scale is None:
+            raise UserError(
+                f"{what} has one output (regression); say from which number to which it goes, for example "
+                "quality.scale: [0, 5]"
+            )
+        return None
+    if problem == "regression":
+        raise UserError(f"{what} has {len(names)} outputs of a regression, of which none is a quality score")
+    if scorer.label is not None:
+        if scorer.label not in names:
+            raise UserError(f"{what} has no label '{scorer.label}'; it has {listed}")
+        if scorer.range != (0.0, 1.0):
+            raise UserError(f"{what}: the score of a label is a probability; leave out quality.scale or quality.label")
+        return [float(entry == scorer.label) for entry in names]
+    numbers = [re.search(r"\d+(\.\d+)?$", entry) for entry in names]
+    ordered = all(numbers) and problem != "multi_label_classification"
+    values = [float(found.group()) for found in numbers if found]
+    if scorer.scale is None or not ordered:
+        hint = f", or quality.scale: [{min(values):g}, {max(values):g}] for their expected value" if ordered else ""
+        raise UserError(f"{what} has the labels {listed}; set quality.label to the one that means good text{hint}")
+    low, high = scorer.scale
+    if min(values) < low or max(values) > high:
+        raise UserError(f"{what}: its labels go from {min(values):g} to {max(values):g}, outside quality.scale")
+    return values

@@ -92,4 +92,7 @@ def describe_rule(quality: Quality) -> str:
     if quality.share is not None:
         article = "a random" if quality.select == "random" else f"the {quality.select}"
         return f"{article} {percent(quality.share)} of the bytes"
-    return "all" if quality.threshold is None else f"score > {quality.threshold:g}"
+    if quality.threshold is None:
+        return "all"
+    scale = "" if quality.scale is None else f" on a scale from {quality.scale[0]:g} to {quality.scale[1]:g}"
+    return f"score > {quality.threshold:g}{scale}"

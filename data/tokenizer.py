@@ -7,9 +7,8 @@ transformers 4.37.2 and later.
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +18,35 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors,
 from tokenizers import Tokenizer as BackendTokenizer
 
 from nanophi.data.documents import batches, draw, shards, text_bytes
-from nanophi.files import UserError, read_json, write_json
+from nanophi.files import UserError, read_json, user_errors, write_json, write_text
+from nanophi.inputs import local
 from nanophi.recipe import Tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 # BPE merges hardly change beyond this, and the trainer holds every distinct word in memory.
 TRAINING_BYTES = 100_000_000
+# Encoded data in one line is no word to learn from, and the trainer's time grows with a word's length times the merges.
+LONGEST_WORD = 1000
 
 
-def build(documents: Path, tokenizer: Tokenizer, seed: int, output: Path) -> dict[str, Any]:
+def build(
+    documents: Path,
+    tokenizer: Tokenizer,
+    seed: int,
+    output: Path,
+    revision: str | None = None,
+    report: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
     """Write a tokenizer to `output`.
 
     Args:
-        documents: folder of `corpus.gather`. The training documents before the quality filter are used, so that a
+        documents: folder of `gather.gather`. The training documents before the quality filter are used, so that a
             filtered run and its control share the tokenizer.
         tokenizer: the recipe's section.
         seed: chooses the sample of documents if they exceed `TRAINING_BYTES`.
         output: folder to create.
+        revision: of a tokenizer on the Hub.
+        report: called with one line if the tokenizer had to be changed.
 
     Returns:
         `{origin, vocab_size, eos_token, eos_token_id, heldout_bytes, heldout_tokens, bytes_per_token}`; bytes per
@@ -48,7 +59,13 @@ def build(documents: Path, tokenizer: Tokenizer, seed: int, output: Path) -> dic
     if tokenizer.path is None:
         _train(documents, tokenizer.vocab_size, seed, output)
     else:
-        _copy(tokenizer.path, output)
+        _copy(tokenizer.path, revision, output)
+        added = _without_begin_and_end(output)
+        if added:
+            report(
+                f"{tokenizer.path} adds {' and '.join(added)} to a prompt; documents are trained on without, so the "
+                "run's copy no longer adds anything"
+            )
     encoder = Encoder(output)
     size = tokens = 0
     for batch in batches(shards(documents, "heldout"), ["text"]):
@@ -58,7 +75,7 @@ def build(documents: Path, tokenizer: Tokenizer, seed: int, output: Path) -> dic
     return {
         "origin": tokenizer.path or "trained on the run's documents",
         "vocab_size": encoder.vocab_size,
-        "eos_token": encoder.backend.id_to_token(encoder.eos_token_id),
+        "eos_token": encoder.eos_token,
         "eos_token_id": encoder.eos_token_id,
         "heldout_bytes": size,
         "heldout_tokens": tokens,
@@ -69,26 +86,32 @@ def build(documents: Path, tokenizer: Tokenizer, seed: int, output: Path) -> dic
 class Encoder:
     """Text to token ids, for many documents, without special tokens.
 
-    The ids are those of the saved tokenizer, but that no text ever becomes a special token. BPE works within the words
-    that the pre-tokenizer cuts, and most words of a corpus are repetitions: for a tokenizer with GPT-2's pre-tokenizer
-    the words are cut here and each distinct one is encoded once, which is two to three times as fast.
+    The ids are those of the saved tokenizer, except that no text ever becomes a special token. BPE works within the
+    words that the pre-tokenizer cuts, and most words of a corpus are repetitions: for a tokenizer with GPT-2's
+    pre-tokenizer the words are cut here and each distinct one is encoded once, which is two to three times as fast.
 
     Args:
         folder: a saved tokenizer.
+
+    Attributes:
+        vocab_size: number of tokens.
+        eos_token, eos_token_id: the end-of-text token.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.backend = BackendTokenizer.from_file(str(folder / "tokenizer.json"))
+        content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        names = _special_tokens(content, read_json(folder / "tokenizer_config.json"))
+        _make_unreachable(content, names)
+        self.backend = BackendTokenizer.from_str(json.dumps(content))
         self.backend.encode_special_tokens = True
         self.backend.no_truncation()
         self.backend.no_padding()
         self.vocab_size = self.backend.get_vocab_size()
-        eos = read_json(folder / "tokenizer_config.json")["eos_token"]
-        eos_token_id = self.backend.token_to_id(eos["content"] if isinstance(eos, dict) else eos)
+        self.eos_token = _content(read_json(folder / "tokenizer_config.json")["eos_token"])
+        eos_token_id = self.backend.token_to_id(_UNREACHABLE + self.eos_token)
         if eos_token_id is None:
             raise UserError(f"{folder}: the end-of-text token is not in the vocabulary")
         self.eos_token_id: int = eos_token_id
-        content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
         added = [token for token in content["added_tokens"] if not token["special"]]
         self._by_words = (
             content["model"]["type"] == "BPE"
@@ -127,6 +150,51 @@ class Encoder:
                     cut = list(line) if place % 2 else (_ASCII_WORD if line.isascii() else _WORD).findall(line)
                     result.extend(map(ids, cut))
         return b"".join(result)
+
+
+# No text holds these two code points, which stand for no character.
+_UNREACHABLE = "\U0010fffe\U0010ffff"
+
+
+def _content(token: Any) -> str:
+    """A token's text, as a configuration spells it."""
+    return str(token["content"] if isinstance(token, dict) else token)
+
+
+def _special_tokens(content: dict[str, Any], config: dict[str, Any]) -> set[str]:
+    """Texts of a tokenizer's special tokens: those marked so, and those that its configuration gives a role."""
+    roles = [
+        value for key, value in config.items() if key.endswith("_token") and isinstance(value, str | dict) and value
+    ]
+    marked = [token["content"] for token in content["added_tokens"] if token["special"]]
+    return {*map(_content, roles), *marked}
+
+
+def _make_unreachable(content: dict[str, Any], names: set[str]) -> None:
+    """Rename special tokens in a tokenizer.json, so that no text is ever cut into one, whatever the model's kind.
+
+    That they are marked as special is not enough: the models that look up whole pieces (Unigram, WordLevel,
+    WordPiece, BPE with `ignore_merges`) find them in the vocabulary like any other piece.
+    """
+
+    def renamed(name: str) -> str:
+        return _UNREACHABLE + name if name in names else name
+
+    for token in content["added_tokens"]:
+        if token["content"] in names:
+            token.update(content=renamed(token["content"]), special=True)
+    model = content["model"]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {renamed(name): index for name, index in model["vocab"].items()}
+    else:
+        model["vocab"] = [[renamed(piece), score] for piece, score in model["vocab"]]
+    if model.get("unk_token") is not None:
+        model["unk_token"] = renamed(model["unk_token"])
+    if model.get("merges"):
+        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+        if any("".join(pair) in names for pair in pairs):
+            model["merges"] = [pair for pair in pairs if "".join(pair) not in names]
+    content["post_processor"] = None  # which names tokens too; nothing is added here
 
 
 class _Words(dict[str, bytes]):
@@ -192,17 +260,23 @@ def _sample(documents: Path, seed: int) -> Iterator[list[str]]:
     share = min(1.0, TRAINING_BYTES / max(1, text_bytes(paths)))
     for batch in batches(paths, ["id", "text"]):
         chosen = draw(batch.column("id"), seed) < share
-        yield [text for text, keep in zip(batch.column("text").to_pylist(), chosen, strict=True) if keep]
+        texts = batch.column("text").to_pylist()
+        yield [_LONG_WORD.sub(_cut, text) for text, keep in zip(texts, chosen, strict=True) if keep]
 
 
-def _copy(path: str, output: Path) -> None:
+_LONG_WORD = re.compile(rf"\S{{{LONGEST_WORD},}}|\s{{{LONGEST_WORD},}}")
+
+
+def _cut(word: re.Match[str]) -> str:
+    return word.group()[:LONGEST_WORD]
+
+
+def _copy(path: str, revision: str | None, output: Path) -> None:
     from transformers import AutoTokenizer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # transformers raises anything from KeyError to huggingface_hub's errors here
-        message = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"tokenizer.path: {path} cannot be loaded as a tokenizer ({message})") from None
+    name = local(path) if local(path).exists() else path
+    with user_errors(f"tokenizer.path: {path} cannot be loaded as a tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, revision=revision)
     if not tokenizer.is_fast:
         raise UserError(f"tokenizer.path: {path} has no fast (Rust) version; use one with a tokenizer.json")
     if tokenizer.eos_token is None:
@@ -217,12 +291,46 @@ def _copy(path: str, output: Path) -> None:
     _spell_merges_as_strings(output / "tokenizer.json")
 
 
+def _without_begin_and_end(folder: Path) -> list[str]:
+    """Make a saved tokenizer add nothing to a prompt, as documents are trained on.
+
+    Returns:
+        the tokens that it added before.
+
+    Raises:
+        UserError: if it keeps adding them.
+    """
+    before = _added_to_a_prompt(folder)
+    if not before:
+        return []
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    processor = content["post_processor"] or {}
+    steps = [step for step in processor.get("processors", [processor]) if step.get("type") == "ByteLevel"]
+    content["post_processor"] = steps[0] if steps else None
+    write_text(folder / "tokenizer.json", json.dumps(content, ensure_ascii=False))
+    config = {**read_json(folder / "tokenizer_config.json"), "add_bos_token": False, "add_eos_token": False}
+    # Classes of one model's tokenizer may add tokens by themselves.
+    for kind in (config.get("tokenizer_class"), "PreTrainedTokenizerFast"):
+        write_json(folder / "tokenizer_config.json", {**config, "tokenizer_class": kind})
+        if not _added_to_a_prompt(folder):
+            return before
+    raise UserError(f"tokenizer.path: it adds {' and '.join(before)} to every prompt, and cannot be made to stop")
+
+
+def _added_to_a_prompt(folder: Path) -> list[str]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    prompt = "The end"
+    plain, whole = (tokenizer(prompt, add_special_tokens=special)["input_ids"] for special in (False, True))
+    added = [token for token in whole if token not in plain] or whole[len(plain) :]
+    return [str(tokenizer.convert_ids_to_tokens(token)) for token in added]
+
+
 def _spell_merges_as_strings(path: Path) -> None:
     """tokenizers 0.23 writes merges as pairs; tokenizers 0.15 (transformers 4.37) reads only `"a b"`."""
     content = json.loads(path.read_text(encoding="utf-8"))
     merges = content["model"].get("merges")
     if merges and not isinstance(merges[0], str):
         content["model"]["merges"] = [" ".join(pair) for pair in merges]
-    partial = path.with_suffix(f".{os.getpid()}.part")
-    partial.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-    partial.replace(path)
+    write_text(path, json.dumps(content, ensure_ascii=False))

@@ -192,7 +192,7 @@ def test_a_stage_alone_wants_those_before_it(recipe, tmp_path):
 
 
 def test_a_threshold_that_keeps_nothing(recipe, tmp_path):
-    pipe = pipeline.Pipeline(load_recipe(recipe, ["quality.threshold=2.0"]), tmp_path, report=lambda line: None)
+    pipe = pipeline.Pipeline(load_recipe(recipe, ["quality.threshold=1.0"]), tmp_path, report=lambda line: None)
     with pytest.raises(UserError, match="threshold"):
         pipe.tokens()
     assert not (tmp_path / "small/data/quality").exists()

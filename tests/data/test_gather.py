@@ -16,9 +16,10 @@ import pytest
 from hub_server import HubServer  # type: ignore[import-not-found]
 from killed import run_killed
 
-from nanophi.data import gather, installed_docs
+from nanophi.data import gather, installed_docs, sources
 from nanophi.data.documents import shards
 from nanophi.files import UserError
+from nanophi.inputs import Contents
 from nanophi.recipe import Data
 
 
@@ -93,12 +94,19 @@ def test_unusable_documents_are_counted_and_named(tmp_path: Path) -> None:
     ]
     (tmp_path / "b.jsonl").write_bytes(b"\n".join(lines) + b"\n\n")
     (tmp_path / "c.txt").write_bytes(b"y" * 50_000_000)
-    sources = [{"files": str(tmp_path / name), "name": name} for name in ("a.parquet", "b.jsonl", "c.txt")]
-    summary = gather.gather(data(*sources), tmp_path / "out")
+    (tmp_path / "d.txt").write_text(text(999))
+    sources = [{"files": str(tmp_path / name), "name": name} for name in ("a.parquet", "b.jsonl", "[cd].txt")]
+    lines: list[str] = []
+    summary = gather.gather(data(*sources, max_dropped=1), tmp_path / "out", report=lines.append)
     assert summary["sources"]["a.parquet"]["dropped"] == {"empty": 2, "invalid_utf8": 1, "oversize": 1}
-    assert summary["sources"]["b.jsonl"]["dropped"] == {"invalid_utf8": 2, "not_text": 4}
-    assert summary["sources"]["c.txt"]["dropped"] == {"oversize": 1}
-    assert summary["read"] == 24 + 11 + 1
+    assert summary["sources"]["b.jsonl"]["dropped"] == {"invalid_utf8": 2, "no_text": 2, "not_json": 1, "not_text": 1}
+    assert summary["sources"]["[cd].txt"]["dropped"] == {"oversize": 1}
+    assert summary["read"] == 24 + 11 + 2
+    assert lines[1] == (
+        "b.jsonl: 11 documents read, 5 kept, 6 dropped (no_text 2, invalid_utf8 2, not_text 1, not_json 1)"
+    )
+    with pytest.raises(UserError, match=r"b\.jsonl: only 45\.5 % of 11 documents can be used .*; the first is .*:6: "):
+        gather.gather(data(*sources), tmp_path / "again")
     assert summary["read"] == summary["train"] + summary["heldout"] + sum(summary["dropped"].values())
     named = {(Path(entry["document"].split(":")[0]).name, entry["reason"]) for entry in summary["refused"]}
     assert ("c.txt", "oversize") in named and ("b.jsonl", "not_text") in named
@@ -109,13 +117,13 @@ def test_unusable_documents_are_counted_and_named(tmp_path: Path) -> None:
     ("make", "message"),
     [
         (lambda folder: {"files": str(folder / "none*.parquet")}, "no such file"),
-        (lambda folder: {"files": str(folder / "notes.md")}, "not a .parquet"),
+        (lambda folder: {"files": str(folder / "notes.pdf")}, "notes.pdf: not a .parquet"),
         (lambda folder: {"files": str(folder / "cut.parquet")}, "cut.parquet is not a whole parquet file"),
-        (lambda folder: {"files": str(folder / "cut.jsonl.gz")}, "cut.jsonl.gz ends early"),
-        (lambda folder: {"files": str(folder / "cut.jsonl.zst")}, "cut.jsonl.zst ends early"),
+        (lambda folder: {"files": str(folder / "cut.jsonl.gz")}, "cut.jsonl.gz cannot be read after"),
+        (lambda folder: {"files": str(folder / "cut.jsonl.zst")}, "cut.jsonl.zst cannot be read after"),
         (lambda folder: {"files": str(folder / "a.parquet"), "text_column": "body"}, "no column 'body'; it has text"),
-        (lambda folder: {"files": str(folder / "a.jsonl"), "text_column": "body"}, "no line with a column 'body'"),
-        (lambda folder: {"files": str(folder / "empty.parquet")}, "no usable document"),
+        (lambda folder: {"files": str(folder / "a.jsonl"), "text_column": "body"}, "no row with a column 'body'"),
+        (lambda folder: {"files": str(folder / "empty.parquet")}, "none of 2 documents can be used: empty 2"),
         (lambda folder: {"hub": str(folder / "nodata")}, "cannot be loaded"),
     ],
 )
@@ -128,7 +136,7 @@ def test_a_source_that_cannot_be_read_is_refused_in_one_line(tmp_path: Path, mak
     write_zst(tmp_path / "whole.zst", lines)
     (tmp_path / "cut.jsonl.zst").write_bytes((tmp_path / "whole.zst").read_bytes()[:-2000])
     write_parquet(tmp_path / "empty.parquet", ["", "  "])
-    (tmp_path / "notes.md").write_text("x")
+    (tmp_path / "notes.pdf").write_text("x")
     (tmp_path / "nodata").mkdir()
     with pytest.raises(UserError) as caught:
         gather.gather(data(make(tmp_path)), tmp_path / "out")
@@ -213,13 +221,13 @@ def test_columns_caps_and_source_columns(tmp_path: Path) -> None:
     scores = [number / 100 for number in range(100)]
     write_parquet(tmp_path / "a.parquet", texts, score=scores, origin=["x", "y"] * 50)
     source = {"files": str(tmp_path / "a.parquet"), "source_column": "origin", "max_documents": 60}
-    summary = gather.gather(data(source), tmp_path / "out", ["score"])
+    summary = gather.gather(data(source), tmp_path / "out", "score")
     assert summary["read"] == 60
     assert {name: entry["read"] for name, entry in summary["sources"].items()} == {"x": 30, "y": 30}
     rows = documents(tmp_path / "out").to_pylist()
     assert all(row["score"] == scores[texts.index(row["text"])] for row in rows)
     with pytest.raises(UserError, match="has no column 'quality'"):
-        gather.gather(data(source), tmp_path / "other", ["quality"])
+        gather.gather(data(source), tmp_path / "other", "quality")
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -272,7 +280,7 @@ def test_a_dataset_on_the_hub(tmp_path: Path, streaming: bool) -> None:
         assert summary["read"] == 50
         assert summary["train"] + summary["heldout"] == 50
         missing = gather("none", hub="someone/nothing")
-        assert "UserError: dataset someone/nothing cannot be loaded" in missing.stderr.splitlines()[-1]
+        assert "UserError: dataset someone/nothing does not exist on the Hub" in missing.stderr.splitlines()[-1]
 
 
 def many_files(folder: Path) -> dict[str, Any]:
@@ -330,11 +338,13 @@ def test_a_finished_folder_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_fingerprint_follows_the_files(tmp_path: Path) -> None:
-    source = many_files(tmp_path / "in")
-    before = gather.fingerprint(data(source))
-    assert gather.fingerprint(data(source)) == before
+    (source,) = data(many_files(tmp_path / "in")).sources
+    before = sources.fingerprint(source, Contents())
+    for path in (tmp_path / "in").iterdir():
+        path.touch()
+    assert sources.fingerprint(source, Contents()) == before, "contents count, not times"
     write_parquet(tmp_path / "in" / "5.parquet", [text(1)])
-    assert gather.fingerprint(data(source)) != before
+    assert sources.fingerprint(source, Contents()) != before
 
 
 def test_sources_of_different_weight_need_different_names(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         scores = generator.random(40)
         pq.write_table(pa.table({"text": texts, "score": scores}), folder / f"{name}.parquet")
     data = settings(folder)
-    gather.gather(data, folder / "documents", ["score"])
+    gather.gather(data, folder / "documents", "score")
     scorer = Quality(scorer="column:score", threshold=0.3)
     quality.score(folder / "documents", scorer, data, 0, folder / "scores")
     quality.select(folder / "documents", folder / "scores", scorer, folder / "quality")

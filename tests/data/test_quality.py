@@ -58,7 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 )
     (folder / "in").mkdir()
     pq.write_table(pa.Table.from_pylist(rows), folder / "in" / "a.parquet", row_group_size=100)
-    gather.gather(settings(folder), folder / "documents", ["score"])
+    gather.gather(settings(folder), folder / "documents", "score")
     return folder
 
 
@@ -205,7 +205,11 @@ def test_scores_that_are_no_scores_are_refused(tmp_path: Path, bad: float | None
     data = Data.model_validate(
         {"sources": [{"files": str(tmp_path / "in" / "*.parquet")}], "deduplication": {"near": False}, "workers": 1}
     )
-    gather.gather(data, tmp_path / "documents", ["score"])
+    if bad is None or bad != bad:
+        with pytest.raises(UserError, match=r"a\.parquet:0:19 has no quality score: column 'score' is (nan|null)"):
+            gather.gather(data, tmp_path / "documents", "score")
+        return
+    gather.gather(data, tmp_path / "documents", "score")
     with pytest.raises(UserError, match=r"document [0-9a-f]{16} has quality score .* numbers from 0 to 1"):
         quality.score(tmp_path / "documents", Quality(scorer="column:score"), data, 0, tmp_path / "scores")
     assert not (tmp_path / "scores" / "scores.parquet").exists()
@@ -283,7 +287,7 @@ def test_a_transformers_classifier(folder: Path, tmp_path: Path) -> None:
         )
     )
     model.save_pretrained(tmp_path / "model")
-    scorer = Quality(scorer=f"model:{tmp_path / 'model'}")
+    scorer = Quality(scorer=f"model:{tmp_path / 'model'}", label="LABEL_1")
     quality.score(folder / "documents", scorer, settings(folder), 0, tmp_path / "scores")
     table = read_scores(tmp_path / "scores").slice(0, 20).to_pylist()
     texts = {
@@ -310,7 +314,8 @@ def test_fit_score_and_report_on_files(tmp_path: Path) -> None:
     report = quality.fit_files([str(tmp_path / "good.jsonl")], [str(tmp_path / "poor.jsonl")], tmp_path / "scorer")
     assert report["roc_auc"] > 0.95
     quality.fit_files([str(tmp_path / "good.jsonl")], [str(tmp_path / "poor.jsonl")], tmp_path / "scorer")
-    summary = quality.score_files(str(tmp_path / "mine.jsonl"), str(tmp_path / "scorer"), tmp_path / "scores.parquet")
+    scorer = scorers.find_scorer(str(tmp_path / "scorer"))
+    summary = quality.score_files(str(tmp_path / "mine.jsonl"), scorer, tmp_path / "scores.parquet")
     assert summary["documents"] == 60 and summary["mean_score"] > 0.7
     described = quality_report.report_files(tmp_path / "scores.parquet", 0.5, tmp_path / "report")
     assert described["documents"] == 60 and described["kept_fraction"] > 0.9
@@ -324,7 +329,7 @@ def test_fit_score_and_report_on_files(tmp_path: Path) -> None:
     (tmp_path / "scorer" / "scorer.safetensors").write_bytes(b"nonsense")
     scorers.linear.cache_clear()
     with pytest.raises(UserError, match="is not a linear scorer"):
-        quality.score_files(str(tmp_path / "mine.jsonl"), str(tmp_path / "scorer"), tmp_path / "again.parquet")
+        quality.score_files(str(tmp_path / "mine.jsonl"), scorer, tmp_path / "again.parquet")
     assert not (tmp_path / "again.parquet").exists()
 
 
