@@ -99,7 +99,7 @@ def test_documents_and_tokens_are_the_same_on_a_cluster(tmp_path: Path, engine: 
         source = {"files": str(tmp_path / "*.jsonl")}
         data = Data.model_validate({"sources": [source], "engine": where, "workers": 2, "heldout_fraction": 0.2})
         work, scorer = tmp_path / where, Quality(scorer="column:score")
-        documents = gather.gather(data, work / "documents", ["score"])
+        documents = gather.gather(data, work / "documents", "score")
         quality.score(work / "documents", scorer, data, 0, work / "scores")
         quality.select(work / "documents", work / "scores", scorer, work / "quality")
         tokenizer.build(work / "documents", Tokenizer(vocab_size=300), 0, work / "tokenizer")
