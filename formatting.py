@@ -11,6 +11,22 @@ PERCENT_METRICS = frozenset(
 """lm-eval metrics that are shares of one and are shown in percent; every other metric is shown as it is."""
 
 
+METRIC_NAMES = {
+    "acc": "accuracy",
+    "acc_norm": "accuracy, length-normalised",
+    "acc_bytes": "accuracy, byte-normalised",
+    "exact_match": "exact match",
+    "bits_per_byte": "bits per byte",
+    "byte_perplexity": "byte perplexity",
+    "word_perplexity": "word perplexity",
+}
+
+
+def metric_name(name: str) -> str:
+    """A metric in words: `accuracy, length-normalised`; lm-eval's name where there are none."""
+    return METRIC_NAMES.get(name, name)
+
+
 def duration(seconds: float) -> str:
     """`41 s`, `4 min 10 s`, `3 h 05 min`, `2 d 4 h`: two units at most, the second rounded."""
     seconds = max(0, round(seconds))

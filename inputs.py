@@ -16,7 +16,8 @@ from typing import Any, Literal
 
 from nanophi.files import UserError, read_json, reason, sha256_of, sha256_of_file, write_json
 
-_HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+", re.ASCII)
+_HUB_NAME = r"\w(?:[\w.-]{0,94}\w)?"
+_HUB_ID = re.compile(f"{_HUB_NAME}/{_HUB_NAME}", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
 
@@ -24,8 +25,8 @@ Kind = Literal["model", "dataset"]
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name has the form `ORG/NAME` of a repository on the Hub."""
-    return _HUB_ID.fullmatch(name) is not None and ".." not in name and "--" not in name
+    """Whether a name has the form `ORG/NAME` of a repository on the Hub: each part at most 96 characters long."""
+    return _HUB_ID.fullmatch(name) is not None and not re.search(r"\.\.|--|\.git$", name)
 
 
 def model_folder(model: str | Path) -> Path | None:

@@ -366,7 +366,7 @@ class Pipeline:
 
     def _records(self) -> dict[str, Any]:
         """What the report and the card are made from, as a stage's inputs."""
-        from nanophi.model_card.card import LATER_STAGES
+        from nanophi.model_card.shipped import LATER_STAGES
 
         self.sample()
         self.evaluation()
@@ -409,7 +409,7 @@ class Pipeline:
         )
 
     def verification(self) -> dict[str, Any]:
-        """The release, loaded through both doors in fresh processes and checked against its manifest."""
+        """The release, loaded by both loaders in fresh processes and checked against its manifest."""
         from nanophi.model_card import verify
 
         self.release()

@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nanophi.formatting import percent
+from nanophi.model_card.shipped import ShippedRecords, leading_scores
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -30,12 +33,12 @@ STYLE: Any = {
 }
 
 
-def names(records: dict[str, Any]) -> list[str]:
+def names(records: ShippedRecords) -> list[str]:
     """File stems of the figures that these records allow, in the order of the card."""
     return ["loss", "quality", *(["evaluation"] if _bars(records) else [])]
 
 
-def build(records: dict[str, Any], output: Path) -> list[str]:
+def build(records: ShippedRecords, output: Path) -> list[str]:
     """Draw every figure as PNG (150 dots per inch, no date or version inside). Returns the file names."""
     import matplotlib
 
@@ -46,7 +49,7 @@ def build(records: dict[str, Any], output: Path) -> list[str]:
     output.mkdir(parents=True, exist_ok=True)
     written = []
     for name in names(records):
-        height = 4.0 if name != "evaluation" else 1.1 + 0.42 * len(_bars(records))
+        height = 4.0 if name != "evaluation" else 1.3 + 0.42 * len(_bars(records))
         with plt.rc_context({**plt.rcParamsDefault, **STYLE}):
             figure, axes = plt.subplots(figsize=(9.0, height))
             draw[name](records, axes)
@@ -56,7 +59,7 @@ def build(records: dict[str, Any], output: Path) -> list[str]:
     return written
 
 
-def _loss(records: dict[str, Any], axes: Axes) -> None:
+def _loss(records: ShippedRecords, axes: Axes) -> None:
     training = records["training.json"]
     log, evaluations = training["log"], training.get("evaluations", [])
     most = log[-1]["tokens_seen"]
@@ -67,7 +70,9 @@ def _loss(records: dict[str, Any], axes: Axes) -> None:
         seen = [e["tokens_seen"] / scale for e in evaluations]
         losses = [e["loss"] for e in evaluations]
         axes.plot(seen, losses, "o-", color=ORANGE, ms=4, lw=1.2, label="held-out documents")
-        axes.annotate(f"{losses[-1]:.3f}", (seen[-1], losses[-1]), (6, 0), textcoords="offset points", color=ORANGE)
+        # To the left of the last point, where the plot ends, and above the curve.
+        place = axes.annotate(f"{losses[-1]:.3f}", (seen[-1], losses[-1]), (0, 6), textcoords="offset points")
+        place.set(ha="right", va="bottom", color=ORANGE)
     axes.set_xlabel("tokens seen" + (f" ({unit})" if unit else ""))
     axes.set_ylabel("cross-entropy (nats per token)")
     axes.set_xlim(left=0)
@@ -78,7 +83,7 @@ def _loss(records: dict[str, Any], axes: Axes) -> None:
     axes.legend()
 
 
-def _quality(records: dict[str, Any], axes: Axes) -> None:
+def _quality(records: ShippedRecords, axes: Axes) -> None:
     import numpy as np
     from matplotlib.ticker import StrMethodFormatter
 
@@ -113,28 +118,30 @@ def _square_root_ticks(highest: int) -> list[int]:
     return ticks
 
 
-def _bars(records: dict[str, Any]) -> list[dict[str, Any]]:
-    from nanophi.model_card.card import headline
-
-    return [row for row in headline(records) if row["percent"]]
+def _bars(records: ShippedRecords) -> list[dict[str, Any]]:
+    return [row for row in leading_scores(records) if row["percent"]]
 
 
-def _evaluation(records: dict[str, Any], axes: Axes) -> None:
-    from nanophi.model_card.card import task_name
-
+def _evaluation(records: ShippedRecords, axes: Axes) -> None:
     rows = _bars(records)[::-1]
+    chance = False
     for position, row in enumerate(rows):
-        error = 1.96 * 100 * row["stderr"] if row["stderr"] else 0
-        axes.barh(position, 100 * row["value"], color=BLUE, height=0.55)
-        axes.errorbar(100 * row["value"], position, xerr=error, color=DARK, capsize=3, lw=1.2)
+        error = 1.96 * row["stderr"] if row["stderr"] else 0
+        axes.barh(position, row["value"], color=BLUE, height=0.55)
+        axes.errorbar(row["value"], position, xerr=error, color=DARK, capsize=3, lw=1.2)
+        ends = [row["value"] + error]
         if row["chance"] is not None:
-            label = "chance" if "chance" not in axes.get_legend_handles_labels()[1] else None
-            axes.plot([100 * row["chance"]] * 2, [position - 0.4, position + 0.4], color=ORANGE, lw=2, label=label)
-    labels = [task_name(row) for row in rows]
-    axes.set_yticks(range(len(rows)), labels)
-    axes.set_xlim(0, 100)
+            line = [row["chance"]] * 2, [position - 0.4, position + 0.4]
+            axes.plot(*line, color=ORANGE, lw=2, label=None if chance else "chance")
+            chance = True
+            ends.append(row["chance"])
+        axes.text(max(ends) + 0.015, position, percent(row["value"]), va="center")
+    axes.set_yticks(range(len(rows)), [row["title"] for row in rows])
+    axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}")
+    axes.set_xlim(0, 1)
     axes.set_ylim(-0.6, len(rows) - 0.4)
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel("percent (bars: 95 % interval)")
-    if any(row["chance"] is not None for row in rows):
-        axes.legend(loc="lower right")
+    axes.set_xlabel("percent, with 95 % confidence intervals")
+    if chance:
+        # Above the plot: inside it would hide a bar.
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)

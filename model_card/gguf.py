@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from nanophi.configuration_nanophi import NanoPhiConfig
 from nanophi.files import UserError, read_json, replace_tree, sha256_of_file, write_text
+from nanophi.inputs import is_hub_id
 from nanophi.model_card import release as releases
-from nanophi.model_card.card import is_hub_id
 from nanophi.version import __version__
 
 if TYPE_CHECKING:

@@ -7,9 +7,7 @@ can load it. A push that was cut off is finished by running it again.
 
 from __future__ import annotations
 
-import os
 import re
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from nanophi.files import UserError, read_json, sha256_of_file
 from nanophi.model_card import card as model_card
 from nanophi.model_card import release as releases
-from nanophi.model_card import signature, verify
+from nanophi.model_card import secrets, signature, verify
+from nanophi.model_card.shipped import read_records
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -26,17 +25,6 @@ if TYPE_CHECKING:
 TRAINING_STATE = re.compile(
     r"(^|/)(optimizer|scheduler|scaler|rng_state|trainer_state|training_args|training_state)[^/]*"
 )
-SECRETS = {
-    "a Hugging Face token": re.compile(rb"\bhf_[A-Za-z0-9]{30,}"),
-    "a GitHub token": re.compile(rb"\b(ghp|gho|ghs|ghu|github_pat)_[A-Za-z0-9_]{30,}"),
-    "an AWS key": re.compile(rb"\b(AKIA|ASIA)[0-9A-Z]{16}\b"),
-    "an OpenAI or Anthropic key": re.compile(rb"\bsk-[A-Za-z0-9_-]{24,}"),
-    "a Google key": re.compile(rb"\bAIza[0-9A-Za-z_-]{35}"),
-    "a Slack token": re.compile(rb"\bxox[abprs]-[0-9A-Za-z-]{20,}"),
-    "a Weights & Biases key": re.compile(rb"WANDB_API_KEY\W{1,3}[0-9a-f]{40}"),
-    "a private key": re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----"),
-}
-SECRET_VARIABLES = re.compile(r"(TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY)$")
 
 
 def push(
@@ -135,24 +123,19 @@ def problems(folder: Path, release: Path | None = None) -> list[str]:
     for name in releases.list_files(folder):
         if TRAINING_STATE.search(name):
             wrong.append(f"{name} is training state")
-    own = {value.encode() for key, value in os.environ.items() if SECRET_VARIABLES.search(key) and len(value) >= 12}
-    paths = _own_paths([folder, *([release] if release else [])])
-    for name in releases.list_files(folder):
-        content = _told(folder / name)
-        wrong += [f"{name} holds {kind}" for kind, pattern in SECRETS.items() if pattern.search(content)]
-        if any(value in content for value in own):
-            wrong.append(f"{name} holds a secret of this machine's environment")
-        found = paths.search(content)
-        if found:
-            wrong.append(f"{name} names a path of this machine ({found.group().decode(errors='replace')})")
-    if (folder / "README.md").is_file():
-        wrong += [
-            f"README.md: {line}" for line in model_card.problems((folder / "README.md").read_text(encoding="utf-8"))
-        ]
-    return wrong
+    private = [folder, *([release] if release else [])]
+    leaks = [
+        f"{name} {'names' if found.startswith('a path') else 'holds'} {found}"
+        for name in releases.list_files(folder)
+        for found in secrets.found_in(_readable(folder / name), private)
+    ]
+    # What is wrong with a card is said in its words, which must not be those of a secret.
+    if not leaks and (folder / "records").is_dir():
+        wrong += verify.card_problems(folder, read_records(folder / "records"))
+    return wrong + leaks
 
 
-def _told(path: Path) -> bytes:
+def _readable(path: Path) -> bytes:
     """What a reader could find in a file: everything, of weights the header."""
     with path.open("rb") as file:
         if path.suffix == ".safetensors":
@@ -160,19 +143,10 @@ def _told(path: Path) -> bytes:
         return file.read()
 
 
-def _own_paths(folders: list[Path]) -> re.Pattern[bytes]:
-    """Matches absolute paths that exist on this machine only by accident of who uses it."""
-    roots = {Path.home(), Path.cwd(), Path(sys.prefix), Path(releases.__file__).parent.parent}
-    roots |= {folder.resolve().parent for folder in folders}
-    # One part (`/root`, `/tmp`) is too common a word of documentation to be called a leak without what follows it.
-    told = sorted((str(root) + ("/[\\w.]" if len(root.parts) < 3 else "")) for root in roots if len(root.parts) > 1)
-    return re.compile("|".join(path if path.endswith("]") else re.escape(path) for path in told).encode())
-
-
 def _revisions(release: Path, repo_id: str, scratch: Path) -> dict[str, Path]:
     """Name of each revision -> folder as it will be on the Hub; `main` last."""
     run = release.resolve().parent
-    recipe = model_card.read_records(release / "records")["recipe.yaml"]
+    recipe = read_records(release / "records")["recipe.yaml"]
     described = read_json(release / "records" / "run.json")["revision"]
     folders = {}
     for entry in read_json(release / "revisions.json"):

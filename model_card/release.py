@@ -15,9 +15,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from nanophi.configuration_nanophi import AUTO_MAP
 from nanophi.files import UserError, link_or_copy, read_json, sha256_of_file, write_json
 from nanophi.model_card import card as model_card
+from nanophi.model_card.shipped import LATER_STAGES, read_records
 from nanophi.model_card.signature import SIGNATURE
+from nanophi.run import step_folders
 from nanophi.version import __version__
 
 CODE_FILES = ("configuration_nanophi.py", "modeling_nanophi.py")
@@ -30,11 +33,6 @@ TOKENIZER_FILES = (
     "tokenizer_config.json",
     "vocab.json",
 )
-AUTO_MAP = {
-    "AutoConfig": "configuration_nanophi.NanoPhiConfig",
-    "AutoModel": "modeling_nanophi.NanoPhiModel",
-    "AutoModelForCausalLM": "modeling_nanophi.NanoPhiForCausalLM",
-}
 MANIFEST = "MANIFEST.json"
 
 SAMPLE_SETTINGS = {"do_sample": False, "max_new_tokens": 50, "repetition_penalty": 10.0}
@@ -55,7 +53,7 @@ def build(run: Path, checkpoint: Path, card: Path, output: Path, dtype: str = "f
         `{"files": count, "bytes": total, "weights_sha256": hex}`.
 
     Raises:
-        UserError: if the checkpoint is incomplete or is not in the form that both doors load.
+        UserError: if the checkpoint is incomplete, or stock transformers could not load it.
     """
     output.mkdir(parents=True, exist_ok=True)
     for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", *CODE_FILES):
@@ -105,7 +103,7 @@ def list_files(folder: Path) -> list[str]:
 def retarget(release: Path, repo_id: str, output: Path) -> None:
     """Copy a release with its card naming `repo_id` in the snippets, as it will be on the Hub."""
     shutil.copytree(release, output, copy_function=link_or_copy)
-    records = model_card.read_records(output / "records")
+    records = read_records(output / "records")
     records["run.json"]["repo_id"] = repo_id
     for path in (output / "records" / "run.json", output / "README.md"):
         path.unlink()  # The copy holds links: never write through one.
@@ -139,11 +137,7 @@ def write_sample(checkpoint: Path, prompt: str, output: Path, dtype: str = "floa
     Returns:
         what was written: `{"prompt", "text", "settings", "checkpoints": {"step-000200": text, ...}}`.
     """
-    texts = {
-        folder.name: generate(folder, [prompt], dtype)[0]
-        for folder in sorted(checkpoint.parent.glob("step-*"))
-        if folder.name.removeprefix("step-").isdigit()
-    }
+    texts = {folder.name: generate(folder, [prompt], dtype)[0] for folder in step_folders(checkpoint.parent)}
     text = texts[checkpoint.name] if checkpoint.name in texts else generate(checkpoint, [prompt], dtype)[0]
     sample = {"prompt": prompt, "text": text, "settings": SAMPLE_SETTINGS, "checkpoints": texts}
     write_json(output, sample)
@@ -162,7 +156,7 @@ def _config(config: dict[str, Any], dtype: str, checkpoint: Path) -> dict[str, A
         **config,
         **legacy,
         "architectures": ["PhiForCausalLM"],
-        "auto_map": AUTO_MAP,
+        "auto_map": dict(AUTO_MAP),
         "dtype": dtype,
         "torch_dtype": dtype,
         "use_cache": True,
@@ -205,9 +199,7 @@ def _provenance(run: Path, output: Path) -> dict[str, Any]:
         "nanophi": __version__,
         "recipe_sha256": sha256_of_file(output / "records" / "recipe.yaml"),
         "environment": record["environment"],
-        "stages": {
-            name: stage["key"] for name, stage in record["stages"].items() if name not in model_card.LATER_STAGES
-        },
+        "stages": {name: stage["key"] for name, stage in record["stages"].items() if name not in LATER_STAGES},
         # Of the token streams in the order of training, not of files: other versions of a library pack files otherwise.
         "data_sha256": {split: tokens[split]["sha256"] for split in ("train", "heldout")},
     }

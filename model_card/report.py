@@ -1,16 +1,20 @@
-"""`report.html`: a run to look at. One page that needs no network: curves, filter explorer, evaluation, samples.
+"""`report.html`: a run to look at. One page that needs no network: curves, evaluation, samples, filter explorer.
 
-Unlike the card it is for who made the run: it shows documents, of every score, and is not part of the release.
+Unlike the card it is for the person who made the run: it shows documents, and is not part of the release.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+from nanophi import formatting
 from nanophi.files import UserError, read_json, write_text
-from nanophi.model_card import card
+from nanophi.model_card import shipped
+from nanophi.model_card.card import by_source, differences
+from nanophi.model_card.shipped import ShippedRecords
 
 TEMPLATE = Path(__file__).parent / "report.html"
 PLACE_OF_DATA = "/*DATA*/"
@@ -34,66 +38,92 @@ def build(run: Path, output: Path) -> dict[str, Any]:
     Raises:
         UserError: if a record is missing.
     """
-    checkpoint = card.last_checkpoint(run)
-    records = card.collect(run, checkpoint)
-    training = records["training.json"]
-    documents = _documents(run)
+    records = shipped.collect(run, shipped.final_checkpoint(run))
+    training, recipe = records["training.json"], records["recipe.yaml"]
+    documents, quality = _documents(run), read_json(run / "data" / "quality" / "quality.json")
     data = {
-        "run": records["recipe.yaml"]["name"],
-        "name": records["recipe.yaml"]["card"]["title"] or records["recipe.yaml"]["name"],
+        "run": recipe["name"],
+        "name": recipe["card"]["title"] or recipe["name"],
         "facts": _facts(records),
         "log": _thinned(training["log"]),
         "evaluations": training["evaluations"],
-        "quality": {
-            key: records["quality.json"][key]
-            for key in ("rule", "threshold", "documents", "bytes", "histogram", "sources")
-        },
-        "documents": documents,
-        "scores": [
-            {key: row[key] for key in ("task", "metric", "value", "stderr", "chance", "percent")}
-            | {"revision": name, "title": _title(row)}
-            for name in (entry["revision"] for entry in records["revisions.json"])
-            for row in card.headline(
-                {f"evals/{suite}.json": result for suite, result in card.evaluations(run, name).items()}
-            )
-        ],
-        "comparison": records.get("comparison.json"),
-        "titles": {
-            task: card.task_name({"task": task, "shots": row["num_fewshot"]})
-            for task, row in records.get("comparison.json", {"tasks": {}})["tasks"].items()
-        },
-        "by_source": card.by_source(records),
+        "scores": _scores(run, records),
+        "baseline": _baseline(records),
+        "differences": differences(records.get("comparison.json")),
+        "by_source": by_source(records),
         "written": training.get("samples", []),
         "samples": read_json(run / "sample.json") if (run / "sample.json").exists() else None,
+        # Not the shipped record: names of sources must be those of the documents.
+        "quality": {key: quality[key] for key in ("rule", "threshold", "documents", "bytes", "histogram", "sources")},
+        "documents": documents,
     }
-    text = TEMPLATE.read_text(encoding="utf-8")
-    # In a script element "</" would end it, whatever the documents say.
-    page = text.replace(PLACE_OF_DATA, json.dumps(data, ensure_ascii=False, allow_nan=False).replace("</", "<\\/"))
+    page = TEMPLATE.read_text(encoding="utf-8").replace(PLACE_OF_DATA, _script_safe(data))
     write_text(output, page)
     return {"bytes": len(page.encode()), "documents": len(documents)}
 
 
-def _title(row: dict[str, Any]) -> str:
-    """A task with its metric, which some tasks are called after."""
-    metric = card.METRIC_NAMES.get(row["metric"], row["metric"])
-    name = card.task_name(row)
-    return (name if metric in name else f"{name}, {metric}") + (" (%)" if row["percent"] else "")
+def _script_safe(value: Any) -> str:
+    """JSON that may stand in a script element, whatever its strings hold.
+
+    No `<` is left that could end the element or begin a comment in it, and lone surrogates, which UTF-8 has no form
+    for, are escaped.
+    """
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return re.sub("[<>&\ud800-\udfff\u2028\u2029]", lambda match: f"\\u{ord(match.group()):04x}", text)
 
 
-def _facts(records: card.Records) -> list[list[str]]:
+def _scores(run: Path, records: ShippedRecords) -> list[dict[str, Any]]:
+    """The leading scores of every checkpoint."""
+    rows = []
+    for revision in (entry["revision"] for entry in records["revisions.json"]):
+        found = {f"evals/{suite}.json": result for suite, result in shipped.evaluations(run, revision).items()}
+        for row in shipped.leading_scores(found):
+            keys = ("task", "metric", "value", "stderr", "chance")
+            rows.append({key: row[key] for key in keys} | {"revision": revision} | _unit(row))
+    return rows
+
+
+def _unit(row: dict[str, Any]) -> dict[str, Any]:
+    """How a score is shown: its title, the factor of its axis, and the score in words."""
+    name, metric = row["title"], formatting.metric_name(row["metric"])
+    # Some tasks are called after their metric.
+    name = name if metric in name else f"{name}, {metric}"
+    factor = formatting.scale(row["metric"])[0]
+    return {
+        "title": name + (" (%)" if row["percent"] else ""),
+        "factor": factor,
+        "shown": formatting.score(row, row["metric"]),
+    }
+
+
+def _baseline(records: ShippedRecords) -> dict[str, Any] | None:
+    """The scores of the run's baseline, if it was compared with another run."""
+    comparison = records.get("comparison.json")
+    if comparison is None or comparison["baseline"] == records["recipe.yaml"]["name"]:
+        return None
+    label, scores = comparison["baseline"], {}
+    for task, row in comparison["tasks"].items():
+        if label in row["scores"]:
+            entry = row["scores"][label]
+            shown = formatting.score(entry, row["metric"])
+            scores[task] = {"value": entry["value"], "stderr": entry["stderr"], "shown": shown}
+    return {"label": label, "scores": scores}
+
+
+def _facts(records: ShippedRecords) -> list[list[str]]:
     summary, recipe = records["training.json"]["summary"], records["recipe.yaml"]
     metered = {"energy": ("energy_kwh", "kWh"), "CO2e": ("co2_grams", "g"), "cost": ("cost_usd", "US dollars")}
     return [
-        ["parameters", f"{records['model.json']['parameters']:,}"],
-        ["steps", f"{recipe['training']['steps']:,}"],
-        ["tokens seen", f"{summary['tokens_seen']:,}"],
-        ["epochs", f"{summary['epochs']:.2f}"],
-        ["training time", f"{summary['seconds']:,.0f} s"],
-        ["speed", f"{summary['tokens_per_second']:,.0f} tokens/s"],
-        ["hardware", card.hardware(records)],
+        ["parameters", formatting.integer(records["model.json"]["parameters"])],
+        ["steps", formatting.integer(recipe["training"]["steps"])],
+        ["tokens seen", formatting.integer(summary["tokens_seen"])],
+        ["epochs", formatting.decimal(summary["epochs"], 2)],
+        ["training time", formatting.duration(summary["seconds"])],
+        ["speed", f"{formatting.integer(summary['tokens_per_second'])} tokens/s"],
+        ["hardware", shipped.hardware(records)],
         ["seed", str(recipe["seed"])],
         *(
-            [name, f"{card.figure(summary[key])} {unit}"]
+            [name, f"{formatting.figure(summary[key])} {unit}"]
             for name, (key, unit) in metered.items()
             if summary.get(key) is not None
         ),

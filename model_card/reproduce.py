@@ -19,7 +19,8 @@ from typing import Any
 import yaml
 
 from nanophi.files import UserError, read_json, write_text
-from nanophi.model_card import card, release, verify
+from nanophi.inputs import is_hub_id
+from nanophi.model_card import release, shipped, verify
 from nanophi.version import __version__
 
 Row = dict[str, Any]
@@ -46,7 +47,7 @@ def prepare(published: str, output: Path, revision: str | None = None, report: C
     wrong = [line for line in verify.file_problems(folder, partial=True) if any(name in line for name in told)]
     if wrong:
         raise UserError(f"{published}: the records are not those of the manifest: {'; '.join(wrong)}")
-    records = card.read_records(folder / "records")
+    records = shipped.read_records(folder / "records")
     recipe = records["recipe.yaml"]
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", str(recipe.get("name"))):
         raise UserError(f"{published}: its recipe has the name {recipe.get('name')!r}, which no run can have")
@@ -95,8 +96,8 @@ def compare(published: Path, run: Path, report: Callable[[str], None] = print) -
         rows for the data, the weights, the losses and every leading score. Scores agree if they lie within two
         standard errors of each other; hashes if they are equal.
     """
-    theirs = card.read_records(published / "records")
-    ours = card.collect(run, card.last_checkpoint(run))
+    theirs = shipped.read_records(published / "records")
+    ours = shipped.collect(run, shipped.final_checkpoint(run))
     manifest = read_json(published / release.MANIFEST)
     tokens = read_json(run / "data" / "tokens" / "tokens.json")
     rows = [
@@ -111,8 +112,8 @@ def compare(published: Path, run: Path, report: Callable[[str], None] = print) -
     for key in ("final_loss", "final_bits_per_byte", "seconds"):
         equal = there[key] == here[key]
         rows.append(_row(key.replace("_", " "), there[key], here[key], True if equal else None))
-    found = {(row["suite"], row["task"], row["metric"]): row for row in card.headline(ours)}
-    for row in card.headline(theirs):
+    found = {(row["suite"], row["task"], row["metric"]): row for row in shipped.leading_scores(ours)}
+    for row in shipped.leading_scores(theirs):
         again = found.get((row["suite"], row["task"], row["metric"]))
         name = f"{row['task']}, {row['metric']}"
         if again is None:
@@ -138,4 +139,4 @@ def _shown(value: Any) -> str:
 
 
 def _is_public(source: dict[str, Any]) -> bool:
-    return bool(source["embedded"]) or card.is_hub_id(source["hub"] or "")
+    return bool(source["embedded"]) or is_hub_id(source["hub"] or "")

@@ -1,33 +1,34 @@
 """Check a release as a stranger would: nothing is taken from the run that made it.
 
-Files are checked before anything is loaded. Each door is then opened in a fresh process, away from this checkout, and
-its answers are compared: with the other door's, with the card's sample, with the shipped results.
+Files are checked before anything is loaded. Then both loaders, stock Phi and remote code, load the release, each in a
+fresh process away from this checkout, and what they compute is compared: with each other, with the card's sample, with
+the shipped results.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
-import os
 import re
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nanophi.files import UserError, read_json, sha256_of_file, write_json
+from nanophi import formatting
+from nanophi.files import UserError, read_json, sha256_of_file
+from nanophi.inputs import is_hub_id
 from nanophi.model_card import card as model_card
-from nanophi.model_card import signature
+from nanophi.model_card import loader, metadata, signature
 from nanophi.model_card.release import CODE_FILES, MANIFEST, list_files
+from nanophi.model_card.shipped import ShippedRecords, read_records
 from nanophi.version import __version__
 
 Check = dict[str, Any]
 """`{"name": str, "passed": bool, "detail": one line}`"""
 
 TOLERANCE = 1e-4
-"""Largest absolute difference of logits between the doors, both in float32 on the CPU."""
+"""Largest absolute difference of logits between the loaders, both in float32 on the CPU."""
 
 LOG_LIKELIHOOD_TOLERANCE = 2e-3
 """Relative: recorded scores may come from bfloat16 or a GPU, the check computes in float32 on the CPU."""
@@ -38,64 +39,6 @@ CODE = (".py", ".pyc", ".pyd", ".so", ".dll", ".dylib", ".sh", ".js", ".html", "
 BAD_MESSAGES = re.compile(
     r"newly initialized|not used when|of type .* to instantiate|should probably TRAIN|mismatch", re.S
 )
-
-# Runs in a process of its own with `python -I`, so that neither the current folder nor PYTHONPATH can lend it code.
-DOOR = r"""
-import json, logging, os, sys, warnings
-request = json.load(open(sys.argv[1]))
-import torch
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
-from transformers.utils import logging as hub_logging
-
-messages = []
-class Collect(logging.Handler):
-    def emit(self, record):
-        messages.append(record.getMessage())
-hub_logging.get_logger("transformers").addHandler(Collect(logging.WARNING))
-warnings.showwarning = lambda message, *rest, **more: messages.append(str(message))
-hub_logging.disable_progress_bar()
-
-path, trust = request["path"], request["trust"]
-model, info = AutoModelForCausalLM.from_pretrained(
-    path, trust_remote_code=trust, dtype=torch.float32, output_loading_info=True
-)
-tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
-generator = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
-texts = [generator(prompt, **request["settings"])[0]["generated_text"] for prompt in request["prompts"]]
-context = model.config.max_position_embeddings
-ids = tokenizer(request["text"], return_tensors="pt").input_ids[:, :context]
-if ids.shape[1] < 8:
-    ids = torch.arange(8)[None] % model.config.vocab_size
-with torch.no_grad():
-    logits = model(input_ids=ids).logits[0].double()
-    scores = []
-    prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    for text in request["documents"]:
-        # lm-eval's rolling windows: each token is predicted once, a later window begins at the last one's end.
-        row = [prefix] + tokenizer(text, add_special_tokens=False).input_ids
-        total, done = 0.0, 1
-        while done < len(row):
-            end = min(done + context, len(row))
-            window = torch.tensor([row[max(0, end - context - 1) : end]])
-            chosen = torch.log_softmax(model(input_ids=window[:, :-1]).logits, -1)[0, done - end :]
-            total += chosen.gather(1, window[0, done - end :, None]).sum().item()
-            done = end
-        scores.append(total)
-save_file({"logits": logits}, request["logits"])
-json.dump(
-    {
-        "class": type(model).__module__.split(".")[0] + "." + type(model).__name__,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "loading": {key: sorted(map(str, value)) for key, value in info.items() if value},
-        "messages": messages,
-        "texts": texts,
-        "scores": scores,
-        "uses_nanophi": "nanophi" in sys.modules,
-    },
-    open(request["answer"], "w"),
-)
-"""
 
 
 def verify(
@@ -149,28 +92,28 @@ def verify(
             f"that of nanophi {__version__}" if same_code else "not that of this nanophi, trusted by the user",
         )
         try:
-            records = model_card.read_records(folder / "records")
+            records = read_records(folder / "records")
         except (UserError, OSError) as error:
             add("records", [str(error)], "")
             return checks
-        add("card", _card(folder, records), "every number follows from the shipped records")
+        add("card", card_problems(folder, records), "every number follows from the shipped records")
         add("provenance", _provenance(folder), "the manifest and the records agree")
         if not safe:
-            add("doors", ["not opened, because of the failures above"], "")
+            add("loaders", ["not tried, because of the failures above"], "")
             return checks
-        native, remote = _open_doors(folder, records, Path(scratch))
-        for name, door in (("native door", native), ("remote-code door", remote)):
-            add(name, _loads(door, name), door.get("class", ""))
-        if "class" in native and "class" in remote:
-            add("doors agree", _agree(native, remote), f"same greedy text, logits within {TOLERANCE:g}")
-        if "class" in native:
-            add("parameters", _parameters(native, records), f"{native['parameters']:,}")
+        stock, remote = loader.load(folder, records, Path(scratch))
+        add("stock Phi", _loads(stock, "transformers.PhiForCausalLM"), stock.get("class", ""))
+        add("remote code", _loads(remote, "transformers_modules.NanoPhiForCausalLM"), remote.get("class", ""))
+        if "class" in stock and "class" in remote:
+            add("loaders agree", _agree(stock, remote), f"same greedy text, logits within {TOLERANCE:g}")
+        if "class" in stock:
+            add("parameters", _parameters(stock, records), formatting.integer(stock["parameters"]))
             if "sample.json" in records:
-                add("sample", _sample(native, records), "the card's sample regenerates")
+                add("sample", _sample(stock, records), "the card's sample regenerates")
             items = records.get("heldout.json", [])
             if items:
                 right = f"log-likelihoods of {len(items)} held-out documents recomputed"
-                add("evaluation", _scores(native, items), right)
+                add("evaluation", _scores(stock, items), right)
         return checks
 
 
@@ -189,7 +132,7 @@ def locate(release: str, revision: str | None = None, patterns: list[str] | None
         if revision is not None:
             raise UserError(f"--revision is for a repository on the Hub; {release} is a folder")
         return Path(release).resolve()
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", release) or release.startswith((".", "/")):
+    if not is_hub_id(release):
         raise UserError(f"{release} is neither a folder nor a Hub id (ORG/NAME)")
     from httpx2 import HTTPError
     from huggingface_hub import snapshot_download
@@ -301,12 +244,13 @@ def _same_code(folder: Path) -> bool:
     )
 
 
-def _card(folder: Path, records: model_card.Records) -> list[str]:
+def card_problems(folder: Path, records: ShippedRecords) -> list[str]:
+    """What in a release's card does not follow from its records, or would be refused by the Hub; one line each."""
     path = folder / "README.md"
     if not path.is_file():
         return ["README.md is missing"]
     text = path.read_text(encoding="utf-8")
-    wrong = model_card.problems(text) + model_card.contradictions(records)
+    wrong = metadata.problems(text) + model_card.contradictions(records)
     try:
         expected = model_card.render(records)
     except UserError as error:
@@ -347,90 +291,48 @@ def _provenance(folder: Path) -> list[str]:
     return wrong
 
 
-def _open_doors(folder: Path, records: model_card.Records, scratch: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Load through both doors at once, each in a fresh process with an empty cache and no access to this checkout."""
-    sample = records.get("sample.json", {"prompt": "The ", "settings": {"do_sample": False, "max_new_tokens": 30}})
-    processes = []
-    for name, trust in (("native", False), ("remote", True)):
-        home = scratch / name
-        home.mkdir()
-        request = {
-            "path": str(folder),
-            "trust": trust,
-            "prompts": [sample["prompt"]],
-            "settings": sample["settings"],
-            "text": sample.get("text", sample["prompt"]),
-            "documents": [item["text"] for item in records.get("heldout.json", [])],
-            "answer": str(home / "answer.json"),
-            "logits": str(home / "logits.safetensors"),
-        }
-        variables = {
-            key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "HF_", "TRANSFORMERS_"))
-        }
-        variables |= {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        write_json(home / "request.json", request)
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-c", DOOR, str(home / "request.json")],
-            cwd=home,
-            env=variables,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        processes.append((process, request))
-    answers = []
-    for process, request in processes:
-        output, _ = process.communicate()
-        if process.returncode == 0:
-            answers.append({**read_json(Path(request["answer"])), "logits": request["logits"]})
-        else:
-            last = [line for line in output.splitlines() if line.strip()][-1:] or [f"exit status {process.returncode}"]
-            answers.append({"error": last[0]})
-    return answers[0], answers[1]
-
-
-def _loads(door: dict[str, Any], name: str) -> list[str]:
-    if "error" in door:
-        return [door["error"]]
-    wrong = [f"{key}: {', '.join(value[:3])}" for key, value in door["loading"].items()]
-    wrong += [message.splitlines()[0] for message in door["messages"] if BAD_MESSAGES.search(message)]
-    expected = "transformers.PhiForCausalLM" if name == "native door" else "transformers_modules.NanoPhiForCausalLM"
-    if door["class"] != expected:
-        wrong.append(f"loaded {door['class']}, expected {expected}")
-    if door["uses_nanophi"]:
+def _loads(loaded: dict[str, Any], expected: str) -> list[str]:
+    if "error" in loaded:
+        return [loaded["error"]]
+    wrong = [f"{key}: {', '.join(value[:3])}" for key, value in loaded["loading"].items()]
+    wrong += [message.splitlines()[0] for message in loaded["messages"] if BAD_MESSAGES.search(message)]
+    if loaded["class"] != expected:
+        wrong.append(f"loaded {loaded['class']}, expected {expected}")
+    if loaded["uses_nanophi"]:
         wrong.append("the installed nanophi was imported")
     return wrong
 
 
-def _agree(native: dict[str, Any], remote: dict[str, Any]) -> list[str]:
+def _agree(stock: dict[str, Any], remote: dict[str, Any]) -> list[str]:
     from safetensors.torch import load_file
 
     wrong = []
-    if native["texts"] != remote["texts"]:
-        wrong.append(f"texts differ: {_short(native['texts'])} and {_short(remote['texts'])}")
-    a, b = load_file(native["logits"])["logits"], load_file(remote["logits"])["logits"]
+    if stock["texts"] != remote["texts"]:
+        wrong.append(f"texts differ: {_short(stock['texts'])} and {_short(remote['texts'])}")
+    a, b = load_file(stock["logits"])["logits"], load_file(remote["logits"])["logits"]
     difference = (a - b).abs().max().item() if a.shape == b.shape else math.inf
     if not difference <= TOLERANCE:
         wrong.append(f"logits differ by {difference:.2g}")
     return wrong
 
 
-def _parameters(native: dict[str, Any], records: model_card.Records) -> list[str]:
+def _parameters(stock: dict[str, Any], records: ShippedRecords) -> list[str]:
     said = records["model.json"]["parameters"]
-    return [] if native["parameters"] == said else [f"the model has {native['parameters']:,}, the card says {said:,}"]
+    found = stock["parameters"]
+    return [] if found == said else [f"the model has {found:,}, the card says {said:,}"]
 
 
-def _sample(native: dict[str, Any], records: model_card.Records) -> list[str]:
-    said, found = records["sample.json"]["text"], native["texts"][0]
+def _sample(stock: dict[str, Any], records: ShippedRecords) -> list[str]:
+    said, found = records["sample.json"]["text"], stock["texts"][0]
     if said == found:
         return []
     common = next((i for i, (a, b) in enumerate(zip(said, found, strict=False)) if a != b), min(len(said), len(found)))
     return [f"differs from character {common + 1}: card {_short([said[common:]])}, model {_short([found[common:]])}"]
 
 
-def _scores(native: dict[str, Any], items: list[dict[str, Any]]) -> list[str]:
+def _scores(stock: dict[str, Any], items: list[dict[str, Any]]) -> list[str]:
     return [
         f"held-out document {number}: recorded {item['log_likelihood']:.3f}, recomputed {found:.3f}"
-        for number, (item, found) in enumerate(zip(items, native["scores"], strict=True), 1)
+        for number, (item, found) in enumerate(zip(items, stock["scores"], strict=True), 1)
         if not math.isclose(item["log_likelihood"], found, rel_tol=LOG_LIKELIHOOD_TOLERANCE)
     ]

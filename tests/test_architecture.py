@@ -15,12 +15,13 @@ MAY_IMPORT = {
     "version": (),
     "files": (),
     "formatting": (),
+    "licenses": (),
     "inputs": ("files",),
     "progress": (),
     "configuration_nanophi": (),
     "modeling_nanophi": ("configuration_nanophi",),
     "run": ("files", "formatting", "inputs", "version"),
-    "recipe": ("configuration_nanophi", "files", "formatting", "inputs"),
+    "recipe": ("configuration_nanophi", "files", "formatting", "inputs", "licenses"),
 }
 BASE = tuple(MAY_IMPORT)
 MAY_IMPORT |= {
@@ -40,7 +41,6 @@ LONGER = {"eval/scorer.py": "batching, caches and exactness of one scorer; its p
 
 # Circles that are still to be broken: whoever breaks one removes its line, and none may be added.
 STANDING_CIRCLES = {
-    "model_card.card -> model_card.figures -> model_card.card",
     "training.trainer -> training.estimate -> training.trainer",
 }
 

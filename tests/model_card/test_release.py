@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PhiForCausalLM
 
 from nanophi.files import UserError, read_json, sha256_of_file, sha256_of_tree, write_json
-from nanophi.model_card import card, figures, release
+from nanophi.model_card import card, figures, release, shipped
 
 LAST = "checkpoints/step-000030"
 
@@ -40,7 +40,7 @@ def test_figures_show_something(built_release: Path) -> None:
 
 
 def test_figures_say_what_can_be_drawn(finished_run: Path) -> None:
-    records = card.collect(finished_run, finished_run / LAST)
+    records = shipped.collect(finished_run, finished_run / LAST)
     assert figures.names(records) == ["loss", "quality", "evaluation"]
     without = {name: record for name, record in records.items() if not name.startswith("evals/")}
     assert figures.names(without) == ["loss", "quality"]

@@ -125,7 +125,7 @@ for (const [id, value, event] of [["threshold", 0.8, "input"], ["which", "droppe
     outside_data = re.sub(r'<script type="application/json".*?</script>', "", dom, flags=re.DOTALL)
     assert "<img" not in outside_data and "&lt;img" in outside_data
     assert dom.count("<svg") == 2 + 1 + 2
-    other = outside_data[outside_data.index('<div id="other">') : outside_data.index("<h2>Filter</h2>")]
+    other = outside_data[outside_data.index('<div id="other">') : outside_data.index("<h2>Evaluation</h2>")]
     assert other.count("<path") == 2 and other.count("<circle") == 6 and "● licences" in other
     assert '>step 20</span><pre id="step-text"><strong>The module</strong> 20&lt;' in outside_data
     assert re.search(r"<b>energy</b>0\.25 kWh.*<b>CO2e</b>105 g.*<b>cost</b>1\.5 US dollars", outside_data)

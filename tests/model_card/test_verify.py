@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from nanophi.files import UserError, read_json, write_json
-from nanophi.model_card import release, verify
+from nanophi.model_card import release, shipped, verify
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_a_sound_release_passes_every_check(
     lines: list[str] = []
     checks = verify.verify(relative, report=lines.append)
     assert [check["name"] for check in checks if not check["passed"]] == []
-    assert {"checksums", "files", "card", "native door", "remote-code door", "doors agree", "sample", "evaluation"} <= {
+    assert {"checksums", "files", "card", "stock Phi", "remote code", "loaders agree", "sample", "evaluation"} <= {
         check["name"] for check in checks
     }
     assert len(lines) == len(checks) and all("ok" in line for line in lines)
@@ -123,36 +123,36 @@ def test_tampered_files_are_named_and_nothing_is_loaded(
     tamper(copied)
     failed = failures(copied)
     assert named in failed[check]
-    assert "not opened" in failed["doors"]
+    assert "not tried" in failed["loaders"]
     if check != "checksums":
         # The manifest is no protection against who writes the manifest: the check stands on its own.
         sign_again(copied)
-        assert list(failures(copied)) == [check, "doors"]
+        assert list(failures(copied)) == [check, "loaders"]
 
 
 def test_a_number_edited_in_the_card_is_named(copied: Path) -> None:
     card = copied / "README.md"
     text = card.read_text()
-    assert "| held-out continuation | 0 | accuracy, length-normalised | 41.00 |" in text
+    assert "| held-out continuation | accuracy, length-normalised | 41.00 |" in text
     card.write_text(text.replace("length-normalised | 41.00", "length-normalised | 61.00", 1))
     assert "README.md was changed" in failures(copied)["checksums"]
-    wrong = verify._card(copied, verify.model_card.read_records(copied / "records"))
+    wrong = verify.card_problems(copied, shipped.read_records(copied / "records"))
     assert len(wrong) == 1 and "61.00" in wrong[0] and "41.00" in wrong[0]
 
 
 def test_a_card_of_another_version_is_checked_by_its_numbers(copied: Path) -> None:
     run = read_json(copied / "records" / "run.json")
     text = (copied / "README.md").read_text()
-    for old, new in (("nanophi 0.1.0", "nanophi 0.0.9"), ("Greedy, with", "Greedily, with")):
+    for old, new in (("nanophi 0.1.0", "nanophi 0.0.9"), ("Greedy decoding with", "Decoded greedily with")):
         assert old in text
         text = text.replace(old, new)
     run["environment"]["nanophi"] = "0.0.9"
-    records = verify.model_card.read_records(copied / "records")
+    records = shipped.read_records(copied / "records")
     records["run.json"] = run
     (copied / "README.md").write_text(text)
-    assert verify._card(copied, records) == []
+    assert verify.card_problems(copied, records) == []
     (copied / "README.md").write_text(text.replace("length-normalised | 41.00", "length-normalised | 61.37", 1))
-    assert "61.37" in verify._card(copied, records)[0]
+    assert "61.37" in verify.card_problems(copied, records)[0]
 
 
 def edit_code(folder: Path, text: str) -> None:
@@ -187,7 +187,7 @@ def test_a_forger_who_makes_the_manifest_fit_is_found_out(copied: Path) -> None:
     edit_recipe(copied)
     sign_again(copied)
     failed = failures(copied)
-    assert "--trust-remote-code" in failed["code"] and "not opened" in failed["doors"]
+    assert "--trust-remote-code" in failed["code"] and "not tried" in failed["loaders"]
     failed = failures(copied, trust_remote_code=True)
     assert list(failed) == ["card", "provenance", "sample", "evaluation"]
     assert "Seed" in failed["card"] and "not the recipe" in failed["provenance"]
@@ -198,8 +198,8 @@ def test_swapped_weights_and_a_door_that_does_not_open(copied: Path) -> None:
     edit_code(copied, "raise RuntimeError('broken on purpose')\n")
     sign_again(copied)
     failed = failures(copied, trust_remote_code=True)
-    assert list(failed) in (["remote-code door", "evaluation"], ["remote-code door", "sample", "evaluation"])
-    assert "broken on purpose" in failed["remote-code door"]
+    assert list(failed) in (["remote code", "evaluation"], ["remote code", "sample", "evaluation"])
+    assert "broken on purpose" in failed["remote code"]
     assert "recomputed" in failed["evaluation"]
 
 

@@ -1,0 +1,34 @@
+"""The licences that the Hub knows: what may stand in a card's `license`."""
+
+from __future__ import annotations
+
+HUB_LICENSES = frozenset(
+    """
+    afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0
+    bigscience-openrail-m bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc cc-by-2.0 cc-by-2.5
+    cc-by-3.0 cc-by-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0
+    cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cc-by-nd-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc0-1.0 cdla-permissive-1.0
+    cdla-permissive-2.0 cdla-sharing-1.0 creativeml-openrail-m deepfloyd-if-license ecl-2.0 epl-1.0 epl-2.0
+    etalab-2.0 eupl-1.1 eupl-1.2 fair-noncommercial-research-license gemma gfdl gpl gpl-2.0 gpl-3.0 grok2-community
+    h-research intel-research isc lgpl lgpl-2.1 lgpl-3.0 lgpl-lr llama2 llama3 llama3.1 llama3.2 llama3.3 llama4
+    lppl-1.3c mit mpl-2.0 ms-pl ncsa odbl odc-by ofl-1.1 openmdw-1.0 openrail openrail++ osl-3.0 other pddl postgresql
+    unknown unlicense wtfpl zlib
+    """.split()  # noqa: SIM905
+)
+"""https://huggingface.co/docs/hub/repositories-licenses"""
+
+
+def license_problems(license_id: object, name: object = None, link: object = None) -> list[str]:
+    """What is wrong with a card's `license`, `license_name` and `license_link`, one line each.
+
+    A licence that is not in the Hub's list is `other`, with a name and with a link to its text.
+    """
+    if license_id not in HUB_LICENSES:
+        near = str(license_id).lower().replace(" ", "-")
+        hint = f"did you mean '{near}'?" if near in HUB_LICENSES else "use 'other' with license_name and license_link"
+        return [f"license {license_id!r} is not an identifier of the Hub; {hint}"]
+    if license_id == "other":
+        missing = [key for key, value in (("license_name", name), ("license_link", link)) if not value]
+        return [f"license 'other' needs {' and '.join(missing)}"] if missing else []
+    given = [key for key, value in (("license_name", name), ("license_link", link)) if value]
+    return [f"{' and '.join(given)} may only be given with license 'other', not {license_id!r}"] if given else []

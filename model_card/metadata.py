@@ -1,0 +1,137 @@
+"""What a machine reads of a card: its YAML header with `model-index`, and the Hub's evaluation result files.
+
+The Hub's specification: https://huggingface.co/docs/hub/model-cards and .../docs/hub/eval-results
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
+
+from nanophi.eval.catalogue import TASKS
+from nanophi.formatting import scale
+from nanophi.inputs import is_hub_id
+from nanophi.licenses import license_problems
+from nanophi.model_card.shipped import ShippedRecords, hardware, leading_scores, training_sources
+
+MINIMUM_CHARACTERS = 200
+"""What the Open LLM Leaderboard asked of a card."""
+
+HUB_METRICS = {"acc": "accuracy", "acc_norm": "accuracy", "exact_match": "exact_match", "f1": "f1"}
+"""lm-eval's metrics that the Hub has a page for, and its names of them."""
+
+
+def header(records: ShippedRecords) -> ModelCardData:
+    """The card's YAML header."""
+    recipe = records["recipe.yaml"]
+    card = recipe["card"]
+    results = _model_index(records)
+    summary = records["training.json"].get("summary", {})
+    extra: dict[str, Any] = {"widget": [{"text": card["prompt"]}]}
+    if summary.get("co2_grams") is not None:
+        emissions = {
+            "emissions": float(f"{summary['co2_grams']:.4g}"),
+            "source": summary["co2_source"],
+            "training_type": "pre-training",
+            "geographical_location": summary.get("co2_region"),
+            "hardware_used": hardware(records),
+        }
+        extra["co2_eq_emissions"] = {key: value for key, value in emissions.items() if value is not None}
+    metrics = {HUB_METRICS[row["metric"]] for row in leading_scores(records) if row["metric"] in HUB_METRICS}
+    return ModelCardData(
+        language="en",
+        license=card["license"],
+        license_name=card.get("license_name"),
+        license_link=card.get("license_link"),
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["phi", "nanophi", "small-language-model", "pretrained-from-scratch"],
+        datasets=public_datasets(recipe) or None,
+        metrics=sorted(metrics) or None,
+        model_name=records["run.json"]["repo_id"].rpartition("/")[2] if results else None,
+        eval_results=results or None,
+        **extra,
+    )
+
+
+def public_datasets(recipe: dict[str, Any]) -> list[str]:
+    """Hub ids of the datasets that the model was trained on, each once."""
+    named = (source["hub"] for source in training_sources(recipe))
+    return list(dict.fromkeys(name for name in named if name and is_hub_id(name)))
+
+
+def _model_index(records: ShippedRecords) -> list[EvalResult]:
+    """The scores on whole benchmarks that are datasets of the Hub.
+
+    A part of a benchmark would be listed beside others' scores on all of it; held-out text is no dataset that anybody
+    could look up.
+    """
+    results = []
+    for row in leading_scores(records):
+        hub = TASKS[row["task"]].hub if row["task"] in TASKS else None
+        if hub is None or row["items"] != row["of"]:
+            continue
+        factor, places = scale(row["metric"])
+        results.append(
+            EvalResult(
+                task_type="text-generation",
+                task_name="Text Generation",
+                dataset_type=hub.id,
+                dataset_name=hub.name if row["shots"] is None else f"{hub.name} ({row['shots']}-Shot)",
+                dataset_config=hub.config,
+                dataset_split=hub.split,
+                dataset_args={"num_few_shot": row["shots"]} if row["shots"] is not None else None,
+                metric_type=row["metric"],
+                metric_name=hub.metric,
+                metric_value=round(factor * row["value"], places),
+            )
+        )
+    return results
+
+
+def eval_results_files(records: ShippedRecords) -> dict[str, str]:
+    """`.eval_results/*.yaml` for the benchmarks that the Hub takes there: file name -> YAML."""
+    files = {}
+    for row in leading_scores(records):
+        if row["task"] == "gsm8k" and row["items"] == row["of"]:
+            entry = EvalResultEntry(
+                dataset_id="openai/gsm8k",
+                task_id="gsm8k",
+                value=round(100 * row["value"], 2),
+                notes=f"{row['shots']}-shot, {row['filter']}, lm-evaluation-harness",
+            )
+            files["gsm8k.yaml"] = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
+    return files
+
+
+def problems(text: str) -> list[str]:
+    """What in a card's header the Hub would refuse, one line each."""
+    parts = text.split("---\n", 2)
+    if len(parts) != 3 or parts[0]:
+        return ["no YAML metadata between '---' lines at the top"]
+    try:
+        metadata = yaml.safe_load(parts[1])
+    except yaml.YAMLError as error:
+        return [f"the metadata is not valid YAML ({' '.join(str(error).split())})"]
+    if not isinstance(metadata, dict):
+        return ["the metadata is not a mapping"]
+    required = ("language", "license", "library_name", "pipeline_tag", "tags")
+    wrong = [f"metadata key '{key}' is missing" for key in required if not metadata.get(key)]
+    wrong += license_problems(metadata.get("license"), metadata.get("license_name"), metadata.get("license_link"))
+    for dataset in metadata.get("datasets", []):
+        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(dataset)):
+            wrong.append(f"dataset {dataset!r} is not a Hub id")
+    for model in metadata.get("model-index", []):
+        for result in model["results"]:
+            wrong.extend(
+                f"model-index: {result['dataset']['name']}: value {metric['value']!r} is not a number"
+                for metric in result["metrics"]
+                if not isinstance(metric["value"], int | float) or not math.isfinite(metric["value"])
+            )
+    if len(parts[2]) < MINIMUM_CHARACTERS:
+        wrong.append(f"the text is shorter than the {MINIMUM_CHARACTERS} characters that a leaderboard asks for")
+    return wrong

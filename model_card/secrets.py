@@ -1,0 +1,123 @@
+"""What must not be published: credentials, and paths of the machine that made a run."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+SECRETS = {
+    "a Hugging Face token": re.compile(rb"\bhf_[A-Za-z0-9]{30,}"),
+    "a GitHub token": re.compile(rb"\b(ghp|gho|ghs|ghu|github_pat)_[A-Za-z0-9_]{30,}"),
+    "an AWS key": re.compile(rb"\b(AKIA|ASIA)[0-9A-Z]{16}\b"),
+    # Digits and capitals too: names of classes in style sheets begin alike.
+    "an OpenAI or Anthropic key": re.compile(rb"\bsk-(?=[\w-]*[0-9])(?=[\w-]*[A-Z])[A-Za-z0-9_-]{24,}"),
+    "a Google key": re.compile(rb"\bAIza[0-9A-Za-z_-]{35}"),
+    "a Slack token": re.compile(rb"\bxox[abprs]-[0-9A-Za-z-]{20,}"),
+    "a Weights & Biases key": re.compile(rb"WANDB_API_KEY\W{1,3}[0-9a-f]{40}"),
+    "a private key": re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----"),
+}
+
+_SECRET_VARIABLE = re.compile(r"(TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY)$")
+_TOKENIZER_VARIABLE = re.compile(r"(^|_)(BOS|EOS|EOT|PAD|UNK|SEP|CLS|MASK|START|STOP|END|SPECIAL)_TOKEN$")
+_SECRET_VALUE = re.compile(r"(?![A-Za-z]+$)(?![\d.]+$)[!#-;=?-Z^-z~]{12,}")
+"""No space, quote, angle or square bracket (as in `<|endoftext|>`, `[PAD]`), and more than one word or number."""
+
+_PATH = re.compile(
+    r"(?P<scheme>[A-Za-z]{2,}:(?!//))?(?P<path>~?[\\/].*|~\w+[\\/].*|[A-Za-z]:[\\/].*|\.\.[\\/].*)", re.DOTALL
+)
+"""A string that is a path as a whole, perhaps behind `model:`; not `https://...`."""
+
+
+def found_in(content: str | bytes, folders: Iterable[Path] = ()) -> list[str]:
+    """What in a text must not be published, in words: the kind of a secret, never the secret; or a path.
+
+    Args:
+        content: the text, or a file's bytes.
+        folders: whose paths are private too, besides those of the user, the interpreter and the current folder.
+    """
+    data = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
+    found = [kind for kind, pattern in SECRETS.items() if pattern.search(data)]
+    if any(value in data for value in _environment_secrets()):
+        found.append("a secret of this machine's environment")
+    path = _machine_paths(folders).search(data)
+    if path:
+        found.append(f"a path of this machine ({path.group().decode(errors='replace')})")
+    return found
+
+
+def _environment_secrets() -> list[bytes]:
+    """Values of environment variables that are called like a secret and can be one."""
+    return [
+        value.encode("utf-8", "surrogateescape")
+        for name, value in os.environ.items()
+        if _SECRET_VARIABLE.search(name)
+        and not _TOKENIZER_VARIABLE.search(name)
+        and _SECRET_VALUE.fullmatch(value)
+        and not Path(value).exists()  # The file that holds the token.
+    ]
+
+
+def _machine_paths(folders: Iterable[Path] = ()) -> re.Pattern[bytes]:
+    """Matches absolute paths that exist on this machine only by accident of who uses it."""
+    roots = {Path.home(), Path.cwd(), Path(sys.prefix), Path(__file__).parents[2]}
+    roots |= {folder.resolve().parent for folder in folders}
+    # One part (`/root`, `/tmp`) is too common a word of documentation to be called a leak without what follows it.
+    patterns = sorted(
+        re.escape(str(root)) + (r"/[\w.]" if len(root.parts) < 3 else "") for root in roots if len(root.parts) > 1
+    )
+    return re.compile("|".join(patterns).encode())
+
+
+class PathRemover:
+    """Replaces the paths in a JSON-able value by their last parts, different paths by different names.
+
+    Called on a value, it returns a copy in which every string (key or value) that is a path outside the current
+    folder as a whole is cut, and paths below the run directory or the user's folder are cut within longer strings.
+    Not-a-number and infinity become None.
+
+    Args:
+        run: the run directory.
+    """
+
+    TEXTS = frozenset(("text", "prompt", "notes", "title", "developers", "checkpoints"))
+    """Keys whose values are texts, which stay as they are: a text may begin with a slash."""
+
+    def __init__(self, run: Path) -> None:
+        self._within = re.compile(rf"(?:{_machine_paths([run]).pattern.decode()})[^\s\"']*")
+        self._names: dict[str, str] = {}
+
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {
+                self._cut(key) if isinstance(key, str) else key: item if key in self.TEXTS else self(item)
+                for key, item in value.items()
+            }
+        if isinstance(value, list):
+            return [self(item) for item in value]
+        if isinstance(value, str):
+            return self._cut(value)
+        if isinstance(value, float) and value - value != 0:
+            return None
+        return value
+
+    def _cut(self, text: str) -> str:
+        whole = _PATH.fullmatch(text)
+        if whole:
+            return (whole["scheme"] or "") + self._name(whole["path"])
+        return self._within.sub(lambda match: self._name(match.group()), text)
+
+    def _name(self, path: str) -> str:
+        if path not in self._names:
+            windows = "\\" in path and "/" not in path
+            last = (PureWindowsPath(path) if windows else PurePosixPath(path)).name or "folder"
+            taken, number = set(self._names.values()), 1
+            name = last
+            while name in taken:
+                number += 1
+                name = f"{last} ({number})"
+            self._names[path] = name
+        return self._names[path]
