@@ -86,9 +86,11 @@ def evaluate(
     """
     if model_folder(model) is None:
         report(f"{model}: there is no folder of that name, so it is looked for on the Hub")
-    loaded = load_suite(find_suite(suite, num_fewshot), data=data, heldout=heldout)
+    chosen = find_suite(suite, num_fewshot)
     with quiet():
         network, tokenizer, identity = load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
+    loaded = load_suite(chosen, data=data, heldout=heldout)
+    with quiet():
         lm = ScorerLM(network, tokenizer, batch_size)
     if lm.unshared_because:
         report(f"{identity['name']}: prefixes are not shared, since {lm.unshared_because}; slower, same results")

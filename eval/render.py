@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from nanophi.eval.catalogue import title
 from nanophi.eval.results import ANSWER_METRIC
-from nanophi.formatting import difference, metric, p_value, scale, score
+from nanophi.formatting import difference, metric, p_value, scale, score, size
 
 BZ2 = "bz2 -9 on the same text"
-DETECTABLE = "detectable: the smallest true difference that 4 of 5 such comparisons would find"
+DETECTABLE = "detectable: the minimum detectable effect, a true difference that 4 of 5 such comparisons would find"
 NORMAL_95 = 1.96
 """Standard errors on either side of a score that make its 95 % confidence interval."""
 
@@ -32,8 +33,10 @@ def to_text(comparison: Mapping[str, Any]) -> str:
         tables = ("tasks", "answers")
         compared = [row for name in tables for row in comparison[name].values() if label in row["differences"]]
         if compared:
-            lines += ["", f"{label} against {baseline}, on the same items (95 % confidence interval; {DETECTABLE}):"]
+            lines += ["", f"{label} against {baseline}, on the same items, with 95 % confidence intervals:"]
             lines += _columns([_text_difference(row, row["differences"][label]) for row in compared])
+    if len(labels) > 1:
+        lines += ["", DETECTABLE]
     lines += [f"note: {note}" for note in comparison["notes"]]
     return "\n".join(lines)
 
@@ -90,7 +93,7 @@ def draw_comparison(comparison: Mapping[str, Any], path: Path) -> None:
         1, len(panels), figsize=(1.5 + 1.2 * sum(widths), 4.2), width_ratios=widths, squeeze=False, layout="constrained"
     )
     for axis, (name, rows) in zip(axes[0], panels.items(), strict=True):
-        width = 0.8 / len(labels)
+        width, right = 0.8 / len(labels), 0.6
         for place, row in enumerate(rows):
             factor, _ = scale(row["metric"])
             for number, label in enumerate(labels):
@@ -110,11 +113,10 @@ def draw_comparison(comparison: Mapping[str, Any], path: Path) -> None:
             if _is_heldout_bits(row) and comparison["heldout"]:
                 figures = sorted({held["bz2"]["bits_per_byte"] for held in comparison["heldout"].values()})
                 axis.hlines(figures, place - 0.45, place + 0.45, color="black", linestyle="--", linewidth=1)
-                axis.annotate(
-                    "bz2 -9", (place, figures[-1]), (0, 3), textcoords="offset points", ha="center", fontsize=8
-                )
+                axis.text(place + 0.48, figures[-1], "bz2 -9", va="center", fontsize=8)
+                right = 0.9  # room for that label beside the bars
         axis.set_xticks(range(len(rows)), [_title_in_picture(row) for row in rows], fontsize=8)
-        axis.set_xlim(-0.6, max(len(rows), 1) - 0.4)
+        axis.set_xlim(-0.6, max(len(rows), 1) - 1 + right)
         axis.margins(y=0.12)
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_title(name, fontsize=9, wrap=True)
@@ -127,6 +129,8 @@ def draw_comparison(comparison: Mapping[str, Any], path: Path) -> None:
 def draw_curve(points: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Scores with their 95 % intervals over tokens seen, as a PNG: one panel per task, one line per run."""
     plt = _pyplot()
+    from matplotlib.ticker import MaxNLocator
+
     tasks = list(points[0]["scores"])
     runs = list(dict.fromkeys(point["run"] for point in points))
     columns = min(len(tasks), 4)
@@ -137,10 +141,13 @@ def draw_curve(points: Sequence[Mapping[str, Any]], path: Path) -> None:
     for axis, task in zip(axes.flat, tasks, strict=False):
         first = points[0]["scores"][task]
         factor, _ = scale(first["metric"])
-        for run in runs:
+        span = max(point["tokens_seen"] for point in points) - min(point["tokens_seen"] for point in points)
+        for number, run in enumerate(runs):
+            # Side by side, so that one run's error bars do not hide another's.
+            shift = 0.012 * span * (number - (len(runs) - 1) / 2)
             line = [(point["tokens_seen"], point["scores"][task]) for point in points if point["run"] == run]
             axis.errorbar(
-                [tokens for tokens, _ in line],
+                [tokens + shift for tokens, _ in line],
                 [factor * entry["value"] for _, entry in line],
                 yerr=[NORMAL_95 * factor * (entry["stderr"] or 0) for _, entry in line],
                 marker="o",
@@ -152,6 +159,8 @@ def draw_curve(points: Sequence[Mapping[str, Any]], path: Path) -> None:
             axis.axhline(factor * first["chance"], color="black", linestyle=":", linewidth=1)
         axis.set_title(f"{title(task)}\n{_unit(first['metric'])}", fontsize=9)
         axis.set_xlabel("tokens seen", fontsize=8)
+        axis.xaxis.set_major_locator(MaxNLocator(5))
+        axis.xaxis.set_major_formatter(lambda tokens, _: size(tokens))
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     for axis in axes.flat[len(tasks) :]:
@@ -203,7 +212,7 @@ def _title(row: Mapping[str, Any]) -> str:
 
 def _title_in_picture(row: Mapping[str, Any]) -> str:
     shots = f"\n{row['num_fewshot']}-shot" if row["num_fewshot"] else ""
-    return title(row["task"]).replace(" ", "\n") + shots
+    return textwrap.fill(title(row["task"]), 13, break_on_hyphens=False) + shots
 
 
 def _scores(row: Mapping[str, Any], labels: Sequence[str]) -> list[str]:

@@ -131,24 +131,32 @@ def find_suite(name: str, num_fewshot: int | None = None) -> Suite:
     """The suite of that name, or one made of the lm-eval tasks that `name` lists.
 
     Args:
-        name: a suite, or names of lm-eval tasks and groups with commas, each with its number of examples in the
-            prompt where that is to differ from the task's own definition: `winogrande:5,arc_easy`.
+        name: suites, lm-eval tasks and groups with commas; a task with its number of examples in the prompt where that
+            is to differ from the task's own definition: `winogrande:5,arc_easy`.
         num_fewshot: examples in the prompt of every task that does not say otherwise.
 
     Raises:
         UserError: for a task that lm-eval does not know, with the nearest names; for a suite with `num_fewshot`.
     """
+    entries: list[Entry] = []
+    names: list[str] = []
+    for part in (part.strip() for part in name.split(",")):
+        if part in SUITES and num_fewshot is not None:
+            raise UserError(f"suite '{part}' fixes its number of shots; name tasks instead, such as winogrande:5")
+        found = SUITES[part].entries if part in SUITES else (_entry(part, num_fewshot),)
+        entries += found
+        names += [part] if part in SUITES else [_spelled(entry) for entry in found]
     if name in SUITES:
-        if num_fewshot is not None:
-            raise UserError(f"suite '{name}' fixes its number of shots; name tasks instead, such as winogrande:5")
         return SUITES[name]
-    entries = [_entry(part.strip(), num_fewshot) for part in name.split(",")]
     manager = _manager(tuple(entry.task for entry in entries))
     leaves = [leaf for entry in entries for leaf in _leaves(manager, entry.task)]
     if twice := {leaf for leaf in leaves if leaves.count(leaf) > 1}:
         raise UserError(f"task '{min(twice)}' is named twice in '{name}'; measure it in two calls")
-    parts = (entry.task + ("" if entry.num_fewshot is None else f":{entry.num_fewshot}") for entry in entries)
-    return Suite(",".join(parts), tuple(entries))
+    return Suite(",".join(names), tuple(entries))
+
+
+def _spelled(entry: Entry) -> str:
+    return entry.task + ("" if entry.num_fewshot is None else f":{entry.num_fewshot}")
 
 
 def _entry(text: str, num_fewshot: int | None) -> Entry:

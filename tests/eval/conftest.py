@@ -76,7 +76,7 @@ def heldout(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def benchmarks(tmp_path_factory) -> Path:
-    """A folder laid out like the Hub, with ARC-Easy's and two MMLU subjects' columns and nonsense in them."""
+    """A folder laid out like the Hub, with ARC-Easy's and Winogrande's columns and nonsense in them."""
     rng = random.Random(1)
     root = tmp_path_factory.mktemp("benchmarks")
 
@@ -89,7 +89,17 @@ def benchmarks(tmp_path_factory) -> Path:
             )
         return pyarrow.Table.from_pylist(rows)
 
+    def winogrande(count: int) -> pyarrow.Table:
+        names = ["option1", "option2"]
+        rows = [
+            {"sentence": f"{text(rng, 4)} _ {text(rng, 5)}", "answer": str(rng.randrange(1, 3))}
+            | {name: text(rng, rng.randint(1, 3)) for name in names}
+            for _ in range(count)
+        ]
+        return pyarrow.Table.from_pylist(rows)
+
     write(root / "allenai/ai2_arc", "ARC-Easy", {"train": arc(8), "validation": arc(8), "test": arc(120)})
+    write(root / "allenai/winogrande", "winogrande_xl", {"train": winogrande(20), "validation": winogrande(40)})
     return root
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import lm_eval
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 import transformers
@@ -23,7 +24,7 @@ from nanophi.eval.evaluate import evaluate
 from nanophi.eval.metrics import BitsPerByte
 from nanophi.eval.models import load_model
 from nanophi.eval.scorer import ScorerLM
-from nanophi.eval.suites import OPEN_LLM_V1, Suite, find_suite, load_suite, sample_of_items
+from nanophi.eval.suites import OPEN_LLM_V1, Suite, context_problem, find_suite, load_suite, sample_of_items
 from nanophi.files import UserError, read_json
 
 
@@ -98,20 +99,102 @@ def test_metric_and_its_standard_error():
     assert found["bits_per_byte_stderr"] == pytest.approx(expected, rel=0.1)
 
 
-def test_same_scores_as_stock_lm_eval(model, benchmarks, tmp_path):
-    found = evaluate(model, "arc-easy", tmp_path / "ours.json", data=benchmarks, report=lambda line: None)
-    task = load_suite(find_suite("arc_easy"), data=benchmarks).tasks
+def answers_of_arc(sample):
+    """The text of the right answer and its log-likelihood, read from stock lm-eval's sample."""
+    choices = sample["doc"]["choices"]
+    index = choices["label"].index(sample["doc"]["answerKey"])
+    return choices["text"][index], sample["filtered_resps"][index][0]
+
+
+def answers_of_winogrande(sample):
+    return sample["doc"]["sentence"].split("_")[1].strip(), sample["filtered_resps"][int(sample["doc"]["answer"]) - 1][
+        0
+    ]
+
+
+@pytest.mark.parametrize(
+    ("named", "task", "shots", "answers"),
+    [
+        ("arc-easy", "arc_easy", None, answers_of_arc),
+        ("winogrande", "winogrande", None, answers_of_winogrande),
+        ("winogrande:3", "winogrande", 3, answers_of_winogrande),
+    ],
+)
+def test_same_scores_as_stock_lm_eval(named, task, shots, answers, model, benchmarks, tmp_path):
+    """A task that is named by itself runs as lm-eval defines it, a number of shots as `--num_fewshot` there."""
+    found = evaluate(model, named, tmp_path / "ours.json", data=benchmarks, report=lambda line: None)
+    tasks = load_suite(find_suite(task), data=benchmarks).tasks
+    tasks[task].set_config("num_fewshot", None)  # as in lm-eval's own file
     stock = lm_eval.simple_evaluate(
         HFLM(pretrained=str(model), device="cpu", dtype="float32", batch_size=8),
-        tasks=list(task.values()),
+        tasks=list(tasks.values()),
+        num_fewshot=shots,
+        bootstrap_iters=0,
         task_manager=lm_eval.tasks.TaskManager(include_path=str(tmp_path), include_defaults=False),
     )
-    for key in ("acc,none", "acc_norm,none", "acc_stderr,none"):
-        assert found["results"]["arc_easy"][key] == pytest.approx(stock["results"]["arc_easy"][key])
-    for ours, theirs in zip(found["samples"]["arc_easy"], stock["samples"]["arc_easy"], strict=True):
+    assert found["n-shot"][task] == stock["n-shot"][task] == (shots or 0)
+    for key in found["nanophi"]["headline"][0]["metric"], "acc":
+        assert found["results"][task][f"{key},none"] == pytest.approx(stock["results"][task][f"{key},none"])
+    bits = []
+    for ours, theirs in zip(found["samples"][task], stock["samples"][task], strict=True):
         assert ours["prompt_hash"] == theirs["prompt_hash"] and ours["doc_hash"] == theirs["doc_hash"]
         scores = [[score for score, _ in sample["filtered_resps"]] for sample in (ours, theirs)]
         np.testing.assert_allclose(scores[0], scores[1], atol=1e-3)
+        text, log_likelihood = answers(theirs)
+        bits.append(-log_likelihood / len(text.encode()) / math.log(2))
+        assert ours["answer_bits_per_byte"] == pytest.approx(bits[-1], abs=1e-3)
+    figures = {"value": np.mean(bits), "stderr": np.std(bits, ddof=1) / math.sqrt(len(bits))}
+    assert found["nanophi"]["headline"][0]["answer_bits_per_byte"] == pytest.approx(figures, abs=1e-4)
+    assert found["results"][task]["answer_bits_per_byte,none"] == pytest.approx(figures["value"], abs=1e-4)
+
+
+def test_number_of_shots(tmp_path):
+    def entries(*arguments):
+        return [(entry.task, entry.num_fewshot) for entry in find_suite(*arguments).entries]
+
+    assert entries("winogrande:5, arc-easy") == [("winogrande", 5), ("arc_easy", None)]
+    assert entries("winogrande:0,arc_easy", 2) == [("winogrande", 0), ("arc_easy", 2)]
+    assert find_suite("winogrande:5, arc-easy").name == "winogrande:5,arc_easy"
+    assert entries("heldout,arc_easy")[-2:] == [("heldout_order", 0), ("arc_easy", None)]
+    shots = {entry.task: entry.num_fewshot for entry in OPEN_LLM_V1.entries}
+    assert (shots["arc_challenge"], shots["hellaswag"], shots["truthfulqa_mc2"], shots["winogrande"]) == (25, 10, 0, 5)
+    for name, count, problem in (
+        ("quick", 5, "suite 'quick' fixes its number of shots"),
+        ("winogrande:many", None, "'winogrande:many' does not name a number of shots"),
+        ("arc_easy,arc-easy:5", None, "task 'arc_easy' is named twice"),
+    ):
+        with pytest.raises(UserError, match=problem):
+            find_suite(name, count)
+    with pytest.raises(UserError, match="task 'heldout_order' is defined with 0 shots"):
+        load_suite(find_suite("heldout_order:5"), heldout=folder_of_documents(tmp_path))
+
+
+def folder_of_documents(folder):
+    sentences = [f"{word.capitalize()} went to the market place with all of them. " for word in ("she", "he", "it")]
+    texts = [
+        f"Opening number {i} of a long text, which says little and goes on. " * 2 + "".join(sentences) for i in "ab"
+    ]
+    rows = [{"id": str(i), "source": "s", "text": text} for i, text in enumerate(texts)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "heldout-00000.parquet")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("suites", "context", "said"),
+    [
+        (["heldout"], 256, ""),
+        (["heldout", "arc_easy"], 128, ""),
+        (["heldout", "open-llm-v1"], 1024, ""),
+        (["heldout", "quick"], 256, "task 'gsm8k' (suite 'quick') generates 256 tokens after a question"),
+        (["gsm8k:2"], 200, "task 'gsm8k' (suite 'gsm8k:2') generates 256 tokens"),
+        (["arc_easy", "hellaswag"], 64, "task 'hellaswag' (suite 'hellaswag') has answers of about 78 tokens"),
+        (["heldout"], 32, "task 'heldout_continuation' (suite 'heldout') has answers of about 46 tokens"),
+    ],
+)
+def test_suites_against_the_context_before_training(suites, context, said):
+    found = context_problem(suites, context)
+    assert found.startswith(said) and bool(found) == bool(said)
+    assert not found or f"too many for a context of {context} tokens" in found
 
 
 def test_leaderboard_tasks_on_real_items(make_model, tmp_path):
