@@ -5,9 +5,11 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from nanophi.eval.catalogue import references
-from nanophi.eval.compare import compare
+from nanophi.eval.compare import compare, find_label, label_results
+from nanophi.eval.models import model_sha256
 from nanophi.eval.render import to_text
 from nanophi.eval.results import FORMAT
 from nanophi.eval.statistics import holm
@@ -237,6 +239,7 @@ def test_bad_input(tmp_path):
     assert "baseline 'c' is not one of a" in problem({"a": [good]}, baseline="c")
     shots = result(tmp_path / "shots.json", [1.0, 0.0], shots=5)
     assert "arc_easy was not measured alike (a: 0-shot acc, b: 5-shot acc)" in problem({"a": [good], "b": [shots]})
+    assert "'a' holds results of 2 different models (good, shots)" in problem({"a": [good, shots]})
     assert "nothing to compare" in problem({})
 
 
@@ -246,3 +249,139 @@ def test_published_scores_add_up_and_name_their_sources():
     for model in published["models"]:
         assert np.mean(list(model["scores"].values())) == pytest.approx(model["average"], abs=0.011)
         assert set(model["scores"]) == set(published["metrics"]) and model["source"]
+
+
+def test_unlike_shots_have_rows_of_their_own(tmp_path):
+    rng = np.random.default_rng(7)
+    files = {
+        label: [
+            result(tmp_path / f"{label}-w.json", rng.integers(0, 2, 30).astype(float).tolist(), task="winogrande",
+                   shots=shots, model=label, prompts=f"p{shots}"),
+            result(tmp_path / f"{label}-a.json", rng.integers(0, 2, 30).astype(float).tolist(), model=label),
+        ]
+        for label, shots in (("a", 5), ("b", 0), ("c", 0))
+    }  # fmt: skip
+    comparison = compare(files, tmp_path)
+    tasks = comparison["tasks"]
+    assert set(tasks) == {"arc_easy", "winogrande:5", "winogrande:0"}
+    assert set(tasks["winogrande:5"]["scores"]) == {"a"} and not tasks["winogrande:5"]["differences"]
+    assert set(tasks["winogrande:0"]["differences"]) == {"b"} and set(tasks["arc_easy"]["differences"]) == {"a", "b"}
+    (note,) = comparison["notes"]
+    assert note.startswith("winogrande was not measured alike (a: 5-shot acc, b: 0-shot acc, c: 0-shot acc); only")
+    text = to_text(comparison)
+    assert "Winogrande (acc, 5-shot)" in text and "Winogrande (acc, 0-shot)" in text and note in text
+
+
+def test_two_results_of_a_model_count_once_and_a_note_says_which(tmp_path):
+    few, many = (result(tmp_path / f"{n}.json", [1.0, 0.0] * n, model="m") for n in (20, 50))
+    other = result(tmp_path / "other.json", [0.0, 1.0] * 50)
+    comparison = compare({"m": [few, many], "other": [other]}, tmp_path)
+    assert comparison["tasks"]["arc_easy"]["scores"]["m"]["items"] == 100
+    assert comparison["notes"] == ["arc_easy: m has two results; that on 100 items counts, that on 40 not"]
+    smaller = compare({"m": [few], "other": [other]}, tmp_path)
+    assert smaller["notes"] == ["arc_easy: m and other are compared on the 40 items that both answered"]
+
+
+def test_labels_tell_models_apart_and_suites_of_one_model_together(tmp_path):
+    def file(name, model, sha256, dtype="float32", task="arc_easy"):
+        path = result(tmp_path / f"{name}.json", [1.0, 0.0], task=task)
+        content = json.loads(path.read_text())
+        content["nanophi"]["model"] = {"name": model, "sha256": sha256, "dtype": dtype}
+        path.write_text(json.dumps(content))
+        return path
+
+    one, two = file("1", "a/release", "1" * 64), file("2", "a/release", "2" * 64)
+    other_suite = file("3", "a/release", "1" * 64, task="hellaswag")
+    rounded, alone = file("4", "b", "3" * 64, "bfloat16"), file("5", "c", "4" * 64)
+    labelled = label_results([one, two, other_suite, rounded, file("6", "b", "3" * 64), alone])
+    assert labelled == {
+        "a/release (11111111)": [one, other_suite],
+        "a/release (22222222)": [two],
+        "b bfloat16": [rounded],
+        "b float32": [tmp_path / "6.json"],
+        "c": [alone],
+    }
+    assert find_label(labelled, str(two)) == "a/release (22222222)" == find_label(labelled, "a/release (22222222)")
+    assert find_label(labelled, "nobody") == "nobody" and find_label(labelled, None) is None
+    comparison = compare(labelled, tmp_path / "out", baseline=find_label(labelled, str(one)))
+    assert comparison["baseline"] == "a/release (11111111)" and not comparison["notes"]
+    with pytest.raises(UserError, match=r"1\.json is named twice"):
+        label_results([one, one])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no results"):
+        label_results([tmp_path / "empty"])
+
+
+def test_run_directories_of_one_name_and_a_result_of_other_weights(tmp_path):
+    for place in ("x", "y"):
+        run = tmp_path / place / "demo"
+        for step in (1, 2):
+            checkpoint = run / f"checkpoints/step-{step:06d}"
+            checkpoint.mkdir(parents=True)
+            (checkpoint / "model.safetensors").write_text(f"{place}{step}")
+            (run / "evals").mkdir(exist_ok=True)
+            path = result(run / f"evals/step-{step:06d}-quick.json", [1.0, 0.0], model=model_sha256(checkpoint))
+    labelled = label_results([tmp_path / "x/demo", tmp_path / "y/demo"])
+    assert labelled == {
+        f"{place}/demo": [tmp_path / place / "demo/evals/step-000002-quick.json"] for place in ("x", "y")
+    }
+    assert compare(labelled, tmp_path / "out")["baseline"] == "y/demo"
+    (checkpoint / "model.safetensors").write_text("trained again")
+    with pytest.raises(UserError, match=rf"{path} was measured on other weights than .*step-000002"):
+        label_results([tmp_path / "x/demo", tmp_path / "y/demo"])
+
+
+def test_right_answers_are_compared_beside_the_scores(tmp_path):
+    """A shift that accuracy does not show, in a table that is corrected by itself."""
+    rng = np.random.default_rng(8)
+    base = rng.gamma(2, 1, 200)
+    shifted = base - 0.1 + rng.normal(0, 0.2, 200)
+    files = {}
+    for label, bits_of in (("a", shifted), ("b", base)):
+        path = result(tmp_path / f"{label}.json", [float(i % 4 == 0) for i in range(200)])
+        content = json.loads(path.read_text())
+        for sample, value in zip(content["samples"]["arc_easy"], bits_of, strict=True):
+            sample["answer_bits_per_byte"] = value
+        content["nanophi"]["headline"][0]["answer_bits_per_byte"] = {"value": float(bits_of.mean()), "stderr": 0.1}
+        path.write_text(json.dumps(content))
+        files[label] = [path]
+    comparison = compare(files, tmp_path)
+    difference = comparison["answers"]["arc_easy"]["differences"]["a"]
+    assert difference["value"] == pytest.approx((shifted - base).mean()) and difference["verdict"] == "better"
+    assert difference["p_value"] >= scipy.stats.ttest_rel(shifted, base).pvalue
+    stderr = np.std(shifted - base, ddof=1) / math.sqrt(200)
+    assert difference["minimum_detectable_effect"] == pytest.approx(2.82 * stderr, rel=0.05)
+    assert comparison["tasks"]["arc_easy"]["differences"]["a"]["verdict"] == "within noise"
+    # Nobody answered anything differently: at least six items would have to change before the test could tell.
+    assert comparison["tasks"]["arc_easy"]["differences"]["a"]["minimum_detectable_effect"] == 6 / 200
+    assert "ARC-Easy (right answer, bits per byte, 0-shot) ↓" in to_text(comparison)
+    assert "## Right answers, bits per byte" in (tmp_path / "comparison.md").read_text()
+
+
+def test_an_effect_of_the_detectable_size_is_mostly_detected(tmp_path):
+    """Accuracies whose true difference is what a first comparison called detectable: found in about 4 of 5."""
+    rng = np.random.default_rng(9)
+
+    def pair(gain, loss, folder, number):
+        draws = rng.random(400)
+        scores = {"a": (draws < gain + 0.2), "b": (draws > 1 - loss) | (draws < 0.2)}
+        return {x: [result(folder / f"{x}{number}.json", y.astype(float).tolist())] for x, y in scores.items()}
+
+    row = _compare_quickly(pair(0.1, 0.1, tmp_path, 0), tmp_path, 0)["arc_easy"]["differences"]["a"]
+    effect = row["minimum_detectable_effect"]
+    found = [
+        _compare_quickly(pair(0.1 + effect / 2, 0.1 - effect / 2, tmp_path, 1), tmp_path, i)["arc_easy"]
+        for i in range(80)
+    ]
+    share = np.mean([one["differences"]["a"]["verdict"] == "better" for one in found])
+    assert 0.6 < share < 0.95
+
+
+def test_names_are_not_markup(tmp_path):
+    files = {
+        name: [result(tmp_path / f"{number}.json", [1.0, 0.0])]
+        for number, name in enumerate(("<script>x</script>|y", "a`*b*"))
+    }
+    compare(files, tmp_path)
+    markdown = (tmp_path / "comparison.md").read_text()
+    assert "<script>" not in markdown.replace("\\<", "") and "\\|y" in markdown
