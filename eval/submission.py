@@ -2,13 +2,14 @@
 
     nanophi submit runs/nano-phi-115m/release --repo-id ORG/nano-phi-115M
 
-The boards take no models any more (v1 since June 2024, v2 since March 2025). The checks remain what a well-formed
-release passes, and mirrors of the boards read the same request files.
+The boards are closed (v1 since June 2024, v2 since March 2025). A well-formed release still passes their checks, and
+mirrors of the boards read the same request files.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -19,8 +20,10 @@ import huggingface_hub
 import safetensors
 import transformers
 from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.hf_api import RepoFile
 
-from nanophi.files import UserError, read_json, write_json
+from nanophi.files import UserError, read_json, sha256_of_file, write_json
+from nanophi.inputs import is_hub_id, model_folder
 from nanophi.run import now
 
 MODEL_TYPES = ("pretrained", "continuously pretrained", "fine-tuned", "chat", "merge")
@@ -30,7 +33,7 @@ MIN_CARD_CHARACTERS = 200
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One of the board's checks: what it looks at, whether it passed, what was found, and what to do if not."""
+    """One check: its name, whether it passed, what was found, and what to do if it failed."""
 
     name: str
     passed: bool
@@ -48,16 +51,18 @@ def check(
     weight_type: str = "Original",
     requests: Path | None = None,
 ) -> list[Check]:
-    """The board's checks, in order, each run whether or not those before it passed.
+    """The board's checks, in order; each runs whether or not the ones before it passed.
+
+    Beside them stands one of ours: that a folder holds the model that is on the Hub, which is what a board would read.
 
     Args:
-        model: release folder or Hub id. What a folder holds is checked there; only whether the Hub knows it is asked.
+        model: release folder or Hub id. The contents of a folder are checked there, and compared with those on the Hub.
         repo_id: `ORG/NAME` that the folder is, or will be, pushed to; for a Hub id, itself.
         revision: branch, tag or commit on the Hub; empty: main.
         model_type: one of `MODEL_TYPES`.
-        precision: in which the board is to run the model, one of `PRECISIONS`.
+        precision: the precision in which the board should run the model, one of `PRECISIONS`.
         weight_type: `Original`, `Adapter` or `Delta`.
-        requests: folder of earlier requests, against which a repetition is looked for.
+        requests: folder of earlier requests; one that repeats them fails.
     """
     return _Submission(model, repo_id, revision, model_type, precision, weight_type, requests).checks()
 
@@ -118,7 +123,7 @@ def render(checks: Sequence[Check]) -> str:
 
 
 class _Submission:
-    """A model on its way to the board, and what is known about it."""
+    """A model to be submitted, and what is known about it."""
 
     def __init__(
         self,
@@ -130,11 +135,11 @@ class _Submission:
         weight_type: str,
         requests: Path | None,
     ) -> None:
-        self.folder = Path(model) if Path(model).is_dir() else None
-        if self.folder is None and (Path(model).is_absolute() or str(model).count("/") != 1):
-            raise UserError(f"{model} is neither a folder nor a Hub id (ORG/NAME)")
+        self.folder = model_folder(model)
         self.source = str(model)
-        self.repo_id = repo_id or ("" if self.folder else self.source)
+        if repo_id is not None and not is_hub_id(repo_id):
+            raise UserError(f"'{repo_id}' is not a Hub id like ORG/NAME (--repo-id)")
+        self.repo_id = repo_id or ("" if self.folder else self.source.partition("@")[0])
         self.revision = revision or "main"
         self.model_type, self.precision, self.weight_type = model_type, precision, weight_type
         self.requests = requests
@@ -153,6 +158,7 @@ class _Submission:
             self._license(),
             self._card_text(),
             self._safetensors(),
+            self._same_on_hub(),
             self._not_twice(),
             self._chat_template(),
         ]
@@ -200,9 +206,9 @@ class _Submission:
         return Check("model type", known, found, remedy)
 
     def _revision(self) -> Check:
-        remedy = f"push first (nanophi push), and check that {self.revision} is a branch, tag or commit there"
+        remedy = f"push it first (nanophi push), and check that {self.revision} is a branch, tag or commit there"
         if not self.repo_id:
-            return Check("revision", False, "no repository named", "name it: --repo-id ORG/NAME")
+            return Check("revision", False, "no repository was named", "name it: --repo-id ORG/NAME")
         try:
             self.info = HfApi().model_info(self.repo_id, revision=self.revision)
         except Exception as error:
@@ -210,7 +216,7 @@ class _Submission:
         return Check("revision", True, f"{self.revision} is {self.info.sha}", remedy)
 
     def _config(self) -> Check:
-        remedy = "remote code was refused: config.json must name a model_type that transformers itself knows"
+        remedy = "boards run no remote code: config.json must name a model_type that transformers knows"
         try:
             self.config = transformers.AutoConfig.from_pretrained(
                 self.source, trust_remote_code=False, **self._at_revision()
@@ -232,7 +238,7 @@ class _Submission:
     def _reachable(self) -> Check:
         remedy = "the repository must exist, and be public or yours"
         if self.info is None:
-            return Check("model information", False, "the Hub gives none", remedy)
+            return Check("model information", False, "the Hub returns none", remedy)
         return Check("model information", not self.info.private, "private" if self.info.private else "public", remedy)
 
     def _license(self) -> Check:
@@ -246,7 +252,7 @@ class _Submission:
         return Check("license", passed, self._license_name() or "none", remedy)
 
     def _card_text(self) -> Check:
-        remedy = "say in README.md what the model is and how it was made"
+        remedy = "describe in README.md what the model is and how it was made"
         count = len(self.card.text.strip()) if self.card else 0
         return Check("card", count >= MIN_CARD_CHARACTERS, f"{count} characters of {MIN_CARD_CHARACTERS}", remedy)
 
@@ -257,6 +263,26 @@ class _Submission:
         except Exception as error:
             return Check("safetensors", False, _short(error), remedy)
         return Check("safetensors", self.parameters > 0, f"{self.parameters:,} parameters", remedy)
+
+    def _same_on_hub(self) -> Check:
+        """Whether the board, which reads the Hub, would get the model that was checked here."""
+        name, remedy = (
+            "same model on the Hub",
+            f"push this folder to {self.repo_id or 'the Hub'} first, or name its own",
+        )
+        if self.folder is None:
+            return Check(name, True, "it was read from there", remedy)
+        try:
+            tree = HfApi().list_repo_tree(self.repo_id, revision=self.revision)
+            there = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+        except Exception as error:
+            return Check(name, False, _short(error), remedy)
+        here = [*self.folder.glob("*.safetensors"), *(self.folder / file for file in ("config.json", "tokenizer.json"))]
+        files = [path for path in sorted(here) if path.is_file()]
+        weights = {path.name for path in files} | {path for path in there if path.endswith(".safetensors")}
+        other = sorted(weights - {path.name for path in files if _is_same(path, there.get(path.name))})
+        found = f"{', '.join(other)} differ from {self.repo_id}" if other else f"{len(files)} files are the same"
+        return Check(name, not other, found, remedy)
 
     def _not_twice(self) -> Check:
         remedy = "it is in the queue; submit another revision or precision"
@@ -296,7 +322,7 @@ class _Submission:
         return huggingface_hub.hf_hub_download(self.repo_id, name, revision=self.revision)
 
     def _load_card(self) -> str:
-        """Read the card; what is wrong with it, or nothing."""
+        """Read the card. Returns what is wrong with it, or an empty string."""
         try:
             self.card = ModelCard(self._read("README.md"))
         except FileNotFoundError:
@@ -322,6 +348,16 @@ class _Submission:
         return total
 
 
+def _is_same(path: Path, there: RepoFile | None) -> bool:
+    """Whether a file is the one on the Hub, which knows LFS files by SHA-256 and others by git's SHA-1 of a blob."""
+    if there is None or there.size != path.stat().st_size:
+        return False
+    if there.lfs is not None:
+        return there.lfs.sha256 == sha256_of_file(path)
+    content = path.read_bytes()
+    return there.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
 def _short(error: Exception) -> str:
-    """An error in one line."""
+    """An error as one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
