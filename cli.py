@@ -401,7 +401,7 @@ def quality_score(
 ) -> None:
     """Score every document.
 
-    Example: nanophi quality score "web/*.parquet" --scorer model:scorer
+    Example: nanophi quality score "chat/*.jsonl.gz" --scorer model:scorer
     """
     from nanophi.data import quality, scorers
 

@@ -1,11 +1,11 @@
-"""What the README says to type works: its commands, at a reduced size, from a folder that is not the checkout."""
+"""What README.md says to type works as it stands: its commands, on a demo of a few steps and a few documents."""
 
 import gzip
 import json
-import os
 import pydoc_data.topics
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,138 +13,190 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
+from hub_server import HubServer
+from readme import README, ROOT, blocks, commands
 
-import nanophi
 from nanophi import cli
 from nanophi.files import read_json
+from nanophi.recipe import RECIPES, load_recipe
 
-ROOT = Path(nanophi.__file__).parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-NANOPHI = [sys.executable, "-m", "nanophi"]
+COMMANDS = commands("The command")
+VERBS = {command.name or command.callback.__name__ for command in cli.app.registered_commands}
+VERBS |= {f"quality {command.name}" for command in cli.quality_app.registered_commands}
+
 SMALL = {
-    "training.steps": 12,
-    "training.keep_steps": [6],
-    "training.save_steps": 6,
-    "training.warmup_steps": 2,
-    "training.batch_size": 4,
-    "evaluation.limit": 12,
+    "data": {
+        "sources": [
+            {"files": "good/*.jsonl.gz", "name": "good"},
+            {"files": "web/*.parquet", "name": "web", "text_column": "content"},
+        ],
+        "heldout_fraction": 0.1,
+        "workers": 1,
+    },
+    "quality": {"high": ["good"], "low": ["web"]},
+    "tokenizer": {"vocab_size": 400},
+    "model": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2},
+    "training": {"steps": 8, "batch_size": 4, "warmup_steps": 2, "save_steps": 4, "keep_steps": [4], "eval_steps": 4}
+    | {"logging_steps": 2},
+    "evaluation": {"limit": 8},
 }
-SMALL_OPTIONS = [part for key, value in SMALL.items() for part in ("--set", f"{key}={json.dumps(value)}")]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+def verb(arguments: list[str]) -> str:
+    return " ".join(arguments[: 2 if arguments[0] == "quality" else 1])
 
 
-def shell(command: list[str], folder: Path, **kwargs) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **kwargs.pop("env", {})}
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, **kwargs)
+def nanophi(arguments: list[str]) -> None:
+    """Run one command in this process. Raises AssertionError if it fails."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["nanophi", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+    assert not stopped.value.code, stopped.value.code
+
+
+def shell(command: list[str], folder: Path, **environment: str) -> str:
+    kept = {"PATH": "/usr/bin:/bin", "HOME": str(folder), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env={**kept, **environment})
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done
-
-
-def make_line(target: str) -> list[str]:
-    """The `nanophi` command that `make TARGET` runs, without the path in front."""
-    makefile = (ROOT / "Makefile").read_text()
-    line = re.search(rf"^{target}:.*\n\t\$\(BIN\)/nanophi (.*)$", makefile, flags=re.MULTILINE)
-    assert line is not None
-    return shlex.split(line.group(1))
+    return done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    """`make demo`, with fewer steps and items."""
+def folder(tmp_path_factory):
+    """A current folder with text of its own, where `demo` and `demo-control` are recipes for a very small model."""
     folder = tmp_path_factory.mktemp("readme")
-    assert any(re.match(r"make demo\b", block) for block in blocks("bash"))
-    arguments = [str(ROOT / part) if part.startswith("recipes/") else part for part in make_line("demo")]
-    done = shell([*NANOPHI, *arguments, *SMALL_OPTIONS], folder)
-    return folder, done.stdout
+    texts = [
+        text[start : start + 2000] for text in pydoc_data.topics.topics.values() for start in range(0, len(text), 2000)
+    ][:150]
+    spam = [
+        f"{number} BUY NOW!!! " + " ".join(f"www.{word}.com/$$$" for word in text.split()[:200])
+        for number, text in enumerate(texts)
+    ]
+    for name in ("good", "web", "books", "chat"):
+        (folder / name).mkdir()
+    for name, documents in (("good", texts), ("chat", spam)):
+        with gzip.open(folder / name / "a.jsonl.gz", "wt") as file:
+            file.writelines(json.dumps({"text": text}) + "\n" for text in documents)
+    pq.write_table(pa.table({"content": spam}), folder / "web/a.parquet")
+    for number, text in enumerate(texts):
+        (folder / f"books/{number}.txt").write_text(text)
+    (folder / "demo.yaml").write_text(yaml.safe_dump({"extends": str(RECIPES / "demo.yaml"), **SMALL}))
+    (folder / "demo").write_text("extends: demo.yaml")
+    shutil.copyfile(RECIPES / "demo-control.yaml", folder / "demo-control")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        yield folder
 
 
-def test_the_demo_prints_its_comparison_and_a_sample(demo):
+@pytest.fixture(scope="module")
+def demo(folder):
+    """What `make demo` leaves, and what it printed."""
+    makefile = (ROOT / "Makefile").read_text()
+    line = re.search(r"^demo:.*\n\t\$\(BIN\)/nanophi (.*)$", makefile, flags=re.MULTILINE)
+    out = shell([sys.executable, "-m", "nanophi", *shlex.split(line.group(1))], folder)
+    return folder, out
+
+
+def test_the_demo_prints_what_the_readme_shows(demo):
     folder, out = demo
-    assert "bits per byte" in out
-    assert "bz2 -9, same text" in out
-    assert "demo-control" in out
-    sample = read_json(folder / "runs/demo/sample.json")["text"]
-    assert sample in out
-    assert "release: runs/demo/release" in out
-    corpus = read_json(folder / "runs/demo/data/documents/documents.json")
-    assert corpus["bytes"] > 10e6
+    shown = {re.split(r" {2,}", line.strip())[0].rstrip(":") for line in blocks("text")[0].splitlines()}
+    assert len(shown) > 8
+    assert not [words for words in shown if words not in out]
+    assert read_json(folder / "runs/demo/sample.json")["text"] in out
+    assert "report:  runs/demo/report.html\nrelease: runs/demo/release" in out
     quality = read_json(folder / "runs/demo/data/quality/quality.json")
-    assert 0.2 < quality["kept_bytes_fraction"] < 0.8
+    assert quality["sources"]["good"]["kept_documents"] > 0.9 * quality["sources"]["good"]["documents"]
+    assert quality["sources"]["web"]["kept_documents"] < 0.1 * quality["sources"]["web"]["documents"]
     control = read_json(folder / "runs/demo-control/data/tokens/tokens.json")
     filtered = read_json(folder / "runs/demo/data/tokens/tokens.json")
     assert filtered["heldout"] == control["heldout"]
     assert filtered["train"]["tokens"] < control["train"]["tokens"]
 
 
+OFFLINE = [line for line in COMMANDS if line[0] not in ("push", "submit")]
+
+
+@pytest.mark.parametrize("arguments", OFFLINE, ids=verb)
+def test_a_command_works_as_it_stands(demo, capsys, arguments):
+    nanophi(arguments)
+    out = capsys.readouterr().out
+    if verb(arguments) == "run":
+        assert "up to date" in out
+        assert " done in " not in out
+        assert "shared with" not in out
+
+
+def test_publishing_works_as_it_stands(demo, tmp_path):
+    """In one process of its own, because the client reads the Hub's address when it is imported."""
+    folder, _ = demo
+    lines = [line for line in COMMANDS if line[0] in ("push", "submit")]
+    script = """
+import json, sys
+from nanophi import cli
+for arguments in json.loads(sys.argv.pop()):
+    sys.argv[1:] = arguments
+    try:
+        cli.main()
+    except SystemExit as stopped:
+        if stopped.code:
+            raise
+"""
+    with HubServer() as hub:
+        shell([sys.executable, "-c", script, json.dumps(lines)], folder, **hub.environment(tmp_path))
+        assert sorted(hub.repositories[("model", "ORG/nano-phi-demo")].branches) == [
+            "main",
+            "step-000004",
+            "step-000008",
+        ]
+
+
 def test_the_python_snippet_runs(demo):
     folder, _ = demo
-    snippets = [block for block in blocks("python") if "pipeline(" in block]
-    assert snippets
-    for snippet in snippets:
-        for trusted in (False, True):
-            code = snippet.replace('release")', 'release", trust_remote_code=True)') if trusted else snippet
-            environment = {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}
-            done = shell([sys.executable, "-I", "-c", code], folder, env=environment)
-            assert done.stdout.startswith("The function returns")
-            assert done.stdout.rstrip("\n") == read_json(folder / "runs/demo/sample.json")["text"].rstrip("\n")
-            for complaint in ("newly initialized", "You are using a model of type"):
-                assert complaint not in done.stderr
+    expected = read_json(folder / "runs/demo/sample.json")["text"].rstrip("\n")
+    snippet = blocks("python")[0]
+    trusting = snippet.replace('release")', 'release", trust_remote_code=True)')
+    assert trusting != snippet
+    code = snippet + trusting + "print(type(generator.model).__name__)"
+    out = shell([sys.executable, "-I", "-c", code], folder, HF_MODULES_CACHE=str(folder / "modules"))
+    assert out.count(expected) == 2
+    assert "NanoPhiForCausalLM" in out
+    for complaint in ("newly initialized", "You are using a model of type"):
+        assert complaint not in out
 
 
-def test_a_second_time_everything_is_up_to_date(demo):
-    folder, _ = demo
-    arguments = [str(ROOT / part) if part.startswith("recipes/") else part for part in make_line("demo")]
-    out = shell([*NANOPHI, *arguments, *SMALL_OPTIONS], folder).stdout
-    assert " done in " not in out
-    assert "shared with" not in out
-    assert "up to date" in out
-
-
-def test_own_data(tmp_path):
+def test_own_data(folder):
     """The recipe under "Your own data", with the sources that need no Hub."""
     recipe = next(block for block in blocks("yaml") if "name: mine" in block)
-    lines = [line for line in recipe.splitlines() if "hub:" not in line or "scorer" in line]
-    (tmp_path / "mine.yaml").write_text("\n".join(lines))
-    (tmp_path / "good").mkdir()
-    (tmp_path / "web").mkdir()
-    texts = [
-        text[start : start + 2000] for text in pydoc_data.topics.topics.values() for start in range(0, len(text), 2000)
-    ]
-    with gzip.open(tmp_path / "good/a.jsonl.gz", "wt") as file:
-        file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
-    spam = [
-        f"{number} BUY NOW!!! " + " ".join(f"www.{word}.com/$$$" for word in text.split()[:200])
-        for number, text in enumerate(texts)
-    ]
-    pq.write_table(pa.table({"content": spam}), tmp_path / "web/a.parquet")
-    commands = [
-        line.split("#")[0].split() for block in blocks("bash") for line in block.splitlines() if "mine.yaml" in line
-    ]
-    assert [command[:2] for command in commands] == [["nanophi", "prepare"], ["nanophi", "run"]]
-    shell([*NANOPHI, *commands[0][1:], *SMALL_OPTIONS], tmp_path)
-    quality = read_json(tmp_path / "runs/mine/data/quality/quality.json")
-    assert quality["sources"]["good"]["kept_documents"] > 0.9 * quality["sources"]["good"]["documents"]
-    assert quality["sources"]["web"]["kept_documents"] < 0.1 * quality["sources"]["web"]["documents"]
-    assert (tmp_path / "runs/mine/data/quality/quality.md").exists()
+    lines = [line for line in recipe.splitlines() if "hub:" not in line]
+    (folder / "mine.yaml").write_text("\n".join(lines))
+    for arguments in commands("Your own data"):
+        nanophi(arguments)
+    assert (folder / "runs/mine/data/quality/quality.md").exists()
+    assert (folder / "runs/mine/release/MANIFEST.json").exists()
 
 
-def test_every_verb_in_the_readme_exists():
-    verbs = {command.name or command.callback.__name__ for command in cli.app.registered_commands}
-    verbs |= {group.name for group in cli.app.registered_groups}
-    named = set(re.findall(r"nanophi (?!VERB)([a-z]+)\b", "\n".join(re.findall(r"`([^`\n]+)`", README))))
-    assert named <= verbs
-    table = re.search(r"## The command\n(.*?)\n## ", README, flags=re.DOTALL).group(1)
-    assert all(f"{verb}" in table for verb in verbs)
+def test_a_scorer_of_ones_own(folder, capsys):
+    """The examples in the help of `nanophi quality`, one after the other."""
+    for command in cli.quality_app.registered_commands:
+        example = re.search(r"Example: nanophi (.*)", command.callback.__doc__).group(1)
+        nanophi(shlex.split(example))
+    assert "test documents" in capsys.readouterr().out
+    assert "Kept" in (folder / "quality/quality.md").read_text()
 
 
-def test_every_file_in_the_layout_exists():
-    layout = README.split("## Layout")[1]
-    names = re.findall(r"[\w/]+\.(?:py|md)\b", layout)
-    assert len(names) > 4
-    for name in names:
-        assert (ROOT / name).exists(), name
-    for folder in re.findall(r"^(\w+)/ ", layout, flags=re.MULTILINE):
-        assert (ROOT / folder).is_dir(), folder
+def test_every_verb_is_in_the_readme():
+    assert {verb(arguments) for arguments in COMMANDS} | {"quality fit"} >= VERBS
+
+
+def test_commands_outside_the_blocks_parse():
+    for line in re.findall(r"`(?:accelerate launch -m )?(nanophi (?!VERB)[^`\n]+)`", README):
+        recipes = [word for word in line.split() if (RECIPES / f"{word}.yaml").exists()]
+        assert line.split()[1] in {name.split()[0] for name in VERBS}
+        assert all(load_recipe(name).name == name for name in recipes)
+
+
+def test_every_file_that_is_named_exists():
+    for target in re.findall(r"\]\(([^)h][^)]*)\)", README):
+        assert (ROOT / target).exists(), target
