@@ -183,7 +183,7 @@ def test_a_scorer_of_ones_own(folder, capsys):
         example = re.search(r"Example: nanophi (.*)", command.callback.__doc__).group(1)
         nanophi(shlex.split(example))
     assert "test documents" in capsys.readouterr().out
-    assert "Kept" in (folder / "quality/quality.md").read_text()
+    assert "of 150 training documents kept" in (folder / "quality/quality.md").read_text()
 
 
 def test_every_verb_is_in_the_readme():
