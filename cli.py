@@ -246,13 +246,14 @@ def release(recipe: OneRecipe, runs: Runs = Path("runs"), overrides: Overrides =
 
     Example: nanophi release demo --gguf f16,q8_0
     """
+    from nanophi.model_card import gguf as llama
+
+    kinds = llama.parse_kinds(gguf)
     with _open(recipe, runs, overrides, ("sample", "evaluation", "card", "release", "verification")) as pipeline:
         pipeline.verification()
         typer.echo(pipeline.path / "release")
-        if gguf:
-            from nanophi.model_card import gguf as llama
-
-            for file in llama.export(pipeline.path / "release", gguf.split(","), pipeline.path / "gguf"):
+        if kinds:
+            for file in llama.export(pipeline.path / "release", kinds, pipeline.path / "gguf"):
                 typer.echo(file["path"])
 
 
@@ -276,6 +277,14 @@ def generate(
         generator = pipeline("text-generation", model=model)
     except (OSError, ValueError) as error:
         raise UserError(f"{model} cannot be loaded: {str(error).splitlines()[0]}") from None
+    assert generator.tokenizer is not None
+    length = len(generator.tokenizer(prompt).input_ids)
+    context = getattr(generator.model.config, "max_position_embeddings", None) or length + max_new_tokens
+    if length >= context:
+        raise UserError(f"the prompt has {length} tokens, the model's context is {context}; shorten it")
+    if length + max_new_tokens > context:
+        max_new_tokens = context - length
+        typer.echo(f"only {max_new_tokens} more tokens fit into the model's context of {context}", err=True)
     set_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     typer.echo(generator(prompt, max_new_tokens=max_new_tokens, **sampling)[0]["generated_text"])
@@ -307,7 +316,12 @@ def push(
     release: ReleaseFolder,
     repo_id: Annotated[str, Option(metavar="ORG/NAME", help="Repository on the Hub.")],
     public: Annotated[bool, Option("--public", help="Make it public once everything is uploaded.")] = False,
-    dry_run: Annotated[bool, Option("--dry-run", help="List what would be sent; send nothing.")] = False,
+    dry_run: Annotated[
+        bool, Option("--dry-run", help="List what would be sent, replaced and deleted; send nothing.")
+    ] = False,
+    force: Annotated[
+        bool, Option("--force", help="Replace and delete files that no push of ours put into the repository.")
+    ] = False,
     signing_key: Annotated[Path | None, Option(help="Sign every revision with this private key (PEM).")] = None,
     gguf: Gguf = None,
 ) -> None:
@@ -319,9 +333,17 @@ def push(
     Example: nanophi push runs/demo/release --repo-id ORG/nano-phi-demo --dry-run
     """
     from nanophi.model_card import push as pushing
+    from nanophi.model_card.gguf import parse_kinds
 
-    kinds = gguf.split(",") if gguf else ()
-    result = pushing.push(release, repo_id, public=public, dry_run=dry_run, signing_key=signing_key, gguf=kinds)
+    result = pushing.push(
+        release,
+        repo_id,
+        public=public,
+        dry_run=dry_run,
+        force=force,
+        signing_key=signing_key,
+        gguf=parse_kinds(gguf),
+    )
     if result["url"]:
         typer.echo(result["url"])
 

@@ -238,12 +238,16 @@ class Pipeline:
         """The model, with its checkpoints."""
         from transformers import AutoTokenizer
 
+        from nanophi.model_card.release import sample_settings
         from nanophi.training import checkpoints, trainer
 
         self.tokens()
         if "training" in self.run.record.get("in_progress", {}):
             checkpoints.check_data(self.path)  # before a stage with other inputs would begin from scratch
         recipe = self.recipe
+        # A prompt that is too long for the card's sample is refused before the training is paid for.
+        context = recipe.model_config_for().max_position_embeddings
+        sample_settings(self.path / "data/tokenizer", recipe.card.prompt, context)
         inputs = {
             "tokens": self.run.stage_key("tokens"),
             "tokenizer": self.run.stage_key("tokenizer"),
@@ -370,11 +374,12 @@ class Pipeline:
 
         self.sample()
         self.evaluation()
+        self.write_recipe()  # The card is made from it; every stage before is up to date with this recipe.
         stages, comparison = self.run.record["stages"], self.path / "comparison.json"
         return {
             "stages": {name: stages[name]["key"] for name in sorted(stages) if name not in LATER_STAGES},
             "comparison": sha256_of_file(comparison) if comparison.exists() else None,
-            "card": self.recipe.card.model_dump(mode="json"),
+            "recipe": self.recipe.dump(),
         }
 
     def page(self) -> dict[str, Any]:
@@ -415,7 +420,7 @@ class Pipeline:
         self.release()
 
         def build(work: Path) -> dict[str, Any]:
-            checks = verify.verify(str(self.path / "release"), report=self.report)
+            checks = verify.verify(str(self.path / "release"), echo=self.report)
             failed = [check["name"] for check in checks if not check["passed"]]
             if failed:
                 raise UserError(f"{self.path / 'release'} does not verify: {', '.join(failed)}")

@@ -70,12 +70,11 @@ def _loss(records: ShippedRecords, axes: Axes) -> None:
         seen = [e["tokens_seen"] / scale for e in evaluations]
         losses = [e["loss"] for e in evaluations]
         axes.plot(seen, losses, "o-", color=ORANGE, ms=4, lw=1.2, label="held-out documents")
-        # To the left of the last point, where the plot ends, and above the curve.
-        place = axes.annotate(f"{losses[-1]:.3f}", (seen[-1], losses[-1]), (0, 6), textcoords="offset points")
-        place.set(ha="right", va="bottom", color=ORANGE)
+        place = axes.annotate(f"{losses[-1]:.3f}", (seen[-1], losses[-1]), (7, 0), textcoords="offset points")
+        place.set(va="center", color=ORANGE)
     axes.set_xlabel("tokens seen" + (f" ({unit})" if unit else ""))
     axes.set_ylabel("cross-entropy (nats per token)")
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 1.09 * most / scale)  # Room for the last loss.
     # The first steps fall from ln(vocabulary); they would press the rest of the curve flat.
     later = [e["loss"] for e in log[len(log) // 10 :]] + [e["loss"] for e in evaluations[1:]]
     low, high = min(later), max(later)

@@ -50,7 +50,7 @@ def export(release: Path, kinds: Sequence[str], output: Path) -> list[dict[str, 
         UserError: for an unknown kind, or a release that llama.cpp's phi2 cannot express.
     """
     for kind in kinds:
-        _check_kind(kind)
+        check_kind(kind)
     if output.resolve().is_relative_to(release.resolve()):
         raise UserError(f"{output} lies inside the release {release}, which must stay as it is; choose another folder")
     repo_id = _repo_id(release)
@@ -84,7 +84,7 @@ def write(release: Path, output: Path, kind: str) -> dict[str, Any]:
     Raises:
         UserError: for an unknown kind, a release that is incomplete or that llama.cpp's phi2 cannot express.
     """
-    _check_kind(kind)
+    check_kind(kind)
     gguf = _library()
     for file in ("config.json", "model.safetensors", "tokenizer.json"):
         if not (release / file).is_file():
@@ -127,7 +127,16 @@ def _library() -> Any:
     return gguf
 
 
-def _check_kind(kind: str) -> None:
+def parse_kinds(text: str | None) -> list[str]:
+    """`f16, q8_0` as a list, each once. Raises `UserError` for an unknown kind."""
+    kinds = list(dict.fromkeys(kind.strip() for kind in (text or "").split(",") if kind.strip()))
+    for kind in kinds:
+        check_kind(kind)
+    return kinds
+
+
+def check_kind(kind: str) -> None:
+    """Raise `UserError` for a kind that is not in `KINDS`."""
     if kind not in KINDS:
         raise UserError(f"unknown GGUF kind {kind!r}; allowed: {', '.join(KINDS)}")
 

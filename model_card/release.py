@@ -1,6 +1,6 @@
 """The release folder: exactly what is pushed to the Hub, and nothing that depends on when or where it was built.
 
-README.md  figures/                      the model card
+README.md  LICENSE  figures/             the model card, the licence
 config.json  model.safetensors  ...      loads as PhiForCausalLM without remote code, as NanoPhi with it
 records/  .eval_results/                 what the card's numbers come from
 revisions.json                           the checkpoints that are published as branches
@@ -10,15 +10,16 @@ MANIFEST.json                            SHA-256 of every file, and the provenan
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from nanophi.configuration_nanophi import AUTO_MAP
-from nanophi.files import UserError, link_or_copy, read_json, sha256_of_file, write_json
+from nanophi.files import UserError, link_or_copy, read_json, sha256_of_file, write_json, write_text
 from nanophi.model_card import card as model_card
-from nanophi.model_card.shipped import LATER_STAGES, read_records
+from nanophi.model_card.shipped import LATER_STAGES, ShippedRecords, read_records
 from nanophi.model_card.signature import SIGNATURE
 from nanophi.run import step_folders
 from nanophi.version import __version__
@@ -35,7 +36,11 @@ TOKENIZER_FILES = (
 )
 MANIFEST = "MANIFEST.json"
 
-SAMPLE_SETTINGS = {"do_sample": False, "max_new_tokens": 50, "repetition_penalty": 10.0}
+_LEFT_BEHIND = re.compile(
+    r"^\.git(attributes$|ignore$|/|$)|^\.cache/|(^|/)(\.DS_Store|\._[^/]*|Thumbs\.db|desktop\.ini)$"
+)
+
+SAMPLE_SETTINGS: dict[str, Any] = {"do_sample": False, "max_new_tokens": 50, "repetition_penalty": 10.0}
 """Greedy, so that anyone can regenerate it. The penalty is the one of the nano-phi-115M-v0.1 card."""
 
 
@@ -65,6 +70,7 @@ def build(run: Path, checkpoint: Path, card: Path, output: Path, dtype: str = "f
     for name in TOKENIZER_FILES:
         if (checkpoint / name).is_file():
             shutil.copyfile(checkpoint / name, output / name)
+    _complete_tokenizer(output)
     for name in CODE_FILES:
         shutil.copyfile(checkpoint / name, output / name)
     _write_weights(checkpoint, output / "model.safetensors", dtype)
@@ -75,6 +81,7 @@ def build(run: Path, checkpoint: Path, card: Path, output: Path, dtype: str = "f
         elif (card / part).is_file():
             shutil.copyfile(card / part, output / part)
     write_json(output / "revisions.json", read_json(card / "records" / "revisions.json"))
+    write_text(output / "LICENSE", _license(read_records(output / "records")))
     write_manifest(output, _provenance(run, output))
     files = read_json(output / MANIFEST)["files"]
     return {
@@ -95,9 +102,12 @@ def write_manifest(folder: Path, provenance: dict[str, Any]) -> None:
 
 
 def list_files(folder: Path) -> list[str]:
-    """Relative POSIX names of all files in a release, sorted; what the Hub and its client add is left out."""
+    """Relative POSIX names of all files in a release, sorted.
+
+    What git, the Hub's client and the file managers of operating systems leave in a folder is not part of it.
+    """
     names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() or path.is_symlink())
-    return sorted(name for name in names if name != ".gitattributes" and not name.startswith(".cache/"))
+    return sorted(name for name in names if not _LEFT_BEHIND.search(name))
 
 
 def retarget(release: Path, repo_id: str, output: Path) -> None:
@@ -128,7 +138,31 @@ def generate(checkpoint: Path, prompts: Iterable[str], dtype: str = "float32") -
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype)).float()
     generator = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
-    return [generator(prompt, **SAMPLE_SETTINGS)[0]["generated_text"] for prompt in prompts]
+    return [
+        generator(prompt, **sample_settings(checkpoint, prompt, model.config.max_position_embeddings))[0][
+            "generated_text"
+        ]
+        for prompt in prompts
+    ]
+
+
+def sample_settings(tokenizer: Path, prompt: str, context: int) -> dict[str, Any]:
+    """`SAMPLE_SETTINGS`, with no more new tokens than fit into the context after the prompt.
+
+    Args:
+        tokenizer: folder with a tokenizer.json.
+        prompt: where the text begins.
+        context: tokens that the model can read.
+
+    Raises:
+        UserError: if none fits.
+    """
+    from tokenizers import Tokenizer
+
+    length = len(Tokenizer.from_file(str(tokenizer / "tokenizer.json")).encode(prompt).ids)
+    if length >= context:
+        raise UserError(f"card.prompt has {length} tokens, the model's context is {context}; shorten the prompt")
+    return {**SAMPLE_SETTINGS, "max_new_tokens": min(SAMPLE_SETTINGS["max_new_tokens"], context - length)}
 
 
 def write_sample(checkpoint: Path, prompt: str, output: Path, dtype: str = "float32") -> dict[str, Any]:
@@ -139,7 +173,9 @@ def write_sample(checkpoint: Path, prompt: str, output: Path, dtype: str = "floa
     """
     texts = {folder.name: generate(folder, [prompt], dtype)[0] for folder in step_folders(checkpoint.parent)}
     text = texts[checkpoint.name] if checkpoint.name in texts else generate(checkpoint, [prompt], dtype)[0]
-    sample = {"prompt": prompt, "text": text, "settings": SAMPLE_SETTINGS, "checkpoints": texts}
+    context = read_json(checkpoint / "config.json")["max_position_embeddings"]
+    settings = sample_settings(checkpoint, prompt, context)
+    sample = {"prompt": prompt, "text": text, "settings": settings, "checkpoints": texts}
     write_json(output, sample)
     return sample
 
@@ -173,6 +209,61 @@ def _generation_config(config: dict[str, Any]) -> dict[str, Any]:
     left_out = ("max_new_tokens", "max_length", "_from_model_config")
     kept = {key: value for key, value in config.items() if key not in left_out}
     return dict(sorted({**kept, "do_sample": False}.items()))
+
+
+def _complete_tokenizer(folder: Path) -> None:
+    """What batched generation needs: a token to pad with, on the left, and the length at which a prompt is too long.
+
+    The token that ends a text pads it, as is usual where there is no other. `config.json` does not name it: there it
+    would keep the model from learning that token's embedding.
+    """
+    config, tokenizer = (read_json(folder / name) for name in ("config.json", "tokenizer_config.json"))
+    tokenizer.setdefault("pad_token", tokenizer.get("eos_token"))
+    tokenizer |= {"padding_side": "left", "model_max_length": config["max_position_embeddings"]}
+    write_json(folder / "tokenizer_config.json", tokenizer)
+    special = folder / "special_tokens_map.json"
+    if special.is_file():
+        write_json(special, {"pad_token": tokenizer["pad_token"], **read_json(special)})
+    generation = read_json(folder / "generation_config.json")
+    if generation.get("pad_token_id") is None and isinstance(config.get("eos_token_id"), int):
+        write_json(folder / "generation_config.json", {**generation, "pad_token_id": config["eos_token_id"]})
+
+
+MIT = """MIT License
+
+Copyright (c) {year} {holder}
+
+Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated
+documentation files (the "Software"), to deal in the Software without restriction, including without limitation the
+rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to permit
+persons to whom the Software is furnished to do so, subject to the following conditions:
+
+The above copyright notice and this permission notice shall be included in all copies or substantial portions of the
+Software.
+
+THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE
+WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR
+COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR
+OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+"""
+
+
+def _license(records: ShippedRecords) -> str:
+    """The licence of the model, and that of the two Python files, which are nanophi's."""
+    card = records["recipe.yaml"]["card"]
+    code = (Path(__file__).parents[1] / "LICENSE").read_text(encoding="utf-8").lstrip("\n")
+    if card["license"] == "apache-2.0":
+        return code
+    if card["license"] == "mit":
+        own = MIT.format(year=records["run.json"]["finished"][:4], holder=card["developers"])
+    else:
+        named = f"{card.get('license_name')}: {card.get('license_link')}"
+        own = f"License: {named if card['license'] == 'other' else card['license']}\n"
+    rule = "-" * 80
+    return (
+        f"The model (weights, tokenizer, card and records)\n\n{own}\n{rule}\n\n"
+        f"{' and '.join(CODE_FILES)}, which are part of nanophi\n\n{code}"
+    )
 
 
 def _write_weights(checkpoint: Path, target: Path, dtype: str) -> None:

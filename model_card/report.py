@@ -65,11 +65,11 @@ def build(run: Path, output: Path) -> dict[str, Any]:
 def _script_safe(value: Any) -> str:
     """JSON that may stand in a script element, whatever its strings hold.
 
-    No `<` is left that could end the element or begin a comment in it, and lone surrogates, which UTF-8 has no form
-    for, are escaped.
+    No `<` is left that could end the element or begin a comment in it. Lone surrogates, which no file can hold, are
+    replaced.
     """
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    return re.sub("[<>&\ud800-\udfff\u2028\u2029]", lambda match: f"\\u{ord(match.group()):04x}", text)
+    text = re.sub("[\ud800-\udfff]", "\ufffd", json.dumps(value, ensure_ascii=False, allow_nan=False))
+    return re.sub("[<>&\u2028\u2029]", lambda match: f"\\u{ord(match.group()):04x}", text)
 
 
 def _scores(run: Path, records: ShippedRecords) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
-"""Train a published model again from what its release says, and set the results beside the published ones.
+"""Train a published model again from its release, and compare the results with the published ones.
 
-recipe = prepare("ORG/NAME", Path("reproductions"))     the recipe, and what differs between there and here
+recipe = prepare("ORG/NAME", Path("reproductions"))     the recipe, and how the environments differ
 ...                                                     the run itself
 compare(Path("reproductions/published"), run)           published against reproduced, number by number
 """
@@ -27,14 +27,14 @@ Row = dict[str, Any]
 """`{"name", "published", "here", "agrees"}`; `agrees` is None where a difference means nothing by itself."""
 
 
-def prepare(published: str, output: Path, revision: str | None = None, report: Callable[[str], None] = print) -> Path:
-    """Fetch a release's records and set out its recipe.
+def prepare(published: str, output: Path, revision: str | None = None, echo: Callable[[str], None] = print) -> Path:
+    """Fetch a release's records and write its recipe.
 
     Args:
         published: release folder, or `ORG/NAME` on the Hub. Only its manifest and records are fetched.
         output: folder for the reproduction; `published/` in it takes the records.
         revision: branch, tag or commit of a Hub repository.
-        report: called with one line for each difference between the environment there and here.
+        echo: called with one line for each difference between the environment there and here.
 
     Returns:
         the recipe file, to be run with `output` as the folder of runs.
@@ -52,6 +52,8 @@ def prepare(published: str, output: Path, revision: str | None = None, report: C
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", str(recipe.get("name"))):
         raise UserError(f"{published}: its recipe has the name {recipe.get('name')!r}, which no run can have")
     kept = output / "published"
+    if kept.exists() and not (kept / release.MANIFEST).is_file():
+        raise UserError(f"{kept} is in the way: it does not hold the records of a release; choose another --runs")
     shutil.rmtree(kept, ignore_errors=True)
     shutil.copytree(folder / "records", kept / "records", copy_function=shutil.copyfile)
     shutil.copyfile(folder / release.MANIFEST, kept / release.MANIFEST)
@@ -59,14 +61,14 @@ def prepare(published: str, output: Path, revision: str | None = None, report: C
     path = output / f"{recipe['name']}.yaml"
     write_text(path, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
     for row in environment_rows(records["run.json"]["environment"]):
-        report(f"{row['name']}: published with {row['published']}, here {row['here']}")
+        echo(f"{row['name']}: published with {row['published']}, here {row['here']}")
     if recipe["training"]["arguments"]:
-        report(f"the recipe sets training.arguments {recipe['training']['arguments']}; read them before you run it")
+        echo(f"the recipe sets training.arguments {recipe['training']['arguments']}; read them before you run it")
     private = [source["files"] or source["hub"] for source in recipe["data"]["sources"] if not _is_public(source)]
     if private:
-        report(
+        echo(
             f"the recipe names data that was not published ({', '.join(private)}); "
-            "say where it lies here with --set data.sources"
+            "name your copy with --set data.sources"
         )
     return path
 
@@ -84,34 +86,45 @@ def environment_rows(published: dict[str, Any]) -> list[Row]:
     return [_row(name, there[name], here[name], None) for name in there if there[name] != here[name]]
 
 
-def compare(published: Path, run: Path, report: Callable[[str], None] = print) -> list[Row]:
-    """Set a reproduced run beside the published records.
+def compare(published: Path, run: Path, echo: Callable[[str], None] = print) -> list[Row]:
+    """Compare a reproduced run with the published records, at the checkpoint that they describe.
 
     Args:
         published: folder with the published `records/` and manifest.
         run: the run directory of the reproduction.
-        report: called with one line for each row.
+        echo: called with one line for each row.
 
     Returns:
         rows for the data, the weights, the losses and every leading score. Scores agree if they lie within two
         standard errors of each other; hashes if they are equal.
+
+    Raises:
+        UserError: if the run has no checkpoint of the published step.
     """
     theirs = shipped.read_records(published / "records")
-    ours = shipped.collect(run, shipped.final_checkpoint(run))
+    step = theirs["run.json"]["revision"]
+    checkpoint = shipped.final_checkpoint(run) if theirs["run.json"]["final"] else run / "checkpoints" / step
+    if not checkpoint.is_dir():
+        raise UserError(f"{checkpoint} is missing: {published} describes {step}, which the new run did not keep")
+    ours = shipped.collect(run, checkpoint)
     manifest = read_json(published / release.MANIFEST)
     tokens = read_json(run / "data" / "tokens" / "tokens.json")
     rows = [
         _row(f"{split} tokens, SHA-256", sha256, tokens[split]["sha256"], sha256 == tokens[split]["sha256"])
         for split, sha256 in manifest["provenance"]["data_sha256"].items()
     ]
-    # Weights are equal only with the same versions, kind of processor and number of threads: worth knowing, no fault.
-    there, here = (records["training.json"]["summary"] for records in (theirs, ours))
-    same = there["weights_sha256"] == here["weights_sha256"]
-    rows.append(_row("weights, SHA-256", there["weights_sha256"], here["weights_sha256"], True if same else None))
-    rows.append(_row("parameters", there["parameters"], here["parameters"], there["parameters"] == here["parameters"]))
-    for key in ("final_loss", "final_bits_per_byte", "seconds"):
-        equal = there[key] == here[key]
-        rows.append(_row(key.replace("_", " "), there[key], here[key], True if equal else None))
+    there, here = (records["model.json"]["parameters"] for records in (theirs, ours))
+    rows.append(_row("parameters", there, here, there == here))
+    # Weights and losses are equal only with the same versions, kind of processor and number of threads: worth knowing,
+    # no fault.
+    keys = ["train_loss", "eval_loss"]
+    there, here = (records["checkpoint.json"] for records in (theirs, ours))
+    if theirs["run.json"]["final"]:
+        there, here = (records["training.json"]["summary"] for records in (theirs, ours))
+        keys = ["weights_sha256", "final_loss", "final_bits_per_byte", "seconds"]
+    for key in keys:
+        name = "weights, SHA-256" if key == "weights_sha256" else key.replace("_", " ")
+        rows.append(_row(name, there[key], here[key], True if there[key] == here[key] else None))
     found = {(row["suite"], row["task"], row["metric"]): row for row in shipped.leading_scores(ours)}
     for row in shipped.leading_scores(theirs):
         again = found.get((row["suite"], row["task"], row["metric"]))
@@ -123,8 +136,8 @@ def compare(published: Path, run: Path, report: Callable[[str], None] = print) -
         agrees = abs(row["value"] - again["value"]) <= noise
         rows.append(_row(name, row["value"], again["value"], agrees))
     for row in rows:
-        verdict = {True: "agrees", False: "DIFFERS", None: "differs, may"}[row["agrees"]]
-        report(f"  {verdict:<13} {row['name']:<40} {_shown(row['published']):>14} {_shown(row['here']):>14}")
+        verdict = {True: "agrees", False: "DIFFERS", None: "may differ"}[row["agrees"]]
+        echo(f"  {verdict:<11} {row['name']:<40} {_shown(row['published']):>14} {_shown(row['here']):>14}")
     return rows
 
 

@@ -31,6 +31,9 @@ _PATH = re.compile(
 )
 """A string that is a path as a whole, perhaps behind `model:`; not `https://...`."""
 
+_INNER_PATH = r"(?<=[=\s:,(])(?:~|[A-Za-z]:)?[\\/](?=[^\s\\/])[^\"\n]*?[\\/][^\"\n]*"
+"""A path of two parts or more to the end of a longer string: `dir=/home/me/some where`."""
+
 
 def found_in(content: str | bytes, folders: Iterable[Path] = ()) -> list[str]:
     """What in a text must not be published, in words: the kind of a secret, never the secret; or a path.
@@ -75,9 +78,9 @@ def _machine_paths(folders: Iterable[Path] = ()) -> re.Pattern[bytes]:
 class PathRemover:
     """Replaces the paths in a JSON-able value by their last parts, different paths by different names.
 
-    Called on a value, it returns a copy in which every string (key or value) that is a path outside the current
-    folder as a whole is cut, and paths below the run directory or the user's folder are cut within longer strings.
-    Not-a-number and infinity become None.
+    Called on a value, it returns a copy in which every string (key or value) that is a path as a whole is cut, unless
+    it is relative and stays below the current folder, and so are absolute paths within longer strings. Not-a-number and
+    infinity become None.
 
     Args:
         run: the run directory.
@@ -87,7 +90,7 @@ class PathRemover:
     """Keys whose values are texts, which stay as they are: a text may begin with a slash."""
 
     def __init__(self, run: Path) -> None:
-        self._within = re.compile(rf"(?:{_machine_paths([run]).pattern.decode()})[^\s\"']*")
+        self._within = re.compile(rf"{_INNER_PATH}|(?:{_machine_paths([run]).pattern.decode()})[^\s\"']*")
         self._names: dict[str, str] = {}
 
     def __call__(self, value: Any) -> Any:

@@ -7,6 +7,7 @@ the shipped results.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import math
 import re
@@ -44,7 +45,7 @@ BAD_MESSAGES = re.compile(
 def verify(
     release: str,
     revision: str | None = None,
-    report: Callable[[str], None] = print,
+    echo: Callable[[str], None] = print,
     *,
     trust_remote_code: bool = False,
     public_key: Path | None = None,
@@ -54,7 +55,7 @@ def verify(
     Args:
         release: a folder, or `ORG/NAME`.
         revision: branch, tag or commit of a Hub repository.
-        report: called with one line for each check.
+        echo: called with one line for each check.
         trust_remote_code: run the release's code even if it is not the code of this version of nanophi.
         public_key: PEM file; if given, the release must carry its owner's signature.
 
@@ -66,22 +67,21 @@ def verify(
     """
     with tempfile.TemporaryDirectory(prefix="nanophi-verify-") as scratch:
         folder = locate(release, revision)
-        links_allowed = not Path(release).is_dir()  # Those of the Hub's cache.
+        if not (folder / MANIFEST).is_file():
+            raise UserError(f"{release} is not a release (no {MANIFEST}){_hint(Path(release))}")
         checks: list[Check] = []
 
         def add(name: str, wrong: list[str], right: str) -> bool:
             detail = right if not wrong else "; ".join(wrong[:3]) + (f"; {len(wrong) - 3} more" if wrong[3:] else "")
             checks.append({"name": name, "passed": not wrong, "detail": detail})
-            report(f"  {'ok    ' if not wrong else 'FAILED'}  {name:<20} {detail}")
+            echo(f"  {'ok    ' if not wrong else 'FAILED'}  {name:<20} {detail}")
             return not wrong
 
         files = list_files(folder)
         safe = add("checksums", _checksums(folder, files), f"{len(files) - 1} files as the manifest says")
         if public_key is not None:
             safe &= add("signature", signature.problems(folder, public_key), f"by the owner of {public_key.name}")
-        safe &= add(
-            "files", _foreign_files(folder, files, links_allowed), "safetensors only, no code but the two files"
-        )
+        safe &= add("files", _foreign_files(folder, files), "safetensors only, no code but the two files")
         safe &= add("code references", _foreign_references(folder), "no file names code outside this release")
         same_code = _same_code(folder)
         safe &= add(
@@ -134,18 +134,28 @@ def locate(release: str, revision: str | None = None, patterns: list[str] | None
         return Path(release).resolve()
     if not is_hub_id(release):
         raise UserError(f"{release} is neither a folder nor a Hub id (ORG/NAME)")
-    from httpx2 import HTTPError
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-    try:
-        return Path(snapshot_download(release, revision=revision, allow_patterns=patterns))
-    except RepositoryNotFoundError:
-        raise UserError(f"{release} is not on the Hub, or this token may not see it") from None
-    except RevisionNotFoundError:
-        raise UserError(f"{release} has no revision {revision}") from None
-    except (HTTPError, OSError) as error:
-        raise UserError(f"{release}: cannot be downloaded ({str(error).splitlines()[0]})") from None
+    from nanophi.model_card.hub import one_line_errors
+
+    with one_line_errors(release):
+        try:
+            return Path(snapshot_download(release, revision=revision, allow_patterns=patterns))
+        except RepositoryNotFoundError:
+            raise UserError(
+                f"{release} is not on the Hub, or not visible with this token; check the name, or run `hf auth login`"
+            ) from None
+        except RevisionNotFoundError:
+            raise UserError(f"{release} has no revision {revision}") from None
+
+
+def _hint(folder: Path) -> str:
+    """Where the release is, if the folder is one that contains it."""
+    if (folder / "release" / MANIFEST).is_file():
+        return f"; did you mean {folder / 'release'}?"
+    snapshots = sorted(path.parent for path in folder.glob(f"snapshots/*/{MANIFEST}"))
+    return f"; this is the Hub's cache, name one of its snapshots: {snapshots[-1]}" if snapshots else ""
 
 
 def file_problems(folder: Path, partial: bool = False) -> list[str]:
@@ -153,11 +163,11 @@ def file_problems(folder: Path, partial: bool = False) -> list[str]:
 
     Args:
         folder: the release.
-        partial: a part of one in the Hub's cache: what is there is checked, links are the cache's own.
+        partial: only a part of it was downloaded: what is there is checked.
     """
     files = list_files(folder)
     changed = [line for line in _checksums(folder, files) if not (partial and line.endswith(" is missing"))]
-    return changed + _foreign_files(folder, files, partial) + _foreign_references(folder)
+    return changed + _foreign_files(folder, files) + _foreign_references(folder)
 
 
 def _checksums(folder: Path, files: list[str]) -> list[str]:
@@ -174,18 +184,33 @@ def _checksums(folder: Path, files: list[str]) -> list[str]:
     for name in files:
         if name in expected:
             sha256, size = expected[name]
-            if (folder / name).stat().st_size != size or sha256_of_file(folder / name) != sha256:
+            if _is_lfs_pointer(folder / name):
+                wrong.append(f"{name} is only a pointer of Git LFS; run `git lfs pull` in the clone")
+            elif not (folder / name).is_file():
+                wrong.append(f"{name} is a link to nothing")
+            elif (folder / name).stat().st_size != size or sha256_of_file(folder / name) != sha256:
                 wrong.append(f"{name} was changed")
     return wrong
 
 
-def _foreign_files(folder: Path, files: list[str], links_allowed: bool) -> list[str]:
+def _is_lfs_pointer(path: Path) -> bool:
+    start = b"version https://git-lfs.github.com/spec/"
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        return file.read(len(start)) == start
+    return False
+
+
+def _foreign_files(folder: Path, files: list[str]) -> list[str]:
     wrong = []
+    # A snapshot in the Hub's cache is made of links to the blobs beside it.
+    blobs = folder.resolve().parents[1] / "blobs" if folder.resolve().parent.name == "snapshots" else None
     for name in files:
         path = folder / name
         suffix = path.suffix.lower()
-        if path.is_symlink() and not links_allowed:
+        if path.is_symlink() and path.resolve().parent != blobs:
             wrong.append(f"{name} is a link")
+        elif not path.is_file() or _is_lfs_pointer(path):
+            continue  # The checksums say so.
         elif suffix in PICKLES or is_pickle(path):
             wrong.append(f"{name} may hold a pickle")
         elif suffix in CODE and name not in CODE_FILES:

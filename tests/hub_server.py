@@ -4,7 +4,7 @@
         subprocess.run([...], env=os.environ | hub.environment(tmp_path / "home"))
 
 Repositories live in memory as commits over content-addressed files. `hub.cut(...)` drops the connection at a chosen
-moment and stays silent until `hub.restore()`, as a failing network does.
+moment and stays silent until `hub.restore()`, as a failing network does; `hub.fail(...)` answers with an error.
 """
 
 from __future__ import annotations
@@ -138,6 +138,7 @@ class HubServer:
         self.lock = threading.RLock()
         self._cut: tuple[int, str] | None = None
         self._silent = False
+        self._faults: list[list[Any]] = []
         server = self
 
         class Handler(_Handler):
@@ -191,6 +192,29 @@ class HubServer:
         """The network is back."""
         with self.lock:
             self._cut, self._silent = None, False
+
+    def fail(self, request: str, status: int, times: int = 1, *, after: bool = False, **headers: str) -> None:
+        """Answer the next `times` requests whose "METHOD path" matches the pattern with an error.
+
+        Args:
+            request: regular expression.
+            status: the error's.
+            times: how many requests fail.
+            after: the request has its effect before it is answered with the error.
+            headers: of the answer, `Retry_After="1"` for `Retry-After: 1`.
+        """
+        with self.lock:
+            self._faults.append([re.compile(request), status, times, after, headers])
+
+    def fault(self, line: str) -> tuple[Answer, bool] | None:
+        """The error with which a request is to be answered, if at all, and whether after its effect."""
+        for fault in self._faults:
+            pattern, status, times, after, headers = fault
+            if times and pattern.search(line):
+                fault[2] -= 1
+                named = {name.replace("_", "-"): value for name, value in headers.items()}
+                return Answer({"error": f"injected {status}"}, named, status), after
+        return None
 
     def moment(self, line: str) -> str | None:
         """Note a request; when its connection is to be cut, if at all."""
@@ -274,13 +298,17 @@ def whoami(request: Request) -> Answer:
 
 
 LICENSES = frozenset(
-    """apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m
-    afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5
-    cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0
-    cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0
-    cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0 lgpl
-    lgpl-2.1 lgpl-3.0 isc lppl-1.3c ms-pl mpl-2.0 odc-by odbl openrail++ osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib
-    pddl lgpl-lr deepfloyd-if-license llama2 gemma unknown other""".split()  # noqa: SIM905
+    """
+    apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0
+    bigcode-openrail-m afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc
+    cc0-1.0 cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0
+    cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0
+    cdla-sharing-1.0 cdla-permissive-1.0 cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1
+    agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 isc lppl-1.3c ms-pl mpl-2.0 odc-by odbl openrail++
+    osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib pddl lgpl-lr deepfloyd-if-license llama2 llama3 llama3.1
+    llama3.2 llama3.3 llama4 gemma eupl-1.2 apple-ascl apple-amlr h-research intel-research openmdw-1.0
+    grok2-community fair-noncommercial-research-license unknown other
+    """.split()  # noqa: SIM905
 )
 """https://huggingface.co/docs/hub/repositories-licenses"""
 
@@ -589,7 +617,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 raise Cut
             body = self._read(half=moment == "during")
             with self.hub.lock:
-                answer = self._answer(body)
+                fault = self.hub.fault(f"{self.command} {self.path}")
+                answer = fault[0] if fault and not fault[1] else self._answer(body)
+                answer = fault[0] if fault else answer
             if moment == "after":
                 raise Cut
             self._send(answer)

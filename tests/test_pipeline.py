@@ -113,6 +113,30 @@ def test_a_change_runs_again_what_depends_on_it(finished, recipe):
     assert read_json(runs / "small/data/tokens/tokens.json") == before
 
 
+def test_what_changed_in_the_card_section_reaches_the_release(finished, recipe):
+    runs, _ = finished
+
+    def released(*overrides):
+        lines: list[str] = []
+        build = ("sample", "evaluation", "card", "release")
+        pipeline.Pipeline(load_recipe(recipe, overrides), runs, build, lines.append).release()
+        folder = runs / "small/release"
+        return ran(lines), (folder / "README.md").read_text(), read_json(folder / "records/run.json")["tag"]
+
+    stages, text, tag = released("card.title=Another title", "card.version=v0.2", "card.notes=Read this first.")
+    assert stages == ["card", "release"] and tag == "v0.2"
+    assert "# Another title\n" in text and "Read this first." in text
+    stages, text, tag = released()
+    assert stages == ["card", "release"] and tag == "v0.1" and "# small\n" in text
+
+
+def test_a_prompt_longer_than_the_context_is_refused_before_training(finished, recipe, tmp_path):
+    long = "card.prompt=" + "long " * 300
+    with pytest.raises(UserError, match=r"card\.prompt has \d+ tokens, the model's context is 256"):
+        pipeline.Pipeline(load_recipe(recipe, [long]), finished[0], ("training",), lambda line: None).training()
+    assert (finished[0] / "small/checkpoints/step-000008").is_dir()
+
+
 def test_dying_at_every_durable_moment_changes_nothing(finished, recipe, tmp_path, monkeypatch):
     reference = finished[0] / "small"
     update, calls, deaths = RunDirectory.update_record, 0, 0

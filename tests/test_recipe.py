@@ -114,3 +114,43 @@ def test_broken_files_are_named(write, tmp_path):
         load_recipe(write("b.yaml", text="extends: a.yaml"))
     with pytest.raises(UserError, match="not valid YAML"):
         load_recipe(write(text="a: !!python/object/apply:os.system [ls]"))
+
+
+@pytest.mark.parametrize(
+    ("card", "message"),
+    [
+        ({"license": "beerware"}, "license 'beerware' is not an identifier of the Hub; use 'other' with license_name"),
+        ({"license": "Apache-2.0"}, r"did you mean 'apache-2\.0'\?"),
+        ({"license": "MIT"}, "did you mean 'mit'?"),
+        ({"license": "other"}, "license 'other' needs license_name and license_link"),
+        ({"license": "other", "license_name": "mine"}, "license 'other' needs license_link"),
+        ({"license": "mit", "license_link": "https://x.org"}, "may only be given with license 'other'"),
+        (
+            {"license": "other", "license_name": "mine", "license_link": "my licence"},
+            "card.license_link.*be a URL",
+        ),
+        ({"title": "two\nlines"}, "card.title.*must be one line"),
+        ({"title": ""}, "card.title.*must not be empty"),
+        ({"developers": "a\u2028b"}, "card.developers.*must be one line"),
+        ({"prompt": " \n"}, "card.prompt.*must not be empty"),
+        ({"prompt": "a\x00b"}, "card.prompt.*must not have control characters"),
+        ({"repo_id": "no-organization"}, "card.repo_id.*must be ORG/NAME"),
+        ({"repo_id": "org/" + "n" * 97}, "card.repo_id.*must be ORG/NAME"),
+        ({"repo_id": "org/a--b"}, "card.repo_id.*must be ORG/NAME"),
+        ({"version": "v1..2"}, "card.version.*git tag"),
+        ({"version": "v1.lock"}, "card.version.*git tag"),
+    ],
+)
+def test_a_card_that_could_not_be_published_is_refused_when_the_recipe_loads(tmp_path, card, message):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"extends": "demo", "card": card}))
+    with pytest.raises(UserError, match=message):
+        load_recipe(path)
+
+
+def test_a_card_may_say_what_people_say(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    card = {"title": "None of {{ this }} is a TODO", "prompt": "def f():\n\treturn None", "notes": "# TODO\n\nnan"}
+    other = {"license": "other", "license_name": "Mine", "license_link": "https://example.org/licence"}
+    path.write_text(yaml.safe_dump({"extends": "demo", "card": card | other | {"repo_id": "org/name.v1_x-2"}}))
+    assert load_recipe(path).card.prompt == card["prompt"]

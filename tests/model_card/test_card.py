@@ -238,7 +238,7 @@ def test_paths_are_cut_whatever_characters_they_have(tmp_path: Path) -> None:
         "sources": {"x.parquet (2)": 1},
         "scorer": "model:x.parquet",
     }
-    assert cut(f"see {run}/log.txt for more") == "see log.txt for more"
+    assert cut(f"dir={run}/some logs") == "dir=some logs" and cut(f"<{run}/log.txt>") == "<log.txt>"
     kept = ["either/or and /usr too", "https://example.org/a/b", "org/name", "data/*.txt", {"text": "/* a comment */"}]
     assert cut(kept) == kept
     assert cut([float("nan"), float("inf"), 1.5]) == [None, None, 1.5]

@@ -20,6 +20,7 @@ from hub_server import Commit, HubServer  # type: ignore[import-not-found]
 from nanophi.files import UserError, read_json, write_json
 from nanophi.model_card import push as pushing
 from nanophi.model_card import release
+from nanophi.model_card.gguf import parse_kinds
 from nanophi.model_card.push import problems, push
 
 REVISIONS = ["step-000010", "step-000020", "step-000030", "main"]
@@ -47,7 +48,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
 @pytest.fixture(scope="module")
 def revisions(built_release: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """What a push of `built_release` builds before it sends anything."""
-    return pushing._revisions(built_release, "org/demo", tmp_path_factory.mktemp("revisions"))
+    return pushing._revisions(built_release, "org/demo", tmp_path_factory.mktemp("revisions"), silent)
 
 
 @pytest.fixture
@@ -88,7 +89,7 @@ def assert_complete(hub: HubServer) -> None:
 
 
 def test_push_then_load_in_a_fresh_process(built_release: Path, hub: HubServer, tmp_path: Path) -> None:
-    result = push(built_release, "org/demo", report=silent)
+    result = push(built_release, "org/demo", echo=silent)
     assert list(result["revisions"]) == REVISIONS
     assert_complete(hub)
     assert hub.repositories["model", "org/demo"].private
@@ -138,8 +139,8 @@ sys.exit(any(not check["passed"] for check in checks))
 @pytest.mark.usefixtures("built_before")
 def test_dry_run_lists_everything_and_sends_nothing(built_release: Path, hub: HubServer) -> None:
     lines: list[str] = []
-    result = push(built_release, "org/demo", dry_run=True, report=lines.append)
-    assert hub.requests == []
+    result = push(built_release, "org/demo", dry_run=True, echo=lines.append)
+    assert all(line.startswith(("GET", "HEAD")) for line in hub.requests)
     assert list(result["revisions"]) == REVISIONS
     assert sum("model.safetensors" in line for line in lines) == len(REVISIONS)
     assert result["revisions"]["main"]["files"] == len(release.list_files(built_release))
@@ -147,19 +148,19 @@ def test_dry_run_lists_everything_and_sends_nothing(built_release: Path, hub: Hu
 
 @pytest.mark.usefixtures("built_before")
 def test_second_push_sends_nothing(built_release: Path, hub: HubServer) -> None:
-    push(built_release, "org/demo", report=silent)
+    push(built_release, "org/demo", echo=silent)
     before = len(hub.requests)
     lines: list[str] = []
-    push(built_release, "org/demo", report=lines.append)
+    push(built_release, "org/demo", echo=lines.append)
     assert not [line for line in hub.requests[before:] if "/commit/" in line or line.startswith("PUT")]
     assert lines[:-1] == [f"{name}: up to date" for name in REVISIONS]
 
 
 @pytest.mark.usefixtures("built_before")
 def test_public_comes_last_and_only_if_asked(built_release: Path, hub: HubServer) -> None:
-    push(built_release, "org/demo", report=silent)
+    push(built_release, "org/demo", echo=silent)
     assert hub.repositories["model", "org/demo"].private
-    push(built_release, "org/demo", public=True, report=silent)
+    push(built_release, "org/demo", public=True, echo=silent)
     assert not hub.repositories["model", "org/demo"].private
     assert hub.requests[-1].endswith("/settings")
 
@@ -171,7 +172,7 @@ def requests_of_a_push(
     with pytest.MonkeyPatch.context() as patch, HubServer() as server:
         talk_to(server, tmp_path_factory.mktemp("home"), patch)
         patch.setattr(pushing, "_revisions", lambda *_: revisions)
-        push(built_release, "org/demo", report=silent)
+        push(built_release, "org/demo", echo=silent)
         return len(server.requests)
 
 
@@ -191,8 +192,8 @@ def test_a_push_cut_at_any_moment_is_finished_by_the_next(
     draw = random.Random(tenth)
     after = draw.randrange(requests_of_a_push * tenth // 10, requests_of_a_push * (tenth + 1) // 10)
     hub.cut(after, draw.choice(["before", "during", "after"]))
-    with pytest.raises(UserError, match="goes on from here"):
-        push(built_release, "org/demo", report=silent)
+    with pytest.raises(UserError, match="run the same command to resume"):
+        push(built_release, "org/demo", echo=silent)
     hub.restore()
     sample = read_json(built_release / "records" / "sample.json")
     repository = hub.repositories.get(("model", "org/demo"))
@@ -205,7 +206,7 @@ def test_a_push_cut_at_any_moment_is_finished_by_the_next(
                 assert_loads(name, tmp_path / "cache", sample)
     stored = set(hub.objects)
     before = len(hub.requests)
-    push(built_release, "org/demo", report=silent)
+    push(built_release, "org/demo", echo=silent)
     assert_complete(hub)
     assert_loads("main", tmp_path / "cache", sample)
     sent = {line.removeprefix("PUT /lfs/") for line in hub.requests[before:] if line.startswith("PUT /lfs/")}
@@ -214,23 +215,151 @@ def test_a_push_cut_at_any_moment_is_finished_by_the_next(
         assert set(commit.files) == {".gitattributes"} or is_whole(commit)
 
 
-def test_main_holds_exactly_the_release(built_release: Path, hub: HubServer) -> None:
-    hub.add_repository("model", "org/demo", {"README.md": b"Trainer's own card", "optimizer.bin": b"old"})
-    push(built_release, "org/demo", report=silent)
-    files = hub.repositories["model", "org/demo"].branches["main"].files
-    assert "optimizer.bin" not in files
-    assert b'model="org/demo"' in files["README.md"].data
+FOREIGN = {"README.md": b"Trainer's own card", "optimizer.bin": b"old", "model.safetensors": b"another model"}
+
+
+@pytest.mark.usefixtures("built_before")
+def test_another_models_repository_is_left_alone(built_release: Path, hub: HubServer) -> None:
+    hub.add_repository("model", "org/demo", FOREIGN)
+    lines: list[str] = []
+    push(built_release, "org/demo", dry_run=True, echo=lines.append)
+    assert any("deleted" in line and "optimizer.bin" in line for line in lines)
+    assert any("replaced" in line and "model.safetensors" in line for line in lines)
+    assert any(line.startswith("refused without --force: org/demo holds files that no push") for line in lines)
+    before = hub.repositories["model", "org/demo"].branches["main"]
+    with pytest.raises(UserError, match=r"optimizer\.bin \(there is no MANIFEST\.json of ours\).*--force"):
+        push(built_release, "org/demo", echo=silent)
+    assert hub.repositories["model", "org/demo"].branches == {"main": before}
+    assert all(line.startswith(("GET", "HEAD")) for line in hub.requests)
+    lines.clear()
+    push(built_release, "org/demo", force=True, echo=lines.append)
+    assert_complete(hub)
+    assert any(line.startswith("main: replaces README.md, model.safetensors; deletes optimizer.bin") for line in lines)
+    assert b'model="org/demo"' in hub.repositories["model", "org/demo"].branches["main"].files["README.md"].data
+
+
+@pytest.mark.usefixtures("built_before")
+def test_a_new_repository_with_the_hubs_own_readme_is_used(built_release: Path, hub: HubServer) -> None:
+    hub.add_repository("model", "org/demo", {"README.md": b"---\nlicense: apache-2.0\n---\n"})
+    push(built_release, "org/demo", echo=silent)
+    assert_complete(hub)
+
+
+@pytest.mark.usefixtures("built_before")
+@pytest.mark.parametrize(
+    ("files", "named"),
+    [
+        ({"README.md": b"A card that was improved by hand"}, "README.md (changed there)"),
+        ({"notes.md": b"notes of somebody"}, "notes.md (added there)"),
+        ({"model.safetensors": b"other weights"}, "model.safetensors (changed there)"),
+    ],
+)
+def test_what_was_edited_on_the_hub_is_not_lost(
+    built_release: Path, hub: HubServer, files: dict[str, bytes], named: str
+) -> None:
+    push(built_release, "org/demo", echo=silent)
+    hub.repositories["model", "org/demo"].tags.clear()
+    hub.add_repository("model", "org/demo", files)
+    with pytest.raises(UserError) as caught:
+        push(built_release, "org/demo", echo=silent)
+    assert f"main: {named}" in str(caught.value)
+    push(built_release, "org/demo", force=True, echo=silent)
+    assert_complete(hub)
+
+
+def test_a_release_away_from_its_run_is_published_without_branches(
+    built_release: Path, hub: HubServer, tmp_path: Path
+) -> None:
+    moved = Path(shutil.copytree(built_release, tmp_path / "elsewhere" / "release"))
+    lines: list[str] = []
+    result = push(moved, "org/demo", echo=lines.append)
+    assert list(result["revisions"]) == ["step-000030", "main"]
+    repository = hub.repositories["model", "org/demo"]
+    assert sorted(repository.branches) == ["main", "step-000030"] and repository.tags["v1.0"]
+    assert any(line.startswith("step-000010: its checkpoint is not in the run directory") for line in lines)
+
+
+def test_checkpoints_of_another_run_are_not_published(built_release: Path, run_copy: Path, hub: HubServer) -> None:
+    record = read_json(run_copy / "record.json")
+    record["stages"]["training"]["key"] = "trained again since"
+    write_json(run_copy / "record.json", record)
+    assert list(push(run_copy / "release", "org/demo", echo=silent)["revisions"]) == ["step-000030", "main"]
+
+
+@pytest.mark.usefixtures("built_before")
+def test_a_dry_run_needs_no_network(built_release: Path, hub: HubServer) -> None:
+    hub.cut(0, "before")
+    lines: list[str] = []
+    push(built_release, "org/demo", dry_run=True, echo=lines.append)
+    assert any(line.startswith("what org/demo holds is not known") for line in lines)
+    assert sum("model.safetensors" in line for line in lines) == len(REVISIONS)
+
+
+@pytest.mark.usefixtures("built_before")
+@pytest.mark.parametrize(
+    ("status", "headers"), [(429, {"Retry_After": "7"}), (429, {"RateLimit": '"api";r=0;t=6'}), (503, {})]
+)
+def test_a_busy_hub_is_asked_again(
+    built_release: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch, status: int, headers: dict[str, str]
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("nanophi.model_card.hub.time.sleep", waits.append)
+    hub.fail("POST .*/commit/main", status, 2, **headers)
+    push(built_release, "org/demo", echo=silent)
+    assert_complete(hub)
+    assert waits == ([7, 7] if headers else [1, 2])
+
+
+@pytest.mark.usefixtures("built_before")
+def test_a_commit_that_was_made_before_the_answer_failed(built_release: Path, hub: HubServer) -> None:
+    hub.fail("POST .*/commit/main", 502, after=True)
+    push(built_release, "org/demo", echo=silent)
+    assert_complete(hub)
+    assert len(hub.repositories["model", "org/demo"].branches["main"].history()) == 2
+
+
+@pytest.mark.usefixtures("built_before")
+@pytest.mark.parametrize(
+    ("request_line", "status", "times", "said"),
+    [
+        ("POST .*/commit/", 429, 99, r"the Hub is busy \(429: injected 429\); run the same command to resume"),
+        ("POST .*/commit/", 500, 99, r"the Hub is busy \(500: .*; run the same command to resume"),
+        (
+            "POST .*/repos/create",
+            403,
+            1,
+            r"the Hub refuses: 403 .*token has the correct permissions\. injected 403",
+        ),
+        ("POST .*/commit/", 412, 1, r"somebody else committed there"),
+        ("POST .*/repos/create", 401, 1, r"the Hub does not accept the token, .*; run `hf auth login`"),
+    ],
+)
+def test_the_hubs_errors_are_one_line_with_a_remedy(
+    built_release: Path, hub: HubServer, request_line: str, status: int, times: int, said: str
+) -> None:
+    hub.fail(request_line, status, times)
+    with pytest.raises(UserError, match=rf"^org/demo: {said}") as caught:
+        push(built_release, "org/demo", echo=silent)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("built_before")
+def test_nothing_is_created_where_the_metadata_is_refused(built_release: Path, hub: HubServer) -> None:
+    hub.fail("POST /api/validate-yaml", 400)
+    with pytest.raises(UserError, match=r"^org/demo: the Hub refuses the card's metadata: .*injected 400"):
+        push(built_release, "org/demo", echo=silent)
+    assert hub.repositories == {}
 
 
 def test_a_tag_is_never_moved(built_release: Path, run_copy: Path, hub: HubServer) -> None:
-    push(built_release, "org/demo", report=silent)
+    push(built_release, "org/demo", echo=silent)
     generation = read_json(run_copy / "release" / "generation_config.json")
     write_json(run_copy / "release" / "generation_config.json", {**generation, "temperature": 0.5})
     provenance = read_json(run_copy / "release" / "MANIFEST.json")["provenance"]
     release.write_manifest(run_copy / "release", provenance)
     before = dict(hub.repositories["model", "org/demo"].branches)
     with pytest.raises(UserError, match=r"tag v1\.0 of another release"):
-        push(run_copy / "release", "org/demo", report=silent)
+        push(run_copy / "release", "org/demo", echo=silent)
     assert hub.repositories["model", "org/demo"].branches == before
 
 
@@ -246,7 +375,7 @@ def assert_companion_is_complete(hub: HubServer) -> None:
 def test_gguf_files_go_to_a_companion(built_release: Path, hub: HubServer, tmp_path: Path) -> None:
     from gguf import GGUFReader
 
-    result = push(built_release, "org/demo", gguf=["f16", "q8_0"], report=silent)
+    result = push(built_release, "org/demo", gguf=["f16", "q8_0"], echo=silent)
     assert_complete(hub)
     assert_companion_is_complete(hub)
     assert result["gguf"]["url"].endswith("org/demo-GGUF")
@@ -254,7 +383,7 @@ def test_gguf_files_go_to_a_companion(built_release: Path, hub: HubServer, tmp_p
     file = huggingface_hub.hf_hub_download("org/demo-GGUF", "demo-q8_0.gguf", cache_dir=tmp_path / "cache")
     assert GGUFReader(file).fields["general.base_model.0.repo_url"].contents() == "https://huggingface.co/org/demo"
     before = len(hub.requests)
-    push(built_release, "org/demo", gguf=["f16", "q8_0"], public=True, report=silent)
+    push(built_release, "org/demo", gguf=["f16", "q8_0"], public=True, echo=silent)
     assert not [line for line in hub.requests[before:] if "/commit/" in line or line.startswith("PUT /lfs")]
     assert not any(repository.private for repository in hub.repositories.values())
 
@@ -263,21 +392,21 @@ def test_gguf_files_go_to_a_companion(built_release: Path, hub: HubServer, tmp_p
 @pytest.mark.usefixtures("built_before")
 def test_a_cut_companion_is_finished(built_release: Path, hub: HubServer, requests_of_a_push: int, past: int) -> None:
     hub.cut(requests_of_a_push + past, "during")
-    with pytest.raises(UserError, match=r"^org/demo-GGUF: .*goes on from here"):
-        push(built_release, "org/demo", gguf=["f16", "q8_0"], report=silent)
+    with pytest.raises(UserError, match=r"^org/demo-GGUF: .*run the same command to resume"):
+        push(built_release, "org/demo", gguf=["f16", "q8_0"], echo=silent)
     assert_complete(hub)
     repository = hub.repositories.get(("model", "org/demo-GGUF"))
     head = repository.branches["main"] if repository else None
     assert head is None or set(head.files) == {".gitattributes"} or is_whole(head)
     hub.restore()
-    push(built_release, "org/demo", gguf=["f16", "q8_0"], report=silent)
+    push(built_release, "org/demo", gguf=["f16", "q8_0"], echo=silent)
     assert_companion_is_complete(hub)
 
 
 @pytest.mark.usefixtures("built_before")
 def test_nothing_is_sent_if_the_gguf_files_cannot_be_made(built_release: Path, hub: HubServer) -> None:
     with pytest.raises(UserError, match="unknown GGUF kind 'q4'; allowed: f32, f16, bf16, q8_0"):
-        push(built_release, "org/demo", gguf=["q4"], report=silent)
+        push(built_release, "org/demo", gguf=["q4"], echo=silent)
     assert hub.requests == []
 
 
@@ -318,7 +447,7 @@ def test_what_must_not_be_published_is_named(
     assert any(named in line for line in wrong), wrong
     assert not any(SECRET in line or "correct-horse" in line for line in wrong)
     with pytest.raises(UserError, match="not fit to publish"):
-        push(folder, "org/demo", report=silent)
+        push(folder, "org/demo", echo=silent)
     assert hub.requests == []
 
 
@@ -340,20 +469,20 @@ def test_metadata_that_the_hub_refuses_is_named(run_copy: Path, hub: HubServer) 
         path.write_text(path.read_text().replace("license: apache-2.0", "license: beerware-42"))
     release.write_manifest(run_copy / "release", read_json(run_copy / "release" / "MANIFEST.json")["provenance"])
     with pytest.raises(UserError, match=r"license 'beerware-42' is not an identifier of the Hub"):
-        push(run_copy / "release", "org/demo", report=silent)
+        push(run_copy / "release", "org/demo", echo=silent)
 
 
-@pytest.mark.parametrize("repo_id", ["demo", "a/b/c", "../x", ""])
+@pytest.mark.parametrize("repo_id", ["demo", "a/b/c", "../x", "", "org/" + "n" * 97, "org/" + "n" * 92])
 def test_bad_repo_id(built_release: Path, hub: HubServer, repo_id: str) -> None:
     with pytest.raises(UserError, match="ORG/NAME"):
-        push(built_release, repo_id, report=silent)
-
-
-def test_missing_checkpoint_is_named(run_copy: Path, hub: HubServer) -> None:
-    shutil.rmtree(run_copy / "checkpoints" / "step-000010")
-    with pytest.raises(UserError, match="step-000010 is missing"):
-        push(run_copy / "release", "org/demo", report=silent)
+        push(built_release, repo_id, gguf=["f16"], echo=silent)
     assert hub.requests == []
+
+
+def test_kinds_of_gguf_files_may_be_listed_with_spaces() -> None:
+    assert parse_kinds("f16, q8_0,f16,") == ["f16", "q8_0"] and parse_kinds(None) == []
+    with pytest.raises(UserError, match="unknown GGUF kind 'q4'; allowed: f32, f16, bf16, q8_0"):
+        parse_kinds("f16, q4")
 
 
 def test_not_a_release(tmp_path: Path) -> None:
@@ -363,6 +492,6 @@ def test_not_a_release(tmp_path: Path) -> None:
 
 def test_wrong_token_is_one_line(built_release: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    with pytest.raises(UserError) as caught:
-        push(built_release, "org/demo", report=silent)
+    with pytest.raises(UserError, match="run `hf auth login`") as caught:
+        push(built_release, "org/demo", echo=silent)
     assert "\n" not in str(caught.value) and "hf_wrong" not in str(caught.value)

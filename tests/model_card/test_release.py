@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PhiForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, PhiForCausalLM
 
 from nanophi.files import UserError, read_json, sha256_of_file, sha256_of_tree, write_json
 from nanophi.model_card import card, figures, release, shipped
@@ -71,6 +71,55 @@ def test_config_is_repaired_after_training_switched_the_cache_off(finished_run: 
     assert config["use_cache"] is True and "_name_or_path" not in config
     generation = read_json(tmp_path / "release" / "generation_config.json")
     assert not {"max_new_tokens", "max_length"} & set(generation)
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_batches_of_unequal_prompts_are_continued_as_each_alone(built_release: Path, trust: bool) -> None:
+    from transformers import pipeline
+
+    generator = pipeline(
+        "text-generation", model=str(built_release), device="cpu", trust_remote_code=trust, dtype=torch.float32
+    )
+    prompts = ["The quick brown fox", "A", "A module holds definitions; a package"]
+    options = {"max_new_tokens": 12, "do_sample": False}
+    alone = [generator(prompt, **options)[0]["generated_text"] for prompt in prompts]
+    together = [made[0]["generated_text"] for made in generator(prompts, batch_size=3, **options)]
+    assert together == alone
+
+
+def test_tokenizer_knows_the_context(built_release: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(built_release)
+    assert tokenizer.model_max_length == 128 and tokenizer.pad_token == tokenizer.eos_token
+    assert read_json(built_release / "config.json").get("pad_token_id") is None
+
+
+def test_a_prompt_that_fills_the_context_is_refused_and_a_long_one_gets_fewer_tokens(finished_run: Path) -> None:
+    tokenizer = finished_run / "data" / "tokenizer"
+    length = len(AutoTokenizer.from_pretrained(tokenizer)("The quick brown fox " * 4).input_ids)
+    settings = release.sample_settings(tokenizer, "The quick brown fox " * 4, length + 7)
+    assert settings == {**release.SAMPLE_SETTINGS, "max_new_tokens": 7}
+    with pytest.raises(UserError, match=rf"card.prompt has {length} tokens, the model's context is {length}; shorten"):
+        release.sample_settings(tokenizer, "The quick brown fox " * 4, length)
+
+
+@pytest.mark.parametrize(
+    ("license_id", "own"),
+    [
+        ("mit", "Copyright (c) 2026 Somebody"),
+        ("cc-by-4.0", "License: cc-by-4.0"),
+        ("other", "License: Mine: https://x"),
+    ],
+)
+def test_licence_of_the_model_and_of_its_code(
+    built_release: Path, finished_run: Path, license_id: str, own: str
+) -> None:
+    ours = (Path(release.__file__).parents[1] / "LICENSE").read_text().strip()
+    assert (built_release / "LICENSE").read_text().strip() == ours
+    records = shipped.collect(finished_run, finished_run / LAST)
+    named = {"license_name": "Mine", "license_link": "https://x"} if license_id == "other" else {}
+    records["recipe.yaml"]["card"] |= {"license": license_id, "developers": "Somebody", **named}
+    text = release._license(records)
+    assert own in text and ours in text and "modeling_nanophi.py" in text
 
 
 def test_native_logits_are_those_of_the_checkpoint(built_release: Path, finished_run: Path) -> None:

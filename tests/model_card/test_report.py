@@ -11,11 +11,24 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from nanophi.files import UserError, read_json, write_json
+from nanophi.files import UserError, read_json
 from nanophi.model_card import report
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-HOSTILE = "</script><script>document.title='taken over'</script><img src=x onerror=alert(1)>"
+ATTACK = "<script>document.title='taken over'</script><img src=x onerror=document.title='taken'>"
+WAYS_OUT = [
+    f"</script>{ATTACK}",
+    f"</SCRIPT\t\n>{ATTACK}",
+    f"</script/x>{ATTACK}",
+    f"<!--<script>{ATTACK}",  # In this state the first end of a script does not end it.
+    f"<!-- --!>--></script>{ATTACK}]]>",
+    f"<\\/script>\\u003c/script>{ATTACK}",
+    "\u2028\u2029\r\n\"'`${document.title='taken over'}\\",
+    f"\ufeff\ufffe\uffff\x7f\x85\x1b[0m\u202e{ATTACK}",
+    "/*DATA*/",
+    "$& $1 $` $'",
+]
+HOSTILE = WAYS_OUT[0]
 
 
 @pytest.fixture(scope="module")
@@ -25,19 +38,20 @@ def page(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(finished_run, run, ignore=shutil.ignore_patterns("release", "card"))
     shard = run / "data" / "documents" / "train-00000.parquet"
     documents = pd.read_parquet(shard)
-    documents["text"] = HOSTILE + documents["text"]
+    documents["text"] = [f"{WAYS_OUT[row % len(WAYS_OUT)]}{text}" for row, text in enumerate(documents["text"])]
     documents.to_parquet(shard)
     training = read_json(run / "training.json")
     for entry in training["evaluations"]:
         entry["by_source"] = {"licences": entry["bits_per_byte"] + 0.1, HOSTILE: entry["bits_per_byte"] - 0.1}
-    training["samples"] = [{"step": step, "text": f"The module {step}{HOSTILE}"} for step in (10, 20, 30)]
+    training["samples"] = [{"step": step, "text": f"The module {step}{HOSTILE}\ud800"} for step in (10, 20, 30)]
     training["summary"] |= {"energy_kwh": 0.25, "co2_grams": 105.2, "co2_source": "a meter", "cost_usd": 1.5}
-    write_json(run / "training.json", training)
+    (run / "training.json").write_text(json.dumps(training))
     report.build(run, run / "report.html")
     return run / "report.html"
 
 
 def data_of(page: Path) -> dict:
+    assert page.read_text().lower().count("<script") == page.read_text().lower().count("</script") == 2
     (text,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page.read_text(), re.DOTALL)
     return json.loads(text)
 
@@ -55,7 +69,9 @@ def test_documents_cover_the_scores(page: Path) -> None:
     scores = [entry["score"] for entry in documents]
     assert scores == sorted(scores) and scores[0] < 0.25 and scores[-1] > 0.9
     assert max(sum(int(score * 20) == number for score in scores) for number in range(20)) == report.DOCUMENTS_PER_BIN
-    assert all(entry["text"].startswith(HOSTILE) for entry in documents)
+    number = {entry["text"]: re.search(r"document (\d+): the", entry["text"]) for entry in documents}
+    assert all(text.startswith(WAYS_OUT[int(match[1]) % len(WAYS_OUT)]) for text, match in number.items() if match)
+    assert len({int(match[1]) % len(WAYS_OUT) for match in number.values() if match}) == len(WAYS_OUT)
 
 
 def test_samples_and_scores_of_every_checkpoint(page: Path) -> None:
@@ -93,6 +109,8 @@ def test_missing_scores_are_named(finished_run: Path, tmp_path: Path) -> None:
 def test_page_works_in_a_browser(page: Path, tmp_path: Path) -> None:
     moved = page.with_name("moved.html")
     script = """<script>
+const held = JSON.parse(document.getElementById("data").textContent).documents;
+document.body.dataset.held = held.length;
 for (const [id, value, event] of [["threshold", 0.8, "input"], ["which", "dropped", "input"], ["step", 1, "input"],
                                   ["curve", "bits per byte by source, held out", "change"]]) {
   document.getElementById(id).value = value;
@@ -118,6 +136,7 @@ for (const [id, value, event] of [["threshold", 0.8, "input"], ["which", "droppe
     dom = done.stdout
     assert 'data-ready="yes"' in dom, done.stderr[-2000:]
     assert "<title>tiny</title>" in dom
+    assert f'data-held="{len(data_of(page)["documents"])}"' in dom
     above = int(re.search(r"above 0\.80: about (\d+) of 400 documents", dom).group(1))  # type: ignore[union-attr]
     table = pd.read_parquet(page.parent / "data" / "scores" / "scores.parquet")
     assert above == (table.quality_score > 0.8).sum()

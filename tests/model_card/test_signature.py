@@ -48,7 +48,7 @@ def test_another_key_and_no_signature(signed: Path, keys: Path) -> None:
 def test_a_forged_manifest_does_not_fit_the_signature(signed: Path, keys: Path) -> None:
     (signed / "README.md").write_text((signed / "README.md").read_text() + "\nBetter than it is.\n")
     release.write_manifest(signed, read_json(signed / "MANIFEST.json")["provenance"])
-    checks = verify.verify(str(signed), report=lambda line: None, public_key=keys / "ours.pub")
+    checks = verify.verify(str(signed), echo=lambda line: None, public_key=keys / "ours.pub")
     failed = [check["name"] for check in checks if not check["passed"]]
     assert failed == ["signature", "card", "loaders"]
 

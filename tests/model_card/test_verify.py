@@ -25,7 +25,7 @@ def copied(built_release: Path, tmp_path: Path) -> Path:
 
 def failures(folder: Path, **options: Any) -> dict[str, str]:
     """Name -> detail of the checks that do not pass."""
-    checks = verify.verify(str(folder), report=lambda line: None, **options)
+    checks = verify.verify(str(folder), echo=lambda line: None, **options)
     return {check["name"]: check["detail"] for check in checks if not check["passed"]}
 
 
@@ -44,7 +44,7 @@ def test_a_sound_release_passes_every_check(
     relative = os.path.relpath(built_release, tmp_path)
     monkeypatch.chdir(tmp_path)
     lines: list[str] = []
-    checks = verify.verify(relative, report=lines.append)
+    checks = verify.verify(relative, echo=lines.append)
     assert [check["name"] for check in checks if not check["passed"]] == []
     assert {"checksums", "files", "card", "stock Phi", "remote code", "loaders agree", "sample", "evaluation"} <= {
         check["name"] for check in checks
@@ -220,3 +220,43 @@ def test_what_is_no_release_is_one_line(name: str) -> None:
 def test_revision_of_a_folder_is_refused(built_release: Path) -> None:
     with pytest.raises(UserError, match="--revision"):
         verify.verify(str(built_release), "main")
+
+
+# What people have: clones, caches, folders that an operating system has looked into
+
+
+def test_what_systems_leave_behind_is_not_part_of_a_release(copied: Path) -> None:
+    for name in (".DS_Store", "figures/.DS_Store", "._README.md", "records/Thumbs.db", ".git/config", ".gitattributes"):
+        (copied / name).parent.mkdir(exist_ok=True)
+        (copied / name).write_text("left behind")
+    assert verify.file_problems(copied) == []
+
+
+def test_a_clone_without_its_large_files_is_diagnosed(copied: Path) -> None:
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 137648\n"
+    (copied / "model.safetensors").write_text(pointer)
+    failed = failures(copied)
+    assert failed["checksums"] == "model.safetensors is only a pointer of Git LFS; run `git lfs pull` in the clone"
+    assert "files" not in failed
+
+
+def test_a_snapshot_in_the_hubs_cache_may_be_named_by_its_path(copied: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "models--org--demo"
+    snapshot = cache / "snapshots" / ("0" * 40)
+    for number, name in enumerate(release.list_files(copied)):
+        blob, link = cache / "blobs" / str(number), snapshot / name
+        for path in (blob, link):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        blob.write_bytes((copied / name).read_bytes())
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    assert verify.file_problems(snapshot) == []
+    with pytest.raises(UserError, match=rf"this is the Hub's cache, name one of its snapshots: .*{'0' * 40}"):
+        verify.verify(str(cache))
+    (snapshot / "figures" / "loss.png").unlink()
+    (snapshot / "figures" / "loss.png").symlink_to("/etc/hostname")
+    assert "figures/loss.png is a link" in verify.file_problems(snapshot)
+
+
+def test_a_run_directory_is_told_from_its_release(built_release: Path) -> None:
+    with pytest.raises(UserError, match=rf"did you mean {built_release}\?"):
+        verify.verify(str(built_release.parent))

@@ -1,0 +1,136 @@
+"""What the Hub holds and what it answers: files of a revision, retries, and errors in one line with their remedy."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from huggingface_hub import HfApi, RepoFile
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import parse_ratelimit_headers
+
+from nanophi.files import UserError, sha256_of_file
+
+Result = TypeVar("Result")
+
+ATTEMPTS = 5
+LONGEST_WAIT = 300
+"""Seconds; a server that asks for more is told of, not waited for."""
+
+RESUME = "run the same command to resume"
+
+
+@contextlib.contextmanager
+def one_line_errors(repo_id: str) -> Iterator[None]:
+    """Errors of the client and the connection become a `UserError`: what the Hub said, and the remedy."""
+    from httpx2 import HTTPError
+
+    try:
+        yield
+    except LocalTokenNotFoundError:
+        raise UserError("no token for the Hub; run `hf auth login`, or set HF_TOKEN") from None
+    except HfHubHTTPError as error:
+        raise UserError(f"{repo_id}: {_explain(error)}") from None
+    except (HTTPError, OSError, RuntimeError) as error:
+        # The client raises RuntimeError when an upload fails, and LocalEntryNotFoundError for want of an answer.
+        cause = error.__cause__
+        if isinstance(cause, HfHubHTTPError):
+            raise UserError(f"{repo_id}: {_explain(cause)}") from None
+        if isinstance(error, RuntimeError) and not isinstance(cause, HTTPError | OSError):
+            raise
+        reason = str(cause or error).splitlines() or [type(error).__name__]
+        raise UserError(f"{repo_id}: the connection failed ({reason[0]}); {RESUME}") from None
+
+
+def _explain(error: HfHubHTTPError) -> str:
+    status = error.response.status_code
+    said = " ".join(str(error).split())
+    if status == 401:
+        return "the Hub does not accept the token, or does not show this repository to it; run `hf auth login`"
+    if status == 403:
+        return f"the Hub refuses: {said}"
+    if status == 412:
+        return f"somebody else committed there at the same time; look at the repository, then {RESUME}"
+    if _is_temporary(status):
+        return f"the Hub is busy ({status}: {error.server_message or said}); {RESUME}"
+    return f"the Hub answered: {said}"
+
+
+def _is_temporary(status: int) -> bool:
+    return status == 429 or status >= 500
+
+
+def patiently(call: Callable[[], Result], echo: Callable[[str], None]) -> Result:
+    """The result of a call to the Hub, made again after the time that a busy server asks for (429 and 5xx)."""
+    for attempt in range(ATTEMPTS):
+        try:
+            return call()
+        except HfHubHTTPError as error:
+            status = error.response.status_code
+            wait = _wait(error, attempt)
+            if not _is_temporary(status) or attempt == ATTEMPTS - 1 or wait > LONGEST_WAIT:
+                raise
+            echo(f"the Hub is busy ({status}); trying again in {wait} s")
+        time.sleep(wait)
+    raise AssertionError("unreachable")
+
+
+def _wait(error: HfHubHTTPError, attempt: int) -> int:
+    """Seconds that the server asks for, else twice as long at each attempt."""
+    headers = error.response.headers
+    asked = headers.get("Retry-After", "")
+    if asked.isdigit():
+        return int(asked)
+    limit = parse_ratelimit_headers(headers)
+    return limit.reset_in_seconds + 1 if limit and error.response.status_code == 429 else 2**attempt
+
+
+def branches_and_tags(api: HfApi, repo_id: str) -> tuple[dict[str, str], dict[str, str]] | None:
+    """Name -> commit of a repository's branches and tags; None if there is no such repository for this token."""
+    try:
+        refs = api.list_repo_refs(repo_id)
+    except RepositoryNotFoundError:
+        return None
+    branches, tags = ({entry.name: entry.target_commit for entry in group} for group in (refs.branches, refs.tags))
+    return branches, tags
+
+
+def files_at(api: HfApi, repo_id: str, revision: str) -> dict[str, RepoFile]:
+    """Path -> file of a revision, without `.gitattributes`, which is the Hub's own."""
+    tree = api.list_repo_tree(repo_id, recursive=True, revision=revision)
+    return {entry.path: entry for entry in tree if isinstance(entry, RepoFile) and entry.path != ".gitattributes"}
+
+
+def is_same(there: RepoFile, here: Path) -> bool:
+    """Whether a file on the Hub has the contents of one here; nothing is downloaded."""
+    if there.size != here.stat().st_size:
+        return False
+    if there.lfs is not None:
+        return there.lfs.sha256 == sha256_of_file(here)
+    return there.blob_id == git_blob_id(here.read_bytes())
+
+
+def git_blob_id(content: bytes) -> str:
+    """The SHA-1 by which git knows a file."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+
+
+def read_file(api: HfApi, repo_id: str, path: str, revision: str, folder: Path) -> bytes | None:
+    """A file's contents; None if it is not there. `folder` takes the download."""
+    try:
+        return Path(api.hf_hub_download(repo_id, path, revision=revision, cache_dir=folder)).read_bytes()
+    except LocalEntryNotFoundError:
+        raise  # No answer at all, though it is called like a missing file.
+    except (EntryNotFoundError, RevisionNotFoundError):
+        return None

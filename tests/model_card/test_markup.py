@@ -1,0 +1,90 @@
+"""Data in Markdown, read back by a Markdown parser: the same text, and no markup in it."""
+
+from __future__ import annotations
+
+import copy
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from markdown_it import MarkdownIt
+
+from nanophi.model_card import card, markup, shipped
+
+NAMES = [
+    "plain name",
+    "*bold* _it_ __x__ ~~gone~~ `code` ``two``",
+    "a|b \\| c \\",
+    "<script>alert(1)</script> <b>x</b> &lt; &amp; <!-- hidden",
+    "[link](http://evil.example) ![image](x.png) <http://auto.example>",
+    "https://auto.example www.auto.example someone@auto.example",
+    "# heading - item 1. item > quote",
+    "$x^2$ {braces} @user",
+    "ends with ` and `",
+    "two\nlines\tand tabs",
+]
+
+
+class Reader(HTMLParser):
+    """Text and tags of HTML."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text, self.tags = "", []
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        self.tags.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def handle_comment(self, data: str) -> None:
+        self.tags.append("comment")
+
+
+def read(markdown: str) -> tuple[str, list[str]]:
+    reader = Reader()
+    reader.feed(MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).render(markdown))
+    reader.close()
+    return reader.text, reader.tags
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_text_is_shown_as_it_is(name: str) -> None:
+    shown = " ".join(name.split())
+    for before, after in (("", ""), ("# ", ""), ("- **Name:** ", ""), ("Text about ", ", and more")):
+        text, tags = read(f"{before}{markup.text(name)}{after}\n")
+        assert shown in " ".join(text.split())
+        assert set(tags) <= {"p", "h1", "ul", "li", "strong"}
+    text, tags = read(f"| a | b |\n|---|---|\n| {markup.text(name)} | last |\n")
+    assert shown in text and tags.count("td") == 2 and set(tags) <= {"table", "thead", "tbody", "tr", "th", "td"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_code_is_shown_as_it_is(name: str) -> None:
+    text, tags = read(f"Made of {markup.code(name)}, and more\n")
+    assert " ".join(name.split()) in text and tags == ["p", "code"]
+    text, tags = read(f"| a | b |\n|---|---|\n| {markup.code(name, cell=True)} | last |\n")
+    assert tags.count("td") == 2 and tags.count("code") == 1
+    text, tags = read(markup.fenced(f"{name}\n```\n````\n</code></pre>{name}"))
+    assert tags == ["pre", "code"] and text.count(name) == 2
+
+
+def test_what_cannot_be_shown_is_replaced() -> None:
+    assert markup.text("a\x00b\x1b[31m\u202ec\ud800d\u00a0e") == "a\ufffdb\ufffd\\[31m\ufffdc\ufffdd e"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_of_sources_are_no_markup_in_the_card(finished_run: Path, name: str) -> None:
+    records = copy.deepcopy(shipped.collect(finished_run, shipped.final_checkpoint(finished_run)))
+    before = read(card.render(records).split("---\n", 2)[2])[1]
+    (source,) = records["recipe.yaml"]["data"]["sources"]
+    source["name"] = records["recipe.yaml"]["card"]["title"] = records["recipe.yaml"]["card"]["developers"] = name
+    quality = records["quality.json"]
+    quality["sources"][name] = quality["sources"].pop("topics")
+    quality["scorer"]["high"] = [name]
+    heldout = records["evals/heldout.json"]["nanophi"]["heldout"]["by_source"]
+    heldout[name] = heldout.pop("docstrings")
+    text, tags = read(card.render(records).split("---\n", 2)[2])
+    assert tags == before
+    assert " ".join(text.split()).count(" ".join(name.split())) >= 5

@@ -1,0 +1,102 @@
+"""Secrets and private paths: what counts as one, what does not, and that records are made without them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from nanophi.model_card import card, release, secrets, shipped
+from nanophi.model_card.push import problems
+
+KEY = "-----BEGIN RSA PRIVATE KEY-----\nMIIEow"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "secret"),
+    [
+        ("SOME_TOKEN", "correct-horse-battery", True),
+        ("DB_PASSWORD", "pa55word.of/the+database=", True),
+        ("HF_TOKEN", "hf_" + "x1Y2" * 8, True),
+        ("EOS_TOKEN", "<|endoftext|>", False),
+        ("PAD_TOKEN", "[PAD_TO_LENGTH]", False),
+        ("UNK_TOKEN", "unknown-token-here", False),
+        ("SOME_TOKEN", "<|im_start|>-and-more", False),
+        ("SOME_TOKEN", "documentation", False),
+        ("SOME_TOKEN", "123456789012", False),
+        ("SOME_TOKEN", "none of your business", False),
+        ("SOME_TOKEN", "short-1", False),
+        ("SOME_NAME", "correct-horse-battery", False),
+    ],
+)
+def test_an_environment_value_is_a_secret_only_if_it_can_be_one(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, secret: bool
+) -> None:
+    for other in list(os.environ):
+        if other.endswith(("TOKEN", "SECRET", "PASSWORD", "KEY")):
+            monkeypatch.delenv(other)
+    monkeypatch.setenv(name, value)
+    found = secrets.found_in(f"It says {value} somewhere.")
+    assert ("a secret of this machine's environment" in found) is secret
+
+
+@pytest.mark.parametrize("text", ["sk-toggleable__control-and-more", "hf_transformers", "the ASIA region", "sk-learn"])
+def test_words_that_begin_like_a_secret_are_none(text: str) -> None:
+    assert secrets.found_in(text) == []
+
+
+def test_held_out_documents_with_secrets_are_left_out(finished_run: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished_run, tmp_path / "tiny", ignore=shutil.ignore_patterns("release", "card")))
+    items = shipped.collect(run, shipped.final_checkpoint(run))["heldout.json"]
+    shard = run / "data" / "documents" / "heldout-00000.parquet"
+    documents = pd.read_parquet(shard)
+    private = {items[0]["text"]: KEY, items[2]["text"]: f"{Path.home()}/notes.txt", items[3]["text"]: "AKIA" + "A1" * 8}
+    # Of the same length, so that they count as the documents that were scored.
+    changed = {text: (leak + " " * 200)[: len(text)] for text, leak in private.items()}
+    documents["text"] = [changed.get(text, text) for text in documents["text"]]
+    documents.to_parquet(shard)
+    kept = [item["text"] for item in shipped.collect(run, shipped.final_checkpoint(run))["heldout.json"]]
+    assert len(kept) == shipped.HELDOUT_ITEMS
+    assert kept[:2] == [items[1]["text"], items[4]["text"]] and not any(secrets.found_in(text) for text in kept)
+
+
+def test_ordinary_words_in_data_do_not_block_a_release(finished_run: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished_run, tmp_path / "tiny", ignore=shutil.ignore_patterns("release", "card")))
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["card"] |= {"prompt": "Return None if the key is", "notes": "TODO: nothing. {{ braces }} {% raw %} nan"}
+    recipe["data"]["sources"][0]["name"] = "{{x}}, Undefined"
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    sample = json.loads((run / "sample.json").read_text())
+    (run / "sample.json").write_text(json.dumps({**sample, "prompt": "Return None if the key is"}))
+    card.build(run, run / "card")
+    release.build(run, shipped.final_checkpoint(run), run / "card", run / "release")
+    assert problems(run / "release") == []
+
+
+def test_no_path_of_the_machine_is_in_a_release(finished_run: Path, tmp_path: Path) -> None:
+    home = tmp_path / "Jané's files (new) & 数据"
+    run = home / "runs" / "tiny"
+    shutil.copytree(finished_run, run, ignore=shutil.ignore_patterns("release", "card"))
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    private = f"{home}/texts/*.txt"
+    recipe["data"]["sources"] = [{**recipe["data"]["sources"][0], "embedded": None, "files": private, "name": None}]
+    recipe["tokenizer"]["path"] = f"{home}/my tokenizer"
+    recipe["quality"]["scorer"] = f"model:{home}/scorer"
+    recipe["evaluation"]["data"] = "~/bench marks/all"
+    recipe["training"]["arguments"] = {"logging": f"dir={home}/logs"}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe, allow_unicode=True))
+    quality = json.loads((run / "data/quality/quality.json").read_text())
+    quality["sources"] = {private: quality["sources"]["topics"]}
+    (run / "data/quality/quality.json").write_text(json.dumps(quality))
+    card.build(run, run / "card")
+    release.build(run, shipped.final_checkpoint(run), run / "card", run / "release")
+    for name in release.list_files(run / "release"):
+        content = (run / "release" / name).read_bytes()
+        assert "Jané".encode() not in content and "数据".encode() not in content and b"bench marks" not in content, name
+    assert "local files `*.txt`" in (run / "release" / "README.md").read_text()
+    assert problems(run / "release") == []
