@@ -1,10 +1,13 @@
 """The command: help for every verb, and one clear line with a non-zero status for every mistake."""
 
 import errno
+import re
+import shlex
 import subprocess
 import sys
 
 import pytest
+import typer
 
 from nanophi import __version__, cli, files
 
@@ -25,6 +28,31 @@ def test_every_verb_has_help_with_an_example(monkeypatch, capsys, verb):
     code, out, _ = nanophi(monkeypatch, capsys, *verb, "--help")
     assert code == 0
     assert "Example: " in out
+
+
+def parse(arguments: list[str]) -> dict[str, object]:
+    """What the real parser makes of a command line. Raises typer's own errors."""
+    command, context = typer.main.get_command(cli.app), None
+    while True:
+        context = command.make_context(arguments[0] if context else "nanophi", list(arguments), parent=context)
+        if not hasattr(command, "resolve_command"):
+            return context.params
+        _, command, arguments = command.resolve_command(context, [*context._protected_args, *context.args])
+
+
+def examples() -> list[str]:
+    """Every command line that the help gives as an example, whatever starts it."""
+    texts = [command.callback.__doc__ for app in (cli.app, cli.quality_app) for command in app.registered_commands]
+    return [line.strip() for text in texts for line in text.splitlines() if re.search(r": .*\bnanophi ", line)]
+
+
+@pytest.mark.parametrize("example", examples())
+def test_every_example_is_a_command_that_parses(example):
+    line = shlex.split(example.partition(": ")[2])
+    arguments = line[line.index("nanophi") + 1 :]
+    assert parse(arguments)
+    with pytest.raises(Exception, match="No such option"):
+        parse([*arguments, "--no-such-option"])
 
 
 @pytest.mark.parametrize(
