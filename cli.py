@@ -17,6 +17,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
+from nanophi.cli_quality import quality_app
 from nanophi.files import UserError
 from nanophi.inputs import is_hub_id, model_folder
 from nanophi.jobs import stop_with_parent
@@ -35,7 +36,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-quality_app = typer.Typer(help="Apply the quality filter to text files of your own.", no_args_is_help=True)
 
 # Arguments and options that several verbs share
 Recipes = Annotated[list[Path], Argument(metavar="RECIPE...", help="YAML files, or names of built-in recipes.")]
@@ -50,7 +50,6 @@ Revision = Annotated[str | None, Option(help="Branch, tag or commit on the Hub."
 Gguf = Annotated[str | None, Option(metavar="KINDS", help="llama.cpp files too, any of f16,q8_0,bf16,f32.")]
 Trust = Annotated[bool, Option("--trust-remote-code", help="Run the Python code that comes with the model.")]
 Jobs = Annotated[int, Option(min=1, help="Trainings at once, each with one GPU or its share of the cores.")]
-TextColumn = Annotated[str, Option(help="Column or JSON key that holds the text.")]
 
 
 def _show_version(wanted: bool) -> None:
@@ -390,69 +389,6 @@ def submit(
 
 
 app.add_typer(quality_app, name="quality")
-
-
-@quality_app.command("fit")
-def quality_fit(
-    output: Annotated[Path, Argument(help="Folder for the scorer.")],
-    high: Annotated[list[str], Option(metavar="GLOB", help="Files of high-quality text; repeatable.")],
-    low: Annotated[list[str], Option(metavar="GLOB", help="Files of low-quality text; repeatable.")],
-    text_column: TextColumn = "text",
-    seed: Annotated[int, Option(min=0, help="Seed of the split into train and test documents.")] = 0,
-) -> None:
-    """Fit a linear scorer. A recipe uses it as `quality.scorer: model:FOLDER`.
-
-    Example: nanophi quality fit scorer --high "books/*.txt" --low "chat/*.jsonl.gz"
-    """
-    from nanophi.data import quality
-
-    report = quality.fit_files(high, low, output, text_column, seed)
-    typer.echo(f"{output}: area under the ROC curve {report['roc_auc']} on {report['test_documents']} test documents")
-
-
-@quality_app.command("score")
-def quality_score(
-    files: Annotated[str, Argument(metavar="GLOB", help="Files, or a folder, as in a recipe's sources.")],
-    scorer: Annotated[str, Option(help="column:NAME, model:FOLDER, or model:ORG/NAME.")],
-    output: Annotated[Path, Option(help="Parquet file with a score for every document.")] = Path("scores.parquet"),
-    text_column: TextColumn = "text",
-    label: Annotated[str | None, Option(help="Label of a classifier that means high-quality text.")] = None,
-    scale: Annotated[
-        tuple[float, float] | None, Option(metavar="LOW HIGH", help="Range of the scores (default: 0 1).")
-    ] = None,
-) -> None:
-    """Score every document.
-
-    Example: nanophi quality score "chat/*.jsonl.gz" --scorer model:scorer
-    """
-    from nanophi.data import quality, scorers
-
-    summary = quality.score_files(files, scorers.find_scorer(scorer, label, scale), output, text_column)
-    dropped = ", ".join(f"{reason} {count}" for reason, count in summary["dropped"].items())
-    typer.echo(f"{output}: {summary['documents']} documents" + (f"; dropped: {dropped}" if dropped else ""))
-
-
-@quality_app.command("report")
-def quality_report(
-    scores: Annotated[Path, Argument(help="A file written by `nanophi quality score`, or a run directory.")],
-    threshold: Annotated[
-        float | None, Option(help="Documents that score above it are kept (default: the middle of the scale).")
-    ] = None,
-    output: Annotated[Path, Option(help="Where quality.json, .md and .png go.")] = Path("quality"),
-) -> None:
-    """Show what a threshold keeps and drops, with examples.
-
-    For a run directory, its own report is shown.
-
-    Example: nanophi quality report scores.parquet --threshold 0.3
-    """
-    from nanophi.data import quality_report as reports
-
-    if scores.is_dir():
-        typer.echo(reports.report_run(scores))
-    else:
-        reports.report_files(scores, threshold, output)
-        typer.echo(output / "quality.md")
 
 
 def _prepare_environment(debug: bool) -> None:

@@ -32,7 +32,8 @@ MAY_IMPORT |= {
     "jobs": ("files", "data"),
     "pipeline": (*BASE, *ROOMS, "jobs"),
     "ablate": (*BASE, *ROOMS, "jobs", "pipeline"),
-    "cli": (*BASE, *ROOMS, "jobs", "pipeline", "ablate"),
+    "cli_quality": (*BASE, "data"),
+    "cli": (*BASE, *ROOMS, "jobs", "pipeline", "ablate", "cli_quality"),
     "__main__": ("cli",),
     "__init__": ("configuration_nanophi", "modeling_nanophi", "version"),
 }

@@ -12,7 +12,7 @@ import typer
 from nanophi import __version__, cli, files
 
 VERBS = [[command.name or command.callback.__name__] for command in cli.app.registered_commands]
-VERBS += [["quality", command.name] for command in cli.quality_app.registered_commands]
+VERBS += [["quality", command.callback.__name__] for command in cli.quality_app.registered_commands]
 
 
 def nanophi(monkeypatch, capsys, *arguments) -> tuple[int | str | None, str, str]:

@@ -24,7 +24,7 @@ from nanophi.recipe import RECIPES, load_recipe
 
 COMMANDS = commands("The command")
 VERBS = {command.name or command.callback.__name__ for command in cli.app.registered_commands if not command.hidden}
-VERBS |= {f"quality {command.name}" for command in cli.quality_app.registered_commands}
+VERBS |= {f"quality {command.callback.__name__}" for command in cli.quality_app.registered_commands}
 
 SMALL = {
     "data": {
