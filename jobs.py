@@ -38,11 +38,12 @@ def side_by_side(
         finished: called with the name of each command that ended with status 0.
 
     Raises:
-        UserError: if more GPUs are needed than there are (before anything starts); and if some commands failed, naming
-            them, after the others have ended.
+        UserError: if some commands failed, naming them, after the others have ended.
     """
     slots = devices(jobs)
-    free = list(range(jobs))
+    if len(slots) < jobs:
+        report(f"--jobs {jobs}: {len(slots)} at once, one for each GPU or core here")
+    free = list(range(len(slots)))
     waiting = list(commands)
     running: dict[Future[int], tuple[str, int]] = {}
     processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -53,7 +54,7 @@ def side_by_side(
         with lock:
             report(line)
 
-    with ThreadPoolExecutor(jobs) as threads:
+    with ThreadPoolExecutor(len(slots)) as threads:
         try:
             while waiting or running:
                 while waiting and free:
@@ -97,19 +98,18 @@ def _follow(name: str, process: subprocess.Popen[bytes], say: Callable[[str], No
 
 
 def devices(jobs: int) -> list[dict[str, str]]:
-    """Environment variables of each of so many jobs. Raises `UserError` if there are GPUs, but fewer."""
+    """Environment variables of each of so many jobs, or of as many as there are GPUs or cores."""
     import torch
+
+    from nanophi.data.processes import cores
 
     count = torch.cuda.device_count()
     if count:
-        if jobs > count:
-            raise UserError(f"--jobs {jobs} needs {jobs} GPUs, one each; there {'is' if count == 1 else 'are'} {count}")
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         names = visible.split(",") if visible else [str(index) for index in range(count)]
         return [{"CUDA_VISIBLE_DEVICES": name} for name in names[:jobs]]
-    from nanophi.data.parallel import cores
-
-    threads = str(max(1, cores() // jobs))
+    jobs = min(jobs, cores())
+    threads = str(cores() // jobs)
     return [{"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}] * jobs
 
 

@@ -486,9 +486,10 @@ def train_side_by_side(
         finished: called with the name of each run that has been evaluated.
 
     Raises:
-        UserError: naming the runs that failed, once the others are done. All of them can be resumed.
+        UserError: naming the runs that failed, once the others are done (with one at a time, from the first that
+            fails). All of them can be resumed.
     """
-    if "RANK" in os.environ:
+    if jobs > 1 and "RANK" in os.environ:
         raise UserError("--jobs starts processes of its own; leave out `accelerate launch` or `torchrun`")
     with contextlib.ExitStack() as locks:
         for pipeline in pipelines:
@@ -496,6 +497,13 @@ def train_side_by_side(
         for pipeline in pipelines:
             pipeline.write_recipe()
             pipeline.tokens()
+    if jobs == 1:
+        for pipeline in pipelines:
+            with pipeline.run.lock():
+                pipeline.sample()
+                pipeline.evaluation()
+            finished(pipeline.recipe.name)
+        return
     commands = {
         pipeline.recipe.name: [
             *(sys.executable, "-m", "nanophi", "worker", str(pipeline.path / "recipe.yaml")),

@@ -31,6 +31,7 @@ import numpy as np
 import scipy.stats
 
 from nanophi.eval.statistics import SIGNIFICANCE, effective_items, holm, minimum_detectable_effect
+from nanophi.files import UserError
 
 ARMS = ("all", "best", "random", "worst")
 CONTRASTS = {"quality": ("best", "random"), "repetition": ("random", "all"), "net": ("best", "all")}
@@ -106,6 +107,52 @@ def analyse(targets: Mapping[str, Target], seed: int = 0) -> dict[str, Any]:
     for entry in result.values():
         _correct([entry["check"]])
     return result
+
+
+def targets(
+    plan: Mapping[str, Any], items: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
+) -> dict[str, Target]:
+    """The plan's targets, from the records of finished runs (`nanophi.ablate` says what these files hold).
+
+    A target that has no item, such as text that the filter drops where no held-out document would be dropped, is left
+    out.
+
+    Raises:
+        UserError: if two runs were not measured on the same items.
+    """
+    documents = items["heldout"]
+    runs: dict[str, dict[Key, list[Items]]] = {name: {} for name in plan["targets"]}
+    for record in records:
+        key = record["arm"], record["seed"], record["learning_rate"]
+        for task, measured in record["items"].items():
+            first = records[0]["items"].get(task, {})
+            if (first.get("sha256"), first.get("numbers")) != (measured["sha256"], measured["numbers"]):
+                raise UserError(
+                    f"{record['run']} and {records[0]['run']} were not measured on the same items of {task}; "
+                    "evaluate one of them again"
+                )
+        for name, target in plan["targets"].items():
+            if name == "answers":
+                answers = [np.array(record["items"][task]["values"], float) for task in plan["tasks"]]
+                runs[name][key] = [(-math.log(2) * bits, np.ones(len(bits))) for bits in answers]
+                continue
+            heldout = record["items"]["heldout_bits_per_byte"]
+            mine = [documents[number] for number in heldout["numbers"]]
+            rows = [
+                index
+                for index, document in enumerate(mine)
+                if name == "heldout"
+                or (name in ("kept", "dropped") and document["kept"] == (name == "kept"))
+                or document["source"] == target.get("source")
+            ]
+            if rows:
+                pairs = np.array(heldout["values"], float)[rows]
+                runs[name][key] = [(pairs[:, 0], pairs[:, 1])]
+    return {
+        name: Target(target["title"], target["primary"], runs[name])
+        for name, target in plan["targets"].items()
+        if runs[name]
+    }
 
 
 def value(sets: Sequence[Items]) -> float:

@@ -68,9 +68,14 @@ def wait_for(condition):
         time.sleep(0.05)
 
 
-def test_a_gpu_each_or_a_line_that_says_how_many_there_are(monkeypatch):
+def test_a_gpu_each_and_no_more_jobs_than_there_are_devices(monkeypatch):
+    monkeypatch.setattr("nanophi.data.processes.cores", lambda: 5)
+    assert [device["OMP_NUM_THREADS"] for device in jobs.devices(2)] == ["2", "2"]
+    assert len(jobs.devices(8)) == 5
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
-    assert jobs.devices(2) == [{"CUDA_VISIBLE_DEVICES": "4"}, {"CUDA_VISIBLE_DEVICES": "7"}]
-    with pytest.raises(UserError, match="--jobs 3 needs 3 GPUs, one each; there are 2"):
-        jobs.devices(3)
+    for asked in (2, 3):
+        assert jobs.devices(asked) == [{"CUDA_VISIBLE_DEVICES": "4"}, {"CUDA_VISIBLE_DEVICES": "7"}]
+    lines: list[str] = []
+    jobs.side_by_side({"a": python("pass")}, 3, lines.append)
+    assert lines == ["--jobs 3: 2 at once, one for each GPU or core here"]

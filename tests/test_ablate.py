@@ -1,0 +1,186 @@
+"""The experiment end to end on a planted truth: half of the documents are shuffled, and the scorer knows."""
+
+import json
+
+import numpy as np
+import pytest
+
+from nanophi import ablate
+from nanophi.files import UserError, read_json, sha256_of_tree
+from nanophi.recipe import load_recipe
+from nanophi.training import trainer
+
+RECIPE = """
+name: planted
+data:
+  sources:
+    - {files: "@/train.jsonl", name: text}
+    - {files: "@/held.jsonl", name: held, heldout: true}
+  deduplication: {near: false}
+  workers: 1
+quality: {scorer: "column:score", share: 0.4}
+tokenizer: {vocab_size: 320}
+model:
+  hidden_size: 32
+  intermediate_size: 64
+  num_hidden_layers: 1
+  num_attention_heads: 2
+  num_key_value_heads: 1
+  max_position_embeddings: 64
+training:
+  steps: 40
+  batch_size: 8
+  learning_rate: 0.01
+  warmup_steps: 5
+  save_steps: 20
+  logging_steps: 10
+  precision: fp32
+evaluation: {limit: 40}
+"""
+WORDS = [f"{a}{b}" for a in ("ba", "de", "fi", "go", "ku") for b in ("la", "mon", "ris", "tup", "ve", "zed")]
+
+
+def text(generator, shuffled):
+    """Words of which each follows from the one before it; or the same words in any order."""
+    start = generator.integers(len(WORDS))
+    steps = np.where(generator.random(60) < 0.9, 1, generator.integers(2, 29, 60))
+    words = [WORDS[i % len(WORDS)] for i in start + np.cumsum(steps)]
+    return " ".join(generator.permutation(words) if shuffled else words)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("planted")
+    generator = np.random.default_rng(0)
+    train = [(text(generator, i % 2), 0.2 + 0.6 * (i % 2 == 0) + 0.1 * generator.random()) for i in range(400)]
+    (folder / "train.jsonl").write_text("".join(json.dumps({"text": t, "score": s}) + "\n" for t, s in train))
+    held = [text(generator, False) for _ in range(60)]
+    (folder / "held.jsonl").write_text("".join(json.dumps({"text": t, "score": 0.9}) + "\n" for t in held))
+    path = folder / "planted.yaml"
+    path.write_text(RECIPE.replace("@", str(folder)))
+    return load_recipe(path)
+
+
+OPTIONS = {"seeds": (0, 1), "learning_rates": (0.01, 0.004), "epochs": 4, "tasks": ()}
+
+
+@pytest.fixture(scope="module")
+def finished(recipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ablation")
+    lines: list[str] = []
+    result = ablate.ablate(recipe, folder / "runs", folder / "output", report=lines.append, **OPTIONS)
+    return folder, result, lines
+
+
+def test_the_planted_truth_is_found(finished):
+    _, result, _ = finished
+    target = result["targets"]["heldout"]
+    assert target["primary"]
+    for values in target["values"].values():
+        assert values["best"] < values["random"] < values["worst"]
+    quality, check = target["contrasts"]["quality"], target["check"]
+    assert (quality["verdict"], check["verdict"]) == ("better", "better")
+    for rate, one in quality["learning_rates"].items():
+        values = target["values"][rate]
+        assert one["value"] == pytest.approx(values["best"] - values["random"])
+        assert one["interval"][0] < one["value"] < one["interval"][1] < 0
+        # A fifth of the share is better text; the worst share has two fifths less of it than the random one.
+        assert check["learning_rates"][rate]["value"] < one["value"]
+    assert target["contrasts"]["net"]["learning_rates"]["0.01"]["value"] == pytest.approx(
+        sum(target["contrasts"][name]["learning_rates"]["0.01"]["value"] for name in ("quality", "repetition"))
+    )
+
+
+def test_shares_are_equal_and_all_compute_is(finished):
+    folder, result, _ = finished
+    plan = result["plan"]
+    assert plan["epochs"]["best"] == pytest.approx(4, rel=0.02)
+    assert plan["epochs"]["all"] == pytest.approx(1.6, rel=0.03)
+    by_arm = {}
+    for run in result["runs"]:
+        by_arm.setdefault(run["arm"], set()).add((run["unique_tokens"], run["tokens_seen"], round(run["epochs"], 6)))
+    assert by_arm["best"] == by_arm["random"] == by_arm["worst"] and len(by_arm["best"]) == 1
+    assert len({run["tokens_seen"] for run in result["runs"]}) == 1
+    assert len({run["weights_sha256"] for run in result["runs"]}) == 16
+    record = read_json(folder / "output/records/planted-best-seed-0-lr-0.01.json")
+    assert len(record["items"]["heldout_bits_per_byte"]["values"]) >= 20
+
+
+def test_what_all_share_is_made_once(finished):
+    _, _, lines = finished
+    for stage in ("documents", "scores", "tokenizer"):
+        assert sum(f": {stage} " in line and " done in " in line for line in lines) == 1, stage
+
+
+def test_it_says_what_it_will_take_and_what_is_left(finished):
+    _, _, lines = finished
+    plan = next(line for line in lines if line.startswith("filter: the best 40.0 % of the bytes"))
+    assert "16 runs of 20.5k tokens" in plan and "training takes about" in plan
+    assert lines.index(plan) < next(i for i, line in enumerate(lines) if "training" in line and "done in" in line)
+    assert [line for line in lines if line.startswith("15 of 16 runs done, about")]
+    assert lines[-1] == "16 of 16 runs done"
+
+
+def test_killed_it_resumes_and_another_question_is_refused(finished, recipe, monkeypatch):
+    folder, result, _ = finished
+    record = folder / "output/records/planted-worst-seed-1-lr-0.004.json"
+    kept = record.read_text()
+    record.unlink()
+    lines: list[str] = []
+    monkeypatch.setattr(trainer, "train", None)  # nothing is trained again
+    again = ablate.ablate(recipe, folder / "runs", folder / "output", report=lines.append, **OPTIONS)
+    assert record.read_text() == kept and again == result
+    assert "15 of 16 runs were done before" in lines
+    before = sha256_of_tree(folder / "output")
+    for change, message in (
+        ({"epochs": 5}, "another epochs_asked"),
+        ({"seeds": (0, 1, 2)}, "another seeds"),
+        ({"learning_rates": (0.01,)}, "another learning_rates"),
+    ):
+        with pytest.raises(UserError, match=f"planned with {message}; name another --output"):
+            ablate.ablate(recipe, folder / "runs", folder / "output", **{**OPTIONS, **change})
+    other = load_recipe(folder / "runs/planted-all-seed-0-lr-0.01/recipe.yaml", ["quality.share=0.3", "name=planted"])
+    with pytest.raises(UserError, match="planned with another recipe's "):
+        ablate.ablate(other, folder / "runs", folder / "output", **OPTIONS)
+    assert sha256_of_tree(folder / "output") == before
+
+
+def test_the_answer_for_the_eye(finished):
+    folder, _, _ = finished
+    page = (folder / "output/ablation.md").read_text()
+    assert page.split("\n")[2].startswith("The filter keeps 40.0 % of the training text")
+    assert "the best share needs fewer bits than a random share of the same size" in page
+    assert "## Held-out text, all (primary target)" in page
+    assert (folder / "output/ablation.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "options", "message"),
+    [
+        (["quality.share=null"], {}, "keeps everything; set quality.threshold or quality.share"),
+        (["quality.select=worst"], {}, "quality.select must be 'best'"),
+        ([], {"seeds": (1, 1)}, "a seed is named twice"),
+        ([], {"learning_rates": (0.1, 0.1)}, "a learning rate is named twice"),
+        ([], {"epochs": 0.5}, r"--epochs 0\.5 needs [\d,]+ different tokens in every share, but there are [\d,]+; ask"),
+        ([], {"epochs": 1e6}, r"--epochs 1e\+06 leaves less than one row of 64 tokens"),
+        ([], {"tasks": ("arc_eazy",)}, "unknown suite or task 'arc_eazy'; did you mean arc_easy"),
+    ],
+)
+def test_experiments_that_cannot_be_run(finished, recipe, tmp_path, overrides, options, message):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(recipe.dump()))
+    changed = load_recipe(path, overrides)
+    with pytest.raises(UserError, match=message):
+        ablate.ablate(changed, finished[0] / "others", tmp_path, report=str, **{**OPTIONS, **options})
+    assert not (tmp_path / "plan.json").exists()
+
+
+def test_a_scorer_that_gives_one_value(recipe, tmp_path):
+    values = recipe.dump()
+    rows = [json.loads(line) | {"score": 0.5} for line in open(values["data"]["sources"][0]["files"])]  # noqa: PTH123, SIM115
+    (tmp_path / "same.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values["data"]["sources"][0]["files"] = str(tmp_path / "same.jsonl")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(values))
+    with pytest.raises(UserError, match=r"every document has the score 0\.5000, so none is better than another"):
+        ablate.ablate(load_recipe(path), tmp_path / "runs", tmp_path / "output", report=str, **OPTIONS)
