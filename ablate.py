@@ -63,8 +63,9 @@ def ablate(
     epochs: float | None = None,
     tasks: Sequence[str] = TASKS,
     jobs: int = 1,
+    plan_only: bool = False,
     report: Callable[[str], None] = print,
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Run the experiment, or what is left of it, and write the answer.
 
     Args:
@@ -77,10 +78,11 @@ def ablate(
         epochs: how often a share is repeated; None: as often as the recipe's own run repeats what its filter keeps.
         tasks: lm-eval's multiple-choice tasks; none: all held-out text together is the primary target.
         jobs: runs at once, each with one GPU or its share of the cores.
+        plan_only: write the plan and stop, so that it can be published first.
         report: called with one line for each thing worth telling.
 
     Returns:
-        what `ablation.json` holds.
+        what `ablation.json` holds; None with `plan_only`.
 
     Raises:
         UserError: for an experiment that cannot be run or that differs from the plan in `output`; for runs that fail,
@@ -108,6 +110,8 @@ def ablate(
         "tasks": list(tasks),
     }
     plan = _plan(question, recipe, runs, output, jobs, report)
+    if plan_only:
+        return None
     keys = [(arm, seed, rate) for seed in seeds for rate in rates for arm in ablation.ARMS]
     pipelines = {}
     for key in keys:

@@ -102,6 +102,7 @@ def ablate(
     output: Annotated[
         Path | None, Option(help="Where plan, records and answer go. [default: ablations/NAME]", show_default=False)
     ] = None,
+    plan: Annotated[bool, Option("--plan", help="Write the plan and stop, before anything is trained.")] = False,
     jobs: Jobs = 1,
     runs: Runs = Path("runs"),
     overrides: Overrides = [],
@@ -126,8 +127,9 @@ def ablate(
         epochs=epochs,
         tasks=[] if tasks == "none" else [task.strip() for task in tasks.split(",")],
         jobs=jobs,
+        plan_only=plan,
     )
-    typer.echo(f"\n{paragraph(result)}\n\n{output / 'ablation.md'}")
+    typer.echo(f"\n{paragraph(result)}\n\n{output / 'ablation.md'}" if result else output / "plan.json")
 
 
 @app.command(hidden=True)

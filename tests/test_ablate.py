@@ -68,7 +68,11 @@ OPTIONS = {"seeds": (0, 1), "learning_rates": (0.01, 0.004), "epochs": 4, "tasks
 def finished(recipe, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ablation")
     lines: list[str] = []
-    result = ablate.ablate(recipe, folder / "runs", folder / "output", report=lines.append, **OPTIONS)
+    paths = folder / "runs", folder / "output"
+    assert ablate.ablate(recipe, *paths, report=lines.append, plan_only=True, **OPTIONS) is None
+    assert {path.name for path in paths[1].iterdir()} == {"plan.json", "items.json"}
+    assert not list(paths[0].glob("*/checkpoints"))
+    result = ablate.ablate(recipe, *paths, report=lines.append, **OPTIONS)
     return folder, result, lines
 
 
