@@ -17,7 +17,7 @@ help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
 
 demo: $(INSTALLED) ## train, evaluate and release two small models: 6 minutes on 2 cores
-	$(BIN)/nanophi run demo demo-control
+	$(BIN)/nanophi run demo demo-control --jobs 2
 
 test: $(INSTALLED) lint ## lint, types, tests and their coverage: 6 minutes on 2 cores
 	OMP_NUM_THREADS=1 $(PYTEST) --numprocesses 2 --dist loadfile \

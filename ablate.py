@@ -100,7 +100,8 @@ def ablate(
     for name, values in (("seed", seeds), ("learning rate", learning_rates)):
         if len(set(values)) < len(values):
             raise UserError(f"a {name} is named twice; every run needs its own")
-    rates = list(learning_rates) or [recipe.training.learning_rate, LOWER_RATE * recipe.training.learning_rate]
+    own = recipe.training.learning_rate
+    rates = list(learning_rates) or [own, float(f"{LOWER_RATE * own:.6g}")]
     find_suite(_suite(tasks))
     question = {
         "recipe": recipe.dump(),
@@ -319,7 +320,7 @@ def describe_plan(plan: Mapping[str, Any]) -> str:
     size = {arm: formatting.size(count) for arm, count in plan["tokens"].items()}
     return "\n".join(
         [
-            f"filter: {plan['rule']}, {formatting.percent(plan['share'])} of the training bytes",
+            f"filter: {plan['rule']} (share {formatting.percent(plan['share'])})",
             f"each share: {size['best']} different tokens, {epochs['best']:.2f} epochs; "
             f"all: {size['all']} and {epochs['all']:.2f}",
             f"{estimate['runs']} runs of {formatting.size(plan['tokens_seen'])} tokens: "

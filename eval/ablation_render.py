@@ -24,7 +24,7 @@ def paragraph(result: Mapping[str, Any]) -> str:
     target = next(entry for entry in result["targets"].values() if entry["primary"])
     tokens, epochs = plan["tokens"], plan["epochs"]
     sentences = [
-        f"The filter keeps {formatting.percent(plan['share'])} of the training text ({plan['rule']}).",
+        f"The filter keeps {formatting.percent(plan['share'])} of the training text (rule: {plan['rule']}).",
         f"Every run saw {formatting.size(plan['tokens_seen'])} tokens: a share of {formatting.size(tokens['best'])} "
         f"different tokens {epochs['best']:.1f} times, or {formatting.size(tokens['all'])} of all the text "
         f"{epochs['all']:.1f} times.",

@@ -167,7 +167,6 @@ def test_the_answer_for_the_eye(finished):
         ([], {"learning_rates": (0.1, 0.1)}, "a learning rate is named twice"),
         ([], {"epochs": 0.5}, r"--epochs 0\.5 needs [\d,]+ different tokens in every share, but there are [\d,]+; ask"),
         ([], {"epochs": 1e6}, r"--epochs 1e\+06 leaves less than one row of 64 tokens"),
-        ([], {"tasks": ("arc_eazy",)}, "unknown suite or task 'arc_eazy'; did you mean arc_easy"),
     ],
 )
 def test_experiments_that_cannot_be_run(finished, recipe, tmp_path, overrides, options, message):

@@ -53,7 +53,8 @@ def test_commands_stop_with_the_process_that_started_them(tmp_path, number):
         "signal.signal(signal.SIGTERM, lambda *a: (open(sys.argv[1] + '.saved', 'w').close(), sys.exit(1))); "
         "stop_with_parent(); open(sys.argv[1], 'w').close(); time.sleep(60)"
     )
-    parent = f"from nanophi import jobs; jobs.side_by_side({{n: [{sys.executable!r}, '-c', {child!r}, {str(tmp_path)!r} + '/' + n] for n in 'ab'}}, 2)"  # noqa: E501
+    # A process that is started in the background may ignore SIGINT, and then so do its children.
+    parent = f"import signal; from nanophi import jobs; signal.signal(signal.SIGINT, signal.default_int_handler); jobs.side_by_side({{n: [{sys.executable!r}, '-c', {child!r}, {str(tmp_path)!r} + '/' + n] for n in 'ab'}}, 2)"  # noqa: E501
     process = subprocess.Popen(python(parent), stderr=subprocess.DEVNULL)
     wait_for(lambda: len(list(tmp_path.iterdir())) == 2)
     process.send_signal(number)
