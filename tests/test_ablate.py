@@ -118,7 +118,7 @@ def test_what_all_share_is_made_once(finished):
 
 def test_it_says_what_it_will_take_and_what_is_left(finished):
     _, _, lines = finished
-    plan = next(line for line in lines if line.startswith("filter: the best 40.0 % of the bytes"))
+    plan = next(line for line in lines if line.startswith("filter: the best 40.0 % of the bytes (share 40.0 %)"))
     assert "16 runs of 20.5k tokens" in plan and "training takes about" in plan
     assert lines.index(plan) < next(i for i, line in enumerate(lines) if "training" in line and "done in" in line)
     assert [line for line in lines if line.startswith("15 of 16 runs done, about")]
