@@ -105,7 +105,7 @@ def read_json(path: Path) -> Any:
 
 
 def replace_tree(source: Path, target: Path) -> None:
-    """Move `source` (file or folder) to `target` on the same file system, in place of what is there."""
+    """Move `source` (file or folder) to `target` on the same file system, replacing what is there."""
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.is_dir() and not target.is_symlink():
         # A non-empty folder cannot be renamed over; the old one leaves under a name that is not mistaken for output.
@@ -136,7 +136,7 @@ def copy_tree(source: Path, target: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or folder if it is there."""
+    """Delete a file or folder if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

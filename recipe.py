@@ -1,7 +1,7 @@
-"""Recipes: one YAML file says a whole run, typed and strict.
+"""Recipes: one YAML file describes a whole run, and every key is checked.
 
-A recipe may name a parent with `extends: other.yaml` (beside itself, or a built-in one); its own keys then replace the
-parent's, mapping by mapping. An unknown key, a wrong type or an impossible combination raises `UserError` naming it.
+A recipe may start from another one with `extends: other.yaml` (in the same folder, or built in): its own keys replace
+the other's, mapping by mapping. An unknown key, a wrong type or an impossible combination raises `UserError` naming it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Section(pydantic.BaseModel):
 
 
 class Source(Section):
-    """Where documents come from: exactly one of `embedded`, `hub` or `files`."""
+    """Where documents come from: exactly one of `embedded` (the installed documentation), `hub` or `files`."""
 
     embedded: Literal["documentation"] | None = None
     hub: str | None = None
@@ -56,7 +56,7 @@ class Source(Section):
     source_column: str | None = None
     """Column that says a document's own source, if the dataset mixes several."""
     weight: float = pydantic.Field(default=1.0, gt=0)
-    """How many times (in expectation) each kept document enters the token stream."""
+    """Repeat factor: how often, on average, each kept document enters the token stream."""
     max_documents: int | None = pydantic.Field(default=None, gt=0)
     heldout: bool = False
     """Its documents are never trained on: they are the held-out text, in place of `data.heldout_fraction`."""
@@ -83,7 +83,7 @@ class Decontamination(Section):
 
     ngram: int = pydantic.Field(default=13, ge=5)
     benchmarks: str | None = None
-    """Folder with the benchmarks in Hub-dataset layout; None: do not look."""
+    """Folder with the benchmarks in Hub-dataset layout; None: not checked."""
 
 
 class Data(Section):
@@ -93,21 +93,21 @@ class Data(Section):
     heldout_fraction: float = pydantic.Field(default=0.02, gt=0, lt=0.5)
     heldout_max_documents: int = pydantic.Field(default=2000, gt=0)
     max_tokens: int | None = pydantic.Field(default=None, gt=0)
-    """At most so many training tokens, in documents drawn by the seed from those that the filter keeps."""
+    """Maximum number of training tokens, in documents drawn by the seed from those that the filter keeps."""
     max_dropped: float = pydantic.Field(default=0.2, ge=0, le=1)
     """Stop if a larger share of a source's documents cannot be used (no text, not UTF-8, too large); empty documents
     and repeats do not count."""
     deduplication: Deduplication = Deduplication()
     decontamination: Decontamination = Decontamination()
     engine: Literal["local", "ray", "slurm"] = "local"
-    """Where the parts of the corpus are worked on: processes here, a Ray cluster, or a Slurm job array."""
+    """What processes the parts of the corpus: processes on this machine, a Ray cluster, or a Slurm job array."""
     workers: int | None = pydantic.Field(default=None, gt=0)
     """Processes; None: one per core (of the Ray cluster), 16 under Slurm."""
 
     @pydantic.model_validator(mode="after")
     def something_to_train_on(self) -> Data:
         if all(source.heldout for source in self.sources):
-            raise ValueError("every source is held out; one must be there to train on")
+            raise ValueError("every source is held out; at least one must be left to train on")
         return self
 
 
@@ -117,11 +117,11 @@ class Quality(Section):
     scorer: str = "linear"
     """`linear` (trained here), `column:<name>`, or `model:<hub id or folder>`."""
     high: list[str] = []
-    """For `linear`: sources whose documents are examples of good text; empty: the embedded corpus's own."""
+    """For `linear`: sources whose documents are examples of high-quality text; empty: the installed documentation's."""
     low: list[str] = []
     """For `linear`: sources whose documents are examples of low-quality text."""
     label: str | None = None
-    """For `model:`: name of the classifier's label that means good text; the score is its probability."""
+    """For `model:`: name of the classifier's label that means high-quality text; the score is its probability."""
     scale: tuple[float, float] | None = None
     """For `column:` and `model:`: lowest and highest score; null: 0 to 1. With it, the score of a classifier without
     `label` is the expected value of the numbers that its labels' names end in, or its one output (regression)."""
@@ -169,7 +169,7 @@ class Quality(Section):
         if self.threshold is not None and not low <= self.threshold <= high:
             hint = "" if self.scale else "; if they have another range, say it, for example scale: [0, 5]"
             raise ValueError(
-                f"threshold {self.threshold:g} lies outside the scale of the scores, {low:g} to {high:g}{hint}"
+                f"threshold {self.threshold:g} is outside the scale of the scores, {low:g} to {high:g}{hint}"
             )
         return self
 
@@ -183,7 +183,7 @@ class Tokenizer(Section):
 
 
 class Training(Section):
-    """The run itself. `batch_size` and `steps` are global: what the optimizer sees, on however many devices."""
+    """Training. `batch_size` and `steps` are global: what the optimizer sees, whatever the number of devices."""
 
     steps: int = pydantic.Field(gt=0)
     batch_size: int = pydantic.Field(gt=0)
@@ -209,15 +209,15 @@ class Training(Section):
     """Documents packed in one row do not attend to each other."""
     save_steps: int = pydantic.Field(default=500, gt=0)
     keep_steps: list[int] = []
-    """Steps whose checkpoints are kept, besides the last one, and released as branches."""
+    """Steps whose checkpoints are kept, in addition to the last one, and released as branches."""
     eval_steps: int = pydantic.Field(default=500, gt=0)
     logging_steps: int = pydantic.Field(default=10, gt=0)
     spike_threshold: float | None = pydantic.Field(default=10.0, gt=0)
-    """Stop where the logged loss jumps by so many robust standard deviations (`trainer.spike_limit`); None: never."""
+    """Stop if the logged loss jumps by this many robust standard deviations (`spike_limit`); None: never."""
     dollars_per_hour: float | None = pydantic.Field(default=None, gt=0)
     """Price of one device, for the progress line and the card; None: not shown."""
     track_energy: bool = False
-    """Meter energy and emissions by codecarbon (`pip install 'nanophi[energy]'`), offline."""
+    """Measure energy and emissions with codecarbon (`pip install 'nanophi[energy]'`), offline."""
     country_iso_code: str | None = pydantic.Field(default=None, pattern=r"^[A-Z]{3}$")
     """Where the electricity comes from, for the emissions: three letters, such as FRA."""
     report_to: list[str] = []
@@ -233,7 +233,7 @@ class Training(Section):
             raise ValueError(f"warmup_steps ({self.warmup_steps}) must be below steps ({self.steps})")
         late = [step for step in self.keep_steps if step > self.steps]
         if late:
-            raise ValueError(f"keep_steps {late} lie beyond the last step ({self.steps})")
+            raise ValueError(f"keep_steps {late} are beyond the last step ({self.steps})")
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"batch_size ({self.batch_size}) must be a multiple of micro_batch_size ({self.micro_batch_size})"
@@ -244,7 +244,7 @@ class Training(Section):
 
 
 class Evaluation(Section):
-    """Which suites every finished run is measured on."""
+    """The suites that every finished run is evaluated on."""
 
     suites: list[str] = ["heldout"]
     data: str | None = None
@@ -254,7 +254,7 @@ class Evaluation(Section):
 
 
 class Card(Section):
-    """What only a person can say; everything else in the card comes from records."""
+    """What only a person can know; everything else in the card comes from records."""
 
     title: str | None = None
     developers: str = "the user who ran this recipe"
@@ -270,7 +270,7 @@ class Card(Section):
     notes: str = ""
     """Markdown for the card's introduction."""
     prompt: str = "The "
-    """Where the sample text begins."""
+    """The beginning of the sample text."""
 
     @pydantic.field_validator("title", "developers", "license_name", "license_link", "prompt", "notes")
     @classmethod

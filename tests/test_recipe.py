@@ -84,7 +84,7 @@ def test_overrides(write):
         (["training.steps=0"], r"'training.steps': .*greater than 0"),
         (["training.optimizer=sgd"], r"'training.optimizer': .*'adamw' or 'muon', got 'sgd'"),
         (["training.warmup_steps=1000000"], r"warmup_steps \(1000000\) must be below steps"),
-        (["training.keep_steps=[1000000]"], r"keep_steps \[1000000\] lie beyond the last step"),
+        (["training.keep_steps=[1000000]"], r"keep_steps \[1000000\] are beyond the last step"),
         (["training.micro_batch_size=3"], r"batch_size \(\d+\) must be a multiple of micro_batch_size \(3\)"),
         (["data.sources=[{hub: a, files: b}]"], r"exactly one of 'embedded', 'hub' or 'files'"),
         (["data.sources=[{files: x.txt}]"], r"'linear' needs quality.high and quality.low"),
