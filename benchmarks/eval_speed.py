@@ -1,13 +1,13 @@
-"""Is the scorer as right as lm-eval's `HFLM`, and how much sooner? On the same model, items and machine, in one run.
+"""Does the scorer give the results of lm-eval's `HFLM`, and how much faster? Same model, items and machine, in one run.
 
     python benchmarks/eval_speed.py --data ../shared/benchmarks --tokenizer ../shared/tokenizers/phi-2
 
-Both score the leaderboard's six tasks at their shots with a randomly initialised nano-phi-115M. Each scorer has a
-process of its own per task, whose peak memory is measured. They take turns, a block of items each, so that a machine
-whose speed drifts drifts for both; what is timed is the scoring (with tokenization), not the loading of model and
-data. `HFLM` gets the batch size that is fastest for it (`--calibrate` measures it). A task's figures are kept in
-`benchmarks/eval_speed.json` as soon as it ends: called again with the same settings, the script goes on with the next
-one. `--items 20 --mmlu-subjects 2 --output /tmp/look.json` gives a first look.
+Both score the leaderboard's six tasks at their number of shots with a randomly initialised nano-phi-115M. Each scorer
+has a process of its own per task, whose peak memory is measured. They take turns, a block of items each, so that a
+machine whose speed drifts drifts for both. Scoring (with tokenization) is timed, loading of model and data is not.
+`HFLM` gets the batch size that is fastest for it (`--calibrate` measures it). Each task's figures are saved in
+`benchmarks/eval_speed.json` as soon as it ends; run again with the same settings, the script resumes with the next
+task. `--items 20 --mmlu-subjects 2 --output /tmp/look.json` gives a first look.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ SHARE_OF_SUITE = {"arc_challenge": 1172, "hellaswag": 10042, "mmlu": 14042, "tru
 SHARE_OF_SUITE["gsm8k"] = 1319
 TARGETS = {"arc_challenge": 8.0, "hellaswag": 5.0, "mmlu": 5.0, "whole suite": 3.0}
 BATCH_SIZES = {"arc_challenge": 1, "hellaswag": 1, "mmlu": 1, "truthfulqa_mc2": 1, "winogrande": 1, "gsm8k": 16}
-"""Fastest for `HFLM` on one and on two cores, of 1, 4, 16 and 32."""
+"""The fastest of 1, 4, 16 and 32 for `HFLM`, on one core and on two."""
 BLOCK = 64
-"""Items that a scorer takes in its turn, at least."""
+"""Items per turn of a scorer, at least."""
 
 
 def main() -> None:
@@ -194,7 +194,7 @@ def run(task: str, job: dict[str, Any]) -> dict[str, Any]:
 
 
 class Worker:
-    """A process that does a job: it answers with lines of JSON, and is asked by lines of JSON."""
+    """A process that takes requests and gives answers, each as a line of JSON."""
 
     def __init__(self, job: dict[str, Any]) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": str(job["threads"]), "TOKENIZERS_PARALLELISM": "true"}
@@ -225,7 +225,7 @@ class Worker:
 
 
 def answer(value: Any) -> None:
-    """Answer the process that asked."""
+    """Send a line of JSON to the parent process."""
     print(f"answer: {json.dumps(value)}", flush=True)
 
 
@@ -273,7 +273,7 @@ def make(job: dict[str, Any]) -> None:
 
 
 def score(job: dict[str, Any]) -> None:
-    """Score the blocks of a task's items that are asked for; at the end, say what was decided."""
+    """Score the requested blocks of a task's items, and at the end send the decisions."""
     from lm_eval.models.huggingface import HFLM
 
     from nanophi.eval.models import load_model
@@ -292,14 +292,14 @@ def score(job: dict[str, Any]) -> None:
     items = len({(instance.task_name, instance.doc_id) for instance in instances})
     answer({"blocks": len(blocks), "items": items, "requests": len(instances)})
     for text in sys.stdin:
-        asked = json.loads(text)
-        if asked == "end":
+        request = json.loads(text)
+        if request == "end":
             break
         started, cpu = time.monotonic(), time.process_time()
-        answers = method(blocks[asked])
+        answers = method(blocks[request])
         seconds, cpu_seconds = time.monotonic() - started, time.process_time() - cpu
         answer({"answers": answers, "seconds": seconds, "cpu_seconds": cpu_seconds})
-        for instance, found in zip(blocks[asked], answers, strict=True):
+        for instance, found in zip(blocks[request], answers, strict=True):
             instance.resps.append(found)
     else:
         return

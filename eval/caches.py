@@ -11,12 +11,12 @@ Past = list[tuple[Tensor, Tensor]]
 """Keys and values of a prefix, per layer, each [1, key-value heads, tokens, head size]."""
 
 
-class Complete(Exception):  # noqa: N818  # it is none
-    """Ends a forward pass when all that is wanted of it is known."""
+class Complete(Exception):  # noqa: N818  # not an error
+    """Ends a forward pass once everything that is needed has been computed."""
 
 
 class PrefixCache(DynamicCache):
-    """Takes in a prefix's keys and values. What the last layer would do with them, a prefix does not need."""
+    """Collects the keys and values of a prefix, and ends the pass there: the rest of the last layer is not needed."""
 
     def __init__(self, past: Past | None, last_layer: int) -> None:
         super().__init__(past)

@@ -1,4 +1,4 @@
-"""What is known of a task by its name: title, leading metric, Hub dataset, place on the first Open LLM Leaderboard.
+"""Facts about tasks: title, leading metric, Hub dataset, part in the first Open LLM Leaderboard.
 
 Read from `tasks.yaml`; imports nothing heavy, so that the card and the comparison can use it.
 """
@@ -14,7 +14,7 @@ import yaml
 
 @dataclasses.dataclass(frozen=True)
 class HubDataset:
-    """A benchmark as the leaderboard wrote it into `model-index`."""
+    """A benchmark as the leaderboard names it in `model-index`."""
 
     id: str
     name: str
@@ -61,13 +61,13 @@ LEADERBOARD = tuple(name for name, task in TASKS.items() if task.leaderboard)
 
 
 def title(task: str, shots: int | None = None) -> str:
-    """A task as a person would call it: `HellaSwag (10-shot)`; lm-eval's name where we have no title."""
+    """A task's title, `HellaSwag (10-shot)`; lm-eval's name if it has none."""
     name = TASKS[task].title if task in TASKS else task
     return f"{name} ({shots}-shot)" if shots else name
 
 
 def position(task: str) -> int:
-    """Where a task stands in every table; tasks that are not in `tasks.yaml` come last."""
+    """Sort key of a task in tables; tasks that are not in `tasks.yaml` come last."""
     names = list(TASKS)
     return names.index(task) if task in TASKS else len(names)
 

@@ -1,4 +1,4 @@
-"""Several checkpoints measured on a suite, and their scores over the tokens that they had seen."""
+"""Measure several checkpoints on a suite, and draw their scores over the tokens seen."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ CURVE_KEYS = ("metric", "value", "stderr", "chance", "higher_is_better", "items"
 def evaluate_checkpoints(
     models: Sequence[str | Path], suite: str, folder: Path, *, report: Callable[[str], None] = print, **options: Any
 ) -> tuple[list[dict[str, Any]], Path | None]:
-    """Measure several models, and draw their scores over the tokens that they had seen.
+    """Measure several models, and draw the scores of our checkpoints over the tokens seen.
 
     Args:
         models: folders and Hub ids, as for `evaluate`; a run directory stands for all its checkpoints.
         suite: as for `evaluate`.
         folder: where the result files go, and `curve-<suite>-<hash>.json` and `.png` if two models or more are
             checkpoints of ours. Each run is a line of its own in it.
-        report: called with one line for each thing worth telling a person.
+        report: called with one line of progress at a time.
         options: the other arguments of `evaluate`.
 
     Returns:

@@ -36,8 +36,8 @@ from nanophi.formatting import duration, score
 from nanophi.inputs import model_folder
 from nanophi.run import environment
 
-# lm-eval's own seeds (`simple_evaluate`): with other ones it draws other few-shot examples, and scores are not
-# comparable any more.
+# lm-eval's own seeds (`simple_evaluate`). Other seeds would draw other few-shot examples, and scores could not be
+# compared.
 RANDOM_SEED, FEWSHOT_SEED = 0, 1234
 BOOTSTRAP_ITERATIONS = 100_000
 
@@ -76,7 +76,7 @@ def evaluate(
         seed: of the bootstrap. Few-shot examples are always drawn with lm-eval's own seed.
         dtype: `float32`, `bfloat16`, `float16`, or `auto`: bfloat16 on a GPU, float32 on a CPU.
         trust_remote_code: run model code that comes with the model.
-        report: called with one line for each thing worth telling a person.
+        report: called with one line of progress at a time.
 
     Returns:
         what was written.
@@ -172,7 +172,7 @@ def evaluate(
 
 
 def _characters(task: Task, indices: list[int] | None) -> int:
-    """About how many characters of prompt a task's items have together, from a few of them: a measure of its cost."""
+    """Approximate number of prompt characters in a task's items, from a few of them: a measure of its cost."""
     task.set_fewshot_seed(FEWSHOT_SEED)
     docs = task.eval_docs
     some = (indices or range(len(docs)))[:: max(1, len(indices or docs) // 4)]
@@ -184,9 +184,9 @@ def _characters(task: Task, indices: list[int] | None) -> int:
 
 
 def run_task(lm: ScorerLM, name: str, task: Task, indices: list[int] | None) -> dict[str, Any]:
-    """lm-eval's evaluation of one task, as plain data, with the samples cut down to what is worth keeping.
+    """Evaluate one task with lm-eval. Returns JSON-able data, with the samples reduced to what is worth keeping.
 
-    Beside lm-eval's metrics each item gets `ANSWER_METRIC`, where it has a right answer that was scored.
+    Each item also gets `ANSWER_METRIC` if it has a right answer that was scored.
     """
     started = time.monotonic()
     overflowing = lm.overflowing
@@ -241,7 +241,7 @@ def _numbers(value: Any) -> Iterator[float]:
 
 
 def _slim(sample: dict[str, Any]) -> dict[str, Any]:
-    """What pairs an item with another model's and says how it was scored; the prompts would be gigabytes."""
+    """What is needed to pair an item with another model's and to see how it was scored; prompts would take gigabytes."""
     kept = (
         ANSWER_METRIC,
         "doc_id",
@@ -262,11 +262,11 @@ def _slim(sample: dict[str, Any]) -> dict[str, Any]:
 
 
 def answer_bits_per_byte(task: Task, sample: dict[str, Any]) -> float | None:
-    """-log2 P(right answer | prompt) / bytes of the right answer, of one of lm-eval's samples; None: not that kind.
+    """-log2 P(right answer | prompt) / bytes of the right answer, for one of lm-eval's samples; None if it has none.
 
-    The answer is what lm-eval scored, without the delimiter between prompt and answer. Of several right answers the
-    likeliest counts. Where the choices are prompts and the answer is the text after them (Winogrande), it is that
-    text's, after the right prompt.
+    The answer is the text that lm-eval scored, without the delimiter between prompt and answer. If there are several
+    right answers, the likeliest counts. If the choices are prompts and one text follows them all (Winogrande), the
+    answer is that text after the right prompt.
     """
     if task.OUTPUT_TYPE not in ("multiple_choice", "loglikelihood"):
         return None
@@ -288,7 +288,7 @@ def answer_bits_per_byte(task: Task, sample: dict[str, Any]) -> float | None:
 
 
 def _chance(samples: list[dict[str, Any]]) -> float | None:
-    """Expected score of a guess: 1 / choices, item by item; for mc2 the share of true answers; None: not a choice."""
+    """Expected score of a guess: the mean of 1 / choices; for mc2 the share of true answers; None for other tasks."""
     scores = []
     for sample in samples:
         doc = sample["doc"]
@@ -304,7 +304,7 @@ def _chance(samples: list[dict[str, Any]]) -> float | None:
 
 
 def _plain(value: Any) -> Any:
-    """JSON-able copy: tuples and arrays to lists, numpy scalars to Python's, anything else to its text."""
+    """A JSON-able copy: tuples and arrays become lists, numpy scalars Python's, anything else a string."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | np.ndarray):
@@ -315,7 +315,7 @@ def _plain(value: Any) -> Any:
 
 
 def _open_partial(output: Path, key: str) -> Path:
-    """The folder for finished tasks, emptied if it holds those of other inputs."""
+    """The folder for finished tasks, emptied if they were measured on other inputs."""
     partial = output.with_name(f".{output.name}.partial")
     if not (partial / "key").is_file() or (partial / "key").read_text() != key:
         remove(partial)
@@ -337,7 +337,7 @@ def _data_hashes(loaded: LoadedSuite) -> dict[str, Any]:
 
 
 def _merge(loaded: LoadedSuite, parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """One lm-eval result from the results of single tasks, groups aggregated by lm-eval."""
+    """Merge the results of single tasks into one lm-eval result, with lm-eval's aggregates of groups."""
     keys = ("results", "configs", "versions", "n-shot", "higher_is_better", "n-samples", "task_hashes", "samples")
     merged: dict[str, Any] = {key: {} for key in keys}
     for part in parts.values():
@@ -366,7 +366,7 @@ def _merge(loaded: LoadedSuite, parts: dict[str, dict[str, Any]]) -> dict[str, A
 
 
 def _summary(loaded: LoadedSuite, result: dict[str, Any], parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The suite's leading figures, their average, and those of the held-out documents by source."""
+    """The suite's leading figures, their average, and the figures of the held-out documents by source."""
     lines = []
     for entry in loaded.suite.entries:
         leaves = [name for name, other in loaded.entries.items() if other is entry]

@@ -1,7 +1,7 @@
-"""Requests that begin with the same tokens as one sequence: a prefix tree, and how it is laid out in rows.
+"""A prefix tree of token sequences, and how it is laid out in rows for the model.
 
-A forest holds token sequences in order. A range of it runs as one row, in which every token attends to its own
-ancestors only, at its own position.
+A range of sequences runs as one row, in which every token attends to its own ancestors only, at its own position: what
+the sequences share is computed once.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 
 ROW_TOKENS = 1024
-"""Tokens of a row, about, and of a forward pass on a CPU: enough to keep its cores busy."""
+"""About how many tokens a row has, and a forward pass on a CPU: enough to keep its cores busy."""
 
 PACK_TOKENS = 512
-"""Tokens of a row behind a kept prefix. More would be spent on attention that the mask then hides."""
+"""Tokens of a row after a cached prefix. In longer rows too much attention is computed only to be masked."""
 
 Range = tuple[int, int]
 """Sequences [low, high) of a forest."""
 
 
 class Row(NamedTuple):
-    """What runs as one sequence: ranges of a forest, and how many tokens they make."""
+    """Ranges of a forest that run as one sequence, and the number of their tokens."""
 
     tokens: int
     ranges: list[Range]
@@ -35,25 +35,25 @@ class Forest:
 
     Args:
         sequences: each int [tokens], all different, in order.
-        scored: for each sequence its first position (index of an input token) that is scored.
+        scored: for each sequence the first position (index of an input token) that is scored.
     """
 
     def __init__(self, sequences: Sequence[np.ndarray], scored: Sequence[int]) -> None:
         self.sequences, self.scored = sequences, scored
         self.shared = [0] * len(sequences)
-        """How many tokens each sequence shares with the one before it."""
+        """How many tokens each sequence shares with the previous one."""
         for i in range(1, len(sequences)):
             common = min(len(sequences[i - 1]), len(sequences[i]))
             differs = np.flatnonzero(sequences[i - 1][:common] != sequences[i][:common])
             self.shared[i] = int(differs[0]) if len(differs) else common
 
     def prefix(self, low: int, high: int) -> int:
-        """Tokens that sequences [low, high) share and of which none is scored."""
+        """Number of leading tokens that sequences [low, high) share and of which none is scored."""
         tokens = min(self.shared[low + 1 : high], default=len(self.sequences[low]))
         return min(tokens, *self.scored[low:high])
 
     def new(self, i: int, low: int, base: int) -> int:
-        """Tokens that sequence i adds to a row that begins with sequence `low`, after `base` tokens."""
+        """Number of tokens that sequence i adds to a row that starts with sequence `low`, after `base` tokens."""
         return len(self.sequences[i]) - (base if i == low else max(self.shared[i], base))
 
     def split(self, low: int, high: int, base: int) -> list[Range]:
@@ -63,7 +63,7 @@ class Forest:
         total = 0
         for i in range(low, high):
             length, new = len(self.sequences[i]) - base, self.new(i, start, base)
-            # A sequence that shares most of its tokens with the one before joins it even if the row gets long.
+            # A sequence that shares most of its tokens with the previous one stays with it, even in a long row.
             if total and total + new > ROW_TOKENS and (2 * new > length or total + new > 2 * ROW_TOKENS):
                 rows.append((start, i))
                 start, total, new = i, 0, length
@@ -71,19 +71,19 @@ class Forest:
         return [*rows, (start, high)]
 
     def children(self, low: int, high: int) -> list[Range]:
-        """[low, high) divided where the least is shared."""
+        """[low, high), divided where neighbours share the fewest tokens."""
         least = min(self.shared[low + 1 : high])
         cuts = [i for i in range(low + 1, high) if self.shared[i] == least]
         return list(zip([low, *cuts], [*cuts, high], strict=True))
 
     def tokens(self, low: int, high: int, base: int) -> int:
-        """Tokens of [low, high) as one row, after the first `base`."""
+        """Number of tokens of [low, high) as one row, after the first `base`."""
         return sum(self.new(i, low, base) for i in range(low, high))
 
     def rows(self, ranges: Sequence[Range], base: int) -> list[Row]:
         """Ranges as rows, longest first.
 
-        Behind a kept prefix, which every row of a pass would copy, ranges are put together up to `PACK_TOKENS`.
+        After a cached prefix, which is copied for every row of a pass, ranges are merged up to `PACK_TOKENS`.
         """
         rows = [Row(self.tokens(low, high, base), [(low, high)]) for low, high in ranges]
         if base:
@@ -98,11 +98,12 @@ class Forest:
 
 
 class PackedRow:
-    """Sequences [low, high) of a forest as one packed sequence, without their first `base` tokens.
+    """Ranges of a forest as one sequence, without the first `base` tokens of each.
 
     Attributes:
-        tokens, positions: int64 [packed tokens].
-        chain: whether every token is the ancestor of the next, so that plain causal attention is right.
+        tokens, positions: int64 [tokens of the row].
+        paths: for each sequence, the indices in the row of its tokens after the first `base`.
+        chain: whether every token is the ancestor of the next, so that plain causal attention is correct.
     """
 
     def __init__(self, forest: Forest, ranges: Sequence[Range], base: int) -> None:
@@ -127,7 +128,7 @@ class PackedRow:
         self.chain = all(len(path) == path[-1] + 1 for _, path in self.blocks if len(path))
 
     def allow(self, mask: Tensor) -> None:
-        """Zero the places of an additive mask [tokens, base + tokens] where a token may attend."""
+        """Set an additive mask [tokens, base + tokens] to zero where a token may attend."""
         mask[: len(self.tokens), : self.base] = 0
         allowed = np.zeros((len(self.tokens), len(self.tokens)), dtype=bool)
         for count, path in self.blocks:

@@ -1,4 +1,4 @@
-"""What generating needs beside transformers: a cache of its final length, and stop strings row by row."""
+"""For generation: a cache that is allocated once, and stop strings row by row."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from transformers.cache_utils import DynamicLayer
 
 
 class PreallocatedLayer(DynamicLayer):
-    """A layer's keys and values in memory for all tokens that will come."""
+    """A layer's keys and values, in memory that is allocated once for all tokens to come."""
 
     def put(self, keys: Tensor, values: Tensor, row: int, rows: int, tokens: int, max_length: int) -> None:
-        """Fill a row's last of the first `tokens` places with keys and values [1, heads, prompt, head size]."""
+        """Write keys and values [1, heads, prompt, head size] into a row, ending at position `tokens`."""
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
-            self.room = [x.new_zeros(rows, x.shape[1], max_length, x.shape[3]) for x in (keys, values)]
-            self.keys, self.values = (x[:, :, :tokens] for x in self.room)
-        for whole, new in zip(self.room, (keys, values), strict=True):
+            self.memory = [x.new_zeros(rows, x.shape[1], max_length, x.shape[3]) for x in (keys, values)]
+            self.keys, self.values = (x[:, :, :tokens] for x in self.memory)
+        for whole, new in zip(self.memory, (keys, values), strict=True):
             whole[row, :, tokens - new.shape[2] : tokens] = new[0]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         start = self.get_seq_length()
         end = start + key_states.shape[2]
-        for whole, new in zip(self.room, (key_states, value_states), strict=True):
+        for whole, new in zip(self.memory, (key_states, value_states), strict=True):
             whole[:, :, start:end] = new
-        self.keys, self.values = (whole[:, :, :end] for whole in self.room)
+        self.keys, self.values = (whole[:, :, :end] for whole in self.memory)
         return self.keys, self.values
 
 
 class StopStrings(transformers.StoppingCriteria):
-    """Which rows hold one of some strings in what was generated."""
+    """Stops each row whose generated text contains one of some strings."""
 
     def __init__(self, tokenizer: Any, strings: list[str], start: int) -> None:
         self.tokenizer, self.strings, self.start = tokenizer, strings, start
-        # Two more tokens than the longest needs: the same text may be generated in other tokens (as HFLM does).
+        # Two more tokens than the longest string has, as in HFLM: the same text may be generated in other tokens.
         self.tail = 2 + max((len(tokenizer.encode(s, add_special_tokens=False)) for s in strings), default=0)
         self.done: Tensor | None = None
 

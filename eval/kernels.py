@@ -1,10 +1,10 @@
-"""The same functions by sooner kernels, while a model is measured in float32 on a CPU.
+"""Faster kernels for the same functions, while a model is measured in float32 on a CPU.
 
-oneDNN, which torch ships, multiplies twice as fast as torch's linear layers (MKL) on AMD processors, sooner for a few
-rows on any, and as fast for many rows on Intel ones. It also applies GELU to a product before that leaves the cache;
-torch's own GELU costs a quarter of the product, and transformers' GPT-2 GELU is written out in eight passes over
-memory. Which kernel is used depends on the model only, never on a clock, so that a measurement repeats bit for bit.
-Results agree with torch's to rounding.
+oneDNN, which ships with torch, multiplies twice as fast as torch's linear layers (MKL) on AMD processors. For a few
+rows it is faster on every processor, and for many rows on Intel it is as fast. It also applies GELU to a product while
+that is still in the cache: torch's own GELU takes a quarter of the time of the product, and transformers' GPT-2 GELU
+makes eight passes over memory. The choice of kernel depends on the model only, never on timings, so a measurement
+repeats bit for bit. Results agree with torch's up to rounding.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from transformers.activations import GELUTanh, NewGELUActivation
 
 
 class Kernels:
-    """Sooner forwards for the modules of a network that have one. `with kernels():` puts them in place."""
+    """Faster forwards for the modules of a network that have one; in use within `with kernels():`."""
 
     def __init__(self, network: PreTrainedModel) -> None:
         self.forwards: list[tuple[nn.Module, Callable[..., Tensor]]] = []
@@ -39,7 +39,7 @@ class Kernels:
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
-        """Within this context the modules compute by them."""
+        """Use the faster forwards within this context."""
         for module, forward in self.forwards:
             module.forward = forward
         try:
@@ -54,7 +54,7 @@ GELUS = (NewGELUActivation, GELUTanh)
 
 
 def _before_gelu(network: PreTrainedModel) -> dict[nn.Module, nn.Module]:
-    """Linear layers whose output goes straight into a GELU that takes nothing else, and that GELU; by trying."""
+    """Linear layers whose output goes into one GELU and nowhere else, with that GELU; found by running the network."""
     made: dict[int, tuple[nn.Module, Tensor]] = {}
     pairs: list[tuple[nn.Module, nn.Module]] = []
 

@@ -1,4 +1,4 @@
-"""The result file that `nanophi eval` writes: its name, its format, what is summed up in it, and how to read one.
+"""The result file that `nanophi eval` writes: its name, format and headline figures, and how to read it.
 
 It is lm-eval's result JSON (results, versions, n-shot, configs, samples, ...) with the log-likelihoods and metrics of
 every item, and one more key, `nanophi`: the suite's leading figures, the held-out figures by source, the environment,
@@ -25,7 +25,7 @@ FORMAT = 2
 ANSWER_METRIC = "answer_bits_per_byte"
 """Bits per byte of the right answer: -log2 P(answer | prompt) / bytes of the answer, averaged over the items.
 
-It uses the same log-likelihoods as accuracy, but moves smoothly while a small model's accuracy is still at chance.
+It uses the same log-likelihoods as accuracy, but improves smoothly while a small model's accuracy is at chance.
 """
 
 ItemKey = tuple[int, str]
@@ -115,11 +115,11 @@ def headline(
     result: Mapping[str, Any],
     chances: Sequence[float | None],
 ) -> dict[str, Any]:
-    """The line that stands for a task, or for a group of tasks, whose unweighted mean counts.
+    """The headline figures of a task, or of a group of tasks: their unweighted mean.
 
     Args:
-        task: its name.
-        metric: the figure that leads, `metric,filter`; None: the first.
+        task: name of the task or group.
+        metric: the leading figure, `metric,filter`; None: the first.
         leaves: the leaf tasks in it; itself, for a single task.
         result: lm-eval's result.
         chances: expected score of a guess on each leaf task.

@@ -1,17 +1,17 @@
 """An lm-eval model that gives `HFLM`'s answers in a fraction of the time.
 
-What `HFLM` scores, and how it cuts what does not fit the context, is inherited; how it is computed differs:
+What is scored, and how prompts are cut to the context, is inherited from `HFLM`; how it is computed differs:
 
-- Requests that begin with the same tokens (a document's choices; the examples in front of all documents of an MMLU
-  subject) share them. The requests' tokens form a prefix tree, which runs as one sequence in which every token attends
-  to its own ancestors only, at its own position. A prefix that serves many such sequences is computed once and kept
-  as keys and values.
+- Requests that begin with the same tokens (the choices of an item; the examples before all items of an MMLU subject)
+  share them. The requests' tokens form a prefix tree, which runs as one sequence in which every token attends
+  to its own ancestors only, at its own position. The keys and values of a prefix that serves many such sequences are
+  computed once and cached.
 - The LM head runs only at positions whose next token is scored, not at every position of the context, and for
   several forward passes together.
 - Generation ends as soon as every sequence has reached one of its stop strings.
 
-Whether a model computes the same this way is tried on a few random tokens at the start. A model that does not (its
-attention has a window, its state is no cache of keys and values, its positions cannot be given) is run without
+Whether a model computes the same this way is tested on a few random tokens at the start. A model that does not (because
+its attention has a window, its state is not a cache of keys and values, or it takes no position_ids) is run without
 sharing, and `ScorerLM.unshared_because` says why.
 """
 
@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,40 +39,38 @@ from nanophi.eval.probing import logits_are_the_heads, same_logits, why_not_shar
 from nanophi.progress import progress_bar
 
 MAX_LOSS = 0.125
-"""Share of a row's tokens that may be computed twice for the sake of dividing it."""
+"""Share of a row's tokens that may be computed twice in order to divide it."""
 
 MIN_GAIN = 256
-"""Tokens that keeping a prefix must save before it is worth a forward pass of its own."""
+"""Tokens that caching a prefix must save to be worth a forward pass of its own."""
 
 MIN_STEM = 256
-"""Unscored tokens at the beginning of a row that are worth a forward pass of their own on a CPU."""
+"""Unscored tokens at the start of a row that are worth a forward pass of their own on a CPU."""
 
-FILL = 16
-"""Rows are filled up to a multiple of so many tokens."""
+PAD_TO = 16
+"""Rows are padded to a multiple of this many tokens."""
 
 HEAD_CHUNK = 128
-"""Positions whose logits are computed and held at a time: enough for the LM head to be quick, and no more memory."""
+"""Positions whose logits are computed at a time: enough to keep the LM head fast, few enough to save memory."""
 
 
 Answers = list[tuple[int, tuple[float, bool]]]
-"""Of some requests: the number, the log-likelihood in nats, and whether the continuation is the greedy one."""
+"""Request number, its log-likelihood in nats, and whether the continuation is the greedy one."""
 
 
 class TooLong(ValueError):  # noqa: N818
-    """A continuation is longer than what the model can read, and cannot be scored."""
+    """A continuation is longer than the model's context, and cannot be scored."""
 
 
-class Request:
-    """A scored continuation: `tokens` are predicted at the last positions of sequence number `sequence`."""
+class Request(NamedTuple):
+    """A continuation to be scored: its request's number, and the tokens predicted at a sequence's last positions."""
 
-    __slots__ = ("number", "sequence", "tokens")
-
-    def __init__(self, number: int, sequence: int, tokens: list[int]) -> None:
-        self.number, self.sequence, self.tokens = number, sequence, tokens
+    number: int
+    tokens: list[int]
 
 
 Scored = tuple[list[tuple[Request, np.ndarray]], Tensor]
-"""Requests with the rows that predict their tokens, and these rows: hidden states or logits, one per place."""
+"""Requests with the indices of what predicts their tokens, in hidden states or logits [positions, ...]."""
 
 
 class ScorerLM(HFLM):
@@ -82,15 +80,15 @@ class ScorerLM(HFLM):
         network: any causal language model of transformers, in evaluation mode, on its device.
         tokenizer: its tokenizer.
         batch_size: rows per forward pass on a GPU. On a CPU one row of `ROW_TOKENS` keeps all cores busy, and
-            more of them only cost memory.
-        share: whether to share prefixes; False: every request is a row of its own.
+            more of them only take memory.
+        share: whether to share prefixes; if not, every request is a row of its own.
         progress: whether to show a bar while scoring.
 
     Attributes:
         unshared_because: why prefixes are not shared; empty if they are.
         slim: whether the LM head runs only where a token is scored; otherwise everything is left to `HFLM`.
         plain_head: whether the model's logits are what its LM head computes, with nothing done to them.
-        overflowing: requests so far that were cut from the left to fit the context.
+        overflowing: number of requests so far that were cut from the left to fit the context.
     """
 
     def __init__(
@@ -127,7 +125,7 @@ class ScorerLM(HFLM):
         return super().tok_encode(string, add_special_tokens, left_truncate_len, **kwargs)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """As `HFLM.loglikelihood`; the texts are encoded together, each distinct one once."""
+        """Like `HFLM.loglikelihood`, but the texts are encoded together, each distinct one once."""
         texts: dict[str, None] = {}
         for context, continuation in (request.args for request in requests):
             if context:
@@ -143,7 +141,7 @@ class ScorerLM(HFLM):
             self._encoded = {}
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """As `HFLM.loglikelihood_rolling`, all windows in one go."""
+        """Like `HFLM.loglikelihood_rolling`, but all windows are scored together."""
         windows: list[tuple[Any, list[int], list[int]]] = []
         owners = []
         for number, (text,) in enumerate(request.args for request in requests):
@@ -184,7 +182,7 @@ class ScorerLM(HFLM):
             window = np.array(whole[-(self.max_length + 1) :][:-1], dtype=">i4").tobytes()
             windows.setdefault(window, []).append((number, continuation))
         keys = sorted(windows)
-        requests_of = [[Request(number, i, tokens) for number, tokens in windows[key]] for i, key in enumerate(keys)]
+        requests_of = [[Request(number, tokens) for number, tokens in windows[key]] for key in keys]
         sequences = [np.frombuffer(key, dtype=">i4") for key in keys]
         scored = [
             len(sequence) - max(len(request.tokens) for request in group)
@@ -220,14 +218,14 @@ class ScorerLM(HFLM):
 
     @torch.inference_mode()
     def _answers(self, scored: Sequence[Scored]) -> Answers:
-        """The answers to requests whose last hidden states are known."""
+        """Answers to the requests whose last hidden states have been computed."""
         offsets = np.cumsum([0, *(len(states) for _, states in scored)])
         requests = [
-            (request, places + offset)
+            (request, positions + offset)
             for (found, _), offset in zip(scored, offsets, strict=False)
-            for request, places in found
+            for request, positions in found
         ]
-        rows = np.concatenate([places for _, places in requests])
+        rows = np.concatenate([positions for _, positions in requests])
         tokens = np.concatenate([request.tokens for request, _ in requests])
         order = np.argsort(rows, kind="stable")
         scores, hits = np.zeros(len(rows)), np.zeros(len(rows), dtype=bool)
@@ -245,15 +243,15 @@ class ScorerLM(HFLM):
             scores[chosen] = (values - totals[index[0]]).double().cpu().numpy()
         answers = []
         start = 0
-        for request, places in requests:
-            end = start + len(places)
+        for request, positions in requests:
+            end = start + len(positions)
             answers.append((request.number, (float(scores[start:end].sum()), bool(hits[start:end].all()))))
             start = end
         return answers
 
     @torch.inference_mode()
     def logits(self, states: Tensor) -> Tensor:
-        """What `forward` returned, [places, hidden or vocabulary], as logits [places, vocabulary] in float32."""
+        """What `forward` returned, [positions, hidden or vocabulary], as logits [positions, vocabulary] in float32."""
         if not self.plain_head:
             return states.float()
         with self._kernels():
@@ -269,14 +267,14 @@ class ScorerLM(HFLM):
     ) -> Iterator[Scored]:
         """Score sequences that share their first `base` tokens, whose keys and values are `past`.
 
-        A range that takes several rows and shares more tokens has those computed first, and goes on from there. One
-        that shares little is divided: in rows of their own, sequences do not waste attention on each other.
+        If a range takes several rows and shares more tokens, those are computed and cached first. A range that shares
+        little is divided, so that sequences do not waste attention on each other.
         """
         small: list[Range] = []
         while ranges:
             low, high = ranges.pop()
             prefix, rows = forest.prefix(low, high), len(forest.split(low, high, base))
-            # A long unscored beginning by itself needs no mask and no more of the last layer than keys and values.
+            # A long unscored start needs no mask, and only keys and values of the last layer.
             stem = rows == 1 and self.device.type == "cpu" and prefix - base >= MIN_STEM
             if stem or (rows - 1) * (prefix - base) >= MIN_GAIN:
                 longer = self.extend(forest.sequences[low][base:prefix], base, past)
@@ -301,61 +299,68 @@ class ScorerLM(HFLM):
         past: Past | None,
         requests_of: Sequence[Sequence[Request]],
     ) -> Iterator[Scored]:
-        """Forward passes over rows, which stand longest first."""
+        """Forward passes over rows, which come longest first."""
         tokens = ROW_TOKENS * (1 if self.device.type == "cpu" else self.batch_size)
         while rows:
             count = max(1, tokens // rows[0].tokens)
-            packs = [PackedRow(forest, row.ranges, base) for row in rows[:count]]
+            batch = [PackedRow(forest, row.ranges, base) for row in rows[:count]]
             rows = rows[count:]
-            places = []
-            for pack in packs:
-                longest = {i: max(len(request.tokens) for request in requests_of[i]) for i in pack.paths}
-                places.append(sorted({p for i, path in pack.paths.items() for p in path[-longest[i] :].tolist()}))
-            states = self.forward(packs, past, places)
-            for pack, chosen, part in zip(packs, places, states.split([len(c) for c in places]), strict=True):
+            scored = []
+            for row in batch:
+                longest = {i: max(len(request.tokens) for request in requests_of[i]) for i in row.paths}
+                scored.append(sorted({j for i, path in row.paths.items() for j in path[-longest[i] :].tolist()}))
+            states = self.forward(batch, past, scored)
+            for row, chosen, part in zip(batch, scored, states.split([len(c) for c in scored]), strict=True):
                 yield (
                     [
                         (request, np.searchsorted(chosen, path[-len(request.tokens) :]))
-                        for i, path in pack.paths.items()
+                        for i, path in row.paths.items()
                         for request in requests_of[i]
                     ],
                     part,
                 )
 
     @torch.inference_mode()
-    def forward(self, packs: Sequence[PackedRow], past: Past | None, places: Sequence[Sequence[int]]) -> Tensor:
-        """Last hidden states [places of all packs, hidden] of the packed sequences; or their logits, if the model
-        does more than apply its LM head to them.
+    def forward(self, batch: Sequence[PackedRow], past: Past | None, scored: Sequence[Sequence[int]]) -> Tensor:
+        """A forward pass over packed rows.
+
+        Args:
+            batch: rows of one forest with the same `base`.
+            past: keys and values of the first `base` tokens, which all rows share.
+            scored: for each row the indices of its tokens whose next token is scored.
+
+        Returns:
+            last hidden states [scored tokens of all rows, hidden]; or their logits, if the model does more than
+            apply its LM head to them.
         """
-        base = packs[0].base
-        length = self._filled(max(len(pack.tokens) for pack in packs), base)
-        ids = np.zeros((len(packs), length), dtype=np.int64)
-        for row, pack in enumerate(packs):
-            ids[row, : len(pack.tokens)] = pack.tokens
+        base = batch[0].base
+        length = self._padded(max(len(row.tokens) for row in batch), base)
+        ids = np.zeros((len(batch), length), dtype=np.int64)
+        for number, row in enumerate(batch):
+            ids[number, : len(row.tokens)] = row.tokens
         arguments: dict[str, Any] = {"input_ids": torch.from_numpy(ids).to(self.device), "use_cache": past is not None}
         if past is not None:
-            # A cache of its own, which begins with the prefix in every row and leaves `past` as it is.
-            rows_of = [
-                (keys.expand(len(packs), -1, -1, -1), values.expand(len(packs), -1, -1, -1)) for keys, values in past
+            # A cache of its own, which starts with the prefix in every row and leaves `past` unchanged.
+            repeated = [
+                (keys.expand(len(batch), -1, -1, -1), values.expand(len(batch), -1, -1, -1)) for keys, values in past
             ]
-            arguments["past_key_values"] = DynamicCache(rows_of)
-        if not all(pack.chain for pack in packs):
-            # Rows are filled up on the right, where causal attention does not look; only a tree needs a mask.
+            arguments["past_key_values"] = DynamicCache(repeated)
+        if not all(row.chain for row in batch):
+            # Rows are padded on the right, where causal attention does not look; only a tree needs a mask.
             dtype = self.model.dtype
-            mask = torch.full((len(packs), 1, length, base + length), torch.finfo(dtype).min, dtype=dtype)
+            mask = torch.full((len(batch), 1, length, base + length), torch.finfo(dtype).min, dtype=dtype)
             positions = np.zeros_like(ids)
-            for row, pack in enumerate(packs):
-                pack.allow(mask[row, 0])
-                positions[row, : len(pack.tokens)] = pack.positions
+            for number, row in enumerate(batch):
+                row.allow(mask[number, 0])
+                positions[number, : len(row.tokens)] = row.positions
             arguments["attention_mask"] = mask.to(self.device)
             arguments["position_ids"] = torch.from_numpy(positions).to(self.device)
-        rows = [row for row, chosen in enumerate(places) for _ in chosen]
-        columns = [column for chosen in places for column in chosen]
-        places_of = torch.tensor([rows, columns], device=self.device)
+        pairs = [(number, column) for number, chosen in enumerate(scored) for column in chosen]
+        indices = torch.tensor(pairs, device=self.device).T
         states: list[Tensor] = []
 
         def select(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            states.append(inputs[0][places_of[0], places_of[1]])
+            states.append(inputs[0][indices[0], indices[1]])
             if self.plain_head:
                 raise Complete
             return (states[0][None], *inputs[1:])
@@ -371,26 +376,26 @@ class ScorerLM(HFLM):
 
     @torch.inference_mode()
     def extend(self, tokens: np.ndarray, base: int, past: Past | None) -> Past:
-        """Keys and values of a prefix of `base` tokens (`past`) and `tokens` after it."""
+        """Keys and values of a prefix: of its first `base` tokens (`past`), and of `tokens` after them."""
         cache = PrefixCache(past, last_layer=self.model.config.num_hidden_layers - 1)
-        ids = np.zeros((1, self._filled(len(tokens), base)), dtype=np.int64)
+        ids = np.zeros((1, self._padded(len(tokens), base)), dtype=np.int64)
         ids[0, : len(tokens)] = tokens
         with contextlib.suppress(Complete), self._kernels():
             self.model(input_ids=torch.from_numpy(ids).to(self.device), past_key_values=cache, use_cache=True)
         end = base + len(tokens)
         return [(keys[:, :, :end], values[:, :, :end]) for keys, values, _ in cache]
 
-    def _filled(self, tokens: int, base: int) -> int:
-        """The length that a row of `tokens` after `base` others is filled up to.
+    def _padded(self, tokens: int, base: int) -> int:
+        """The length that a row of `tokens` after `base` others is padded to.
 
-        oneDNN keeps compiled code for every number of rows that it has seen, and memory is reused best in few sizes.
+        oneDNN keeps compiled code for every length that it has seen, and memory is reused best in few sizes.
         """
-        return max(tokens, min(-(-tokens // FILL) * FILL, self.max_length - base))
+        return max(tokens, min(-(-tokens // PAD_TO) * PAD_TO, self.max_length - base))
 
     # Generation
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """As `HFLM.generate_until`."""
+        """Like `HFLM.generate_until`."""
         shown = self.progress and not disable_tqdm
         self._generated = progress_bar(len(requests), "generating", unit=" answers", disable=not shown)
         try:
@@ -399,10 +404,10 @@ class ScorerLM(HFLM):
             self._generated.close()
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any) -> Tensor:
-        """As in `HFLM`, except that a row is done at the first of its stop strings, whatever the other rows do.
+        """Like in `HFLM`, except that a row ends at the first of its stop strings, whatever the other rows do.
 
-        All of a prompt but its last token is computed row by row, into a cache of the full length: a batch of prompts
-        at once takes more memory and no less time on a CPU, and a cache that grows is copied for every token.
+        Prompts without their last token are computed row by row, into a cache of the final length: on a CPU a batch of
+        prompts takes more memory and as much time, and a growing cache is copied for every token.
         """
         temperature = generation_kwargs.setdefault("temperature", 0.0)
         if temperature == 0.0 and not generation_kwargs.get("do_sample"):
@@ -427,7 +432,7 @@ class ScorerLM(HFLM):
         return tokens
 
     def _prompts(self, context: Tensor, attention_mask: Tensor, max_length: int) -> DynamicCache:
-        """Keys and values of left-padded prompts [rows, tokens] but for the last token of each."""
+        """Keys and values of left-padded prompts [rows, tokens], without the last token of each."""
         cache = DynamicCache()
         layers = [PreallocatedLayer() for _ in range(self.model.config.num_hidden_layers)]
         cache.layers = list(layers)
@@ -441,6 +446,6 @@ class ScorerLM(HFLM):
 
 
 def _trim() -> None:
-    """Give freed memory back to the system: passes of ever other lengths leave holes that nothing fits into."""
+    """Return freed memory to the system: passes of changing lengths leave holes that nothing fits into."""
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's
         trim(0)

@@ -1,7 +1,7 @@
 """Suites: which lm-eval tasks are run, with how many examples in the prompt, and on which items.
 
 A suite is data. The task definitions are lm-eval's own, unmodified (and ours under `tasks/`, in lm-eval's format);
-only where the data lies and the number of shots are set from here. `open-llm-v1` follows the first Open LLM
+only the location of the data and the number of shots are set here. `open-llm-v1` follows the first Open LLM
 Leaderboard (lm-eval group `openllm`): its six tasks, shots and metrics, beside ARC-Easy. A task that is named by
 itself runs as lm-eval defines it.
 """
@@ -85,7 +85,7 @@ OPEN_LLM_V1 = Suite(
     average=LEADERBOARD,
 )
 
-# Enough items to see that everything works and roughly where a model stands; not enough to rank two models.
+# Enough items to see that everything works and about how good a model is; not enough to rank two models.
 QUICK_ITEMS = {"arc_challenge": 40, "hellaswag": 40, "mmlu": 4, "truthfulqa_mc2": 40, "winogrande": 100, "gsm8k": 8}
 QUICK = Suite(
     "quick",
@@ -110,14 +110,14 @@ SUITES = {suite.name: suite for suite in (HELDOUT, QUICK, SIGNAL, OPEN_LLM_V1)}
 
 @dataclasses.dataclass
 class LoadedSuite:
-    """A suite whose tasks are ready to run.
+    """A suite whose tasks are loaded and ready to run.
 
     Attributes:
         suite: from `find_suite`.
         tasks: every leaf task by name, in the order of the suite.
         entries: the suite's entry that each leaf task belongs to.
-        groups: lm-eval groups (`mmlu` and its four categories) by name, children attached.
-        datasets: per leaf task, the id of its dataset and the folder it came from (None: the Hub).
+        groups: lm-eval groups (`mmlu` and its four categories) by name, with their children.
+        datasets: per leaf task, the id of its dataset and the folder it was read from (None: the Hub).
     """
 
     suite: Suite
@@ -178,8 +178,8 @@ def _known_name(task: str) -> str:
 def context_problem(suites: Sequence[str], max_position_embeddings: int) -> str:
     """Which task of some suites needs a longer context than a model has, in one line; empty if none does.
 
-    Needs the definitions of the tasks only, not their data, so that it can be asked before a model is trained.
-    Prompts that are too long are cut from the left, as lm-eval does; what cannot be cut is an answer.
+    This reads the definitions of the tasks, not their data, so that it can be checked before a model is trained. Prompts
+    that are too long are cut from the left, as in lm-eval; answers cannot be cut.
 
     Raises:
         UserError: for an unknown suite or task.
@@ -205,11 +205,11 @@ def context_problem(suites: Sequence[str], max_position_embeddings: int) -> str:
 
 
 def load_suite(suite: Suite, *, data: Path | None = None, heldout: Path | None = None) -> LoadedSuite:
-    """Build the suite's tasks, which reads their data.
+    """Build the suite's tasks and read their data.
 
     Args:
         suite: from `find_suite`.
-        data: folder that holds the datasets under their Hub ids (`<data>/allenai/ai2_arc`); None: the Hub.
+        data: folder with the datasets under their Hub ids (`<data>/allenai/ai2_arc`); None: the Hub.
         heldout: folder with `heldout-*.parquet`, for the tasks that are made from held-out documents.
 
     Raises:
@@ -257,7 +257,7 @@ def _common() -> TaskManager:
 
 
 def _manager(names: Sequence[str]) -> TaskManager:
-    """An index that knows all `names`, or `UserError` with the nearest names for one that nobody knows."""
+    """An index of tasks that has all `names`. Raises `UserError` for an unknown one, with the nearest names."""
     if all(name in _common().task_index for name in names):
         return _common()
     manager = _everything()
@@ -271,7 +271,7 @@ def _manager(names: Sequence[str]) -> TaskManager:
 
 
 def _children(manager: TaskManager, name: str) -> list[str] | None:
-    """Names directly under a group or tag, None for a task."""
+    """Names of the tasks and groups directly in a group or tag; None for a task."""
     entry = manager.task_index[name]
     if entry.tags and entry.yaml_path is None:
         return sorted(entry.tags)
@@ -292,7 +292,7 @@ def _leaves(manager: TaskManager, name: str) -> list[str]:
 
 
 def _group(manager: TaskManager, name: str, tasks: dict[str, Task], groups: dict[str, Group]) -> list[Task | Group]:
-    """What stands for `name` in lm-eval's tree: a task, a group with its children, or a tag's tasks."""
+    """`name` in lm-eval's tree: a task, a group with its children, or the tasks of a tag."""
     children = _children(manager, name)
     if children is None:
         return [tasks[name]]
@@ -309,7 +309,7 @@ def _group(manager: TaskManager, name: str, tasks: dict[str, Task], groups: dict
 
 
 def _origin(task: str, config: dict[str, Any], data: Path | None, heldout: Path | None) -> tuple[str, Path | None]:
-    """Dataset id and local folder of a task's data. Raises `UserError` if a folder was named and lacks it."""
+    """Dataset id and local folder of a task's data. Raises `UserError` if `data` does not contain it."""
     if task.startswith("heldout_"):
         if heldout is None:
             raise UserError(f"task '{task}' needs held-out documents; name a run's data/documents folder (--heldout)")

@@ -1,7 +1,7 @@
 """Items made from a run's held-out documents: the data behind the `heldout_*.yaml` tasks.
 
-Everything is a function of the documents alone: what is drawn is drawn by hash of a document's id, so every model
-that is measured on the same documents gets the same items, and results can be paired.
+Items depend on the documents only, and are drawn by the hash of a document's id. All models that are measured on the
+same documents get the same items, so their results can be paired.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=\S)")
 
 
 def documents(heldout: str, **_: Any) -> dict[str, datasets.Dataset]:
-    """Documents in the order of their hash, up to `MAX_BYTES` of UTF-8 text. Columns: id, source, text."""
+    """Documents in the order of their hash, up to `MAX_BYTES` of UTF-8 text, with columns id, source, text."""
     rows: list[dict[str, Any]] = []
     total = 0
     for row in _read(heldout):
@@ -40,10 +40,10 @@ def documents(heldout: str, **_: Any) -> dict[str, datasets.Dataset]:
 
 
 def continuation(heldout: str, **_: Any) -> dict[str, datasets.Dataset]:
-    """Context, and four passages of which `gold` is the one that follows it.
+    """A context and four passages, of which passage `gold` follows it in the document.
 
-    The three others follow the same kind of context in other documents of the same source; of those, the ones
-    nearest in length are taken. Cut at word boundaries; a choice begins with its space.
+    The other three are from the same position in other documents of the same source, chosen for a similar length.
+    All are cut at word boundaries, and a choice starts with its space.
     """
     rows: list[dict[str, Any]] = []
     groups: dict[str, list[dict[str, Any]]] = {}
@@ -55,7 +55,7 @@ def continuation(heldout: str, **_: Any) -> dict[str, datasets.Dataset]:
     items = []
     for row in rows:
         others = [other for other in groups[row["source"]] if other["passage"] != row["passage"]]
-        # Nearest in length among a few drawn by hash, lest the same passage of odd length serves everywhere.
+        # Nearest in length among a few drawn by hash, so that no passage of unusual length serves everywhere.
         others = sorted(others, key=lambda other: _draw(row, other["id"]))[: 4 * CHOICES]
         others.sort(key=lambda other: abs(len(other["passage"]) - len(row["passage"])))
         if len({other["passage"] for other in others[: CHOICES - 1]}) == CHOICES - 1:
@@ -64,7 +64,7 @@ def continuation(heldout: str, **_: Any) -> dict[str, datasets.Dataset]:
 
 
 def order(heldout: str, **_: Any) -> dict[str, datasets.Dataset]:
-    """Context, and the three sentences that follow it in the true order (`gold`) and in three others."""
+    """A context and the three sentences that follow it, in their true order (`gold`) and in three others."""
     items = []
     for row in _read(heldout):
         sentences = SENTENCE_END.split(" ".join(row["text"].split()))
@@ -89,7 +89,7 @@ def _draw(row: dict[str, Any], salt: str) -> bytes:
 
 
 def _cut(text: str) -> tuple[str, str] | None:
-    """A context and what follows it, both cut at a space; None if the text is too short."""
+    """A context and what follows it, both cut at a space. None if the text is too short."""
     middle = text.find(" ", CONTEXT_CHARACTERS)
     end = text.find(" ", middle + CONTINUATION_CHARACTERS)
     if middle < 0 or end < 0 or end - middle > 2 * CONTINUATION_CHARACTERS or not text[middle:end].strip():

@@ -109,7 +109,7 @@ def test_log_likelihoods_are_those_of_hflm(name, tokenizer, monkeypatch):
 
 def test_one_sequence_per_document_and_logits_only_where_scored(tokenizer, monkeypatch):
     """What makes it fast, by counting: a document's context runs once, and the LM head sees scored places only."""
-    monkeypatch.setattr(scorer, "FILL", 1)  # these rows are hardly longer than what they would be filled up to
+    monkeypatch.setattr(scorer, "PAD_TO", 1)  # these rows are hardly longer than what they would be filled up to
     model = network("phi")
     ours = ScorerLM(model, tokenizer, progress=False)
     rng = random.Random(0)
