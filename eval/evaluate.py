@@ -241,7 +241,7 @@ def _numbers(value: Any) -> Iterator[float]:
 
 
 def _slim(sample: dict[str, Any]) -> dict[str, Any]:
-    """What is needed to pair an item with another model's and to see how it was scored; prompts would take gigabytes."""
+    """What pairs an item with another model's and shows how it was scored; prompts would take gigabytes."""
     kept = (
         ANSWER_METRIC,
         "doc_id",

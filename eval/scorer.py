@@ -53,7 +53,6 @@ PAD_TO = 16
 HEAD_CHUNK = 128
 """Positions whose logits are computed at a time: enough to keep the LM head fast, few enough to save memory."""
 
-
 Answers = list[tuple[int, tuple[float, bool]]]
 """Request number, its log-likelihood in nats, and whether the continuation is the greedy one."""
 
@@ -414,9 +413,8 @@ class ScorerLM(HFLM):
             generation_kwargs["do_sample"] = False
             del generation_kwargs["temperature"]
         if not self.unshared_because and self.device.type == "cpu":
-            generation_kwargs["past_key_values"] = self._prompts(
-                context, generation_kwargs["attention_mask"], max_length
-            )
+            attended = generation_kwargs["attention_mask"]
+            generation_kwargs["past_key_values"] = self._prompts(context, attended, max_length)
         with self._kernels():
             tokens = self.model.generate(
                 input_ids=context,

@@ -178,8 +178,8 @@ def _known_name(task: str) -> str:
 def context_problem(suites: Sequence[str], max_position_embeddings: int) -> str:
     """Which task of some suites needs a longer context than a model has, in one line; empty if none does.
 
-    This reads the definitions of the tasks, not their data, so that it can be checked before a model is trained. Prompts
-    that are too long are cut from the left, as in lm-eval; answers cannot be cut.
+    This reads the definitions of the tasks, not their data, so that it can be checked before a model is trained.
+    Prompts that are too long are cut from the left, as in lm-eval; answers cannot be cut.
 
     Raises:
         UserError: for an unknown suite or task.
