@@ -18,7 +18,7 @@ import typer
 from typer import Argument, Option
 
 from nanophi.cli_quality import quality_app
-from nanophi.files import UserError
+from nanophi.files import UserError, reason
 from nanophi.inputs import is_hub_id, model_folder
 from nanophi.jobs import stop_with_parent
 from nanophi.pipeline import PREPARE, Pipeline, is_main_process, run_recipes
@@ -460,9 +460,11 @@ def main() -> None:
             raise
         sys.exit(f"nanophi: {error}")
     except OSError as error:
-        if debug or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if debug or error.errno is None:  # without one it is no error of the system's but a library's
             raise
-        sys.exit(f"nanophi: no disk space left ({error.filename or 'unknown file'}); free some and run it again")
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            sys.exit(f"nanophi: no disk space left ({error.filename or 'unknown file'}); free some and run it again")
+        sys.exit(f"nanophi: {reason(error)}")
     except SystemExit as stop:
         if stop.code == INTERRUPTED:
             print("\nnanophi: interrupted; run the same command to resume", file=sys.stderr)

@@ -7,10 +7,11 @@ A name is a local path (file, folder, glob) or a repository on the Hub. What a s
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -112,6 +113,7 @@ class Contents:
         return digest
 
 
+@functools.cache  # so that the runs of one command see the same commit
 def resolve_commit(repo_id: str, revision: str | None, kind: Kind) -> str:
     """The commit that a revision (None: `main`) of a repository on the Hub stands for.
 
@@ -142,31 +144,3 @@ def resolve_commit(repo_id: str, revision: str | None, kind: Kind) -> str:
         raise UserError(
             f"{kind} {repo_id} cannot be looked up on the Hub ({reason(error)}), and no copy of it is here"
         ) from None
-
-
-def identity(
-    name: str,
-    revision: str | None,
-    kind: Kind,
-    contents: Contents,
-    commit_of: Callable[[str, str | None, Kind], str],
-    ignore: Sequence[str] = (),
-) -> dict[str, str]:
-    """What a model or dataset is: `{path, sha256}` of a local folder, or `{hub, commit}`.
-
-    Args:
-        name: a local path (which comes first) or a Hub id.
-        revision: branch, tag or commit on the Hub.
-        kind: of repository.
-        contents: hashes local files.
-        commit_of: `resolve_commit`, or what remembers its answers.
-        ignore: endings of a folder's files that play no part.
-
-    Raises:
-        UserError: if it is neither.
-    """
-    if local(name).exists():
-        return {"path": name, "sha256": contents.of(name, ignore)}
-    if not is_hub_id(name):
-        raise UserError(f"{name}: no such file or folder, and not a Hub id like ORG/NAME")
-    return {"hub": name, "commit": commit_of(name, revision, kind)}

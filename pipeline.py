@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import sys
 from collections.abc import Callable, Collection, Sequence
@@ -12,19 +11,16 @@ from typing import Any
 
 import yaml
 
-from nanophi.files import UserError, read_json, remove, sha256_of_file, write_json, write_text
-from nanophi.inputs import WEIGHTS, Contents, Kind, identity, is_hub_id, local, resolve_commit
+from nanophi.files import UserError, read_json, remove, sha256_of_file, user_errors, write_json, write_text
+from nanophi.inputs import WEIGHTS, is_hub_id, local
 from nanophi.jobs import side_by_side
 from nanophi.recipe import Data, Recipe
-from nanophi.run import RunDirectory, environment
+from nanophi.run import Inputs, RunDirectory, environment
 
 PREPARE = ("documents", "scores", "quality", "tokenizer", "tokens")
 STAGES = (*PREPARE, "training", "sample", "evaluation", "comparison", "report", "card", "release", "verification")
 
 Build = Callable[[Path], dict[str, Any]]
-
-# Runs of one command see the same commit.
-_resolve_commit = functools.lru_cache(resolve_commit)
 
 
 def is_main_process() -> bool:
@@ -54,6 +50,7 @@ class Pipeline:
         self.path = self.run.path
         self.build = frozenset(build)
         self.report = self.run.report
+        self.inputs = Inputs(self.run, write=is_main_process())
         self._done: dict[str, dict[str, Any]] = {}
 
     def _stage(
@@ -67,8 +64,7 @@ class Pipeline:
     ) -> dict[str, Any]:
         """Each stage once per process, so that no two callers check the same thing twice."""
         if name not in self._done:
-            if is_main_process():
-                self.contents.save()
+            self.inputs.save()
             allowed = build if (kind or name) in self.build else None
             self._done[name] = self.run.stage(name, inputs, outputs, allowed, **kwargs)
         return self._done[name]
@@ -77,50 +73,51 @@ class Pipeline:
         """`recipe.yaml`: the resolved recipe, every default written out."""
         write_text(self.path / "recipe.yaml", yaml.safe_dump(self.recipe.dump(), sort_keys=False, allow_unicode=True))
 
-    # What the recipe names
-
-    @functools.cached_property
-    def contents(self) -> Contents:
-        """Hashes of what local paths hold, remembered beside the record."""
-        return Contents(self.path / ".inputs.json")
-
-    def _commit_of(self, repo_id: str, revision: str | None, kind: Kind) -> str:
-        """The commit of a repository on the Hub: looked up once, then recorded, so that a run stays what it is."""
-        name = f"{kind} {repo_id}@{revision or 'main'}"
-        known = self.run.record.get("hub", {})
-        if name not in known:
-            known = {**known, name: _resolve_commit(repo_id, revision, kind)}
-            if is_main_process():
-                self.run.update_record(hub=known)
-        return str(known[name])
-
-    def _identity(self, name: str, ignore: Sequence[str] = ()) -> dict[str, str]:
-        return identity(name, None, "model", self.contents, self._commit_of, ignore)
+    # Data
 
     def _pinned_data(self) -> Data:
         """The recipe's section with the commit of each dataset on the Hub as its revision."""
         pinned = []
         for source in self.recipe.data.sources:
             if source.hub and is_hub_id(source.hub) and not local(source.hub).is_dir():
-                commit = self._commit_of(source.hub, source.revision, "dataset")
+                commit = self.inputs.commit_of(source.hub, source.revision, "dataset")
                 source = source.model_copy(update={"revision": commit})
             pinned.append(source)
         return self.recipe.data.model_copy(update={"sources": pinned})
 
-    # Data
+    def _check_what_comes_later(self) -> None:
+        """What would stop the run only after the documents are read is looked at first: the scorer, the tokenizer."""
+        recipe = self.recipe
+        if "documents" in self._done or "documents" not in self.build or "documents" in self.run.record["stages"]:
+            return
+        kind, _, name = recipe.quality.scorer.partition(":")
+        if kind == "model":
+            from nanophi.data import scorers
 
+            commit = self.inputs.model(name).get("commit")
+            scorers.find_scorer(
+                recipe.quality.scorer, recipe.quality.label, recipe.quality.scale, commit
+            ).check_choice()
+        if recipe.tokenizer.path is not None:
+            from nanophi.data import tokenizer
+
+            commit = self.inputs.model(recipe.tokenizer.path, ignore=WEIGHTS).get("commit")
+            tokenizer.load(recipe.tokenizer.path, commit)
+
+    @user_errors("documents cannot be gathered; --debug shows where it stopped")
     def documents(self) -> dict[str, Any]:
         """Sources to clean, deduplicated documents, split into train and held-out."""
         from nanophi.data import gather, sources
 
+        self._check_what_comes_later()
         data = self._pinned_data()
         kind, _, column = self.recipe.quality.scorer.partition(":")
         score = column if kind == "column" else None
         benchmarks = data.decontamination.benchmarks
         inputs = {
             "data": data.model_dump(mode="json", exclude={"engine", "workers", "max_tokens", "max_dropped"}),
-            "sources": [sources.fingerprint(source, self.contents) for source in data.sources],
-            "benchmarks": self.contents.of(benchmarks) if benchmarks else None,
+            "sources": [sources.fingerprint(source, self.inputs.contents) for source in data.sources],
+            "benchmarks": self.inputs.contents.of(benchmarks) if benchmarks else None,
             "score": score,
         }
         return self._stage(
@@ -130,6 +127,7 @@ class Pipeline:
             lambda work: gather.gather(data, work / "data/documents", score, self.report),
         )
 
+    @user_errors("documents cannot be scored; --debug shows where it stopped")
     def scores(self) -> dict[str, Any]:
         """A quality score for every document."""
         from nanophi.data import quality
@@ -143,7 +141,7 @@ class Pipeline:
         }
         kind, _, name = recipe.quality.scorer.partition(":")
         if kind == "model":
-            inputs["scorer"] = self._identity(name)
+            inputs["scorer"] = self.inputs.model(name)
         return self._stage(
             "scores",
             inputs,
@@ -158,6 +156,7 @@ class Pipeline:
             ),
         )
 
+    @user_errors("documents cannot be selected; --debug shows where it stopped")
     def quality(self) -> dict[str, Any]:
         """The documents that the filter keeps, and the report on it."""
         from nanophi.data import quality
@@ -177,6 +176,7 @@ class Pipeline:
             ),
         )
 
+    @user_errors("the tokenizer cannot be made; --debug shows where it stopped")
     def tokenizer(self) -> dict[str, Any]:
         """An existing tokenizer, or one trained on all documents, so that a filtered run and its control share it."""
         from nanophi.data import tokenizer
@@ -187,7 +187,7 @@ class Pipeline:
         inputs["documents"] = self.run.stage_key("documents")
         if recipe.tokenizer.path is not None:
             # A tokenizer's folder may hold a model's weights too, which are large and play no part.
-            inputs["files"] = self._identity(recipe.tokenizer.path, ignore=WEIGHTS)
+            inputs["files"] = self.inputs.model(recipe.tokenizer.path, ignore=WEIGHTS)
         return self._stage(
             "tokenizer",
             inputs,
@@ -202,6 +202,7 @@ class Pipeline:
             ),
         )
 
+    @user_errors("documents cannot be tokenized; --debug shows where it stopped")
     def tokens(self) -> dict[str, Any]:
         """Kept documents as packed rows of tokens."""
         from nanophi.data import packing
@@ -312,7 +313,7 @@ class Pipeline:
                     "step": step,
                     "suite": suite,
                     "limit": section.limit,
-                    "data": self.contents.of(section.data) if section.data else None,
+                    "data": self.inputs.contents.of(section.data) if section.data else None,
                     "documents": self.run.stage_key("documents"),
                 }
 
@@ -321,7 +322,7 @@ class Pipeline:
                         self.path / "checkpoints" / model,
                         suite,
                         work / file,
-                        data=Path(section.data) if section.data else None,
+                        data=local(section.data) if section.data else None,
                         heldout=self.path / "data/documents",
                         limit=section.limit,
                         batch_size=section.batch_size,

@@ -340,6 +340,15 @@ class Recipe(Section):
         embedded = all(source.embedded for source in self.data.sources)
         if self.quality.scorer == "linear" and not embedded and not (self.quality.high and self.quality.low):
             raise ValueError("quality.scorer 'linear' needs quality.high and quality.low (names of sources)")
+        sources = self.data.sources
+        if not any(source.embedded or source.source_column for source in sources):
+            # Otherwise the documents say what their sources are called.
+            known = [source.name or source.hub or source.files for source in sources]
+            for name in (*self.quality.high, *self.quality.low):
+                if name not in known:
+                    raise ValueError(
+                        f"quality.high or quality.low names source '{name}'; there is {', '.join(map(str, known))}"
+                    )
         return self
 
     @pydantic.model_validator(mode="after")

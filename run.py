@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from nanophi.files import UserError, copy_tree, read_json, remove, replace_tree, sha256_of, write_json
+from nanophi.inputs import Contents, Kind, is_hub_id, local, resolve_commit
 from nanophi.version import __version__
 
 PACKAGES = ("torch", "transformers", "huggingface_hub", "tokenizers", "accelerate", "datasets", "lm_eval", "evaluate")
@@ -130,8 +131,12 @@ class RunDirectory:
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the directory for writing. Raises `UserError` at once if another process holds it."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("a+") as file:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            opened = (self.path / ".lock").open("a+")
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written ({error.strerror}); choose another --runs") from None
+        with opened as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -244,3 +249,49 @@ class RunDirectory:
                 if sibling._has(name, key, outputs):
                     return sibling
         return None
+
+
+class Inputs:
+    """Identity of what a run's recipe names: hashes of what local paths hold, commits of repositories on the Hub.
+
+    Args:
+        run: its directory remembers the hashes, its record the commits: a revision is looked up once, so that a run
+            stays what it is.
+        write: whether this process is the one that writes to the directory.
+    """
+
+    def __init__(self, run: RunDirectory, write: bool = True) -> None:
+        self.run = run
+        self.write = write
+        self.contents = Contents(run.path / ".inputs.json")
+
+    def commit_of(self, repo_id: str, revision: str | None, kind: Kind) -> str:
+        """The commit that a revision of a repository on the Hub had when this run first named it."""
+        name = f"{kind} {repo_id}@{revision or 'main'}"
+        known = self.run.record.get("hub", {})
+        if name not in known:
+            known = {**known, name: resolve_commit(repo_id, revision, kind)}
+            if self.write:
+                self.run.update_record(hub=known)
+        return str(known[name])
+
+    def model(self, name: str, ignore: Sequence[str] = ()) -> dict[str, str]:
+        """What a model or tokenizer is: `{path, sha256}` of a local folder, which comes first, or `{hub, commit}`.
+
+        Args:
+            name: local path or Hub id.
+            ignore: endings of a folder's files that play no part.
+
+        Raises:
+            UserError: if it is neither.
+        """
+        if local(name).exists():
+            return {"path": name, "sha256": self.contents.of(name, ignore)}
+        if not is_hub_id(name):
+            raise UserError(f"{name}: no such file or folder, and not a Hub id like ORG/NAME")
+        return {"hub": name, "commit": self.commit_of(name, None, "model")}
+
+    def save(self) -> None:
+        """Remember the hashes."""
+        if self.write:
+            self.contents.save()

@@ -213,7 +213,9 @@ class TextColumn:
     def remedy(self, bad: Unusable) -> str:
         """What to do about a row without a text, in a few words; empty if there is nothing to say."""
         if bad.reason == "no_text" and isinstance(bad.found, dict):
-            return f"'{self.path}' is null" if self.path in bad.found else f"it has {_list_of(bad.found)}"
+            if self.path in bad.found:
+                return f"its '{self.path}' is null"
+            return f"it has no '{self.path}' but {_list_of(bad.found)}; set text_column, or raise data.max_dropped"
         if bad.reason == "not_text":
             inner = _path_to_text(bad.found)
             kind = (

@@ -30,6 +30,7 @@ from nanophi.data.ngrams import hash_words
 from nanophi.data.parallel import run_parts
 from nanophi.files import UserError, read_json, write_json
 from nanophi.formatting import integer
+from nanophi.inputs import local
 from nanophi.recipe import Data, Source
 
 BATCH_BYTES = 4 << 20
@@ -177,7 +178,7 @@ def _index_benchmarks(data: Data, work: Path) -> Path | None:
         return None
     path = work / "benchmarks.npz"
     if not path.exists():
-        index = contamination.load_benchmarks(Path(data.decontamination.benchmarks), data.decontamination.ngram)
+        index = contamination.load_benchmarks(local(data.decontamination.benchmarks), data.decontamination.ngram)
         work.mkdir(parents=True, exist_ok=True)
         partial = work / "benchmarks.part.npz"
         index.save(partial)

@@ -34,7 +34,7 @@ from nanophi.data.parallel import run_parts
 from nanophi.data.quality_report import EXCERPT, MADE_BY
 from nanophi.data.scorers import EXCERPT_BYTES, FIT_BYTES, Scorer, find_scorer, fit
 from nanophi.data.selection import choose, divide
-from nanophi.files import UserError, check_own_file, check_own_folder, read_json, write_json
+from nanophi.files import UserError, check_own_file, check_own_folder, read_json, user_errors, write_json
 from nanophi.recipe import Data, Quality, Source
 
 _SCHEMA = pa.schema(
@@ -213,6 +213,7 @@ def select(documents: Path, scores: Path, quality: Quality, output: Path, seed: 
 # On files, without a recipe: `nanophi quality fit` and `score`
 
 
+@user_errors("the scorer cannot be fitted; --debug shows where it stopped")
 def fit_files(
     high: Sequence[str], low: Sequence[str], output: Path, text_column: str = "text", seed: int = 0
 ) -> dict[str, Any]:
@@ -260,6 +261,7 @@ def _documents_of(source: Source, score: str | None, tally: sources.Tally) -> An
         yield from sources.read(source, part, score, tally)
 
 
+@user_errors("the files cannot be scored; --debug shows where it stopped")
 def score_files(files: str, scorer: Scorer, output: Path, text_column: str = "text") -> dict[str, Any]:
     """Score the documents of files.
 

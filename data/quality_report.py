@@ -225,6 +225,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
+@user_errors("the report cannot be written; --debug shows where it stopped")
 def report_files(scores: Path, threshold: float | None, output: Path) -> dict[str, Any]:
     """Write quality.json, quality.md and quality.png on what `nanophi quality score` wrote; returns the first.
 

@@ -239,6 +239,11 @@ class Scorer:
         """Lowest and highest score."""
         return self.scale or (0.0, 1.0)
 
+    def check_choice(self) -> None:
+        """Raise `UserError` if a classifier's configuration shows that it cannot be used as it was chosen."""
+        if self.kind == "model":
+            label_values(self)
+
     def score(self, texts: Sequence[bytes], values: Sequence[float] | None = None) -> np.ndarray:
         """Scores of documents (UTF-8), float32 `[documents]`; `values` are those of a `column` scorer."""
         if self.kind == "column":

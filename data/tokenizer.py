@@ -271,7 +271,8 @@ def _cut(word: re.Match[str]) -> str:
     return word.group()[:LONGEST_WORD]
 
 
-def _copy(path: str, revision: str | None, output: Path) -> None:
+def load(path: str, revision: str | None) -> Any:
+    """The transformers tokenizer of a folder or Hub id. Raises `UserError` if it cannot serve."""
     from transformers import AutoTokenizer
 
     name = local(path) if local(path).exists() else path
@@ -281,7 +282,11 @@ def _copy(path: str, revision: str | None, output: Path) -> None:
         raise UserError(f"tokenizer.path: {path} has no fast (Rust) version; use one with a tokenizer.json")
     if tokenizer.eos_token is None:
         raise UserError(f"tokenizer.path: {path} has no end-of-text token (eos_token)")
-    tokenizer.save_pretrained(output)
+    return tokenizer
+
+
+def _copy(path: str, revision: str | None, output: Path) -> None:
+    load(path, revision).save_pretrained(output)
     config = read_json(output / "tokenizer_config.json")
     if config.get("tokenizer_class") == "TokenizersBackend":  # transformers 5's name, unknown to 4
         config["tokenizer_class"] = "PreTrainedTokenizerFast"

@@ -18,8 +18,11 @@ TEXTS = [
 ]
 
 
+PUNCTUATION = re.compile("[\u0080-\u00bf\u2000-\u206f\u2212\u3000-\u3003\ufeff]")
+
+
 def words_of(text: bytes) -> list[bytes]:
-    return re.findall(rb"[a-z0-9\x80-\xff]+", text.lower())
+    return re.findall(rb"[a-z0-9\x80-\xff]+", PUNCTUATION.sub(" ", text.decode()).encode().lower())
 
 
 def test_equal_words_have_equal_hashes_and_others_do_not() -> None:
@@ -55,6 +58,31 @@ def test_ngrams_stay_within_documents(n: int) -> None:
             position += 1
     assert position == len(hashed.hashes)
     assert len(set(by_gram.values())) == len(by_gram)
+
+
+@pytest.mark.parametrize(
+    ("typographic", "plain"),
+    [
+        ("\u201cIt\u2019s\u201d \u2014 he said\u2026", '"It\'s" - he said...'),
+        ("\u00abnon\u00bb\u00a0! \u2039oui\u203a", '"non" ! "oui"'),
+        ("pages 3\u20135,\u202f7\u22128 \u2018x\u2019", "pages 3-5, 7-8 'x'"),
+        ("\ufeffbegin\u3000end", "begin end"),
+    ],
+)
+def test_typographic_punctuation_is_like_its_ascii_spelling(typographic: str, plain: str) -> None:
+    assert np.array_equal(hash_words([typographic.encode()]).hashes, hash_words([plain.encode()]).hashes)
+
+
+@pytest.mark.parametrize(
+    "text", ["caf\u00e9 na\u00efve", "\u0421\u043b\u043e\u0432\u043e", "\u20ac5 \u4e2d\u6587 \u2192x"]
+)
+def test_letters_and_signs_beyond_ascii_stay_words(text: str) -> None:
+    assert hash_words([text.encode()]).counts.tolist() == [len(text.split())]
+
+
+def test_bytes_cut_off_inside_a_character_separate_nothing_else() -> None:
+    for cut in (b"\xe2", b"\xe2\x80", b"\xc2", b"\xef\xbb"):
+        assert hash_words([b"one " + cut, b"two"]).offsets[-1] - hash_words([b"one " + cut]).offsets[-1] == 1
 
 
 def test_order_of_words_matters() -> None:

@@ -67,7 +67,7 @@ def test_what_cannot_be_chosen_is_refused():
         with pytest.raises(UserError, match=r"every document has the score 0\.2500"):
             choose(same, sizes, ids, Quality(share=0.5, select=select), seed=0)
     assert choose(same, sizes, ids, Quality(share=0.5, select="random"), seed=0).kept.any()
-    with pytest.raises(UserError, match=r"threshold 2\.0 keeps no document; the highest score is"):
+    with pytest.raises(UserError, match=r"threshold 1\.0 keeps no document; the highest score is"):
         choose(scores, sizes, ids, Quality(threshold=1.0), seed=0)
 
 
