@@ -26,7 +26,7 @@ Result = TypeVar("Result")
 
 ATTEMPTS = 5
 LONGEST_WAIT = 300
-"""Seconds; a server that asks for more is told of, not waited for."""
+"""Seconds; a server that asks for more is reported, not waited for."""
 
 RESUME = "run the same command to resume"
 
@@ -43,7 +43,7 @@ def one_line_errors(repo_id: str) -> Iterator[None]:
     except HfHubHTTPError as error:
         raise UserError(f"{repo_id}: {_explain(error)}") from None
     except (HTTPError, OSError, RuntimeError) as error:
-        # The client raises RuntimeError when an upload fails, and LocalEntryNotFoundError for want of an answer.
+        # The client raises RuntimeError when an upload fails, and LocalEntryNotFoundError when there is no answer.
         cause = error.__cause__
         if isinstance(cause, HfHubHTTPError):
             raise UserError(f"{repo_id}: {_explain(cause)}") from None

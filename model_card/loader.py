@@ -14,7 +14,7 @@ from typing import Any
 from nanophi.files import read_json, write_json
 from nanophi.model_card.shipped import ShippedRecords
 
-# Runs with `python -I`, so that neither the current folder nor PYTHONPATH can lend it code.
+# Runs with `python -I`, so that neither the current folder nor PYTHONPATH can give it code.
 SCRIPT = r"""
 import json, logging, os, sys, warnings
 request = json.load(open(sys.argv[1]))

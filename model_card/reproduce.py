@@ -43,8 +43,8 @@ def prepare(published: str, output: Path, revision: str | None = None, echo: Cal
         UserError: if there is no such release, or its recipe names data that was not published.
     """
     folder = verify.locate(published, revision, ["MANIFEST.json", "records/*"])
-    told = ("records/", release.MANIFEST)
-    wrong = [line for line in verify.file_problems(folder, partial=True) if any(name in line for name in told)]
+    fetched = ("records/", release.MANIFEST)
+    wrong = [line for line in verify.file_problems(folder, partial=True) if any(name in line for name in fetched)]
     if wrong:
         raise UserError(f"{published}: the records are not those of the manifest: {'; '.join(wrong)}")
     records = shipped.read_records(folder / "records")

@@ -31,7 +31,7 @@ def sign(folder: Path, private_key: Path) -> None:
 
 
 def problems(folder: Path, public_key: Path) -> list[str]:
-    """What speaks against the folder being as the owner of the key signed it; empty if nothing does."""
+    """Why the folder is not what the owner of the key signed, one line each; empty if it is."""
     library = _library()
     if not (folder / SIGNATURE).is_file():
         return [f"there is no {SIGNATURE}"]

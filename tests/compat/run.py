@@ -1,11 +1,11 @@
-"""One release under old and new transformers: the same tokens and logits, through every door.
+"""One release under old and new transformers: the same tokens and logits with both loaders.
 
     python tests/compat/run.py [RELEASE ...]        (make compat RELEASE=runs/demo/release)
 
 Each version has an environment of its own under .venv/compat/, made when it is missing (about 40 seconds and 1.1 GB
-each); the newest is the one that runs this. Each door is opened in a fresh process. Without a RELEASE some small ones
-are built here, which between them use every field of the configuration. Exit status 1 and one line per failure if
-anything differs from the newest version's native door.
+each); the newest is the one that runs this. The loaders are stock Phi and the release's own code, each in a fresh
+process. Without a RELEASE some small ones are built here, which between them use every field of the configuration.
+Exit status 1 and one line per failure if anything differs from stock Phi in the newest version.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ VERSIONS = {
     "4.37.2": ["transformers==4.37.2", "tokenizers<0.19", "numpy<2", "torch==2.13.0"],
     "4.57.6": ["transformers==4.57.6", "huggingface_hub<1", "torch==2.13.0"],
 }
-"""The oldest transformers that the native door is promised for, the last of version 4, and what they need."""
+"""The oldest transformers that stock loading is promised for, the last of version 4, and what they need."""
 
 TOO_OLD = "ImportError: NanoPhi's own code needs transformers 5.4.0 or later, found {}"
 NO_QK_LAYERNORM = "RuntimeError: Given normalized_shape="
@@ -101,7 +101,8 @@ def small_releases(folder: Path) -> dict[str, Path]:
     write_json(run / "record.json", {"environment": {}, "stages": {}})
     write_json(run / "data" / "tokens" / "tokens.json", {"train": hashes, "heldout": hashes})
     write_json(card / "records" / "revisions.json", [])
-    (card / "records" / "recipe.yaml").write_text("")
+    write_json(card / "records" / "run.json", {})
+    (card / "records" / "recipe.yaml").write_text("card: {license: apache-2.0}")
     releases = {}
     for name, (fields, dtype) in variants.items():
         torch.manual_seed(0)
@@ -117,8 +118,8 @@ def small_releases(folder: Path) -> dict[str, Path]:
     return releases
 
 
-def open_door(python: Path, trust: bool, releases: dict[str, Path], scratch: Path) -> dict[str, Any]:
-    """Answers by release from a fresh process with an empty cache and no sight of this checkout."""
+def load(python: Path, trust: bool, releases: dict[str, Path], scratch: Path) -> dict[str, Any]:
+    """Answers by release from a fresh process with an empty cache and no access to this checkout."""
     scratch.mkdir()
     request: dict[str, Any] = {
         "trust": trust,
@@ -134,9 +135,9 @@ def open_door(python: Path, trust: bool, releases: dict[str, Path], scratch: Pat
         key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "HF_", "TRANSFORMERS_"))
     }
     variables |= {"HF_HOME": str(scratch), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    door = Path(__file__).with_name("door.py")
+    script = Path(__file__).with_name("load.py")
     done = subprocess.run(
-        [str(python), "-I", str(door), str(scratch / "request.json")],
+        [str(python), "-I", str(script), str(scratch / "request.json")],
         cwd=scratch,
         env=variables,
         stdout=subprocess.PIPE,
@@ -153,7 +154,7 @@ def open_door(python: Path, trust: bool, releases: dict[str, Path], scratch: Pat
 
 
 def problems(answer: dict[str, Any], reference: dict[str, Any], folder: Path, trust: bool) -> tuple[list[str], float]:
-    """What is wrong with one door's answer, and the largest difference of its logits from the reference's."""
+    """What is wrong with one loader's answer, and the largest difference of its logits from the reference's."""
     import torch
     from safetensors.torch import load_file
 
@@ -214,17 +215,17 @@ def main() -> None:
         for name, path in releases.items():
             if not (path / "config.json").is_file():
                 sys.exit(f"compat: {name} is no release folder (config.json is missing)")
-        print(f"{'transformers':<14}{'door':<13}{'release':<28}{'logits differ by':<18}result")
-        doors = [("newest", Path(sys.executable), False), ("newest", Path(sys.executable), True)]
-        doors += [(version, python, trust) for version, python in pythons.items() for trust in (False, True)]
+        print(f"{'transformers':<14}{'loader':<13}{'release':<28}{'logits differ by':<18}result")
+        loaders = [("newest", Path(sys.executable), False), ("newest", Path(sys.executable), True)]
+        loaders += [(version, python, trust) for version, python in pythons.items() for trust in (False, True)]
         reference: dict[str, Any] = {}
-        for version, python, trust in doors:
-            door = "remote-code" if trust else "native"
-            answers = open_door(python, trust, releases, scratch / f"{version}-{door}")
+        for version, python, trust in loaders:
+            loader = "remote code" if trust else "stock Phi"
+            answers = load(python, trust, releases, scratch / f"{version}-{trust}")
             found = version if "error" in answers else answers["versions"]["transformers"]
             reference = reference or answers
             if "error" in reference:
-                sys.exit(f"compat: newest transformers, native door: {reference['error']}")
+                sys.exit(f"compat: newest transformers, stock Phi: {reference['error']}")
             for name, path in releases.items():
                 answer = {"error": answers["error"]} if "error" in answers else answers["releases"][name]
                 wrong, difference = problems(answer, reference["releases"][name], path, trust)
@@ -233,9 +234,9 @@ def main() -> None:
                     message = answer.get("error", "none")
                     wrong = [] if message.startswith(refusal) else [f"expected '{refusal}', got '{message}'"]
                     result = f"refused, as it must be: {refusal.split(':')[0]}"
-                failures += [f"transformers {found}, {door} door, {name}: {line}" for line in wrong]
+                failures += [f"transformers {found}, {loader}, {name}: {line}" for line in wrong]
                 shown = "" if difference != difference else f"{difference:.1e}"
-                print(f"{found:<14}{door:<13}{name[-26:]:<28}{shown:<18}{'FAILED' if wrong else result}", flush=True)
+                print(f"{found:<14}{loader:<13}{name[-26:]:<28}{shown:<18}{'FAILED' if wrong else result}", flush=True)
     print(f"{time.monotonic() - made:.0f} s, and {made - start:.0f} s for the environments")
     for failure in failures:
         print(f"compat: {failure}", file=sys.stderr)

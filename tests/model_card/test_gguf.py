@@ -1,4 +1,4 @@
-"""GGUF files: what is written, what is refused, and, where llama.cpp is at hand, that it computes the same."""
+"""GGUF files: what is written, what is refused, and, where llama.cpp is installed, that it computes the same."""
 
 from __future__ import annotations
 

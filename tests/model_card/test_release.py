@@ -189,7 +189,7 @@ def test_incomplete_checkpoint_is_refused(finished_run: Path, tmp_path: Path, na
         release.build(finished_run, checkpoint, built_card(finished_run, tmp_path), tmp_path / "release")
 
 
-def test_a_config_that_only_one_door_opens_is_refused(finished_run: Path, tmp_path: Path) -> None:
+def test_a_config_that_stock_transformers_cannot_load_is_refused(finished_run: Path, tmp_path: Path) -> None:
     checkpoint = Path(shutil.copytree(finished_run / LAST, tmp_path / "step-000030"))
     config = read_json(checkpoint / "config.json")
     write_json(checkpoint / "config.json", {**config, "model_type": "nanophi"})

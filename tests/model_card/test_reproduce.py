@@ -1,4 +1,4 @@
-"""Reproduction: the recipe comes out of the release, and differences are told from noise."""
+"""Reproduction: the recipe comes from the release, and differences are separated from noise."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_a_folder_that_is_in_the_way_is_kept(built_release: Path, tmp_path: Path
     assert (tmp_path / "again" / "published" / "thesis.tex").read_text() == "mine"
 
 
-def test_differences_are_told_from_noise(built_release: Path, finished_run: Path, tmp_path: Path) -> None:
+def test_differences_are_separated_from_noise(built_release: Path, finished_run: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(finished_run, tmp_path / "tiny", ignore=shutil.ignore_patterns("release", "card")))
     tokens = read_json(run / "data" / "tokens" / "tokens.json")
     write_json(run / "data" / "tokens" / "tokens.json", {**tokens, "train": {**tokens["train"], "sha256": "9" * 64}})

@@ -38,7 +38,7 @@ def sign_again(folder: Path) -> None:
 def test_a_sound_release_passes_every_check(
     built_release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # A file named like a library, in the current folder and on PYTHONPATH, is not imported by the doors.
+    # A file named like a library, in the current folder and on PYTHONPATH, is not imported.
     (tmp_path / "transformers.py").write_text("raise RuntimeError('wrong transformers')\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     relative = os.path.relpath(built_release, tmp_path)
@@ -193,7 +193,7 @@ def test_a_forger_who_makes_the_manifest_fit_is_found_out(copied: Path) -> None:
     assert "Seed" in failed["card"] and "not the recipe" in failed["provenance"]
 
 
-def test_swapped_weights_and_a_door_that_does_not_open(copied: Path) -> None:
+def test_swapped_weights_and_code_that_does_not_load(copied: Path) -> None:
     swap_weights(copied)
     edit_code(copied, "raise RuntimeError('broken on purpose')\n")
     sign_again(copied)

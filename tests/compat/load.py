@@ -1,9 +1,9 @@
-"""Load releases through one door and write down what they compute; runs under any transformers, without nanophi.
+"""Load releases with one loader and write down what they compute; runs under any transformers, without nanophi.
 
-    python -I door.py REQUEST.json
+    python -I load.py REQUEST.json
 
 The request names the releases, whether to trust their code, the texts, and where the answers go: a JSON file, and per
-release a safetensors file with the logits. The code keeps to what transformers 4.37 to 5.x have in common.
+release a safetensors file with the logits. The code uses only what transformers 4.37 to 5.x have in common.
 """
 
 import json
@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 NEW_TOKENS = 32
 
 
-def open_door(folder: str, trust: bool, texts: list, logits: str) -> dict:
+def load(folder: str, trust: bool, texts: list, logits: str) -> dict:
     """What one release answers; logits are those of the first text, float32 [tokens, vocab_size]."""
     # `trust_remote_code=False`, not None: None would ask at the terminal in old versions.
     loaded: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust, output_loading_info=True)
@@ -60,7 +60,7 @@ def main() -> None:
     answers = {}
     for name, release in request["releases"].items():
         try:
-            answers[name] = open_door(release["folder"], request["trust"], request["texts"], release["logits"])
+            answers[name] = load(release["folder"], request["trust"], request["texts"], release["logits"])
         except Exception as error:  # whatever a version raises is its answer
             message = (str(error).strip() or "no message").splitlines()[0]
             answers[name] = {"error": f"{type(error).__name__}: {message}"}
