@@ -18,7 +18,7 @@ import typer
 from typer import Argument, Option
 
 from nanophi.cli_quality import quality_app
-from nanophi.files import UserError, reason
+from nanophi.files import UserError, printable, reason
 from nanophi.inputs import is_hub_id, model_folder
 from nanophi.jobs import stop_with_parent
 from nanophi.pipeline import PREPARE, Pipeline, is_main_process, run_recipes
@@ -464,7 +464,7 @@ def main() -> None:
             raise
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             sys.exit(f"nanophi: no disk space left ({error.filename or 'unknown file'}); free some and run it again")
-        sys.exit(f"nanophi: {reason(error)}")
+        sys.exit(f"nanophi: {printable(reason(error))}")
     except SystemExit as stop:
         if stop.code == INTERRUPTED:
             print("\nnanophi: interrupted; run the same command to resume", file=sys.stderr)

@@ -14,7 +14,22 @@ from typing import Any
 
 
 class UserError(Exception):
-    """Something the user can put right. The message is one line: what is wrong, with its name, and the remedy."""
+    """Something the user can put right. The message is one line: what is wrong, with its name, and the remedy.
+
+    Names come from the user's disk and data, so whatever could not be printed on one line is escaped.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    r"""Text on one line that any stream can encode: line ends, control characters and lone surrogates are escaped."""
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
+    )
 
 
 def reason(error: BaseException) -> str:
@@ -31,11 +46,9 @@ def reason(error: BaseException) -> str:
 
 def _first_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
-        # A name in bytes that are not UTF-8 must be printable too.
-        name = "" if error.filename is None else os.fsencode(error.filename).decode("utf-8", "backslashreplace") + ": "
-        return name + error.strerror
+        return ("" if error.filename is None else f"{error.filename}: ") + error.strerror
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0].encode("utf-8", "backslashreplace").decode() if lines else ""
+    text = lines[0] if lines else ""
     # The message of a KeyError is the key alone.
     return f"{type(error).__name__}: {text}" if isinstance(error, LookupError) or not text else text
 

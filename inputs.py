@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from nanophi.files import UserError, read_json, reason, sha256_of, sha256_of_file, write_json
+from nanophi.files import UserError, printable, read_json, reason, sha256_of, sha256_of_file, write_json
 
 _HUB_NAME = r"\w(?:[\w.-]{0,94}\w)?"
 _HUB_ID = re.compile(f"{_HUB_NAME}/{_HUB_NAME}", re.ASCII)
@@ -51,8 +51,8 @@ def local(name: str | Path) -> Path:
 
 
 def shown(path: str | Path) -> str:
-    r"""A path as text that can be printed and stored: bytes that are not UTF-8 as `\xNN`."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    r"""A path as text that can be printed on a line and stored; bytes that are not UTF-8 as `\xNN`."""
+    return printable(os.fsencode(path).decode("utf-8", "backslashreplace"))
 
 
 class Contents:

@@ -347,8 +347,10 @@ def line_rows(location: str, source: Source, score: str | None) -> Iterator[Row]
 
 
 def _lines(name: str, file: Any, source: Source, score: str | None) -> Iterator[Row]:
-    encoding, _ = encoding_of(file.peek(4)[:4])
-    if encoding != "utf-8":
+    encoding, mark = encoding_of(file.peek(4)[:4])
+    if encoding == "utf-8":
+        file.read(mark)
+    else:
         # Each line ends in the same character, but not in the same byte.
         file = io.TextIOWrapper(file, encoding.rpartition("-")[0], errors="replace", newline="\n")
     rows = ((f"{name}:{number}", _parse(line)) for number, line in enumerate(file, start=1) if line.strip())

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from nanophi.data import formats, installed_docs
 from nanophi.data.formats import MAXIMUM_DOCUMENT_BYTES, Row, TextColumn, Unusable
-from nanophi.files import UserError, read_json, reason, user_errors, write_json
+from nanophi.files import UserError, printable, read_json, reason, user_errors, write_json
 from nanophi.formatting import integer, percent
 from nanophi.inputs import Contents, is_hub_id, local, resolve_commit, shown
 from nanophi.recipe import Source
@@ -64,7 +64,7 @@ class Tally:
         """Count a document that cannot be used; the first ones are named."""
         self.dropped.setdefault(label, Counter())[bad.reason] += 1
         if bad.reason != "empty" and len(self.refused) < REFUSED:
-            self.refused.append({"document": where, "reason": bad.reason, "remedy": column.remedy(bad)})
+            self.refused.append({"document": where, "reason": bad.reason, "remedy": printable(column.remedy(bad))})
 
     def dropped_total(self) -> Counter[str]:
         """Unusable documents by reason."""
@@ -365,7 +365,7 @@ def _rows_of_file(kind: str, file: str, part: Part, source: Source, score: str |
 def _label(value: Any) -> str:
     """A source's name in one line of valid text."""
     text = value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)
-    return " ".join(text.encode("utf-8", "backslashreplace").decode().split())
+    return printable(" ".join(text.split()))
 
 
 def _clean(text: Any) -> bytes | Unusable:

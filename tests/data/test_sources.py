@@ -1,0 +1,369 @@
+"""Which files a source has, what each format holds, and what is said of documents that cannot be used."""
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from nanophi.data import gather, sources
+from nanophi.data.formats import TextColumn, Unusable, format_of
+from nanophi.files import UserError
+from nanophi.recipe import Data, Source
+
+TEXTS = ["The first document.", 'A second one, with "quotes"; and\ncolumns', "Третий, naïve"]
+
+
+def read(score: str | None = None, **fields: Any) -> tuple[list[str], sources.Tally]:
+    """The texts of a source, and what was counted."""
+    source, tally = Source.model_validate(fields), sources.Tally()
+    parts, _ = sources.plan(source, score)
+    return [document.text.decode() for part in parts for document in sources.read(source, part, score, tally)], tally
+
+
+def csv_of(rows: list[dict[str, Any]], delimiter: str = ",") -> str:
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(rows[0]), delimiter=delimiter)
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+ROWS = [{"text": text, "n": number} for number, text in enumerate(TEXTS)]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
+FILES = {
+    "a.jsonl": LINES.encode(),
+    "b.ndjson": LINES.encode("utf-8-sig"),
+    "c.jsonl.bz2": bz2.compress(LINES.encode()),
+    "d.JSONL.GZ": gzip.compress(LINES.encode("utf-16")),
+    "e.jsonl.xz": lzma.compress(LINES.encode()),
+    "f.json": json.dumps(ROWS, indent=1).encode(),
+    "g.json": LINES.encode(),
+    "h.json": json.dumps(TEXTS).encode("utf-16"),
+    "i.csv": csv_of(ROWS).encode("utf-8-sig"),
+    "j.csv": csv_of(ROWS, ";").encode("utf-16"),
+    "k.tsv.gz": gzip.compress(csv_of(ROWS, "\t").encode()),
+    "l.txt": "\n<|end|>\n".join(TEXTS).encode("utf-32"),
+    "m.md.bz2": bz2.compress("<|end|>".join([*TEXTS, ""]).encode("utf-8-sig")),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_format_and_encoding_gives_the_same_texts(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(FILES[name])
+    separator = {"separator": "<|end|>"} if name[0] in "lm" else {}
+    found, tally = read(files=str(tmp_path / name), **separator)
+    assert found == TEXTS
+    assert tally.read.total() == 3 and not tally.dropped
+
+
+@pytest.mark.parametrize("kind", ["stream", "file", "saved", "splits"])
+def test_arrow_files_and_what_save_to_disk_wrote(tmp_path: Path, kind: str) -> None:
+    import datasets
+
+    folder = tmp_path / "set"
+    dataset = datasets.Dataset.from_list(ROWS)
+    if kind == "saved":
+        dataset.save_to_disk(str(folder), num_shards=2)
+    elif kind == "splits":
+        datasets.DatasetDict({"train": dataset, "test": dataset.select([0])}).save_to_disk(str(folder))
+    else:
+        folder.mkdir()
+        opened = pa.ipc.new_stream if kind == "stream" else pa.ipc.new_file
+        with opened(str(folder / "x.arrow"), dataset.data.table.schema) as writer:
+            writer.write_table(dataset.data.table)
+    assert read(files=str(folder))[0] == TEXTS
+    if kind in ("saved", "splits"):
+        assert read(hub=str(folder))[0] == TEXTS
+    if kind == "splits":
+        assert read(hub=str(folder), split="test")[0] == TEXTS[:1]
+        with pytest.raises(UserError, match="has no split 'dev'; it has train, test"):
+            read(hub=str(folder), split="dev")
+
+
+def test_a_folder_stands_for_the_files_below_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = tmp_path / "crawl [2024]" / "10:30"
+    folder.mkdir(parents=True)
+    (folder / "b.jsonl").write_text(LINES)
+    (folder / "a.txt").write_text("Plain text.")
+    (folder / "README.md").write_text("# The card of the dataset")
+    (folder / "picture.png").write_bytes(b"\x89PNG")
+    (folder / ".hidden.txt").write_text("not read")
+    expected = ["Plain text.", *TEXTS]
+    for pattern in (tmp_path / "crawl [2024]", folder, tmp_path / "crawl [2024]" / "*", "~/crawl [2024]"):
+        found, _ = read(files=str(pattern))
+        assert sorted(found) == sorted(expected)
+    assert sources.plan(Source(files=str(folder)), None)[1] == ["picture.png"]
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "x.png").touch()
+    with pytest.raises(UserError, match=r"holds no \.parquet, .* file, but x\.png"):
+        read(files=str(tmp_path / "pictures"))
+
+
+def test_names_that_are_not_utf8_and_dangling_links(tmp_path: Path) -> None:
+    with open(os.fsencode(tmp_path) + b"/caf\xe9.jsonl", "wb") as file:  # noqa: PTH123
+        file.write(LINES.encode() + b"broken\n")
+    found, tally = read(files=str(tmp_path / "*.jsonl"))
+    assert found == TEXTS
+    assert tally.refused[0]["document"].endswith("/caf\\xe9.jsonl:4")
+    json.dumps(tally.summary(), ensure_ascii=False).encode()
+    (tmp_path / "x.jsonl").symlink_to("gone.jsonl")
+    for files in (tmp_path / "*.jsonl", tmp_path, tmp_path / "x.jsonl"):
+        with pytest.raises(UserError, match=r"x\.jsonl is a dangling link to gone\.jsonl"):
+            read(files=str(files))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_shards_of_a_hub_folder_may_have_different_columns(tmp_path: Path, streaming: bool) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train-0.jsonl").write_text(LINES)
+    (tmp_path / "data" / "train-1.jsonl").write_text('{"text": "More.", "n": "a word", "extra": [1]}\n{"text": "cut o')
+    (tmp_path / "data" / "test-0.jsonl").write_text('{"text": "Not this."}\n')
+    found, tally = read(hub=str(tmp_path), streaming=streaming)
+    assert found == [*TEXTS, "More."]
+    assert tally.dropped_total() == {"not_json": 1}
+
+
+def test_a_folder_with_a_script_and_a_name_that_is_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "mine.py").write_text("import datasets")
+    (folder / "train.jsonl").write_text(LINES)
+    with pytest.raises(UserError, match=r"scripts are no longer supported.*; name its data files by 'files'"):
+        read(hub=str(folder))
+    with pytest.raises(UserError, match="no such folder, and not a Hub id"):
+        read(hub="../nowhere/at/all")
+
+
+# Text is what it is
+
+
+def test_marks_are_removed_and_bytes_that_are_no_text_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("\ufeffWith a mark\r\nand two lines\0".encode("utf-16"))
+    (tmp_path / "b.txt").write_bytes("\ufeffInside \ufeffit".encode())
+    (tmp_path / "c.txt").write_bytes("caf\xe9".encode("latin-1"))
+    found, tally = read(files=str(tmp_path / "*.txt"))
+    assert found == ["With a mark\nand two lines", "Inside it"]
+    assert tally.refused == [
+        {
+            "document": str(tmp_path / "c.txt"),
+            "reason": "invalid_utf8",
+            "remedy": "convert it to UTF-8, for example by iconv -f latin1 -t utf-8",
+        }
+    ]
+
+
+def test_a_separator_splits_in_pieces_of_any_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_bytes(b"one\r\n\r\n\r\ntwo \xff\r\n\r\n\r\nth\xc3\xa9ree\r\n\r\n\r\n\r\n\r\n\r\n")
+    from nanophi.data import formats
+
+    for chunk in (1, 2, 3, 7, 1 << 20):
+        monkeypatch.setattr(formats, "_CHUNK", chunk)
+        found, tally = read(files=str(tmp_path / "a.txt"), separator="\n\n\n")
+        assert found == ["one", "thé" + "ree"]
+        assert (tally.read.total(), tally.dropped_total()) == (4, Counter(invalid_utf8=1, empty=1))
+    monkeypatch.setattr(formats, "MAXIMUM_DOCUMENT_BYTES", 5)
+    monkeypatch.setattr(sources, "MAXIMUM_DOCUMENT_BYTES", 5)
+    monkeypatch.setattr(formats, "_CHUNK", 4)
+    (tmp_path / "b.txt").write_text("ok|" + "long" * 20 + "|fine")
+    found, tally = read(files=str(tmp_path / "b.txt"), separator="|")
+    assert found == ["ok", "fine"] and tally.dropped_total() == {"oversize": 1}
+
+
+@pytest.mark.parametrize("mark", ["<|endoftext|>", "</s>"])
+def test_a_text_file_that_holds_many_documents_says_so(tmp_path: Path, mark: str) -> None:
+    path = tmp_path / "stories.txt"
+    path.write_text(f"\n{mark}\n".join(TEXTS))
+    with pytest.raises(UserError, match=r"stories\.txt holds many documents: 2 lines are ") as caught:
+        read(files=str(path))
+    assert f'separator to "{mark}"' in str(caught.value)
+    assert read(files=str(path), separator=mark)[0] == TEXTS
+    assert len(read(files=str(path), separator="")[0]) == 1
+    path.write_text(f"Only a mention of {mark} in a sentence, twice: {mark}.")
+    assert len(read(files=str(path))[0]) == 1
+    (tmp_path / "x.jsonl").write_text(LINES)
+    with pytest.raises(UserError, match="'separator' is for text files"):
+        read(files=str(tmp_path / "x.jsonl"), separator="x")
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet", "json"])
+def test_text_may_lie_deeper_than_a_column(tmp_path: Path, suffix: str) -> None:
+    rows = [
+        {
+            "meta": {"text": "Inner.", "id": 1},
+            "turns": [{"by": "user", "content": "Hi."}, {"by": "bot", "content": None}, {"by": "me", "content": "Yo."}],
+            "parts": ["x", "y"],
+        },
+        {"meta": {"text": None, "id": 2}, "turns": [], "parts": []},
+    ]
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        path.write_text(json.dumps(rows) if suffix == "json" else "".join(json.dumps(row) + "\n" for row in rows))
+    for column, expected in (("meta.text", "Inner."), ("turns[].content", "Hi.\n\nYo."), ("parts[]", "x\n\ny")):
+        found, tally = read(files=str(path), text_column=column)
+        assert found == [expected] and tally.dropped_total() == {"no_text": 1}
+    _, tally = read(files=str(path), text_column="turns")
+    assert tally.dropped_total() == {"not_text": 2}
+    assert tally.refused[0]["remedy"] == "'turns' holds a list; try text_column: turns[].content"
+
+
+def test_a_column_with_the_name_of_a_path_comes_first() -> None:
+    assert TextColumn("a.b").of({"a.b": "named", "a": {"b": "inner"}}) == "named"
+    assert TextColumn("a.b").of({"a": {"b": "inner"}}) == "inner"
+    assert TextColumn("a").of({"b": 1}) == Unusable("no_text", {"b": 1})
+    assert format_of("x.parquet.gz") is None and format_of("x.TXT.zst") == "text" and format_of("x.pdf") is None
+
+
+# What a row may hold
+
+
+def test_rows_that_only_a_part_of_a_file_has(tmp_path: Path) -> None:
+    huge = "9" * 5000
+    lines = [
+        '{"text": "A huge number beside it.", "n": ' + huge + "}",
+        '{"text": "A label.", "site": "\\ud83d \\n  x|y"}',
+        "[" * 100_000,
+        '{"text": NaN}',
+        '"A text by itself."',
+        '{"text": "Numbers as labels.", "site": 7}',
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    source, tally = Source(files=str(tmp_path / "a.jsonl"), source_column="site", name="mine"), sources.Tally()
+    (part,), _ = sources.plan(source, None)
+    found = [(document.label, document.text.decode()) for document in sources.read(source, part, None, tally)]
+    assert found == [
+        ("mine", "A huge number beside it."),
+        ("\\ud83d x|y", "A label."),
+        ("mine", "A text by itself."),
+        ("7", "Numbers as labels."),
+    ]
+    assert tally.dropped_total() == {"not_json": 1, "not_text": 1}
+
+
+def test_empty_row_groups_dictionaries_and_large_strings(tmp_path: Path) -> None:
+    schema = pa.schema([("text", pa.dictionary(pa.int32(), pa.large_string()))])
+    with pq.ParquetWriter(tmp_path / "a.parquet", schema) as writer:
+        writer.write_table(pa.table({"text": pa.array([], pa.string())}).cast(schema))
+        writer.write_table(pa.table({"text": TEXTS}).cast(schema))
+        writer.write_table(pa.table({"text": pa.array([], pa.string())}).cast(schema))
+    with pq.ParquetWriter(tmp_path / "none.parquet", schema):
+        pass
+    assert read(files=str(tmp_path / "*.parquet"))[0] == TEXTS
+    assert read(files=str(tmp_path / "none.parquet"))[0] == []
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        ('"high"', "holds text ('high')"),
+        ("null", "is null"),
+        ("1" * 400, "is too large"),
+        ("9" * 5000, "is inf"),
+        ("NaN", "is nan"),
+        ("[1]", "holds a list"),
+        ("{}", "holds an object"),
+    ],
+)
+def test_a_score_that_is_none_is_called_what_it_is(tmp_path: Path, value: str, problem: str) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "Fine.", "q": 0.5}\n{"text": "Bad.", "q": ' + value + "}\n")
+    with pytest.raises(UserError) as caught:
+        read("q", files=str(tmp_path / "a.jsonl"))
+    assert f"a.jsonl:2 has no quality score: column 'q' {problem}" in str(caught.value)
+
+
+def test_scores_of_times_and_of_csv(tmp_path: Path) -> None:
+    import datetime
+
+    table = pa.table({"text": ["x"], "q": [datetime.datetime(2024, 1, 1)]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"column 'q' holds a time \(2024-01-01 00:00:00\)"):
+        read("q", files=str(tmp_path / "a.parquet"))
+    (tmp_path / "a.csv").write_text("text,q\nx,0.25\n")
+    source, tally = Source(files=str(tmp_path / "a.csv")), sources.Tally()
+    (part,), _ = sources.plan(source, "q")
+    assert [document.score for document in sources.read(source, part, "q", tally)] == [0.25]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "a.jsonl.gz",
+            gzip.compress(LINES.encode() * 50)[:-30],
+            r"a\.jsonl\.gz cannot be read after .*a\.jsonl\.gz:\d+ \(",
+        ),
+        ("a.jsonl.bz2", b"BZh9 this is not bzip2", r"a\.jsonl\.bz2 cannot be read after its beginning \(Invalid data"),
+        ("a.jsonl.xz", b"\xfd7zXZ\0broken", r"a\.jsonl\.xz cannot be read after its beginning \("),
+        ("a.jsonl.zst", b"(\xb5/\xfd broken", r"a\.jsonl\.zst cannot be read after its beginning \("),
+        ("a.parquet", b"PAR1 broken PAR1", r"a\.parquet is not a whole parquet file \("),
+        ("a.arrow", b"ARROW1\0\0 broken", r"a\.arrow cannot be read after its beginning \("),
+        (
+            "a.csv",
+            b'text,n\n"never closed,1\nx,2\n',
+            r"a\.csv cannot be read after its beginning \(unexpected end of data",
+        ),
+        ("a.csv", b"body,n\nx,1\n", r"a\.csv has no column 'text'; it has body, n"),
+        ("a.json", b'{"data": [{"text": "x"}]}', r"a\.json is one object, .* save the array under its key 'data'"),
+        ("a.json", b'[{"body": "x"}]', r"a\.json has no row with a column 'text'; the last has body"),
+    ],
+)
+def test_a_damaged_file_gives_one_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        read(files=str(tmp_path / name))
+    assert "\n" not in str(caught.value)
+
+
+# A loss is said
+
+
+def documents(folder: Path, name: str, count: int, bad: int = 0) -> str:
+    lines = [json.dumps({"text": " ".join(f"{name}{number}x{word}" for word in range(30))}) for number in range(count)]
+    lines[count - bad :] = [json.dumps({"body": "elsewhere"})] * bad
+    (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    return str(folder / f"{name}.jsonl")
+
+
+def test_each_source_is_reported_and_a_loss_stops_the_run(tmp_path: Path) -> None:
+    files = [documents(tmp_path, "a", 20), documents(tmp_path, "b", 20, bad=4), documents(tmp_path, "c", 20, bad=5)]
+
+    def run(*paths: str, output: str = "out", **fields: Any) -> list[str]:
+        lines: list[str] = []
+        entries = [{"files": path, "name": Path(path).stem} for path in paths]
+        data = Data.model_validate({"sources": entries, "workers": 1, **fields})
+        summary = gather.gather(data, tmp_path / output, report=lines.append)
+        assert summary["read"] == summary["train"] + summary["heldout"] + sum(summary["dropped"].values())
+        return lines
+
+    assert run(*files[:2]) == [
+        "a: 20 documents read, 20 kept",
+        "b: 20 documents read, 16 kept, 4 dropped (no_text 4)",
+    ]
+    with pytest.raises(UserError) as caught:
+        run(files[0], files[2], output="stopped")
+    assert str(caught.value) == (
+        "source c: only 75.0 % of 20 documents can be used (data.max_dropped is 0.2): no_text 5; the first is "
+        f"{files[2]}:16: it has no 'text' but body; set text_column, or raise data.max_dropped"
+    )
+    # The same folder goes on from what was read, with the limit raised.
+    assert run(files[0], files[2], output="stopped", max_dropped=0.3)[1].startswith("c: 20 documents read, 15 kept")
+    with pytest.raises(UserError, match=r"source again keeps nothing: exact_duplicate 20; leave it out"):
+        (tmp_path / "again.jsonl").write_text((tmp_path / "a.jsonl").read_text())
+        run(files[0], str(tmp_path / "again.jsonl"), output="repeated")
+    (tmp_path / "one.txt").write_text("A single document. " * 30)
+    with pytest.raises(
+        UserError, match=r"1 of 1 documents are left, .*; set the separator of one to split a text file"
+    ):
+        run(str(tmp_path / "one.txt"), output="one")
