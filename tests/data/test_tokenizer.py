@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import AddedToken, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer as BackendTokenizer
 
 import nanophi
 from nanophi.data import gather, tokenizer
@@ -122,12 +124,15 @@ def test_sampling_takes_about_what_it_may(documents: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("which", ["trained", "phi_2"])
 def test_encoder_gives_the_tokenizers_ids(which: str, request: pytest.FixtureRequest) -> None:
-    encoder = tokenizer.Encoder(request.getfixturevalue(which))
+    folder = request.getfixturevalue(which)
+    encoder = tokenizer.Encoder(folder)
     assert encoder._by_words
+    reference = BackendTokenizer.from_file(str(folder / "tokenizer.json"))
+    reference.encode_special_tokens = True
     texts = odd_texts() + [
         f"a{chr(code)} b  {chr(code)}\n {chr(code)}1" for code in [*range(0x3000), *range(0x1F600, 0x1F680)]
     ]
-    expected = [encoding.ids for encoding in encoder.backend.encode_batch_fast(texts, add_special_tokens=False)]
+    expected = [encoding.ids for encoding in reference.encode_batch_fast(texts, add_special_tokens=False)]
     assert [ids.tolist() for ids in encoder.encode(texts)] == expected
     assert [ids.tolist() for ids in encoder.encode(texts[:50])] == expected[:50], "also when every word is known"
     decoded = [encoder.backend.decode(ids, skip_special_tokens=False) for ids in expected]
@@ -180,3 +185,97 @@ def test_what_is_no_tokenizer_is_refused(documents: Path, trained: Path, tmp_pat
     (tmp_path / "plain" / "tokenizer.json").write_text((trained / "tokenizer.json").read_text())
     with pytest.raises(UserError, match="no end-of-text token"):
         tokenizer.build(documents, Tokenizer(path=str(tmp_path / "plain")), 0, tmp_path / "out")
+
+
+# Tokenizers of any kind
+
+SPECIAL = ["<s>", "</s>", "<unk>", "<pad>"]
+SENTENCES = ["the cat sat on the mat .", "a <s> in a page </s> is text <pad> too", "</s>", "x</s>y <unk>"] * 5
+
+
+def save(folder: Path, backend: BackendTokenizer, **config: str) -> Path:
+    folder.mkdir()
+    backend.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", **config}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def of_kind(kind: str) -> BackendTokenizer:
+    """A tokenizer whose model would find `</s>` in its vocabulary, if text came to it whole."""
+    vocabulary = {name: index for index, name in enumerate(SPECIAL)}
+    words = sorted({word for sentence in SENTENCES for word in sentence.split()} - set(vocabulary))
+    alphabet = sorted({character for sentence in SENTENCES for character in sentence})
+    if kind == "Unigram":
+        pieces = [*SPECIAL, *dict.fromkeys([*words, *(["\u2581" + word for word in words]), *alphabet, "\u2581"])]
+        backend = BackendTokenizer(models.Unigram([(piece, -float(len(SPECIAL))) for piece in pieces], unk_id=2))
+        backend.normalizer = normalizers.NFKC()
+        backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    elif kind == "BPE":
+        backend = BackendTokenizer(models.BPE(unk_token="<unk>", ignore_merges=True))
+        backend.pre_tokenizer = pre_tokenizers.Whitespace()
+        backend.train_from_iterator(SENTENCES, trainers.BpeTrainer(vocab_size=60, special_tokens=SPECIAL))
+        backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    else:
+        vocabulary |= {word: len(vocabulary) + index for index, word in enumerate(words)}
+        model = models.WordLevel if kind == "WordLevel" else models.WordPiece
+        backend = BackendTokenizer(model(vocabulary, unk_token="<unk>"))
+        backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIAL])
+    return backend
+
+
+@pytest.mark.parametrize("kind", ["Unigram", "BPE", "WordLevel", "WordPiece"])
+@pytest.mark.parametrize("marked", [True, False])
+def test_no_text_becomes_a_special_token(tmp_path: Path, kind: str, marked: bool) -> None:
+    backend = of_kind(kind)
+    folder = save(tmp_path / "tokenizer", backend, bos_token="<s>", pad_token="<pad>")
+    if not marked:  # only the configuration says which they are
+        content = json.loads((folder / "tokenizer.json").read_text())
+        content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] == "<unk>"]
+        (folder / "tokenizer.json").write_text(json.dumps(content))
+    encoder = tokenizer.Encoder(folder)
+    assert encoder.vocab_size == backend.get_vocab_size() and encoder.eos_token == "</s>"
+    assert encoder.eos_token_id == backend.token_to_id("</s>")
+    special = {backend.token_to_id(name) for name in SPECIAL} - {backend.token_to_id("<unk>")}
+    for text, ids in zip(SENTENCES, encoder.encode(SENTENCES), strict=True):
+        assert len(ids) and not special & set(ids.tolist()), text
+        if not any(name in text for name in SPECIAL):
+            assert ids.tolist() == backend.encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("template", ["<s> $A", "$A </s>", "<s> $A </s>", "$A"])
+def test_a_prompt_is_tokenized_as_in_training(documents: Path, tmp_path: Path, template: str) -> None:
+    from transformers import AutoTokenizer
+
+    backend = of_kind("BPE")
+    tokens = [(name, backend.token_to_id(name)) for name in ("<s>", "</s>")]
+    backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=tokens)
+    folder = save(tmp_path / "theirs", backend, bos_token="<s>")
+    lines: list[str] = []
+    tokenizer.build(documents, Tokenizer(path=str(folder)), 0, tmp_path / "ours", report=lines.append)
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "ours")
+    for text in ("the cat", "a page", ""):
+        assert loaded(text)["input_ids"] == tokenizer.Encoder(tmp_path / "ours").encode([text])[0].tolist()
+    added = [name for name in ("<s>", "</s>") if name in template]
+    assert len(lines) == bool(added)
+    if added:
+        assert lines[0].startswith(f"{folder} adds {' and '.join(added)} to a prompt;")
+    assert loaded.eos_token == "</s>" and len(loaded) == backend.get_vocab_size()
+
+
+def test_a_word_of_a_million_letters_does_not_hang_the_training(tmp_path: Path) -> None:
+    generator = random.Random(1)
+    long = "".join(generator.choices("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ", k=1_000_000))
+    texts = [
+        f"data:image/png;base64,{long}",
+        "\n" * 1_000_000 + "end",
+        *(f"words of a text {n} " * 9 for n in range(20)),
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    data = Data.model_validate({"sources": [{"files": str(tmp_path / "a.jsonl")}], "workers": 1})
+    gather.gather(data, tmp_path / "documents")
+    sample = [text for batch in tokenizer._sample(tmp_path / "documents", 0) for text in batch]
+    assert max(map(len, sample)) < 5000
+    tokenizer._train(tmp_path / "documents", 400, 0, tmp_path)
+    assert BackendTokenizer.from_file(str(tmp_path / "tokenizer.json")).get_vocab_size() <= 400
