@@ -7,10 +7,8 @@ the other's, mapping by mapping. An unknown key, a wrong type or an impossible c
 from __future__ import annotations
 
 import difflib
-import re
 import types
 import typing
-import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,8 +17,7 @@ import pydantic
 import yaml
 
 from nanophi.files import UserError
-from nanophi.inputs import is_hub_id
-from nanophi.licenses import license_problems
+from nanophi.publishing import card_problems
 
 if TYPE_CHECKING:
     from nanophi.configuration_nanophi import NanoPhiConfig
@@ -259,7 +256,7 @@ class Card(Section):
     title: str | None = None
     developers: str = "the user who ran this recipe"
     license: str = "apache-2.0"
-    """An identifier of the Hub (`licenses.HUB_LICENSES`); `other` needs the two keys below."""
+    """An identifier of the Hub (`publishing.HUB_LICENSES`); `other` needs the two keys below."""
     license_name: str | None = None
     license_link: str | None = None
     """Where the text of the licence is: a URL."""
@@ -272,43 +269,9 @@ class Card(Section):
     prompt: str = "The "
     """The beginning of the sample text."""
 
-    @pydantic.field_validator("title", "developers", "license_name", "license_link", "prompt", "notes")
-    @classmethod
-    def printable(cls, value: str | None, info: pydantic.ValidationInfo) -> str | None:
-        if value is None:
-            return None
-        if info.field_name != "notes" and not value.strip():
-            raise ValueError("must not be empty")
-        if info.field_name not in ("notes", "prompt") and len(value.splitlines()) > 1:
-            raise ValueError("must be one line")
-        if any(unicodedata.category(character) in ("Cc", "Cs") for character in value if character not in "\n\t\r"):
-            raise ValueError("must not have control characters")
-        return value
-
-    @pydantic.field_validator("license_link")
-    @classmethod
-    def url(cls, value: str | None) -> str | None:
-        if value is not None and not re.fullmatch(r"https?://[^\s<>\"]+", value):
-            raise ValueError("must be a URL (https://...)")
-        return value
-
-    @pydantic.field_validator("repo_id")
-    @classmethod
-    def hub_id(cls, value: str | None) -> str | None:
-        if value is not None and not is_hub_id(value):
-            raise ValueError("must be ORG/NAME, as on the Hub")
-        return value
-
-    @pydantic.field_validator("version")
-    @classmethod
-    def tag(cls, value: str) -> str:
-        if ".." in value or value.endswith((".", ".lock")):
-            raise ValueError("must be the name of a git tag: no '..', and no '.' or '.lock' at its end")
-        return value
-
     @pydantic.model_validator(mode="after")
-    def licensed(self) -> Card:
-        wrong = license_problems(self.license, self.license_name, self.license_link)
+    def publishable(self) -> Card:
+        wrong = card_problems(self.model_dump())
         if wrong:
             raise ValueError(wrong[0])
         return self

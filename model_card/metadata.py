@@ -15,8 +15,8 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_res
 from nanophi.eval.catalogue import TASKS
 from nanophi.formatting import scale
 from nanophi.inputs import is_hub_id
-from nanophi.licenses import license_problems
 from nanophi.model_card.shipped import ShippedRecords, hardware, leading_scores, training_sources
+from nanophi.publishing import license_problems
 
 MINIMUM_CHARACTERS = 200
 """What the Open LLM Leaderboard asked of a card."""

@@ -15,13 +15,13 @@ MAY_IMPORT = {
     "version": (),
     "files": (),
     "formatting": (),
-    "licenses": (),
+    "publishing": ("inputs",),
     "inputs": ("files",),
     "progress": (),
     "configuration_nanophi": (),
     "modeling_nanophi": ("configuration_nanophi",),
     "run": ("files", "formatting", "inputs", "version"),
-    "recipe": ("configuration_nanophi", "files", "formatting", "inputs", "licenses"),
+    "recipe": ("configuration_nanophi", "files", "formatting", "inputs", "publishing"),
 }
 BASE = tuple(MAY_IMPORT)
 MAY_IMPORT |= {

@@ -1,6 +1,13 @@
-"""The licences that the Hub knows: what may stand in a card's `license`."""
+"""What a recipe's card section may say, so that nothing in it stops the card or the push after the training."""
 
 from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Mapping
+from typing import Any
+
+from nanophi.inputs import is_hub_id
 
 HUB_LICENSES = frozenset(
     """
@@ -32,3 +39,25 @@ def license_problems(license_id: object, name: object = None, link: object = Non
         return [f"license 'other' needs {' and '.join(missing)}"] if missing else []
     given = [key for key, value in (("license_name", name), ("license_link", link)) if value]
     return [f"{' and '.join(given)} may only be given with license 'other', not {license_id!r}"] if given else []
+
+
+def card_problems(card: Mapping[str, Any]) -> list[str]:
+    """What is wrong with a card section, one line each, beginning with the key."""
+    wrong = []
+    for key in ("title", "developers", "license_name", "license_link", "prompt", "notes"):
+        text = card[key]
+        if text is None:
+            continue
+        if key != "notes" and not text.strip():
+            wrong.append(f"{key} must not be empty")
+        if key not in ("notes", "prompt") and len(text.splitlines()) > 1:
+            wrong.append(f"{key} must be one line")
+        if any(unicodedata.category(character) in ("Cc", "Cs") for character in text if character not in "\n\t\r"):
+            wrong.append(f"{key} must not have control characters")
+    if card["license_link"] and not re.fullmatch(r"https?://[^\s<>\"]+", card["license_link"]):
+        wrong.append("license_link must be a URL (https://...)")
+    if card["repo_id"] is not None and not is_hub_id(card["repo_id"]):
+        wrong.append(f"repo_id must be ORG/NAME, as on the Hub, got {card['repo_id']!r}")
+    if ".." in card["version"] or card["version"].endswith((".", ".lock")):
+        wrong.append("version must be the name of a git tag: no '..', and no '.' or '.lock' at its end")
+    return wrong + license_problems(card["license"], card["license_name"], card["license_link"])
