@@ -229,14 +229,15 @@ def _change(api: HfApi, repo_id: str, commit: str, folder: Path, scratch: Path |
     from nanophi.model_card import hub
 
     there, here = hub.files_at(api, repo_id, commit), list_files(folder)
-    # Two signatures of the same files differ.
-    same = {name for name in here if name in there and (name == SIGNATURE or hub.is_same(there[name], folder / name))}
-    replaced = [name for name in here if name in there and name not in same]
+    new = [name for name in here if name not in there]
+    replaced = [name for name in here if name in there and not hub.is_same(there[name], folder / name)]
     deleted = sorted(set(there) - set(here))
+    if replaced == [SIGNATURE] and not new and not deleted:
+        replaced = []  # Two signatures of the same files differ.
     foreign = []
     if scratch is not None and (replaced or deleted):
         foreign = _foreign(api, repo_id, commit, {name: there[name] for name in (*replaced, *deleted)}, scratch)
-    return Change(commit, [name for name in here if name not in there], replaced, deleted, foreign)
+    return Change(commit, new, replaced, deleted, foreign)
 
 
 def _foreign(api: HfApi, repo_id: str, commit: str, touched: dict[str, RepoFile], scratch: Path) -> list[str]:

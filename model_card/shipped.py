@@ -134,12 +134,21 @@ def revisions(run: Path) -> list[dict[str, Any]]:
 
 
 def evaluations(run: Path, checkpoint: str) -> dict[str, dict[str, Any]]:
-    """Suite name -> lm-eval's results for a checkpoint, reduced to what is shipped."""
-    prefix = f"{checkpoint}-"
-    return {
-        path.stem.removeprefix(prefix): _reduce_results(read_json(path))
-        for path in sorted((run / "evals").glob(f"{prefix}*.json"))
-    }
+    """Suite name -> lm-eval's results for a checkpoint, reduced to what is shipped.
+
+    Results of other weights, which a run that was trained again may still hold, are passed over.
+    """
+    from nanophi.eval.models import model_sha256
+
+    prefix, found = f"{checkpoint}-", {}
+    files = sorted((run / "evals").glob(f"{prefix}*.json"))
+    contents = {path.stem.removeprefix(prefix): read_json(path) for path in files}
+    measured = {name: content["nanophi"]["model"].get("sha256") for name, content in contents.items()}
+    current = model_sha256(run / "checkpoints" / checkpoint) if any(measured.values()) else None
+    for name, content in contents.items():
+        if measured[name] in (None, current):
+            found[name] = _reduce_results(content)
+    return found
 
 
 def _reduce_results(results: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard import TEMPLATE_MODELCARD_PATH
 
 from nanophi.eval.catalogue import LEADERBOARD
+from nanophi.eval.models import model_sha256
 from nanophi.files import UserError, read_json, write_json
 from nanophi.model_card import card, metadata, secrets, shipped
 from nanophi.model_card.shipped import ShippedRecords
@@ -306,6 +307,13 @@ def test_query_key_layernorm_needs_a_later_transformers(records: ShippedRecords)
 def test_a_loss_of_an_earlier_step_is_not_told(run_copy: Path) -> None:
     edit(run_copy / "checkpoints/step-000020/checkpoint.json", lambda r: r.update(eval_step=10))
     assert [entry["eval_loss"] for entry in shipped.revisions(run_copy)] == [5.3, None, 4.3]
+
+
+def test_results_of_other_weights_are_passed_over(run_copy: Path) -> None:
+    results = run_copy / "evals" / "step-000030-heldout.json"
+    for sha256, suites in ((model_sha256(run_copy / "checkpoints" / "step-000030"), ["heldout"]), ("0" * 64, [])):
+        edit(results, lambda r, sha256=sha256: r["nanophi"]["model"].update(sha256=sha256))
+        assert list(shipped.evaluations(run_copy, "step-000030")) == suites
 
 
 def test_card_of_an_earlier_checkpoint(finished_run: Path) -> None:

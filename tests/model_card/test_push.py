@@ -157,6 +157,34 @@ def test_second_push_sends_nothing(built_release: Path, hub: HubServer) -> None:
 
 
 @pytest.mark.usefixtures("built_before")
+def test_a_new_signature_alone_is_not_sent(
+    built_release: Path, revisions: dict[str, Path], hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sign(folder: Path, key: Path) -> None:
+        (folder / "model.sig").write_bytes(
+            os.urandom(8) + hashlib.sha256((folder / "MANIFEST.json").read_bytes()).digest()
+        )
+
+    monkeypatch.setattr(pushing.signature, "sign", sign)
+    try:
+        push(built_release, "org/demo", signing_key=Path("key.pem"), echo=silent)
+        before = len(hub.requests)
+        push(built_release, "org/demo", signing_key=Path("key.pem"), echo=silent)
+        assert not [line for line in hub.requests[before:] if "/commit/" in line]
+        repository = hub.repositories["model", "org/demo"]
+        repository.tags.clear()
+        files = dict(repository.branches["main"].files)
+        del files["generation_config.json"]
+        repository.add("main", files, "a file is missing")
+        push(built_release, "org/demo", signing_key=Path("key.pem"), echo=silent)
+        signed = repository.branches["main"].files["model.sig"].data
+        assert signed == (revisions["main"] / "model.sig").read_bytes() != files["model.sig"].data
+    finally:
+        for folder in set(revisions.values()):
+            (folder / "model.sig").unlink(missing_ok=True)
+
+
+@pytest.mark.usefixtures("built_before")
 def test_public_comes_last_and_only_if_asked(built_release: Path, hub: HubServer) -> None:
     push(built_release, "org/demo", echo=silent)
     assert hub.repositories["model", "org/demo"].private
