@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from nanophi.eval.catalogue import LEADERBOARD, TASKS, position, references
 from nanophi.eval.models import fingerprint
 from nanophi.eval.results import ANSWER_METRIC, FORMAT, ItemKey, distinct, final_results, item_values, read_result
 from nanophi.eval.statistics import SIGNIFICANCE, bits_per_byte, bits_per_byte_stderr, holm, mcnemar
-from nanophi.files import UserError, write_json, write_text
+from nanophi.files import UserError, read_json, write_json, write_text
 
 MAX_SOURCES = 12
 """Held-out sources with a row of their own; every further row makes Holm's correction harsher on all of them."""
@@ -123,7 +123,12 @@ def _label(identity: Mapping[str, Any], others: Sequence[Mapping[str, Any]], tak
 
 
 def compare(
-    results: Mapping[str, Sequence[Path]], output: Path, *, baseline: str | None = None, seed: int = 0
+    results: Mapping[str, Sequence[Path]],
+    output: Path,
+    *,
+    baseline: str | None = None,
+    seed: int = 0,
+    report: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Compare models and write `comparison.json`, `comparison.md` and `comparison.png`.
 
@@ -133,6 +138,7 @@ def compare(
         output: folder to write in.
         baseline: the label that the others are compared with; None: the last one.
         seed: of the bootstrap.
+        report: called with one line if the folder holds a comparison of other models, which is then replaced.
 
     Returns:
         what `comparison.json` holds: `labels`, `baseline`, `tasks` (per task `scores` by label and `differences` from
@@ -204,6 +210,11 @@ def compare(
         "notes": notes,
     }
     output = Path(output)
+    if (output / "comparison.json").is_file():
+        earlier = read_json(output / "comparison.json")
+        if [earlier.get(key) for key in ("models", "baseline")] != [comparison["models"], baseline]:
+            names = ", ".join(earlier.get("labels") or ["other models"])
+            report(f"{output} held a comparison of {names}, which this one replaces; keep both with --output")
     write_json(output / "comparison.json", comparison)
     write_text(output / "comparison.md", render.to_markdown(comparison))
     render.draw_comparison(comparison, output / "comparison.png")

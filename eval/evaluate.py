@@ -30,7 +30,7 @@ from nanophi.eval.models import load_model
 from nanophi.eval.results import ANSWER_METRIC, FORMAT, headline, mean_of, read_result, result_name
 from nanophi.eval.scorer import ScorerLM, TooLong
 from nanophi.eval.statistics import mean_stderr
-from nanophi.eval.suites import LoadedSuite, find_suite, load_suite, quiet, sample_of_items
+from nanophi.eval.suites import LoadedSuite, find_data, find_suite, load_suite, quiet, sample_of_items
 from nanophi.files import UserError, read_json, remove, sha256_of, sha256_of_file, sha256_of_tree, write_json
 from nanophi.formatting import duration, score
 from nanophi.inputs import model_folder
@@ -87,6 +87,7 @@ def evaluate(
     if model_folder(model) is None:
         report(f"{model}: there is no folder of that name, so it is looked for on the Hub")
     chosen = find_suite(suite, num_fewshot)
+    find_data(chosen, data=data, heldout=heldout)  # before the model is loaded: a mistyped folder
     with quiet():
         network, tokenizer, identity = load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
     loaded = load_suite(chosen, data=data, heldout=heldout)

@@ -204,6 +204,21 @@ def context_problem(suites: Sequence[str], max_position_embeddings: int) -> str:
     return ""
 
 
+def find_data(
+    suite: Suite, *, data: Path | None = None, heldout: Path | None = None
+) -> dict[str, tuple[str, Path | None]]:
+    """Where the data of every leaf task is: the id of its dataset, and the folder (None: the Hub). Reads no data.
+
+    Args: those of `load_suite`.
+
+    Raises:
+        UserError: for data that is missing.
+    """
+    manager = _manager(tuple(entry.task for entry in suite.entries))
+    leaves = [leaf for entry in suite.entries for leaf in _leaves(manager, entry.task)]
+    return {leaf: _origin(leaf, manager.task_index[leaf].cfg or {}, data, heldout) for leaf in leaves}
+
+
 def load_suite(suite: Suite, *, data: Path | None = None, heldout: Path | None = None) -> LoadedSuite:
     """Build the suite's tasks and read their data.
 
@@ -219,12 +234,10 @@ def load_suite(suite: Suite, *, data: Path | None = None, heldout: Path | None =
     tasks: dict[str, Task] = {}
     entries: dict[str, Entry] = {}
     groups: dict[str, Group] = {}
-    origins: dict[str, tuple[str, Path | None]] = {}
+    origins = find_data(suite, data=data, heldout=heldout)
     for entry in suite.entries:
         leaves = _leaves(manager, entry.task)
         for leaf in leaves:
-            config = manager.task_index[leaf].cfg or {}
-            origins[leaf] = _origin(leaf, config, data, heldout)
             entries[leaf] = entry
             tasks[leaf] = _load_task(manager, leaf, entry, *origins[leaf])
         if leaves != [entry.task]:
@@ -258,7 +271,7 @@ def _common() -> TaskManager:
 
 def _manager(names: Sequence[str]) -> TaskManager:
     """An index of tasks that has all `names`. Raises `UserError` for an unknown one, with the nearest names."""
-    if all(name in _common().task_index for name in names):
+    if all(_is_whole(_common(), name) for name in names):
         return _common()
     manager = _everything()
     for name in names:
@@ -268,6 +281,15 @@ def _manager(names: Sequence[str]) -> TaskManager:
             hint = f"did you mean {' or '.join(near)}?" if near else f"suites are {', '.join(SUITES)}"
             raise UserError(f"unknown suite or task '{name}'; {hint}")
     return manager
+
+
+def _is_whole(manager: TaskManager, name: str) -> bool:
+    """Whether an index of some folders knows all of a name: a tag may have more tasks elsewhere."""
+    entry = manager.task_index.get(name)
+    if entry is None or (entry.tags and entry.yaml_path is None):
+        return False
+    children = (entry.cfg or {}).get("task") if "group" in (entry.cfg or {}) else []
+    return all(isinstance(child, str) and _is_whole(manager, child) for child in children or [])
 
 
 def _children(manager: TaskManager, name: str) -> list[str] | None:

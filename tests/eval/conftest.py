@@ -110,3 +110,9 @@ def write(folder: Path, config: str, splits: dict[str, pyarrow.Table]) -> None:
     (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: {config}\n  data_files:\n{files}---\n")
     for split, table in splits.items():
         pyarrow.parquet.write_table(table, folder / config / f"{split}.parquet")
+
+
+@pytest.fixture(scope="session")
+def write_dataset():
+    """`write_dataset(folder, config, splits)`: one configuration of a dataset in Hub layout."""
+    return write

@@ -385,3 +385,12 @@ def test_names_are_not_markup(tmp_path):
     compare(files, tmp_path)
     markdown = (tmp_path / "comparison.md").read_text()
     assert "<script>" not in markdown.replace("\\<", "") and "\\|y" in markdown
+
+
+def test_a_comparison_of_other_models_is_replaced_with_a_word(tmp_path):
+    files = {name: [result(tmp_path / f"{name}.json", [1.0, 0.0])] for name in "abc"}
+    lines: list[str] = []
+    for labels, baseline in (("ab", None), ("ab", None), ("ac", None), ("ac", "a")):
+        compare({x: files[x] for x in labels}, tmp_path / "out", baseline=baseline, report=lines.append)
+    assert [line.split("comparison of ")[1].split(",")[0] for line in lines] == ["a", "a"]
+    assert lines[0].endswith("out held a comparison of a, b, which this one replaces; keep both with --output")

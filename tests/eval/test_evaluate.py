@@ -24,7 +24,7 @@ from nanophi.eval.evaluate import evaluate
 from nanophi.eval.metrics import BitsPerByte
 from nanophi.eval.models import load_model
 from nanophi.eval.scorer import ScorerLM
-from nanophi.eval.suites import OPEN_LLM_V1, Suite, context_problem, find_suite, load_suite, sample_of_items
+from nanophi.eval.suites import OPEN_LLM_V1, Suite, context_problem, find_data, find_suite, load_suite, sample_of_items
 from nanophi.files import UserError, read_json
 
 
@@ -179,12 +179,52 @@ def folder_of_documents(folder):
     return folder
 
 
+def test_a_tag_means_all_of_lm_evals_tasks():
+    """Also where only some of them are in the folders that are looked at first."""
+    manager = lm_eval.tasks.TaskManager()
+    stock = set(manager.task_index["math_word_problems"].tags)
+    entries = {"math_word_problems": len(stock), "mmlu": 57, "blimp": 67}
+    for name, count in entries.items():
+        assert len(find_data(find_suite(name))) == count > 1
+
+
+def test_signal_tasks_from_a_folder(model, write_dataset, tmp_path):
+    def words(count):
+        return " ".join(random.Random(count).choices(["the", "of", "to", "and", "one", "two", "red"], k=3 + count % 3))
+
+    tables = {
+        "allenai/sciq": {"support": 1, "question": 2, "correct_answer": 3, "distractor1": 4, "distractor2": 5}
+        | {"distractor3": 6},
+        "baber/piqa": {"goal": 1, "sol1": 2, "sol2": 3, "label": None},
+        "EleutherAI/lambada_openai": {"text": 1},
+        "nyu-mll/blimp": {"sentence_good": 1, "sentence_bad": 2},
+    }
+    for dataset, columns in tables.items():
+        rows = [{k: i % 2 if n is None else words(7 * i + n) for k, n in columns.items()} for i in range(6)]
+        table = pyarrow.Table.from_pylist(rows)
+        config = "causative" if dataset.endswith("blimp") else "default"
+        write_dataset(tmp_path / "data" / dataset, config, dict.fromkeys(("train", "validation", "test"), table))
+    tasks = "sciq,piqa,lambada_openai,blimp_causative"
+    assert {"sciq", "piqa", "lambada_openai", "blimp"} <= {entry.task for entry in find_suite("signal").entries}
+    result = evaluate(model, tasks, tmp_path / "m.json", data=tmp_path / "data", report=lambda line: None)
+    lines = result["nanophi"]["headline"]
+    assert [(line["metric"], line["chance"]) for line in lines] == [("acc", x) for x in (0.25, 0.5, None, 0.5)]
+    for line in lines:
+        values = [sample["answer_bits_per_byte"] for sample in result["samples"][line["task"]]]
+        assert line["answer_bits_per_byte"]["value"] == pytest.approx(np.mean(values)) and len(values) == 6
+    # lambada's answer is the last word, without the space before it.
+    texts = [words(7 * i + 1) for i in range(6)]
+    scores = [sample["filtered_resps"][0][0] for sample in result["samples"]["lambada_openai"]]
+    expected = [-score / math.log(2) / len(text.split()[-1]) for score, text in zip(scores, texts, strict=True)]
+    assert lines[2]["answer_bits_per_byte"]["value"] == pytest.approx(np.mean(expected))
+
+
 @pytest.mark.parametrize(
     ("suites", "context", "said"),
     [
         (["heldout"], 256, ""),
         (["heldout", "arc_easy"], 128, ""),
-        (["heldout", "open-llm-v1"], 1024, ""),
+        (["heldout", "open-llm-v1", "signal"], 1024, ""),
         (["heldout", "quick"], 256, "task 'gsm8k' (suite 'quick') generates 256 tokens after a question"),
         (["gsm8k:2"], 200, "task 'gsm8k' (suite 'gsm8k:2') generates 256 tokens"),
         (["arc_easy", "hellaswag"], 64, "task 'hellaswag' (suite 'hellaswag') has answers of about 78 tokens"),
