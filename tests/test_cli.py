@@ -65,6 +65,7 @@ def test_every_example_is_a_command_that_parses(example):
         (["run", "demo", "--set", "evaluation.suites=[heldoot]"], "heldout"),
         (["train", "demo"], "stage 'documents' has not run for this recipe"),
         (["compare", "."], "holds no results; name a run directory"),
+        (["eval", "no_such_folder"], "folder no_such_folder does not exist, and it is not a Hub id"),
         (["generate", "nowhere", "x"], "nowhere cannot be loaded"),
         (["verify", "nowhere"], "nowhere"),
     ],

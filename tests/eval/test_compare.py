@@ -2,11 +2,13 @@
 
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
 import scipy.stats
 
+from nanophi import cli
 from nanophi.eval.catalogue import references
 from nanophi.eval.compare import compare, find_label, label_results
 from nanophi.eval.models import model_sha256
@@ -394,3 +396,16 @@ def test_a_comparison_of_other_models_is_replaced_with_a_word(tmp_path):
         compare({x: files[x] for x in labels}, tmp_path / "out", baseline=baseline, report=lines.append)
     assert [line.split("comparison of ")[1].split(",")[0] for line in lines] == ["a", "a"]
     assert lines[0].endswith("out held a comparison of a, b, which this one replaces; keep both with --output")
+
+
+def test_the_command_takes_a_label_or_a_path_as_baseline(tmp_path, monkeypatch, capsys):
+    files = [str(result(tmp_path / f"{name}.json", [1.0, 0.0])) for name in "ab"]
+    for baseline, expected in (("a", "b against a"), (files[1], "a against b"), (None, "a against b")):
+        arguments = ["compare", *files, "--output", str(tmp_path / "out")]
+        monkeypatch.setattr(sys, "argv", ["nanophi", *arguments, *(["--baseline", baseline] if baseline else [])])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        assert not stopped.value.code and expected in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["nanophi", "compare", *files, "--baseline", "c"])
+    with pytest.raises(SystemExit, match="baseline 'c' is not one of a, b"):
+        cli.main()
