@@ -19,6 +19,7 @@ from lm_eval.models.huggingface import HFLM
 
 import nanophi
 from nanophi.eval import evaluate as evaluation
+from nanophi.eval import suites
 from nanophi.eval.curve import evaluate_checkpoints
 from nanophi.eval.evaluate import evaluate
 from nanophi.eval.metrics import BitsPerByte
@@ -181,8 +182,7 @@ def folder_of_documents(folder):
 
 def test_a_tag_means_all_of_lm_evals_tasks():
     """Also where only some of them are in the folders that are looked at first."""
-    manager = lm_eval.tasks.TaskManager()
-    stock = set(manager.task_index["math_word_problems"].tags)
+    stock = set(suites._everything().task_index["math_word_problems"].tags)
     entries = {"math_word_problems": len(stock), "mmlu": 57, "blimp": 67}
     for name, count in entries.items():
         assert len(find_data(find_suite(name))) == count > 1
@@ -220,7 +220,7 @@ def test_signal_tasks_from_a_folder(model, write_dataset, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("suites", "context", "said"),
+    ("names", "context", "said"),
     [
         (["heldout"], 256, ""),
         (["heldout", "arc_easy"], 128, ""),
@@ -231,8 +231,8 @@ def test_signal_tasks_from_a_folder(model, write_dataset, tmp_path):
         (["heldout"], 32, "task 'heldout_continuation' (suite 'heldout') has answers of about 46 tokens"),
     ],
 )
-def test_suites_against_the_context_before_training(suites, context, said):
-    found = context_problem(suites, context)
+def test_suites_against_the_context_before_training(names, context, said):
+    found = context_problem(names, context)
     assert found.startswith(said) and bool(found) == bool(said)
     assert not found or f"too many for a context of {context} tokens" in found
 
