@@ -6,9 +6,6 @@ import, and `nanophi --help` or a mistyped recipe must be answered at once.
 
 from __future__ import annotations
 
-import errno
-import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,15 +15,12 @@ import typer
 from typer import Argument, Option
 
 from nanophi.cli_quality import quality_app
-from nanophi.files import UserError, printable, reason
+from nanophi.files import UserError
 from nanophi.inputs import is_hub_id, model_folder
 from nanophi.jobs import stop_with_parent
 from nanophi.pipeline import PREPARE, Pipeline, is_main_process, run_recipes
 from nanophi.recipe import load_recipe
 from nanophi.version import __version__
-
-INTERRUPTED = 130
-"""Exit status of a command that Ctrl-C stopped (128 + SIGINT); typer sets it."""
 
 app = typer.Typer(
     help="Pretrain small language models from scratch, measure them honestly, publish them on the Hugging Face Hub.",
@@ -64,7 +58,7 @@ def options(
         bool, Option("--version", is_eager=True, callback=_show_version, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Options of the command itself; `--debug` is taken out by `main`, wherever it is given."""
+    """Options of the command itself; `--debug` is taken out in `__main__`, wherever it is given."""
 
 
 @contextmanager
@@ -435,37 +429,3 @@ def submit(
 
 
 app.add_typer(quality_app, name="quality")
-
-
-def _prepare_environment(debug: bool) -> None:
-    """Settings that libraries read when they are imported: the stages report for themselves."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    if not debug:
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    for stream in (sys.stdout, sys.stderr):
-        # A sample or a sign such as ± must not stop a run where the output's encoding lacks it.
-        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
-
-
-def main() -> None:
-    """Entry point: a `UserError` becomes one line and exit status 1; `--debug` shows the traceback instead."""
-    debug = "--debug" in sys.argv
-    _prepare_environment(debug)
-    try:
-        app(args=[argument for argument in sys.argv[1:] if argument != "--debug"], prog_name="nanophi")
-    except UserError as error:
-        if debug:
-            raise
-        sys.exit(f"nanophi: {error}")
-    except OSError as error:
-        if debug or error.errno is None:  # without one it is no error of the system's but a library's
-            raise
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            sys.exit(f"nanophi: no disk space left ({error.filename or 'unknown file'}); free some and run it again")
-        sys.exit(f"nanophi: {printable(reason(error))}")
-    except SystemExit as stop:
-        if stop.code == INTERRUPTED:
-            print("\nnanophi: interrupted; run the same command to resume", file=sys.stderr)
-        raise

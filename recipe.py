@@ -14,15 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import pydantic
-import yaml
 
 from nanophi.files import UserError
 from nanophi.publishing import card_problems
+from nanophi.recipe_file import find_recipe, override, read
 
 if TYPE_CHECKING:
     from nanophi.configuration_nanophi import NanoPhiConfig
-
-RECIPES = Path(__file__).parent / "recipes"
 
 
 class Section(pydantic.BaseModel):
@@ -363,74 +361,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         UserError: for anything wrong with the file, naming the key.
     """
     path = find_recipe(path)
-    values = _read(path, seen=())
-    for override in overrides:
-        _override(values, override)
+    values = read(path)
+    for assignment in overrides:
+        override(values, assignment)
     try:
         return Recipe(**values)
     except pydantic.ValidationError as error:
         raise UserError(f"{path}: {_explain(error)}") from None
     except TypeError as error:
         raise UserError(f"{path}: {error}") from None
-
-
-def find_recipe(path: str | Path) -> Path:
-    """The file that `path` names: itself, or a built-in recipe of that name."""
-    path = Path(path)
-    for candidate in (path, *_built_in(str(path))):
-        if candidate.is_file():
-            return candidate
-    built_in = sorted(recipe.stem for recipe in RECIPES.glob("*.yaml"))
-    raise UserError(f"recipe {path} does not exist; built-in recipes: {', '.join(built_in)}")
-
-
-def _built_in(name: str) -> tuple[Path, Path]:
-    return RECIPES / name, RECIPES / f"{name}.yaml"
-
-
-def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    if path in seen:
-        raise UserError(f"{path}: 'extends' goes in a circle")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: a recipe is a mapping of sections, found {type(values).__name__}")
-    parent = values.pop("extends", None)
-    if parent is None:
-        return values
-    beside = path.parent / str(parent)
-    parent_path = next((file.resolve() for file in (beside, *_built_in(str(parent))) if file.is_file()), None)
-    if parent_path is None:
-        raise UserError(f"{path}: extends {parent}, which does not exist")
-    return _merge(_read(parent_path, (*seen, path)), values)
-
-
-def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in changes.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
-
-
-def _override(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"--set {override}: expected section.key=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"--set {override}: the value is not valid YAML") from None
-    *sections, last = key.split(".")
-    for section in sections:
-        values = values.setdefault(section, {})
-        if not isinstance(values, dict):
-            raise UserError(f"--set {override}: '{section}' is not a section")
-    values[last] = value
 
 
 def _explain(error: pydantic.ValidationError) -> str:

@@ -21,7 +21,8 @@ MAY_IMPORT = {
     "configuration_nanophi": (),
     "modeling_nanophi": ("configuration_nanophi",),
     "run": ("files", "formatting", "inputs", "version"),
-    "recipe": ("configuration_nanophi", "files", "formatting", "inputs", "publishing"),
+    "recipe_file": ("files",),
+    "recipe": ("configuration_nanophi", "files", "recipe_file", "formatting", "inputs", "publishing"),
 }
 BASE = tuple(MAY_IMPORT)
 MAY_IMPORT |= {
@@ -34,7 +35,7 @@ MAY_IMPORT |= {
     "ablate": (*BASE, *ROOMS, "jobs", "pipeline"),
     "cli_quality": (*BASE, "data"),
     "cli": (*BASE, *ROOMS, "jobs", "pipeline", "ablate", "cli_quality"),
-    "__main__": ("cli",),
+    "__main__": ("cli", "files"),
     "__init__": ("configuration_nanophi", "modeling_nanophi", "version"),
 }
 MAXIMUM_LINES = 450

@@ -10,6 +10,7 @@ import pytest
 import typer
 
 from nanophi import __version__, cli, files
+from nanophi.__main__ import INTERRUPTED, main
 
 VERBS = [[command.name or command.callback.__name__] for command in cli.app.registered_commands]
 VERBS += [["quality", command.callback.__name__] for command in cli.quality_app.registered_commands]
@@ -18,7 +19,7 @@ VERBS += [["quality", command.callback.__name__] for command in cli.quality_app.
 def nanophi(monkeypatch, capsys, *arguments) -> tuple[int | str | None, str, str]:
     monkeypatch.setattr(sys, "argv", ["nanophi", *map(str, arguments)])
     with pytest.raises(SystemExit) as stopped:
-        cli.main()
+        main()
     captured = capsys.readouterr()
     return stopped.value.code, captured.out, captured.err
 
@@ -109,11 +110,11 @@ def test_a_quick_answer_loads_none_of_the_large_libraries(tmp_path):
     """Help, a mistyped verb, a mistyped recipe or key: answered without the seconds that torch takes to import."""
     script = """
 import contextlib, io, sys
-from nanophi import cli
+from nanophi.__main__ import main
 for line in ("--help", "run --help", "rnu", "run nowhere", "train demo --set training.stepz=1"):
     sys.argv[1:] = line.split()
     with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO())), contextlib.suppress(SystemExit):
-        cli.main()
+        main()
 print(*sorted({"torch", "transformers", "datasets", "lm_eval", "numpy", "pyarrow", "matplotlib"} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
@@ -126,7 +127,7 @@ def test_ctrl_c_is_one_line(monkeypatch, capsys, tmp_path):
 
     monkeypatch.setattr(cli, "run_recipes", interrupted)
     code, out, err = nanophi(monkeypatch, capsys, "run", "demo", "--runs", tmp_path)
-    assert (code, out) == (cli.INTERRUPTED, "")
+    assert (code, out) == (INTERRUPTED, "")
     assert err.split("\n") == ["", "nanophi: interrupted; run the same command to resume", ""]
 
 
@@ -138,7 +139,7 @@ def test_the_version(monkeypatch, capsys):
 def test_debug_shows_where_it_came_from(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["nanophi", "run", "nowhere.yaml", "--debug"])
     with pytest.raises(files.UserError):
-        cli.main()
+        main()
 
 
 def test_the_root_is_imported_once():

@@ -19,8 +19,10 @@ from hub_server import HubServer
 from readme import README, ROOT, blocks, commands
 
 from nanophi import cli
+from nanophi.__main__ import main
 from nanophi.files import read_json
-from nanophi.recipe import RECIPES, load_recipe
+from nanophi.recipe import load_recipe
+from nanophi.recipe_file import RECIPES
 
 COMMANDS = commands("The command")
 VERBS = {command.name or command.callback.__name__ for command in cli.app.registered_commands if not command.hidden}
@@ -53,7 +55,7 @@ def nanophi(arguments: list[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["nanophi", *arguments])
         with pytest.raises(SystemExit) as stopped:
-            cli.main()
+            main()
     assert not stopped.value.code, stopped.value.code
 
 
@@ -134,11 +136,11 @@ def test_publishing_works_as_it_stands(demo, tmp_path):
     lines = [line for line in COMMANDS if line[0] in ("push", "submit")]
     script = """
 import json, sys
-from nanophi import cli
+from nanophi.__main__ import main
 for arguments in json.loads(sys.argv.pop()):
     sys.argv[1:] = arguments
     try:
-        cli.main()
+        main()
     except SystemExit as stopped:
         if stopped.code:
             raise

@@ -5,7 +5,8 @@ import yaml
 
 from nanophi.files import UserError
 from nanophi.modeling_nanophi import NanoPhiForCausalLM
-from nanophi.recipe import RECIPES, Recipe, load_recipe
+from nanophi.recipe import Recipe, load_recipe
+from nanophi.recipe_file import RECIPES
 from nanophi.training.estimate import flops_per_token, parameter_count
 
 
