@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from nanophi.eval import render, statistics
+from nanophi.eval import filter_parts, render, statistics
 from nanophi.eval.catalogue import LEADERBOARD, TASKS, position, references
 from nanophi.eval.models import fingerprint
 from nanophi.eval.results import ANSWER_METRIC, FORMAT, ItemKey, distinct, final_results, item_values, read_result
@@ -142,10 +142,10 @@ def compare(
 
     Returns:
         what `comparison.json` holds: `labels`, `baseline`, `tasks` (per task `scores` by label and `differences` from
-        the baseline by label), `answers` (the same for the bits per byte of the right answers), `subjects` (the same
-        for the parts of a group such as MMLU), `sources` (the same for bits per byte of each held-out source, the
-        small ones together), `heldout` by label, `published`, `notes`. A task that was not measured alike everywhere
-        has a row for each way: `winogrande:0` and `winogrande:5`.
+        the baseline by label), the same for `answers` (bits per byte of the right answers), `subjects` (the parts of a
+        group such as MMLU), `sources` (each held-out source, the small ones together) and `filter` (held-out text that
+        a filter keeps and drops), `heldout` by label, `published`, `notes`. A task that was not measured alike
+        everywhere has a row for each way: `winogrande:0` and `winogrande:5`.
 
     Raises:
         UserError: for a file that is no result of ours, results of two models under one label, or results that have
@@ -164,7 +164,6 @@ def compare(
     table: dict[str, Any] = {}
     answers: dict[str, Any] = {}
     subjects: dict[str, Any] = {}
-    sources: dict[str, Any] = {}
     draws: dict[str, dict[str, np.ndarray]] = {}
     for key, scores in rows.items():
         table[key], draws[key] = _row(key, scores, baseline, rng, notes)
@@ -179,9 +178,9 @@ def compare(
         right = {label: answer for label, score in scores.items() if (answer := _answers(score))}
         if right:
             answers[key], _ = _row(key, right, baseline, rng, [])
-        if key == "heldout_bits_per_byte":
-            sources = _sources(scores, baseline, rng)
-    if all(task in table and table[task]["num_fewshot"] == _leaderboard_shots(task) for task in LEADERBOARD):
+    held = rows.get("heldout_bits_per_byte", {})
+    documents = {key for score in held.values() for key in score.sources}
+    if all(task in table and table[task]["num_fewshot"] == TASKS[task].leaderboard.shots for task in LEADERBOARD):  # type: ignore[union-attr]
         _add_average(table, draws, labels, baseline)
     _correct(table.values())
     _correct(answers.values())
@@ -196,7 +195,8 @@ def compare(
         "tasks": table,
         "answers": answers,
         "subjects": subjects,
-        "sources": sources,
+        "sources": _sources(held, baseline, rng),
+        "filter": _parts(held, filter_parts.divide(results, documents), baseline, rng),
         "heldout": {
             label: content["nanophi"]["heldout"]
             for label, contents in files.items()
@@ -219,11 +219,6 @@ def compare(
     write_text(output / "comparison.md", render.to_markdown(comparison))
     render.draw_comparison(comparison, output / "comparison.png")
     return comparison
-
-
-def _leaderboard_shots(task: str) -> int | None:
-    board = TASKS[task].leaderboard
-    return board.shots if board else None
 
 
 def _identity_notes(files: Mapping[str, Sequence[dict[str, Any]]]) -> list[str]:
@@ -319,21 +314,27 @@ def _sources(scores: Mapping[str, Measured], baseline: str, rng: np.random.Gener
     if len(small) == 1 and len(large) < MAX_SOURCES:
         large, small = large + small, []  # one source together with nothing has a name of its own
     groups = {source: [source] for source in large} | ({f"other ({len(small)} sources)": small} if small else {})
+    parts = {name: {key for key in every if every[key] in members} for name, members in groups.items()}
+    return _parts(scores, parts, baseline, rng)
+
+
+def _parts(
+    scores: Mapping[str, Measured], parts: Mapping[str, set[ItemKey]], baseline: str, rng: np.random.Generator
+) -> dict[str, Any]:
+    """Rows for parts of the held-out documents, corrected among themselves."""
     rows = {}
-    for name, members in groups.items():
-        parts = {label: part for label, score in scores.items() if (part := _of_sources(score, set(members)))}
-        rows[name], _ = _row(name, parts, baseline, rng, [])
-        rows[name]["documents"] = max(part.line["items"] for part in parts.values())
+    for name, keys in parts.items():
+        of_part = {label: part for label, score in scores.items() if (part := _of_items(score, keys))}
+        if of_part:
+            rows[name], _ = _row(name, of_part, baseline, rng, [])
+            rows[name] |= {"part": name, "documents": max(part.line["items"] for part in of_part.values())}
     _correct(rows.values())
     return rows
 
 
-def _of_sources(score: Measured, sources: set[str]) -> Measured | None:
-    """The part of a held-out score that belongs to some sources; None if it has no document of them."""
-    items = {
-        leaf: {key: value for key, value in values.items() if score.sources.get(key) in sources}
-        for leaf, values in score.items.items()
-    }
+def _of_items(score: Measured, keys: set[ItemKey]) -> Measured | None:
+    """The part of a held-out score that belongs to some documents; None if it has none of them."""
+    items = {leaf: {key: value for key, value in values.items() if key in keys} for leaf, values in score.items.items()}
     pairs = np.array([value for values in items.values() for value in values.values()], dtype=float)
     if not len(pairs):
         return None

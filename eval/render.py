@@ -21,7 +21,7 @@ def to_text(comparison: Mapping[str, Any]) -> str:
     """The comparison as a plain-text table for the terminal."""
     labels, baseline = comparison["labels"], comparison["baseline"]
     rows = [["", *labels, "chance"]]
-    for row in comparison["tasks"].values():
+    for row in _main_rows(comparison):
         rows.append([_title(row), *(_scores(row, labels)), _chance(row)])
         if _is_heldout_bits(row) and comparison["heldout"]:
             rows.append([BZ2, *_bz2(comparison), ""])
@@ -30,8 +30,8 @@ def to_text(comparison: Mapping[str, Any]) -> str:
         rows += [[_title(row), *_scores(row, labels), ""] for row in comparison["answers"].values()]
     lines = _columns(rows)
     for label in labels:
-        tables = ("tasks", "answers")
-        compared = [row for name in tables for row in comparison[name].values() if label in row["differences"]]
+        every = [*_main_rows(comparison), *comparison["answers"].values()]
+        compared = [row for row in every if label in row["differences"]]
         if compared:
             lines += ["", f"{label} against {baseline}, on the same items, with 95 % confidence intervals:"]
             lines += _columns([_text_difference(row, row["differences"][label]) for row in compared])
@@ -47,7 +47,7 @@ def to_markdown(comparison: Mapping[str, Any]) -> str:
     names = [_plain(label) for label in labels]
     lines = ["# Comparison", "", "Score ± standard error. ↓: lower is better.", ""]
     lines += _markdown_row(["task", *names, "chance", "items"]) + _markdown_rule(len(labels) + 3)
-    for row in comparison["tasks"].values():
+    for row in _main_rows(comparison):
         lines += _markdown_row([_title(row), *_scores(row, labels), _chance(row), _items(row)])
         if _is_heldout_bits(row) and comparison["heldout"]:
             lines += _markdown_row([f"{BZ2} ↓", *_bz2(comparison), "", ""])
@@ -59,9 +59,8 @@ def to_markdown(comparison: Mapping[str, Any]) -> str:
         for row in comparison["answers"].values():
             lines += _markdown_row([_title(row), *_scores(row, labels), _items(row)])
     for label in labels:
-        compared = [
-            row for name in ("tasks", "answers") for row in comparison[name].values() if label in row["differences"]
-        ]
+        every = [*_main_rows(comparison), *comparison["answers"].values()]
+        compared = [row for row in every if label in row["differences"]]
         if compared:
             lines += ["", f"## {_plain(label)} against {_plain(baseline)}", "", f"{DETECTABLE.capitalize()}.", ""]
             header = ["task", "difference [95 % interval]", "detectable", "p", "p, corrected", "verdict"]
@@ -196,8 +195,16 @@ def _unit(name: str) -> str:
     return f"{said} (lower is better)" if name in ("bits_per_byte", ANSWER_METRIC) else said
 
 
+def _main_rows(comparison: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The tasks, with what a filter keeps and drops below all held-out text."""
+    rows: list[Mapping[str, Any]] = []
+    for row in comparison["tasks"].values():
+        rows += [row, *(comparison["filter"].values() if _is_heldout_bits(row) else ())]
+    return rows
+
+
 def _is_heldout_bits(row: Mapping[str, Any]) -> bool:
-    return row["task"] == "heldout_bits_per_byte"
+    return row["task"] == "heldout_bits_per_byte" and "part" not in row
 
 
 def _title(row: Mapping[str, Any]) -> str:
@@ -207,7 +214,7 @@ def _title(row: Mapping[str, Any]) -> str:
     if row["num_fewshot"] is not None and not row["task"].startswith("heldout_"):
         details.append(f"{row['num_fewshot']}-shot")
     said = f" ({', '.join(details)})" if details else ""
-    return title(row["task"]) + said + ("" if row["higher_is_better"] else " ↓")
+    return row.get("part", title(row["task"])) + said + ("" if row["higher_is_better"] else " ↓")
 
 
 def _title_in_picture(row: Mapping[str, Any]) -> str:

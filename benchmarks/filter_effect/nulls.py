@@ -2,8 +2,8 @@
 
     python benchmarks/filter_effect/nulls.py --runs ../filter_effect_runs
 
-Every run is the `random` arm of this experiment with a smaller model, another seed (initialisation, order, documents) and
-fewer steps; what is kept is the bits per byte of the right answers of the same ARC-Easy items.
+Every run is the `random` arm of this experiment with a smaller model, fewer steps and another seed (initialisation,
+order, documents); what is kept is the bits per byte of the right answers of the same ARC-Easy items.
 """
 
 from __future__ import annotations

@@ -1,10 +1,13 @@
 """Comparison: tests against scipy and simulation, and no verdict where there is only noise."""
 
+import hashlib
 import json
 import math
 import sys
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import scipy.stats
 
@@ -409,3 +412,37 @@ def test_the_command_takes_a_label_or_a_path_as_baseline(tmp_path, monkeypatch, 
     monkeypatch.setattr(sys, "argv", ["nanophi", "compare", *files, "--baseline", "c"])
     with pytest.raises(SystemExit, match="baseline 'c' is not one of a, b"):
         cli.main()
+
+
+def test_heldout_text_is_told_apart_by_the_filter_of_a_run(tmp_path):
+    """A filtered model may lose on all text and win on what its filter keeps: the comparison tells both."""
+    rng = np.random.default_rng(5)
+    sizes = rng.integers(200, 400, 120)
+    kept = rng.random(120) < 0.3
+    nats = -0.9 * sizes * np.exp(rng.normal(0, 0.1, 120))
+    ours = nats * np.where(kept, 0.9, 1.1) * (1 + rng.normal(0, 0.01, 120))
+    ids = sorted((f"{value:016x}" for value in range(120)), key=lambda key: hashlib.sha256(key.encode()).digest())
+    run = tmp_path / "filtered"
+    for folder in ("evals", "data/quality", "data/documents"):
+        (run / folder).mkdir(parents=True)
+    columns = {"id": ids, "source": ["s"] * 120, "text": ["t"] * 120}
+    pq.write_table(pa.table(columns).take(rng.permutation(120)), run / "data/documents/heldout-00000.parquet")
+    order = rng.permutation(120)
+    scores = pa.table({"id": ids, "quality_score": kept * 0.5, "kept": kept}).take(order)
+    pq.write_table(scores, run / "data/quality/heldout.parquet")
+    files = {"ours": [bits(run / "evals" / "a.json", ours, sizes)], "control": [bits(tmp_path / "c.json", nats, sizes)]}
+    found = compare(files, tmp_path / "out")
+    assert found["tasks"]["heldout_bits_per_byte"]["differences"]["ours"]["verdict"] == "worse"
+    rows = list(found["filter"].values())
+    assert [row["part"] for row in rows] == ["held-out text, kept by ours", "held-out text, dropped by ours"]
+    assert [row["differences"]["ours"]["verdict"] for row in rows] == ["better", "worse"]
+    assert [row["documents"] for row in rows] == [kept.sum(), 120 - kept.sum()]
+    expected = (nats - ours)[kept].sum() / sizes[kept].sum() / math.log(2)
+    assert rows[0]["differences"]["ours"]["value"] == pytest.approx(expected)
+    lines = to_text(found).split("\n")
+    first = next(i for i, line in enumerate(lines) if line.startswith("held-out bits per byte"))
+    assert lines[first + 2].startswith("held-out text, kept by ours ↓")
+    assert "| held-out text, dropped by ours ↓ |" in (tmp_path / "out/comparison.md").read_text()
+    # Without a run directory's filter there are no such rows.
+    plain = {label: [bits(tmp_path / f"{label}.json", nats, sizes)] for label in ("x", "y")}
+    assert compare(plain, tmp_path / "plain")["filter"] == {}
