@@ -6,6 +6,7 @@ Read from `tasks.yaml`; imports nothing heavy, so that the card and the comparis
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,21 @@ def title(task: str, shots: int | None = None) -> str:
     """A task's title, `HellaSwag (10-shot)`; lm-eval's name if it has none."""
     name = TASKS[task].title if task in TASKS else task
     return f"{name} ({shots}-shot)" if shots else name
+
+
+def main_rows(comparison: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a comparison's main table: its tasks, and what a filter keeps and drops below all held-out text."""
+    rows: list[dict[str, Any]] = []
+    for task, row in comparison["tasks"].items():
+        rows.append({"task": task, **row})
+        if rows[-1]["task"] == "heldout_bits_per_byte":
+            rows += comparison.get("filter", {}).values()
+    return rows
+
+
+def row_title(row: Mapping[str, Any]) -> str:
+    """Title of a row of `main_rows`."""
+    return row.get("part") or title(row["task"], row["num_fewshot"])
 
 
 def position(task: str) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nanophi.eval.catalogue import title
+from nanophi.eval.catalogue import main_rows, title
 from nanophi.eval.results import ANSWER_METRIC
 from nanophi.formatting import difference, metric, p_value, scale, score, size
 
@@ -21,7 +21,7 @@ def to_text(comparison: Mapping[str, Any]) -> str:
     """The comparison as a plain-text table for the terminal."""
     labels, baseline = comparison["labels"], comparison["baseline"]
     rows = [["", *labels, "chance"]]
-    for row in _main_rows(comparison):
+    for row in main_rows(comparison):
         rows.append([_title(row), *(_scores(row, labels)), _chance(row)])
         if _is_heldout_bits(row) and comparison["heldout"]:
             rows.append([BZ2, *_bz2(comparison), ""])
@@ -30,7 +30,7 @@ def to_text(comparison: Mapping[str, Any]) -> str:
         rows += [[_title(row), *_scores(row, labels), ""] for row in comparison["answers"].values()]
     lines = _columns(rows)
     for label in labels:
-        every = [*_main_rows(comparison), *comparison["answers"].values()]
+        every = [*main_rows(comparison), *comparison["answers"].values()]
         compared = [row for row in every if label in row["differences"]]
         if compared:
             lines += ["", f"{label} against {baseline}, on the same items, with 95 % confidence intervals:"]
@@ -47,7 +47,7 @@ def to_markdown(comparison: Mapping[str, Any]) -> str:
     names = [_plain(label) for label in labels]
     lines = ["# Comparison", "", "Score ± standard error. ↓: lower is better.", ""]
     lines += _markdown_row(["task", *names, "chance", "items"]) + _markdown_rule(len(labels) + 3)
-    for row in _main_rows(comparison):
+    for row in main_rows(comparison):
         lines += _markdown_row([_title(row), *_scores(row, labels), _chance(row), _items(row)])
         if _is_heldout_bits(row) and comparison["heldout"]:
             lines += _markdown_row([f"{BZ2} ↓", *_bz2(comparison), "", ""])
@@ -59,7 +59,7 @@ def to_markdown(comparison: Mapping[str, Any]) -> str:
         for row in comparison["answers"].values():
             lines += _markdown_row([_title(row), *_scores(row, labels), _items(row)])
     for label in labels:
-        every = [*_main_rows(comparison), *comparison["answers"].values()]
+        every = [*main_rows(comparison), *comparison["answers"].values()]
         compared = [row for row in every if label in row["differences"]]
         if compared:
             lines += ["", f"## {_plain(label)} against {_plain(baseline)}", "", f"{DETECTABLE.capitalize()}.", ""]
@@ -193,14 +193,6 @@ def _unit(name: str) -> str:
         return "score in percent (dotted: chance)"
     said = {"bits_per_byte": "bits per byte", ANSWER_METRIC: "right answers, bits per byte"}.get(name, name)
     return f"{said} (lower is better)" if name in ("bits_per_byte", ANSWER_METRIC) else said
-
-
-def _main_rows(comparison: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The tasks, with what a filter keeps and drops below all held-out text."""
-    rows: list[Mapping[str, Any]] = []
-    for row in comparison["tasks"].values():
-        rows += [row, *(comparison["filter"].values() if _is_heldout_bits(row) else ())]
-    return rows
 
 
 def _is_heldout_bits(row: Mapping[str, Any]) -> bool:

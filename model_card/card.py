@@ -195,11 +195,11 @@ def differences(comparison: dict[str, Any] | None) -> dict[str, list[dict[str, A
     if comparison is None:
         return None
     rows: dict[str, list[dict[str, Any]]] = {}
-    for task, row in comparison["tasks"].items():
+    for row in catalogue.main_rows(comparison):
         for label, entry in row["differences"].items():
             rows.setdefault(label, []).append(
                 {
-                    "title": catalogue.title(task, row["num_fewshot"]),
+                    "title": catalogue.row_title(row),
                     "difference": formatting.difference(entry, row["metric"]),
                     "p": formatting.p_value(entry["p_corrected"]),
                     "verdict": entry["verdict"],
@@ -313,6 +313,8 @@ FILTERS: dict[str, Any] = {
     "source_name": _source_name,
     "text": markup.text,
     "title": title,
+    "rows": catalogue.main_rows,
+    "row_title": catalogue.row_title,
     "verdicts": _verdicts,
 }
 

@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 SETTINGS = [
     "model={hidden_size: 64, intermediate_size: 128, num_hidden_layers: 2, num_attention_heads: 4, "
     "num_key_value_heads: 2, max_position_embeddings: 128}",
-    "name=null",
+    "name=filter-null",
     "training.steps=40",
     "training.warmup_steps=4",
     "training.save_steps=40",
