@@ -18,6 +18,7 @@ order, which documents are drawn) and two learning rates, because a conclusion m
     OUTPUT/items.json     what the items are: sizes, and which held-out documents the filter would keep
     OUTPUT/records/       one JSON file per finished run, with every item's log-likelihood
     OUTPUT/ablation.json|.md|.png   the answer (`nanophi.eval.ablation`) from these files alone, new after each run
+    RUNS/NAME/ablation.json         a copy, if the recipe itself has been run there, for its report page
     RUNS/NAME-ARM-seed-S-lr-R/      run directories; documents, scores and tokenizer are made once and shared
 
 Called again it resumes. A plan is not changed: another question needs another OUTPUT.
@@ -135,7 +136,10 @@ def ablate(
 
     if waiting:
         train_side_by_side([pipelines[name][1] for name in waiting], jobs, finished)
-    return answer(output)
+    result = answer(output)
+    if (runs / recipe.name / "record.json").exists():
+        write_json(runs / recipe.name / "ablation.json", result)
+    return result
 
 
 def _suite(tasks: Sequence[str]) -> str:

@@ -387,7 +387,8 @@ class Pipeline:
         """`report.html`: the run to look at."""
         from nanophi.model_card import report
 
-        inputs = self._records()
+        ablation = self.path / "ablation.json"
+        inputs = self._records() | ({"ablation": sha256_of_file(ablation)} if ablation.exists() else {})
         return self._stage(
             "report", inputs, ["report.html"], lambda work: report.build(self.path, work / "report.html"), shared=False
         )

@@ -47,7 +47,7 @@ def paragraph(result: Mapping[str, Any]) -> str:
 def _sentence(entry: Mapping[str, Any]) -> str:
     ours, theirs = (ARMS[arm] for arm in entry["arms"])
     rates = {rate: one for rate, one in entry["learning_rates"].items() if one["value"] is not None}
-    values = ", ".join(f"{_difference(one)} at learning rate {float(rate):g}" for rate, one in rates.items())
+    values = ", ".join(f"{difference(one)} at learning rate {float(rate):g}" for rate, one in rates.items())
     if entry["verdict"] in DIFFERENCES:
         more = DIFFERENCES[entry["verdict"]]
         return f"{ours} needs {more} bits than {theirs} ({values}; p {_p(entry['p_corrected'])})"
@@ -61,7 +61,8 @@ def _sentence(entry: Mapping[str, Any]) -> str:
     return f"{ours} and {theirs} are not compared yet ({entry['verdict']}{'; ' + values if values else ''})"
 
 
-def _difference(one: Mapping[str, Any]) -> str:
+def difference(one: Mapping[str, Any]) -> str:
+    """`-0.1029 [-0.1423, -0.0635]`: a contrast and its 95 % interval, if it has one."""
     interval = one["interval"]
     return f"{one['value']:+.4f}" + (f" [{interval[0]:+.4f}, {interval[1]:+.4f}]" if interval else "")
 
@@ -90,7 +91,7 @@ def to_markdown(result: Mapping[str, Any]) -> str:
                 p_value = "" if one["p_value"] is None else formatting.p_value(one["p_value"])
                 lines.append(
                     f"| {contrast}: {' - '.join(tested['arms'])} | {float(rate):g} "
-                    f"| {'' if one['value'] is None else _difference(one)} "
+                    f"| {'' if one['value'] is None else difference(one)} "
                     f"| {', '.join(f'{value:+.4f}' for value in one['by_seed'])} "
                     f"| {_share_of_seeds(one)} | {p_value} "
                     f"| {_figure(one['minimum_detectable_effect'])} | {verdict} |"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nanophi import formatting
+from nanophi.eval import ablation_render
 from nanophi.files import UserError, read_json, write_text
 from nanophi.model_card import shipped
 from nanophi.model_card.card import by_source, differences
@@ -51,6 +52,7 @@ def build(run: Path, output: Path) -> dict[str, Any]:
         "baseline": _baseline(records),
         "differences": differences(records.get("comparison.json")),
         "by_source": by_source(records),
+        "ablation": _ablation(run / "ablation.json"),
         "written": training.get("samples", []),
         "samples": read_json(run / "sample.json") if (run / "sample.json").exists() else None,
         # Not the shipped record: names of sources must be those of the documents.
@@ -94,6 +96,21 @@ def _unit(row: dict[str, Any]) -> dict[str, Any]:
         "factor": factor,
         "shown": formatting.score(row, row["metric"]),
     }
+
+
+def _ablation(path: Path) -> dict[str, Any] | None:
+    """The answer of `nanophi ablate` on this recipe's filter, if there is one: a paragraph, the primary contrasts."""
+    if not path.exists():
+        return None
+    result = read_json(path)
+    target = next(entry for entry in result["targets"].values() if entry["primary"])
+    rows = [
+        [f"{name}: {' - '.join(found['arms'])}", f"{float(rate):g}", ablation_render.difference(one), found["verdict"]]
+        for name, found in {**target["contrasts"], "check": target["check"]}.items()
+        for rate, one in found["learning_rates"].items()
+        if one["value"] is not None
+    ]
+    return {"paragraph": ablation_render.paragraph(result), "rows": rows}
 
 
 def _baseline(records: ShippedRecords) -> dict[str, Any] | None:

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from nanophi import ablate
+from nanophi.eval import ablation_render
 from nanophi.files import UserError, read_json, sha256_of_tree
+from nanophi.model_card import report
 from nanophi.recipe import load_recipe
 from nanophi.training import trainer
 
@@ -132,9 +134,16 @@ def test_killed_it_resumes_and_another_question_is_refused(finished, recipe, mon
     record.unlink()
     lines: list[str] = []
     monkeypatch.setattr(trainer, "train", None)  # nothing is trained again
+    (folder / "runs/planted").mkdir()
+    (folder / "runs/planted/record.json").write_text(
+        '{"stages": {}}'
+    )  # the recipe's own run, whose page shows the answer
     again = ablate.ablate(recipe, folder / "runs", folder / "output", report=lines.append, **OPTIONS)
     assert record.read_text() == kept and again == result
     assert "15 of 16 runs were done before" in lines
+    shown = report._ablation(folder / "runs/planted/ablation.json")
+    assert shown is not None and len(shown["rows"]) == 8 and shown["paragraph"] == ablation_render.paragraph(result)
+    assert shown["rows"][0][0] == "quality: best - random" and shown["rows"][0][3] == "better"
     before = sha256_of_tree(folder / "output")
     for change, message in (
         ({"epochs": 5}, "another epochs_asked"),
