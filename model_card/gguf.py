@@ -1,7 +1,7 @@
 """GGUF files of a release, for llama.cpp and the programs built on it.
 
-llama.cpp knows Phi's function as the architecture `phi2`. Its own converter writes as many key/value heads as query
-heads, which is wrong under grouped query attention, so the metadata is written here, from the release's config.
+llama.cpp has Phi's function as the architecture `phi2`. Its own converter writes as many key/value heads as query
+heads, which is wrong under grouped-query attention, so the metadata is written here, from the release's config.
 
 A folder holds what a companion repository `ORG/NAME-GGUF` does on the Hub, where programs look for these files:
 
@@ -13,6 +13,7 @@ The files are the same, byte for byte, whenever and wherever they are built from
 from __future__ import annotations
 
 import os
+import shlex
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from nanophi.configuration_nanophi import NanoPhiConfig
 from nanophi.files import UserError, read_json, replace_tree, sha256_of_file, write_text
 from nanophi.inputs import is_hub_id
+from nanophi.model_card import markup
 from nanophi.model_card import release as releases
 from nanophi.version import __version__
 
@@ -36,7 +38,7 @@ TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
 
 
 def export(release: Path, kinds: Sequence[str], output: Path) -> list[dict[str, Any]]:
-    """Write a folder ready to be a Hub repository; one that is there is replaced when all is well.
+    """Write a folder ready to be a Hub repository; an earlier one is replaced once the new one is complete.
 
     Args:
         release: a release folder.
@@ -142,7 +144,7 @@ def check_kind(kind: str) -> None:
 
 
 def _check_expressible(release: Path, config: NanoPhiConfig) -> tuple[int, int]:
-    """Refuse what llama.cpp's phi2 would leave out without a word; returns the ids of the first and last token."""
+    """Refuse what llama.cpp's phi2 would silently leave out; returns the ids of the first and last token."""
     where = release / "config.json"
     if config.qk_layernorm:
         raise UserError(f"{where}: llama.cpp's phi2 has no LayerNorm on queries and keys; qk_layernorm must be false")
@@ -181,7 +183,7 @@ def _add_metadata(writer: GGUFWriter, release: Path, config: NanoPhiConfig, kind
 
 
 def _add_tokenizer(writer: GGUFWriter, release: Path, vocab_size: int, bos: int, eos: int) -> None:
-    """GPT-2's byte-level BPE, which llama.cpp has its own code for: anything else would be cut into other tokens."""
+    """GPT-2's byte-level BPE, which llama.cpp implements; with any other tokenizer its tokens would differ."""
     from tokenizers import Tokenizer
 
     gguf = _library()
@@ -208,7 +210,7 @@ def _add_tokenizer(writer: GGUFWriter, release: Path, vocab_size: int, bos: int,
     ids = {**model["vocab"], **{token["content"]: token["id"] for token in content["added_tokens"]}}
     if max(ids.values()) >= vocab_size:
         raise UserError(f"{path}: token {max(ids.values())} has no row in the model (vocab_size {vocab_size})")
-    # Rows without a token (phi-2 has 905 of them) need a name all the same, which no text is cut into.
+    # Rows without a token (phi-2 has 905 of them) still need a name, which no text is split into.
     tokens = [f"[PAD{number}]" for number in range(vocab_size)]
     types = [gguf.TokenType.UNUSED] * vocab_size
     for token, number in ids.items():
@@ -280,13 +282,16 @@ def _card(release: Path, repo_id: str, files: list[dict[str, Any]]) -> str:
         metadata |= {"base_model": repo_id, "base_model_relation": "quantized"}
     metadata |= {"library_name": "gguf", "tags": ["gguf", "phi"]}
     name = repo_id.split("/")[-1]
-    origin = f"[{repo_id}](https://huggingface.co/{repo_id})" if is_hub_id(repo_id) else repo_id
-    rows = "".join(f"| `{Path(file['path']).name}` | {file['kind']} | {file['bytes']:,} |\n" for file in files)
+    origin = f"[{repo_id}](https://huggingface.co/{repo_id})" if is_hub_id(repo_id) else markup.text(repo_id)
+    rows = "".join(
+        f"| {markup.code(Path(file['path']).name, cell=True)} | {file['kind']} | {file['bytes']:,} |\n"
+        for file in files
+    )
     first = Path(files[0]["path"]).name
     return (
-        f"---\n{yaml.safe_dump(metadata, sort_keys=True, allow_unicode=True)}---\n\n# {name}-GGUF\n\n"
-        f"{origin} for llama.cpp and the programs built on it. How the model was made and measured, and what it is not "
-        "fit for, is in its card there.\n\n"
+        f"---\n{yaml.safe_dump(metadata, sort_keys=True, allow_unicode=True)}---\n\n# {markup.text(name)}-GGUF\n\n"
+        f"{origin} for llama.cpp and the programs built on it. Its model card says how the model was made "
+        "and measured, and what it is not fit for.\n\n"
         f"| file | matrices | bytes |\n|---|---|---:|\n{rows}\n"
-        f"```sh\nllama-completion -m {first} -p 'The ' -n 50\n```\n"
+        f"```sh\nllama-completion -m {shlex.quote(names[0])} -p 'The ' -n 50\n```\n"
     )

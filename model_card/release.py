@@ -286,10 +286,11 @@ def _write_weights(checkpoint: Path, target: Path, dtype: str) -> None:
 def _provenance(run: Path, output: Path) -> dict[str, Any]:
     """Where the release comes from: recipe, data and code by hash, versions as recorded when the run was made."""
     record, tokens = read_json(run / "record.json"), read_json(run / "data" / "tokens" / "tokens.json")
+    shipped = read_json(output / "records" / "run.json")  # without paths of this machine
     return {
         "nanophi": __version__,
         "recipe_sha256": sha256_of_file(output / "records" / "recipe.yaml"),
-        "environment": record["environment"],
+        "environment": shipped.get("environment"),
         "stages": {name: stage["key"] for name, stage in record["stages"].items() if name not in LATER_STAGES},
         # Of the token streams in the order of training, not of files: other versions of a library pack files otherwise.
         "data_sha256": {split: tokens[split]["sha256"] for split in ("train", "heldout")},

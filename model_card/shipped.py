@@ -70,6 +70,8 @@ def collect(run: Path, checkpoint: Path) -> ShippedRecords:
     """
     portable = secrets.PathRemover(run)
     record = read_json(run / "record.json")
+    if "training" not in record["stages"]:
+        raise UserError(f"{run}: the training has not finished; run `nanophi run` on its recipe")
     try:
         recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
     except FileNotFoundError:
