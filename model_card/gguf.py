@@ -283,11 +283,11 @@ def _card(release: Path, repo_id: str, files: list[dict[str, Any]]) -> str:
     metadata |= {"library_name": "gguf", "tags": ["gguf", "phi"]}
     name = repo_id.split("/")[-1]
     origin = f"[{repo_id}](https://huggingface.co/{repo_id})" if is_hub_id(repo_id) else markup.text(repo_id)
+    names = [Path(file["path"]).name for file in files]
     rows = "".join(
-        f"| {markup.code(Path(file['path']).name, cell=True)} | {file['kind']} | {file['bytes']:,} |\n"
-        for file in files
+        f"| {markup.code(file_name, cell=True)} | {file['kind']} | {file['bytes']:,} |\n"
+        for file_name, file in zip(names, files, strict=True)
     )
-    first = Path(files[0]["path"]).name
     return (
         f"---\n{yaml.safe_dump(metadata, sort_keys=True, allow_unicode=True)}---\n\n# {markup.text(name)}-GGUF\n\n"
         f"{origin} for llama.cpp and the programs built on it. Its model card says how the model was made "
