@@ -87,13 +87,13 @@ def _quality(records: ShippedRecords, axes: Axes) -> None:
     from matplotlib.ticker import StrMethodFormatter
 
     quality = records["quality.json"]
-    counts, edges = quality["histogram"]["documents"], quality["histogram"]["edges"][:-1]
+    counts, edges = quality["histogram"]["documents"], quality["histogram"]["edges"]
     cut = quality["cutoff"] if quality["threshold"] is None else quality["threshold"]
-    width = 1 / len(counts)
-    kept = [cut is None or (edge + width / 2 > cut) == (quality["select"] != "worst") for edge in edges]
+    width = edges[1] - edges[0]
+    kept = [cut is None or (edge + width / 2 > cut) == (quality["select"] != "worst") for edge in edges[:-1]]
     colours = [BLUE if keep else GREY for keep in kept]
-    axes.bar(edges, counts, width=width, align="edge", color=colours, edgecolor="white", linewidth=0.4)
-    axes.set_xlim(0, 1)
+    axes.bar(edges[:-1], counts, width=width, align="edge", color=colours, edgecolor="white", linewidth=0.4)
+    axes.set_xlim(edges[0], edges[-1])
     axes.set_xlabel("quality score")
     # Most scores lie at the ends; on a linear scale the middle, where the threshold is, would vanish.
     axes.set_yscale("function", functions=(lambda y: np.sqrt(np.maximum(y, 0)), np.square))

@@ -41,7 +41,8 @@ def build(run: Path, output: Path) -> dict[str, Any]:
     """
     records = shipped.collect(run, shipped.final_checkpoint(run))
     training, recipe = records["training.json"], records["recipe.yaml"]
-    documents, quality = _documents(run), read_json(run / "data" / "quality" / "quality.json")
+    quality = read_json(run / "data" / "quality" / "quality.json")
+    documents = _documents(run, quality["histogram"]["edges"])
     data = {
         "run": recipe["name"],
         "name": recipe["card"]["title"] or recipe["name"],
@@ -154,8 +155,10 @@ def _thinned(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: entry[key] for key in keys} for entry in log[::-1][::step][::-1]]
 
 
-def _documents(run: Path) -> list[dict[str, Any]]:
-    """A few training documents from each twentieth of the scores: id, source, score, the text's beginning.
+def _documents(run: Path, edges: list[float]) -> list[dict[str, Any]]:
+    """A few training documents from each twentieth of the scores' scale: source, score, the text's beginning.
+
+    `edges` are those of the scores' histogram.
 
     Taken in the order of their ids, which are hashes, so the choice is arbitrary and always the same.
     """
@@ -171,7 +174,7 @@ def _documents(run: Path) -> list[dict[str, Any]]:
     table = pq.read_table(path, columns=["id", "source", "split", "quality_score"])
     train = np.asarray(table["split"].cast(pa.string()).to_numpy(zero_copy_only=False) == "train")
     ids, scores = table["id"].to_numpy(zero_copy_only=False), table["quality_score"].to_numpy()
-    bins = np.minimum((scores * BINS).astype(int), BINS - 1)
+    bins = np.minimum((BINS * (scores - edges[0]) / (edges[-1] - edges[0])).astype(int), BINS - 1)
     chosen = {}
     for number in range(BINS):
         rows = np.flatnonzero(train & (bins == number))
