@@ -1,0 +1,210 @@
+"""The stages from sources to packed tokens: what each one depends on and writes, and the function that does it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from nanophi.files import user_errors
+from nanophi.inputs import WEIGHTS, is_hub_id, local
+from nanophi.recipe import Data, Recipe
+from nanophi.run import Inputs, RunDirectory
+
+PREPARE = ("documents", "scores", "quality", "tokenizer", "tokens")
+
+Build = Callable[[Path], dict[str, Any]]
+
+
+class DataStages:
+    """What `nanophi prepare` does. A method is a stage: it runs those before it, then itself unless it is up to date.
+
+    Args:
+        recipe: the resolved recipe.
+        run: its directory.
+        build: stages that may run; the others must be up to date already.
+        write: whether this process is the one that writes to the directory.
+    """
+
+    def __init__(self, recipe: Recipe, run: RunDirectory, build: Collection[str], write: bool) -> None:
+        self.recipe = recipe
+        self.run = run
+        self.path = run.path
+        self.report = run.report
+        self.build = frozenset(build)
+        self.inputs = Inputs(run, write=write)
+        self._done: dict[str, dict[str, Any]] = {}
+
+    def _stage(
+        self,
+        name: str,
+        inputs: dict[str, Any],
+        outputs: Sequence[str],
+        build: Build,
+        kind: str | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Each stage once per process, so that no two callers check the same thing twice."""
+        if name not in self._done:
+            self.inputs.save()
+            allowed = build if (kind or name) in self.build else None
+            self._done[name] = self.run.stage(name, inputs, outputs, allowed, **kwargs)
+        return self._done[name]
+
+    def _pinned_data(self) -> Data:
+        """The recipe's section with the commit of each dataset on the Hub as its revision."""
+        pinned = []
+        for source in self.recipe.data.sources:
+            if source.hub and is_hub_id(source.hub) and not local(source.hub).is_dir():
+                commit = self.inputs.commit_of(source.hub, source.revision, "dataset")
+                source = source.model_copy(update={"revision": commit})
+            pinned.append(source)
+        return self.recipe.data.model_copy(update={"sources": pinned})
+
+    def _check_what_comes_later(self) -> None:
+        """What would stop the run only after the documents are read is looked at first: the scorer, the tokenizer."""
+        recipe = self.recipe
+        if "documents" in self._done or "documents" not in self.build or "documents" in self.run.record["stages"]:
+            return
+        kind, _, name = recipe.quality.scorer.partition(":")
+        if kind == "model":
+            from nanophi.data import scorers
+
+            commit = self.inputs.model(name).get("commit")
+            scorers.find_scorer(
+                recipe.quality.scorer, recipe.quality.label, recipe.quality.scale, commit
+            ).check_choice()
+        if recipe.tokenizer.path is not None:
+            from nanophi.data import tokenizer
+
+            commit = self.inputs.model(recipe.tokenizer.path, ignore=WEIGHTS).get("commit")
+            tokenizer.load(recipe.tokenizer.path, commit)
+
+    @user_errors("documents cannot be gathered; --debug shows where it stopped")
+    def documents(self) -> dict[str, Any]:
+        """Sources to clean, deduplicated documents, split into train and held-out."""
+        from nanophi.data import gather, sources
+
+        self._check_what_comes_later()
+        data = self._pinned_data()
+        kind, _, column = self.recipe.quality.scorer.partition(":")
+        score = column if kind == "column" else None
+        benchmarks = data.decontamination.benchmarks
+        inputs = {
+            "data": data.model_dump(mode="json", exclude={"engine", "workers", "max_tokens", "max_dropped"}),
+            "sources": [sources.fingerprint(source, self.inputs.contents) for source in data.sources],
+            "benchmarks": self.inputs.contents.of(benchmarks) if benchmarks else None,
+            "score": score,
+        }
+        return self._stage(
+            "documents",
+            inputs,
+            ["data/documents"],
+            lambda work: gather.gather(data, work / "data/documents", score, self.report),
+        )
+
+    @user_errors("documents cannot be scored; --debug shows where it stopped")
+    def scores(self) -> dict[str, Any]:
+        """A quality score for every document."""
+        from nanophi.data import quality
+
+        self.documents()
+        recipe, selection = self.recipe, {"threshold", "share", "select"}
+        inputs: dict[str, Any] = {
+            "documents": self.run.stage_key("documents"),
+            "quality": recipe.quality.model_dump(mode="json", exclude=selection),
+            "seed": recipe.seed,
+        }
+        kind, _, name = recipe.quality.scorer.partition(":")
+        if kind == "model":
+            inputs["scorer"] = self.inputs.model(name)
+        return self._stage(
+            "scores",
+            inputs,
+            ["data/scores"],
+            lambda work: quality.score(
+                self.path / "data/documents",
+                recipe.quality,
+                recipe.data,
+                recipe.seed,
+                work / "data/scores",
+                revision=inputs.get("scorer", {}).get("commit"),
+            ),
+        )
+
+    @user_errors("documents cannot be selected; --debug shows where it stopped")
+    def quality(self) -> dict[str, Any]:
+        """The documents that the filter keeps, and the report on it."""
+        from nanophi.data import quality
+
+        self.scores()
+        recipe = self.recipe
+        section, seed = recipe.quality, recipe.training_seed
+        inputs: dict[str, Any] = {"scores": self.run.stage_key("scores"), "threshold": section.threshold}
+        if section.share is not None:
+            inputs |= {"share": section.share, "select": section.select, "seed": seed}
+        return self._stage(
+            "quality",
+            inputs,
+            ["data/quality"],
+            lambda work: quality.select(
+                self.path / "data/documents", self.path / "data/scores", section, work / "data/quality", seed
+            ),
+        )
+
+    @user_errors("the tokenizer cannot be made; --debug shows where it stopped")
+    def tokenizer(self) -> dict[str, Any]:
+        """An existing tokenizer, or one trained on all documents, so that a filtered run and its control share it."""
+        from nanophi.data import tokenizer
+
+        self.documents()
+        recipe = self.recipe
+        inputs: dict[str, Any] = {"tokenizer": recipe.tokenizer.model_dump(mode="json"), "seed": recipe.seed}
+        inputs["documents"] = self.run.stage_key("documents")
+        if recipe.tokenizer.path is not None:
+            # A tokenizer's folder may hold a model's weights too, which are large and play no part.
+            inputs["files"] = self.inputs.model(recipe.tokenizer.path, ignore=WEIGHTS)
+        return self._stage(
+            "tokenizer",
+            inputs,
+            ["data/tokenizer"],
+            lambda work: tokenizer.build(
+                self.path / "data/documents",
+                recipe.tokenizer,
+                recipe.seed,
+                work / "data/tokenizer",
+                revision=inputs.get("files", {}).get("commit"),
+                report=self.report,
+            ),
+        )
+
+    @user_errors("documents cannot be tokenized; --debug shows where it stopped")
+    def tokens(self) -> dict[str, Any]:
+        """Kept documents as packed rows of tokens."""
+        from nanophi.data import packing
+
+        self.quality()
+        self.tokenizer()
+        recipe = self.recipe
+        context_length = recipe.model_config_for().max_position_embeddings
+        inputs = {
+            "quality": self.run.stage_key("quality"),
+            "tokenizer": self.run.stage_key("tokenizer"),
+            "context_length": context_length,
+            "max_tokens": recipe.data.max_tokens,
+            "seed": recipe.training_seed,
+        }
+        return self._stage(
+            "tokens",
+            inputs,
+            ["data/tokens"],
+            lambda work: packing.pack(
+                self.path / "data/documents",
+                self.path / "data/quality",
+                self.path / "data/tokenizer",
+                context_length,
+                recipe.data,
+                recipe.training_seed,
+                work / "data/tokens",
+            ),
+        )
