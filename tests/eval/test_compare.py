@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import scipy.stats
 
-from nanophi import cli
+from nanophi.__main__ import main
 from nanophi.eval.catalogue import references
 from nanophi.eval.compare import compare, find_label, label_results
 from nanophi.eval.models import model_sha256
@@ -407,11 +407,11 @@ def test_the_command_takes_a_label_or_a_path_as_baseline(tmp_path, monkeypatch, 
         arguments = ["compare", *files, "--output", str(tmp_path / "out")]
         monkeypatch.setattr(sys, "argv", ["nanophi", *arguments, *(["--baseline", baseline] if baseline else [])])
         with pytest.raises(SystemExit) as stopped:
-            cli.main()
+            main()
         assert not stopped.value.code and expected in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["nanophi", "compare", *files, "--baseline", "c"])
     with pytest.raises(SystemExit, match="baseline 'c' is not one of a, b"):
-        cli.main()
+        main()
 
 
 def test_heldout_text_is_told_apart_by_the_filter_of_a_run(tmp_path):
