@@ -261,10 +261,11 @@ def compare(
     Example: nanophi compare runs/demo runs/demo-control --baseline demo-control
     """
     from nanophi.eval import compare as comparison
+    from nanophi.eval import labels
     from nanophi.eval.render import to_text
 
-    files = comparison.label_results(results)
-    typer.echo(to_text(comparison.compare(files, output, baseline=comparison.find_label(files, baseline))))
+    files = labels.label_results(results)
+    typer.echo(to_text(comparison.compare(files, output, baseline=labels.find_label(files, baseline))))
     typer.echo(output / "comparison.md")
 
 

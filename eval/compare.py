@@ -24,7 +24,7 @@ import numpy as np
 from nanophi.eval import filter_parts, render, statistics
 from nanophi.eval.catalogue import LEADERBOARD, TASKS, position, references
 from nanophi.eval.models import fingerprint
-from nanophi.eval.results import ANSWER_METRIC, FORMAT, ItemKey, distinct, final_results, item_values, read_result
+from nanophi.eval.results import ANSWER_METRIC, FORMAT, ItemKey, item_values, read_result
 from nanophi.eval.statistics import SIGNIFICANCE, bits_per_byte, bits_per_byte_stderr, holm, mcnemar
 from nanophi.files import UserError, read_json, write_json, write_text
 
@@ -56,70 +56,6 @@ class Measured:
     def protocol(self) -> tuple[int | None, str]:
         """What must be equal for two scores to be comparable: the number of shots, and the metric."""
         return self.line["num_fewshot"], self.line["metric"]
-
-
-def label_results(paths: Sequence[Path]) -> dict[str, list[Path]]:
-    """A label for each model that some paths lead to -> its result files.
-
-    Args:
-        paths: run directories, whose last checkpoint counts; result files, which are grouped by the model that they
-            name; other folders, for all the result files in them.
-
-    Raises:
-        UserError: if a path leads to no results, or is named twice.
-    """
-    runs: list[Path] = []
-    files: list[Path] = []
-    for path in paths:
-        resolved = path.resolve()
-        if resolved in (*runs, *files):
-            raise UserError(f"{path} is named twice; name each run or result once")
-        if (path / "checkpoints").is_dir() or (path / "record.json").is_file():
-            runs.append(resolved)
-        elif path.is_dir():
-            found = sorted(file.resolve() for file in path.glob("*.json") if not file.name.startswith("curve-"))
-            if not found:
-                raise UserError(f"{path} holds no results; name a run directory, or files that `nanophi eval` wrote")
-            files += found
-        else:
-            files.append(resolved)
-    models: dict[str, list[Path]] = {}
-    identities: dict[str, dict[str, Any]] = {}
-    for file in dict.fromkeys(files):
-        identity = read_result(file)["nanophi"]["model"]
-        models.setdefault(fingerprint(identity), []).append(file)
-        identities[fingerprint(identity)] = identity
-    labelled = dict(zip(distinct([str(run) for run in runs]), map(final_results, runs), strict=True))
-    for mark, found in models.items():
-        labelled[_label(identities[mark], [*identities.values()], labelled)] = found
-    # The order in which they were named decides which is the baseline.
-    order = [path.resolve() for path in paths]
-
-    def place(label: str) -> int:
-        file = labelled[label][0]
-        return next(i for i, path in enumerate(order) if file == path or file.is_relative_to(path))
-
-    return {label: labelled[label] for label in sorted(labelled, key=place)}
-
-
-def find_label(labelled: Mapping[str, Sequence[Path]], name: str | None) -> str | None:
-    """The label that `name` is, or whose results lie at the path `name`; any other `name` as it is."""
-    if name is None or name in labelled:
-        return name
-    path = Path(name).resolve()
-    return next((label for label, files in labelled.items() if files[0].is_relative_to(path)), name)
-
-
-def _label(identity: Mapping[str, Any], others: Sequence[Mapping[str, Any]], taken: Mapping[str, Any]) -> str:
-    """A model's name, with its dtype or the beginning of its hash where the name alone is not unique."""
-    same = [other for other in others if other["name"] == identity["name"]]
-    label = str(identity["name"])
-    if len({other.get("dtype") for other in same}) > 1:
-        label += f" {identity['dtype']}"
-        same = [other for other in same if other.get("dtype") == identity["dtype"]]
-    if len(same) > 1 or label in taken:
-        label += f" ({str(identity.get('sha256') or identity.get('revision'))[:8]})"
-    return label
 
 
 def compare(

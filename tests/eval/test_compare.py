@@ -13,7 +13,8 @@ import scipy.stats
 
 from nanophi.__main__ import main
 from nanophi.eval.catalogue import references
-from nanophi.eval.compare import compare, find_label, label_results
+from nanophi.eval.compare import compare
+from nanophi.eval.labels import find_label, label_results
 from nanophi.eval.models import model_sha256
 from nanophi.eval.render import to_text
 from nanophi.eval.results import FORMAT

@@ -1,0 +1,75 @@
+"""Which models some paths on the command line lead to, and what each is called in a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nanophi.eval.models import fingerprint
+from nanophi.eval.results import distinct, final_results, read_result
+from nanophi.files import UserError
+
+
+def label_results(paths: Sequence[Path]) -> dict[str, list[Path]]:
+    """A label for each model that some paths lead to -> its result files.
+
+    Args:
+        paths: run directories, whose last checkpoint counts; result files, which are grouped by the model that they
+            name; other folders, for all the result files in them.
+
+    Raises:
+        UserError: if a path leads to no results, or is named twice.
+    """
+    runs: list[Path] = []
+    files: list[Path] = []
+    for path in paths:
+        resolved = path.resolve()
+        if resolved in (*runs, *files):
+            raise UserError(f"{path} is named twice; name each run or result once")
+        if (path / "checkpoints").is_dir() or (path / "record.json").is_file():
+            runs.append(resolved)
+        elif path.is_dir():
+            found = sorted(file.resolve() for file in path.glob("*.json") if not file.name.startswith("curve-"))
+            if not found:
+                raise UserError(f"{path} holds no results; name a run directory, or files that `nanophi eval` wrote")
+            files += found
+        else:
+            files.append(resolved)
+    models: dict[str, list[Path]] = {}
+    identities: dict[str, dict[str, Any]] = {}
+    for file in dict.fromkeys(files):
+        identity = read_result(file)["nanophi"]["model"]
+        models.setdefault(fingerprint(identity), []).append(file)
+        identities[fingerprint(identity)] = identity
+    labelled = dict(zip(distinct([str(run) for run in runs]), map(final_results, runs), strict=True))
+    for mark, found in models.items():
+        labelled[_label(identities[mark], [*identities.values()], labelled)] = found
+    # The order in which they were named decides which is the baseline.
+    order = [path.resolve() for path in paths]
+
+    def place(label: str) -> int:
+        file = labelled[label][0]
+        return next(i for i, path in enumerate(order) if file == path or file.is_relative_to(path))
+
+    return {label: labelled[label] for label in sorted(labelled, key=place)}
+
+
+def find_label(labelled: Mapping[str, Sequence[Path]], name: str | None) -> str | None:
+    """The label that `name` is, or whose results lie at the path `name`; any other `name` as it is."""
+    if name is None or name in labelled:
+        return name
+    path = Path(name).resolve()
+    return next((label for label, files in labelled.items() if files[0].is_relative_to(path)), name)
+
+
+def _label(identity: Mapping[str, Any], others: Sequence[Mapping[str, Any]], taken: Mapping[str, Any]) -> str:
+    """A model's name, with its dtype or the beginning of its hash where the name alone is not unique."""
+    same = [other for other in others if other["name"] == identity["name"]]
+    label = str(identity["name"])
+    if len({other.get("dtype") for other in same}) > 1:
+        label += f" {identity['dtype']}"
+        same = [other for other in same if other.get("dtype") == identity["dtype"]]
+    if len(same) > 1 or label in taken:
+        label += f" ({str(identity.get('sha256') or identity.get('revision'))[:8]})"
+    return label
