@@ -54,7 +54,8 @@ def build(run: Path, output: Path, checkpoint: Path | None = None, repo_id: str 
         UserError: if a record is missing, records contradict each other, or the Hub would refuse the metadata.
     """
     records = collect(run, checkpoint or final_checkpoint(run))
-    records["run.json"]["repo_id"] = repo_id or records["run.json"]["repo_id"]
+    if repo_id is not None:
+        records["run.json"] |= {"repo_id": repo_id, "folder": None}
     wrong = contradictions(records)
     if wrong:
         raise UserError(f"{run}: the records contradict each other: {'; '.join(wrong)}")

@@ -114,7 +114,7 @@ def retarget(release: Path, repo_id: str, output: Path) -> None:
     """Copy a release with its card naming `repo_id` in the snippets, as it will be on the Hub."""
     shutil.copytree(release, output, copy_function=link_or_copy)
     records = read_records(output / "records")
-    records["run.json"]["repo_id"] = repo_id
+    records["run.json"] |= {"repo_id": repo_id, "folder": None}
     for path in (output / "records" / "run.json", output / "README.md"):
         path.unlink()  # The copy holds links: never write through one.
     write_json(output / "records" / "run.json", records["run.json"])

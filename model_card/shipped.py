@@ -58,6 +58,14 @@ def final_checkpoint(run: Path) -> Path:
     return checkpoints[-1]
 
 
+def release_folder(run: Path) -> str:
+    """How the card calls the release before it is on the Hub: `runs/demo/release`.
+
+    Of another folder of runs than the default one nothing is said: where things lie is private.
+    """
+    return f"{'runs/' if run.resolve().parent.name == 'runs' else ''}{run.name}/release"
+
+
 def collect(run: Path, checkpoint: Path) -> ShippedRecords:
     """The records of one checkpoint in the form in which they are shipped.
 
@@ -84,7 +92,7 @@ def collect(run: Path, checkpoint: Path) -> ShippedRecords:
         "run.json": {
             "repo_id": recipe["card"]["repo_id"] or recipe["name"],
             "revision": checkpoint.name,
-            "folder": f"{run.resolve().parent.name}/{run.name}/release",
+            "folder": release_folder(run),
             "tag": recipe["card"]["version"],
             "final": checkpoint.name == final_checkpoint(run).name,
             "finished": record["stages"]["training"]["finished"],

@@ -103,8 +103,8 @@ def published(records: ShippedRecords, repo_id: str = "org/tiny") -> ShippedReco
 
 def test_snippets_use_the_folder_until_there_is_a_repository(records: ShippedRecords) -> None:
     text, later = card.render(records), card.render(published(records))
-    assert 'model="runs0/tiny/release"' in text and "revision=" not in text and "```bibtex" not in text
-    assert "nanophi verify runs0/tiny/release" in text
+    assert 'model="tiny/release"' in text and "revision=" not in text and "```bibtex" not in text
+    assert "nanophi verify tiny/release" in text
     assert 'model="org/tiny"' in later and 'from_pretrained("org/tiny", revision="v1.0", trust_remote_code' in later
     assert "in transformers 5.4 or later" in text
 

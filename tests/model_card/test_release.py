@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -213,4 +212,5 @@ def test_retarget_changes_the_name_and_nothing_else(built_release: Path, tmp_pat
     ]
     assert changed == ["MANIFEST.json", "README.md", "records/run.json"]
     assert 'model="org/demo"' in (tmp_path / "there" / "README.md").read_text()
-    assert json.loads((tmp_path / "there" / "records" / "run.json").read_text())["repo_id"] == "org/demo"
+    record = read_json(tmp_path / "there" / "records" / "run.json")
+    assert (record["repo_id"], record["folder"]) == ("org/demo", None)
