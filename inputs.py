@@ -117,7 +117,7 @@ class Contents:
 def resolve_commit(repo_id: str, revision: str | None, kind: Kind) -> str:
     """The commit that a revision (None: `main`) of a repository on the Hub stands for.
 
-    Without a network it is the one that was last downloaded.
+    Without a network it is the one that was last seen on this machine.
 
     Raises:
         UserError: if the repository or revision does not exist, or cannot be asked for and was never downloaded.
@@ -129,8 +129,11 @@ def resolve_commit(repo_id: str, revision: str | None, kind: Kind) -> str:
     from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
+    remembered = huggingface_hub.cached_assets_path("nanophi", f"{kind}s/{repo_id}", "refs") / f"{wanted}.json"
     try:
-        return str(huggingface_hub.HfApi().repo_info(repo_id, repo_type=kind, revision=revision).sha)
+        commit = str(huggingface_hub.HfApi().repo_info(repo_id, repo_type=kind, revision=revision).sha)
+        write_json(remembered, commit)
+        return commit
     except RepositoryNotFoundError:
         raise UserError(
             f"{kind} {repo_id} does not exist on the Hub, or is private: check the name, or log in by `hf auth login`"
@@ -138,9 +141,11 @@ def resolve_commit(repo_id: str, revision: str | None, kind: Kind) -> str:
     except RevisionNotFoundError:
         raise UserError(f"{kind} {repo_id} has no revision '{wanted}' on the Hub") from None
     except Exception as error:  # httpx's, huggingface_hub's and the system's errors of a network that is not there
-        folder = Path(HF_HUB_CACHE) / f"{kind}s--{repo_id.replace('/', '--')}" / "refs" / wanted
-        if folder.is_file():
-            return folder.read_text(encoding="utf-8").strip()
+        if remembered.is_file():
+            return str(read_json(remembered))
+        reference = Path(HF_HUB_CACHE) / f"{kind}s--{repo_id.replace('/', '--')}" / "refs" / wanted
+        if reference.is_file():
+            return reference.read_text(encoding="utf-8").strip()
         raise UserError(
-            f"{kind} {repo_id} cannot be looked up on the Hub ({reason(error)}), and no copy of it is here"
+            f"{kind} {repo_id} cannot be looked up on the Hub ({reason(error)}), and it was never seen on this machine"
         ) from None

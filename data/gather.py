@@ -72,7 +72,8 @@ def gather(
         parts += [(number, source, part) for part in planned]
         if others:
             names = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
-            report(f"{sources.name_of(source)}: {len(others)} files in other formats are not read: {names}")
+            report(f"{sources.name_of(source)}: {len(others)} other files are not read: {names}")
+    _benchmark_index.cache_clear()  # this folder may have held another one
     benchmarks = _index_benchmarks(data, work)
     read = run_parts(
         _read_part,

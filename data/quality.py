@@ -32,7 +32,7 @@ from nanophi.data.documents import SPLITS, batches, draw, find, keys, shards
 from nanophi.data.gather import SCORE
 from nanophi.data.parallel import run_parts
 from nanophi.data.quality_report import EXCERPT, MADE_BY
-from nanophi.data.scorers import EXCERPT_BYTES, FIT_BYTES, Scorer, find_scorer, fit
+from nanophi.data.scorers import EXCERPT_BYTES, FIT_BYTES, Scorer, find_scorer, fit, forget
 from nanophi.data.selection import choose, divide
 from nanophi.files import UserError, check_own_file, check_own_folder, read_json, user_errors, write_json
 from nanophi.recipe import Data, Quality, Source
@@ -121,6 +121,7 @@ def score(
         scorer = Scorer("linear", str(output))
     else:
         scorer = find_scorer(quality.scorer, quality.label, quality.scale, revision)
+    forget()
     work = output / ".parts"
     # A classifier fills the device, or all cores, by itself.
     workers = 1 if scorer.kind == "model" else data.workers
@@ -279,6 +280,7 @@ def score_files(files: str, scorer: Scorer, output: Path, text_column: str = "te
         UserError: if `output` is anything else, or no document can be used.
     """
     check_own_file(output, lambda: MADE_BY in (pq.read_schema(output).metadata or {}), "quality score")
+    forget()
     column = scorer.name if scorer.kind == "column" else None
     made_by = {MADE_BY: json.dumps({"scorer": scorer.name, "scale": scorer.range})}
     schema = pa.schema([*(field for field in _SCHEMA if field.name != "split"), ("text", pa.string())], made_by)

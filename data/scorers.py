@@ -280,6 +280,12 @@ def find_scorer(
     return Scorer("model", place, label, scale, revision)
 
 
+def forget() -> None:
+    """Load scorers again: a folder may hold another one than when this process last looked."""
+    linear.cache_clear()
+    classifier.cache_clear()
+
+
 @functools.lru_cache(maxsize=1)
 def linear(folder: str) -> LinearScorer:
     """A saved linear scorer."""

@@ -210,11 +210,16 @@ def _locate_split(source: Source, path: str) -> Located:
         raise UserError(
             f"dataset {shown(path)} has no split '{source.split}'; it has {', '.join(splits) or 'no files'}"
         )
+    others = []
+    if Path(path).is_dir() and source.config is None:
+        # Of a folder with files in several formats it takes the ones that most have.
+        used = {str(Path(file).resolve()) for files in splits.values() for file in files if "://" not in file}
+        others = [shown(file.name) for file in _files_below(Path(path), []) if str(file.resolve()) not in used]
     files = [str(file) for file in splits[source.split]]
     for file in files:
         if formats.format_of(file) is None:
             raise UserError(f"dataset {shown(path)}: {shown(Path(file).name)} is not a {formats.KNOWN} file")
-    return Located(files, [])
+    return Located(files, others)
 
 
 def _locate_on_hub(source: Source) -> Located:

@@ -1,6 +1,7 @@
 """A name is what it holds: contents of local paths, commits of repositories on the Hub."""
 
 import os
+import types
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,7 @@ def test_commits_with_and_without_a_network(tmp_path: Path, monkeypatch: pytest.
     commit = "0123456789abcdef" * 2 + "01234567"
     assert resolve_commit("org/name", commit, "model") == commit, "a commit is asked of nobody"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub, "cached_assets_path", lambda *names: tmp_path.joinpath("assets", *names))
 
     def unreachable(self: object, *args: object, **kwargs: object) -> object:
         raise ConnectionError("Name or service not known")
@@ -107,6 +109,12 @@ def test_commits_with_and_without_a_network(tmp_path: Path, monkeypatch: pytest.
     refs.mkdir(parents=True)
     (refs / "main").write_text(commit)
     assert resolve_commit("org/name", None, "dataset") == commit, "what was last downloaded"
+    info = types.SimpleNamespace(sha="1" * 40)
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda *args, **kwargs: info)
+    assert resolve_commit("org/name", "v1", "model") == "1" * 40
+    resolve_commit.cache_clear()
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", unreachable)
+    assert resolve_commit("org/name", "v1", "model") == "1" * 40, "what was last looked up"
     resolve_commit.cache_clear()
 
 

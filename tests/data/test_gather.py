@@ -281,6 +281,10 @@ def test_a_dataset_on_the_hub(tmp_path: Path, streaming: bool) -> None:
         assert summary["train"] + summary["heldout"] == 50
         missing = gather("none", hub="someone/nothing")
         assert "UserError: dataset someone/nothing does not exist on the Hub" in missing.stderr.splitlines()[-1]
+    if not streaming:  # what was downloaded is found again without a network
+        again = gather("again")
+        assert again.returncode == 0, again.stderr
+        assert json.loads(again.stdout) == summary
 
 
 def many_files(folder: Path) -> dict[str, Any]:

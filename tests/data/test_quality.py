@@ -327,7 +327,6 @@ def test_fit_score_and_report_on_files(tmp_path: Path) -> None:
         (tmp_path / "broken.parquet").write_bytes(b"PAR1")
         quality_report.report_files(tmp_path / "broken.parquet", 0.5, tmp_path / "report")
     (tmp_path / "scorer" / "scorer.safetensors").write_bytes(b"nonsense")
-    scorers.linear.cache_clear()
     with pytest.raises(UserError, match="is not a linear scorer"):
         quality.score_files(str(tmp_path / "mine.jsonl"), scorer, tmp_path / "again.parquet")
     assert not (tmp_path / "again.parquet").exists()

@@ -132,6 +132,8 @@ def test_shards_of_a_hub_folder_may_have_different_columns(tmp_path: Path, strea
     found, tally = read(hub=str(tmp_path), streaming=streaming)
     assert found == [*TEXTS, "More."]
     assert tally.dropped_total() == {"not_json": 1}
+    (tmp_path / "data" / "notes.txt").write_text("In another format.")
+    assert sources.plan(Source(hub=str(tmp_path)), None)[1] == ["notes.txt"]
 
 
 def test_a_folder_with_a_script_and_a_name_that_is_nothing(tmp_path: Path) -> None:
