@@ -57,7 +57,7 @@ def _first_line(error: BaseException) -> str:
 def user_errors(what: str) -> Iterator[None]:
     """Where a stage meets the user's data: whatever a library raises there becomes `UserError("what (reason)")`.
 
-    A full disk passes: the command says that by itself.
+    A full disk is passed on: the command has its own message for it.
     """
     try:
         yield
@@ -157,7 +157,12 @@ def remove(path: Path) -> None:
 
 
 def check_own_folder(folder: Path, names: Sequence[str], command: str) -> None:
-    """Refuse an output folder that holds anything but what the same command writes, the first of `names` at any rate.
+    """Refuse an output folder, unless it is empty or holds only what the same command writes.
+
+    Args:
+        folder: where the command is going to write.
+        names: of the files that it writes; the first is in every such folder.
+        command: as the user typed it.
 
     Raises:
         UserError: naming what is in the way.

@@ -1,7 +1,7 @@
 """Runs parts on a cluster as a datatrove pipeline of one step: through Ray or through Slurm.
 
-Which parts there are, what they write and how they are checked does not depend on this (`nanophi.data.parallel`);
-datatrove only brings them to the machines. Those need nanophi installed and the run directory under the same path.
+`nanophi.data.parallel` decides which parts there are, what they write and how they are checked; datatrove only brings
+them to the machines. These need nanophi installed, and the run directory under the same path.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SLURM_WORKERS = 16
 
 
 class Parts(PipelineStep):
-    """Runs the tasks `rank`, `rank + world_size`, ...; what ends them early is written to `failures`."""
+    """Runs the tasks `rank`, `rank + world_size`, ...; writes what stops them to `failures`."""
 
     type = "nanophi"
     name = "parts"
@@ -44,7 +44,7 @@ class Parts(PipelineStep):
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Any]:
         """Called by datatrove in every task of the pipeline."""
         try:
-            # In a process of its own: datatrove forks a pool, which would wait for ever for a process that was killed.
+            # In a separate process: datatrove forks a pool, which would wait forever for a process that was killed.
             for _ in in_processes(self.tasks[rank::world_size], 1):
                 self.stat_update("parts")
         except Exception as error:
@@ -56,7 +56,7 @@ class Parts(PipelineStep):
 
 
 def on_cluster(tasks: Sequence[Task], engine: str, workers: int | None, folder: Path) -> Iterator[None]:
-    """Run the tasks; yields from time to time while they run.
+    """Run the tasks; yields every few seconds while they run.
 
     Args:
         tasks: what to run.
@@ -69,7 +69,7 @@ def on_cluster(tasks: Sequence[Task], engine: str, workers: int | None, folder: 
     """
     logger.disable("datatrove")
     job = folder / "job"
-    if job.exists():  # of a run that was killed while its job went on
+    if job.exists():  # of a run that was killed while its job kept running
         _cancel(job.read_text())
     shutil.rmtree(folder, ignore_errors=True)
     failures = folder / "failures"
@@ -117,18 +117,18 @@ def _ray(step: Parts, workers: int | None, folder: Path) -> Iterator[None]:
 
 
 class _Slurm(SlurmPipelineExecutor):
-    """One job array. What a site needs besides is said by sbatch's own variables (SBATCH_PARTITION, SBATCH_ACCOUNT)."""
+    """One job array. Set what your site needs in sbatch's own variables (SBATCH_PARTITION, SBATCH_ACCOUNT)."""
 
     def get_sbatch_args(self, max_array: int = 1) -> dict[str, Any]:
         return {key: value for key, value in super().get_sbatch_args(max_array).items() if value is not None}
 
     def launch_merge_stats(self) -> None:
-        """The parts' counts are checked here; no second job for datatrove's statistics."""
+        """Submit no second job for datatrove's statistics: the parts' counts are checked here."""
 
 
 def _slurm(step: Parts, workers: int | None, folder: Path) -> Iterator[None]:
     if "SLURM_ARRAY_TASK_ID" in os.environ:
-        raise UserError("data.engine 'slurm' submits a job array; start nanophi outside of one (a login node)")
+        raise UserError("data.engine 'slurm' submits a job array: start nanophi outside of one, on a login node")
     for command in ("sbatch", "squeue", "scancel"):
         if shutil.which(command) is None:
             raise UserError(f"data.engine 'slurm' needs {command} on the PATH: start nanophi where jobs are submitted")
@@ -174,7 +174,7 @@ def _is_queued(job: str) -> bool:
     """Whether Slurm still has tasks of a job to run or running."""
     done = subprocess.run(["squeue", "--noheader", "--jobs", job], capture_output=True, text=True)
     if done.returncode:
-        # A finished job is forgotten after some minutes; a controller that does not answer has not ended it.
+        # Slurm forgets a finished job after some minutes; a controller that does not answer says nothing about it.
         return "Invalid job id" not in done.stderr
     return bool(done.stdout.strip())
 

@@ -1,10 +1,10 @@
 """Documents that contain evaluation items, found by shared word n-grams.
 
 Protocol: a document is contaminated if it shares one `ngram` (13 words by default) with an item of a benchmark's
-scored split, as in GPT-3 (Brown et al., 2020, appendix C), which also lets N shrink to 8 for short items. An item is
-looked for as its question, as the question followed by each choice (or with the choice in its blank), and followed by
-all of them; one of these with 8 to `ngram - 1` words must occur as a whole. Items that are shorter in every form are
-counted.
+scored split, as in GPT-3 (Brown et al., 2020, appendix C), which also uses shorter n-grams, down to 8, for short items.
+An item is searched for in several forms: its question, the question followed by each choice (or with the choice in its
+blank), and followed by all of them. A form of 8 to `ngram - 1` words must occur as a whole. Items that are shorter in
+every form are counted as too short.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class BenchmarkIndex:
 
     Attributes:
         names: benchmarks, `dataset id[/config]`.
-        items: items per benchmark; `too_short`: of these, the ones that nothing can be found of.
+        items: items per benchmark; `too_short`: how many of these are too short to be found.
         grams: by n, sorted uint64 n-gram hashes.
         owners: by n, uint32 index of the item that each n-gram came from (over all benchmarks).
         starts: int64 `[names + 1]`; benchmark `b` owns items `starts[b]:starts[b + 1]`.
@@ -150,7 +150,7 @@ def report(index: BenchmarkIndex, hits: list[tuple[str, str, list[int]]]) -> dic
     """Hits by benchmark.
 
     Args:
-        index: what was looked for.
+        index: the items that were searched for.
         hits: `(document id, source, items)` of every contaminated document.
 
     Returns:
@@ -223,13 +223,13 @@ def _rows(file: Path) -> Iterator[list[dict[str, Any]]]:
 
 
 def _renderings(row: dict[str, Any], ngram: int) -> list[str]:
-    """The forms in which an item may stand in a document, without n-grams that an earlier form has."""
+    """The forms in which an item may occur in a document, without n-grams that an earlier form has."""
     question = " ".join(text for key in _QUESTIONS for text in _strings(row.get(key)))
     choices = [text for key in _CHOICES for text in _strings(row.get(key))]
     if "_" in question.split():
         return [question.replace("_", choice) for choice in choices]
     # Of a long question only its end makes new n-grams with what follows. A piece between spaces may be no word to
-    # `hash_words`, or several, so more of them than needed are taken along.
+    # `hash_words`, or several, so this takes more of them than needed.
     end = " ".join(question.split()[-2 * ngram :])
     forms = [question, *(f"{end} {choice}" for choice in choices), " ".join([end, *choices])]
     return list(dict.fromkeys(forms))

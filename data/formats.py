@@ -1,6 +1,6 @@
 """Rows of one file, in every format that a source may have: Parquet, Arrow, JSON, JSON lines, CSV and plain text.
 
-What a row holds in place of text is handed on as it is, so that the caller counts every row that the file has.
+Every row of the file is handed on, also one without a text, so that the caller can count it.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """Gathers the documents of a recipe: reads the sources, removes repeats and evaluation items, holds some out.
 
     output/train-NNNNN.parquet    id (16 hex digits of the text's SHA-256), text, source, [score]
-    output/heldout-NNNNN.parquet  likewise
+    output/heldout-NNNNN.parquet  the same columns
     output/documents.json         what was read, kept and dropped, by source and reason
     output/duplicates.parquet     id, source, reason (exact, near), kept (id of the document that stayed)
-    output/contamination.json     evaluation items found, by benchmark (if they were looked for)
+    output/contamination.json     evaluation items found, by benchmark (with data.decontamination.benchmarks)
 
 The corpus is cut into parts of about 16 MB, each of which is read and hashed by one process in small batches; only
-hashes are looked at together. So memory does not grow with the corpus but for 600 bytes per document, most of them in
-a memory-mapped file.
+hashes are compared across the corpus. Memory therefore grows by 600 bytes per document only, most of them in a
+memory-mapped file.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""The embedded corpus: the English documentation that is installed beside nanophi.
+"""The embedded corpus: English documentation of Python and of the packages that are installed beside nanophi.
 
 Sources, by the name that documents carry:
     python-docs           the language reference (`pydoc_data.topics`)
-    stdlib-docstrings     docstrings of the standard library that are mostly prose
-    package-docstrings    the same of installed packages
-    parameter-lists       docstrings of either that are mostly lists of parameters, attributes or options
+    stdlib-docstrings     docstrings of the standard library, mostly prose
+    package-docstrings    docstrings of installed packages, mostly prose
+    parameter-lists       docstrings of both, mostly lists of parameters, attributes or options
     package-descriptions  long descriptions (README) of installed packages
     licences, changelogs  files of these kinds in installed packages
 
-Modules are parsed, not imported. For one set of installed versions the documents and their order are always the same.
+Modules are parsed, not imported. The same installed versions always give the same documents in the same order.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any
 HIGH = ("python-docs", "stdlib-docstrings")
 """Sources that serve as examples of good text for the linear scorer."""
 LOW = ("licences", "changelogs", "parameter-lists")
-"""Sources that serve as examples of poor text."""
+"""Sources that serve as examples of low-quality text."""
 
 _MINIMUM_CHARACTERS = 300
 _MAXIMUM_CHARACTERS = 20_000
@@ -110,7 +110,7 @@ def _package(name: str) -> Iterator[tuple[str, str]]:
             yield "licences", _read(Path(str(file.locate())))
         elif lower.startswith(("change", "history", "news", "release")) and lower.endswith((".md", ".rst", ".txt")):
             yield "changelogs", _read(Path(str(file.locate())))
-    # In an order that has nothing to do with the alphabet, so that the cap leaves a cross-section.
+    # In pseudo-random order, so that the cap leaves a cross-section.
     sources.sort(key=lambda file: hashlib.sha256(str(file).encode()).digest())
     size = 0
     for file in sources:

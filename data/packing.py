@@ -49,7 +49,7 @@ def pack(
             split then has that many tokens, in whole rows, if there are so many.
         seed: of the order of the training documents, of which of them make up `max_tokens`, and of which are repeated
             under a fractional weight.
-        output: folder to create; goes on where a killed attempt left it.
+        output: folder to create; resumes where a killed attempt stopped.
 
     Returns:
         by split `{documents, bytes, tokens, rows, tail_tokens, tokens_by_source, bytes_per_token, sha256}`. `tokens`
@@ -63,7 +63,7 @@ def pack(
     if done.exists():
         return read_json(done)
     output.mkdir(parents=True, exist_ok=True)
-    # The same folders may hold something else than when this process last packed.
+    # The same folders may hold something else than when this process packed before.
     _encoder.cache_clear()
     _kept_ids.cache_clear()
     work = output / ".parts"

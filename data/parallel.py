@@ -1,8 +1,8 @@
-"""Runs one function over many parts of a corpus, on all cores or a cluster; goes on where a killed run stopped.
+"""Runs one function over many parts of a corpus, on all cores or a cluster; resumes where a killed run stopped.
 
-A part's function writes its files and returns its counts; the counts are written last, beside them, as the mark that
-the part is finished. Parts are cut by size, never by the number of workers, and results keep the parts' order, so the
-outcome does not depend on how many processes there are.
+A part's function writes its files and returns its counts. The counts are written last, beside the files, and mark the
+part as finished. Parts are cut by size, never by the number of workers, and results keep the parts' order, so the
+outcome does not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ def run_parts(
 
     Args:
         function: a module-level function. It writes files whose names begin with `path` (`folder/00007`), replacing
-            what a killed attempt may have left, and returns JSON-able counts.
+            those of a killed attempt, and returns JSON-able counts.
         parts: picklable arguments.
         folder: where the parts' files go. A part whose `NNNNN.json` is there already is not run again.
         label: what the progress bar says.
         workers: processes; None: one per core (of the cluster).
-        engine: `local`; or, by datatrove, `ray` on the cluster that RAY_ADDRESS names, else on one started here, or
-            `slurm`, which waits for a job array that it submits.
+        engine: `local`; or, through datatrove, `ray` (on the cluster that RAY_ADDRESS names, else on one started
+            here) or `slurm` (submits a job array and waits for it).
 
     Raises:
         UserError: from a part (the first one), or if a worker died.
@@ -60,9 +60,9 @@ def run_parts(
         except WorkerDiedError:
             raise UserError(
                 f"{label}: a worker process died (out of memory?); run again with fewer data.workers, "
-                "finished parts are kept"
+                "finished parts are not repeated"
             ) from None
-    # Every part must have left its counts, whatever the engine believes.
+    # Whatever the engine reports, every part must have written its counts.
     return [read_json(path.with_suffix(".json")) for path in paths]
 
 
@@ -70,5 +70,7 @@ def _cluster() -> Callable[..., Iterator[None]]:
     try:
         from nanophi.data.cluster import on_cluster
     except ImportError as error:
-        raise UserError(f"data.engine 'ray' and 'slurm' need more: pip install 'nanophi[cluster]' ({error})") from None
+        raise UserError(
+            f"data.engine 'ray' and 'slurm' require optional dependencies: pip install 'nanophi[cluster]' ({error})"
+        ) from None
     return on_cluster

@@ -1,4 +1,4 @@
-"""Tasks, one after another or in processes on this machine: what `nanophi.data.parallel` and the cluster both run."""
+"""Runs tasks in processes on this machine: the layer below `nanophi.data.parallel` and the clusters."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Task = tuple[Callable[..., dict[str, Any]], tuple[Any, ...], Path]
 
 
 class WorkerDiedError(Exception):
-    """A process ended without an answer."""
+    """A worker process died before it finished its task."""
 
 
 def in_processes(tasks: Sequence[Task], workers: int) -> Iterator[None]:
-    """Run the tasks in so many processes here; yields once for each that is done. Raises `WorkerDiedError`."""
+    """Run tasks in `workers` processes on this machine; yields once per finished task. Raises `WorkerDiedError`."""
     # Not `fork`: the parent holds threads (torch, pyarrow, tokenizers) whose locks a forked child inherits.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["nanophi.data.processes", *(sorted({task[0].__module__ for task in tasks}))])

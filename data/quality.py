@@ -49,7 +49,7 @@ _SCHEMA = pa.schema(
 
 
 def labels(quality: Quality, data: Data) -> tuple[list[str], list[str]]:
-    """Names of the sources that are examples of good and of poor text."""
+    """Names of the sources that are examples of good and of low-quality text."""
     high, low = list(quality.high), list(quality.low)
     if not high and not low and any(source.embedded for source in data.sources):
         high, low = list(installed_docs.HIGH), list(installed_docs.LOW)
@@ -123,7 +123,7 @@ def score(
         scorer = find_scorer(quality.scorer, quality.label, quality.scale, revision)
     forget()
     work = output / ".parts"
-    # A classifier fills the device, or all cores, by itself.
+    # A classifier uses the whole device, or all cores, in one process.
     workers = 1 if scorer.kind == "model" else data.workers
     parts = [(path, split, scorer) for split, path in paths]
     counts = run_parts(_score_shard, parts, work, "scoring documents", workers, data.engine)

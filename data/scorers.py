@@ -272,12 +272,14 @@ def find_scorer(
     kind, colon, rest = name.partition(":")
     if colon and kind == "column" and rest:
         return Scorer("column", rest, None, scale)
-    place = rest if colon and kind == "model" else name
-    if (local(place) / "scorer.safetensors").exists():
+    folder_or_id = rest if colon and kind == "model" else name
+    if (local(folder_or_id) / "scorer.safetensors").exists():
         if label is not None or scale is not None:
-            raise UserError(f"{place} is a linear scorer, whose score is a probability; leave out label and scale")
-        return Scorer("linear", str(local(place)))
-    return Scorer("model", place, label, scale, revision)
+            raise UserError(
+                f"{folder_or_id} is a linear scorer, whose score is a probability; leave out label and scale"
+            )
+        return Scorer("linear", str(local(folder_or_id)))
+    return Scorer("model", folder_or_id, label, scale, revision)
 
 
 def forget() -> None:

@@ -146,8 +146,8 @@ class Encoder:
                 result.extend(map(ids, _ASCII_WORD.findall(part)))
             else:
                 # Most lines are ASCII even so. Between two visible characters, line ends are words of their own.
-                for place, line in enumerate(_LINE_ENDS.split(part)):
-                    cut = list(line) if place % 2 else (_ASCII_WORD if line.isascii() else _WORD).findall(line)
+                for index, line in enumerate(_LINE_ENDS.split(part)):
+                    cut = list(line) if index % 2 else (_ASCII_WORD if line.isascii() else _WORD).findall(line)
                     result.extend(map(ids, cut))
         return b"".join(result)
 
@@ -222,7 +222,7 @@ def _any_of(tokens: list[str]) -> Any:
     if not tokens:
         return None
     characters = "".join(sorted({re.escape(character) for token in tokens for character in token}))
-    # Cheap to rule out: most places in a text begin no token.
+    # A cheap test first: most positions of a text begin no token.
     guard = f"(?=[{characters}]{{{min(map(len, tokens))}}})"
     return re.compile(f"({guard}(?:{'|'.join(map(re.escape, sorted(tokens, key=len, reverse=True)))}))")
 
