@@ -19,6 +19,7 @@ METRIC_NAMES = {
     "bits_per_byte": "bits per byte",
     "byte_perplexity": "byte perplexity",
     "word_perplexity": "word perplexity",
+    "answer_bits_per_byte": "right answer, bits per byte",
 }
 
 

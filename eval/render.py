@@ -9,7 +9,7 @@ from typing import Any
 
 from nanophi.eval.catalogue import main_rows, title
 from nanophi.eval.results import ANSWER_METRIC
-from nanophi.formatting import difference, metric, p_value, scale, score, size
+from nanophi.formatting import difference, metric, metric_name, p_value, scale, score, size
 
 BZ2 = "bz2 -9 on the same text"
 DETECTABLE = "detectable: the minimum detectable effect, a true difference that 4 of 5 such comparisons would find"
@@ -201,8 +201,8 @@ def _is_heldout_bits(row: Mapping[str, Any]) -> bool:
 
 def _title(row: Mapping[str, Any]) -> str:
     """What a row measures: `Winogrande (acc, 5-shot)`, `HellaSwag (right answer, bits per byte, 0-shot) ↓`."""
-    metric_name = {ANSWER_METRIC: "right answer, bits per byte"}.get(row["metric"], row["metric"])
-    details = [metric_name] if metric_name not in ("mean of six", "bits_per_byte") else []
+    name = metric_name(row["metric"]) if row["metric"] == ANSWER_METRIC else row["metric"]
+    details = [name] if name not in ("mean of six", "bits_per_byte") else []
     if row["num_fewshot"] is not None and not row["task"].startswith("heldout_"):
         details.append(f"{row['num_fewshot']}-shot")
     said = f" ({', '.join(details)})" if details else ""

@@ -19,6 +19,7 @@ import jinja2
 
 from nanophi import formatting
 from nanophi.eval import catalogue
+from nanophi.eval.results import ANSWER_METRIC
 from nanophi.files import UserError, write_text
 from nanophi.inputs import is_hub_id
 from nanophi.model_card import figures, markup, metadata
@@ -162,6 +163,7 @@ def render(records: ShippedRecords) -> str:
             benchmarks=any(not row["task"].startswith("heldout_") for row in rows),
             by_source=by_source(records),
             noise=noise(rows),
+            answers=right_answers(records),
             mfu=statistics.median(utilisations) if utilisations else None,
             hardware=hardware(records),
             figures=figures.names(records),
@@ -191,17 +193,36 @@ def leaderboard(records: ShippedRecords) -> dict[str, Any] | None:
     return None
 
 
+def right_answers(records: ShippedRecords) -> list[dict[str, Any]]:
+    """Bits per byte of the right answers of every task that has some: title, value, stderr, items."""
+    lines = [
+        line
+        for name, record in records.items()
+        if name.startswith("evals/")
+        for line in record["nanophi"]["headline"]
+        if line.get(ANSWER_METRIC)
+    ]
+    lines.sort(key=lambda line: catalogue.position(line["task"]))
+    return [
+        {"title": catalogue.title(line["task"], line["num_fewshot"]), "items": line["items"], **line[ANSWER_METRIC]}
+        for line in lines
+    ]
+
+
 def differences(comparison: dict[str, Any] | None) -> dict[str, list[dict[str, Any]]] | None:
     """Label -> one row per task: its difference from the baseline, and whether that is more than noise."""
     if comparison is None:
         return None
     rows: dict[str, list[dict[str, Any]]] = {}
-    for row in catalogue.main_rows(comparison):
+    answers = [{"task": task, **row} for task, row in comparison.get("answers", {}).items()]
+    for row in (*catalogue.main_rows(comparison), *answers):
+        answer = f" ({formatting.metric_name(ANSWER_METRIC)})" if row["metric"] == ANSWER_METRIC else ""
         for label, entry in row["differences"].items():
             rows.setdefault(label, []).append(
                 {
-                    "title": catalogue.row_title(row),
+                    "title": catalogue.row_title(row) + answer,
                     "difference": formatting.difference(entry, row["metric"]),
+                    "detectable": formatting.metric(entry.get("minimum_detectable_effect"), row["metric"]),
                     "p": formatting.p_value(entry["p_corrected"]),
                     "verdict": entry["verdict"],
                 }

@@ -144,6 +144,7 @@ def results_of(run: Path, step: int) -> dict[str, Any]:
                     "items": 200,
                     "of": 200,
                     "tasks": ["heldout_continuation"],
+                    "answer_bits_per_byte": {"value": 1.9, "stderr": 0.02},
                 },
             ],
             "average": None,

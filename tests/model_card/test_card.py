@@ -345,7 +345,8 @@ def comparison(ours: str) -> dict[str, Any]:
 
     def entry(value: float, verdict: str) -> dict[str, Any]:
         interval = [value - 0.02, value + 0.02]
-        return {"value": value, "interval": interval, "p_corrected": 0.0004, "verdict": verdict, "items": 50}
+        found = {"value": value, "interval": interval, "p_corrected": 0.0004, "verdict": verdict, "items": 50}
+        return {**found, "minimum_detectable_effect": 0.0321}
 
     bits, choice = 2.9 - 30 / 40, 0.26 + 30 / 200
     return {
@@ -375,6 +376,16 @@ def comparison(ours: str) -> dict[str, Any]:
                 "differences": {ours: entry(0.01, "within noise")},
             },
         },
+        "answers": {
+            "heldout_continuation": {
+                "metric": "answer_bits_per_byte",
+                "num_fewshot": 0,
+                "chance": None,
+                "higher_is_better": False,
+                "scores": {ours: {"value": 1.9, "stderr": 0.02, "items": 200}},
+                "differences": {ours: entry(-0.01, "better")},
+            },
+        },
         "subjects": {},
         "heldout": {
             ours: {"by_source": {"licences": {"bits_per_byte": bits, "bits_per_byte_stderr": 0.07, "documents": 20}}},
@@ -398,8 +409,11 @@ def test_comparison_says_what_is_noise(records: ShippedRecords) -> None:
     kept = 100 * filtered["kept_bytes"] / filtered["bytes"]
     assert f"| licences | 2.1500 ± 0.0700 | 2.3000 | 20 | {kept:.1f} % |" in text
     assert "Held-out bits per byte by source</summary>" not in text
-    assert "better on held-out bits per byte; within noise on held-out continuation" in text
-    assert "| held-out bits per byte | -0.1500 [-0.1700, -0.1300] | < 0.001 | better |" in text
+    assert "better on held-out bits per byte, " in text and "within noise on held-out continuation" in text
+    assert "| held-out bits per byte | -0.1500 [-0.1700, -0.1300] | 0.0321 | < 0.001 | better |" in text
+    answers = "held-out continuation (right answer, bits per byte)"
+    assert f"| {answers} | -0.0100 [-0.0300, +0.0100] | 0.0321 | < 0.001 | better |" in text
+    assert "| held-out continuation | 1.9000 | 0.0200 | 200 |" in text
     assert "| held-out continuation | 41.00 ± 3.10 | 40.00 ± 3.00 | 25.00 |" in text
     assert "| other | 22.50 | 29.00 | its card |" in text
 
