@@ -22,7 +22,8 @@ class WorkerDiedError(Exception):
 def in_processes(tasks: Sequence[Task], workers: int) -> Iterator[None]:
     """Run tasks in `workers` processes on this machine; yields once per finished task. Raises `WorkerDiedError`."""
     # Not `fork`: the parent holds threads (torch, pyarrow, tokenizers) whose locks a forked child inherits.
-    context = multiprocessing.get_context("forkserver")
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"  # Windows
+    context = multiprocessing.get_context(method)
     context.set_forkserver_preload(["nanophi.data.processes", *(sorted({task[0].__module__ for task in tasks}))])
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as pool:
         futures = [pool.submit(run_task, *task) for task in tasks]

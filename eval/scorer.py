@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -445,5 +446,5 @@ class ScorerLM(HFLM):
 
 def _trim() -> None:
     """Return freed memory to the system: passes of changing lengths leave holes that nothing fits into."""
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):  # glibc's
         trim(0)
