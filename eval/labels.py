@@ -34,7 +34,9 @@ def label_results(paths: Sequence[Path]) -> dict[str, list[Path]]:
             if not found:
                 raise UserError(f"{path} holds no results; name a run directory, or files that `nanophi eval` wrote")
             files += found
-        else:
+        elif len(paths) == 1 or not path.name.startswith(
+            "curve-"
+        ):  # a curve holds no items: `evals/*.json` names it too
             files.append(resolved)
     models: dict[str, list[Path]] = {}
     identities: dict[str, dict[str, Any]] = {}

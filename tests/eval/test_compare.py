@@ -313,6 +313,8 @@ def test_labels_tell_models_apart_and_suites_of_one_model_together(tmp_path):
     assert comparison["baseline"] == "a/release (11111111)" and not comparison["notes"]
     with pytest.raises(UserError, match=r"1\.json is named twice"):
         label_results([one, one])
+    (tmp_path / "curve-quick-1a2b3c4d.json").write_text('{"format": 2, "points": []}')
+    assert label_results([one, tmp_path / "curve-quick-1a2b3c4d.json"]) == {"a/release": [one]}
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no results"):
         label_results([tmp_path / "empty"])
