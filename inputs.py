@@ -11,7 +11,7 @@ import functools
 import os
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,6 +55,22 @@ def shown(path: str | Path) -> str:
     return printable(os.fsencode(path).decode("utf-8", "backslashreplace"))
 
 
+def walk(folder: Path) -> list[Path]:
+    """Everything below a folder that is neither a folder nor hidden, sorted; linked folders count, but only once."""
+
+    def below(inner: Path, above: frozenset[Path]) -> Iterator[Path]:
+        above |= {inner.resolve()}
+        for path in inner.iterdir():
+            if path.name.startswith("."):
+                continue
+            if not path.is_dir():
+                yield path
+            elif path.resolve() not in above:
+                yield from below(path, above)
+
+    return sorted(below(folder, frozenset()))
+
+
 class Contents:
     """SHA-256 of files' contents. A file whose size and times are those of last time is not read again.
 
@@ -89,9 +105,8 @@ class Contents:
             raise UserError(f"{shown(name)}: no such file or folder")
         if path.is_file():
             return self._file(path)
-        inside = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.endswith(tuple(ignore)))
-        visible = [file for file in inside if not any(part.startswith(".") for part in file.relative_to(path).parts)]
-        return sha256_of([[shown(file.relative_to(path)), self._file(file)] for file in visible])
+        inside = [file for file in walk(path) if file.is_file() and not file.name.endswith(tuple(ignore))]
+        return sha256_of([[shown(file.relative_to(path)), self._file(file)] for file in inside])
 
     def save(self) -> None:
         """Write the memory."""

@@ -21,6 +21,7 @@ import yaml
 
 from nanophi.data.ngrams import Words, hash_words, ngrams, ngrams_of_lengths
 from nanophi.files import UserError
+from nanophi.inputs import walk
 
 SHORTEST = 8
 _QUESTIONS = ("question", "ctx", "sentence", "query", "prompt", "goal")
@@ -183,7 +184,7 @@ def report(index: BenchmarkIndex, hits: list[tuple[str, str, list[int]]]) -> dic
 
 def _benchmarks(folder: Path) -> Iterator[tuple[str, list[Path]]]:
     """`(name, files of the scored split)` of every dataset config below a folder, sorted."""
-    for readme in sorted(folder.rglob("README.md")):
+    for readme in (path for path in walk(folder) if path.name == "README.md"):
         root = readme.parent
         text = readme.read_text(encoding="utf-8")
         parts = text.split("---", 2)

@@ -22,7 +22,7 @@ from nanophi.data import formats, installed_docs
 from nanophi.data.formats import MAXIMUM_DOCUMENT_BYTES, Row, TextColumn, Unusable
 from nanophi.files import UserError, printable, read_json, reason, user_errors, write_json
 from nanophi.formatting import integer, percent
-from nanophi.inputs import Contents, is_hub_id, local, resolve_commit, shown
+from nanophi.inputs import Contents, is_hub_id, local, resolve_commit, shown, walk
 from nanophi.recipe import Source
 
 PART_BYTES = 16 << 20
@@ -123,6 +123,8 @@ def locate(source: Source) -> Located:
         return _locate_files(source)
     if local(str(source.hub)).is_dir():
         return _locate_saved(source, local(str(source.hub))) or _locate_split(source, str(local(str(source.hub))))
+    if local(str(source.hub)).exists():
+        raise UserError(f"dataset {source.hub} cannot be loaded: it is a file; name it by 'files'")
     if not is_hub_id(str(source.hub)):
         raise UserError(f"dataset {source.hub} cannot be loaded: no such folder, and not a Hub id like ORG/NAME")
     return _locate_on_hub(source)
@@ -140,11 +142,10 @@ def _locate_files(source: Source) -> Located:
             if path == Path(pattern) and not inside:
                 raise UserError(f"source {source.files}: the folder holds no {formats.KNOWN} file{_shown_some(others)}")
             files.update(dict.fromkeys(inside))
-        elif not path.exists():
-            raise UserError(f"source {shown(path)} is a dangling link to {shown(path.readlink())}; mend or remove it")
         elif formats.format_of(path.name) is None:
             raise UserError(f"source {shown(path)}: not a {formats.KNOWN} file")
         else:
+            _check_file(path)
             files[path] = None
     if not files:
         raise UserError(f"source {source.files}: no such file or folder")
@@ -162,11 +163,8 @@ def _glob(pattern: str) -> list[Path]:
 def _files_below(folder: Path, others: list[str]) -> list[Path]:
     """Every file below a folder in a format that is read, sorted; the names of the rest go to `others`."""
     found: list[Path] = []
-    for path in sorted(folder.rglob("*")):
-        if any(part.startswith(".") for part in path.relative_to(folder).parts) or path.is_dir():
-            continue
-        if not path.exists():
-            raise UserError(f"source {shown(path)} is a dangling link to {shown(path.readlink())}; mend or remove it")
+    for path in walk(folder):
+        _check_file(path)
         if formats.format_of(path.name) is not None and path.name not in _METADATA:
             found.append(path)
         else:
@@ -175,6 +173,14 @@ def _files_below(folder: Path, others: list[str]) -> list[Path]:
     if any(formats.format_of(path.name) != "text" for path in found):
         found = [path for path in found if path.name != "README.md"]
     return found
+
+
+def _check_file(path: Path) -> None:
+    """Raise `UserError` for a link that leads nowhere, or for what is no file (reading a pipe would never end)."""
+    if path.is_symlink() and not path.exists():
+        raise UserError(f"source {shown(path)} is a dangling link to {shown(path.readlink())}; mend or remove it")
+    if not path.is_file():
+        raise UserError(f"source {shown(path)} is not a regular file; remove it")
 
 
 def _shown_some(names: Sequence[str]) -> str:

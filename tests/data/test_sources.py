@@ -7,6 +7,7 @@ import io
 import json
 import lzma
 import os
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from nanophi.data.formats import TextColumn, Unusable, format_of
 from nanophi.files import UserError
 from nanophi.recipe import Data, Source
 
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="names in bytes, links and pipes as Linux has them")
 TEXTS = ["The first document.", 'A second one, with "quotes"; and\ncolumns', "Третий, naïve"]
 
 
@@ -110,6 +112,24 @@ def test_a_folder_stands_for_the_files_below_it(tmp_path: Path, monkeypatch: pyt
         read(files=str(tmp_path / "pictures"))
 
 
+@LINUX
+def test_links_are_followed_and_pipes_are_not_read(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "in", tmp_path / "elsewhere"
+    folder.mkdir()
+    elsewhere.mkdir()
+    (elsewhere / "a.jsonl").write_text(LINES)
+    (folder / "linked").symlink_to(elsewhere)
+    (elsewhere / "round").symlink_to(folder)
+    assert read(files=str(folder))[0] == TEXTS
+    with pytest.raises(UserError, match="it is a file; name it by 'files'"):
+        read(hub=str(elsewhere / "a.jsonl"))
+    os.mkfifo(folder / "pipe.jsonl")
+    for files in (folder, folder / "pipe.jsonl"):
+        with pytest.raises(UserError, match=r"pipe\.jsonl is not a regular file"):
+            read(files=str(files))
+
+
+@LINUX
 def test_names_that_are_not_utf8_and_dangling_links(tmp_path: Path) -> None:
     with open(os.fsencode(tmp_path) + b"/caf\xe9.jsonl", "wb") as file:  # noqa: PTH123
         file.write(LINES.encode() + b"broken\n")
