@@ -89,8 +89,7 @@ def ablate(
         UserError: for an experiment that cannot be run or that differs from the plan in `output`; for runs that fail,
             after the others have ended.
     """
-    from nanophi.eval import ablation
-    from nanophi.eval.suites import find_suite
+    from nanophi.eval import ablation, suites
 
     if recipe.quality.threshold is None and (recipe.quality.share is None or recipe.quality.share == 1):
         raise UserError(
@@ -103,7 +102,10 @@ def ablate(
             raise UserError(f"a {name} is named twice; every run needs its own")
     own = recipe.training.learning_rate
     rates = list(learning_rates) or [own, float(f"{LOWER_RATE * own:.6g}")]
-    find_suite(_suite(tasks))
+    if epochs is not None and epochs <= 0:
+        raise UserError(f"--epochs {epochs:g}: a share must be repeated more than 0 times")
+    if problem := suites.context_problem([_suite(tasks)], recipe.model_config_for().max_position_embeddings):
+        raise UserError(f"{recipe.name}: {problem}")
     question = {
         "recipe": recipe.dump(),
         "seeds": list(seeds),
@@ -221,6 +223,7 @@ def _make_plan(
 ) -> dict[str, Any]:
     from nanophi.eval import ablation
 
+    _check_tasks(recipe, question["tasks"])
     config, training = recipe.model_config_for(), recipe.training
     length = config.max_position_embeddings
     seen = training.steps * training.batch_size * length
@@ -269,6 +272,21 @@ def _make_plan(
         "environment": environment(),
     }
     return plan
+
+
+def _check_tasks(recipe: Recipe, tasks: Sequence[str]) -> None:
+    """Refuse tasks whose data is missing, or that have no right answer with a likelihood, before any training."""
+    from nanophi.eval import suites
+
+    if not tasks:
+        return
+    data = recipe.evaluation.data
+    loaded = suites.load_suite(suites.find_suite(",".join(tasks)), data=Path(data) if data else None)
+    for name in tasks:
+        if name not in loaded.tasks:
+            raise UserError(f"--tasks {name} is a group; name its tasks one by one")
+        if loaded.tasks[name].OUTPUT_TYPE not in ("multiple_choice", "loglikelihood"):
+            raise UserError(f"--tasks {name} has no right answer whose likelihood is known; name other tasks")
 
 
 def _renamed(recipe: Recipe, name: str) -> Recipe:

@@ -175,6 +175,8 @@ def test_the_answer_for_the_eye(finished):
         ([], {"seeds": (1, 1)}, "a seed is named twice"),
         ([], {"learning_rates": (0.1, 0.1)}, "a learning rate is named twice"),
         ([], {"epochs": 0.5}, r"--epochs 0\.5 needs [\d,]+ different tokens in every share, but there are [\d,]+; ask"),
+        ([], {"epochs": 0}, "--epochs 0: a share must be repeated more than 0 times"),
+        (["evaluation.data=/nowhere"], {"tasks": ("arc_easy",)}, "needs the dataset allenai/ai2_arc, which is not in"),
         ([], {"epochs": 1e6}, r"--epochs 1e\+06 leaves less than one row of 64 tokens"),
     ],
 )
