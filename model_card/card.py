@@ -6,6 +6,7 @@ the same text: that is how `nanophi verify` checks it.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -118,8 +119,9 @@ def contradictions(records: ShippedRecords) -> list[str]:
     return wrong
 
 
-def render(records: ShippedRecords) -> str:
-    """README.md of a release. Raises `UserError` if the template asks for something that no record says."""
+@functools.cache
+def _template(text: str) -> jinja2.Template:
+    """The template, compiled: that takes longer than to render it, and a push renders several cards."""
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined,
         finalize=_present,
@@ -128,7 +130,12 @@ def render(records: ShippedRecords) -> str:
         keep_trailing_newline=True,
     )
     environment.filters.update({name: _demanding(function) for name, function in FILTERS.items()})
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    return environment.from_string(text)
+
+
+def render(records: ShippedRecords) -> str:
+    """README.md of a release. Raises `UserError` if the template asks for something that no record says."""
+    template = _template(TEMPLATE.read_text(encoding="utf-8"))
     rows, every = leading_scores(records), every_score(records)
     evaluations = [value for name, value in records.items() if name.startswith("evals/")]
     utilisations = [entry["mfu"] for entry in records["training.json"]["log"] if entry["mfu"] is not None]

@@ -159,7 +159,8 @@ def problems(folder: Path, release: Path | None = None) -> list[str]:
     ]
     # What is wrong with a card is said in its words, which must not be those of a secret.
     if not leaks and (folder / "records").is_dir():
-        wrong += verify.card_problems(folder, read_records(folder / "records"))
+        card = verify.card_problems(folder, read_records(folder / "records"))
+        wrong += [*card, "the card is not the one that its records give: run `nanophi release` again"] if card else []
     return wrong + leaks
 
 
