@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from nanophi.data.selection import Selection, describe_rule
 from nanophi.files import UserError, check_own_folder, read_json, user_errors, write_json, write_text
-from nanophi.formatting import integer, percent
+from nanophi.formatting import file_size, integer, percent
 from nanophi.recipe import Quality
 
 EXCERPT = 400
@@ -149,8 +149,8 @@ def markdown(report: dict[str, Any], bytes_per_token: float | None = None) -> st
         "# Quality filter",
         "",
         f"Scorer `{_plain(scorer['scorer'])}`, {report['rule']}: {integer(report['kept_documents'])} of "
-        f"{integer(report['documents'])} documents kept, {report['kept_bytes'] / 1e6:.1f} of "
-        f"{report['bytes'] / 1e6:.1f} MB ({percent(report['kept_bytes_fraction'])}).",
+        f"{integer(report['documents'])} documents kept, {file_size(report['kept_bytes'])} of "
+        f"{file_size(report['bytes'])} ({percent(report['kept_bytes_fraction'])}).",
         "",
     ]
     if "roc_auc" in scorer:
