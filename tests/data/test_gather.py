@@ -263,7 +263,13 @@ def test_a_dataset_on_the_hub(tmp_path: Path, streaming: bool) -> None:
             tmp_path / f"{part}.parquet", [text(number) for number in range(25 * part, 25 * part + 25)]
         )
         files[f"data/train-0000{part}-of-00002.parquet"] = path.read_bytes()
-    files["README.md"] = b"---\nconfigs:\n- config_name: small\n  data_files: data/train-*.parquet\n---\n"
+    lines = "".join(json.dumps({"text": text(number)}) + "\n" for number in range(50, 80))
+    files["lines/a.jsonl.gz"] = gzip.compress(lines.encode())
+    files["lines/b.txt"] = "<|end|>".join(text(number) for number in range(80, 90)).encode("utf-16")
+    files["README.md"] = (
+        b"---\nconfigs:\n- config_name: small\n  data_files: data/train-*.parquet\n"
+        b"- config_name: lines\n  data_files: lines/*.gz\n- config_name: text\n  data_files: lines/*.txt\n---\n"
+    )
     source = {"hub": "someone/numbers", "config": "small", "streaming": streaming, "revision": "main"}
     with HubServer() as hub:
         hub.add_repository("dataset", "someone/numbers", files)
@@ -279,6 +285,11 @@ def test_a_dataset_on_the_hub(tmp_path: Path, streaming: bool) -> None:
         summary = json.loads(done.stdout)
         assert summary["read"] == 50
         assert summary["train"] + summary["heldout"] == 50
+        others: Any = (("lines", {}, 30), ("text", {"separator": "<|end|>"}, 10))
+        for config, fields, count in others if streaming else ():
+            done = gather(config, config=config, **fields)
+            assert done.returncode == 0, done.stderr
+            assert json.loads(done.stdout)["read"] == count
         missing = gather("none", hub="someone/nothing")
         assert "UserError: dataset someone/nothing does not exist on the Hub" in missing.stderr.splitlines()[-1]
     if not streaming:  # what was downloaded is found again without a network
