@@ -11,7 +11,7 @@ CLUSTER := $(VENV)/cluster
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTEST := $(BIN)/pytest -c tests/pytest.ini --rootdir tests
 
-.PHONY: help demo test lint hub compat gguf cluster clean
+.PHONY: help demo test lint hub compat peer gguf cluster clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
@@ -30,6 +30,9 @@ lint: $(INSTALLED) ## ruff and mypy
 
 hub: $(INSTALLED) ## push RELEASE to a loopback Hub, then load, verify and submit it from there
 	$(BIN)/python tests/publish.py $(RELEASE)
+
+peer: $(INSTALLED) ## run transformers' own model tests on NanoPhi and on stock Phi
+	$(BIN)/python tests/peer/run.py $(VENV)/peer
 
 compat: $(INSTALLED) ## load RELEASE with transformers 4.37.2, 4.57.6 and the installed version
 	$(BIN)/python tests/compat/run.py $(wildcard $(RELEASE))

@@ -43,6 +43,9 @@ ReleaseFolder = Annotated[Path, Argument(metavar="RELEASE", help="Release folder
 Revision = Annotated[str | None, Option(help="Branch, tag or commit on the Hub.")]
 Gguf = Annotated[str | None, Option(metavar="KINDS", help="llama.cpp files too, any of f16,q8_0,bf16,f32.")]
 Trust = Annotated[bool, Option("--trust-remote-code", help="Run the Python code that comes with the model.")]
+Restart = Annotated[
+    bool, Option("--restart", help="Remove the weights of a run that the recipe cannot continue from, and start over.")
+]
 Jobs = Annotated[int, Option(min=1, help="Trainings at once, each with one GPU or its share of the cores.")]
 
 
@@ -62,22 +65,30 @@ def options(
 
 
 @contextmanager
-def _open(recipe: Path, runs: Path, overrides: list[str], build: tuple[str, ...]) -> Iterator[Pipeline]:
+def _open(
+    recipe: Path, runs: Path, overrides: list[str], build: tuple[str, ...], restart: bool = False
+) -> Iterator[Pipeline]:
     """The recipe's pipeline, its run directory locked; stages outside `build` must be up to date already."""
-    pipeline = Pipeline(load_recipe(recipe, overrides), runs, build)
+    pipeline = Pipeline(load_recipe(recipe, overrides), runs, build, restart=restart)
     with pipeline.run.lock():
         yield pipeline
 
 
 @app.command()
-def run(recipes: Recipes, jobs: Jobs = 1, runs: Runs = Path("runs"), overrides: Overrides = []) -> None:
+def run(
+    recipes: Recipes,
+    jobs: Jobs = 1,
+    restart: Restart = False,
+    runs: Runs = Path("runs"),
+    overrides: Overrides = [],
+) -> None:
     """Run every stage of a recipe, from text to release.
 
     Several recipes are compared at the end; the last one is the baseline.
 
     Example: nanophi run demo demo-control --jobs 2
     """
-    run_recipes([load_recipe(recipe, overrides) for recipe in recipes], runs, jobs=jobs)
+    run_recipes([load_recipe(recipe, overrides) for recipe in recipes], runs, jobs=jobs, restart=restart)
 
 
 @app.command()
@@ -127,30 +138,30 @@ def ablate(
 
 
 @app.command(hidden=True)
-def worker(recipe: OneRecipe, runs: Runs = Path("runs")) -> None:
+def worker(recipe: OneRecipe, restart: Restart = False, runs: Runs = Path("runs")) -> None:
     """Train and evaluate one prepared run, for `--jobs`; stop when standard input ends.
 
     Example: nanophi worker runs/demo/recipe.yaml
     """
     stop_with_parent()
-    with _open(recipe, runs, [], ("training", "sample", "evaluation")) as pipeline:
+    with _open(recipe, runs, [], ("training", "sample", "evaluation"), restart) as pipeline:
         pipeline.sample()
         pipeline.evaluation()
 
 
 @app.command()
-def prepare(recipe: OneRecipe, runs: Runs = Path("runs"), overrides: Overrides = []) -> None:
+def prepare(recipe: OneRecipe, restart: Restart = False, runs: Runs = Path("runs"), overrides: Overrides = []) -> None:
     """Prepare packed tokens: gather, deduplicate, score, filter, tokenize, pack.
 
     Example: nanophi prepare demo --set quality.threshold=0.6
     """
-    with _open(recipe, runs, overrides, PREPARE) as pipeline:
+    with _open(recipe, runs, overrides, PREPARE, restart) as pipeline:
         pipeline.write_recipe()
         pipeline.tokens()
 
 
 @app.command()
-def train(recipe: OneRecipe, runs: Runs = Path("runs"), overrides: Overrides = []) -> None:
+def train(recipe: OneRecipe, restart: Restart = False, runs: Runs = Path("runs"), overrides: Overrides = []) -> None:
     """Train on prepared tokens, or resume from the last checkpoint.
 
     Example: nanophi train demo
@@ -158,10 +169,11 @@ def train(recipe: OneRecipe, runs: Runs = Path("runs"), overrides: Overrides = [
     On several GPUs: accelerate launch -m nanophi train nano-phi-115m
     """
     if is_main_process():
-        with _open(recipe, runs, overrides, ("training",)) as pipeline:
+        with _open(recipe, runs, overrides, ("training",), restart) as pipeline:
+            pipeline.check()
             pipeline.training()
     else:
-        Pipeline(load_recipe(recipe, overrides), runs, ("training",)).training()
+        Pipeline(load_recipe(recipe, overrides), runs, ("training",), restart=restart).training()
 
 
 @app.command()
@@ -185,9 +197,10 @@ def estimate(
     Example: nanophi estimate nano-phi-115m --device h100
     """
     resolved = load_recipe(recipe, overrides)
+    from nanophi.training import budget
     from nanophi.training import estimate as estimates
 
-    chosen = estimates.find_device(device)
+    chosen = budget.find_device(device)
     result = estimates.estimate(
         resolved,
         chosen,

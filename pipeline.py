@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -16,7 +16,10 @@ from nanophi.files import UserError, read_json, remove, sha256_of_file, write_js
 from nanophi.inputs import local
 from nanophi.jobs import side_by_side
 from nanophi.recipe import Recipe
-from nanophi.run import RunDirectory, environment
+from nanophi.run import RunDirectory, environment, step_folders, step_name
+
+if TYPE_CHECKING:
+    from nanophi.configuration_nanophi import NanoPhiConfig
 
 STAGES = (*PREPARE, "training", "sample", "evaluation", "comparison", "report", "card", "release", "verification")
 
@@ -34,6 +37,7 @@ class Pipeline(DataStages):
         runs: the folder that holds the run directories.
         build: stages that may run; the others must be up to date already.
         report: called with one line for each thing worth telling.
+        restart: weights that the recipe cannot continue from may be removed.
     """
 
     def __init__(
@@ -42,9 +46,10 @@ class Pipeline(DataStages):
         runs: Path,
         build: Collection[str] = STAGES,
         report: Callable[[str], None] = print,
+        restart: bool = False,
     ) -> None:
         run = RunDirectory(runs / recipe.name, report if is_main_process() else lambda line: None)
-        super().__init__(recipe, run, build, write=is_main_process())
+        super().__init__(recipe, run, build, write=is_main_process(), restart=restart)
 
     def write_recipe(self) -> None:
         """`recipe.yaml`: the resolved recipe, every default written out."""
@@ -54,44 +59,91 @@ class Pipeline(DataStages):
 
     def training(self) -> dict[str, Any]:
         """The model, with its checkpoints."""
-        from transformers import AutoTokenizer
-
         from nanophi.model_card.release import sample_settings
-        from nanophi.training import checkpoints, trainer
+        from nanophi.training import continuation, trainer
 
-        self.tokens()
-        if "training" in self.run.record.get("in_progress", {}):
-            checkpoints.check_data(self.path)  # before a stage with other inputs would begin from scratch
+        # On another machine than that which prepared the tokens, what they were made from need not be there.
+        self.tokens() if "tokens" in self.build else self.require_tokens()
         recipe = self.recipe
+        if "training" in self._done:
+            return self._done["training"]
+        config = self._model_config()
         # A prompt that is too long for the card's sample is refused before the training is paid for.
-        context = recipe.model_config_for().max_position_embeddings
-        sample_settings(self.path / "data/tokenizer", recipe.card.prompt, context)
-        inputs = {
-            "tokens": self.run.stage_key("tokens"),
-            "tokenizer": self.run.stage_key("tokenizer"),
-            "model": recipe.model,
-            "training": recipe.training.model_dump(mode="json", exclude={*trainer.NOT_IN_WEIGHTS, "seed"}),
-            "seed": recipe.training_seed,
-        }
+        sample_settings(self.path / "data/tokenizer", recipe.card.prompt, config.max_position_embeddings)
+        recorded = self.run.inputs_of("training")
+        inputs = continuation.inputs(self.path, recipe, config, recorded)
+        outputs = [f"checkpoints/{step_name(recipe.training.steps)}"]
+        plan = continuation.Continuation()
+        if "training" in self.build and is_main_process() and not self.run.up_to_date("training", inputs, outputs):
+            if self.restart:
+                self._remove_training()
+                recorded = None
+            plan = continuation.plan(self.path, recipe.training, recorded, inputs, self.report)
 
         def build(work: Path) -> dict[str, Any]:
             if is_main_process():
                 self.run.update_record(environment=environment())
-            tokenizer = AutoTokenizer.from_pretrained(self.path / "data/tokenizer")
-            config = recipe.model_config_for(
-                vocab_size=max(len(tokenizer), recipe.model.get("vocab_size", 0)),
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-            )
+                continuation.carry_out(self.path, plan, recorded, self.report)
             return trainer.train(
-                self.path, recipe.training, config, recipe.training_seed, recipe.name, self.report, recipe.card.prompt
+                self.path,
+                recipe.training,
+                config,
+                recipe.training_seed,
+                recipe.name,
+                self.report,
+                recipe.card.prompt,
+                resume=plan.resume,
+                base=recipe.base,
             )
 
-        outputs = ["checkpoints", "training_state", "training.json"]
         # The others train along, but only if the main process does: it alone would not come to the rendezvous.
         if not is_main_process() and not self.run.up_to_date("training", inputs, outputs):
             return build(self.path)
-        return self._stage("training", inputs, outputs, build, in_place=True)
+        summary = self._stage("training", inputs, outputs, build, in_place=True)
+        continuation.restore_history(self.path, summary)
+        return summary
+
+    def _model_config(self) -> NanoPhiConfig:
+        """The model's configuration, with the token ids of the run's tokenizer."""
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(self.path / "data/tokenizer")
+        return self.recipe.model_config_for(
+            vocab_size=max(len(tokenizer), self.recipe.model.get("vocab_size", 0)),
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+
+    def check(self) -> None:
+        """Refuse, before anything is made or replaced, what would stop the training after the data stages.
+
+        Raises:
+            UserError: for arguments that cannot be used here, and for weights in the run directory that the
+                recipe cannot continue from.
+        """
+        from nanophi.training import arguments, continuation
+
+        arguments.check(self.recipe.training, self.path, self.recipe.training_seed)
+        recorded = self.run.inputs_of("training")
+        held = step_folders(self.path / "checkpoints") or step_folders(self.path / "training_state")
+        if self.restart or not held:
+            return
+        inputs = recorded
+        if recorded is not None and (self.path / "data/tokens/tokens.json").exists():
+            inputs = continuation.inputs(self.path, self.recipe, self._model_config(), recorded)
+            inputs["data"] = recorded["data"]  # these are compared once they are made
+            final = [f"checkpoints/{step_name(self.recipe.training.steps)}"]
+            if self.run.up_to_date("training", inputs, final):
+                return
+        continuation.plan(self.path, self.recipe.training, recorded, inputs or {}, lambda line: None)
+
+    def _remove_training(self) -> None:
+        """What `--restart` allows: the weights, the states and the history of this run."""
+        self.run.forget("training")
+        for name in ("checkpoints", "training_state", "training.json"):
+            if (self.path / name).exists():
+                self.report(f"{self.recipe.name}: removing {self.path / name} (--restart)")
+                remove(self.path / name)
 
     def checkpoint(self) -> Path:
         """The final checkpoint's folder."""
@@ -120,8 +172,9 @@ class Pipeline(DataStages):
         self.training()
         section, recipe = self.recipe.evaluation, self.recipe
         results = {}
-        for step in sorted({*recipe.training.keep_steps, recipe.training.steps}):
-            model = f"step-{step:06d}"
+        kept = {step for step in recipe.training.keep_steps if (self.path / "checkpoints" / step_name(step)).is_dir()}
+        for step in sorted({*kept, recipe.training.steps}):
+            model = step_name(step)
             for suite in section.suites:
                 file = f"evals/{run_result_name(model, suite)}"
                 inputs = {
@@ -156,7 +209,7 @@ class Pipeline(DataStages):
         from nanophi.eval.results import run_result_name
 
         self.evaluation()
-        final = f"step-{self.recipe.training.steps:06d}"
+        final = step_name(self.recipe.training.steps)
         return [self.path / "evals" / run_result_name(final, suite) for suite in self.recipe.evaluation.suites]
 
     def comparison(self, runs: Sequence[Pipeline]) -> None:
@@ -250,7 +303,13 @@ class Pipeline(DataStages):
         return self._stage("verification", inputs, ["verification.json"], build, shared=False)
 
 
-def run_recipes(recipes: Sequence[Recipe], runs: Path, report: Callable[[str], None] = print, jobs: int = 1) -> None:
+def run_recipes(
+    recipes: Sequence[Recipe],
+    runs: Path,
+    report: Callable[[str], None] = print,
+    jobs: int = 1,
+    restart: bool = False,
+) -> None:
     """Every stage of every recipe; several recipes end in one comparison, with the last as the baseline.
 
     Args:
@@ -259,8 +318,18 @@ def run_recipes(recipes: Sequence[Recipe], runs: Path, report: Callable[[str], N
         report: called with one line for each thing worth telling.
         jobs: how many recipes are trained and evaluated at once, each in a process of its own with one GPU or its
             share of the cores.
+        restart: weights that a recipe cannot continue from may be removed.
+
+    Raises:
+        UserError: before anything runs, if a recipe cannot be run to its end here.
     """
     from nanophi.eval import render, suites
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "only `nanophi train` runs on several processes: use `nanophi prepare`, then `accelerate launch -m nanophi "
+            "train` (or torchrun), then `nanophi run`, each on the recipe"
+        )
 
     for recipe in recipes:
         context = recipe.model_config_for().max_position_embeddings
@@ -269,10 +338,13 @@ def run_recipes(recipes: Sequence[Recipe], runs: Path, report: Callable[[str], N
     names = [recipe.name for recipe in recipes]
     if len(set(names)) < len(names):
         raise UserError(f"two recipes have the same name ({', '.join(names)}); each run needs its own directory")
+    pipelines = [Pipeline(recipe, runs, report=report, restart=restart) for recipe in recipes]
+    for pipeline in pipelines:
+        pipeline.check()
     jobs = min(jobs, len(recipes))
     if jobs > 1:
-        train_side_by_side([Pipeline(recipe, runs, report=report) for recipe in recipes], jobs)
-    pipelines = [Pipeline(recipe, runs, report=report) for recipe in recipes]
+        train_side_by_side(pipelines, jobs)
+        pipelines = [Pipeline(recipe, runs, report=report) for recipe in recipes]
     with contextlib.ExitStack() as locks:
         for pipeline in pipelines:
             locks.enter_context(pipeline.run.lock())
@@ -326,7 +398,7 @@ def train_side_by_side(
     commands = {
         pipeline.recipe.name: [
             *(sys.executable, "-m", "nanophi", "worker", str(pipeline.path / "recipe.yaml")),
-            *("--runs", str(pipeline.path.parent)),
+            *("--runs", str(pipeline.path.parent), *(["--restart"] if pipeline.restart else [])),
         ]
         for pipeline in pipelines
     }

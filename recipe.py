@@ -197,14 +197,18 @@ class Training(Section):
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     decay_fraction: float = pydantic.Field(default=0.2, gt=0, le=1)
     """Share of the steps at the end in which `wsd` decays to zero."""
+    stretch_cosine: bool = False
+    """Let a `cosine` run continue with more `steps`: the learning rate jumps to the value of the longer curve."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """`auto`: bf16 where the hardware computes in it."""
+    """`auto`: bf16 where the hardware supports it."""
     compile: bool = False
     isolate_documents: bool = True
     """Documents packed in one row do not attend to each other."""
     save_steps: int = pydantic.Field(default=500, gt=0)
     keep_steps: list[int] = []
     """Steps whose checkpoints are kept, in addition to the last one, and released as branches."""
+    keep_states: int = pydantic.Field(default=2, gt=0)
+    """How many of the last saved states a run can resume from; if the last is damaged, the one before is used."""
     eval_steps: int = pydantic.Field(default=500, gt=0)
     logging_steps: int = pydantic.Field(default=10, gt=0)
     spike_threshold: float | None = pydantic.Field(default=10.0, gt=0)
@@ -220,7 +224,7 @@ class Training(Section):
     """Of initialisation, of the order of the documents and of what is drawn from them; None: the recipe's seed. Runs
     that differ in it alone share documents, scores and tokenizer."""
     arguments: dict[str, Any] = {}
-    """Any other field of `transformers.TrainingArguments`."""
+    """Other fields of `transformers.TrainingArguments`: those that were tried (`training.arguments.ALLOWED`)."""
 
     @pydantic.model_validator(mode="after")
     def possible(self) -> Training:
@@ -291,6 +295,8 @@ class Recipe(Section):
     tokenizer: Tokenizer = Tokenizer()
     model: dict[str, Any]
     """Fields of `NanoPhiConfig`; the token ids and, for a trained tokenizer, `vocab_size` come from the tokenizer."""
+    base: str | None = None
+    """Folder or Hub id of a model whose weights training starts from; None: random weights."""
     training: Training
     evaluation: Evaluation = Evaluation()
     card: Card = Card()

@@ -4,28 +4,33 @@
     runs/<name>/record.json      per stage: key, inputs, outputs, seconds, summary; and the environment
     runs/<name>/data/ checkpoints/ evals/ release/ ...   what the stages wrote
 
-A stage is keyed by the hash of its inputs. It builds in a private folder under `.work/` and its outputs are
-renamed into place, so a process killed at any moment leaves either the old outputs or the new ones.
+A stage is keyed by the hash of its inputs and by the format of what it writes (`FORMATS`). It builds in a private
+folder under `.work/` and its outputs are renamed into place, so a process killed at any moment leaves either the old
+outputs or the new ones. Training alone writes in place; nothing here removes what it wrote.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
-import fcntl
 import importlib.metadata
 import os
 import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nanophi.files import UserError, copy_tree, read_json, remove, replace_tree, sha256_of, write_json
+from filelock import FileLock, Timeout
+
+from nanophi.files import UserError, copy_tree, read_json, replace_tree, sha256_of, write_json, write_text
 from nanophi.inputs import Contents, Kind, is_hub_id, local, resolve_commit
 from nanophi.version import __version__
+
+FORMATS: dict[str, int] = {}
+"""Stage (or kind of stage) -> format of its outputs, 1 by default. Raise it when the same inputs give other outputs."""
 
 PACKAGES = ("torch", "transformers", "huggingface_hub", "tokenizers", "accelerate", "datasets", "lm_eval", "evaluate")
 
@@ -99,6 +104,19 @@ def step_folders(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def differences(then: Any, now: Any, key: str = "") -> list[str]:
+    """`training.batch_size 4 -> 8` for every value that differs between two JSON values."""
+    if isinstance(then, Mapping) and isinstance(now, Mapping):
+        lines = []
+        for name in [*now, *(name for name in then if name not in now)]:
+            lines += differences(then.get(name), now.get(name), f"{key}.{name}" if key else name)
+        return lines
+    if then == now:
+        return []
+    short = [value[:12] if isinstance(value, str) and len(value) == 64 else value for value in (then, now)]
+    return [f"{key} {short[0]} -> {short[1]}"]
+
+
 class RunDirectory:
     """One run's folder and its `record.json`.
 
@@ -131,24 +149,23 @@ class RunDirectory:
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the directory for writing. Raises `UserError` at once if another process holds it."""
+        holder = self.path / ".lock.pid"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            opened = (self.path / ".lock").open("a+")
+            lock = FileLock(self.path / ".lock", timeout=0)
+            lock.acquire()
+            write_text(holder, str(os.getpid()))
+        except Timeout:
+            pid = holder.read_text(encoding="utf-8") if holder.exists() else "unknown"
+            raise UserError(
+                f"{self.path} is being written by another process (pid {pid}); wait for it or use another name"
+            ) from None
         except OSError as error:
             raise UserError(f"{self.path} cannot be written ({error.strerror}); choose another --runs") from None
-        with opened as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                holder = file.read().strip() or "unknown"
-                raise UserError(
-                    f"{self.path} is being written by another process (pid {holder}); wait for it or use another name"
-                ) from None
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
+        try:
             yield
+        finally:
+            lock.release()
 
     def stage(
         self,
@@ -157,8 +174,10 @@ class RunDirectory:
         outputs: Sequence[str],
         build: Callable[[Path], dict[str, Any]] | None,
         *,
+        kind: str | None = None,
         in_place: bool = False,
         shared: bool = True,
+        accept: Callable[[Path], None] | None = None,
     ) -> dict[str, Any]:
         """Run one stage unless its outputs are there for these inputs already.
 
@@ -169,14 +188,17 @@ class RunDirectory:
             build: gets the folder to write in, writes every output there under its relative path, and returns a
                 JSON-able summary. It may find finished parts of a killed attempt with the same key in that folder.
                 None: the outputs must be there already, or `UserError` says so.
-            in_place: `build` writes in the run directory itself (and does its own renaming), as training does,
-                whose checkpoints should be visible as they come. Outputs of other inputs are removed first.
+            kind: whose entry in `FORMATS` counts; None: that of `name`.
+            in_place: `build` writes in the run directory itself (and does its own renaming), as training does, whose
+                checkpoints should be visible as they come. It decides what becomes of what it finds there.
             shared: take the outputs of a sibling run with the same key instead of building them again.
+            accept: called with the folder that holds the new outputs before they replace the old ones; raises
+                `UserError` if they must not.
 
         Returns:
             the stage's summary.
         """
-        key = self._key(name, inputs)
+        key = self._key(name, inputs, kind)
         if self._has(name, key, outputs):
             self.report(f"{self.path.name}: {name:<14} up to date")
             return self.record["stages"][name]["summary"]
@@ -193,21 +215,24 @@ class RunDirectory:
                 copy_tree(sibling.path / output, work / output)
             summary, origin = sibling.record["stages"][name]["summary"], sibling.path.name
         else:
-            if in_place and self.record.get("in_progress", {}).get(name) != key:
-                self._forget(name)
-                for output in outputs:
-                    remove(self.path / output)
-                self.update_record(in_progress={**self.record.get("in_progress", {}), name: key})
+            if in_place:
+                attempt = {"key": key, "format": self._format(name, kind), "inputs": inputs}
+                in_progress = self.record.get("in_progress", {})
+                if in_progress.get(name) != attempt:
+                    self.update_record(in_progress={**in_progress, name: attempt})
             self._remove_stale_work(name, keep=work)
             work.mkdir(parents=True, exist_ok=True)
             summary, origin = build(work), None
         if not in_place:
-            self._forget(name)
+            if accept is not None:
+                accept(work)
+            self.forget(name)
             for output in outputs:
                 replace_tree(work / output, self.path / output)
             shutil.rmtree(work)
         seconds = time.monotonic() - started
-        entry = {"key": key, "inputs": inputs, "outputs": list(outputs), "finished": now(), "summary": summary}
+        entry = {"key": key, "format": self._format(name, kind), "inputs": inputs, "outputs": list(outputs)}
+        entry |= {"finished": now(), "summary": summary}
         # A shared stage keeps the time that it took to make, not the time that it took to link.
         entry["seconds"] = sibling.record["stages"][name]["seconds"] if sibling else round(seconds, 3)
         in_progress = {k: v for k, v in self.record.get("in_progress", {}).items() if k != name}
@@ -221,19 +246,34 @@ class RunDirectory:
         """Whether `stage` would find that stage's outputs there for these inputs."""
         return self._has(name, self._key(name, inputs), outputs)
 
+    def inputs_of(self, name: str) -> dict[str, Any] | None:
+        """Inputs of a stage's newest attempt, finished or not; None if there is none in today's format."""
+        record = self.record
+        for entry in (record.get("in_progress", {}).get(name), record["stages"].get(name)):
+            if isinstance(entry, dict) and entry.get("format") == self._format(name):
+                return entry["inputs"]
+        return None
+
+    def forget(self, name: str) -> None:
+        """Drop a stage's entry before its outputs change, so that no record ever describes the wrong outputs."""
+        record = self.record
+        kept = {
+            field: {key: value for key, value in record.get(field, {}).items() if key != name}
+            for field in ("stages", "in_progress")
+        }
+        if any(kept[field] != record.get(field, {}) for field in kept):
+            self.update_record(**kept)
+
     @staticmethod
-    def _key(name: str, inputs: dict[str, Any]) -> str:
-        return sha256_of({"nanophi": __version__, "stage": name, "inputs": inputs})
+    def _format(name: str, kind: str | None = None) -> int:
+        return FORMATS.get(kind or name, 1)
+
+    def _key(self, name: str, inputs: dict[str, Any], kind: str | None = None) -> str:
+        return sha256_of({"format": self._format(name, kind), "stage": name, "inputs": inputs})
 
     def _has(self, name: str, key: str, outputs: Sequence[str]) -> bool:
         done = self.record["stages"].get(name, {})
         return done.get("key") == key and all((self.path / output).exists() for output in outputs)
-
-    def _forget(self, name: str) -> None:
-        """Drop a stage's entry before its outputs change, so that no record ever describes the wrong outputs."""
-        stages = self.record["stages"]
-        if name in stages:
-            self.update_record(stages={key: value for key, value in stages.items() if key != name})
 
     def _remove_stale_work(self, name: str, keep: Path) -> None:
         for folder in (self.path / ".work").glob(f"{name}-*"):

@@ -35,7 +35,7 @@ from nanophi.configuration_nanophi import NanoPhiConfig
 from nanophi.files import read_json, write_json
 from nanophi.modeling_nanophi import NanoPhiForCausalLM
 from nanophi.recipe import Training
-from nanophi.run import environment
+from nanophi.run import environment, step_name
 from nanophi.training import checkpoints, trainer
 from nanophi.training.rows import PackedCollator, PackedRows
 
@@ -91,7 +91,8 @@ def make_run(run: Path, rows: int, context_length: int) -> Path:
 
 def train(run: Path, settings: dict[str, Any], context_length: int) -> dict[str, Any]:
     config = NanoPhiConfig(**SHAPE, max_position_embeddings=context_length)
-    return trainer.train(run, Training(**settings), config, seed=1, label=run.name)
+    resume = checkpoints.last_whole(run)
+    return trainer.train(run, Training(**settings), config, seed=1, label=run.name, resume=resume)
 
 
 # Kills
@@ -122,7 +123,7 @@ def kill_and_restart(folder: Path, optimizer: str) -> dict[str, Any]:
         process.kill()
         if process.wait() == 0:
             raise SystemExit(f"{optimizer}: the run was finished after {len(killed)} kills; raise its steps")
-        last = checkpoints.last_checkpoint(run)
+        last = next(reversed(checkpoints.states(run)), None)
         killed.append({"after_seconds": round(seconds, 3), "checkpoint": last.name if last else None})
         print(f"{optimizer}: kill {len(killed)}: {killed[-1]}", flush=True)
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -160,8 +161,8 @@ def checkpoint_at(run: Path, step: int) -> None:
     with contextlib.suppress(FirstBatchError), mock.patch.object(trainer.NanoPhiTrainer, "training_step", one_step):
         train(run, PLACED, 8)
     for folder in ("checkpoints", "training_state"):
-        (run / folder / "step-000001").rename(run / folder / f"step-{step:06d}")
-    path = run / "training_state" / f"step-{step:06d}" / "trainer_state.json"
+        (run / folder / step_name(1)).rename(run / folder / step_name(step))
+    path = run / "training_state" / step_name(step) / "trainer_state.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "global_step": step}))
 
 

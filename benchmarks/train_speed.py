@@ -50,8 +50,10 @@ from nanophi.files import read_json, write_json
 from nanophi.recipe import Recipe, load_recipe
 from nanophi.run import environment, now
 from nanophi.training import trainer
+from nanophi.training.arguments import has_bf16
 from nanophi.training.attention import PACKED_DOCUMENTS
-from nanophi.training.estimate import DEVICES, PUBLISHED_TOKENS, flops_per_token, peak_flops
+from nanophi.training.budget import DEVICES, flops_per_token, peak_flops
+from nanophi.training.estimate import PUBLISHED_TOKENS
 from nanophi.training.loss import use_chunked_loss
 from nanophi.training.optimizer import ADAM_EPS
 from nanophi.training.rows import PackedCollator, PackedRows
@@ -145,9 +147,7 @@ def work(name: str, arguments: argparse.Namespace) -> None:
     if name in ("trainer", "trainer-tuned"):
         fields = {key: value for key, value in config.to_dict().items() if key not in ("auto_map", "model_type")}
         tuned = (
-            {"bf16": trainer.has_bf16(), "optim": "adamw_torch_fused", "torch_compile": True}
-            if name == "trainer-tuned"
-            else {}
+            {"bf16": has_bf16(), "optim": "adamw_torch_fused", "torch_compile": True} if name == "trainer-tuned" else {}
         )
         with tempfile.TemporaryDirectory() as folder:
             Trainer(
@@ -201,7 +201,7 @@ def bare_loop(
     ]
     optimizer = torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.95), eps=ADAM_EPS, fused=True)
     forward = torch.compile(model) if compiled else model
-    bf16 = trainer.has_bf16()
+    bf16 = has_bf16()
     collate = PackedCollator(config.eos_token_id, isolate)
     position = itertools.count(0, arguments.rows)
 
@@ -340,7 +340,7 @@ def main() -> None:
         "finished": now(),
         "environment": environment(),
         "recipe": arguments.recipe,
-        "precision": "bf16" if trainer.has_bf16() else "fp32",
+        "precision": "bf16" if has_bf16() else "fp32",
         "step": f"{arguments.accumulation} x {arguments.rows} x {arguments.context} tokens",
         "turns": f"{arguments.rounds} of {arguments.steps} steps",
         "contestants": measured,

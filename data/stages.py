@@ -6,10 +6,10 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from nanophi.files import user_errors
+from nanophi.files import UserError, read_json, sha256_of_tree, user_errors
 from nanophi.inputs import WEIGHTS, is_hub_id, local
 from nanophi.recipe import Data, Recipe
-from nanophi.run import Inputs, RunDirectory
+from nanophi.run import Inputs, RunDirectory, differences, step_folders
 
 PREPARE = ("documents", "scores", "quality", "tokenizer", "tokens")
 
@@ -24,14 +24,18 @@ class DataStages:
         run: its directory.
         build: stages that may run; the others must be up to date already.
         write: whether this process is the one that writes to the directory.
+        restart: weights that the recipe cannot continue from may be removed.
     """
 
-    def __init__(self, recipe: Recipe, run: RunDirectory, build: Collection[str], write: bool) -> None:
+    def __init__(
+        self, recipe: Recipe, run: RunDirectory, build: Collection[str], write: bool, restart: bool = False
+    ) -> None:
         self.recipe = recipe
         self.run = run
         self.path = run.path
         self.report = run.report
         self.build = frozenset(build)
+        self.restart = restart
         self.inputs = Inputs(run, write=write)
         self._done: dict[str, dict[str, Any]] = {}
 
@@ -48,7 +52,7 @@ class DataStages:
         if name not in self._done:
             self.inputs.save()
             allowed = build if (kind or name) in self.build else None
-            self._done[name] = self.run.stage(name, inputs, outputs, allowed, **kwargs)
+            self._done[name] = self.run.stage(name, inputs, outputs, allowed, kind=kind, **kwargs)
         return self._done[name]
 
     def _pinned_data(self) -> Data:
@@ -176,6 +180,7 @@ class DataStages:
                 revision=inputs.get("files", {}).get("commit"),
                 report=self.report,
             ),
+            accept=self._keep_data_of_weights,
         )
 
     @user_errors("documents cannot be tokenized; --debug shows where it stopped")
@@ -207,4 +212,62 @@ class DataStages:
                 recipe.training_seed,
                 work / "data/tokens",
             ),
+            accept=self._keep_data_of_weights,
         )
+
+    def _keep_data_of_weights(self, work: Path) -> None:
+        """Refuse to replace the tokens or the tokenizer that weights of this run were trained on by others."""
+        trained = self.run.inputs_of("training")
+        weights = [
+            path.name for folder in ("checkpoints", "training_state") for path in step_folders(self.path / folder)
+        ]
+        if trained is None or not weights or self.restart:
+            return
+        changed = []
+        if (work / "data/tokens").exists():
+            new = read_json(work / "data/tokens/tokens.json")
+            changed += [
+                name for name in ("train", "heldout") if new[name]["sha256"] != trained["data"][f"{name}_sha256"]
+            ]
+        if (work / "data/tokenizer").exists():
+            changed += ["tokenizer"] * (sha256_of_tree(work / "data/tokenizer") != trained["data"]["tokenizer_sha256"])
+        if changed:
+            names = {"train": "training tokens", "heldout": "held-out tokens", "tokenizer": "tokenizer"}
+            raise UserError(
+                f"{self.path}: the recipe gives other data ({', '.join(names[name] for name in changed)}) than "
+                f"the weights ({max(weights)}) were trained on, which are kept with their data: put the sources and "
+                "the recipe's data, quality and tokenizer back, use another name, or start over with --restart"
+            )
+
+    def require_tokens(self) -> None:
+        """Check that the tokens are there and belong to the recipe, without looking at what they were made from.
+
+        Raises:
+            UserError: if something is missing, or was prepared with other values of the recipe.
+        """
+        for part in ("data/tokens/tokens.json", "data/tokenizer"):
+            if not (self.path / part).exists():
+                raise UserError(f"{self.path / part} is missing; run `nanophi prepare` on the recipe")
+        recipe = self.recipe
+        quality, tokenizer = recipe.quality.model_dump(mode="json"), recipe.tokenizer.model_dump(mode="json")
+        now = {
+            "tokenizer": {"tokenizer": {key: value for key, value in tokenizer.items() if key != "path"}},
+            "quality": {"threshold": quality["threshold"]},
+            "tokens": {
+                "context_length": recipe.model_config_for().max_position_embeddings,
+                "max_tokens": recipe.data.max_tokens,
+                "seed": recipe.training_seed,
+            },
+        }
+        if recipe.quality.share is not None:
+            now["quality"] |= {"share": quality["share"], "select": quality["select"]}
+        for stage, values in now.items():
+            then = self.run.inputs_of(stage)
+            if then is None:
+                continue  # copied without its record; the rows' length is checked when they are read
+            for line in differences({key: then.get(key) for key in values}, values):
+                if not line.startswith("tokenizer.path "):
+                    raise UserError(
+                        f"{self.path / 'data'} was prepared with another recipe ({stage}: {line}); "
+                        "run `nanophi prepare` on this one"
+                    )

@@ -99,18 +99,19 @@ def test_a_change_runs_again_what_depends_on_it(finished, recipe):
 
     def stages(*overrides):
         lines: list[str] = []
-        pipe = pipeline.Pipeline(load_recipe(recipe, overrides), runs, report=lines.append)
+        pipe = pipeline.Pipeline(load_recipe(recipe, ["name=changing", *overrides]), runs, report=lines.append)
         pipe.tokens()
         return ran(lines)
 
-    before = read_json(runs / "small/data/tokens/tokens.json")
+    assert stages() == []  # all of it is shared with the finished run
+    before = read_json(runs / "changing/data/tokens/tokens.json")
     assert stages("quality.threshold=null") == ["quality", "tokens"]
-    everything = read_json(runs / "small/data/tokens/tokens.json")
+    everything = read_json(runs / "changing/data/tokens/tokens.json")
     assert everything["train"]["documents"] > before["train"]["documents"]
     assert everything["heldout"] == before["heldout"]  # the filter never touches what models are measured on
     assert stages("model.max_position_embeddings=128", "quality.threshold=null") == ["tokens"]
-    assert stages() == ["quality", "tokens"]
-    assert read_json(runs / "small/data/tokens/tokens.json") == before
+    assert stages() == []
+    assert read_json(runs / "changing/data/tokens/tokens.json") == before
 
 
 def test_what_changed_in_the_card_section_reaches_the_release(finished, recipe):
@@ -195,11 +196,11 @@ def test_an_unfinished_training_does_not_begin_anew_on_other_data(finished, reci
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(trainer.NanoPhiTrainer, "training_step", dying_step)
         stopped().training()
-    before = sha256_of_tree(runs / "stopped/checkpoints")
-    with pytest.raises(UserError, match=r"step-000004 was trained on other data: training tokens .* Restore it"):
+    before = [sha256_of_tree(runs / "stopped" / name) for name in ("checkpoints", "training_state", "data/tokens")]
+    with pytest.raises(UserError, match=r"gives other data \(training tokens\) than the weights \(step-000004\)"):
         stopped("quality.threshold=null").training()
-    assert sha256_of_tree(runs / "stopped/checkpoints") == before
-    stopped().tokens()
+    after = [sha256_of_tree(runs / "stopped" / name) for name in ("checkpoints", "training_state", "data/tokens")]
+    assert after == before
     shard = next((runs / "stopped/data/tokens/train").glob("*.arrow"))
     shard.unlink()
     with pytest.raises(UserError, match=r"delete .*stopped/data/tokens and run `nanophi prepare`"):
@@ -211,7 +212,7 @@ def test_an_unfinished_training_does_not_begin_anew_on_other_data(finished, reci
 
 def test_a_stage_alone_wants_those_before_it(recipe, tmp_path):
     pipe = pipeline.Pipeline(load_recipe(recipe), tmp_path, build=("training",))
-    with pytest.raises(UserError, match="stage 'documents' has not run for this recipe"):
+    with pytest.raises(UserError, match=r"data/tokens/tokens.json is missing; run `nanophi prepare`"):
         pipe.training()
 
 

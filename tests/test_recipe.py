@@ -7,7 +7,7 @@ from nanophi.files import UserError
 from nanophi.modeling_nanophi import NanoPhiForCausalLM
 from nanophi.recipe import Recipe, load_recipe
 from nanophi.recipe_file import RECIPES
-from nanophi.training.estimate import flops_per_token, parameter_count
+from nanophi.training.budget import flops_per_token, parameter_count
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)

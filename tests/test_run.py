@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nanophi.files import UserError, read_json, sha256_of_tree, write_json, write_text
-from nanophi.run import RunDirectory
+from nanophi.run import FORMATS, RunDirectory, differences
 
 
 def builder(text, calls):
@@ -58,7 +58,7 @@ def test_a_failed_stage_changes_nothing_and_finds_its_work_again(tmp_path):
     assert not list((run.path / ".work").iterdir())
 
 
-def test_in_place_stage_goes_on_only_with_the_same_inputs(tmp_path):
+def test_an_in_place_stage_finds_what_is_there_and_nothing_is_removed(tmp_path):
     run = RunDirectory(tmp_path / "a", lambda line: None)
 
     def partly(work):
@@ -66,18 +66,59 @@ def test_in_place_stage_goes_on_only_with_the_same_inputs(tmp_path):
         (work / "out/first").write_text("1")
         raise KeyboardInterrupt
 
+    assert run.inputs_of("s") is None
     with pytest.raises(KeyboardInterrupt):
         run.stage("s", {"x": 1}, ["out"], partly, in_place=True)
+    assert run.inputs_of("s") == {"x": 1}
     seen = []
 
     def rest(work):
         seen.append((work / "out/first").exists())
-        (work / "out").mkdir(exist_ok=True)
         return {}
 
-    run.stage("s", {"x": 1}, ["out"], rest, in_place=True)
-    run.stage("s", {"x": 2}, ["out"], rest, in_place=True)
-    assert seen == [True, False]
+    for x in (1, 2):
+        run.stage("s", {"x": x}, ["out"], rest, in_place=True)
+        assert run.inputs_of("s") == {"x": x}
+    assert seen == [True, True]
+
+
+def test_a_format_belongs_to_one_stage(tmp_path, monkeypatch):
+    calls = []
+    run = RunDirectory(tmp_path / "a", lambda line: None)
+
+    def both():
+        for name in ("s", "t"):
+            run.stage(name, {"x": 1}, ["out"], builder(name, calls))
+
+    both()
+    monkeypatch.setattr("nanophi.run.__version__", "99.0")
+    both()
+    monkeypatch.setitem(FORMATS, "s", 2)
+    assert run.inputs_of("s") is None
+    assert run.inputs_of("t") == {"x": 1}
+    both()
+    assert calls == ["s", "t", "s"]
+
+
+def test_outputs_that_are_not_accepted_replace_nothing(tmp_path):
+    run = RunDirectory(tmp_path / "a", lambda line: None)
+    run.stage("s", {"x": 1}, ["out"], builder("one", []))
+
+    def refuse(work):
+        assert (work / "out/file.txt").read_text() == "two"
+        raise UserError("no")
+
+    with pytest.raises(UserError):
+        run.stage("s", {"x": 2}, ["out"], builder("two", []), accept=refuse)
+    assert (run.path / "out/file.txt").read_text() == "one"
+    assert run.inputs_of("s") == {"x": 1}
+
+
+def test_differences_name_keys_and_both_values():
+    then = {"a": {"b": 1, "c": [1, 2], "gone": 0}, "hash": "0" * 64, "same": None}
+    now = {"a": {"b": 2, "c": [1, 2]}, "hash": "f" * 64, "same": None}
+    assert differences(then, now) == ["a.b 1 -> 2", "a.gone 0 -> None", f"hash {'0' * 12} -> {'f' * 12}"]
+    assert differences(now, now) == []
 
 
 def test_siblings_share(tmp_path):

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from nanophi.configuration_nanophi import NanoPhiConfig
 from nanophi.recipe import Training
-from nanophi.training import trainer
+from nanophi.training import checkpoints, trainer
 
 VOCAB, CONTEXT, EOS = 61, 64, 0
 CONFIG = {
@@ -89,5 +89,7 @@ def add_sources(run: Path) -> Path:
     return run
 
 
-def train(run: Path, **changes) -> dict:
-    return trainer.train(run, Training(**{**TRAINING, **changes}), NanoPhiConfig(**CONFIG), seed=1, label="test")
+def train(run: Path, prompt: str | None = None, **changes) -> dict:
+    """Train, or resume from the last whole state."""
+    settings = {"seed": 1, "label": "test", "prompt": prompt, "resume": checkpoints.last_whole(run)}
+    return trainer.train(run, Training(**{**TRAINING, **changes}), NanoPhiConfig(**CONFIG), **settings)

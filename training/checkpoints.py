@@ -1,66 +1,73 @@
-"""Checkpoints of a run: their folders, how one appears whole, and what data it was trained on.
+"""Weights and states on disk: how they appear, which are kept, and whether they are whole.
 
-`checkpoints/step-NNNNNN/` holds a model that loads by itself and `checkpoint.json`; `training_state/step-NNNNNN/` what
-only a resumed run needs.
+    checkpoints/step-NNNNNN/      a model that loads by itself, and checkpoint.json
+    training_state/step-NNNNNN/   all that a resumed run needs: optimizer, random state, log, and the same weights (a
+                                  hard link where the file system has them), with the hashes of its files
+
+Both appear whole or not at all.
 """
 
 from __future__ import annotations
 
 import errno
+import json
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from nanophi.files import UserError, read_json, remove, sha256_of_tree, write_json
+from transformers.trainer import TRAINER_STATE_NAME
 
+from nanophi.files import UserError, copy_tree, link_or_copy, read_json, remove, sha256_of_file, write_json
+from nanophi.run import step_folders, step_name, step_of
+
+FREE_SPACE_FACTOR = 1.1
+WEIGHTS = "model.safetensors"
 _STATE_FILES = ("optimizer", "scheduler", "rng_state", "scaler", "trainer_state")
-_DATA = {
-    "train_sha256": "training tokens (data/tokens)",
-    "heldout_sha256": "held-out tokens (data/tokens)",
-    "tokenizer_sha256": "tokenizer (data/tokenizer)",
-}
+_PICKLES = ("training_args.bin", "pytorch_model_fsdp.bin")
+_MANIFEST = "files.json"
 
 
-def step_of(checkpoint: Path) -> int:
-    """The step in a checkpoint folder's name."""
-    return int(checkpoint.name.removeprefix("step-"))
+def states(run: Path) -> list[Path]:
+    """`training_state/step-NNNNNN` of every step that was saved, oldest first, damaged ones included."""
+    return step_folders(run / "training_state")
 
 
-def last_checkpoint(run: Path) -> Path | None:
-    """`training_state/step-NNNNNN` of the newest step whose weights and state are both there."""
-    whole = [state for state in (run / "training_state").glob("step-*") if (run / "checkpoints" / state.name).is_dir()]
-    return max(whole, key=step_of, default=None)
+def damage(state: Path) -> str | None:
+    """What is wrong with a saved state, in a few words; None if it is whole."""
+    try:
+        manifest = read_json(state / _MANIFEST)
+        log = json.loads((state / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        if log["global_step"] != step_of(state):
+            return f"{TRAINER_STATE_NAME} is of step {log['global_step']}"
+    except (UserError, OSError, ValueError, KeyError, TypeError):
+        return f"{_MANIFEST if not (state / _MANIFEST).is_file() else TRAINER_STATE_NAME} is missing or cut short"
+    for name, (size, sha256) in manifest.items():
+        file = state / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size:,} of {size:,} bytes"
+        if sha256_of_file(file) != sha256:
+            return f"{name} has changed since it was written"
+    return None
 
 
-def data_hashes(run: Path) -> dict[str, str]:
-    """SHA-256 of the run's token streams, as packing wrote them down, and of its tokenizer's files."""
-    tokens = read_json(run / "data" / "tokens" / "tokens.json")
-    hashes = {f"{split}_sha256": tokens[split]["sha256"] for split in ("train", "heldout")}
-    return {**hashes, "tokenizer_sha256": sha256_of_tree(run / "data" / "tokenizer")}
+def last_whole(run: Path, limit: int | None = None, report: Callable[[str], None] = print) -> Path | None:
+    """The newest state up to step `limit` that is whole; damaged ones are named to `report`. None if there is none."""
+    for state in reversed(states(run)):
+        if limit is None or step_of(state) <= limit:
+            reason = damage(state)
+            if reason is None:
+                return state
+            report(f"{run.name}: training_state/{state.name} is damaged ({reason}); trying the one before")
+    return None
 
 
-def check_data(run: Path) -> None:
-    """Refuse to go on from a checkpoint that was trained on other tokens or with another tokenizer.
-
-    Raises:
-        UserError: naming what differs; nothing is removed.
-    """
-    last = last_checkpoint(run)
-    if last is None:
-        return
-    then, now = read_json(run / "checkpoints" / last.name / "checkpoint.json"), data_hashes(run)
-    differ = [key for key in _DATA if key in then and then[key] != now[key]]
-    if differ:
-        shown = ", ".join(f"{_DATA[key]} {then[key][:12]} then, {now[key][:12]} now" for key in differ)
-        raise UserError(
-            f"{run}: checkpoint {last.name} was trained on other data: {shown}. Restore it (same sources, same "
-            f"recipe) to go on; to train from scratch, use another name or delete {run / 'checkpoints'}"
-        )
-
-
-def publish(run: Path, saved: Path, facts: dict[str, Any], tokenizer: Path, kept: Collection[int]) -> None:
-    """Divide what `Trainer` saved into the two folders of its step, and remove those that are not to be kept.
+def store(
+    run: Path, saved: Path, facts: dict[str, Any], tokenizer: Path, kept: Collection[int], kept_states: Collection[int]
+) -> None:
+    """Move what `Trainer` saved into the two folders of its step, and remove those that are not kept.
 
     Args:
         run: the run directory.
@@ -68,31 +75,65 @@ def publish(run: Path, saved: Path, facts: dict[str, Any], tokenizer: Path, kept
         facts: `checkpoint.json`; `step` among them.
         tokenizer: folder whose files the checkpoint gets.
         kept: steps whose checkpoints stay, besides this one.
+        kept_states: steps whose states stay, besides this one.
     """
-    name = f"step-{facts['step']:06d}"
+    step = facts["step"]
     state = saved / "training_state"
     state.mkdir()
     for file in list(saved.iterdir()):
-        if file.name in ("training_args.bin", "pytorch_model_fsdp.bin"):
-            file.unlink()  # pickles; the recipe and the weights say the same
+        if file.name in _PICKLES:
+            file.unlink()  # the recipe and the weights say the same
         elif file.name.startswith(_STATE_FILES):
             file.rename(state / file.name)
     for file in sorted(tokenizer.iterdir()):
         shutil.copyfile(file, saved / file.name)
     for file in saved.glob("*.safetensors"):
-        file.chmod(0o644)  # safetensors lets nobody else read them
+        file.chmod(0o644)  # safetensors makes them readable for the owner only
+    link_or_copy(str(saved / WEIGHTS), str(state / WEIGHTS))
+    files = sorted(file for file in state.iterdir() if file.name != TRAINER_STATE_NAME)
+    write_json(state / _MANIFEST, {file.name: [file.stat().st_size, sha256_of_file(file)] for file in files})
     write_json(saved / "checkpoint.json", facts)
-    # The state first: a run goes on from the newest step that has both.
+    # The state first: whatever shows weights can then be resumed.
     for half, folder in ((state, "training_state"), (saved, "checkpoints")):
-        target = run / folder / name
+        target = run / folder / step_name(step)
         remove(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         half.rename(target)
-    names = {f"step-{step:06d}" for step in kept}
-    for folder, keep in (("training_state", {name}), ("checkpoints", {name, *names})):
-        for old in (run / folder).glob("step-*"):
-            if old.name not in keep:
+    for folder, stay in (("training_state", kept_states), ("checkpoints", kept)):
+        for old in step_folders(run / folder):
+            # What lies beyond this step belongs to a damaged or longer attempt, whose next save replaces it.
+            if step_of(old) < step and step_of(old) not in stay:
                 remove(old)
+
+
+def set_aside(run: Path, steps: int, resumed: int) -> Path | None:
+    """Keep the weights of a schedule of `steps` steps that a run with other steps leaves at step `resumed`.
+
+    Checkpoints beyond `resumed` move to `checkpoints-of-<steps>-steps/`; the last one of the schedule is copied there
+    (by hard links) if the run passes it. States beyond `resumed` are removed: nothing resumes from them any more.
+
+    Returns:
+        the folder; None if there was nothing to keep.
+    """
+    target = run / f"checkpoints-of-{steps}-steps"
+    for old in step_folders(run / "checkpoints"):
+        place, number = target / old.name, 1
+        while place.exists():
+            place, number = target / f"{old.name}.{number}", number + 1
+        if step_of(old) > resumed:
+            target.mkdir(exist_ok=True)
+            old.rename(place)
+        elif step_of(old) == steps:
+            copy_tree(old, place)
+    for old in states(run):
+        if step_of(old) > resumed:
+            remove(old)
+    return target if target.exists() else None
+
+
+def free_space_needed(parameters: int) -> int:
+    """Bytes that a checkpoint takes: float32 weights and two moments."""
+    return int(FREE_SPACE_FACTOR * parameters * 4 * 3)
 
 
 def is_disk_full(error: BaseException | None) -> bool:

@@ -13,11 +13,11 @@ ENERGY_SOURCE = "codecarbon, mean grid intensity of the country"
 class EnergyMeter:
     """This machine's energy since `start`, and the emissions of that much of a country's electricity.
 
-    codecarbon (https://mlco2.github.io/codecarbon/) reads GPUs through NVML and processors through RAPL, where they let
-    it, and otherwise estimates from the processor's rated power. Nothing is written or sent.
+    codecarbon (https://mlco2.github.io/codecarbon/) reads GPUs through NVML and processors through RAPL where the
+    system allows, and otherwise estimates from the processor's rated power. Nothing is written or sent.
 
     Args:
-        country_iso_code: three letters; whose mean grid intensity counts.
+        country_iso_code: three letters; the country whose mean grid intensity counts.
 
     Raises:
         ImportError: if codecarbon is not installed.
@@ -51,7 +51,7 @@ class EnergyMeter:
         )
 
     def start(self) -> None:
-        """Begin to count."""
+        """Start counting."""
         self._tracker.start()
 
     def read(self) -> tuple[float, float]:
@@ -61,14 +61,14 @@ class EnergyMeter:
         return (total.energy_consumed, 1000 * total.emissions) if total is not None else (0.0, 0.0)
 
     def stop(self) -> None:
-        """End the thread that measures."""
+        """Stop the measuring thread."""
         self._tracker.stop()
 
 
 def open_meter(country_iso_code: str, report: Callable[[str], None]) -> EnergyMeter | None:
-    """A meter, or None and one line to `report` where codecarbon is not installed."""
+    """A meter; without codecarbon None, and one line to `report`."""
     try:
         return EnergyMeter(country_iso_code)
     except ImportError:
-        report("energy is not metered: codecarbon is not installed; pip install 'nanophi[energy]'")
+        report("energy is not metered, because codecarbon is not installed: pip install 'nanophi[energy]'")
         return None

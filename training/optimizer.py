@@ -15,11 +15,11 @@ class MuonAdamW(torch.optim.Optimizer):
     """`torch.optim.Muon` and `torch.optim.AdamW` behind one optimizer interface.
 
     Muon (https://kellerjordan.github.io/posts/muon/) orthogonalises the momentum of a matrix. It suits the weights
-    between hidden layers; embeddings, the output head, biases and norms train with AdamW. One object with one
-    `param_groups` and one `state` is what learning-rate schedulers, accelerate and checkpoints expect.
+    between hidden layers; embeddings, the output head, biases and norms train with AdamW. Learning-rate schedulers,
+    accelerate and checkpoints expect one object with one `param_groups` and one `state`.
 
     Args:
-        model: the model; its parameters are divided by name and shape.
+        model: the model; its parameters are assigned by name and shape.
         muon_lr: peak learning rate of the matrices.
         lr, betas, weight_decay: AdamW's; weight decay acts on matrices only.
     """

@@ -16,8 +16,8 @@ from nanophi.files import UserError
 class PackedRows(Dataset[dict[str, torch.Tensor]]):
     """The rows that training sees, in order: all epochs as one sequence, each epoch shuffled by its own seed.
 
-    Row `i` of the sequence depends on nothing but `i` and the seed, so a run that resumes, or that divides its
-    batches among other devices, sees the same rows.
+    Row `i` of the sequence depends only on `i` and the seed, so a run that resumes, or divides its batches among
+    other devices, sees the same rows.
 
     Args:
         tokens: folder of `datasets.Dataset.save_to_disk` with a column `input_ids` of equally long rows.
@@ -31,11 +31,13 @@ class PackedRows(Dataset[dict[str, torch.Tensor]]):
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise UserError(
-                f"{tokens} cannot be read ({reason}); delete {tokens.parent} and run `nanophi prepare` on the recipe: "
-                "the same rows are packed again and checkpoints stay"
+                f"{tokens} cannot be read ({reason}); delete {tokens.parent} and run `nanophi prepare` on the recipe; "
+                "it packs the same rows again and leaves the checkpoints alone"
             ) from None
         if len(dataset) == 0:
-            raise UserError(f"{tokens} holds no complete row; the text is shorter than one context: add documents")
+            raise UserError(
+                f"{tokens} holds no complete row, because the text is shorter than one context; add documents"
+            )
         self.dataset = dataset.with_format("torch", columns=["input_ids"])
         self.rows = rows
         self.seed = seed
@@ -67,9 +69,9 @@ class PackedCollator:
     """Rows to a batch: `input_ids`, `labels`, `position_ids` if documents are isolated, and `sources` if the rows have
     them; all (rows, length) int64.
 
-    A document begins at its end-of-text token, which stands before it as well as behind the one before. Positions
-    restart there, so attention (which reads restarting positions as boundaries) stays inside a document, and every
-    prediction, that of the end-of-text token too, depends on one document only.
+    A document begins at an end-of-text token, which also ends the document before. Positions restart there.
+    Attention reads restarting positions as boundaries, so every prediction, including that of the end-of-text token,
+    depends on one document only.
     """
 
     eos_token_id: int

@@ -1,17 +1,15 @@
 """Pretraining with `transformers.Trainer` over memory-mapped packed tokens.
 
-`NanoPhiTrainer` changes where `Trainer` saves, not how it trains: `checkpoints/step-NNNNNN/` holds a model that loads
-by itself, `training_state/step-NNNNNN/` holds what only a resumed run needs. Both appear whole or not at all.
+`NanoPhiTrainer` changes where `Trainer` saves and what it logs, not how it trains.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,128 +18,27 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.utils.data import Dataset, Sampler, SequentialSampler
-from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments, set_seed
-from transformers.integrations import get_reporting_integration_callbacks
+from transformers import PrinterCallback, Trainer, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
+from nanophi import formatting
 from nanophi.configuration_nanophi import NanoPhiConfig
 from nanophi.files import UserError, read_json, remove, sha256_of_file, write_json
 from nanophi.modeling_nanophi import NanoPhiForCausalLM
-from nanophi.recipe import Training, suggestion
+from nanophi.recipe import Training
+from nanophi.run import step_name, step_of
+from nanophi.training import monitor
+from nanophi.training.arguments import NO_FSDP, accelerate_precision, decay_start, training_arguments, world_size
 from nanophi.training.attention import PACKED_DOCUMENTS
-from nanophi.training.callbacks import ProgressLine, SaveTimes
-from nanophi.training.checkpoints import check_data, data_hashes, is_disk_full, last_checkpoint, publish, step_of
-from nanophi.training.energy import ENERGY_SOURCE, EnergyMeter, open_meter
-from nanophi.training.estimate import flops_per_token, peak_flops
+from nanophi.training.budget import flops_per_token, peak_flops
+from nanophi.training.callbacks import ProgressLine, ResumedRun, SaveAndStop, StopRequestedError, trackers
+from nanophi.training.checkpoints import WEIGHTS, free_space_needed, is_disk_full, states, store
+from nanophi.training.continuation import base_model, data_hashes
+from nanophi.training.energy import EnergyMeter, open_meter
 from nanophi.training.loss import use_chunked_loss
-from nanophi.training.optimizer import ADAM_EPS, MuonAdamW
+from nanophi.training.optimizer import MuonAdamW
 from nanophi.training.rows import PackedCollator, PackedRows
-from nanophi.training.validation import BY_SOURCE, HeldoutRows, SampleText
-
-FREE_SPACE_FACTOR = 1.1
-NO_FSDP = (
-    "training.arguments: fsdp divides a model among several accelerators; start by `accelerate launch` where there are "
-    "some, or leave fsdp out"
-)
-SPIKE_WINDOW, SPIKE_LOSSES = 50, 10
-NOT_IN_WEIGHTS = {
-    "report_to",
-    "logging_steps",
-    "spike_threshold",
-    "dollars_per_hour",
-    "track_energy",
-    "country_iso_code",
-}
-"""Keys of the recipe's section that may change while a run is stopped: they do not change what is learnt."""
-
-
-def has_bf16() -> bool:
-    """Whether this machine computes in bfloat16 by hardware (a GPU of Ampere or later, AVX512-BF16 or AMX)."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
-def training_arguments(training: Training, run: Path, seed: int, world_size: int = 1) -> TrainingArguments:
-    """The recipe's `training` section as `TrainingArguments`.
-
-    Raises:
-        UserError: for an unknown field in `arguments`, one that the recipe sets by another key, a batch that does not
-            divide among the devices, or a tracker in `report_to` that is unknown or not installed.
-    """
-    micro_batch_size = training.micro_batch_size or max(1, training.batch_size // world_size)
-    if training.batch_size % (micro_batch_size * world_size):
-        raise UserError(
-            f"training.batch_size ({training.batch_size}) is no multiple of micro_batch_size x devices "
-            f"({micro_batch_size} x {world_size}); change training.micro_batch_size"
-        )
-    schedules: dict[str, dict[str, Any]] = {
-        "cosine": {"lr_scheduler_type": "cosine"},
-        "constant": {"lr_scheduler_type": "constant_with_warmup"},
-        "wsd": {
-            "lr_scheduler_type": "warmup_stable_decay",
-            "lr_scheduler_kwargs": {
-                "num_decay_steps": min(
-                    round(training.steps * training.decay_fraction), training.steps - training.warmup_steps
-                ),
-                "decay_type": "linear",
-            },
-        },
-    }
-    bf16 = has_bf16() if training.precision == "auto" else training.precision == "bf16"
-    ours: dict[str, Any] = {
-        "output_dir": str(run / "training_state"),
-        "max_steps": training.steps,
-        "per_device_train_batch_size": micro_batch_size,
-        "per_device_eval_batch_size": micro_batch_size,
-        "gradient_accumulation_steps": training.batch_size // (micro_batch_size * world_size),
-        "optim": "adamw_torch_fused",
-        "learning_rate": training.learning_rate,
-        "weight_decay": training.weight_decay,
-        "adam_beta1": training.adam_beta1,
-        "adam_beta2": training.adam_beta2,
-        "adam_epsilon": ADAM_EPS,
-        "max_grad_norm": training.max_grad_norm,
-        "warmup_steps": training.warmup_steps,
-        **schedules[training.schedule],
-        "bf16": bf16,
-        # Trainer refuses bf16 on a processor unless it is told that no device is meant.
-        "use_cpu": not torch.accelerator.is_available(),
-        "torch_compile": training.compile,
-        "save_strategy": "steps",
-        "save_steps": training.save_steps,
-        "eval_strategy": "steps",
-        "eval_steps": training.eval_steps,
-        "prediction_loss_only": True,
-        "logging_strategy": "steps",
-        "logging_steps": training.logging_steps,
-        "logging_nan_inf_filter": False,
-        "report_to": training.report_to,
-        "disable_tqdm": True,
-        "dataloader_pin_memory": torch.cuda.is_available(),
-        "remove_unused_columns": False,
-        "ddp_find_unused_parameters": False,
-        "seed": seed,
-        "data_seed": seed,
-    }
-    allowed = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
-    for name in training.arguments:
-        if name not in allowed:
-            raise UserError(f"training.arguments: unknown key '{name}'{suggestion(name, allowed)}")
-        if name in ours:
-            raise UserError(f"training.arguments: '{name}' follows from the keys of `training`; set it there")
-    for tracker in training.report_to:
-        try:
-            for callback in get_reporting_integration_callbacks([tracker]):
-                callback()
-        except (ImportError, RuntimeError, ValueError) as error:
-            raise UserError(f"training.report_to: {' '.join(str(error).split())}") from None
-    if training.arguments.get("fsdp") and world_size == 1:
-        raise UserError(NO_FSDP)
-    try:
-        return TrainingArguments(**ours, **training.arguments)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"training.arguments: {' '.join(str(error).split())}") from None
+from nanophi.training.validation import HeldoutRows, SampleText, unchanged_random_state
 
 
 class NanoPhiTrainer(Trainer):
@@ -152,14 +49,17 @@ class NanoPhiTrainer(Trainer):
         training: the recipe's section, for what `TrainingArguments` has no field for.
         tokenizer: folder whose files every checkpoint gets.
         bytes_per_token: of the validation text, to turn its loss into bits per byte.
-        prompt: what the sample text at every evaluation begins with; None: no samples.
+        prompt: the start of the sample text at every evaluation; None: no samples.
         meter: of this machine's energy, in one process per machine.
+        stop: the callback that knows of signals.
         **kwargs: `Trainer`'s own.
     """
 
     model: NanoPhiForCausalLM
     train_dataset: PackedRows
     eval_dataset: HeldoutRows
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LambdaLR
 
     def __init__(
         self,
@@ -170,25 +70,34 @@ class NanoPhiTrainer(Trainer):
         bytes_per_token: float,
         prompt: str | None,
         meter: EnergyMeter | None,
+        stop: SaveAndStop,
         eval_dataset: HeldoutRows,
         **kwargs: Any,
     ) -> None:
         super().__init__(eval_dataset=eval_dataset, compute_metrics=eval_dataset.metrics, **kwargs)
         if self.args.fsdp and not self.is_fsdp_enabled:
             raise UserError(NO_FSDP)  # accelerate would train without it, and not say so
+        precision = {"no": "fp32"}.get(self.accelerator.mixed_precision, self.accelerator.mixed_precision)
+        if precision != ("bf16" if self.args.bf16 else "fp32"):
+            raise UserError(f"accelerate would train in {precision}, but training.precision is {training.precision}")
         self.sampler = SampleText(tokenizer, prompt) if prompt is not None else None
         self.run = run
         self.training = training
         self.tokenizer_folder = tokenizer
         self.bytes_per_token = bytes_per_token
         self.data_hashes = data_hashes(run)
-        config = self.model.config
-        self.tokens_per_step = training.batch_size * config.max_position_embeddings
-        self.flops_per_token = flops_per_token(config, config.max_position_embeddings)
-        self.peak_flops = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
         self.meter = meter
-        self._clock: tuple[float, float, int] | None = None
-        self._before: dict[str, float] | None = None
+        self.stop = stop
+        config, devices = self.model.config, self.args.world_size
+        peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+        price = training.dollars_per_hour
+        self.clock = monitor.Clock(
+            tokens_per_step=training.batch_size * config.max_position_embeddings,
+            flops_per_token=flops_per_token(config, config.max_position_embeddings),
+            peak_flops=None if peak is None else peak * devices,
+            dollars_per_hour=None if price is None else price * devices,
+        )
+        self._saved_step: int | None = None
 
     # Data: `PackedRows` is in order already.
 
@@ -207,69 +116,81 @@ class NanoPhiTrainer(Trainer):
             )
         return super().create_optimizer(model)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """`Trainer`'s; then the rates of this run's schedule, which may be longer than that of the saved state."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self.lr_scheduler._last_lr = list(self._rates(self.lr_scheduler.last_epoch))
+            for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler._last_lr, strict=True):
+                group["lr"] = rate
+
+    def _rates(self, step: int) -> Iterator[float]:
+        """Learning rate of each parameter group in the step after `step` steps."""
+        for base, factor in zip(self.lr_scheduler.base_lrs, self.lr_scheduler.lr_lambdas, strict=True):
+            yield float(base * factor(step))
+
     # Logging
 
-    def _check_loss(self, loss: float, steps: int) -> None:
-        """Stop before anything is saved if the mean loss of the last `steps` steps is not finite, or a spike."""
-        if not math.isfinite(loss):
-            raise self._stopped(f"the loss is {loss}", "Lower training.learning_rate or lengthen training.warmup_steps")
-        if self.training.spike_threshold is None:
-            return
-        losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
-        # A mean over fewer steps than a logging interval scatters more.
-        limit = spike_limit(losses, self.training.spike_threshold * math.sqrt(max(1, self.args.logging_steps / steps)))
-        if limit is not None and loss > limit:
-            median = float(np.median(losses[-SPIKE_LOSSES:]))
-            raise self._stopped(
-                f"the loss is {loss:.3f}, a spike above {median:.3f}",
-                "Start again with a lower training.learning_rate or training.max_grad_norm, or go on through it with "
-                "training.spike_threshold=null",
-            )
-
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
-        """Add tokens seen, elapsed time, tokens/s and MFU to `Trainer`'s entry; write `training.json`."""
+        """Add tokens seen, time, tokens/s, MFU and cost to `Trainer`'s entry; write `training.json`."""
         step = self.state.global_step
         if "loss" in logs:
-            self._check_loss(logs["loss"], int(self.args.logging_steps))
-            now = time.monotonic()
-            if self.training.dollars_per_hour is not None:
-                hours = (now - self._train_began) / 3600 * self.args.world_size
-                logs["cost_usd"] = self._total("cost_usd", hours * self.training.dollars_per_hour)
-            if self._clock is None:
-                # The first interval of a process holds compilation and warm-up; it has no speed of its own.
-                start = self._train_began
-                elapsed = self._total("elapsed_seconds", 0.0)
-                begun_at = self._first_step
-            else:
-                start, elapsed, begun_at = self._clock
-            seconds = now - start
-            speed = (step - begun_at) * self.tokens_per_step / seconds
-            logs["elapsed_seconds"] = round(elapsed + seconds, 3)
-            logs["tokens_seen"] = step * self.tokens_per_step
-            logs["tokens_per_second"] = round(speed, 1)
-            if self.peak_flops is not None:
-                logs["mfu"] = round(speed * self.flops_per_token / (self.peak_flops * self.args.world_size), 4)
-            self._clock = (now, elapsed + seconds, step)
+            self._check_loss(logs["loss"], self.training.logging_steps)
+            logs |= self._learning_rates()
+            logs |= self.clock.lap(step)
         if "eval_loss" in logs:
             logs["eval_loss"] = logs.pop("eval_mean_loss")
-            logs["tokens_seen"] = step * self.tokens_per_step
+            logs["tokens_seen"] = step * self.clock.tokens_per_step
             logs["bits_per_byte"] = round(logs["eval_loss"] / math.log(2) / self.bytes_per_token, 5)
+        if bad := monitor.not_finite(logs):
+            raise self._stopped(f"{bad} is {logs[bad]}", "Lower training.learning_rate")
         super().log(logs)
         if self.is_world_process_zero():
             write_json(self.run / "training.json", self.history())
 
+    def _learning_rates(self) -> dict[str, float]:
+        """The rates of the step that was taken last, by optimizer: AdamW's is the recipe's `learning_rate`."""
+        names = [
+            "muon_learning_rate" if group.get("kind") == "muon" else "learning_rate"
+            for group in self.optimizer.param_groups
+        ]
+        return dict(zip(names, self._rates(max(0, self.state.global_step - 1)), strict=True))
+
+    def _check_loss(self, loss: float, steps: int) -> None:
+        """Stop before anything is saved if the mean loss of the last `steps` steps is not finite, or a spike."""
+        bad = monitor.bad_loss(loss, steps, self.training, self.state.log_history)
+        if bad is not None:
+            raise self._stopped(*bad)
+
+    def history(self) -> dict[str, Any]:
+        """The contents of `training.json`."""
+        return monitor.history(self.state.log_history)
+
+    # Evaluation
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """`Trainer.evaluate`, and a sample; the time does not count as training time."""
+        """Save, then evaluate and write a sample, without a trace in the random state or the training time."""
+        if self.is_in_train and self._saved_step != self.state.global_step:
+            self._save_checkpoint(self.model, None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+            self.control.should_save = False
+            if self.control.should_training_stop:
+                return {}
         began = time.monotonic()
         try:
-            metrics = super().evaluate(*args, **kwargs)
-            # A model that is divided among processes generates on all of them or not at all.
-            if self.sampler is not None and (self.is_fsdp_enabled or self.is_world_process_zero()):
-                sample: dict[str, Any] = {"step": self.state.global_step, "sample": self.sampler(self.model)}
-                self.state.log_history.append(sample)
-            return metrics
+            with unchanged_random_state():
+                metrics = super().evaluate(*args, **kwargs)
+                # A model that is divided among processes generates on all of them or not at all.
+                if self.sampler is not None and (self.is_fsdp_enabled or self.is_world_process_zero()):
+                    sample: dict[str, Any] = {"step": self.state.global_step, "sample": self.sampler(self.model)}
+                    self.state.log_history.append(sample)
+        except StopRequestedError:
+            self.control.should_training_stop = True
+            return {}
         finally:
-            self._pause(time.monotonic() - began)
+            self.clock.pause(time.monotonic() - began)
+        self._add_to_checkpoint()
+        return metrics
 
     def prediction_step(
         self,
@@ -278,85 +199,34 @@ class NanoPhiTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """`Trainer.prediction_step`; prediction and label are `HeldoutRows.sums`."""
+        """Mean loss of a batch, and `HeldoutRows.sums` as prediction and label; no logits are kept."""
+        if self.is_in_train and self.stop.agreed():
+            raise StopRequestedError
         inputs = self._prepare_inputs(inputs)
         sources = inputs.pop("sources")
         with torch.no_grad(), self.compute_loss_context_manager():
             losses = model(**inputs, reduction="none").loss
         return losses[:, :-1].mean(), *self.eval_dataset.sums(losses, sources)
 
-    def _pause(self, seconds: float) -> None:
-        if self._clock is not None:
-            start, elapsed, step = self._clock
-            self._clock = (start + seconds, elapsed, step)
-
-    def _total(self, key: str, here: float) -> float:
-        """`here`, counted in this process, and what those before it had up to the checkpoint that it went on from."""
-        if self._before is None:
-            self._before = {key: value for entry in self.state.log_history for key, value in entry.items()}
-        return float(self._before.get(key, 0.0)) + here
-
-    def _log_energy(self) -> None:
-        """The energy of all machines so far, in the history that the checkpoint keeps."""
-        reading = self.meter.read() if self.meter is not None else (0.0, 0.0)
-        energy, grams = self.accelerator.reduce(torch.tensor(reading, device=self.args.device), "sum").tolist()
-        entry: dict[str, Any] = {
-            "step": self.state.global_step,
-            "energy_kwh": self._total("energy_kwh", energy),
-            "co2_grams": self._total("co2_grams", grams),
-            "co2_source": ENERGY_SOURCE,
-            "co2_region": self.training.country_iso_code,
-        }
-        self.state.log_history.append(entry)
-
-    def history(self) -> dict[str, Any]:
-        """`training.json`: `log` (one entry per logging interval), `evaluations` and `samples`."""
-        log: list[dict[str, Any]] = []
-        evaluations: list[dict[str, Any]] = []
-        samples: list[dict[str, Any]] = []
-        for entry in self.state.log_history:
-            if "tokens_per_second" in entry:
-                keys = ("loss", "learning_rate", "grad_norm", "tokens_seen", "tokens_per_second", "mfu")
-                log.append({"step": entry["step"], **{key: entry.get(key) for key in keys}})
-                log[-1]["elapsed_seconds"] = entry["elapsed_seconds"]
-            elif "eval_loss" in entry:
-                evaluations.append(
-                    {
-                        "step": entry["step"],
-                        "tokens_seen": entry["tokens_seen"],
-                        "loss": entry["eval_loss"],
-                        "bits_per_byte": entry["bits_per_byte"],
-                    }
-                )
-                prefix = f"eval_{BY_SOURCE}"
-                by_source = {key.removeprefix(prefix): entry[key] for key in entry if key.startswith(prefix)}
-                if by_source:
-                    evaluations[-1]["by_source"] = by_source
-            elif "sample" in entry:
-                samples.append({"step": entry["step"], "text": entry["sample"]})
-        return {"log": log, "evaluations": evaluations, "samples": samples}
-
-    def spent(self) -> dict[str, Any]:
-        """What the card says of energy, emissions and cost: the keys that were metered."""
-        last = {key: value for entry in self.state.log_history for key, value in entry.items()}
-        result: dict[str, Any] = {key: round(last[key], 4) for key in ("cost_usd",) if key in last}
-        if last.get("energy_kwh"):
-            result |= {"energy_kwh": last["energy_kwh"], "co2_grams": last["co2_grams"]}
-            result |= {"co2_source": last["co2_source"], "co2_region": last["co2_region"]}
-        return result
+    def evaluate_if_missing(self) -> None:
+        """The evaluation of the resumed step, if the process before was stopped between saving and evaluating."""
+        step = self.state.global_step
+        evaluated = any(entry["step"] == step for entry in self.history()["evaluations"])
+        if step and step % self.training.eval_steps == 0 and not evaluated:
+            self._saved_step = step
+            self.evaluate()
 
     # Checkpoints
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """`Trainer.train`, with the clock and the meter started."""
-        self._train_began = time.monotonic()
-        resumed = kwargs.get("resume_from_checkpoint")
-        self._first_step = step_of(Path(resumed)) if resumed else 0
+        self.clock.start(0, [])
         if self.meter is not None:
             self.meter.start()
         try:
             return super().train(*args, **kwargs)
         finally:
+            self.stop.release()
             if self.meter is not None:
                 self.meter.stop()
 
@@ -364,7 +234,7 @@ class NanoPhiTrainer(Trainer):
         return str(self.run / "training_state" / ".saving")
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """Save as `Trainer` does, in a private folder, then publish the two halves under their names."""
+        """Save as `Trainer` does, in a private folder, then move the two halves to their names."""
         steps = self.state.global_step - self._globalstep_last_logged
         if steps:
             self._check_loss(float(self.accelerator.reduce(self._tr_loss.clone(), "mean")) / steps, steps)
@@ -374,14 +244,16 @@ class NanoPhiTrainer(Trainer):
             remove(saving)
         self.accelerator.wait_for_everyone()
         try:
-            self._check_free_space()
+            needed = free_space_needed(sum(parameter.numel() for parameter in self.model.parameters()))
+            if shutil.disk_usage(self.run).free < needed:
+                raise self._no_space(needed)
             if self.training.track_energy:
                 self._log_energy()
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 saved, kept = next(saving.glob("checkpoint-*")), self.training.keep_steps
-                publish(self.run, saved, self._facts(), self.tokenizer_folder, kept)
+                store(self.run, saved, self._facts(), self.tokenizer_folder, kept, self._kept_states())
         except UserError:
             raise
         except Exception as error:
@@ -393,7 +265,26 @@ class NanoPhiTrainer(Trainer):
             if self.args.should_save:
                 remove(saving)
         self.accelerator.wait_for_everyone()
-        self._pause(time.monotonic() - began)
+        self._saved_step = self.state.global_step
+        self.clock.pause(time.monotonic() - began)
+
+    def _kept_states(self) -> set[int]:
+        """Steps whose states stay: the last ones, and the one before `wsd` decays, from which a run can be extended."""
+        step = self.state.global_step
+        earlier = [number for number in map(step_of, states(self.run)) if number < step]
+        kept = set(earlier[len(earlier) - self.training.keep_states + 1 :])
+        if self.training.schedule == "wsd":
+            kept.add(decay_start(self.training))
+        return kept
+
+    def _add_to_checkpoint(self) -> None:
+        """Write the evaluation into the state and the checkpoint that were saved before it."""
+        name = step_name(self.state.global_step)
+        if self.is_world_process_zero() and (self.run / "training_state" / name).is_dir():
+            text = self.run / "training_state" / f".{TRAINER_STATE_NAME}"
+            self.state.save_to_json(str(text))
+            text.replace(self.run / "training_state" / name / TRAINER_STATE_NAME)
+            write_json(self.run / "checkpoints" / name / "checkpoint.json", self._facts())
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if not self.is_fsdp_enabled:
@@ -406,12 +297,11 @@ class NanoPhiTrainer(Trainer):
             plain.save_pretrained(output_dir, state_dict=state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        checkpoint = self.run / "checkpoints" / Path(resume_from_checkpoint).name
         if not self.is_fsdp_enabled:
-            super()._load_from_checkpoint(str(checkpoint), model)
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         # `Trainer` would read a pickle that it saved as well; every process reads the same weights, and keeps its part.
-        weights: dict[str, Any] = load_file(checkpoint / "model.safetensors")
+        weights: dict[str, Any] = load_file(Path(resume_from_checkpoint) / WEIGHTS)
         set_model_state_dict(self.model, weights, options=StateDictOptions(full_state_dict=True))
 
     def _facts(self) -> dict[str, Any]:
@@ -420,24 +310,29 @@ class NanoPhiTrainer(Trainer):
         log, evaluations = history["log"][-1:], history["evaluations"][-1:]
         return {
             "step": self.state.global_step,
-            "tokens_seen": self.state.global_step * self.tokens_per_step,
+            "tokens_seen": self.state.global_step * self.clock.tokens_per_step,
             "train_loss": log[0]["loss"] if log else None,
             "eval_loss": evaluations[0]["loss"] if evaluations else None,
             "eval_step": evaluations[0]["step"] if evaluations else None,
+            "precision": "bf16" if self.args.bf16 else "fp32",
             **self.data_hashes,
         }
 
-    def _check_free_space(self) -> None:
-        parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        needed = int(FREE_SPACE_FACTOR * parameters * 4 * 3)  # float32 weights and two moments
-        if shutil.disk_usage(self.run).free < needed:
-            raise self._no_space(needed)
+    def _log_energy(self) -> None:
+        """The energy of all machines so far, in the log that the state keeps."""
+        reading = self.meter.read() if self.meter is not None else (0.0, 0.0)
+        energy, grams = self.accelerator.reduce(torch.tensor(reading, device=self.args.device), "sum").tolist()
+        totals = self.clock.total("energy_kwh", energy), self.clock.total("co2_grams", grams)
+        entry = monitor.energy_entry(self.state.global_step, *totals, self.training.country_iso_code)
+        self.state.log_history.append(entry)
+
+    # Errors
 
     def _no_space(self, needed: int | None = None) -> UserError:
-        size = f" ({needed / 1e6:,.0f} MB needed)" if needed else ""
+        size = f" ({formatting.file_size(needed)} needed)" if needed else ""
         return UserError(
             f"no disk space left in {self.run} for the checkpoint of step {self.state.global_step}{size}; "
-            f"free some and run the same command: it goes on from {self._last_good()}"
+            f"free some and run the same command to resume from {self._last_good()}"
         )
 
     def _stopped(self, what: str, remedy: str) -> UserError:
@@ -446,24 +341,17 @@ class NanoPhiTrainer(Trainer):
         )
 
     def _last_good(self) -> str:
-        last = last_checkpoint(self.run)
-        return f"checkpoint {last.name}" if last else "the beginning"
+        saved = states(self.run)
+        return f"checkpoint {saved[-1].name}" if saved else "the beginning"
 
 
-def spike_limit(losses: list[float], threshold: float) -> float | None:
-    """The loss above which a run is taken to have spiked, from the losses logged before.
-
-    The median of the last `SPIKE_LOSSES` losses, plus the larger of `threshold` robust standard deviations and a fifth
-    of that median (a smooth curve has deviations too small to go by). The deviation is taken from the differences of
-    neighbours among the last `SPIKE_WINDOW` losses, so that a falling curve does not count as noise: 1.4826 times
-    their median absolute value, over the square root of 2. None until `SPIKE_LOSSES` losses were logged.
-    """
-    if len(losses) < SPIKE_LOSSES:
-        return None
-    differences = np.diff(losses[-SPIKE_WINDOW:])
-    deviation = 1.4826 * np.median(np.abs(differences)) / math.sqrt(2)
-    median = np.median(losses[-SPIKE_LOSSES:])
-    return float(median + max(threshold * deviation, 0.2 * median))
+def agree(resume: Path | None) -> Path | None:
+    """The main process's decision, in every process."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return resume
+    decision = [None if resume is None else str(resume)]
+    torch.distributed.broadcast_object_list(decision, src=0)
+    return None if decision[0] is None else Path(decision[0])
 
 
 def train(
@@ -474,8 +362,10 @@ def train(
     label: str,
     report: Callable[[str], None] = print,
     prompt: str | None = None,
+    resume: Path | None = None,
+    base: str | None = None,
 ) -> dict[str, Any]:
-    """Train a model from scratch, or go on from the run's last checkpoint.
+    """Train a model, from the beginning or from a saved state.
 
     Args:
         run: the run directory; reads `data/tokens` and `data/tokenizer`, writes `checkpoints`, `training_state` and
@@ -485,18 +375,19 @@ def train(
         seed: of initialisation, dropout and data order.
         label: what progress lines begin with.
         report: gets one line where something is worth telling.
-        prompt: what the sample text at every evaluation begins with; None: no samples.
+        prompt: the start of the sample text at every evaluation; None: no samples.
+        resume: the state to resume from; None: the beginning.
+        base: folder or Hub id whose weights to begin with; None: random ones.
 
     Returns:
         JSON-able summary: steps, tokens, seconds, tokens/s, losses, parameter count, hash of the final weights.
     """
-    arguments = training_arguments(training, run, seed, world_size=int(os.environ.get("WORLD_SIZE", "1")))
-    check_data(run)
+    arguments = training_arguments(training, run, seed, world_size())
     set_seed(seed)
     eos_token_id = config.eos_token_id
     if not isinstance(eos_token_id, int):
         raise UserError(f"the tokenizer must have one end-of-text token, found {eos_token_id}")
-    model = NanoPhiForCausalLM(config)
+    model = NanoPhiForCausalLM(config) if base is None else base_model(base, config)
     use_chunked_loss(model)
     if arguments.device.type == "cpu" and not training.compile:
         model.set_attn_implementation(PACKED_DOCUMENTS)
@@ -505,51 +396,54 @@ def train(
         assert training.country_iso_code is not None
         meter = open_meter(training.country_iso_code, report)
     tokens = read_json(run / "data" / "tokens" / "tokens.json")
-    times = SaveTimes(training.keep_steps)
-    trainer = NanoPhiTrainer(
-        run=run,
-        training=training,
-        tokenizer=run / "data" / "tokenizer",
-        bytes_per_token=tokens["heldout"]["bytes_per_token"],
-        model=model,
-        args=arguments,
-        train_dataset=PackedRows(run / "data/tokens/train", rows=training.steps * training.batch_size, seed=seed),
-        eval_dataset=HeldoutRows(run / "data/tokens"),
-        prompt=prompt,
-        meter=meter,
-        data_collator=PackedCollator(eos_token_id, training.isolate_documents),
-        callbacks=[ProgressLine(label), times],
-    )
-    trainer.remove_callback(PrinterCallback)
-    resume = last_checkpoint(run)
-    if resume is not None and step_of(resume) == training.steps:
-        trainer.state = TrainerState.load_from_json(str(resume / TRAINER_STATE_NAME))
-    else:
-        if resume is not None:
-            report(f"{label}: going on from {resume.name}")
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    if times.received is not None and trainer.state.global_step < training.steps:
-        raise UserError(
-            f"stopped by {times.received.name} after saving step {trainer.state.global_step}; "
-            "run the same command to go on"
+    stop = SaveAndStop({*training.keep_steps, *([decay_start(training)] if training.schedule == "wsd" else [])})
+    with accelerate_precision(training):
+        trainer = NanoPhiTrainer(
+            run=run,
+            training=training,
+            tokenizer=run / "data" / "tokenizer",
+            bytes_per_token=tokens["heldout"]["bytes_per_token"],
+            model=model,
+            args=arguments,
+            train_dataset=PackedRows(run / "data/tokens/train", rows=training.steps * training.batch_size, seed=seed),
+            eval_dataset=HeldoutRows(run / "data/tokens"),
+            prompt=prompt,
+            meter=meter,
+            stop=stop,
+            data_collator=PackedCollator(eos_token_id, training.isolate_documents),
+            callbacks=[ProgressLine(label), stop],
         )
-    final = run / "checkpoints" / f"step-{training.steps:06d}"
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(ResumedRun(trainer))
+    resume = agree(resume)
+    if resume is not None:
+        report(f"{label}: resuming from {resume.name}")
+    with trackers(trainer):
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    if stop.stopping:
+        reason = stop.received.name if stop.received else "a signal to another process"
+        raise UserError(
+            f"stopped by {reason} after saving step {trainer.state.global_step}; run the same command to resume"
+        )
+    final = run / "checkpoints" / step_name(training.steps)
+    if not (final / WEIGHTS).is_file():
+        trainer._save_checkpoint(trainer.model, None)  # the state was there, but the checkpoint had been removed
     history = trainer.history()
     steady = [entry["tokens_per_second"] for entry in history["log"][1:]] or [history["log"][0]["tokens_per_second"]]
     summary = {
         "checkpoint": f"checkpoints/{final.name}",
         "steps": training.steps,
-        "tokens_seen": training.steps * trainer.tokens_per_step,
+        "tokens_seen": training.steps * trainer.clock.tokens_per_step,
         "epochs": training.steps * training.batch_size / len(trainer.train_dataset.dataset),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "precision": "bf16" if arguments.bf16 else "fp32",
         "seconds": history["log"][-1]["elapsed_seconds"],
         "tokens_per_second": float(np.median(steady)),
-        "flops_per_token": trainer.flops_per_token,
+        "flops_per_token": trainer.clock.flops_per_token,
         "final_loss": history["log"][-1]["loss"],
         "final_bits_per_byte": history["evaluations"][-1]["bits_per_byte"] if history["evaluations"] else None,
-        "weights_sha256": sha256_of_file(final / "model.safetensors"),
-        **trainer.spent(),
+        "weights_sha256": sha256_of_file(final / WEIGHTS),
+        **monitor.spent(trainer.state.log_history),
     }
     if trainer.is_world_process_zero():
         write_json(run / "training.json", {**history, "summary": summary})

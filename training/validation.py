@@ -1,8 +1,11 @@
-"""Validation while training: bits per byte by source, from the held-out rows' own forward passes, and a text sample."""
+"""Validation during training: bits per byte by source on the held-out rows, and a text sample."""
 
 from __future__ import annotations
 
+import contextlib
 import math
+import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ class HeldoutRows(PackedRows):
     """Held-out rows that know the source of every token.
 
     Args:
-        tokens: the run's `data/tokens`. Where packing left no `heldout-documents.parquet` there is one source, unnamed.
+        tokens: the run's `data/tokens`. Without `heldout-documents.parquet` there is one unnamed source.
     """
 
     def __init__(self, tokens: Path) -> None:
@@ -38,7 +41,7 @@ class HeldoutRows(PackedRows):
         names = np.array(table["source"].to_pylist())
         lengths = table["tokens"].to_numpy()
         self.sources, codes = map(list, np.unique(names, return_inverse=True))
-        # The rows are the documents laid end to end; what fills no last row is cut off.
+        # The rows are the documents end to end; an incomplete last row is dropped.
         stream = np.repeat(np.array(codes), lengths)[: len(self) * context_length]
         self._codes = torch.from_numpy(stream.reshape(len(self), context_length))
         self.bytes_per_token = [
@@ -71,7 +74,7 @@ class HeldoutRows(PackedRows):
     def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """From `sums` of all rows: `mean_loss`, and `bits_per_byte/NAME` of each source that has a predicted token.
 
-        The mean is over tokens; that of `Trainer` is over batches, which on several processes hold some rows twice.
+        The mean is over tokens; `Trainer`'s own is over batches, which hold some rows twice on several processes.
         """
         nats = np.asarray(prediction.predictions, np.float64).sum(axis=0)
         counts = np.asarray(prediction.label_ids, np.float64).sum(axis=0)
@@ -84,11 +87,11 @@ class HeldoutRows(PackedRows):
 
 
 class SampleText:
-    """What the model in training writes after a prompt: greedy, so the random state stays as it was.
+    """Text that the model in training generates from a prompt: greedy, so the random state does not change.
 
     Args:
         tokenizer: folder of the run's tokenizer.
-        prompt: where the text begins.
+        prompt: the start of the text.
     """
 
     def __init__(self, tokenizer: Path, prompt: str) -> None:
@@ -96,7 +99,7 @@ class SampleText:
         self.prompt_ids = self.tokenizer(prompt)["input_ids"] or [self.tokenizer.eos_token_id]
 
     def __call__(self, model: NanoPhiForCausalLM) -> str:
-        """The prompt and up to `SAMPLE_TOKENS` tokens behind it."""
+        """The prompt and up to `SAMPLE_TOKENS` generated tokens."""
         input_ids = torch.tensor([self.prompt_ids], device=next(model.parameters()).device)
         settings: dict[str, Any] = {
             "do_sample": False,
@@ -113,3 +116,15 @@ class SampleText:
         finally:
             model.train(training)
         return str(self.tokenizer.decode(output[0], skip_special_tokens=True))
+
+
+@contextlib.contextmanager
+def unchanged_random_state() -> Iterator[None]:
+    """Run the body; the random generators of Python, NumPy and torch are then as they were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)

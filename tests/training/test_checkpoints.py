@@ -1,12 +1,10 @@
 """Checkpoints and the data they were trained on: what is missing or has changed is named, and nothing is lost."""
 
-import shutil
-
 import pytest
 from tiny_run import make_run, train
 
-from nanophi.files import UserError, read_json, sha256_of_tree, write_json
-from nanophi.training import trainer
+from nanophi.files import UserError, read_json, sha256_of_tree
+from nanophi.training import checkpoints, trainer
 
 
 @pytest.fixture
@@ -26,6 +24,12 @@ def stopped(tmp_path, monkeypatch):
     return run
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> str:
+    """Hash of the weights of a run that nothing disturbed."""
+    return train(make_run(tmp_path_factory.mktemp("finished") / "run"))["weights_sha256"]
+
+
 def refusal(run, **changes) -> str:
     """The line with which training refuses; the checkpoints must be what they were."""
     folders = (run / "checkpoints", run / "training_state")
@@ -37,8 +41,7 @@ def refusal(run, **changes) -> str:
     return str(error.value)
 
 
-def test_a_vanished_or_cut_shard_is_one_line_and_the_same_rows_go_on(stopped, tmp_path):
-    whole = train(make_run(tmp_path / "whole"))
+def test_a_vanished_or_cut_shard_is_one_line_and_training_resumes_once_it_is_back(stopped, finished):
     shard = next((stopped / "data/tokens/train").glob("*.arrow"))
     contents = shard.read_bytes()
     for damaged in (None, contents[: len(contents) // 2], b""):
@@ -49,26 +52,40 @@ def test_a_vanished_or_cut_shard_is_one_line_and_the_same_rows_go_on(stopped, tm
         assert "data/tokens/train cannot be read" in line
         assert f"delete {stopped / 'data/tokens'} and run `nanophi prepare`" in line
         shard.write_bytes(contents)
-    assert train(stopped)["weights_sha256"] == whole["weights_sha256"]
+    assert train(stopped)["weights_sha256"] == finished
 
 
-def test_other_data_than_the_checkpoints_are_named(stopped):
-    facts = read_json(stopped / "checkpoints/step-000012/checkpoint.json")
-    assert facts["train_sha256"] == "a1"
-    assert facts["heldout_sha256"] == "b2"
-    assert facts["tokenizer_sha256"] == sha256_of_tree(stopped / "data/tokenizer")
-    tokens = read_json(stopped / "data/tokens/tokens.json")
-    write_json(stopped / "data/tokens/tokens.json", {**tokens, "train": {"sha256": "c3"}})
-    line = refusal(stopped)
-    assert "checkpoint step-000012 was trained on other data: training tokens (data/tokens) a1 then, c3 now" in line
-    assert "tokenizer" not in line
-    write_json(stopped / "data/tokens/tokens.json", tokens)
-    shutil.copyfile(stopped / "data/tokenizer/tokenizer.json", stopped / "data/tokenizer/other.json")
-    line = refusal(stopped)
-    assert "tokenizer (data/tokenizer)" in line
-    assert "data/tokens" not in line
-    (stopped / "data/tokenizer/other.json").unlink()
-    assert train(stopped)["steps"] == 24
+@pytest.mark.parametrize(
+    "name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "model.safetensors"]
+)
+def test_a_damaged_state_is_named_and_the_one_before_gives_the_same_weights(stopped, finished, capsys, name):
+    assert [state.name for state in checkpoints.states(stopped)] == ["step-000010", "step-000012"]
+    file = stopped / "training_state/step-000012" / name
+    contents = file.read_bytes()
+    for damaged in (None, contents[:-9] + b"123456789", contents[: len(contents) // 2]):
+        file.unlink()
+        if damaged is not None:
+            file.write_bytes(damaged)
+        assert checkpoints.last_whole(stopped).name == "step-000010"
+        line = capsys.readouterr().out.strip()
+        assert "training_state/step-000012 is damaged" in line and name in line and "\n" not in line
+        if damaged is None:
+            file.write_bytes(contents)
+    assert train(stopped)["weights_sha256"] == finished
+
+
+def test_weights_and_state_are_one_file_on_disk(stopped):
+    for step in ("step-000010", "step-000012"):
+        files = [stopped / folder / step / "model.safetensors" for folder in ("checkpoints", "training_state")]
+        assert files[0].samefile(files[1])
+
+
+def test_as_many_states_are_kept_as_asked_for_and_the_one_before_the_decay(tmp_path):
+    run = make_run(tmp_path / "run")
+    train(run, keep_states=3, save_steps=4, keep_steps=[8], schedule="wsd", decay_fraction=0.75)
+    names = [state.name for state in checkpoints.states(run)]
+    assert names == ["step-000006", "step-000016", "step-000020", "step-000024"]  # the decay begins at step 6
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-000008", "step-000024"]
 
 
 def test_checkpoint_json_tells_tokens_and_losses(stopped):

@@ -1,8 +1,11 @@
 """Several processes take the same steps as one: replicated (DDP) and divided (FSDP2), gloo on processors."""
 
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +19,8 @@ from nanophi.configuration_nanophi import NanoPhiConfig
 from nanophi.files import UserError, read_json
 from nanophi.modeling_nanophi import NanoPhiForCausalLM
 from nanophi.recipe import Training
-from nanophi.training import trainer
+from nanophi.run import step_of
+from nanophi.training import checkpoints, trainer
 
 STEPS = 50
 CHANGES = {**TRAINING, "steps": STEPS, "micro_batch_size": 4, "keep_steps": [], "save_steps": 20, "eval_steps": 25}
@@ -24,9 +28,10 @@ CONFIG = {**TINY, "resid_pdrop": 0.0}  # each process draws its own dropout
 FSDP = {"arguments": {"fsdp": True, "fsdp_config": {"version": 2}}}
 
 SCRIPT = """
-import sys
+import os, signal, sys
 from pathlib import Path
-from nanophi.training import trainer
+from nanophi.files import UserError
+from nanophi.training import checkpoints, trainer
 from nanophi.recipe import Training
 from nanophi.configuration_nanophi import NanoPhiConfig
 
@@ -48,35 +53,54 @@ step = trainer.NanoPhiTrainer.training_step
 def dying_step(self, *args, **kwargs):
     if self.state.global_step == DIE:
         raise KeyboardInterrupt
+    if self.state.global_step == SIGNAL and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    if self.state.global_step == TELL and os.environ["RANK"] == "0":
+        Path(RUN, "there").touch()
     return step(self, *args, **kwargs)
 
 def train():
-    trainer.train(Path(RUN), Training(**CHANGES), NanoPhiConfig(**CONFIG), seed=1, label="test", prompt=PROMPT)
+    # Only the main process decides where to resume.
+    resume = checkpoints.last_whole(Path(RUN)) if os.environ["RANK"] == "0" else None
+    settings = {"seed": 1, "label": "test", "prompt": PROMPT, "resume": resume}
+    try:
+        trainer.train(Path(RUN), Training(**CHANGES), NanoPhiConfig(**CONFIG), **settings)
+    except UserError as error:
+        sys.exit(f"rank {os.environ['RANK']}: {error}")
+
+trainer.NanoPhiTrainer.training_step = dying_step
 
 if DIE is not None:
-    trainer.NanoPhiTrainer.training_step = dying_step
     try:
         train()
     except KeyboardInterrupt:
-        assert [path.name for path in Path(RUN, "training_state").glob("step*")] == ["step-000020"]
-    trainer.NanoPhiTrainer.training_step = step
+        # 25 was saved because it was evaluated.
+        names = sorted(path.name for path in Path(RUN, "training_state").glob("step*"))
+        assert names == ["step-000020", "step-000025"], names
+    DIE = None
 train()
 """
 
 
-def run_on_two(run: Path, changes: dict, die: int | None = None) -> subprocess.CompletedProcess[str]:
+def launch_on_two(run: Path, changes: dict, **events: int | None) -> subprocess.Popen[str]:
     script = run.parent / f"{run.name}.py"
     names = {
         "RUN": str(run),
         "CHANGES": changes,
         "CONFIG": CONFIG,
         "PROMPT": PROMPT,
-        "DIE": die,
+        **{"DIE": None, "SIGNAL": None, "TELL": None, **events},
     }
     script.write_text("".join(f"{name} = {value!r}\n" for name, value in names.items()) + SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env)
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Status and error output; no process is left."""
+    errors = process.communicate(timeout=240)[1]
+    return process.returncode, errors
 
 
 @pytest.fixture(scope="module")
@@ -107,20 +131,35 @@ def assert_same_evaluations(run: Path, reference: Path) -> None:
     assert here["samples"][0]["text"].startswith(PROMPT)
 
 
-def test_replicated_processes(one, tmp_path):
+def test_replicated_processes_stop_together_whoever_gets_the_signal(one, tmp_path):
+    """One process alone, then the launcher; each time all save the same step, and the next run resumes there."""
     run, optimizer = add_sources(make_run(tmp_path / "run")), "muon"
-    done = run_on_two(run, {**CHANGES, "optimizer": optimizer})
-    assert done.returncode == 0, done.stderr[-3000:]
+    changes = {**CHANGES, "optimizer": optimizer}
+    status, errors = finish(launch_on_two(run, changes, SIGNAL=11))
+    assert status != 0
+    assert re.search(r"rank \d: stopped by (SIGTERM|a signal to another process) after saving step 12", errors), errors
+    assert [state.name for state in checkpoints.states(run)] == ["step-000012"]
+    process = launch_on_two(run, changes, TELL=15)
+    deadline = time.monotonic() + 120
+    while not (run / "there").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    status, errors = finish(process)
+    assert status != 0
+    assert checkpoints.damage(checkpoints.states(run)[-1]) is None
+    assert 15 < step_of(checkpoints.states(run)[-1]) < STEPS, errors
+    status, errors = finish(launch_on_two(run, changes))
+    assert status == 0, errors[-3000:]
     np.testing.assert_allclose(losses(run), losses(one[optimizer]), rtol=1e-5)
     assert_same_evaluations(run, one[optimizer])
     NanoPhiForCausalLM.from_pretrained(run / f"checkpoints/step-{STEPS:06d}")
 
 
 def test_divided_processes(one, tmp_path):
-    """FSDP2: stopped after step 30, it goes on from step 20 as if it had not been."""
+    """FSDP2: killed after step 30, it resumes from step 25 as if it had not been."""
     run = add_sources(make_run(tmp_path / "run"))
-    done = run_on_two(run, {**CHANGES, **FSDP}, die=30)
-    assert done.returncode == 0, done.stderr[-3000:]
+    status, errors = finish(launch_on_two(run, {**CHANGES, **FSDP}, DIE=30))
+    assert status == 0, errors[-3000:]
     np.testing.assert_allclose(losses(run), losses(one["adamw"]), rtol=1e-5)
     assert_same_evaluations(run, one["adamw"])
     checkpoint = run / f"checkpoints/step-{STEPS:06d}"

@@ -76,10 +76,10 @@ def test_energy_sums_over_the_processes_of_a_run(tmp_path, fake_codecarbon, monk
         die_at(13, patch)
         train(run, **METERED)  # saves at 6, 10 and 12: three readings
     assert fake_codecarbon == ["start", "stop"]
-    summary = train(run, **METERED)  # at 18 and 24: two more
+    summary = train(run, **METERED)  # at 18, 19 (before the decay) and 24: three more
     assert fake_codecarbon == ["start", "stop"] * 2
-    assert summary["energy_kwh"] == pytest.approx(2.5)
-    assert summary["co2_grams"] == pytest.approx(150)
+    assert summary["energy_kwh"] == pytest.approx(3.0)
+    assert summary["co2_grams"] == pytest.approx(180)
     assert summary["co2_region"] == "FRA"
     assert "codecarbon" in summary["co2_source"]
     assert read_json(run / "training.json")["summary"] == summary
@@ -94,7 +94,7 @@ def test_meter_is_refused_or_skipped_in_one_line(tmp_path, fake_codecarbon, monk
         Training(**TRAINING, track_energy=True)
     monkeypatch.setitem(sys.modules, "codecarbon", None)
     summary = train(run, **METERED)
-    assert "codecarbon is not installed; pip install 'nanophi[energy]'" in capsys.readouterr().out
+    assert "codecarbon is not installed: pip install 'nanophi[energy]'" in capsys.readouterr().out
     assert summary["steps"] == 24
     assert not {"energy_kwh", "co2_grams", "cost_usd"} & set(summary)
 

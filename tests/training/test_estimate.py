@@ -12,7 +12,7 @@ from nanophi import NanoPhiConfig, NanoPhiForCausalLM
 from nanophi.__main__ import main
 from nanophi.files import UserError
 from nanophi.recipe import Recipe, Training, load_recipe
-from nanophi.training import estimate
+from nanophi.training import budget, estimate, memory
 from nanophi.training.loss import use_chunked_loss
 
 SMALL: dict[str, Any] = {
@@ -38,7 +38,7 @@ def recipe() -> Recipe:
 @pytest.mark.parametrize("fields", [{}, {"tie_word_embeddings": True}, {"qk_layernorm": True}])
 def test_parameters_are_those_of_the_model(fields: dict[str, Any]) -> None:
     config = NanoPhiConfig(**{**SMALL, **fields})
-    assert estimate.parameter_count(config) == sum(p.numel() for p in NanoPhiForCausalLM(config).parameters())
+    assert budget.parameter_count(config) == sum(p.numel() for p in NanoPhiForCausalLM(config).parameters())
 
 
 def test_flops_are_those_that_torch_counts() -> None:
@@ -48,7 +48,7 @@ def test_flops_are_those_that_torch_counts() -> None:
     with FlopCounterMode(display=False) as counter:
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     # Biases and norms are parameters, but not products.
-    assert counter.get_total_flops() / ids.numel() == pytest.approx(estimate.flops_per_token(config, 128), rel=0.02)
+    assert counter.get_total_flops() / ids.numel() == pytest.approx(budget.flops_per_token(config, 128), rel=0.02)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -67,47 +67,97 @@ def test_row_bytes_are_what_autograd_keeps(precision: str) -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
         model(input_ids=ids, labels=ids)
     total = sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in own)
-    fixed = 6 * estimate.parameter_count(config)  # at most: copies of the weights, and the head's gradient
-    row = estimate.row_bytes(config, training(precision=precision))
+    fixed = 6 * budget.parameter_count(config)  # at most: copies of the weights, and the head's gradient
+    row = memory.row_bytes(config, training(precision=precision))
     assert total - fixed <= rows * row <= total
 
 
 def test_optimizer_state_is_counted_by_optimizer() -> None:
     config = NanoPhiConfig(**SMALL)
     model = NanoPhiForCausalLM(config)
-    parameters = estimate.parameter_count(config)
+    parameters = budget.parameter_count(config)
     matrices = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "layers" in name)
-    assert estimate.state_bytes(config, training()) == 12 * parameters
-    assert estimate.state_bytes(config, training(optimizer="muon")) == 12 * parameters - 4 * matrices
-    assert estimate.state_bytes(config, training(micro_batch_size=2)) == 16 * parameters
+    assert memory.state_bytes(config, training()) == 12 * parameters
+    assert memory.state_bytes(config, training(optimizer="muon")) == 12 * parameters - 4 * matrices
+
+
+def peak_of(function) -> int:
+    """Bytes that a function's tensors take at most, from torch's own record of every allocation."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+@pytest.mark.parametrize(("rows", "vocab_size"), [(2, 6000), (12, 300)], ids=["large vocabulary", "many rows"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_peaks_are_those_that_torch_records(precision: str, rows: int, vocab_size: int) -> None:
+    config = NanoPhiConfig(**{**SMALL, "vocab_size": vocab_size, "eos_token_id": 0, "bos_token_id": 0})
+    section = training(precision=precision, batch_size=rows)
+    model = NanoPhiForCausalLM(config).train()
+    use_chunked_loss(model)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    ids = torch.zeros(rows, 128, dtype=torch.int64)
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        del loss
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def evaluation() -> None:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            model(input_ids=ids, labels=ids, reduction="none")
+
+    step()  # makes the moments, which are held from then on
+    held = memory.state_bytes(config, section)
+    measured = held + peak_of(step)
+    assert memory.training_bytes(config, section, rows, "cpu") == pytest.approx(measured, rel=0.1)
+    evaluated = held + peak_of(evaluation)
+    assert memory.evaluation_bytes(config, section, rows) == pytest.approx(evaluated, rel=0.1)
+    assert evaluated < measured
+
+
+def test_evaluation_never_takes_more_than_training(recipe: Recipe) -> None:
+    config = recipe.model_config_for()
+    for rows in (1, 4, 32, 512):
+        for precision in ("fp32", "bf16"):
+            section = recipe.training.model_copy(update={"precision": precision})
+            assert memory.evaluation_bytes(config, section, rows) < memory.training_bytes(config, section, rows)
 
 
 def test_the_published_run(recipe: Recipe) -> None:
     published = estimate.published_run(recipe)
     assert published["tokens_per_second"] == pytest.approx(39_000, rel=0.01)
     assert published["mfu"] == pytest.approx(0.06, abs=0.006)
-    assert estimate.flops_per_token(recipe.model_config_for(), 1024) == pytest.approx(515e6, rel=0.001)
+    assert budget.flops_per_token(recipe.model_config_for(), 1024) == pytest.approx(515e6, rel=0.001)
     # The same speed on the same device must take the same time.
-    result = estimate.estimate(recipe, estimate.find_device("A100-40G"), mfu=published["mfu"])
+    result = estimate.estimate(recipe, budget.find_device("A100-40G"), mfu=published["mfu"])
     assert result["hours"] == pytest.approx(52)
     assert result["dollars"] == pytest.approx(published["dollars"])
 
 
 def test_more_memory_fits_more_rows_and_too_little_none(recipe: Recipe) -> None:
-    fits = {name: estimate.estimate(recipe, device)["micro_batch_size"] for name, device in estimate.DEVICES.items()}
+    fits = {name: estimate.estimate(recipe, device)["micro_batch_size"] for name, device in budget.DEVICES.items()}
     assert fits["t4"] < fits["a100-40g"] < fits["h200"]
-    tiny = estimate.Device("none", 1e12, 1e9, 100, 1.0, "nobody")
+    tiny = budget.Device("none", 1e12, 1e9, 100, 1.0, "nobody")
     result = estimate.estimate(recipe, tiny)
     assert result["micro_batch_size"] == 0
     assert "does not fit" in estimate.render(recipe, "none", result, estimate.published_run(recipe))
 
 
 def test_devices_are_found_by_either_name() -> None:
-    assert estimate.peak_flops("NVIDIA H200") == estimate.DEVICES["h200"].bf16_flops
-    assert estimate.peak_flops("NVIDIA L40S") == estimate.DEVICES["l40s"].bf16_flops
-    assert estimate.peak_flops("Some GPU") is None
+    assert budget.peak_flops("NVIDIA H200") == budget.DEVICES["h200"].bf16_flops
+    assert budget.peak_flops("NVIDIA L40S") == budget.DEVICES["l40s"].bf16_flops
+    assert budget.peak_flops("Some GPU") is None
     with pytest.raises(UserError, match="unknown device 'h10'; did you mean h100"):
-        estimate.find_device("h10")
+        budget.find_device("h10")
 
 
 def test_the_verb_measures_real_steps(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

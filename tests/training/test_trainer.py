@@ -21,7 +21,9 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from nanophi.files import UserError, read_json
 from nanophi.modeling_nanophi import NanoPhiForCausalLM
 from nanophi.recipe import Training
-from nanophi.training import checkpoints, trainer
+from nanophi.run import step_of
+from nanophi.training import arguments as arguments_module
+from nanophi.training import checkpoints, monitor, trainer
 
 TESTS = str(Path(__file__).parents[1])
 
@@ -103,18 +105,18 @@ def test_sigkill_leaves_only_whole_checkpoints_and_sigterm_saves_first(tmp_path,
     for number in (signal.SIGKILL, signal.SIGTERM):
         command = [sys.executable, "-c", script, TESTS, str(run)]
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-            before = checkpoints.last_checkpoint(run)
+            before = checkpoints.states(run)[-1:]
             deadline = time.monotonic() + 60
-            while checkpoints.last_checkpoint(run) in (None, before) and time.monotonic() < deadline:
+            while checkpoints.states(run)[-1:] in ([], before) and time.monotonic() < deadline:
                 time.sleep(0.05)
             process.send_signal(number)
             errors = process.communicate()[1]
-        last = checkpoints.last_checkpoint(run)
-        assert last is not None
+        last = checkpoints.last_whole(run)
+        assert last is not None and last == checkpoints.states(run)[-1]
         load_file(run / "checkpoints" / last.name / "model.safetensors")
         assert torch.load(last / "optimizer.pt", weights_only=True)["state"]
         if number == signal.SIGTERM:
-            assert f"stopped by SIGTERM after saving step {checkpoints.step_of(last)}" in errors
+            assert f"stopped by SIGTERM after saving step {step_of(last)}" in errors
 
 
 def test_no_disk_space_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
@@ -124,7 +126,7 @@ def test_no_disk_space_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
         full = iter([usage, *[usage._replace(free=1000)] * 9])
         patch.setattr(trainer.shutil, "disk_usage", lambda path: next(full))
         with pytest.raises(
-            UserError, match=r"no disk space left in .*run .*step 10 .*goes on from checkpoint step-000006"
+            UserError, match=r"no disk space left in .*run .*step 10 .*resume from checkpoint step-000006"
         ):
             train(run)
     with monkeypatch.context() as patch:
@@ -163,8 +165,7 @@ def test_a_loss_spike_stops_at_the_last_good_checkpoint(tmp_path, logging_steps)
     assert re.search(r"the loss is [\d.]+, a spike above [\d.]+ at step 51; nothing was saved since", line)
     assert "checkpoint step-000050" in line
     assert "training.spike_threshold=null" in line
-    for folder in ("checkpoints", "training_state"):
-        assert [path.name for path in (run / folder).iterdir()] == ["step-000050"]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000050"]
     summary = train(run, **changes, spike_threshold=None)
     assert summary["steps"] == 60
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000060"]
@@ -173,14 +174,14 @@ def test_a_loss_spike_stops_at_the_last_good_checkpoint(tmp_path, logging_steps)
 def test_spike_limit_is_robust():
     noise = np.random.default_rng(0).normal(3.0, 0.05, 200)
     losses = noise.tolist()
-    assert trainer.spike_limit(losses[:9], 10) is None
-    limit = trainer.spike_limit(losses, 10)
+    assert monitor.spike_limit(losses[:9], 10) is None
+    limit = monitor.spike_limit(losses, 10)
     assert limit == pytest.approx(3.6, abs=0.05)  # a fifth of the median, more than ten deviations of 0.05
-    assert trainer.spike_limit(losses, 20) == pytest.approx(4.0, abs=0.2)
+    assert monitor.spike_limit(losses, 20) == pytest.approx(4.0, abs=0.2)
     outliers = [*losses[:-4], 50.0, 60.0, 70.0, 80.0]
-    assert trainer.spike_limit(outliers, 10) == pytest.approx(limit, abs=0.2)
+    assert monitor.spike_limit(outliers, 10) == pytest.approx(limit, abs=0.2)
     falling = (2 + 8 * np.exp(-np.arange(200) / 20) + noise - 3).tolist()
-    assert all(falling[i] < (trainer.spike_limit(falling[:i], 10) or np.inf) for i in range(200))
+    assert all(falling[i] < (monitor.spike_limit(falling[:i], 10) or np.inf) for i in range(200))
 
 
 def test_order_depends_on_position_and_seed_only(finished):
@@ -203,21 +204,58 @@ def test_positions_restart_at_end_of_text():
 
 def test_training_arguments_are_checked(tmp_path):
     def arguments(world_size=1, **changes):
-        return trainer.training_arguments(Training(**{**TRAINING, **changes}), tmp_path, 0, world_size)
+        return arguments_module.training_arguments(Training(**{**TRAINING, **changes}), tmp_path, 0, world_size)
 
-    made = arguments(micro_batch_size=2, world_size=2, arguments={"label_names": ["labels"]})
+    made = arguments(micro_batch_size=2, world_size=2, arguments={"dataloader_num_workers": 1})
     assert made.per_device_train_batch_size == 2
     assert made.gradient_accumulation_steps == 2
-    with pytest.raises(UserError, match=r"unknown key 'lable_names'; did you mean 'label_names'\?"):
-        arguments(arguments={"lable_names": []})
-    with pytest.raises(UserError, match="'learning_rate' follows from the keys of `training`"):
-        arguments(arguments={"learning_rate": 1.0})
-    with pytest.raises(UserError, match=r"batch_size \(8\) is no multiple of micro_batch_size x devices \(8 x 3\)"):
-        arguments(micro_batch_size=8, world_size=3)
+    assert made.dataloader_num_workers == 1
+    with pytest.raises(UserError, match=r"'dataloader_num_wokers' is unknown .* mean 'dataloader_num_workers'"):
+        arguments(arguments={"dataloader_num_wokers": 1})
+    for name, value, instead in (
+        ("learning_rate", 1.0, "training.learning_rate"),
+        ("save_total_limit", 3, "training.keep_steps and training.keep_states"),
+        ("load_best_model_at_end", True, "training.keep_steps"),
+        ("resume_from_checkpoint", "/nowhere", "the same command"),
+        ("num_train_epochs", 3, "training.steps"),
+        ("fp16", True, "training.precision"),
+        ("push_to_hub", True, "`nanophi push`"),
+        ("deepspeed", "ds.json", "training.arguments.fsdp"),
+    ):
+        with pytest.raises(UserError, match=rf"'{name}' has no place there; use {re.escape(instead)}"):
+            arguments(arguments={name: value})
+    with pytest.raises(UserError, match=r"use a training\.batch_size that 3 devices divide, such as 6 or 9"):
+        arguments(world_size=3)
+    with pytest.raises(UserError, match=r"micro_batch_size to a divisor of 4, such as 4"):
+        arguments(micro_batch_size=8, world_size=2)
+    with pytest.raises(UserError, match=r"torch_compile_mode does nothing without training.compile=true"):
+        arguments(arguments={"torch_compile_mode": "default"})
+    with pytest.raises(UserError, match=r"dataloader_persistent_workers needs dataloader_num_workers"):
+        arguments(arguments={"dataloader_persistent_workers": True})
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"dataloader_num_workers": 1, "dataloader_prefetch_factor": 2, "dataloader_persistent_workers": True},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+        {"activation_checkpointing": True},
+        {"dataloader_pin_memory": False, "torch_empty_cache_steps": 1, "log_level": "error", "run_name": "other"},
+        {"ddp_bucket_cap_mb": 5, "ddp_broadcast_buffers": False, "ddp_timeout": 600, "project": "p"},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_arguments_that_are_allowed_change_nothing_that_is_learned(tmp_path, fields):
+    changes = {"steps": 4, "save_steps": 2, "keep_steps": [], "eval_steps": 4}
+    hashes = [
+        train(make_run(tmp_path / name), arguments=arguments, **changes)["weights_sha256"]
+        for name, arguments in (("plain", {}), ("with", fields))
+    ]
+    assert hashes[0] == hashes[1]
 
 
 def test_trackers_get_the_log_and_absent_ones_are_named(tmp_path, monkeypatch):
-    assert trainer.training_arguments(Training(**TRAINING), tmp_path, 0).report_to == []
+    assert arguments_module.training_arguments(Training(**TRAINING), tmp_path, 0).report_to == []
     with pytest.raises(UserError, match=r"training.report_to: wandbb is not supported, only .*tensorboard.* are supp"):
         train(make_run(tmp_path / "unknown"), report_to=["wandbb"])
     for tracker in ("tensorboard", "wandb", "trackio"):

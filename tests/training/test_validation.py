@@ -6,19 +6,16 @@ import random
 import numpy as np
 import pytest
 import torch
-from tiny_run import CONFIG, CONTEXT, DOCUMENTS, EOS, PROMPT, TRAINING, add_sources, make_run, train
+from tiny_run import CONTEXT, DOCUMENTS, EOS, PROMPT, add_sources, make_run, train
 
-from nanophi.configuration_nanophi import NanoPhiConfig
 from nanophi.files import read_json
 from nanophi.modeling_nanophi import NanoPhiForCausalLM
-from nanophi.recipe import Training
 from nanophi.training import trainer, validation
 from nanophi.training.rows import PackedCollator
 
 
 def train_with_samples(run, **changes):
-    section = Training(**{**TRAINING, **changes})
-    return trainer.train(run, section, NanoPhiConfig(**CONFIG), seed=1, label="test", prompt=PROMPT)
+    return train(run, PROMPT, **changes)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,94 @@
+"""Peak memory of training with evaluations at the 115M shape on a processor, beside what `nanophi estimate` says.
+
+    python benchmarks/train_memory.py                 # 4 x 1024 tokens, float32 and bf16; about 6 minutes on two cores
+
+Each precision runs in a process of its own: two steps, an evaluation of two batches, one more step. Peaks are those
+of the process (VmHWM), above what it held before the model was built. Added to benchmarks/train_memory.json.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from nanophi.files import read_json, write_json
+from nanophi.recipe import load_recipe
+from nanophi.run import environment, now
+
+
+def peak() -> int:
+    """Bytes that this process has held at most."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in status if line.startswith("VmHWM")).split()[1]) * 1024
+
+
+def work(precision: str, rows: int) -> None:
+    """Train, evaluate, and print the peaks before the model, before the evaluation and at the end."""
+    import numpy as np
+    import pyarrow as pa
+    from datasets import Dataset
+
+    from nanophi.training import trainer
+
+    recipe = load_recipe("nano-phi-115m")
+    config = recipe.model_config_for(eos_token_id=0, bos_token_id=0)
+    length = config.max_position_embeddings
+    update = {
+        **{"steps": 3, "batch_size": rows, "micro_batch_size": rows, "warmup_steps": 0, "precision": precision},
+        **{"keep_steps": [], "save_steps": 100, "eval_steps": 2, "logging_steps": 1, "spike_threshold": None},
+    }
+    peaks = []
+    plain = trainer.NanoPhiTrainer.evaluate
+
+    def evaluate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        peaks.append(peak())
+        return plain(self, *args, **kwargs)
+
+    trainer.NanoPhiTrainer.evaluate = evaluate  # type: ignore[method-assign]
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder)
+        tokens = np.random.default_rng(0).integers(1, config.vocab_size, (2 * rows, length), np.int32)
+        table = pa.table({"input_ids": pa.FixedSizeListArray.from_arrays(pa.array(tokens.ravel()), length)})
+        for split in ("train", "heldout"):
+            Dataset(table).save_to_disk(str(run / "data/tokens" / split))
+        counts = {"bytes_per_token": 4.0, "sha256": "random"}
+        write_json(run / "data/tokens/tokens.json", {"train": counts, "heldout": counts})
+        (run / "data/tokenizer").mkdir()
+        write_json(run / "data/tokenizer/tokenizer.json", {})
+        base = peak()
+        trainer.train(run, recipe.training.model_copy(update=update), config, 0, "memory")
+    print(json.dumps({"training_bytes": peaks[0] - base, "with_evaluation_bytes": peak() - base}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=4, help="of a micro-batch")
+    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"])
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_name("train_memory.json"))
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.work:
+        work(arguments.work, arguments.rows)
+        return
+    from nanophi.training import memory
+
+    recipe = load_recipe("nano-phi-115m")
+    result: dict[str, Any] = {"shape": f"{arguments.rows} x {recipe.model_config_for().max_position_embeddings} tokens"}
+    for precision in arguments.precisions:
+        command = [sys.executable, __file__, "--work", precision, "--rows", str(arguments.rows)]
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        measured = json.loads(output.strip().splitlines()[-1])
+        training = recipe.training.model_copy(update={"precision": precision, "batch_size": arguments.rows})
+        estimated = memory.peak_bytes(recipe.model_config_for(), training, arguments.rows, "cpu")
+        ratio = round(estimated / measured["with_evaluation_bytes"], 3)
+        result[precision] = {**measured, "estimated_bytes": estimated, "estimated_to_measured": ratio}
+        print(f"{precision}: {json.dumps(result[precision])}", flush=True)
+    results = read_json(arguments.output) if arguments.output.exists() else []
+    write_json(arguments.output, [*results, {"finished": now(), "environment": environment(), **result}])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,341 @@
+"""Weights are never lost: what a run does with what it finds, whatever was changed, moved, cut off or asked for."""
+
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import CONFIG, TRAINING, add_sources, make_run
+
+from nanophi.configuration_nanophi import NanoPhiConfig
+from nanophi.files import UserError, read_json, sha256_of_file, sha256_of_tree, write_json
+from nanophi.modeling_nanophi import NanoPhiForCausalLM
+from nanophi.pipeline import Pipeline
+from nanophi.recipe import Recipe
+from nanophi.run import FORMATS, step_folders, step_of
+from nanophi.training import checkpoints, trainer
+
+STEPS = 8
+SECTION = {
+    **TRAINING,
+    "steps": STEPS,
+    "batch_size": 4,
+    "warmup_steps": 1,
+    "save_steps": 2,
+    "eval_steps": 4,
+    "keep_steps": [],
+    "schedule": "constant",
+}
+
+
+def recipe(name="run", base=None, **training) -> Recipe:
+    return Recipe(
+        name=name,
+        base=base,
+        data={"sources": [{"files": "/nowhere/*.jsonl", "name": "mine"}]},
+        quality={"scorer": "column:score", "threshold": 0.2},
+        model={key: value for key, value in CONFIG.items() if not key.endswith("token_id")},
+        training={**SECTION, **training},
+    )
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    """A run directory that was prepared elsewhere: its sources are not here."""
+    return add_sources(make_run(tmp_path_factory.mktemp("prepared") / "run"))
+
+
+@pytest.fixture
+def runs(prepared, tmp_path) -> Path:
+    shutil.copytree(prepared, tmp_path / "runs/run")
+    return tmp_path / "runs"
+
+
+def pipeline(runs: Path, restart=False, lines=None, **changes) -> Pipeline:
+    report = (lambda line: None) if lines is None else lines.append
+    return Pipeline(recipe(**changes), runs, ("training",), report, restart)
+
+
+def train(runs: Path, lines=None, restart=False, **changes) -> dict:
+    pipe = pipeline(runs, restart, lines, **changes)
+    pipe.check()
+    return pipe.training()
+
+
+def stop_at(step: int, how, monkeypatch, runs, **changes) -> None:
+    """Train until `how()` happens in a step, and find that it ends the training."""
+    plain = trainer.NanoPhiTrainer.training_step
+
+    def stopping_step(self, *args, **kwargs):
+        if self.state.global_step == step:
+            how()
+        return plain(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, UserError)):
+        patch.setattr(trainer.NanoPhiTrainer, "training_step", stopping_step)
+        train(runs, **changes)
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def terminate():
+    os.kill(os.getpid(), 15)
+
+
+def refused(runs: Path, **changes) -> str:
+    """The one line with which the run is refused; nothing in its directory changes."""
+    before = sha256_of_tree(runs)
+    with pytest.raises(UserError) as error:
+        train(runs, **changes)
+    assert sha256_of_tree(runs) == before
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def weights(runs: Path) -> dict[str, str]:
+    """Hash -> file, of all weights below a folder."""
+    return {sha256_of_file(path): str(path) for path in runs.rglob("model.safetensors")}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(prepared, tmp_path_factory):
+    """Summaries of runs that nothing disturbs, by schedule and number of steps."""
+    found: dict[tuple, dict] = {}
+
+    def of(**changes) -> dict:
+        key = tuple(sorted(changes.items()))
+        if key not in found:
+            runs = tmp_path_factory.mktemp("undisturbed")
+            shutil.copytree(prepared, runs / "run")
+            found[key] = train(runs, **changes)
+        return found[key]
+
+    return of
+
+
+# What changed
+
+
+@pytest.mark.parametrize("finished", [False, True], ids=["interrupted", "finished"])
+def test_a_key_that_matters_is_named_with_both_values_and_nothing_is_lost(runs, monkeypatch, finished, undisturbed):
+    if finished:
+        train(runs)
+    else:
+        stop_at(5, interrupt, monkeypatch, runs)
+    line = refused(runs, learning_rate=1e-3, batch_size=8)
+    assert "training.batch_size 4 -> 8" in line and "training.learning_rate 0.01 -> 0.001" in line
+    assert "another name" in line and "--restart" in line
+    assert "training.seed 1 -> 2" in refused(runs, seed=2) or "seed" in refused(runs, seed=2)
+    allowed = {
+        "save_steps": 3,
+        "eval_steps": 3,
+        "keep_steps": [6],
+        "keep_states": 1,
+        "logging_steps": 3,
+        "spike_threshold": None,
+        "dollars_per_hour": 1.0,
+        "arguments": {"dataloader_num_workers": 1},
+    }
+    assert train(runs, **allowed)["weights_sha256"] == undisturbed()["weights_sha256"]
+    assert train(runs, micro_batch_size=2)["weights_sha256"] == undisturbed()["weights_sha256"]
+
+
+def test_restart_removes_the_weights_and_says_so(runs, undisturbed):
+    train(runs)
+    lines: list[str] = []
+    other = train(runs, lines, restart=True, learning_rate=1e-3)
+    assert any("removing" in line and "--restart" in line for line in lines)
+    assert other["weights_sha256"] != undisturbed()["weights_sha256"]
+    assert step_folders(runs / "run/checkpoints")[-1].name == "step-000008"
+    lines.clear()
+    train(runs, lines, restart=True, learning_rate=1e-3)  # nothing that could not be continued: nothing is removed
+    assert not any("removing" in line for line in lines)
+
+
+def test_other_tokens_are_other_data_and_the_same_tokens_the_same(runs, monkeypatch, undisturbed):
+    stop_at(5, interrupt, monkeypatch, runs)
+    tokens = runs / "run/data/tokens/tokens.json"
+    contents = read_json(tokens)
+    write_json(tokens, {**contents, "train": {"sha256": "c3"}})
+    pipe = pipeline(runs)
+    before = sha256_of_tree(runs / "run/checkpoints")
+    with pytest.raises(UserError, match=r"data.train_sha256 a1 -> c3"):
+        pipe.training()
+    assert sha256_of_tree(runs / "run/checkpoints") == before
+    write_json(tokens, {**contents, "made": "elsewhere"})
+    os.utime(runs / "run/data/tokens")
+    assert train(runs)["weights_sha256"] == undisturbed()["weights_sha256"]
+
+
+def test_a_run_of_an_earlier_version_is_refused_in_one_line(runs, monkeypatch):
+    """Its record has no formats: keys of stages came from the package's version."""
+    stop_at(5, interrupt, monkeypatch, runs)
+    record = read_json(runs / "run/record.json")
+    write_json(runs / "run/record.json", {**record, "in_progress": {"training": "0123abcd"}})
+    line = refused(runs)
+    assert "earlier version" in line and "kept" in line and "--restart" in line
+    (runs / "run/record.json").unlink()
+    assert "record.json does not say" in refused(runs)
+    write_json(runs / "run/record.json", record)
+    assert train(runs)["steps"] == STEPS
+
+
+# What is missing
+
+
+def test_states_and_history_of_a_finished_run_may_be_missing(runs):
+    train(runs)
+    history = read_json(runs / "run/training.json")
+    (runs / "run/training.json").unlink()
+    train(runs)
+    assert read_json(runs / "run/training.json") == history
+    shutil.rmtree(runs / "run/training_state")
+    before = sha256_of_tree(runs / "run/checkpoints")
+    lines: list[str] = []
+    train(runs, lines)
+    assert any("up to date" in line for line in lines)
+    assert sha256_of_tree(runs / "run/checkpoints") == before
+    # Precision is that of the machine that trained.
+    assert train(runs)["precision"] == "fp32"
+
+
+def test_an_interrupted_run_without_states_keeps_its_weights(runs, monkeypatch):
+    stop_at(5, interrupt, monkeypatch, runs)
+    shutil.rmtree(runs / "run/training_state")
+    line = refused(runs)
+    assert "training_state" in line and "base:" in line and "step-000004" in line
+
+
+def test_a_final_checkpoint_that_was_removed_comes_back_from_its_state(runs, undisturbed):
+    train(runs)
+    shutil.rmtree(runs / "run/checkpoints")
+    assert train(runs)["weights_sha256"] == undisturbed()["weights_sha256"]
+    NanoPhiForCausalLM.from_pretrained(runs / "run/checkpoints/step-000008")
+
+
+def test_every_state_damaged_is_one_line(runs, monkeypatch):
+    stop_at(5, interrupt, monkeypatch, runs)
+    for state in checkpoints.states(runs / "run"):
+        (state / "optimizer.pt").write_bytes(b"")
+    assert "is damaged (optimizer.pt has 0 of" in refused(runs)
+
+
+# Train longer
+
+
+@pytest.mark.parametrize("schedule", ["constant", "wsd"])
+@pytest.mark.parametrize("finished", [False, True], ids=["interrupted", "finished"])
+def test_more_steps_continue_as_if_they_had_been_asked_for_at_once(runs, monkeypatch, undisturbed, schedule, finished):
+    changes = {"schedule": schedule, "decay_fraction": 0.5}
+    short = None
+    if finished:
+        short = train(runs, **changes)
+    else:
+        stop_at(7, terminate, monkeypatch, runs, **changes)
+    held = weights(runs / "run/checkpoints")
+    lines: list[str] = []
+    longer = train(runs, lines, **changes, steps=14)
+    said = next(line for line in lines if "14 steps in place of 8" in line)
+    assert ("step-000004" if schedule == "wsd" else "step-000008") in said
+    assert longer["weights_sha256"] == undisturbed(**changes, steps=14)["weights_sha256"]
+    log = read_json(runs / "run/training.json")["log"]
+    assert [entry["step"] for entry in log] == list(range(1, 15))
+    if short is not None:
+        assert set(held) <= set(weights(runs))
+        assert short["weights_sha256"] in weights(runs / "run/checkpoints-of-8-steps")
+
+
+def test_cosine_is_stretched_by_an_explicit_choice_only(runs):
+    train(runs, schedule="cosine")
+    line = refused(runs, schedule="cosine", steps=14)
+    assert "training.steps 8 -> 14" in line and "training.stretch_cosine=true" in line
+    train(runs, schedule="cosine", steps=14, stretch_cosine=True)
+    rates = {entry["step"]: entry["learning_rate"] for entry in read_json(runs / "run/training.json")["log"]}
+    expected = [0.5 * (1 + torch.cos(torch.tensor(torch.pi * (step - 1 - 1) / 13)).item()) * 1e-2 for step in (9, 14)]
+    assert [rates[9], rates[14]] == pytest.approx(expected)
+    assert rates[8] < rates[9]
+
+
+def test_training_starts_from_existing_weights(runs, tmp_path):
+    train(runs)
+    base = tmp_path / "base"
+    shutil.copytree(runs / "run/checkpoints/step-000008", base)
+    shutil.copytree(runs / "run/data", runs / "second/data")
+    changes = {"name": "second", "base": str(base), "learning_rate": 1e-3}
+    train(runs, **changes)
+    first = read_json(runs / "second/training.json")["log"][0]["loss"]
+    assert first < 0.8 * read_json(runs / "run/training.json")["log"][0]["loss"]
+    line = refused(runs, **{**changes, "base": None})
+    assert "base " in line and "-> None" in line
+    (base / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"base: .* holds no model.safetensors"):
+        train(runs, **changes)
+    other = NanoPhiForCausalLM(NanoPhiConfig(**{**CONFIG, "intermediate_size": 32}))
+    other.save_pretrained(base)
+    shutil.copytree(runs / "run/data", runs / "third/data")
+    with pytest.raises(UserError, match=r"has other tensors than the recipe's model"):
+        train(runs, **{**changes, "name": "third"})
+
+
+# Prepared elsewhere
+
+
+def test_a_prepared_run_needs_tokens_not_sources(runs):
+    record = {"stages": {"tokens": {"format": 1, "inputs": {"context_length": 64, "max_tokens": None, "seed": 0}}}}
+    record["stages"]["quality"] = {"format": 1, "inputs": {"threshold": 0.3}}
+    write_json(runs / "run/record.json", record)
+    with pytest.raises(UserError, match=r"prepared with another recipe \(quality: threshold 0.3 -> 0.2\)"):
+        train(runs)
+    shutil.rmtree(runs / "run/data/tokens")
+    with pytest.raises(UserError, match=r"tokens.json is missing; run `nanophi prepare`"):
+        train(runs)
+
+
+# Anything, in any order
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_sequence_of_events_loses_weights(runs, monkeypatch, undisturbed, seed):
+    choice = random.Random(seed)
+    steps, changes, finished = STEPS, {}, set()
+    monkeypatch.setitem(FORMATS, "documents", 1)
+
+    def last() -> int:
+        return max((step_of(state) for state in checkpoints.states(runs / "run")), default=0)
+
+    for _ in range(6):
+        event = choice.choice(["kill", "terminate", "train", "allowed", "move", "format", "longer", "refused"])
+        held, before = last(), weights(runs)
+        if event in ("kill", "terminate") and held < steps:
+            how = interrupt if event == "kill" else terminate
+            stop_at(choice.randrange(held, steps), how, monkeypatch, runs, steps=steps, **changes)
+        elif event == "train":
+            finished.add(train(runs, steps=steps, **changes)["weights_sha256"])
+        elif event == "allowed":
+            changes["save_steps"] = choice.choice([1, 2, 3])
+            changes["keep_states"] = choice.choice([1, 2, 3])
+        elif event == "move":
+            moved = runs.with_name(f"{runs.name}x")
+            runs.rename(moved)
+            runs = moved
+        elif event == "format":
+            FORMATS["documents"] += 1
+        elif event == "longer":
+            steps += choice.choice([1, 4])
+        elif event == "refused" and before:
+            name, value = choice.choice([("batch_size", 2), ("weight_decay", 0.5), ("optimizer", "muon")])
+            assert f"training.{name} " in refused(runs, **{**changes, "steps": steps, name: value})
+            assert weights(runs) == before
+        assert last() >= held, event
+        assert finished <= set(weights(runs)), event
+        if before:
+            assert weights(runs / "run/training_state"), event
+    assert train(runs, steps=steps, **changes)["weights_sha256"] == undisturbed(steps=steps)["weights_sha256"]
+    assert (
+        json.loads((runs / "run/record.json").read_text())["stages"]["training"]["inputs"]["training"]["steps"] == steps
+    )

@@ -1,0 +1,184 @@
+"""Every stop is a save: signals at any moment, evaluations that are cut off, numbers that no record can hold."""
+
+import os
+import signal
+
+import pytest
+from tiny_run import PROMPT, add_sources, make_run, train
+from transformers import TrainerCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+from nanophi.files import UserError, read_json
+from nanophi.training import arguments, checkpoints, monitor, trainer
+
+STEPS = 8
+CHANGES = {"steps": STEPS, "save_steps": 3, "eval_steps": 4, "keep_steps": []}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> dict:
+    run = add_sources(make_run(tmp_path_factory.mktemp("undisturbed") / "run"))
+    summary = train(run, PROMPT, **CHANGES)
+    return {**read_json(run / "training.json"), "weights": summary["weights_sha256"]}
+
+
+@pytest.fixture
+def run(tmp_path):
+    return add_sources(make_run(tmp_path / "run"))
+
+
+def once(monkeypatch, owner, name, event, when=lambda trainer: True):
+    """Let `event()` happen before one call of a function."""
+    plain, left = getattr(owner, name), [event]
+
+    def wrapped(*args, **kwargs):
+        if left and when(args[0] if args else None):
+            left.pop()()
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, wrapped)
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)  # the process group's, passed on by a launcher
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def assert_resumes(run, undisturbed):
+    resumed = train(run, PROMPT, **CHANGES)
+    history = read_json(run / "training.json")
+    assert resumed["weights_sha256"] == undisturbed["weights"]
+    assert [entry["loss"] for entry in history["log"]] == [entry["loss"] for entry in undisturbed["log"]]
+    for key in ("evaluations", "samples"):
+        assert history[key] == undisturbed[key]
+    facts = read_json(run / "checkpoints/step-000008/checkpoint.json")
+    assert facts["eval_step"] == STEPS
+    assert facts["precision"] == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "step", "saved"),
+    [
+        (trainer.NanoPhiTrainer, "training_step", 5, 6),
+        (trainer.NanoPhiTrainer, "training_step", STEPS - 1, STEPS),
+        (trainer.NanoPhiTrainer, "prediction_step", 4, 4),
+        (trainer.NanoPhiTrainer, "prediction_step", STEPS, STEPS),
+        (trainer.NanoPhiTrainer, "_save_checkpoint", 3, 3),
+        (trainer.NanoPhiTrainer, "_save_checkpoint", 4, 4),
+    ],
+    ids=["step", "last step", "evaluation", "last evaluation", "save", "save before an evaluation"],
+)
+def test_a_signal_is_one_save_and_the_next_run_resumes(run, undisturbed, monkeypatch, owner, name, step, saved):
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with monkeypatch.context() as patch:
+        once(patch, owner, name, terminate, lambda trainer: trainer.state.global_step == step)
+        with pytest.raises(UserError, match=f"stopped by SIGTERM after saving step {saved}; run the same command"):
+            train(run, PROMPT, **CHANGES)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert checkpoints.states(run)[-1].name == f"step-{saved:06d}"
+    assert_resumes(run, undisturbed)
+
+
+@pytest.mark.parametrize("step", [4, STEPS])
+def test_a_process_killed_in_an_evaluation_has_saved_before(run, undisturbed, monkeypatch, step):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        at = lambda trainer: trainer.state.global_step == step  # noqa: E731
+        once(patch, trainer.NanoPhiTrainer, "prediction_step", interrupt, at)
+        train(run, PROMPT, **CHANGES)
+    assert checkpoints.last_whole(run).name == f"step-{step:06d}"
+    assert_resumes(run, undisturbed)
+
+
+def test_a_run_shorter_than_a_logging_interval_finishes(run):
+    for _ in range(2):
+        summary = train(run, steps=3, save_steps=100, eval_steps=100, keep_steps=[], logging_steps=10)
+        assert summary["steps"] == 3
+        assert [entry["step"] for entry in read_json(run / "training.json")["log"]] == [3]
+        assert summary["final_loss"] > 0
+
+
+@pytest.mark.parametrize("name", ["grad_norm", "eval_mean_loss"])
+def test_a_number_that_no_record_can_hold_stops_with_the_last_good_checkpoint(run, monkeypatch, name):
+    plain = trainer.NanoPhiTrainer.log
+
+    def spoiled(self, logs, *args):
+        if name in logs and self.state.global_step >= 4:
+            logs[name] = float("nan")
+        plain(self, logs, *args)
+
+    monkeypatch.setattr(trainer.NanoPhiTrainer, "log", spoiled)
+    with pytest.raises(UserError, match=r"(grad_norm|eval_loss) is nan at step 4; .* checkpoint step-00000[34]"):
+        train(run, **CHANGES)
+
+
+def test_precision_is_the_recipes_or_refused(run, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    fields = {**CHANGES, "steps": 2, "warmup_steps": 0, "eval_steps": 50}
+    assert train(run, **fields)["precision"] == "fp32"
+    assert os.environ["ACCELERATE_MIXED_PRECISION"] == "no"
+    for wanted in ("bf16", "fp16"):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", wanted)
+        with pytest.raises(UserError, match=rf"ACCELERATE_MIXED_PRECISION={wanted}.*training.precision is fp32"):
+            train(run, **fields)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    other = add_sources(make_run(run.parent / "other"))
+    assert train(other, **{**fields, "precision": "auto"})["precision"] == "bf16"
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    monkeypatch.setattr(arguments, "has_bf16", lambda: False)
+    third = make_run(run.parent / "third")
+    assert train(third, **{**fields, "precision": "auto"})["precision"] == "fp32"  # nothing is left of the run before
+
+
+def test_both_optimizers_rates_are_logged(run):
+    fields = {**CHANGES, "optimizer": "muon", "learning_rate": 0.01, "muon_learning_rate": 0.02, "schedule": "constant"}
+    train(run, **fields)
+    for entry in read_json(run / "training.json")["log"][2:]:
+        assert (entry["learning_rate"], entry["muon_learning_rate"]) == (0.01, 0.02)
+
+
+def test_a_tracker_that_cannot_start_is_one_line_and_one_run_is_continued(run, monkeypatch):
+    class Tracker(TrainerCallback):
+        broken = True
+        seen: list[str | None] = []
+
+        def setup(self, args, state, model, **kwargs):
+            if self.broken:
+                raise RuntimeError("not logged in;\n run `tracker login`")
+            self.seen.append(os.environ.get("WANDB_RUN_ID"))
+            assert os.environ["WANDB_RESUME"] == "allow"
+
+    monkeypatch.delenv("WANDB_RUN_ID", raising=False)
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "tensorboard", Tracker)
+    fields = {**CHANGES, "report_to": ["tensorboard"]}
+    with pytest.raises(UserError, match=r"report_to: Tracker cannot start: not logged in; run `tracker login`$"):
+        train(run, **fields)
+    assert not (run / "checkpoints").exists()
+    Tracker.broken = False
+    with monkeypatch.context() as patch, pytest.raises(UserError):
+        at = lambda trainer: trainer.state.global_step == 5  # noqa: E731
+        once(patch, trainer.NanoPhiTrainer, "training_step", terminate, at)
+        train(run, **fields)
+    train(run, **fields)
+    assert len(Tracker.seen) == 2 and len(set(Tracker.seen)) == 1 and Tracker.seen[0]
+    assert "WANDB_RUN_ID" not in os.environ
+    train(add_sources(make_run(run.parent / "other")), **fields)
+    assert len(set(Tracker.seen)) == 2
+
+
+def test_history_sorts_the_log():
+    entries = [
+        {"step": 1, "loss": 2.0, "tokens_per_second": 5.0, "elapsed_seconds": 1.0, "tokens_seen": 4},
+        {"step": 1, "eval_loss": 2.0, "bits_per_byte": 1.0, "tokens_seen": 4, "eval_bits_per_byte/web": 1.5},
+        {"step": 1, "sample": "text"},
+        {"step": 1, "train_runtime": 3.0},
+    ]
+    history = monitor.history(entries)
+    assert history["log"][0]["loss"] == 2.0
+    assert history["evaluations"] == [
+        {"step": 1, "tokens_seen": 4, "loss": 2.0, "bits_per_byte": 1.0, "by_source": {"web": 1.5}}
+    ]
+    assert history["samples"] == [{"step": 1, "text": "text"}]
