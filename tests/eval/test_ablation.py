@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,9 @@ import scipy.stats
 
 from nanophi.eval import ablation, ablation_render
 from nanophi.files import UserError
+
+NULLS = Path(__file__).with_name("null_items.json")
+"""Made by benchmarks/filter_effect/nulls.py: log-likelihoods (a row for each run) and sizes of held-out documents."""
 
 
 def experiment(generator, effects, seeds=3, items=200, seed_deviation=0.01, item_deviation=0.1, rates=(1.0, 0.2)):
@@ -120,6 +124,32 @@ def test_families_are_corrected_by_themselves():
     together = ablation.analyse({"primary": weak, **many})
     assert together["primary"]["contrasts"]["quality"]["p_corrected"] == alone["p_corrected"]
     assert together["other-0"]["contrasts"]["quality"]["p_corrected"] > alone["p_corrected"]
+
+
+def nulls(count=200, seeds=3):
+    """Experiments without an effect, dealt from cached runs that differ in their seed alone, on a resample of items."""
+    cached = json.loads(NULLS.read_text())
+    nats, sizes = np.array(cached["nats"]), np.array(cached["bytes"], float)
+    generator = np.random.default_rng(0)
+    for _ in range(count):
+        dealt = generator.permutation(len(nats))[: len(ablation.ARMS) * seeds].reshape(len(ablation.ARMS), seeds)
+        items = generator.integers(0, len(sizes), len(sizes))
+        yield {
+            (arm, seed, 1.0): [(nats[dealt[row, seed], items], sizes[items])]
+            for row, arm in enumerate(ablation.ARMS)
+            for seed in range(seeds)
+        }
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_false_positives_on_real_nulls(monkeypatch, seeds):
+    monkeypatch.setattr(ablation, "RESAMPLES", 400)
+    found = []
+    for runs in nulls(seeds=seeds):
+        draws = ablation.item_draws(runs["all", 0, 1.0], np.random.default_rng(1))
+        found.append(ablation.contrast(runs, "best", "random", 1.0, draws)["p_value"] < 0.05)
+    assert len(found) == 200
+    assert 0.02 <= np.mean(found) <= 0.08
 
 
 @pytest.mark.parametrize(("seeds", "deviation"), [(2, 0.02), (3, 0.005), (3, 0.05), (5, 0.02)])
