@@ -409,6 +409,7 @@ def record(pipeline: Pipeline, key: tuple[str, int, float], plan: Mapping[str, A
         "unique_tokens": limit,
         "documents": tokens["documents"],
         **{name: history[name] for name in ("tokens_seen", "epochs", "seconds", "final_loss", "weights_sha256")},
+        "shared": {stage: pipeline.run.stage_key(stage) for stage in ("documents", "scores", "tokenizer")},
         "environment": environment(),
         "items": items,
     }

@@ -118,12 +118,17 @@ def targets(
     out.
 
     Raises:
-        UserError: if two runs were not measured on the same items.
+        UserError: if two runs were not trained on the same corpus, or not measured on the same items.
     """
     documents = items["heldout"]
     runs: dict[str, dict[Key, list[Items]]] = {name: {} for name in plan["targets"]}
     for record in records:
         key = record["arm"], record["seed"], record["learning_rate"]
+        if record.get("shared") != records[0].get("shared"):
+            raise UserError(
+                f"{record['run']} and {records[0]['run']} do not share documents, scores and tokenizer: the corpus, or "
+                "the code that reads it, has changed in between; name another --output"
+            )
         for task, measured in record["items"].items():
             first = records[0]["items"].get(task, {})
             if (first.get("sha256"), first.get("numbers")) != (measured["sha256"], measured["numbers"]):

@@ -196,6 +196,11 @@ def test_runs_on_other_items_are_not_compared():
         ablation.targets(PLAN, DOCUMENTS, records(items=other))
 
 
+def test_runs_on_another_corpus_are_not_compared():
+    with pytest.raises(UserError, match="y and x do not share documents, scores and tokenizer"):
+        ablation.targets(PLAN, DOCUMENTS, records(shared={"documents": "other"}))
+
+
 def test_the_paragraph_claims_what_was_found_and_no_more():
     def said(target, finished=24):
         plan = {"share": 0.42, "rule": "score > 0.5", "tokens_seen": 2e6, "arms": list(ablation.ARMS)}
