@@ -176,7 +176,8 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
         axes[0].plot(
             [], [], "o-", color=RATE_COLOURS[number % len(RATE_COLOURS)], label=f"learning rate {float(rate):g}"
         )
-    axes[0].legend(fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=(1, 1.0), ncols=len(rates))
+    # Outside the axes, so that it covers nothing.
+    figure.legend(loc="outside upper right", fontsize=8, frameon=False, ncols=len(rates))
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.part")
     figure.savefig(partial, format="png", dpi=130, metadata={"Software": None})
