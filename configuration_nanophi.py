@@ -153,7 +153,8 @@ class NanoPhiConfig(PreTrainedConfig):
         types = ("default", *ROPE_INIT_FUNCTIONS)
         if rope.get("rope_type") not in types:
             raise ValueError(f"rope_type {rope.get('rope_type')!r} is unknown; use one of {', '.join(types)}")
-        unknown = sorted(set(rope) - {"rope_type", "type", "rope_theta", "partial_rotary_factor"})
+        known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
+        unknown = sorted(set(rope) - known)
         if rope["rope_type"] == "default" and unknown:
             raise ValueError(f"rope_parameters has keys that rope_type 'default' does not use: {', '.join(unknown)}")
         theta, factor = rope.get("rope_theta"), rope.get("partial_rotary_factor")

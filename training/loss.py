@@ -82,15 +82,20 @@ def token_losses(hidden_states: torch.Tensor, head: nn.Linear, targets: torch.Te
     """Cross entropy of every token: [..., hidden_size] and targets [...] -> float32 [...], 0 where ignored."""
     rows = hidden_states.flatten(0, -2)
     dtype = _product_dtype(hidden_states, head)
+    classes = targets.flatten().to(rows.device)
     losses = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
     with torch.autocast(rows.device.type, enabled=False):
         weight, bias = head.weight.to(dtype), head.bias.to(dtype)
         # A quarter of training's chunk: cross entropy holds the logits in float32 twice.
         for start in range(0, len(rows), LOSS_CHUNK // 4):
             part = slice(start, start + LOSS_CHUNK // 4)
-            logits = nn.functional.linear(rows[part].to(dtype), weight, bias).float()
-            losses[part] = nn.functional.cross_entropy(
-                logits, targets.flatten()[part], reduction="none", ignore_index=IGNORED
+            logits = nn.functional.linear(rows[part].to(dtype), weight, bias)
+            block = CPU_BLOCKS[0] if rows.device.type == "cpu" else len(logits)
+            losses[part] = torch.cat(
+                [
+                    nn.functional.cross_entropy(scores.float(), wanted, reduction="none", ignore_index=IGNORED)
+                    for scores, wanted in zip(logits.split(block), classes[part].split(block), strict=True)
+                ]
             )
     return losses.view(targets.shape)
 

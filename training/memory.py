@@ -98,18 +98,19 @@ def training_bytes(config: NanoPhiConfig, training: Training, rows: int, device:
     return state_bytes(config, training) + max(accumulated + loss, accumulated + backward, 4 * parameters)
 
 
-def evaluation_bytes(config: NanoPhiConfig, training: Training, rows: int) -> int:
+def evaluation_bytes(config: NanoPhiConfig, training: Training, rows: int, device: str = "cuda") -> int:
     """Bytes at the height of an evaluation with a batch of `rows`: nothing is kept for a backward pass.
 
-    That is the widest point of a layer, or the logits of a quarter of `LOSS_CHUNK` rows, twice in float32.
+    That is the widest point of a layer, or the logits of a quarter of `LOSS_CHUNK` rows.
     """
     width, tokens = (4 if training.precision == "fp32" else 2), rows * config.max_position_embeddings
     copies = 0 if width == 4 else width * (layer_matrices(config) + config.vocab_size * config.hidden_size)
     layer = tokens * (3 * 4 * config.hidden_size + 2 * width * config.intermediate_size)
-    logits = min(LOSS_CHUNK // 4, tokens) * config.vocab_size * 8
-    return state_bytes(config, training) + copies + max(layer, logits + 4 * tokens * config.hidden_size)
+    logits = min(LOSS_CHUNK // 4, tokens) * config.vocab_size
+    loss = 8 * logits if device == "cuda" else width * logits + 12 * CPU_BLOCKS[0] * config.vocab_size
+    return state_bytes(config, training) + copies + max(layer, loss + 4 * tokens * config.hidden_size)
 
 
 def peak_bytes(config: NanoPhiConfig, training: Training, rows: int, device: str = "cuda") -> int:
     """Bytes at the height of training with evaluations, with micro-batches of `rows`."""
-    return max(training_bytes(config, training, rows, device), evaluation_bytes(config, training, rows))
+    return max(training_bytes(config, training, rows, device), evaluation_bytes(config, training, rows, device))

@@ -16,7 +16,9 @@ from xml.etree import ElementTree
 
 import transformers
 
-DEVIATIONS: dict[str, str] = {}
+DEVIATIONS: dict[str, str] = {
+    "test_can_init_all_missing_weights": "skipped where a file has no copyright year of 2023 or later in its header",
+}
 """Test that NanoPhi may fail -> why."""
 
 

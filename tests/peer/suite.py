@@ -26,9 +26,19 @@ stand_in("tests.utils.test_configuration_utils", config_common_kwargs={"return_d
 
 from tests.test_configuration_common import ConfigTester  # noqa: E402
 from tests.test_modeling_common import ModelTesterMixin, ids_tensor, random_attention_mask  # noqa: E402
+from transformers.models.auto import modeling_auto  # noqa: E402
 
 import nanophi  # noqa: E402
 from nanophi import modeling_nanophi  # noqa: E402
+
+# The tests ask these tables what kind of model a class is; they know the library's own classes only.
+for table, kind in (
+    ("MODEL_MAPPING_NAMES", "Model"),
+    ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "ForCausalLM"),
+    ("MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES", "ForSequenceClassification"),
+    ("MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES", "ForTokenClassification"),
+):
+    getattr(modeling_auto, table)["nanophi"] = f"NanoPhi{kind}"
 
 FIELDS = {
     "vocab_size": 99,
@@ -47,7 +57,8 @@ FIELDS = {
 class SmallModel:
     """What the mixin asks of a model: a small configuration and inputs for it."""
 
-    batch_size, seq_length, num_hidden_layers, hidden_size, is_training = 3, 7, 2, 32, True
+    batch_size, seq_length, is_training = 3, 7, True
+    num_hidden_layers, hidden_size, num_attention_heads, num_labels = 2, 32, 4, 2
 
     def __init__(self, config_class):
         self.config_class = config_class
@@ -66,7 +77,8 @@ class Checks(ModelTesterMixin):
 
     def setUp(self):
         self.model_tester = SmallModel(self.config_class)
-        self.config_tester = ConfigTester(self, config_class=self.config_class, hidden_size=32, num_attention_heads=4)
+        shape = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+        self.config_tester = ConfigTester(self, config_class=self.config_class, **shape)
 
     def test_config(self):
         self.config_tester.run_common_tests()

@@ -120,7 +120,7 @@ def test_peaks_are_those_that_torch_records(precision: str, rows: int, vocab_siz
     measured = held + peak_of(step)
     assert memory.training_bytes(config, section, rows, "cpu") == pytest.approx(measured, rel=0.1)
     evaluated = held + peak_of(evaluation)
-    assert memory.evaluation_bytes(config, section, rows) == pytest.approx(evaluated, rel=0.1)
+    assert memory.evaluation_bytes(config, section, rows, "cpu") == pytest.approx(evaluated, rel=0.1)
     assert evaluated < measured
 
 
