@@ -36,6 +36,7 @@ import pyarrow.parquet as pq
 
 from nanophi import formatting
 from nanophi.data.selection import describe_rule
+from nanophi.eval import ablation_render
 from nanophi.files import UserError, read_json, sha256_of, write_json, write_text
 from nanophi.pipeline import Pipeline, train_side_by_side
 from nanophi.recipe import Recipe
@@ -130,7 +131,7 @@ def ablate(
         key, pipeline = pipelines[name]
         record(pipeline, key, plan, output)
         left.remove(name)
-        answer(output)
+        ablation_render.write_answer(output)
         done = len(waiting) - len(left)
         seconds = (time.monotonic() - began) / done * len(left)
         rest = f", about {formatting.duration(seconds)} left" if left else ""
@@ -138,7 +139,7 @@ def ablate(
 
     if waiting:
         train_side_by_side([pipelines[name][1] for name in waiting], jobs, finished)
-    result = answer(output)
+    result = ablation_render.write_answer(output)
     if (runs / recipe.name / "record.json").exists():
         write_json(runs / recipe.name / "ablation.json", result)
     return result
@@ -428,34 +429,3 @@ def _compact(value: Any) -> str:
 
 def _record_path(output: Path, name: str) -> Path:
     return output / "records" / f"{name}.json"
-
-
-# The answer
-
-
-def answer(output: Path) -> dict[str, Any]:
-    """`ablation.json`, `.md` and `.png` from the plan and the records in a folder; they may be moved or copied.
-
-    Raises:
-        UserError: if there is no record yet, or records whose items differ.
-    """
-    from nanophi.eval import ablation, ablation_render
-
-    plan, items = read_json(output / "plan.json"), read_json(output / "items.json")
-    records = [read_json(path) for path in sorted((output / "records").glob("*.json"))]
-    if not records:
-        raise UserError(f"{output} holds no record of a finished run; run `nanophi ablate` again")
-    result: dict[str, Any] = {
-        "format": FORMAT,
-        "plan": {key: value for key, value in plan.items() if key != "recipe"},
-        "name": plan["recipe"]["name"],
-        "finished": len(records),
-        "targets": ablation.analyse(ablation.targets(plan, items, records)),
-        "runs": [
-            {key: value for key, value in entry.items() if key not in ("items", "environment")} for entry in records
-        ],
-    }
-    write_json(output / "ablation.json", result)
-    write_text(output / "ablation.md", ablation_render.to_markdown(result))
-    ablation_render.draw(result, output / "ablation.png")
-    return result

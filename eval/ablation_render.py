@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from nanophi import formatting
+from nanophi.eval import ablation
+from nanophi.files import UserError, read_json, write_json, write_text
 
 ARMS = {
     "all": "all the text",
@@ -16,6 +18,32 @@ ARMS = {
 }
 DIFFERENCES = {"better": "fewer", "worse": "more"}
 RATE_COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd")
+
+
+def write_answer(output: Path) -> dict[str, Any]:
+    """`ablation.json`, `.md` and `.png` from the plan and the records in a folder; they may be moved or copied.
+
+    Raises:
+        UserError: if there is no record yet, or records whose items differ.
+    """
+    plan, items = read_json(output / "plan.json"), read_json(output / "items.json")
+    records = [read_json(path) for path in sorted((output / "records").glob("*.json"))]
+    if not records:
+        raise UserError(f"{output} holds no record of a finished run; run `nanophi ablate` again")
+    result: dict[str, Any] = {
+        "format": plan["format"],
+        "plan": {key: value for key, value in plan.items() if key != "recipe"},
+        "name": plan["recipe"]["name"],
+        "finished": len(records),
+        "targets": ablation.analyse(ablation.targets(plan, items, records)),
+        "runs": [
+            {key: value for key, value in entry.items() if key not in ("items", "environment")} for entry in records
+        ],
+    }
+    write_json(output / "ablation.json", result)
+    write_text(output / "ablation.md", to_markdown(result))
+    draw(result, output / "ablation.png")
+    return result
 
 
 def paragraph(result: Mapping[str, Any]) -> str:
