@@ -62,7 +62,7 @@ def outcomes(source: Path, site: Path) -> dict[str, dict[str, str]]:
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
+    folder = Path(sys.argv[1]).resolve()  # the tests run in another folder
     folder.mkdir(parents=True, exist_ok=True)
     found = outcomes(fetch(folder), folder / "site")
     for name, tests in found.items():
