@@ -118,11 +118,18 @@ class Pipeline(DataStages):
         """Refuse, before anything is made or replaced, what would stop the training after the data stages.
 
         Raises:
-            UserError: for arguments that cannot be used here, and for weights in the run directory that the
-                recipe cannot continue from.
+            UserError: for arguments that cannot be used here, suites that need a longer context, and weights in the
+                run directory that the recipe cannot continue from.
         """
         from nanophi.training import arguments, continuation
 
+        # A machine that only trains may lack lm-eval.
+        with contextlib.suppress(ImportError):
+            from nanophi.eval import suites
+
+            context = self.recipe.model_config_for().max_position_embeddings
+            if problem := suites.context_problem(self.recipe.evaluation.suites, context):
+                raise UserError(f"{self.recipe.name}: {problem}")
         arguments.check(self.recipe.training, self.path, self.recipe.training_seed)
         recorded = self.run.inputs_of("training")
         held = step_folders(self.path / "checkpoints") or step_folders(self.path / "training_state")
@@ -323,7 +330,7 @@ def run_recipes(
     Raises:
         UserError: before anything runs, if a recipe cannot be run to its end here.
     """
-    from nanophi.eval import render, suites
+    from nanophi.eval import render
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
@@ -331,10 +338,6 @@ def run_recipes(
             "train` (or torchrun), then `nanophi run`, each on the recipe"
         )
 
-    for recipe in recipes:
-        context = recipe.model_config_for().max_position_embeddings
-        if problem := suites.context_problem(recipe.evaluation.suites, context):
-            raise UserError(f"{recipe.name}: {problem}")
     names = [recipe.name for recipe in recipes]
     if len(set(names)) < len(names):
         raise UserError(f"two recipes have the same name ({', '.join(names)}); each run needs its own directory")

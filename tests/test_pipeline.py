@@ -138,6 +138,17 @@ def test_a_prompt_longer_than_the_context_is_refused_before_training(finished, r
     assert (finished[0] / "small/checkpoints/step-000008").is_dir()
 
 
+def test_a_suite_that_needs_more_context_is_refused_by_run_and_train_alike(recipe, tmp_path):
+    overrides = ["name=short", "model.max_position_embeddings=64", "evaluation.suites=[heldout, quick]"]
+    changed = load_recipe(recipe, overrides)
+    checked = pipeline.Pipeline(changed, tmp_path, ("training",))
+    with pytest.raises(UserError, match=r"too many for a context of 64 tokens"):
+        checked.check()
+    with pytest.raises(UserError, match=r"too many for a context of 64 tokens"):
+        pipeline.run_recipes([changed], tmp_path)
+    assert not list(tmp_path.glob("short/*"))
+
+
 def test_dying_at_every_durable_moment_changes_nothing(finished, recipe, tmp_path, monkeypatch):
     reference = finished[0] / "small"
     update, calls, deaths = RunDirectory.update_record, 0, 0
