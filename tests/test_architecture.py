@@ -34,8 +34,9 @@ MAY_IMPORT |= {
     "pipeline": (*BASE, *ROOMS, "jobs"),
     "ablate": (*BASE, *ROOMS, "jobs", "pipeline"),
     "cli_quality": (*BASE, "data"),
-    "cli": (*BASE, *ROOMS, "jobs", "pipeline", "ablate", "cli_quality"),
-    "__main__": ("cli", "files"),
+    "cli_verbs": (*BASE, *ROOMS, "jobs", "pipeline", "ablate", "cli_quality"),
+    "cli": ("cli_verbs", "files"),
+    "__main__": ("cli",),
     "__init__": ("configuration_nanophi", "modeling_nanophi", "version"),
 }
 MAXIMUM_LINES = 450

@@ -9,11 +9,11 @@ import sys
 import pytest
 import typer
 
-from nanophi import __version__, cli, files
-from nanophi.__main__ import INTERRUPTED, main
+from nanophi import __version__, cli_verbs, files
+from nanophi.cli import INTERRUPTED, main
 
-VERBS = [[command.name or command.callback.__name__] for command in cli.app.registered_commands]
-VERBS += [["quality", command.callback.__name__] for command in cli.quality_app.registered_commands]
+VERBS = [[command.name or command.callback.__name__] for command in cli_verbs.app.registered_commands]
+VERBS += [["quality", command.callback.__name__] for command in cli_verbs.quality_app.registered_commands]
 
 
 def nanophi(monkeypatch, capsys, *arguments) -> tuple[int | str | None, str, str]:
@@ -33,7 +33,7 @@ def test_every_verb_has_help_with_an_example(monkeypatch, capsys, verb):
 
 def parse(arguments: list[str]) -> dict[str, object]:
     """What the real parser makes of a command line. Raises typer's own errors."""
-    command, context = typer.main.get_command(cli.app), None
+    command, context = typer.main.get_command(cli_verbs.app), None
     while True:
         context = command.make_context(arguments[0] if context else "nanophi", list(arguments), parent=context)
         if not hasattr(command, "resolve_command"):
@@ -43,7 +43,11 @@ def parse(arguments: list[str]) -> dict[str, object]:
 
 def examples() -> list[str]:
     """Every command line that the help gives as an example, whatever starts it."""
-    texts = [command.callback.__doc__ for app in (cli.app, cli.quality_app) for command in app.registered_commands]
+    texts = [
+        command.callback.__doc__
+        for app in (cli_verbs.app, cli_verbs.quality_app)
+        for command in app.registered_commands
+    ]
     return [line.strip() for text in texts for line in text.splitlines() if re.search(r": .*\bnanophi ", line)]
 
 
@@ -110,7 +114,7 @@ def test_a_quick_answer_loads_none_of_the_large_libraries(tmp_path):
     """Help, a mistyped verb, a mistyped recipe or key: answered without the seconds that torch takes to import."""
     script = """
 import contextlib, io, sys
-from nanophi.__main__ import main
+from nanophi.cli import main
 for line in ("--help", "run --help", "rnu", "run nowhere", "train demo --set training.stepz=1"):
     sys.argv[1:] = line.split()
     with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO())), contextlib.suppress(SystemExit):
@@ -125,7 +129,7 @@ def test_ctrl_c_is_one_line(monkeypatch, capsys, tmp_path):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "run_recipes", interrupted)
+    monkeypatch.setattr(cli_verbs, "run_recipes", interrupted)
     code, out, err = nanophi(monkeypatch, capsys, "run", "demo", "--runs", tmp_path)
     assert (code, out) == (INTERRUPTED, "")
     assert err.split("\n") == ["", "nanophi: interrupted; run the same command to resume", ""]

@@ -18,15 +18,17 @@ import yaml
 from hub_server import HubServer
 from readme import README, ROOT, blocks, commands
 
-from nanophi import cli
-from nanophi.__main__ import main
+from nanophi import cli_verbs
+from nanophi.cli import main
 from nanophi.files import read_json
 from nanophi.recipe import load_recipe
 from nanophi.recipe_file import RECIPES
 
 COMMANDS = commands("The command")
-VERBS = {command.name or command.callback.__name__ for command in cli.app.registered_commands if not command.hidden}
-VERBS |= {f"quality {command.callback.__name__}" for command in cli.quality_app.registered_commands}
+VERBS = {
+    command.name or command.callback.__name__ for command in cli_verbs.app.registered_commands if not command.hidden
+}
+VERBS |= {f"quality {command.callback.__name__}" for command in cli_verbs.quality_app.registered_commands}
 
 SMALL = {
     "data": {
@@ -136,7 +138,7 @@ def test_publishing_works_as_it_stands(demo, tmp_path):
     lines = [line for line in COMMANDS if line[0] in ("push", "submit")]
     script = """
 import json, sys
-from nanophi.__main__ import main
+from nanophi.cli import main
 for arguments in json.loads(sys.argv.pop()):
     sys.argv[1:] = arguments
     try:
@@ -181,7 +183,7 @@ def test_own_data(folder):
 
 def test_a_scorer_of_ones_own(folder, capsys):
     """The examples in the help of `nanophi quality`, one after the other."""
-    for command in cli.quality_app.registered_commands:
+    for command in cli_verbs.quality_app.registered_commands:
         example = re.search(r"Example: nanophi (.*)", command.callback.__doc__).group(1)
         nanophi(shlex.split(example))
     assert "test documents" in capsys.readouterr().out

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import scipy.stats
 
-from nanophi.__main__ import main
+from nanophi.cli import main
 from nanophi.eval.catalogue import references
 from nanophi.eval.compare import compare
 from nanophi.eval.labels import find_label, label_results

@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from nanophi import NanoPhiConfig, NanoPhiForCausalLM
-from nanophi.__main__ import main
+from nanophi.cli import main
 from nanophi.files import UserError
 from nanophi.recipe import Recipe, Training, load_recipe
 from nanophi.training import budget, estimate, memory

@@ -1,0 +1,445 @@
+"""The `nanophi` command: one verb, one plain function.
+
+Verbs import what they use of data, training, eval and model_card themselves: torch and transformers take seconds to
+import, and `nanophi --help` or a mistyped recipe must be answered at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer import Argument, Option
+
+from nanophi.cli_quality import quality_app
+from nanophi.files import UserError
+from nanophi.inputs import is_hub_id, model_folder
+from nanophi.jobs import stop_with_parent
+from nanophi.pipeline import PREPARE, Pipeline, is_main_process, run_recipes
+from nanophi.recipe import load_recipe
+from nanophi.version import __version__
+
+app = typer.Typer(
+    help="Pretrain small language models from scratch, measure them honestly, publish them on the Hugging Face Hub.",
+    epilog="RECIPE is a YAML file or the name of a built-in recipe. With --debug, errors show their traceback.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+# Arguments and options that several verbs share
+Recipes = Annotated[list[Path], Argument(metavar="RECIPE...", help="YAML files, or names of built-in recipes.")]
+OneRecipe = Annotated[Path, Argument(metavar="RECIPE", help="YAML file, or name of a built-in recipe.")]
+Runs = Annotated[Path, Option("--runs", help="Folder that holds the run directories.")]
+Overrides = Annotated[
+    list[str], Option("--set", metavar="SECTION.KEY=VALUE", help="Change a key of the recipe; repeatable.")
+]
+ReleaseOrId = Annotated[str, Argument(metavar="RELEASE", help="Release folder, or id on the Hub.")]
+ReleaseFolder = Annotated[Path, Argument(metavar="RELEASE", help="Release folder.")]
+Revision = Annotated[str | None, Option(help="Branch, tag or commit on the Hub.")]
+Gguf = Annotated[str | None, Option(metavar="KINDS", help="llama.cpp files too, any of f16,q8_0,bf16,f32.")]
+Trust = Annotated[bool, Option("--trust-remote-code", help="Run the Python code that comes with the model.")]
+Restart = Annotated[
+    bool, Option("--restart", help="Remove the weights of a run that the recipe cannot continue from, and start over.")
+]
+Jobs = Annotated[int, Option(min=1, help="Trainings at once, each with one GPU or its share of the cores.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"nanophi {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, Option("--version", is_eager=True, callback=_show_version, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Options of the command itself; `--debug` is taken out in `cli.py`, wherever it is given."""
+
+
+@contextmanager
+def _open(
+    recipe: Path, runs: Path, overrides: list[str], build: tuple[str, ...], restart: bool = False
+) -> Iterator[Pipeline]:
+    """The recipe's pipeline, its run directory locked; stages outside `build` must be up to date already."""
+    pipeline = Pipeline(load_recipe(recipe, overrides), runs, build, restart=restart)
+    with pipeline.run.lock():
+        yield pipeline
+
+
+@app.command()
+def run(
+    recipes: Recipes,
+    jobs: Jobs = 1,
+    restart: Restart = False,
+    runs: Runs = Path("runs"),
+    overrides: Overrides = [],
+) -> None:
+    """Run every stage of a recipe, from text to release.
+
+    Several recipes are compared at the end; the last one is the baseline.
+
+    Example: nanophi run demo demo-control --jobs 2
+    """
+    run_recipes([load_recipe(recipe, overrides) for recipe in recipes], runs, jobs=jobs, restart=restart)
+
+
+@app.command()
+def ablate(
+    recipe: OneRecipe,
+    seed: Annotated[list[int], Option(min=0, help="Seed of the runs; repeatable.")] = [0, 1, 2],
+    learning_rate: Annotated[
+        list[float], Option(help="Peak learning rate; repeatable. Default: the recipe's and a fifth of it.")
+    ] = [],
+    epochs: Annotated[
+        float | None, Option(help="How often a share of the text is repeated. Default: as in the recipe's own run.")
+    ] = None,
+    tasks: Annotated[
+        str, Option(help="Multiple-choice tasks whose right answers decide, or 'none': held-out text decides.")
+    ] = "arc_easy,hellaswag",
+    output: Annotated[
+        Path | None, Option(help="Where plan, records and answer go. [default: ablations/NAME]", show_default=False)
+    ] = None,
+    plan: Annotated[bool, Option("--plan", help="Write the plan and stop, before anything is trained.")] = False,
+    jobs: Jobs = 1,
+    runs: Runs = Path("runs"),
+    overrides: Overrides = [],
+) -> None:
+    """Measure whether the recipe's filter helps, with controls, seeds and error bars.
+
+    The best share of the text is compared with a random share, the worst share and all of it, at equal compute.
+
+    Example: nanophi ablate nano-phi-115m-fast --epochs 4 --seed 0 --seed 1 --seed 2
+    """
+    from nanophi import ablate as ablation
+    from nanophi.eval.ablation_render import paragraph
+
+    resolved = load_recipe(recipe, overrides)
+    output = Path("ablations") / resolved.name if output is None else output
+    result = ablation.ablate(
+        resolved,
+        runs,
+        output,
+        seeds=seed,
+        learning_rates=learning_rate,
+        epochs=epochs,
+        tasks=[] if tasks == "none" else [task.strip() for task in tasks.split(",")],
+        jobs=jobs,
+        plan_only=plan,
+    )
+    typer.echo(f"\n{paragraph(result)}\n\n{output / 'ablation.md'}" if result else output / "plan.json")
+
+
+@app.command(hidden=True)
+def worker(recipe: OneRecipe, restart: Restart = False, runs: Runs = Path("runs")) -> None:
+    """Train and evaluate one prepared run, for `--jobs`; stop when standard input ends.
+
+    Example: nanophi worker runs/demo/recipe.yaml
+    """
+    stop_with_parent()
+    with _open(recipe, runs, [], ("training", "sample", "evaluation"), restart) as pipeline:
+        pipeline.sample()
+        pipeline.evaluation()
+
+
+@app.command()
+def prepare(recipe: OneRecipe, restart: Restart = False, runs: Runs = Path("runs"), overrides: Overrides = []) -> None:
+    """Prepare packed tokens: gather, deduplicate, score, filter, tokenize, pack.
+
+    Example: nanophi prepare demo --set quality.threshold=0.6
+    """
+    with _open(recipe, runs, overrides, PREPARE, restart) as pipeline:
+        pipeline.write_recipe()
+        pipeline.tokens()
+
+
+@app.command()
+def train(recipe: OneRecipe, restart: Restart = False, runs: Runs = Path("runs"), overrides: Overrides = []) -> None:
+    """Train on prepared tokens, or resume from the last checkpoint.
+
+    Example: nanophi train demo
+
+    On several GPUs: accelerate launch -m nanophi train nano-phi-115m
+    """
+    if is_main_process():
+        with _open(recipe, runs, overrides, ("training",), restart) as pipeline:
+            pipeline.check()
+            pipeline.training()
+    else:
+        Pipeline(load_recipe(recipe, overrides), runs, ("training",), restart=restart).training()
+
+
+@app.command()
+def estimate(
+    recipe: OneRecipe,
+    device: Annotated[str, Option(help="a100-40g, a100-80g, h100, h200, l40s, l4, rtx-4090, ...")] = "a100-40g",
+    devices: Annotated[int, Option(min=1, help="Number of devices.")] = 1,
+    mfu: Annotated[
+        float | None,
+        Option(min=0.01, max=1, help="Share of the device's peak that is reached (default: what is typical)."),
+    ] = None,
+    price: Annotated[float | None, Option(min=0, help="Dollars per device-hour (default: built-in table).")] = None,
+    grid: Annotated[float | None, Option(min=0, help="Grams of CO2e per kWh (default: world average).")] = None,
+    measure: Annotated[bool, Option("--measure", help="Time a few steps here; --device names this machine.")] = False,
+    overrides: Overrides = [],
+) -> None:
+    """Estimate time, cost, energy and memory of a training run.
+
+    The figures of the published run are shown beside them.
+
+    Example: nanophi estimate nano-phi-115m --device h100
+    """
+    resolved = load_recipe(recipe, overrides)
+    from nanophi.training import budget
+    from nanophi.training import estimate as estimates
+
+    chosen = budget.find_device(device)
+    result = estimates.estimate(
+        resolved,
+        chosen,
+        devices=devices,
+        mfu=estimates.ASSUMED_MFU if mfu is None else mfu,
+        tokens_per_second=estimates.measure(resolved) if measure else None,
+        dollars_per_hour=price,
+        grams_per_kwh=estimates.GRID_GRAMS_PER_KWH if grid is None else grid,
+    )
+    name = f"{devices} x {device}" if devices > 1 else device
+    typer.echo(estimates.render(resolved, name, result, estimates.published_run(resolved)))
+
+
+@app.command("eval")
+def evaluate(
+    models: Annotated[
+        list[str], Argument(metavar="MODEL...", help="Folders, run directories, or Hub ids with optional @revision.")
+    ],
+    suite: Annotated[
+        str, Option(help="heldout, quick, signal, open-llm-v1, or lm-eval tasks: arc_easy,winogrande:5.")
+    ] = "quick",
+    data: Annotated[Path | None, Option(help="Benchmarks under their Hub ids (default: the Hub).")] = None,
+    heldout: Annotated[Path | None, Option(help="A run's data/documents, for the suite heldout.")] = None,
+    output: Annotated[Path, Option(help="Where the result files go.")] = Path("evals"),
+    limit: Annotated[int | None, Option(min=1, help="Items per task at most.")] = None,
+    num_fewshot: Annotated[
+        int | None, Option(min=0, help="Examples in the prompt of the named tasks (default: as lm-eval defines them).")
+    ] = None,
+    batch_size: Annotated[int, Option(min=1, help="Sequences per forward pass.")] = 16,
+    dtype: Annotated[str, Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Evaluate models with lm-eval. If interrupted, run the same command to resume.
+
+    Example: nanophi eval runs/demo/release microsoft/phi-2 --suite arc_easy --limit 200
+    """
+    for model in models:
+        model_folder(model)  # a mistyped name, before anything slow is imported
+    from nanophi.eval.curve import evaluate_checkpoints
+
+    _, curve = evaluate_checkpoints(
+        models,
+        suite,
+        output,
+        data=data,
+        heldout=heldout,
+        limit=limit,
+        num_fewshot=num_fewshot,
+        batch_size=batch_size,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
+    if curve:
+        typer.echo(curve)
+
+
+@app.command()
+def compare(
+    results: Annotated[
+        list[Path], Argument(metavar="RESULT...", help="Run directories, result files, or folders of result files.")
+    ],
+    output: Annotated[Path, Option(help="Where comparison.json, .md and .png go.")] = Path("comparison"),
+    baseline: Annotated[
+        str | None, Option(help="The model that the others are compared with: a label, or one of RESULT.")
+    ] = None,
+) -> None:
+    """Compare models item by item, with confidence intervals.
+
+    The last one is the baseline, unless --baseline names another.
+
+    Example: nanophi compare runs/demo runs/demo-control --baseline demo-control
+    """
+    from nanophi.eval import compare as comparison
+    from nanophi.eval import labels
+    from nanophi.eval.render import to_text
+
+    files = labels.label_results(results)
+    typer.echo(to_text(comparison.compare(files, output, baseline=labels.find_label(files, baseline))))
+    typer.echo(output / "comparison.md")
+
+
+@app.command()
+def card(recipe: OneRecipe, runs: Runs = Path("runs"), overrides: Overrides = []) -> None:
+    """Write the model card of a finished run from its records.
+
+    Example: nanophi card demo
+    """
+    with _open(recipe, runs, overrides, ("sample", "evaluation", "card")) as pipeline:
+        pipeline.card()
+    typer.echo(pipeline.path / "card" / "README.md")
+
+
+@app.command()
+def release(recipe: OneRecipe, runs: Runs = Path("runs"), overrides: Overrides = [], gguf: Gguf = None) -> None:
+    """Build and verify the release folder of a finished run.
+
+    Example: nanophi release demo --gguf f16,q8_0
+    """
+    from nanophi.model_card import gguf as llama
+
+    kinds = llama.parse_kinds(gguf)
+    with _open(recipe, runs, overrides, ("sample", "evaluation", "card", "release", "verification")) as pipeline:
+        pipeline.verification()
+        typer.echo(pipeline.path / "release")
+        if kinds:
+            for file in llama.export(pipeline.path / "release", kinds, pipeline.path / "gguf"):
+                typer.echo(file["path"])
+
+
+@app.command()
+def generate(
+    model: Annotated[str, Argument(help="Folder, or id on the Hub.")],
+    prompt: Annotated[str, Argument(help="Text to continue.")],
+    max_new_tokens: Annotated[int, Option(min=1, help="Length of the continuation.")] = 100,
+    temperature: Annotated[float, Option(min=0, help="0 always takes the most likely token.")] = 0.8,
+    seed: Annotated[int, Option(min=0, help="Seed of the sampling.")] = 0,
+) -> None:
+    """Generate text from a prompt.
+
+    Example: nanophi generate runs/demo/release "The function returns"
+    """
+    if not Path(model).is_dir() and not is_hub_id(model):
+        raise UserError(f"{model} cannot be loaded: it is neither a folder nor a Hub id like ORG/NAME")
+    from transformers import pipeline, set_seed
+
+    try:
+        generator = pipeline("text-generation", model=model)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{model} cannot be loaded: {str(error).splitlines()[0]}") from None
+    assert generator.tokenizer is not None
+    length = len(generator.tokenizer(prompt).input_ids)
+    context = getattr(generator.model.config, "max_position_embeddings", None) or length + max_new_tokens
+    if length >= context:
+        raise UserError(f"the prompt has {length} tokens, the model's context is {context}; shorten it")
+    if length + max_new_tokens > context:
+        max_new_tokens = context - length
+        typer.echo(f"only {max_new_tokens} more tokens fit into the model's context of {context}", err=True)
+    set_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    typer.echo(generator(prompt, max_new_tokens=max_new_tokens, **sampling)[0]["generated_text"])
+
+
+@app.command()
+def verify(
+    release: ReleaseOrId,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    public_key: Annotated[Path | None, Option(help="Check the signature with this public key (PEM).")] = None,
+) -> None:
+    """Check a release: checksums, loading, the card's numbers.
+
+    The exit status is 1 if a check fails.
+
+    Example: nanophi verify runs/demo/release
+    """
+    from nanophi.model_card import verify as verification
+
+    checks = verification.verify(release, revision, trust_remote_code=trust_remote_code, public_key=public_key)
+    failed = [check["name"] for check in checks if not check["passed"]]
+    if failed:
+        raise UserError(f"{release} does not verify: {', '.join(failed)}")
+
+
+@app.command()
+def push(
+    release: ReleaseFolder,
+    repo_id: Annotated[str, Option(metavar="ORG/NAME", help="Repository on the Hub.")],
+    public: Annotated[bool, Option("--public", help="Make it public once everything is uploaded.")] = False,
+    dry_run: Annotated[
+        bool, Option("--dry-run", help="List what would be sent, replaced and deleted; send nothing.")
+    ] = False,
+    force: Annotated[
+        bool, Option("--force", help="Replace and delete files that no push of ours put into the repository.")
+    ] = False,
+    signing_key: Annotated[Path | None, Option(help="Sign every revision with this private key (PEM).")] = None,
+    gguf: Gguf = None,
+) -> None:
+    """Publish a release on the Hub, or resume its upload.
+
+    Sends the main branch, a branch for each kept checkpoint and a tag; llama.cpp files go to ORG/NAME-GGUF. The
+    repository is private unless --public is given.
+
+    Example: nanophi push runs/demo/release --repo-id ORG/nano-phi-demo --dry-run
+    """
+    from nanophi.model_card import push as pushing
+    from nanophi.model_card.gguf import parse_kinds
+
+    result = pushing.push(
+        release,
+        repo_id,
+        public=public,
+        dry_run=dry_run,
+        force=force,
+        signing_key=signing_key,
+        gguf=parse_kinds(gguf),
+    )
+    if result["url"]:
+        typer.echo(result["url"])
+
+
+@app.command()
+def reproduce(
+    release: ReleaseOrId,
+    revision: Revision = None,
+    runs: Annotated[Path, Option("--runs", help="Folder for the new run.")] = Path("reproductions"),
+    overrides: Overrides = [],
+) -> None:
+    """Run a release's recipe again and compare the results.
+
+    Example: nanophi reproduce runs/demo/release
+    """
+    from nanophi.model_card import reproduce as reproduction
+
+    recipe = load_recipe(reproduction.prepare(release, runs, revision), overrides)
+    run_recipes([recipe], runs)
+    rows = reproduction.compare(runs / "published", runs / recipe.name)
+    differing = [row["name"] for row in rows if row["agrees"] is False]
+    if differing:
+        raise UserError(f"{release} was not reproduced: {', '.join(differing)}")
+
+
+@app.command()
+def submit(
+    model: ReleaseOrId,
+    repo_id: Annotated[str | None, Option(metavar="ORG/NAME", help="Repository of a release folder.")] = None,
+    revision: Annotated[str, Option(help="Branch, tag or commit on the Hub.")] = "main",
+    precision: Annotated[str, Option(help="float16, bfloat16 or float32.")] = "bfloat16",
+    sender: Annotated[str, Option(help="Your user name on the Hub.")] = "",
+    output: Annotated[Path, Option(help="Where the request files go.")] = Path("requests"),
+) -> None:
+    """Check a model for the Open LLM Leaderboard.
+
+    If all checks pass, the request file is written in both of its formats.
+
+    Example: nanophi submit runs/demo/release --repo-id ORG/nano-phi-demo
+    """
+    from nanophi.eval import submission
+
+    submission.submit(model, output, repo_id=repo_id, revision=revision, precision=precision, sender=sender)
+
+
+app.add_typer(quality_app, name="quality")
