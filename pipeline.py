@@ -118,8 +118,9 @@ class Pipeline(DataStages):
         """Refuse, before anything is made or replaced, what would stop the training after the data stages.
 
         Raises:
-            UserError: for arguments that cannot be used here, suites that need a longer context, and weights in the
-                run directory that the recipe cannot continue from.
+            UserError: for arguments that cannot be used here, suites that need a longer context if this call
+                evaluates (else they are only named: they may change after training), and weights in the run directory
+                that the recipe cannot continue from.
         """
         from nanophi.training import arguments, continuation
 
@@ -129,7 +130,9 @@ class Pipeline(DataStages):
 
             context = self.recipe.model_config_for().max_position_embeddings
             if problem := suites.context_problem(self.recipe.evaluation.suites, context):
-                raise UserError(f"{self.recipe.name}: {problem}")
+                if "evaluation" in self.build:
+                    raise UserError(f"{self.recipe.name}: {problem}")
+                self.report(f"{self.recipe.name}: its evaluation cannot run: {problem}")
         arguments.check(self.recipe.training, self.path, self.recipe.training_seed)
         recorded = self.run.inputs_of("training")
         held = step_folders(self.path / "checkpoints") or step_folders(self.path / "training_state")

@@ -138,12 +138,14 @@ def test_a_prompt_longer_than_the_context_is_refused_before_training(finished, r
     assert (finished[0] / "small/checkpoints/step-000008").is_dir()
 
 
-def test_a_suite_that_needs_more_context_is_refused_by_run_and_train_alike(recipe, tmp_path):
+def test_a_suite_that_needs_more_context_is_refused_by_run_and_named_by_train(recipe, tmp_path):
     overrides = ["name=short", "model.max_position_embeddings=64", "evaluation.suites=[heldout, quick]"]
     changed = load_recipe(recipe, overrides)
-    checked = pipeline.Pipeline(changed, tmp_path, ("training",))
+    lines: list[str] = []
+    pipeline.Pipeline(changed, tmp_path, ("training",), lines.append).check()
+    assert any("its evaluation cannot run" in line and "context of 64 tokens" in line for line in lines)
     with pytest.raises(UserError, match=r"too many for a context of 64 tokens"):
-        checked.check()
+        pipeline.Pipeline(changed, tmp_path).check()
     with pytest.raises(UserError, match=r"too many for a context of 64 tokens"):
         pipeline.run_recipes([changed], tmp_path)
     assert not list(tmp_path.glob("short/*"))
