@@ -27,15 +27,10 @@ def peak() -> int:
 
 def work(precision: str, rows: int) -> None:
     """Train, evaluate, and print the peaks before the model, before the evaluation and at the end."""
-    import numpy as np
-    import pyarrow as pa
-    from datasets import Dataset
-
-    from nanophi.training import trainer
+    from nanophi.training import estimate, trainer
 
     recipe = load_recipe("nano-phi-115m")
     config = recipe.model_config_for(eos_token_id=0, bos_token_id=0)
-    length = config.max_position_embeddings
     update = {
         **{"steps": 3, "batch_size": rows, "micro_batch_size": rows, "warmup_steps": 0, "precision": precision},
         **{"keep_steps": [], "save_steps": 100, "eval_steps": 2, "logging_steps": 1, "spike_threshold": None},
@@ -50,14 +45,7 @@ def work(precision: str, rows: int) -> None:
     trainer.NanoPhiTrainer.evaluate = evaluate  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder)
-        tokens = np.random.default_rng(0).integers(1, config.vocab_size, (2 * rows, length), np.int32)
-        table = pa.table({"input_ids": pa.FixedSizeListArray.from_arrays(pa.array(tokens.ravel()), length)})
-        for split in ("train", "heldout"):
-            Dataset(table).save_to_disk(str(run / "data/tokens" / split))
-        counts = {"bytes_per_token": 4.0, "sha256": "random"}
-        write_json(run / "data/tokens/tokens.json", {"train": counts, "heldout": counts})
-        (run / "data/tokenizer").mkdir()
-        write_json(run / "data/tokenizer/tokenizer.json", {})
+        estimate.write_random_tokens(run, config, 2 * rows)
         base = peak()
         trainer.train(run, recipe.training.model_copy(update=update), config, 0, "memory")
     print(json.dumps({"training_bytes": peaks[0] - base, "with_evaluation_bytes": peak() - base}))

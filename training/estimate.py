@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nanophi import formatting
+from nanophi.configuration_nanophi import NanoPhiConfig
 from nanophi.files import write_json
 from nanophi.recipe import Recipe
 from nanophi.training.budget import DEVICES, Device, flops_per_token
@@ -97,12 +98,25 @@ def published_run(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def measure(recipe: Recipe, report: Callable[[str], None] = print) -> float:
-    """Tokens per second of a few steps of `nanophi train` on this machine: one micro-batch each of random tokens."""
+def write_random_tokens(run: Path, config: NanoPhiConfig, rows: int) -> None:
+    """What training reads of a run directory: `rows` rows of random tokens for each split, and a tokenizer."""
     import numpy as np
     import pyarrow as pa
     from datasets import Dataset
 
+    length = config.max_position_embeddings
+    tokens = np.random.default_rng(0).integers(1, config.vocab_size, (rows, length), np.int32)
+    table = pa.table({"input_ids": pa.FixedSizeListArray.from_arrays(pa.array(tokens.ravel()), length)})
+    for split in ("train", "heldout"):
+        Dataset(table).save_to_disk(str(run / "data/tokens" / split))
+    counts = {"bytes_per_token": 4.0, "sha256": "random"}
+    write_json(run / "data/tokens/tokens.json", {"train": counts, "heldout": counts})
+    (run / "data/tokenizer").mkdir()
+    write_json(run / "data/tokenizer/tokenizer.json", {})
+
+
+def measure(recipe: Recipe, report: Callable[[str], None] = print) -> float:
+    """Tokens per second of a few steps of `nanophi train` on this machine: one micro-batch each of random tokens."""
     config = recipe.model_config_for(eos_token_id=0, bos_token_id=0)
     rows = recipe.training.micro_batch_size or min(recipe.training.batch_size, 4)
     update = {
@@ -120,15 +134,7 @@ def measure(recipe: Recipe, report: Callable[[str], None] = print) -> float:
     }
     with tempfile.TemporaryDirectory(prefix="nanophi-estimate-") as folder:
         run = Path(folder)
-        length = config.max_position_embeddings
-        tokens = np.random.default_rng(0).integers(1, config.vocab_size, (rows * MEASURED_STEPS, length), np.int32)
-        table = pa.table({"input_ids": pa.FixedSizeListArray.from_arrays(pa.array(tokens.ravel()), length)})
-        for split in ("train", "heldout"):
-            Dataset(table).save_to_disk(str(run / "data/tokens" / split))
-        counts = {"bytes_per_token": 4.0, "sha256": "random"}
-        write_json(run / "data/tokens/tokens.json", {"train": counts, "heldout": counts})
-        (run / "data/tokenizer").mkdir()
-        write_json(run / "data/tokenizer/tokenizer.json", {})
+        write_random_tokens(run, config, rows * MEASURED_STEPS)
         summary = train(run, recipe.training.model_copy(update=update), config, recipe.seed, "measuring", report)
     return float(summary["tokens_per_second"])
 
