@@ -117,6 +117,13 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is not valid JSON ({error}); delete it and run the stage again") from None
 
 
+def permit(path: Path) -> None:
+    """Give a file the permissions of one that was opened normally: safetensors makes files for the owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
 def replace_tree(source: Path, target: Path) -> None:
     """Move `source` (file or folder) to `target` on the same file system, replacing what is there."""
     target.parent.mkdir(parents=True, exist_ok=True)

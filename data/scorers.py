@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from scipy.sparse import csr_matrix, hstack, vstack
 
 from nanophi.data.ngrams import hash_words, ngrams
-from nanophi.files import UserError, user_errors
+from nanophi.files import UserError, permit, user_errors
 from nanophi.inputs import is_hub_id, local
 
 BUCKETS = 1 << 18
@@ -107,6 +107,7 @@ class LinearScorer:
         """Write `scorer.safetensors`."""
         arrays = {field: getattr(self, field) for field in ("weights", "statistic_weights", "mean", "scale")}
         save_file({**arrays, "intercept": np.array([self.intercept], np.float32)}, folder / "scorer.safetensors")
+        permit(folder / "scorer.safetensors")
 
     @classmethod
     def load(cls, folder: Path) -> LinearScorer:

@@ -29,6 +29,11 @@ def label_results(paths: Sequence[Path]) -> dict[str, list[Path]]:
             raise UserError(f"{path} is named twice; name each run or result once")
         if (path / "checkpoints").is_dir() or (path / "record.json").is_file():
             runs.append(resolved)
+        elif (path / "config.json").is_file():
+            raise UserError(
+                f"{path} is a model, not results of one: name its run directory, or run `nanophi eval {path}` and name "
+                "the file that it writes"
+            )
         elif path.is_dir():
             found = sorted(file.resolve() for file in path.glob("*.json") if not file.name.startswith("curve-"))
             if not found:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nanophi.configuration_nanophi import AUTO_MAP
-from nanophi.files import UserError, link_or_copy, read_json, sha256_of_file, write_json, write_text
+from nanophi.files import UserError, link_or_copy, permit, read_json, sha256_of_file, write_json, write_text
 from nanophi.model_card import card as model_card
 from nanophi.model_card.shipped import LATER_STAGES, ShippedRecords, read_records
 from nanophi.model_card.signature import SIGNATURE
@@ -280,6 +280,7 @@ def _write_weights(checkpoint: Path, target: Path, dtype: str) -> None:
     converted = {name: tensor.to(kind).contiguous() for name, tensor in sorted(tensors.items())}
     partial = target.with_name(f".{target.name}.{os.getpid()}.part")
     save_file(converted, partial, metadata={"format": "pt"})
+    permit(partial)
     partial.replace(target)
 
 

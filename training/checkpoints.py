@@ -18,7 +18,7 @@ from typing import Any
 
 from transformers.trainer import TRAINER_STATE_NAME
 
-from nanophi.files import UserError, copy_tree, link_or_copy, read_json, remove, sha256_of_file, write_json
+from nanophi.files import UserError, copy_tree, link_or_copy, permit, read_json, remove, sha256_of_file, write_json
 from nanophi.run import step_folders, step_name, step_of
 
 FREE_SPACE_FACTOR = 1.1
@@ -88,7 +88,7 @@ def store(
     for file in sorted(tokenizer.iterdir()):
         shutil.copyfile(file, saved / file.name)
     for file in saved.glob("*.safetensors"):
-        file.chmod(0o644)  # safetensors makes them readable for the owner only
+        permit(file)
     link_or_copy(str(saved / WEIGHTS), str(state / WEIGHTS))
     files = sorted(file for file in state.iterdir() if file.name != TRAINER_STATE_NAME)
     write_json(state / _MANIFEST, {file.name: [file.stat().st_size, sha256_of_file(file)] for file in files})

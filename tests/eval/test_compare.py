@@ -318,6 +318,9 @@ def test_labels_tell_models_apart_and_suites_of_one_model_together(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no results"):
         label_results([tmp_path / "empty"])
+    (tmp_path / "empty/config.json").write_text("{}")
+    with pytest.raises(UserError, match="is a model, not results"):
+        label_results([one, tmp_path / "empty"])
 
 
 def test_run_directories_of_one_name_and_a_result_of_other_weights(tmp_path):

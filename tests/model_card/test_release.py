@@ -164,6 +164,9 @@ def test_manifest_lists_every_file_and_where_it_came_from(built_release: Path, f
     assert sorted([*manifest["files"], "MANIFEST.json"]) == release.list_files(built_release)
     for name, entry in manifest["files"].items():
         assert entry["sha256"] == sha256_of_file(built_release / name)
+        assert (built_release / name).stat().st_mode == (
+            built_release / "README.md"
+        ).stat().st_mode  # as the umask says
     provenance = manifest["provenance"]
     assert provenance["environment"]["commit"] == "0123456789abcdef"
     assert provenance["data_sha256"] == {"train": "3" * 64, "heldout": "4" * 64}
