@@ -266,12 +266,11 @@ class _Submission:
 
     def _same_on_hub(self) -> Check:
         """Whether the board, which reads the Hub, would get the model that was checked here."""
-        name, remedy = (
-            "same model on the Hub",
-            f"push this folder to {self.repo_id or 'the Hub'} first, or name its own",
-        )
+        name, remedy = "same model on the Hub", f"push this folder to {self.repo_id} first, or name its own"
         if self.folder is None:
             return Check(name, True, "it was read from there", remedy)
+        if not self.repo_id:
+            return Check(name, False, "no repository was named", "name it: --repo-id ORG/NAME")
         try:
             tree = HfApi().list_repo_tree(self.repo_id, revision=self.revision)
             there = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}

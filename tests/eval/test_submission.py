@@ -125,7 +125,9 @@ def test_what_the_hub_does_not_know(release, hub):
     unknown = ["revision", "model information", "same model on the Hub"]
     assert failed(check(release, repo_id="ORG/other")) == unknown
     assert failed(check(release, repo_id="ORG/nano", revision="v9")) == unknown
-    assert failed(check(release)) == unknown
+    unnamed = check(release)
+    assert failed(unnamed) == unknown
+    assert {entry.found for entry in unnamed if entry.name in unknown[::2]} == {"no repository was named"}
     assert failed(check(release, repo_id="ORG/nano", model_type="gold")) == ["model type"]
     with pytest.raises(UserError, match="folder nowhere does not exist, and it is not a Hub id"):
         check("nowhere")
