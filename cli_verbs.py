@@ -211,7 +211,7 @@ def estimate(
         grams_per_kwh=estimates.GRID_GRAMS_PER_KWH if grid is None else grid,
     )
     name = f"{devices} x {device}" if devices > 1 else device
-    typer.echo(estimates.render(resolved, name, result, estimates.published_run(resolved)))
+    typer.echo(estimates.render(resolved, name, result, estimates.published_run()))
 
 
 @app.command("eval")

@@ -339,10 +339,11 @@ class Recipe(Section):
         return self.seed if self.training.seed is None else self.training.seed
 
     def model_config_for(self, **fields: Any) -> NanoPhiConfig:
-        """The model's configuration, with fields that only the tokenizer knows."""
+        """The model's configuration, with fields that only the tokenizer knows; one to be trained has its full size."""
         from nanophi.configuration_nanophi import NanoPhiConfig
 
-        return NanoPhiConfig(**{**self.model, **fields})
+        trained = {} if self.tokenizer.path else {"vocab_size": self.tokenizer.vocab_size}
+        return NanoPhiConfig(**{**trained, **self.model, **fields})
 
     def dump(self) -> dict[str, Any]:
         """The resolved recipe as plain data, every default written out."""

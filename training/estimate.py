@@ -10,7 +10,7 @@ from typing import Any
 from nanophi import formatting
 from nanophi.configuration_nanophi import NanoPhiConfig
 from nanophi.files import write_json
-from nanophi.recipe import Recipe
+from nanophi.recipe import Recipe, load_recipe
 from nanophi.training.budget import DEVICES, Device, flops_per_token
 from nanophi.training.memory import peak_bytes
 from nanophi.training.trainer import train
@@ -81,10 +81,10 @@ def estimate(
     }
 
 
-def published_run(recipe: Recipe) -> dict[str, Any]:
-    """The published model's own run, in the terms of `estimate`; its FLOP per token are those of the recipe's model."""
+def published_run() -> dict[str, Any]:
+    """The published model's own run, in the terms of `estimate`."""
     device, tokens, hours = DEVICES[PUBLISHED_DEVICE], PUBLISHED_TOKENS, PUBLISHED_HOURS
-    config = recipe.model_config_for()
+    config = load_recipe("nano-phi-115m").model_config_for()
     speed = tokens / hours / 3600
     kwh = hours * device.watts / 1000
     return {
@@ -142,18 +142,17 @@ def measure(recipe: Recipe, report: Callable[[str], None] = print) -> float:
 def render(recipe: Recipe, name: str, result: dict[str, Any], published: dict[str, Any]) -> str:
     """`estimate`'s result beside the published run, as plain text."""
     lines = [f"{recipe.name} on {name}, beside the published run (A100-40GB)", ""]
-    rows = [
-        ("tokens", "{:,.2f} B", "tokens", 1e-9),
-        ("tokens/s", "{:,.0f}", "tokens_per_second", 1),
-        ("MFU", "{:.1f} %", "mfu", 100),
-        ("hours", "{:,.1f}", "hours", 1),
-        ("dollars", "{:,.0f}", "dollars", 1),
-        ("kWh", "{:,.1f}", "kwh", 1),
-        ("kg CO2e", "{:,.1f}", "co2_grams", 1e-3),
+    rows: list[tuple[str, str, Callable[[float], str]]] = [
+        ("tokens", "tokens", formatting.size),
+        ("tokens/s", "tokens_per_second", formatting.integer),
+        ("MFU", "mfu", formatting.percent),
+        ("time", "hours", lambda hours: formatting.duration(3600 * hours)),
+        ("dollars", "dollars", formatting.figure),
+        ("kWh", "kwh", formatting.figure),
+        ("kg CO2e", "co2_grams", lambda grams: formatting.figure(grams / 1000)),
     ]
-    for title, form, key, scale in rows:
-        ours, theirs = (form.format(values[key] * scale) for values in (result, published))
-        lines.append(f"{title:<10}{ours:>14}{theirs:>14}")
+    for title, key, written in rows:
+        lines.append(f"{title:<10}{written(result[key]):>14}{written(published[key]):>14}")
     peaks = ", ".join(
         f"{formatting.file_size(size)} with a micro-batch of {rows}" for rows, size in result["peak_bytes"].items()
     )

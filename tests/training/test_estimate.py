@@ -132,8 +132,16 @@ def test_evaluation_never_takes_more_than_training(recipe: Recipe) -> None:
             assert memory.evaluation_bytes(config, section, rows) < memory.training_bytes(config, section, rows)
 
 
+def test_a_tokenizer_that_is_still_to_be_trained_has_its_full_size() -> None:
+    """The model of the default configuration has twelve times as many tokens as the demo's."""
+    assert load_recipe("demo").model_config_for().vocab_size == 4096
+    assert load_recipe("demo", ["tokenizer.vocab_size=600"]).model_config_for().vocab_size == 600
+    assert load_recipe("demo", ["model.vocab_size=5000"]).model_config_for().vocab_size == 5000
+    assert load_recipe("nano-phi-115m").model_config_for().vocab_size == 50295
+
+
 def test_the_published_run(recipe: Recipe) -> None:
-    published = estimate.published_run(recipe)
+    published = estimate.published_run()
     assert published["tokens_per_second"] == pytest.approx(39_000, rel=0.01)
     assert published["mfu"] == pytest.approx(0.06, abs=0.006)
     assert budget.flops_per_token(recipe.model_config_for(), 1024) == pytest.approx(515e6, rel=0.001)
@@ -149,7 +157,7 @@ def test_more_memory_fits_more_rows_and_too_little_none(recipe: Recipe) -> None:
     tiny = budget.Device("none", 1e12, 1e9, 100, 1.0, "nobody")
     result = estimate.estimate(recipe, tiny)
     assert result["micro_batch_size"] == 0
-    assert "does not fit" in estimate.render(recipe, "none", result, estimate.published_run(recipe))
+    assert "does not fit" in estimate.render(recipe, "none", result, estimate.published_run())
 
 
 def test_devices_are_found_by_either_name() -> None:
@@ -169,5 +177,5 @@ def test_the_verb_measures_real_steps(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert stop.value.code in (0, None)
     output = capsys.readouterr().out
     assert "beside the published run" in output
-    assert "52.0" in output
+    assert "2 d 4 h" in output
     assert "speed: measured; price: $2.00 an hour, as given" in output
