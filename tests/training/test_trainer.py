@@ -23,7 +23,7 @@ from nanophi.modeling_nanophi import NanoPhiForCausalLM
 from nanophi.recipe import Training
 from nanophi.run import step_of
 from nanophi.training import arguments as arguments_module
-from nanophi.training import checkpoints, monitor, trainer
+from nanophi.training import checkpoints, monitor, run_trainer, trainer
 
 TESTS = str(Path(__file__).parents[1])
 
@@ -124,7 +124,7 @@ def test_no_disk_space_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         usage = shutil.disk_usage(tmp_path)
         full = iter([usage, *[usage._replace(free=1000)] * 9])
-        patch.setattr(trainer.shutil, "disk_usage", lambda path: next(full))
+        patch.setattr(run_trainer.shutil, "disk_usage", lambda path: next(full))
         with pytest.raises(
             UserError, match=r"no disk space left in .*run .*step 10 .*resume from checkpoint step-000006"
         ):
