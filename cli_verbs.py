@@ -16,7 +16,7 @@ from typer import Argument, Option
 
 from nanophi.cli_quality import quality_app
 from nanophi.files import UserError
-from nanophi.inputs import is_hub_id, model_folder
+from nanophi.inputs import model_folder
 from nanophi.jobs import stop_with_parent
 from nanophi.pipeline import PREPARE, Pipeline, is_main_process, run_recipes
 from nanophi.recipe import load_recipe
@@ -317,30 +317,17 @@ def generate(
     max_new_tokens: Annotated[int, Option(min=1, help="Length of the continuation.")] = 100,
     temperature: Annotated[float, Option(min=0, help="0 always takes the most likely token.")] = 0.8,
     seed: Annotated[int, Option(min=0, help="Seed of the sampling.")] = 0,
+    chat: Annotated[bool, Option("--chat", help="Ask a chat model: the prompt is the user's message.")] = False,
 ) -> None:
     """Generate text from a prompt.
 
     Example: nanophi generate runs/demo/release "The function returns"
-    """
-    if not Path(model).is_dir() and not is_hub_id(model):
-        raise UserError(f"{model} cannot be loaded: it is neither a folder nor a Hub id like ORG/NAME")
-    from transformers import pipeline, set_seed
 
-    try:
-        generator = pipeline("text-generation", model=model)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{model} cannot be loaded: {str(error).splitlines()[0]}") from None
-    assert generator.tokenizer is not None
-    length = len(generator.tokenizer(prompt).input_ids)
-    context = getattr(generator.model.config, "max_position_embeddings", None) or length + max_new_tokens
-    if length >= context:
-        raise UserError(f"the prompt has {length} tokens, the model's context is {context}; shorten it")
-    if length + max_new_tokens > context:
-        max_new_tokens = context - length
-        typer.echo(f"only {max_new_tokens} more tokens fit into the model's context of {context}", err=True)
-    set_seed(seed)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    typer.echo(generator(prompt, max_new_tokens=max_new_tokens, **sampling)[0]["generated_text"])
+    With a chat model: nanophi generate --chat runs/demo-chat/release "What does os.path.join do?"
+    """
+    from nanophi.generate import generate as write
+
+    typer.echo(write(model, prompt, max_new_tokens, temperature, seed, chat, lambda line: typer.echo(line, err=True)))
 
 
 @app.command()

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 PERCENT_METRICS = frozenset(
-    ("acc", "acc_norm", "acc_bytes", "exact_match", "mc1", "mc2", "f1", "em", "mean of six", "average")
+    ("acc", "acc_norm", "acc_bytes", "ended", "exact_match", "mc1", "mc2", "f1", "em", "mean of six", "average")
 )
 """lm-eval metrics that are shares of one and are shown in percent; every other metric is shown as it is."""
 
@@ -15,6 +15,7 @@ METRIC_NAMES = {
     "acc": "accuracy",
     "acc_norm": "accuracy, length-normalised",
     "acc_bytes": "accuracy, byte-normalised",
+    "ended": "ended within 60 tokens",
     "exact_match": "exact match",
     "bits_per_byte": "bits per byte",
     "byte_perplexity": "byte perplexity",

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from nanophi.data.stages import PREPARE, DataStages
+from nanophi import bases
+from nanophi.data.chat_stages import ChatStages
+from nanophi.data.stages import PREPARE
 from nanophi.files import UserError, read_json, remove, sha256_of_file, write_json, write_text
 from nanophi.inputs import local
 from nanophi.jobs import side_by_side
 from nanophi.recipe import Recipe
-from nanophi.run import RunDirectory, environment, step_folders, step_name
+from nanophi.run import RunDirectory, environment, step_folders, step_name, step_of
 
 if TYPE_CHECKING:
     from nanophi.configuration_nanophi import NanoPhiConfig
@@ -29,7 +31,7 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-class Pipeline(DataStages):
+class Pipeline(ChatStages):
     """One recipe's run. A method is a stage: it runs those before it, then itself unless it is up to date.
 
     Args:
@@ -60,7 +62,7 @@ class Pipeline(DataStages):
     def training(self) -> dict[str, Any]:
         """The model, with its checkpoints."""
         from nanophi.model_card.release import sample_settings
-        from nanophi.training import continuation, trainer
+        from nanophi.training import chat, continuation, trainer
 
         # On another machine than that which prepared the tokens, what they were made from need not be there.
         self.tokens() if "tokens" in self.build else self.require_tokens()
@@ -68,8 +70,9 @@ class Pipeline(DataStages):
         if "training" in self._done:
             return self._done["training"]
         config = self._model_config()
-        # A prompt that is too long for the card's sample is refused before the training is paid for.
-        sample_settings(self.path / "data/tokenizer", recipe.card.prompt, config.max_position_embeddings)
+        if not recipe.conversations:
+            # A prompt that is too long for the card's sample is refused before the training is paid for.
+            sample_settings(self.path / "data/tokenizer", recipe.card.prompt, config.max_position_embeddings)
         recorded = self.run.inputs_of("training")
         inputs = continuation.inputs(self.path, recipe, config, recorded)
         outputs = [f"checkpoints/{step_name(recipe.training.steps)}"]
@@ -84,6 +87,8 @@ class Pipeline(DataStages):
             if is_main_process():
                 self.run.update_record(environment=environment())
                 continuation.carry_out(self.path, plan, recorded, self.report)
+            if recipe.conversations:
+                return chat.train(self.path, recipe, config, self.report, plan.resume)
             return trainer.train(
                 self.path,
                 recipe.training,
@@ -104,9 +109,13 @@ class Pipeline(DataStages):
         return summary
 
     def _model_config(self) -> NanoPhiConfig:
-        """The model's configuration, with the token ids of the run's tokenizer."""
+        """The model's configuration, with the token ids of the run's tokenizer; a chat model has its base's."""
         from transformers import AutoTokenizer
 
+        if self.recipe.conversations:
+            from nanophi.configuration_nanophi import NanoPhiConfig
+
+            return NanoPhiConfig.from_pretrained(self.path / "data/base")
         tokenizer = AutoTokenizer.from_pretrained(self.path / "data/tokenizer")
         return self.recipe.model_config_for(
             vocab_size=max(len(tokenizer), self.recipe.model.get("vocab_size", 0)),
@@ -122,8 +131,11 @@ class Pipeline(DataStages):
                 evaluates (else they are only named: they may change after training), and weights in the run directory
                 that the recipe cannot continue from.
         """
-        from nanophi.training import arguments, continuation
+        from nanophi.training import arguments, chat, continuation
 
+        if self.recipe.conversations:
+            chat.check()
+            bases.find(str(self.recipe.base))
         # A machine that only trains may lack lm-eval.
         with contextlib.suppress(ImportError):
             from nanophi.eval import suites
@@ -160,10 +172,14 @@ class Pipeline(DataStages):
         return self.path / self.training()["checkpoint"]
 
     def sample(self) -> dict[str, Any]:
-        """What the model writes after the recipe's prompt."""
+        """What the model writes after the recipe's prompt, or answers to held-out questions."""
+        from nanophi.data import conversations
         from nanophi.model_card import release
 
-        checkpoint, prompt, dtype = self.checkpoint(), self.recipe.card.prompt, self.recipe.release.dtype
+        checkpoint, dtype = self.checkpoint(), self.recipe.release.dtype
+        prompt: Any = self.recipe.card.prompt
+        if self.recipe.conversations:
+            prompt = conversations.heldout(self.path)
         inputs = {"training": self.run.stage_key("training"), "prompt": prompt, "dtype": dtype}
         return self._stage(
             "sample",
@@ -175,7 +191,11 @@ class Pipeline(DataStages):
     # Evaluation
 
     def evaluation(self) -> dict[str, dict[str, Any]]:
-        """Every suite of the recipe on every kept checkpoint. Returns headline numbers by result file."""
+        """Every suite of the recipe on every kept checkpoint, and of a chat model on its base and held-out answers too.
+
+        Returns:
+            headline numbers by result file.
+        """
         from nanophi.eval import evaluate
         from nanophi.eval.results import FORMAT, run_result_name
 
@@ -183,23 +203,27 @@ class Pipeline(DataStages):
         section, recipe = self.recipe.evaluation, self.recipe
         results = {}
         kept = {step for step in recipe.training.keep_steps if (self.path / "checkpoints" / step_name(step)).is_dir()}
-        for step in sorted({*kept, recipe.training.steps}):
-            model = step_name(step)
-            for suite in section.suites:
+        models = {
+            step_name(step): self.path / "checkpoints" / step_name(step) for step in {*kept, recipe.training.steps}
+        }
+        if recipe.conversations:
+            models["base"] = self.path / "data/base"
+        for model, folder in sorted(models.items()):
+            for suite in self.suites():
                 file = f"evals/{run_result_name(model, suite)}"
                 inputs = {
                     "format": FORMAT,
                     "training": self.run.stage_key("training"),
-                    "step": step,
+                    "step": model if model == "base" else step_of(model),
                     "suite": suite,
                     "limit": section.limit,
                     "data": self.inputs.contents.of(section.data) if section.data else None,
-                    "documents": self.run.stage_key("documents"),
+                    "documents": self.run.stage_key("conversations" if recipe.conversations else "documents"),
                 }
 
-                def build(work: Path, model: str = model, suite: str = suite, file: str = file) -> dict[str, Any]:
+                def build(work: Path, folder: Path = folder, suite: str = suite, file: str = file) -> dict[str, Any]:
                     result = evaluate.evaluate(
-                        self.path / "checkpoints" / model,
+                        folder,
                         suite,
                         work / file,
                         data=local(section.data) if section.data else None,
@@ -214,16 +238,24 @@ class Pipeline(DataStages):
                 results[file] = self._stage(f"{model}-{suite}", inputs, [file], build, kind="evaluation")
         return results
 
-    def final_evaluations(self) -> list[Path]:
-        """Result files of the final checkpoint."""
+    def suites(self) -> list[str]:
+        """The recipe's suites. A chat model has one more, and none on held-out text that its base does not bring."""
+        suites = self.recipe.evaluation.suites
+        if not self.recipe.conversations:
+            return suites
+        text = list((self.path / "data/documents").glob("heldout-*.parquet"))
+        return ["answers", *(suite for suite in suites if text or suite != "heldout")]
+
+    def final_evaluations(self, model: str | None = None) -> list[Path]:
+        """Result files of the final checkpoint, or of `base`."""
         from nanophi.eval.results import run_result_name
 
         self.evaluation()
-        final = step_name(self.recipe.training.steps)
-        return [self.path / "evals" / run_result_name(final, suite) for suite in self.recipe.evaluation.suites]
+        model = model or step_name(self.recipe.training.steps)
+        return [self.path / "evals" / run_result_name(model, suite) for suite in self.suites()]
 
     def comparison(self, runs: Sequence[Pipeline]) -> None:
-        """Several runs, this one among them, side by side; the last is the baseline.
+        """Several runs, this one among them, side by side; the last is the baseline. A chat model's is its base.
 
         Alone, an earlier comparison of these same evaluations stays, and one of other evaluations is removed.
         """
@@ -231,14 +263,16 @@ class Pipeline(DataStages):
 
         outputs = ["comparison.json", "comparison.md", "comparison.png"]
         files = {run.recipe.name: run.final_evaluations() for run in runs}
+        if len(runs) == 1 and self.recipe.conversations:
+            files[bases.find(str(self.recipe.base)).recipe["name"]] = self.final_evaluations("base")
         hashes = {name: [sha256_of_file(file) for file in paths] for name, paths in files.items()}
-        if len(runs) == 1:
+        if len(files) == 1:
             entry = self.run.record["stages"].get("comparison", {"inputs": {"evaluations": {}}})
             if entry["inputs"]["evaluations"].get(self.recipe.name) != hashes[self.recipe.name]:
                 for output in outputs:
                     remove(self.path / output)
             return
-        baseline = runs[-1].recipe.name
+        baseline = list(files)[-1]
         inputs = {"evaluations": hashes, "baseline": baseline, "seed": self.recipe.seed}
 
         def build(work: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pydantic
 
+from nanophi.bases import inherit
 from nanophi.files import UserError
 from nanophi.publishing import card_problems
 from nanophi.recipe_file import find_recipe, override, read
@@ -32,7 +33,8 @@ class Section(pydantic.BaseModel):
 class Source(Section):
     """Where documents come from: exactly one of `embedded` (the installed documentation), `hub` or `files`."""
 
-    embedded: Literal["documentation"] | None = None
+    embedded: Literal["documentation", "questions"] | None = None
+    """`questions`, which the documentation answers, are conversations."""
     hub: str | None = None
     """Dataset id on the Hub, or a local folder in Hub-dataset layout or written by `save_to_disk`."""
     files: str | None = None
@@ -101,6 +103,8 @@ class Data(Section):
 
     @pydantic.model_validator(mode="after")
     def something_to_train_on(self) -> Data:
+        if any(source.embedded == "questions" for source in self.sources):
+            raise ValueError("'embedded: questions' are conversations, not documents")
         if all(source.heldout for source in self.sources):
             raise ValueError("every source is held out; at least one must be left to train on")
         return self
@@ -285,6 +289,13 @@ class Release(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 
+class Lora(Section):
+    """Low-rank adapters of every linear layer but the output's, merged into the weights of each checkpoint."""
+
+    rank: int = pydantic.Field(default=16, gt=0)
+    alpha: int = pydantic.Field(default=32, gt=0)
+
+
 class Recipe(Section):
     """A whole run."""
 
@@ -296,11 +307,36 @@ class Recipe(Section):
     model: dict[str, Any]
     """Fields of `NanoPhiConfig`; the token ids and, for a trained tokenizer, `vocab_size` come from the tokenizer."""
     base: str | None = None
-    """Folder or Hub id of a model whose weights training starts from; None: random weights."""
+    """Folder or Hub id of a model whose weights training starts from; None: random weights. Of `conversations`: a run,
+    a release folder, or a release on the Hub (`ORG/NAME@revision`)."""
+    conversations: list[Source] = []
+    """For a chat model: rows with `messages`, `prompt` and `completion`, or (dpo) `chosen` and `rejected`."""
+    method: Literal["sft", "dpo"] = "sft"
+    """Supervised fine-tuning, or direct preference optimization (Rafailov et al., 2023)."""
+    beta: float = pydantic.Field(default=0.1, gt=0)
+    """Of `dpo`: how strongly the model is held to its base."""
+    lora: Lora | None = None
     training: Training
     evaluation: Evaluation = Evaluation()
     card: Card = Card()
     release: Release = Release()
+
+    @pydantic.model_validator(mode="after")
+    def chat(self) -> Recipe:
+        if self.conversations and self.base is None:
+            raise ValueError("'conversations' needs 'base': the run or release that learns from them")
+        if not self.conversations and (self.method != "sft" or self.lora):
+            raise ValueError("'method' and 'lora' need 'conversations' to train on")
+        unused = ("text_column", "separator", "source_column", "weight", "streaming")
+        for source in self.conversations:
+            if source.embedded == "documentation":
+                raise ValueError("'conversations': 'embedded' must be 'questions'")
+            for key in unused:
+                if getattr(source, key) != Source.model_fields[key].default:
+                    raise ValueError(f"'conversations': '{key}' is for documents")
+            if source.embedded and self.method == "dpo":
+                raise ValueError("'embedded: questions' has no rejected answers, which method 'dpo' needs")
+        return self
 
     @pydantic.model_validator(mode="after")
     def has_labels(self) -> Recipe:
@@ -371,6 +407,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     values = read(path)
     for assignment in overrides:
         override(values, assignment)
+    if values.get("conversations"):
+        values = inherit(values)
     try:
         return Recipe(**values)
     except pydantic.ValidationError as error:

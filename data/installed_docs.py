@@ -31,11 +31,11 @@ HIGH = ("python-docs", "stdlib-docstrings")
 LOW = ("licences", "changelogs", "parameter-lists")
 """Sources that serve as examples of low-quality text."""
 
-_MINIMUM_CHARACTERS = 300
+MINIMUM_CHARACTERS = 300
 _MAXIMUM_CHARACTERS = 20_000
 # A few packages have tens of megabytes of near-identical docstrings; without a cap they would be the corpus.
 _PACKAGE_BYTES = 1_000_000
-_TESTS = re.compile(r"(^|/)(tests?|testing|_?test_[^/]*|idlelib|lib2to3)(/|\.py$)")
+TESTS = re.compile(r"(^|/)(tests?|testing|_?test_[^/]*|idlelib|lib2to3)(/|\.py$)")
 _PARAMETERS = re.compile(
     r"^\s*(Parameters|Args|Arguments|Attributes|Returns?|Raises|Yields|Keyword [Aa]rguments|Other Parameters|Options)"
     r"\s*:?\s*$|^\s*:(param|type|returns?|rtype|raises)\b|^\s*Args:",
@@ -73,7 +73,7 @@ def documents(group: str) -> Iterator[tuple[str, str]]:
         text = _without_markup(text).strip()
         if source in ("licences", "changelogs"):
             text = text[:_MAXIMUM_CHARACTERS]
-        if len(text) >= _MINIMUM_CHARACTERS and _is_english(text):
+        if len(text) >= MINIMUM_CHARACTERS and _is_english(text):
             yield source, text
 
 
@@ -94,35 +94,39 @@ def _python() -> Iterator[tuple[str, str]]:
     library = Path(sysconfig.get_path("stdlib"))
     for path in sorted(library.rglob("*.py")):
         relative = path.relative_to(library).as_posix()
-        if "site-packages" not in relative and "dist-packages" not in relative and not _TESTS.search(relative):
+        if "site-packages" not in relative and "dist-packages" not in relative and not TESTS.search(relative):
             yield from _docstrings(path, "stdlib-docstrings")
 
 
 def _package(name: str) -> Iterator[tuple[str, str]]:
     distribution = importlib.metadata.distribution(name)
     yield "package-descriptions", str(distribution.metadata.json.get("description", ""))
-    sources = []
     for file in sorted(distribution.files or (), key=str):
         lower = file.name.lower()
-        if lower.endswith(".py"):
-            sources.append(file)
-        elif lower.startswith(("licen", "copying", "notice")) and ".py" not in lower:
-            yield "licences", _read(Path(str(file.locate())))
+        if lower.startswith(("licen", "copying", "notice")) and ".py" not in lower:
+            yield "licences", read(Path(str(file.locate())))
         elif lower.startswith(("change", "history", "news", "release")) and lower.endswith((".md", ".rst", ".txt")):
-            yield "changelogs", _read(Path(str(file.locate())))
+            yield "changelogs", read(Path(str(file.locate())))
     # In pseudo-random order, so that the cap leaves a cross-section.
-    sources.sort(key=lambda file: hashlib.sha256(str(file).encode()).digest())
+    sources = sorted(python_files(name), key=lambda file: hashlib.sha256(str(file).encode()).digest())
     size = 0
     for file in sources:
         if size > _PACKAGE_BYTES:
             break
-        if not _TESTS.search(str(file)):
+        if not TESTS.search(str(file)):
             for source, text in _docstrings(Path(str(file.locate())), "package-docstrings"):
                 size += len(text)
                 yield source, text
 
 
-def _read(path: Path) -> str:
+def python_files(name: str) -> list[importlib.metadata.PackagePath]:
+    """The Python files of an installed distribution, sorted."""
+    files = importlib.metadata.distribution(name).files or ()
+    return sorted((file for file in files if file.name.lower().endswith(".py")), key=str)
+
+
+def read(path: Path) -> str:
+    """A file's text; empty if it cannot be read or is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8", errors="strict")
     except (OSError, UnicodeDecodeError):
@@ -130,7 +134,7 @@ def _read(path: Path) -> str:
 
 
 def _docstrings(path: Path, source: str) -> Iterator[tuple[str, str]]:
-    text = _read(path)
+    text = read(path)
     if text.count('"""') + text.count("'''") == 0:
         return
     # A tree is many objects and none of them garbage; collecting while it grows doubles the time.
@@ -159,7 +163,7 @@ def _docstrings(path: Path, source: str) -> Iterator[tuple[str, str]]:
         )
         if body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
             value = body[0].value.value
-            if isinstance(value, str) and len(value) >= _MINIMUM_CHARACTERS:
+            if isinstance(value, str) and len(value) >= MINIMUM_CHARACTERS:
                 docstring = inspect.cleandoc(value)
                 yield "parameter-lists" if _parameter_share(docstring) > 0.6 else source, docstring
 

@@ -8,12 +8,18 @@ from typing import Any
 
 from nanophi.files import UserError, read_json, sha256_of_tree, user_errors
 from nanophi.inputs import WEIGHTS, is_hub_id, local
-from nanophi.recipe import Data, Recipe
+from nanophi.recipe import Recipe, Source
 from nanophi.run import Inputs, RunDirectory, differences, step_folders
 
-PREPARE = ("documents", "scores", "quality", "tokenizer", "tokens")
+PREPARE = ("documents", "scores", "quality", "tokenizer", "tokens", "conversations")
 
 Build = Callable[[Path], dict[str, Any]]
+
+
+def token_hashes(tokens: dict[str, Any]) -> dict[str, str]:
+    """SHA-256 of what a training reads, from the contents of a run's `tokens.json`."""
+    hashes = {f"{split}_sha256": tokens[split]["sha256"] for split in ("train", "heldout")}
+    return hashes | {f"chat_{split}_sha256": value for split, value in tokens.get("conversations", {}).items()}
 
 
 class DataStages:
@@ -55,15 +61,15 @@ class DataStages:
             self._done[name] = self.run.stage(name, inputs, outputs, allowed, kind=kind, **kwargs)
         return self._done[name]
 
-    def _pinned_data(self) -> Data:
-        """The recipe's section with the commit of each dataset on the Hub as its revision."""
+    def pinned(self, sources: Sequence[Source]) -> list[Source]:
+        """Sources with the commit of each dataset on the Hub as its revision."""
         pinned = []
-        for source in self.recipe.data.sources:
+        for source in sources:
             if source.hub and is_hub_id(source.hub) and not local(source.hub).is_dir():
                 commit = self.inputs.commit_of(source.hub, source.revision, "dataset")
                 source = source.model_copy(update={"revision": commit})
             pinned.append(source)
-        return self.recipe.data.model_copy(update={"sources": pinned})
+        return pinned
 
     def _check_what_comes_later(self) -> None:
         """What would stop the run only after the documents are read is looked at first: the scorer, the tokenizer."""
@@ -90,7 +96,7 @@ class DataStages:
         from nanophi.data import gather, sources
 
         self._check_what_comes_later()
-        data = self._pinned_data()
+        data = self.recipe.data.model_copy(update={"sources": self.pinned(self.recipe.data.sources)})
         kind, _, column = self.recipe.quality.scorer.partition(":")
         score = column if kind == "column" else None
         benchmarks = data.decontamination.benchmarks
@@ -225,14 +231,13 @@ class DataStages:
             return
         changed = []
         if (work / "data/tokens").exists():
-            new = read_json(work / "data/tokens/tokens.json")
-            changed += [
-                name for name in ("train", "heldout") if new[name]["sha256"] != trained["data"][f"{name}_sha256"]
-            ]
+            new = token_hashes(read_json(work / "data/tokens/tokens.json"))
+            changed += [name.removesuffix("_sha256") for name in new if new[name] != trained["data"].get(name)]
         if (work / "data/tokenizer").exists():
             changed += ["tokenizer"] * (sha256_of_tree(work / "data/tokenizer") != trained["data"]["tokenizer_sha256"])
         if changed:
             names = {"train": "training tokens", "heldout": "held-out tokens", "tokenizer": "tokenizer"}
+            names |= {"chat_train": "conversations", "chat_heldout": "held-out conversations"}
             raise UserError(
                 f"{self.path}: the recipe gives other data ({', '.join(names[name] for name in changed)}) than "
                 f"the weights ({max(weights)}) were trained on, which are kept with their data: put the sources and "

@@ -118,9 +118,10 @@ def evaluate(
                 return earlier
         report(f"{output.name} holds another measurement, which this one will replace")
     for name, task in loaded.tasks.items():
-        if task.OUTPUT_TYPE == "generate_until" and lm.max_length <= lm.max_gen_toks:
+        tokens = (task.config.generation_kwargs or {}).get("max_gen_toks", lm.max_gen_toks)
+        if task.OUTPUT_TYPE == "generate_until" and lm.max_length <= tokens:
             raise UserError(
-                f"task '{name}' generates {lm.max_gen_toks} tokens, which leaves no room for the question in the "
+                f"task '{name}' generates {tokens} tokens, which leaves no room for the question in the "
                 f"{lm.max_length} tokens that {model} reads; choose other tasks (--suite)"
             )
     partial = _open_partial(output, key)
@@ -344,11 +345,10 @@ def _merge(loaded: LoadedSuite, parts: dict[str, dict[str, Any]]) -> dict[str, A
     for part in parts.values():
         for key in keys:
             merged[key].update(part[key])
-    if "heldout_bits_per_byte" in loaded.tasks:
+    for name in {"heldout_bits_per_byte", "answers_bits_per_byte"} & set(loaded.tasks):
         # lm-eval has no standard error for it.
-        pairs = [sample["bits_per_byte"] for sample in merged["samples"]["heldout_bits_per_byte"]]
-        stderr = bits_figures(pairs)["bits_per_byte_stderr"]
-        merged["results"]["heldout_bits_per_byte"]["bits_per_byte_stderr,none"] = stderr
+        stderr = bits_figures([sample["bits_per_byte"] for sample in merged["samples"][name]])["bits_per_byte_stderr"]
+        merged["results"][name]["bits_per_byte_stderr,none"] = stderr
     if loaded.groups:
         merged["group_subtasks"] = {name: group.child_names for name, group in loaded.groups.items()}
         merged["groups"] = {}

@@ -9,6 +9,16 @@ import transformers
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+NOT_ENDED = " [not ended]"
+"""What `mark_not_ended` adds to a text: lm-eval's tasks get text without the token that ends it."""
+
+
+def mark_not_ended(tokens: Tensor, start: int, tokenizer: Any) -> Tensor:
+    """Add `NOT_ENDED` to the rows [rows, tokens] that do not end themselves from position `start` on."""
+    mark = tokens.new_tensor(tokenizer(NOT_ENDED, add_special_tokens=False).input_ids)
+    ended = (tokens[:, start:] == tokenizer.eos_token_id).any(1, keepdim=True)
+    return torch.cat([tokens, torch.where(ended, tokenizer.eos_token_id, mark[None])], 1)
+
 
 class PreallocatedLayer(DynamicLayer):
     """A layer's keys and values, in memory that is allocated once for all tokens to come."""

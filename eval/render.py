@@ -203,7 +203,7 @@ def _title(row: Mapping[str, Any]) -> str:
     """What a row measures: `Winogrande (acc, 5-shot)`, `HellaSwag (right answer, bits per byte, 0-shot) ↓`."""
     name = metric_name(row["metric"]) if row["metric"] == ANSWER_METRIC else row["metric"]
     details = [name] if name not in ("mean of six", "bits_per_byte") else []
-    if row["num_fewshot"] is not None and not row["task"].startswith("heldout_"):
+    if row["num_fewshot"] is not None and not row["task"].startswith(("answers_", "heldout_")):
         details.append(f"{row['num_fewshot']}-shot")
     said = f" ({', '.join(details)})" if details else ""
     return row.get("part", title(row["task"])) + said + ("" if row["higher_is_better"] else " ↓")

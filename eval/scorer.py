@@ -34,7 +34,7 @@ from transformers.cache_utils import DynamicCache
 
 from nanophi.eval.caches import Complete, Past, PrefixCache
 from nanophi.eval.forest import ROW_TOKENS, Forest, PackedRow, Range, Row
-from nanophi.eval.generation import PreallocatedLayer, StopStrings
+from nanophi.eval.generation import PreallocatedLayer, StopStrings, mark_not_ended
 from nanophi.eval.kernels import Kernels
 from nanophi.eval.probing import logits_are_the_heads, same_logits, why_not_shared
 from nanophi.progress import progress_bar
@@ -409,6 +409,7 @@ class ScorerLM(HFLM):
         Prompts without their last token are computed row by row, into a cache of the final length: on a CPU a batch of
         prompts takes more memory and as much time, and a growing cache is copied for every token.
         """
+        mark = generation_kwargs.pop("mark_not_ended", False)
         temperature = generation_kwargs.setdefault("temperature", 0.0)
         if temperature == 0.0 and not generation_kwargs.get("do_sample"):
             generation_kwargs["do_sample"] = False
@@ -428,7 +429,7 @@ class ScorerLM(HFLM):
                 **generation_kwargs,
             )
         self._generated.update(len(context))
-        return tokens
+        return mark_not_ended(tokens, context.shape[1], self.tokenizer) if mark else tokens
 
     def _prompts(self, context: Tensor, attention_mask: Tensor, max_length: int) -> DynamicCache:
         """Keys and values of left-padded prompts [rows, tokens], without the last token of each."""

@@ -105,7 +105,9 @@ HELDOUT = Suite(
     (Entry("heldout_bits_per_byte", 0), Entry("heldout_continuation", 0), Entry("heldout_order", 0)),
 )
 
-SUITES = {suite.name: suite for suite in (HELDOUT, QUICK, SIGNAL, OPEN_LLM_V1)}
+ANSWERS = Suite("answers", (Entry("answers_bits_per_byte", 0), Entry("answers_ended", 0)))
+
+SUITES = {suite.name: suite for suite in (ANSWERS, HELDOUT, QUICK, SIGNAL, OPEN_LLM_V1)}
 
 
 @dataclasses.dataclass
@@ -338,6 +340,11 @@ def _origin(task: str, config: dict[str, Any], data: Path | None, heldout: Path 
         if not list(Path(heldout).glob("heldout-*.parquet")):
             raise UserError(f"no heldout-*.parquet in {heldout}; name a run's data/documents folder (--heldout)")
         return "heldout", Path(heldout).resolve()
+    if task.startswith("answers_"):
+        folder = Path(heldout).resolve().parent / "conversations" if heldout is not None else None
+        if folder is None or not (folder / "heldout.parquet").is_file():
+            raise UserError(f"task '{task}' needs the data/documents folder of a run with conversations (--heldout)")
+        return "heldout", folder
     dataset = str(config.get("dataset_path"))
     if data is None:
         return dataset, None

@@ -89,7 +89,7 @@ def contradictions(records: ShippedRecords) -> list[str]:
             wrong.append(f"config.json says {key} {has}, recipe.yaml says {said}")
     context = records["model.json"]["config"]["max_position_embeddings"]
     expected = checkpoint["step"] * training["batch_size"] * context
-    if checkpoint["tokens_seen"] != expected:
+    if checkpoint["tokens_seen"] != expected and not recipe.get("conversations"):
         wrong.append(
             f"checkpoint.json says {checkpoint['tokens_seen']} tokens seen, "
             f"{checkpoint['step']} steps of {training['batch_size']} x {context} are {expected}"
@@ -161,13 +161,14 @@ def render(records: ShippedRecords) -> str:
             comparison=records.get("comparison.json"),
             differences=differences(records.get("comparison.json")),
             sample=records.get("sample.json"),
+            chat=records.get("conversations.json"),
             rows=rows,
             tasks=[row for row in every if not row["task"].startswith("mmlu_")],
             subjects=[row for row in every if row["task"].startswith("mmlu_")],
             harness=", ".join(sorted({value["lm_eval_version"] for value in evaluations})),
             heldout=next((value["nanophi"]["heldout"] for value in evaluations if "heldout" in value["nanophi"]), None),
             leaderboard=leaderboard(records),
-            benchmarks=any(not row["task"].startswith("heldout_") for row in rows),
+            benchmarks=any(not row["task"].startswith(("answers_", "heldout_")) for row in rows),
             by_source=by_source(records),
             noise=noise(rows),
             answers=right_answers(records),

@@ -226,6 +226,17 @@ def _add_tokenizer(writer: GGUFWriter, release: Path, vocab_size: int, bos: int,
     writer.add_eos_token_id(eos)
     writer.add_add_bos_token(bool(around))
     writer.add_add_eos_token(False)
+    if template := _chat_template(release):
+        writer.add_chat_template(template)
+
+
+def _chat_template(release: Path) -> str | None:
+    """The tokenizer's chat template, in whichever of its files it is."""
+    file, config = release / "chat_template.jinja", release / "tokenizer_config.json"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template = read_json(config).get("chat_template") if config.is_file() else None
+    return template if isinstance(template, str) else None
 
 
 def _tensors(release: Path, config: NanoPhiConfig, kind: str) -> dict[str, tuple[np.ndarray, Any]]:
@@ -288,10 +299,12 @@ def _card(release: Path, repo_id: str, files: list[dict[str, Any]]) -> str:
         f"| {markup.code(file_name, cell=True)} | {file['kind']} | {file['bytes']:,} |\n"
         for file_name, file in zip(names, files, strict=True)
     )
+    chat = _chat_template(release) is not None
+    command, options = ("llama-server", "--jinja") if chat else ("llama-completion", "-p 'The ' -n 50")
     return (
         f"---\n{yaml.safe_dump(metadata, sort_keys=True, allow_unicode=True)}---\n\n# {markup.text(name)}-GGUF\n\n"
         f"{origin} for llama.cpp and the programs built on it. Its model card says how the model was made "
         "and measured, and what it is not fit for.\n\n"
         f"| file | matrices | bytes |\n|---|---|---:|\n{rows}\n"
-        f"```sh\nllama-completion -m {shlex.quote(names[0])} -p 'The ' -n 50\n```\n"
+        f"```sh\n{command} -m {shlex.quote(names[0])} {options}\n```\n"
     )

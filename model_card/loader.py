@@ -38,6 +38,7 @@ model, info = AutoModelForCausalLM.from_pretrained(
 tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
 generator = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
 texts = [generator(prompt, **request["settings"])[0]["generated_text"] for prompt in request["prompts"]]
+texts = [text if isinstance(text, str) else text[-1]["content"] for text in texts]  # of messages, the answer
 context = model.config.max_position_embeddings
 ids = tokenizer(request["text"], return_tensors="pt").input_ids[:, :context]
 if ids.shape[1] < 8:

@@ -32,11 +32,17 @@ def header(records: ShippedRecords) -> ModelCardData:
     results = _model_index(records)
     summary = records["training.json"].get("summary", {})
     extra: dict[str, Any] = {"widget": [{"text": card["prompt"]}]}
+    chat, origin = records.get("conversations.json"), "pretrained-from-scratch"
+    if chat is not None:
+        origin = recipe["method"]
+        extra["widget"] = [{"messages": records["sample.json"]["prompt"]}]
+        if chat["repo_id"]:
+            extra |= {"base_model": chat["repo_id"], "base_model_relation": "finetune"}
     if summary.get("co2_grams") is not None:
         emissions = {
             "emissions": float(f"{summary['co2_grams']:.4g}"),
             "source": summary["co2_source"],
-            "training_type": "pre-training",
+            "training_type": "pre-training" if chat is None else "fine-tuning",
             "geographical_location": summary.get("co2_region"),
             "hardware_used": hardware(records),
         }
@@ -49,7 +55,7 @@ def header(records: ShippedRecords) -> ModelCardData:
         license_link=card.get("license_link"),
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["phi", "nanophi", "small-language-model", "pretrained-from-scratch"],
+        tags=["phi", "nanophi", "small-language-model", origin],
         datasets=public_datasets(recipe) or None,
         metrics=sorted(metrics) or None,
         model_name=records["run.json"]["repo_id"].rpartition("/")[2] if results else None,
@@ -60,7 +66,7 @@ def header(records: ShippedRecords) -> ModelCardData:
 
 def public_datasets(recipe: dict[str, Any]) -> list[str]:
     """Hub ids of the datasets that the model was trained on, each once."""
-    named = (source["hub"] for source in training_sources(recipe))
+    named = (source["hub"] for source in [*training_sources(recipe), *recipe.get("conversations", [])])
     return list(dict.fromkeys(name for name in named if name and is_hub_id(name)))
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nanophi.configuration_nanophi import AUTO_MAP
+from nanophi.data.conversations import ANSWER_TOKENS
 from nanophi.files import UserError, link_or_copy, permit, read_json, sha256_of_file, write_json, write_text
 from nanophi.model_card import card as model_card
 from nanophi.model_card.shipped import LATER_STAGES, ShippedRecords, read_records
@@ -124,12 +125,15 @@ def retarget(release: Path, repo_id: str, output: Path) -> None:
     write_manifest(output, provenance)
 
 
-def generate(checkpoint: Path, prompts: Iterable[str], dtype: str = "float32") -> list[str]:
-    """Greedy continuations under `SAMPLE_SETTINGS`, each with its prompt in front, on the CPU in float32.
+CHAT_SETTINGS: dict[str, Any] = {"do_sample": False, "max_new_tokens": ANSWER_TOKENS}
+
+
+def generate(checkpoint: Path, prompts: Iterable[Any], dtype: str = "float32") -> list[str]:
+    """Greedy continuations, each with its prompt in front, or answers to messages, on the CPU in float32.
 
     Args:
         checkpoint: a folder that `from_pretrained` loads without remote code.
-        prompts: where each text begins.
+        prompts: where each text begins, under `SAMPLE_SETTINGS`; or messages, under `CHAT_SETTINGS`.
         dtype: what the weights are rounded to first, as a release in that type has them.
     """
     import torch
@@ -138,12 +142,13 @@ def generate(checkpoint: Path, prompts: Iterable[str], dtype: str = "float32") -
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype)).float()
     generator = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
-    return [
-        generator(prompt, **sample_settings(checkpoint, prompt, model.config.max_position_embeddings))[0][
-            "generated_text"
-        ]
-        for prompt in prompts
-    ]
+    texts = []
+    for prompt in prompts:
+        context = model.config.max_position_embeddings
+        settings = sample_settings(checkpoint, prompt, context) if isinstance(prompt, str) else CHAT_SETTINGS
+        text = generator(prompt, **settings)[0]["generated_text"]
+        texts.append(text if isinstance(text, str) else text[-1]["content"])
+    return texts
 
 
 def sample_settings(tokenizer: Path, prompt: str, context: int) -> dict[str, Any]:
@@ -165,17 +170,26 @@ def sample_settings(tokenizer: Path, prompt: str, context: int) -> dict[str, Any
     return {**SAMPLE_SETTINGS, "max_new_tokens": min(SAMPLE_SETTINGS["max_new_tokens"], context - length)}
 
 
-def write_sample(checkpoint: Path, prompt: str, output: Path, dtype: str = "float32") -> dict[str, Any]:
+def write_sample(checkpoint: Path, prompt: Any, output: Path, dtype: str = "float32") -> dict[str, Any]:
     """Write the sample texts that the card shows: `checkpoint`'s, and beside it those of the run's other checkpoints.
 
+    Args:
+        prompt: where the text begins; or conversations, `{"messages", "answer"}`, of which the first is the sample.
+
     Returns:
-        what was written: `{"prompt", "text", "settings", "checkpoints": {"step-000200": text, ...}}`.
+        what was written: `{"prompt", "text", "settings", "checkpoints": {"step-000200": text, ...}}`, and
+        `conversations` with each one's `text`.
     """
-    texts = {folder.name: generate(folder, [prompt], dtype)[0] for folder in step_folders(checkpoint.parent)}
-    text = texts[checkpoint.name] if checkpoint.name in texts else generate(checkpoint, [prompt], dtype)[0]
+    chat = None if isinstance(prompt, str) else prompt
+    first = prompt if chat is None else chat[0]["messages"]
+    texts = {folder.name: generate(folder, [first], dtype)[0] for folder in step_folders(checkpoint.parent)}
+    text = texts[checkpoint.name] if checkpoint.name in texts else generate(checkpoint, [first], dtype)[0]
     context = read_json(checkpoint / "config.json")["max_position_embeddings"]
-    settings = sample_settings(checkpoint, prompt, context)
-    sample = {"prompt": prompt, "text": text, "settings": settings, "checkpoints": texts}
+    settings = CHAT_SETTINGS if chat is not None else sample_settings(checkpoint, first, context)
+    sample = {"prompt": first, "text": text, "settings": settings, "checkpoints": texts}
+    if chat is not None:
+        answers = generate(checkpoint, [row["messages"] for row in chat], dtype)
+        sample["conversations"] = [{**row, "text": answer} for row, answer in zip(chat, answers, strict=True)]
     write_json(output, sample)
     return sample
 

@@ -109,6 +109,7 @@ def collect(run: Path, checkpoint: Path) -> ShippedRecords:
         "quality.json": run / "data" / "quality" / "quality.json",
         "tokens.json": run / "data" / "tokens" / "tokens.json",
         "sample.json": run / "sample.json",
+        "conversations.json": run / "data" / "conversations" / "conversations.json",
     }
     if records["run.json"]["final"]:
         optional["comparison.json"] = run / "comparison.json"  # It compares finished models.

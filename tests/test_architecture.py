@@ -22,7 +22,8 @@ MAY_IMPORT = {
     "modeling_nanophi": ("configuration_nanophi",),
     "run": ("files", "formatting", "inputs", "version"),
     "recipe_file": ("files",),
-    "recipe": ("configuration_nanophi", "files", "recipe_file", "formatting", "inputs", "publishing"),
+    "bases": ("files", "inputs", "run"),
+    "recipe": ("bases", "configuration_nanophi", "files", "recipe_file", "formatting", "inputs", "publishing"),
 }
 BASE = tuple(MAY_IMPORT)
 MAY_IMPORT |= {
@@ -34,7 +35,8 @@ MAY_IMPORT |= {
     "pipeline": (*BASE, *ROOMS, "jobs"),
     "ablate": (*BASE, *ROOMS, "jobs", "pipeline"),
     "cli_quality": (*BASE, "data"),
-    "cli_verbs": (*BASE, *ROOMS, "jobs", "pipeline", "ablate", "cli_quality"),
+    "generate": ("files", "inputs"),
+    "cli_verbs": (*BASE, *ROOMS, "generate", "jobs", "pipeline", "ablate", "cli_quality"),
     "cli": ("cli_verbs", "files"),
     "__main__": ("cli",),
     "__init__": ("configuration_nanophi", "modeling_nanophi", "version"),

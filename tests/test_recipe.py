@@ -102,7 +102,9 @@ def test_mistakes_are_named_in_one_line(write, overrides, message):
 
 
 def test_broken_files_are_named(write, tmp_path):
-    with pytest.raises(UserError, match=r"recipe nowhere.yaml does not exist; built-in recipes: demo, demo-control"):
+    with pytest.raises(
+        UserError, match=r"recipe nowhere.yaml does not exist; built-in recipes: demo, demo-chat, demo-control"
+    ):
         load_recipe("nowhere.yaml")
     with pytest.raises(UserError, match="not valid YAML"):
         load_recipe(write(text="a: [1"))

@@ -162,12 +162,16 @@ def _largest_divisor(number: int, limit: int) -> int:
     return next(size for size in range(min(number, limit), 0, -1) if number % size == 0)
 
 
-def training_arguments(training: Training, run: Path, seed: int, devices: int = 1) -> TrainingArguments:
+def training_arguments(
+    training: Training, run: Path, seed: int, devices: int = 1, kind: type = TrainingArguments, **more: Any
+) -> Any:
     """The recipe's `training` section as `TrainingArguments`.
 
     Args:
         run: the run directory; its name is the run's name for trackers.
         devices: number of processes.
+        kind: a class derived from it.
+        **more: fields of `kind`.
 
     Raises:
         UserError: for a batch that does not divide among the devices, a precision that the environment contradicts,
@@ -232,7 +236,7 @@ def training_arguments(training: Training, run: Path, seed: int, devices: int = 
         raise UserError(NO_FSDP)
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION")
     try:
-        return TrainingArguments(**{**ours, **training.arguments})
+        return kind(**{**ours, **more, **training.arguments})
     except (TypeError, ValueError, ImportError) as error:
         raise UserError(f"training.arguments: {' '.join(str(error).split())}") from None
     finally:

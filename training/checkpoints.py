@@ -23,7 +23,7 @@ from nanophi.run import step_folders, step_name, step_of
 
 FREE_SPACE_FACTOR = 1.1
 WEIGHTS = "model.safetensors"
-_STATE_FILES = ("optimizer", "scheduler", "rng_state", "scaler", "trainer_state")
+_STATE_FILES = ("optimizer", "scheduler", "rng_state", "scaler", "trainer_state", "adapter_")
 _PICKLES = ("training_args.bin", "pytorch_model_fsdp.bin")
 _MANIFEST = "files.json"
 

@@ -15,6 +15,7 @@ import torch
 from transformers.trainer import TRAINER_STATE_NAME
 
 from nanophi.configuration_nanophi import NanoPhiConfig
+from nanophi.data.stages import token_hashes
 from nanophi.files import UserError, read_json, sha256_of_file, sha256_of_tree, write_json
 from nanophi.modeling_nanophi import NanoPhiForCausalLM
 from nanophi.recipe import Recipe, Training
@@ -61,8 +62,7 @@ class Continuation:
 def data_hashes(run: Path) -> dict[str, str]:
     """SHA-256 of the run's token streams, as packing wrote them down, and of its tokenizer's files."""
     tokens = read_json(run / "data" / "tokens" / "tokens.json")
-    hashes = {f"{split}_sha256": tokens[split]["sha256"] for split in ("train", "heldout")}
-    return {**hashes, "tokenizer_sha256": sha256_of_tree(run / "data" / "tokenizer")}
+    return {**token_hashes(tokens), "tokenizer_sha256": sha256_of_tree(run / "data" / "tokenizer")}
 
 
 def inputs(run: Path, recipe: Recipe, config: NanoPhiConfig, recorded: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -80,12 +80,15 @@ def inputs(run: Path, recipe: Recipe, config: NanoPhiConfig, recorded: Mapping[s
         training["precision"] = recorded["training"]["precision"]
     else:
         training["precision"] = resolve_precision(recipe.training)
+    chat = {"method": recipe.method, "beta": recipe.beta, "lora": recipe.lora and recipe.lora.model_dump()}
+    base = str(run / "data/base") if recipe.conversations else recipe.base
     return {
+        **({"chat": chat} if recipe.conversations else {}),
         "data": data_hashes(run),
         "model": {name: getattr(config, name) for name in sorted(NanoPhiConfig.__annotations__)},
         "training": training,
         "seed": recipe.seed,
-        "base": None if recipe.base is None else base_hash(recipe.base),
+        "base": None if base is None else base_hash(base),
     }
 
 

@@ -1,0 +1,84 @@
+"""The stage before a chat model's training: its base, a tokenizer with a chat template, and the conversations."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from nanophi import bases
+from nanophi.data.stages import DataStages
+from nanophi.files import copy_tree, read_json, sha256_of_file, write_json
+
+OUTPUTS = ["data/base", "data/conversations", "data/tokenizer", "data/tokens", "data/documents", "data/quality"]
+MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "configuration_nanophi.py",
+    "modeling_nanophi.py",
+)
+
+
+class ChatStages(DataStages):
+    """`DataStages`, of which a recipe with conversations has one."""
+
+    def tokens(self) -> dict[str, Any]:
+        """What a training reads: packed rows, or conversations."""
+        return self.conversations() if self.recipe.conversations else super().tokens()
+
+    def require_tokens(self) -> None:
+        """Check that it is there already."""
+        if not self.recipe.conversations:
+            super().require_tokens()
+
+    def conversations(self) -> dict[str, Any]:
+        """The base with a chat template, the conversations, and what the card says of how the base was made."""
+        from nanophi.data import conversations, sources
+
+        recipe, base = self.recipe, bases.find(str(self.recipe.base))
+        pinned = self.pinned(recipe.conversations)
+        inputs = {
+            "base": sha256_of_file(base.model / "model.safetensors"),
+            "tokenizer": [sha256_of_file(path) for path in sorted(base.model.glob("*token*.json"))],
+            "conversations": [source.model_dump(mode="json") for source in pinned],
+            "sources": [sources.fingerprint(source, self.inputs.contents) for source in pinned],
+            "method": recipe.method,
+            "template": conversations.TEMPLATE,
+        }
+
+        def build(work: Path) -> dict[str, Any]:
+            from transformers import AutoTokenizer
+
+            folder = work / "data/tokenizer"
+            folder.mkdir(parents=True)
+            for file in base.model.glob("*"):
+                if file.name.startswith(
+                    ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template")
+                ):
+                    shutil.copyfile(file, folder / file.name)
+            config = read_json(folder / "tokenizer_config.json")
+            template = config.get("chat_template") is None and not (folder / "chat_template.jinja").exists()
+            if template:
+                write_json(folder / "tokenizer_config.json", {**config, "chat_template": conversations.TEMPLATE})
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            context = read_json(base.model / "config.json")["max_position_embeddings"]
+            summary = conversations.build(
+                pinned, recipe.method, tokenizer, context, base.documents, work / "data/conversations"
+            )
+            summary |= {"base": base.recipe["name"], "repo_id": base.repo_id, "own_template": template}
+            for file in (base.model / name for name in MODEL_FILES):
+                if file.exists():
+                    copy_tree(file, work / "data/base" / file.name)
+            for file in folder.iterdir():
+                copy_tree(file, work / "data/base" / file.name)
+            for name in ("documents", "quality"):
+                write_json(work / f"data/{name}/{name}.json", read_json(base.record(name)))
+            hashes = {key: summary.pop(f"{key}_sha256") for key in ("train", "heldout")}
+            write_json(work / "data/tokens/tokens.json", {**read_json(base.record("tokens")), "conversations": hashes})
+            for file in base.documents.glob("heldout-*.parquet") if base.documents else ():
+                copy_tree(file, work / "data/documents" / file.name)
+            write_json(work / "data/conversations/conversations.json", summary)
+            return summary
+
+        return self._stage("conversations", inputs, OUTPUTS, build, shared=False, accept=self._keep_data_of_weights)

@@ -1,0 +1,249 @@
+"""Conversations and preferences: read from a recipe's sources, checked, put into a chat template, split.
+
+train.parquet      input_ids and assistant_masks (sft), or prompt, chosen and rejected as messages (dpo)
+heldout.parquet    id, source, messages; the prompt as text, ending where an answer begins; the answer
+conversations.json what was read and dropped, by source
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nanophi.data import documents, formats, questions, sources
+from nanophi.files import UserError, sha256_of, user_errors, write_json
+from nanophi.inputs import shown
+from nanophi.recipe import Source
+
+TEMPLATE = """\
+{%- for message in messages -%}
+{%- if message['role'] not in ['system', 'user', 'assistant'] -%}
+{{- raise_exception('unknown role: ' + message['role']) -}}
+{%- endif -%}
+{{- {'system': 'System', 'user': 'User', 'assistant': 'Assistant'}[message['role']] + ':\\n' -}}
+{{- message['content'] | trim + eos_token -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- 'Assistant:\\n' -}}{%- endif -%}"""
+"""Roles in words, and a turn ends with the end of text, so that no base needs a new token."""
+
+ROLES = ("system", "user", "assistant")
+ANSWER_TOKENS = 60
+"""Within which an answer should end, and room for which a held-out prompt leaves."""
+HELDOUT_SHARE, HELDOUT_MAXIMUM = 0.02, 400
+
+Messages = list[dict[str, str]]
+
+
+def build(
+    given: Sequence[Source], method: str, tokenizer: Any, context: int, base_text: Path | None, output: Path
+) -> dict[str, Any]:
+    """Write the conversations of some sources to a folder.
+
+    Args:
+        given: the recipe's sources.
+        method: `sft` or `dpo`.
+        tokenizer: with the chat template.
+        context: tokens that the model reads; turns beyond it are left out.
+        base_text: `data/documents` of the base, whose training text must not hold a held-out answer; None: unknown.
+        output: folder to write in.
+
+    Returns:
+        `{"train", "heldout": counts, "tokens", "sources": {name: Counter}, "answers_in_base_text": count or None}`.
+
+    Raises:
+        UserError: naming the first row that is no conversation, or a source with nothing to train on.
+    """
+    train: list[dict[str, Any]] = []
+    candidates: dict[str, dict[str, Any]] = {}
+    learned: set[str] = set()
+    counts: dict[str, Counter[str]] = {}
+    own_split = any(source.heldout for source in given)
+    for source in given:
+        count = counts.setdefault(sources.name_of(source), Counter())
+        for where, row, held in itertools.islice(_rows(source), source.max_documents):
+            count["read"] += 1
+            prompt, chosen, rejected = conversation(row, where, method)
+            texts = [turn["content"] for turn in (*prompt, *chosen, *rejected)]
+            if any(token in text for token in tokenizer.all_special_tokens for text in texts):
+                count["special_token"] += 1  # it would end a turn in the middle of a text
+                continue
+            with user_errors(f"{where} does not fit the base's chat template"):
+                ids, mask, whole = encode(tokenizer, prompt + chosen, context)
+                if rejected:  # the two have to be compared as they are
+                    whole &= encode(tokenizer, prompt + rejected, context)[2]
+            if not ids or (rejected and not whole):
+                count["too_long"] += 1
+                continue
+            turns, answer = (prompt + chosen)[:-1], chosen[-1]["content"].strip()
+            key = sha256_of(turns)
+            if held or (held is None and not own_split and int(key[:8], 16) / 2**32 < HELDOUT_SHARE):
+                text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+                if len(tokenizer(text).input_ids) + ANSWER_TOKENS < context:
+                    name = sources.name_of(source)
+                    candidates[key] = {
+                        "id": key[:16],
+                        "source": name,
+                        "messages": turns,
+                        "prompt": text,
+                        "answer": answer,
+                    }
+                continue
+            learned.update(turn["content"].strip() for turn in chosen if turn["role"] == "assistant")
+            if method == "dpo":
+                train.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+            else:
+                train.append({"input_ids": ids, "assistant_masks": mask})
+            count["train"] += 1
+        if not count["read"]:
+            raise UserError(f"source {sources.name_of(source)} holds no conversations")
+    if not train:
+        raise UserError(f"no conversation is left to train on: {dict(sum(counts.values(), Counter()))}")
+    base = None if base_text is None else _squeezed(base_text)
+    kept: list[dict[str, Any]] = []
+    found = 0
+    for _, row in sorted(candidates.items()):
+        if base is not None and row["answer"] in base:
+            found += 1
+        elif row["answer"] not in learned and len(kept) < HELDOUT_MAXIMUM:
+            kept.append(row)
+        if len(kept) == HELDOUT_MAXIMUM:
+            break
+    if not kept:
+        raise UserError(
+            "no conversation is left to be held out; add a source with heldout: true whose answers are not among those "
+            "to train on"
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(train), output / "train.parquet")
+    pq.write_table(pa.Table.from_pylist(kept), output / "heldout.parquet")
+    for row in kept:
+        counts[row["source"]]["heldout"] += 1
+    summary = {
+        "train": len(train),
+        "heldout": len(kept),
+        "tokens": sum(len(row.get("input_ids", ())) for row in train) or None,
+        "sources": {name: dict(count) for name, count in counts.items()},
+        "answers_in_base_text": None if base is None else found,
+        "train_sha256": sha256_of(train),
+        "heldout_sha256": sha256_of(kept),
+    }
+    write_json(output / "conversations.json", summary)
+    return summary
+
+
+def heldout(run: Path, count: int = 5) -> list[dict[str, Any]]:
+    """The first held-out conversations of a run: `messages` to answer, and the reference `answer`."""
+    rows = pq.read_table(run / "data/conversations/heldout.parquet", columns=["messages", "answer"])
+    return list(rows.slice(0, count).to_pylist())
+
+
+def conversation(row: dict[str, Any], where: str, method: str) -> tuple[Messages, Messages, Messages]:
+    """A row's prompt, its (chosen) completion and, for `dpo`, its rejected one.
+
+    Raises:
+        UserError: saying what the row lacks.
+    """
+    row = {key: value for key, value in row.items() if value is not None}
+    if method == "dpo":
+        if not {"chosen", "rejected"} <= set(row):
+            raise UserError(f"{where}: a preference has 'chosen' and 'rejected'; the row has {', '.join(row)}")
+        prompt = _turns(row["prompt"], where, "user") if "prompt" in row else []
+        chosen, rejected = (_turns(row[key], where, "assistant") for key in ("chosen", "rejected"))
+        if not prompt:  # two whole conversations, which part ways somewhere
+            pairs = zip(chosen, rejected, strict=False)
+            shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+            prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+        for name, turns in (("chosen", chosen), ("rejected", rejected)):
+            if not turns or turns[-1]["role"] != "assistant":
+                raise UserError(f"{where}: '{name}' does not end with an assistant's turn of its own")
+        if not prompt:
+            raise UserError(f"{where}: 'chosen' and 'rejected' have no prompt in common")
+        return prompt, chosen, rejected
+    if "messages" in row:
+        prompt, chosen = [], _turns(row["messages"], where, "user")
+    elif {"prompt", "completion"} <= set(row):
+        prompt, chosen = _turns(row["prompt"], where, "user"), _turns(row["completion"], where, "assistant")
+    else:
+        raise UserError(f"{where}: a row has 'messages', or 'prompt' and 'completion'; this one has {', '.join(row)}")
+    while chosen and chosen[-1]["role"] != "assistant":
+        chosen.pop()  # nobody answers it
+    if not chosen:
+        raise UserError(f"{where}: the conversation has no assistant's turn")
+    return prompt, chosen, []
+
+
+def _turns(value: Any, where: str, role: str) -> Messages:
+    """Messages, from a list of them or from one text of `role`."""
+    turns = [{"role": role, "content": value}] if isinstance(value, str) else value
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise UserError(f"{where}: messages are a list of objects with 'role' and 'content'")
+    for turn in turns:
+        if turn.get("role") not in ROLES:
+            raise UserError(f"{where}: unknown role {turn.get('role')!r}; roles are {', '.join(ROLES)}")
+        if not isinstance(turn.get("content"), str) or not turn["content"].strip():
+            raise UserError(f"{where}: a turn of role '{turn['role']}' has no text as its 'content'")
+    return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
+
+
+def encode(tokenizer: Any, messages: Messages, context: int) -> tuple[list[int], list[int], bool]:
+    """A conversation in its template, up to the last answer that ends within `context` tokens.
+
+    As in inference, a prompt and its answer are cut into tokens apart.
+
+    Returns:
+        token ids; 1 where the assistant speaks, the end of its turn included; whether this is all of it.
+    """
+    ids: list[int] = []
+    mask: list[int] = []
+    text = ""
+    for number, turn in enumerate(messages):
+        if turn["role"] != "assistant":
+            continue
+        before = tokenizer.apply_chat_template(messages[:number], tokenize=False, add_generation_prompt=True)
+        after = tokenizer.apply_chat_template(messages[: number + 1], tokenize=False)
+        if not before.startswith(text) or not after.startswith(before):
+            raise UserError("it writes earlier turns in another way once later ones follow")
+        parts = [
+            tokenizer(part, add_special_tokens=False).input_ids for part in (before[len(text) :], after[len(before) :])
+        ]
+        if len(ids) + sum(map(len, parts)) > context:
+            break
+        ids += parts[0] + parts[1]
+        mask += [0] * len(parts[0]) + [1] * len(parts[1])
+        text = after
+    return ids, mask, True
+
+
+def _rows(source: Source) -> Iterator[tuple[str, dict[str, Any], bool | None]]:
+    """Where a row is, the row, and whether it is held out (None: its hash decides, unless a whole source is)."""
+    if source.embedded:
+        for number, (held, question, answer) in enumerate(questions.conversations(), 1):
+            yield f"questions:{number}", {"prompt": question, "completion": answer}, held
+        return
+    import datasets
+
+    kinds = {"parquet": "parquet", "arrow": "arrow", "lines": "json", "json": "json", "csv": "csv"}
+    for file in sources.locate(source).files:
+        kind = formats.format_of(file)
+        if kind not in kinds:
+            raise UserError(f"source {shown(file)}: conversations are not read from text files")
+        with user_errors(f"{shown(file)} cannot be read"):
+            rows = iter(datasets.load_dataset(kinds[kind], data_files=[file], split="train", streaming=True))
+        for number in itertools.count(1):
+            with user_errors(f"{shown(file)} cannot be read after row {number - 1}"):
+                row = next(rows, None)
+            if row is None:
+                break
+            yield f"{shown(file)}:{number}", row, True if source.heldout else None
+
+
+def _squeezed(folder: Path) -> str:
+    """All training documents as one text with single spaces."""
+    batches = documents.batches(documents.shards(folder, "train"), ["text"], None)
+    return " ".join(" ".join(text.split()) for batch in batches for text in batch.column("text").to_pylist())

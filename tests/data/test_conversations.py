@@ -1,0 +1,153 @@
+"""Conversations are read, checked and split before any training; nobody has read the answers that are held out."""
+
+import json
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from chat_run import END, make_base, pipeline, talk
+from transformers import AutoTokenizer
+
+from nanophi.data import questions
+from nanophi.files import UserError, read_json, write_json
+from nanophi.recipe import load_recipe
+
+ROWS = [{"messages": talk(number)} for number in range(4)]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    runs = tmp_path_factory.mktemp("runs")
+    make_base(runs / "base")
+    return runs
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+@pytest.mark.parametrize(
+    ("row", "method", "message"),
+    [
+        ({"messages": [user("Hi")]}, "sft", r"bad.jsonl:3: the conversation has no assistant's turn"),
+        (
+            {"messages": [{"role": "tool", "content": "x"}]},
+            "sft",
+            r"bad.jsonl:3: unknown role 'tool'; roles are system",
+        ),
+        ({"messages": [user("Hi"), assistant(" ")]}, "sft", r"bad.jsonl:3: a turn of role 'assistant' has no text"),
+        ({"text": "Hi"}, "sft", r"bad.jsonl:3: a row has 'messages', or 'prompt' and 'completion'; this one has text"),
+        ({"prompt": "Hi", "chosen": "Hello"}, "dpo", r"bad.jsonl:3: a preference has 'chosen' and 'rejected'"),
+        ({"chosen": [assistant("a")], "rejected": [assistant("b")]}, "dpo", r"bad.jsonl:3: .* no prompt in common"),
+        ({"prompt": "Hi", "chosen": "Hello", "rejected": []}, "dpo", r"bad.jsonl:3: 'rejected' does not end with"),
+    ],
+)
+def test_a_row_that_is_no_conversation_is_named_before_work(runs, row, method, message):
+    good = {"prompt": "A", "completion": "B", "chosen": "B", "rejected": "C"}
+    with pytest.raises(UserError, match=message):
+        pipeline(runs, [good, good, row], "bad", method=method).tokens()
+    assert not (runs / "bad/data").exists()
+
+
+def test_a_base_must_be_whole(runs):
+    tokenizer = runs / "base/checkpoints/step-000001/tokenizer.json"
+    content = tokenizer.read_bytes()
+    tokenizer.unlink()
+    try:
+        with pytest.raises(UserError, match=r"base: .*base has no tokenizer \(.*tokenizer.json is missing\)"):
+            pipeline(runs, ROWS, "chat")
+    finally:
+        tokenizer.write_bytes(content)
+    for base, message in (("nowhere", "does not exist here"), (str(runs), "neither a run nor a release")):
+        (runs / "lost.yaml").write_text(
+            yaml.safe_dump({"name": "lost", "base": base, "conversations": [{"files": "x"}]})
+        )
+        with pytest.raises(UserError, match=message):
+            load_recipe(runs / "lost.yaml")
+    with pytest.raises(UserError, match="'conversations' needs 'base'"):
+        load_recipe("demo", ["conversations=[{embedded: questions}]"])
+    with pytest.raises(UserError, match="'text_column' is for documents"):
+        load_recipe("demo", [f"base={runs}/base", "conversations=[{files: x, text_column: y}]"])
+
+
+def test_only_answers_are_learned_and_whole_turns_fit(runs):
+    long = [user("Long?"), assistant("Yes."), user("x" * 200), assistant("y")]
+    loud = [user(f"Say {END}"), assistant("No.")]
+    run = pipeline(runs, [*ROWS, {"messages": long}, {"messages": loud}], "fits")
+    summary = run.tokens()
+    assert summary["sources"][str(runs / "fits.jsonl")] == {"read": 6, "train": 5, "special_token": 1}
+    tokenizer = AutoTokenizer.from_pretrained(run.path / "data/tokenizer")
+    rows = pq.read_table(run.path / "data/conversations/train.parquet").to_pylist()
+    assert tokenizer.decode(rows[4]["input_ids"]) == f"User:\nLong?{END}Assistant:\nYes.{END}"
+    for row, talked in zip(rows, ROWS, strict=False):
+        learned = [i for i, mask in zip(row["input_ids"], row["assistant_masks"], strict=True) if mask]
+        assert tokenizer.decode(learned) == "".join(
+            t["content"] + END for t in talked["messages"] if t["role"][0] == "a"
+        )
+        whole = tokenizer.apply_chat_template(talked["messages"], tokenize=False)
+        assert row["input_ids"] == tokenizer(whole).input_ids
+
+
+def test_held_out_answers_are_in_no_text_that_was_read(runs):
+    held = [
+        {"prompt": "One?", "completion": "The known answer."},  # the base has read it, over two lines
+        {"prompt": "Two?", "completion": "Yes, 1."},  # one to train on gives it too
+        {"prompt": "Three?", "completion": "Nobody said this."},
+    ]
+    file = runs / "own.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in held))
+    run = pipeline(runs, ROWS, "leak", held=False)
+    sources = [*run.recipe.conversations, run.recipe.conversations[0].model_copy(update={"files": str(file)})]
+    sources[1] = sources[1].model_copy(update={"heldout": True})
+    run.recipe = run.recipe.model_copy(update={"conversations": sources})
+    summary = run.tokens()
+    (row,) = pq.read_table(run.path / "data/conversations/heldout.parquet").to_pylist()
+    assert (row["answer"], row["prompt"]) == ("Nobody said this.", f"User:\nThree?{END}Assistant:\n")
+    assert (summary["answers_in_base_text"], summary["train"]) == (1, 4)
+
+
+def test_a_template_that_the_base_has_is_kept(runs):
+    config = runs / "base/checkpoints/step-000001/tokenizer_config.json"
+    content = read_json(config)
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
+    template += "{% if add_generation_prompt %}<assistant>{% endif %}"
+    write_json(config, {**content, "chat_template": template})
+    try:
+        run = pipeline(runs, ROWS, "kept")
+        assert run.tokens()["own_template"] is False
+        assert AutoTokenizer.from_pretrained(run.path / "data/tokenizer").chat_template == template
+        prompt = pq.read_table(run.path / "data/conversations/heldout.parquet")["prompt"][0].as_py()
+        assert prompt.endswith("<user>Again?" + END + "<assistant>")
+    finally:
+        write_json(config, content)
+
+
+def test_first_sentences():
+    assert questions.first_sentence("Join :func:`os.path` with ``a``\nand *b* parts. More.\n\nRest.") == (
+        "Join os.path with a and b parts."
+    )
+    assert questions.first_sentence("Short.") is None
+    assert questions.first_sentence("See `here <https://x>`_ for all that there is to know.") is None
+
+
+def test_questions_are_split_by_object(monkeypatch, tmp_path):
+    names = [f"m{number}.py" for number in range(60)]
+    for number, name in enumerate(names):
+        text = f'"""A module that holds the number {["one", "two", "three", "four", "five"][number % 5]}."""\n'
+        long = "Longer. " * 60 if number % 2 else ""
+        text += (
+            f'def f{number}(a, *b):\n    """Return what the letter number{chr(97 + number % 26)} is.\n\n    {long}"""\n'
+        )
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(questions.installed_docs, "groups", lambda: ["python"])
+    monkeypatch.setattr(questions.sysconfig, "get_path", lambda name: str(tmp_path))
+    rows = list(questions.conversations())
+    assert rows == list(questions.conversations())
+    held = {answer for out, question, answer in rows if out and question.startswith("What")}
+    assert held and not held & {answer for out, _, answer in rows if not out}
+    assert any(row[1:] == ("Which arguments does m0.f0 take?", "It takes a and *b.") for row in rows)
+    assert len({question for _, question, _ in rows}) == len(rows)

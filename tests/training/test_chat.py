@@ -1,0 +1,147 @@
+"""A chat model learns what a plain TRL script would, and a killed run is the run that was not killed."""
+
+import datasets
+import pytest
+import torch
+import trl
+from chat_run import END, TRAINING, make_base, pipeline, talk
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from nanophi.files import UserError, read_json
+from nanophi.training.optimizer import ADAM_EPS
+
+ROWS = [{"messages": talk(number)} for number in range(24)]
+PAIRS = [
+    {"prompt": talk(n)[:1], "chosen": talk(n)[1:2], "rejected": [{"role": "assistant", "content": "I do not know."}]}
+    for n in range(12)
+]
+# The template that the run stores, in TRL's spelling of which tokens are the assistant's.
+MARKED = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{{ 'Assistant:\n' }}"
+    "{% generation %}{{ m.content + '<|endoftext|>' }}{% endgeneration %}"
+    "{% else %}{{ 'User:\n' + m.content + '<|endoftext|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:\n' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    runs = tmp_path_factory.mktemp("runs")
+    make_base(runs / "base")
+    return runs
+
+
+@pytest.fixture(scope="module")
+def sft(runs):
+    run = pipeline(runs, ROWS)
+    run.training()
+    return run.path
+
+
+def plain(runs, kind, config, rows, tmp_path, template, **more):
+    """Losses of a script that uses TRL alone, on stock Phi."""
+    checkpoint = runs / "base/checkpoints/step-000001"
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer.chat_template = template
+    arguments = config(
+        output_dir=str(tmp_path),
+        max_steps=TRAINING["steps"],
+        per_device_train_batch_size=TRAINING["batch_size"],
+        learning_rate=TRAINING["learning_rate"],
+        lr_scheduler_type="constant",
+        weight_decay=0.1,
+        adam_beta2=0.95,
+        adam_epsilon=ADAM_EPS,
+        max_length=128,
+        bf16=False,
+        use_cpu=True,
+        seed=0,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        **more,
+    )
+    model, reference = (AutoModelForCausalLM.from_pretrained(checkpoint) for _ in range(2))
+    extra = {"ref_model": reference} if kind is trl.DPOTrainer else {}
+    trainer = kind(
+        model, args=arguments, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer, **extra
+    )
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def losses(run):
+    return [entry["loss"] for entry in read_json(run / "training.json")["log"]]
+
+
+def test_sft_has_the_losses_of_plain_trl(runs, sft, tmp_path, monkeypatch):
+    monkeypatch.setenv("CI", "1")
+    options = {"packing": True, "assistant_only_loss": True}
+    expected = plain(runs, trl.SFTTrainer, trl.SFTConfig, ROWS, tmp_path, MARKED, **options)
+    assert losses(sft) == pytest.approx(expected, abs=1e-5)
+    assert expected[-1] < expected[0]
+
+
+def test_dpo_has_the_losses_of_plain_trl(runs, tmp_path, monkeypatch):
+    monkeypatch.setenv("CI", "1")
+    run = pipeline(runs, PAIRS, "dpo", method="dpo", beta=0.5)
+    run.training()
+    expected = plain(runs, trl.DPOTrainer, trl.DPOConfig, PAIRS, tmp_path, MARKED, beta=0.5)
+    assert losses(run.path) == pytest.approx(expected, abs=1e-5)
+    assert expected[-1] < expected[0]
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 4, "alpha": 8}])
+def test_a_killed_run_ends_as_one_that_was_not_killed(runs, sft, lora, monkeypatch):
+    name = "lora" if lora else "again"
+    if lora:
+        whole = pipeline(runs, ROWS, "whole", lora=lora)
+        whole.training()
+        sft = whole.path
+    steps, step = iter(range(5)), trl.SFTTrainer.training_step
+
+    def dying_step(self, *args, **kwargs):
+        if next(steps, None) is None:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trl.SFTTrainer, "training_step", dying_step)
+        pipeline(runs, ROWS, name, lora=lora).training()
+    assert [path.name for path in (runs / name / "checkpoints").iterdir()] == ["step-000003"]
+    resumed = pipeline(runs, ROWS, name, lora=lora)
+    resumed.training()
+    weights = [load_file(run / "checkpoints/step-000006/model.safetensors") for run in (sft, resumed.path)]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    assert losses(sft) == losses(resumed.path)
+
+
+def test_a_checkpoint_is_a_whole_model_with_the_template(runs, sft):
+    checkpoint = sft / "checkpoints/step-000006"
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    text = tokenizer.apply_chat_template(talk(1)[:3], tokenize=False, add_generation_prompt=True)
+    assert text == f"User:\nSay 1.{END}Assistant:\nIt is 7.{END}User:\nAgain?{END}Assistant:\n"
+    before, after = (read_json(path / "config.json") for path in (runs / "base/checkpoints/step-000001", checkpoint))
+    assert {key for key in before if before[key] != after.get(key)} <= {"use_cache"}
+    assert after.get("pad_token_id") is None
+    assert not list(checkpoint.glob("adapter*")) and not list(checkpoint.glob("*.bin"))
+
+
+def test_adapters_are_merged_into_every_checkpoint(runs):
+    run = pipeline(runs, ROWS, "merged", lora={"rank": 4}, training={"steps": 3})
+    run.training()
+    merged = AutoModelForCausalLM.from_pretrained(run.path / "checkpoints/step-000003")
+    base = AutoModelForCausalLM.from_pretrained(runs / "base/checkpoints/step-000001")
+    ids = torch.arange(1, 60)[None]
+    untrained = base(ids).logits
+    adapted = PeftModel.from_pretrained(base, run.path / "training_state/step-000003")
+    assert (merged(ids).logits - adapted(ids).logits).abs().max() <= 1e-4
+    assert (merged(ids).logits - untrained).abs().max() > 1e-3
+
+
+def test_trl_is_asked_for_before_work(runs, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "trl", None)
+    with pytest.raises(UserError, match=r"need TRL: pip install 'nanophi\[chat\]'"):
+        pipeline(runs, ROWS, "none").check()

@@ -1,0 +1,149 @@
+"""A base model trained on conversations or preferences by TRL's trainers, which `RunTrainer` gives a run directory.
+
+TRL packs, masks and computes the loss; what is given to it is in `settings`, which a plain script may use as well.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from transformers import AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+
+from nanophi.configuration_nanophi import NanoPhiConfig
+from nanophi.files import UserError, read_json
+from nanophi.recipe import Recipe
+from nanophi.training.arguments import accelerate_precision, decay_start, training_arguments, world_size
+from nanophi.training.attention import PACKED_DOCUMENTS
+from nanophi.training.callbacks import ProgressLine, SaveAndStop
+from nanophi.training.continuation import base_model
+from nanophi.training.run_trainer import RunTrainer, fit
+
+MISSING = "conversations need TRL: pip install 'nanophi[chat]'"
+
+
+def check() -> None:
+    """Raise `UserError` where TRL is not installed."""
+    _trl()
+
+
+def _trl() -> Any:
+    try:
+        import trl
+    except ImportError:
+        raise UserError(MISSING) from None
+    return trl
+
+
+def trainer_class(method: str) -> type[RunTrainer]:
+    """TRL's trainer of a method with a run directory."""
+    kind: Any = {"sft": _trl().SFTTrainer, "dpo": _trl().DPOTrainer}[method]
+
+    class ChatTrainer(RunTrainer, kind):
+        def _send_telemetry(self) -> None:
+            """Nothing is sent anywhere."""
+
+        def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+            """The card is made from the run's records."""
+
+        def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+            """The model; with adapters the whole one, these merged, and beside it the adapters, to resume."""
+            super()._save(output_dir, state_dict)
+            if hasattr(self.model, "merge_and_unload") and self.args.should_save:
+                merged(self.model).save_pretrained(output_dir)
+
+        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+            """Of a model with adapters these alone: the state's weights have them merged."""
+            if not hasattr(self.model, "merge_and_unload"):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+                return
+            from peft import load_peft_weights, set_peft_model_state_dict
+
+            set_peft_model_state_dict(self.model, load_peft_weights(resume_from_checkpoint))
+
+    return ChatTrainer
+
+
+def merged(model: Any) -> Any:
+    """A copy of a model with LoRA adapters, these added to its weights; the model itself stays bit for bit as it is."""
+    return copy.deepcopy(model).merge_and_unload()
+
+
+def settings(recipe: Recipe, run: Path, context: int) -> Any:
+    """TRL's configuration for a recipe: its `training` section, and what makes it the recipe's method."""
+    common: dict[str, Any] = {"max_length": context, "eval_strategy": "no", "gradient_checkpointing": False}
+    if recipe.method == "sft":
+        kind, more = _trl().SFTConfig, {"packing": True, "packing_strategy": "bfd"}
+    else:
+        kind, more = _trl().DPOConfig, {"beta": recipe.beta}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # TRL's name of gradient_checkpointing is the old one
+        return training_arguments(recipe.training, run, recipe.training_seed, world_size(), kind, **common, **more)
+
+
+def train(
+    run: Path, recipe: Recipe, config: NanoPhiConfig, report: Callable[[str], None] = print, resume: Path | None = None
+) -> dict[str, Any]:
+    """Train `data/base` on `data/conversations`, from the beginning or from a saved state.
+
+    Args:
+        run: the run directory; writes `checkpoints`, `training_state` and `training.json`.
+        recipe: with `conversations`.
+        config: the base's.
+        report: gets one line where something is worth telling.
+        resume: the state to resume from; None: the beginning.
+
+    Returns:
+        the summary of `run_trainer.fit`.
+    """
+    datasets.disable_progress_bars()
+    disable_progress_bar()
+    training, arguments = recipe.training, settings(recipe, run, config.max_position_embeddings)
+    tokenizer = AutoTokenizer.from_pretrained(run / "data/tokenizer")
+    model = base_model(str(run / "data/base"), config)
+    if arguments.device.type == "cpu" and recipe.method == "sft" and not training.compile:
+        model.set_attn_implementation(PACKED_DOCUMENTS)
+    extra: dict[str, Any] = {}
+    if recipe.lora:
+        from peft import LoraConfig
+
+        extra["peft_config"] = LoraConfig(
+            r=recipe.lora.rank, lora_alpha=recipe.lora.alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
+    elif recipe.method == "dpo":
+        extra["ref_model"] = base_model(str(run / "data/base"), config)
+    rows = datasets.Dataset.from_parquet(str(run / "data/conversations/train.parquet"), keep_in_memory=True)
+    summary = read_json(run / "data/conversations/conversations.json")
+    stop = SaveAndStop({*training.keep_steps, *([decay_start(training)] if training.schedule == "wsd" else [])})
+    pad = config.pad_token_id
+    with accelerate_precision(training):
+        trainer: Any = trainer_class(recipe.method)(
+            run=run,
+            training=training,
+            tokens_per_step=1,
+            meter=None,
+            stop=stop,
+            model=model,
+            args=arguments,
+            train_dataset=rows,
+            processing_class=tokenizer,
+            callbacks=[ProgressLine(recipe.name), stop],
+            **extra,
+        )
+    prepared = trainer.train_dataset
+    # Read to the end once: rows are packed, or padded pairs, so that steps differ in tokens.
+    parts = ("input_ids", "prompt_ids", "chosen_ids", "prompt_ids", "rejected_ids")
+    tokens = sum(len(ids) for name in parts if name in prepared.column_names for ids in prepared[name])
+    trainer.clock.tokens_per_step = round(training.batch_size * tokens / len(prepared))
+    # TRL names a token to pad with, which the saved model must not have: it would never learn that token.
+    trainer.model.config.pad_token_id = pad
+    trainer.processing_class = None  # every checkpoint gets the run's tokenizer
+    epochs = training.steps * training.batch_size / len(prepared)
+    report(f"{recipe.name}: {recipe.method} on {summary['train']:,} conversations, {tokens:,} tokens")
+    return fit(trainer, recipe.name, epochs, report, resume)
