@@ -410,8 +410,7 @@ class ScorerLM(HFLM):
         prompts takes more memory and as much time, and a growing cache is copied for every token.
         """
         mark = generation_kwargs.pop("mark_not_ended", False)
-        temperature = generation_kwargs.setdefault("temperature", 0.0)
-        if temperature == 0.0 and not generation_kwargs.get("do_sample"):
+        if generation_kwargs.setdefault("temperature", 0.0) == 0.0 and not generation_kwargs.get("do_sample"):
             generation_kwargs["do_sample"] = False
             del generation_kwargs["temperature"]
         if not self.unshared_because and self.device.type == "cpu":
