@@ -4,9 +4,9 @@ import copy
 import json
 import logging
 import os
-import subprocess
 import sys
 
+import fresh
 import pytest
 import torch
 from tiny_model import TOLERANCE, assert_same_gradients, difference, gradients, make_model, tokens
@@ -146,11 +146,12 @@ def test_both_loaders_work_in_a_fresh_process_without_a_warning(tmp_path):
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     environment |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
     for folder, again in (("first", "second"), ("second", "third")):
-        command = [sys.executable, "-c", LOADERS, tmp_path / folder, tmp_path / again]
-        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
+        command = [sys.executable, "-I", "-c", LOADERS, str(tmp_path / folder), str(tmp_path / again)]
+        process = fresh.Popen(command, tmp_path, environment)
+        printed = process.communicate()[0]
+        assert process.returncode == 0, printed
         for word in ("type `", "deprecated", "not support", "mismatch"):
-            assert word not in result.stderr, result.stderr
+            assert word not in printed, printed
         files = {file.name for file in (tmp_path / again).iterdir()}
         assert {"configuration_nanophi.py", "modeling_nanophi.py", "model.safetensors", "config.json"} <= files
 

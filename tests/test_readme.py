@@ -1,6 +1,8 @@
 """What README.md says to type works as it stands: its commands, on a demo of a few steps and a few documents."""
 
+import contextlib
 import gzip
+import io
 import json
 import os
 import pydoc_data.topics
@@ -11,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fresh
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -98,9 +101,11 @@ def folder(tmp_path_factory):
 def demo(folder):
     """What `make demo` leaves, and what it printed."""
     makefile = (ROOT / "Makefile").read_text()
-    line = re.search(r"^demo:.*\n\t\$\(BIN\)/nanophi (.*)$", makefile, flags=re.MULTILINE)
-    out = shell([sys.executable, "-m", "nanophi", *shlex.split(line.group(1))], folder)
-    return folder, out
+    line = re.search(r"^demo:.*\n\t\$\(BIN\)/nanophi (.*) --jobs 2$", makefile, flags=re.MULTILINE)
+    with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), "utf-8")) as printed:
+        nanophi(shlex.split(line.group(1)))
+    printed.seek(0)
+    return folder, printed.read()
 
 
 def test_the_demo_prints_what_the_readme_shows(demo):
@@ -163,7 +168,10 @@ def test_the_python_snippet_runs(demo):
     trusting = snippet.replace('release")', 'release", trust_remote_code=True)')
     assert trusting != snippet
     code = snippet + trusting + "print(type(generator.model).__name__)"
-    out = shell([sys.executable, "-I", "-c", code], folder, HF_MODULES_CACHE=str(folder / "modules"))
+    environment = {**os.environ, "HF_MODULES_CACHE": str(folder / "modules")}
+    done = fresh.Popen([sys.executable, "-I", "-c", code], folder, environment)
+    out = done.communicate()[0]
+    assert done.returncode == 0, out
     assert out.count(expected) == 2
     assert "NanoPhiForCausalLM" in out
     for complaint in ("newly initialized", "You are using a model of type"):
