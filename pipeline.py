@@ -134,7 +134,7 @@ class Pipeline(ChatStages):
         from nanophi.training import arguments, chat, continuation
 
         if self.recipe.conversations:
-            chat.check()
+            chat.trl()
             bases.find(str(self.recipe.base))
         # A machine that only trains may lack lm-eval.
         with contextlib.suppress(ImportError):
@@ -398,11 +398,12 @@ def run_recipes(
             pipeline.page()
             pipeline.verification()
     first = pipelines[0]
-    if len(pipelines) > 1:
+    if len(pipelines) > 1 or first.recipe.conversations:
         report("\n" + render.to_text(read_json(first.path / "comparison.json")))
     for pipeline in pipelines:
         sample = read_json(pipeline.path / "sample.json")
-        report(f"\n{pipeline.recipe.name} writes:\n{sample['text']}")
+        asked = "" if isinstance(sample["prompt"], str) else sample["prompt"][-1]["content"] + "\n"
+        report(f"\n{pipeline.recipe.name} writes:\n{asked}{sample['text']}")
     report(f"\nreport:  {first.path / 'report.html'}\nrelease: {first.path / 'release'}")
 
 

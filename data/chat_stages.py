@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,8 @@ from nanophi.data.stages import DataStages
 from nanophi.files import copy_tree, read_json, sha256_of_file, write_json
 
 OUTPUTS = ["data/base", "data/conversations", "data/tokenizer", "data/tokens", "data/documents", "data/quality"]
-MODEL_FILES = (
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    "configuration_nanophi.py",
-    "modeling_nanophi.py",
-)
+TOKENIZER = re.compile(r"(tokenizer|special_tokens|added_tokens|vocab|merges|chat_template)[\w.]*")
+MODEL = re.compile(r"(generation_)?config\.json|model\.safetensors|(configuration|modeling)_nanophi\.py")
 
 
 class ChatStages(DataStages):
@@ -38,9 +34,10 @@ class ChatStages(DataStages):
 
         recipe, base = self.recipe, bases.find(str(self.recipe.base))
         pinned = self.pinned(recipe.conversations)
+        files = sorted(file for file in base.model.iterdir() if TOKENIZER.fullmatch(file.name))
         inputs = {
             "base": sha256_of_file(base.model / "model.safetensors"),
-            "tokenizer": [sha256_of_file(path) for path in sorted(base.model.glob("*token*.json"))],
+            "tokenizer": [sha256_of_file(file) for file in files],
             "conversations": [source.model_dump(mode="json") for source in pinned],
             "sources": [sources.fingerprint(source, self.inputs.contents) for source in pinned],
             "method": recipe.method,
@@ -50,35 +47,28 @@ class ChatStages(DataStages):
         def build(work: Path) -> dict[str, Any]:
             from transformers import AutoTokenizer
 
-            folder = work / "data/tokenizer"
+            folder, output = work / "data/tokenizer", work / "data/conversations"
             folder.mkdir(parents=True)
-            for file in base.model.glob("*"):
-                if file.name.startswith(
-                    ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template")
-                ):
-                    shutil.copyfile(file, folder / file.name)
+            for file in files:
+                shutil.copyfile(file, folder / file.name)
             config = read_json(folder / "tokenizer_config.json")
-            template = config.get("chat_template") is None and not (folder / "chat_template.jinja").exists()
-            if template:
+            own = not config.get("chat_template") and not (folder / "chat_template.jinja").exists()
+            if own:
                 write_json(folder / "tokenizer_config.json", {**config, "chat_template": conversations.TEMPLATE})
             tokenizer = AutoTokenizer.from_pretrained(folder)
             context = read_json(base.model / "config.json")["max_position_embeddings"]
-            summary = conversations.build(
-                pinned, recipe.method, tokenizer, context, base.documents, work / "data/conversations"
-            )
-            summary |= {"base": base.recipe["name"], "repo_id": base.repo_id, "own_template": template}
-            for file in (base.model / name for name in MODEL_FILES):
-                if file.exists():
-                    copy_tree(file, work / "data/base" / file.name)
-            for file in folder.iterdir():
+            read = base.documents if base.documents and any(base.documents.glob("train-*.parquet")) else None
+            summary = conversations.build(pinned, recipe.method, tokenizer, context, read, output)
+            summary |= {"base": base.recipe["name"], "repo_id": base.repo_id, "own_template": own}
+            for file in [*filter(lambda file: MODEL.fullmatch(file.name), base.model.iterdir()), *folder.iterdir()]:
                 copy_tree(file, work / "data/base" / file.name)
-            for name in ("documents", "quality"):
-                write_json(work / f"data/{name}/{name}.json", read_json(base.record(name)))
-            hashes = {key: summary.pop(f"{key}_sha256") for key in ("train", "heldout")}
-            write_json(work / "data/tokens/tokens.json", {**read_json(base.record("tokens")), "conversations": hashes})
+            hashes = {"conversations": {key: summary.pop(f"{key}_sha256") for key in ("train", "heldout")}}
+            for name, record in base.records.items():
+                content = read_json(record) | (hashes if name == "tokens" else {})
+                write_json(work / f"data/{name}/{name}.json", content)
             for file in base.documents.glob("heldout-*.parquet") if base.documents else ():
                 copy_tree(file, work / "data/documents" / file.name)
-            write_json(work / "data/conversations/conversations.json", summary)
+            write_json(output / "conversations.json", summary)
             return summary
 
         return self._stage("conversations", inputs, OUTPUTS, build, shared=False, accept=self._keep_data_of_weights)

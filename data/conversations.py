@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanophi.data import documents, formats, questions, sources
-from nanophi.files import UserError, sha256_of, user_errors, write_json
+from nanophi.files import UserError, sha256_of, user_errors
 from nanophi.inputs import shown
 from nanophi.recipe import Source
 
@@ -65,7 +65,8 @@ def build(
     counts: dict[str, Counter[str]] = {}
     own_split = any(source.heldout for source in given)
     for source in given:
-        count = counts.setdefault(sources.name_of(source), Counter())
+        name = source.embedded or sources.name_of(source)
+        count = counts.setdefault(name, Counter())
         for where, row, held in itertools.islice(_rows(source), source.max_documents):
             count["read"] += 1
             prompt, chosen, rejected = conversation(row, where, method)
@@ -101,7 +102,7 @@ def build(
                 train.append({"input_ids": ids, "assistant_masks": mask})
             count["train"] += 1
         if not count["read"]:
-            raise UserError(f"source {sources.name_of(source)} holds no conversations")
+            raise UserError(f"source {name} holds no conversations")
     if not train:
         raise UserError(f"no conversation is left to train on: {dict(sum(counts.values(), Counter()))}")
     base = None if base_text is None else _squeezed(base_text)
@@ -119,12 +120,12 @@ def build(
             "no conversation is left to be held out; add a source with heldout: true whose answers are not among those "
             "to train on"
         )
-    output.mkdir(parents=True, exist_ok=True)
+    output.mkdir(parents=True)
     pq.write_table(pa.Table.from_pylist(train), output / "train.parquet")
     pq.write_table(pa.Table.from_pylist(kept), output / "heldout.parquet")
     for row in kept:
         counts[row["source"]]["heldout"] += 1
-    summary = {
+    return {
         "train": len(train),
         "heldout": len(kept),
         "tokens": sum(len(row.get("input_ids", ())) for row in train) or None,
@@ -133,8 +134,6 @@ def build(
         "train_sha256": sha256_of(train),
         "heldout_sha256": sha256_of(kept),
     }
-    write_json(output / "conversations.json", summary)
-    return summary
 
 
 def heldout(run: Path, count: int = 5) -> list[dict[str, Any]]:

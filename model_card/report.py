@@ -42,7 +42,8 @@ def build(run: Path, output: Path) -> dict[str, Any]:
     records = shipped.collect(run, shipped.final_checkpoint(run))
     training, recipe = records["training.json"], records["recipe.yaml"]
     quality = read_json(run / "data" / "quality" / "quality.json")
-    documents = _documents(run, quality["histogram"]["edges"])
+    # What a chat model's base was chosen from is not part of its run.
+    documents = [] if recipe.get("conversations") else _documents(run, quality["histogram"]["edges"])
     data = {
         "run": recipe["name"],
         "name": recipe["card"]["title"] or recipe["name"],
@@ -55,7 +56,7 @@ def build(run: Path, output: Path) -> dict[str, Any]:
         "by_source": by_source(records),
         "ablation": _ablation(run / "ablation.json"),
         "written": training.get("samples", []),
-        "samples": read_json(run / "sample.json") if (run / "sample.json").exists() else None,
+        "samples": _samples(run / "sample.json"),
         # Not the shipped record: names of sources must be those of the documents.
         "quality": {key: quality[key] for key in ("rule", "threshold", "documents", "bytes", "histogram", "sources")},
         "documents": documents,
@@ -63,6 +64,16 @@ def build(run: Path, output: Path) -> dict[str, Any]:
     page = TEMPLATE.read_text(encoding="utf-8").replace(PLACE_OF_DATA, _script_safe(data))
     write_text(output, page)
     return {"bytes": len(page.encode()), "documents": len(documents)}
+
+
+def _samples(path: Path) -> dict[str, Any] | None:
+    """The sample texts, of messages with the last one as their prompt."""
+    sample = read_json(path) if path.exists() else None
+    if sample is not None and not isinstance(sample["prompt"], str):
+        question = sample["prompt"][-1]["content"] + "\n"
+        texts = {name: question + text for name, text in sample["checkpoints"].items()}
+        sample |= {"prompt": question, "checkpoints": texts}
+    return sample
 
 
 def _script_safe(value: Any) -> str:

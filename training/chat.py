@@ -25,25 +25,19 @@ from nanophi.training.callbacks import ProgressLine, SaveAndStop
 from nanophi.training.continuation import base_model
 from nanophi.training.run_trainer import RunTrainer, fit
 
-MISSING = "conversations need TRL: pip install 'nanophi[chat]'"
 
-
-def check() -> None:
-    """Raise `UserError` where TRL is not installed."""
-    _trl()
-
-
-def _trl() -> Any:
+def trl() -> Any:
+    """TRL. Raises `UserError` where it is not installed."""
     try:
         import trl
     except ImportError:
-        raise UserError(MISSING) from None
+        raise UserError("conversations need TRL: pip install 'nanophi[chat]'") from None
     return trl
 
 
 def trainer_class(method: str) -> type[RunTrainer]:
     """TRL's trainer of a method with a run directory."""
-    kind: Any = {"sft": _trl().SFTTrainer, "dpo": _trl().DPOTrainer}[method]
+    kind: Any = trl().SFTTrainer if method == "sft" else trl().DPOTrainer
 
     class ChatTrainer(RunTrainer, kind):
         def _send_telemetry(self) -> None:
@@ -79,9 +73,9 @@ def settings(recipe: Recipe, run: Path, context: int) -> Any:
     """TRL's configuration for a recipe: its `training` section, and what makes it the recipe's method."""
     common: dict[str, Any] = {"max_length": context, "eval_strategy": "no", "gradient_checkpointing": False}
     if recipe.method == "sft":
-        kind, more = _trl().SFTConfig, {"packing": True, "packing_strategy": "bfd"}
+        kind, more = trl().SFTConfig, {"packing": True, "packing_strategy": "bfd"}
     else:
-        kind, more = _trl().DPOConfig, {"beta": recipe.beta}
+        kind, more = trl().DPOConfig, {"beta": recipe.beta}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # TRL's name of gradient_checkpointing is the old one
         return training_arguments(recipe.training, run, recipe.training_seed, world_size(), kind, **common, **more)

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 NEW_TOKENS = 32
+MESSAGES = [{"role": "user", "content": "What does os.path.join do?"}]
 
 
 def load(folder: str, trust: bool, texts: list, logits: str) -> dict:
@@ -42,6 +43,11 @@ def load(folder: str, trust: bool, texts: list, logits: str) -> dict:
                 pad_token_id=0,
             )
             generated.append(tokens[0, prompt.shape[1] :].tolist())
+    answer = None
+    # Messages are promised from 4.57 on.
+    if getattr(tokenizer, "chat_template", None) and not transformers.__version__.startswith("4.3"):
+        ask: Any = pipeline("text-generation", model=model, tokenizer=tokenizer)
+        answer = ask(MESSAGES, max_new_tokens=NEW_TOKENS, do_sample=False)[0]["generated_text"][-1]
     frequencies = {name: value.tolist() for name, value in model.named_buffers() if name.endswith(".inv_freq")}
     return {
         "class": type(model).__name__,
@@ -50,6 +56,7 @@ def load(folder: str, trust: bool, texts: list, logits: str) -> dict:
         "ids": [ids[0].tolist() for ids in encoded],
         "decoded": [tokenizer.decode(ids[0]) for ids in encoded],
         "generated": generated,
+        "answer": answer,
         "frequencies": frequencies,
         "uses_nanophi": "nanophi" in sys.modules,
     }

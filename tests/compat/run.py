@@ -1,4 +1,4 @@
-"""One release under old and new transformers: the same tokens and logits with both loaders.
+"""One release under old and new transformers: the same tokens, logits and answers to messages with both loaders.
 
     python tests/compat/run.py [RELEASE ...]        (make compat RELEASE=runs/demo/release)
 
@@ -70,6 +70,7 @@ def small_releases(folder: Path) -> dict[str, Path]:
 
     from nanophi import NanoPhiConfig, NanoPhiForCausalLM
     from nanophi.data import tokenizer
+    from nanophi.data.conversations import TEMPLATE
     from nanophi.model_card import release
     from nanophi.recipe import Tokenizer
 
@@ -96,6 +97,8 @@ def small_releases(folder: Path) -> dict[str, Path]:
             "bfloat16",
         ),
     }
+    config = read_json(folder / "tokenizer" / "tokenizer_config.json")
+    write_json(folder / "tokenizer" / "tokenizer_config.json", {**config, "chat_template": TEMPLATE})
     run, card = folder / "run", folder / "card"
     hashes = {"sha256": "0" * 64}
     write_json(run / "record.json", {"environment": {}, "stages": {}})
@@ -175,6 +178,8 @@ def problems(answer: dict[str, Any], reference: dict[str, Any], folder: Path, tr
             for n, pair in enumerate(zip(answer[key], reference[key], strict=True))
             if pair[0] != pair[1]
         ]
+    if answer["answer"] not in (None, reference["answer"]):
+        wrong.append(f"messages are answered by {answer['answer']}, not {reference['answer']}")
     a, b = (load_file(one["logits"])["logits"].double() for one in (answer, reference))
     difference = torch.dist(a, b, float("inf")).item() if a.shape == b.shape else float("inf")
     if not difference <= TOLERANCE:
