@@ -4,7 +4,8 @@
 
 Text is cut into the same tokens; at f16 the likeliest token is the same at each of 64 greedy steps after each of ten
 prompts, except where our two likeliest tokens are nearer to each other than the largest difference of logits on the
-held-out text; perplexity on 20,000 held-out tokens differs by at most 0.5 % at f16 and 2 % at q8_0. Exit status 1 if
+held-out text; a chat model answers the questions of its card as transformers does, with the same exception; perplexity
+on 20,000 held-out tokens differs by at most 0.5 % at f16 and 2 % at q8_0. Exit status 1 if
 not. The result goes to
 benchmarks/gguf_check.json (`--output`).
 """
@@ -19,12 +20,13 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+import yaml
 from llama_cpp import Llama  # `make gguf` builds it
 from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from nanophi import NanoPhiForCausalLM
-from nanophi.files import sha256_of_file, write_json
+from nanophi.files import read_json, sha256_of_file, write_json
 from nanophi.model_card import gguf
 from nanophi.run import environment, now
 
@@ -61,6 +63,33 @@ def other_choices(ours: torch.Tensor, theirs: torch.Tensor, noise: float) -> tup
     return int(differs.sum()), int((differs & (best[:, 0] - best[:, 1] > noise)).sum())
 
 
+def other_answers(
+    ours: Any, theirs: Llama, tokenizer: Any, conversations: list[list[dict[str, str]]], noise: float
+) -> int:
+    """How many conversations llama.cpp answers otherwise than transformers, greedily, through the chat template.
+
+    Args:
+        noise: as in `other_choices`, for the first token that differs.
+    """
+    different = 0
+    for messages in conversations:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        prompt = tokenizer(text, return_tensors="pt").input_ids
+        settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": tokenizer.eos_token_id}
+        tokens = ours.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
+        expected = tokenizer.decode(tokens[0, prompt.shape[1] :], skip_special_tokens=True)
+        answer = theirs.create_chat_completion(messages, max_tokens=NEW_TOKENS, temperature=0.0, repeat_penalty=1.0)
+        found = answer["choices"][0]["message"]["content"]
+        if found == expected:
+            continue
+        others, own = tokenizer(found).input_ids, tokens[0, prompt.shape[1] :].tolist()
+        first = next((i for i, pair in enumerate(zip(others, own, strict=False)) if pair[0] != pair[1]), len(others))
+        with torch.no_grad():
+            best = ours(tokens[:, : prompt.shape[1] + first]).logits[0, -1].topk(2).values
+        different += (best[0] - best[1]).item() > noise
+    return different
+
+
 def cross_entropy(logits: torch.Tensor, row: list[int]) -> float:
     """Summed over all tokens of a row but the first, in nats."""
     return torch.nn.functional.cross_entropy(logits[:-1].double(), torch.tensor(row[1:]), reduction="sum").item()
@@ -73,6 +102,8 @@ def check(release: Path, rows: list[list[int]], kinds: dict[str, float], threads
     texts = [tokenizer.decode(row) for row in rows]
     prompts = [row[:PROMPT_TOKENS] for row in rows[:: max(1, len(rows) // PROMPTS)][:PROMPTS]]
     continuations = [our_greedy(ours, prompt, NEW_TOKENS) for prompt in prompts]
+    sample = release / "records" / "sample.json"
+    asked = [row["messages"] for row in read_json(sample).get("conversations", [])] if sample.is_file() else []
     scored = sum(len(row) - 1 for row in rows)
     loss = 0.0
     for row in rows:
@@ -112,6 +143,7 @@ def check(release: Path, rows: list[list[int]], kinds: dict[str, float], threads
                 positions = slice(len(prompt) - 1, -1)
                 different, counted = other_choices(expected[positions], llama_logits(theirs, row)[positions], largest)
                 near_ties, wrong = near_ties + different - counted, wrong + counted
+            answered = other_answers(ours, theirs, tokenizer, asked, largest) if kind == "f16" else 0
             theirs.close()
             relative = math.exp(loss / scored) / perplexity - 1
             result["kinds"][kind] = {
@@ -119,6 +151,7 @@ def check(release: Path, rows: list[list[int]], kinds: dict[str, float], threads
                 "texts_cut_into_the_same_tokens": f"{same_text} of {len(texts)}",
                 "tokens_chosen_otherwise": f"{wrong} of {len(prompts) * NEW_TOKENS}",
                 "near_ties_chosen_otherwise": near_ties,
+                "conversations_answered_otherwise": f"{answered} of {len(asked)}",
                 "mean_logit_difference": round(total / len(rows), 6),
                 "largest_logit_difference": round(largest, 5),
                 "perplexity": round(math.exp(loss / scored), 5),
@@ -127,6 +160,8 @@ def check(release: Path, rows: list[list[int]], kinds: dict[str, float], threads
             print(kind, result["kinds"][kind], flush=True)
             if same_text < len(texts):
                 failures.append(f"{kind}: {len(texts) - same_text} texts are cut into other tokens")
+            if answered:
+                failures.append(f"{kind}: {answered} of {len(asked)} conversations are answered otherwise")
             if kind == "f16" and wrong:
                 failures.append(f"{kind}: {wrong} tokens are chosen otherwise, by more than {largest:.3g} of logits")
             if not abs(relative) <= limit:
@@ -143,7 +178,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
     arguments = parser.parse_args()
-    heldout = arguments.heldout or arguments.release.parent / "data" / "tokens" / "heldout"
+    run = arguments.release.parent
+    if (run / "data" / "conversations").is_dir():  # a chat model is checked on its base's rows
+        run = run.parent / Path(yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))["base"]).name
+    heldout = arguments.heldout or run / "data" / "tokens" / "heldout"
     if not heldout.is_dir():
         sys.exit(f"gguf_check: {heldout} is missing; name a folder of packed rows with --heldout")
     torch.set_num_threads(arguments.threads)
