@@ -9,7 +9,7 @@ from typing import Any
 
 from nanophi import bases
 from nanophi.data.stages import DataStages
-from nanophi.files import copy_tree, read_json, sha256_of_file, write_json
+from nanophi.files import UserError, copy_tree, read_json, sha256_of_file, write_json
 
 OUTPUTS = ["data/base", "data/conversations", "data/tokenizer", "data/tokens", "data/documents", "data/quality"]
 TOKENIZER = re.compile(r"(tokenizer|special_tokens|added_tokens|vocab|merges|chat_template)[\w.]*")
@@ -24,9 +24,11 @@ class ChatStages(DataStages):
         return self.conversations() if self.recipe.conversations else super().tokens()
 
     def require_tokens(self) -> None:
-        """Check that it is there already."""
+        """Check that it is there already. Raises `UserError` if it is not."""
         if not self.recipe.conversations:
             super().require_tokens()
+        elif not (self.path / "data/conversations").exists():
+            raise UserError(f"{self.path / 'data/conversations'} is missing; run `nanophi prepare` on the recipe")
 
     def conversations(self) -> dict[str, Any]:
         """The base with a chat template, the conversations, and what the card says of how the base was made."""

@@ -86,14 +86,8 @@ def build(
             if held or (held is None and not own_split and int(key[:8], 16) / 2**32 < HELDOUT_SHARE):
                 text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
                 if len(tokenizer(text).input_ids) + ANSWER_TOKENS < context:
-                    name = sources.name_of(source)
-                    candidates[key] = {
-                        "id": key[:16],
-                        "source": name,
-                        "messages": turns,
-                        "prompt": text,
-                        "answer": answer,
-                    }
+                    row = {"id": key[:16], "source": name, "messages": turns}
+                    candidates[key] = row | {"prompt": text, "answer": answer}
                 continue
             learned.update(turn["content"].strip() for turn in chosen if turn["role"] == "assistant")
             if method == "dpo":

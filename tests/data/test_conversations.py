@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from nanophi.data import questions
 from nanophi.files import UserError, read_json, write_json
+from nanophi.pipeline import Pipeline
 from nanophi.recipe import load_recipe
 
 ROWS = [{"messages": talk(number)} for number in range(4)]
@@ -151,3 +152,13 @@ def test_questions_are_split_by_object(monkeypatch, tmp_path):
     assert held and not held & {answer for out, _, answer in rows if not out}
     assert any(row[1:] == ("Which arguments does m0.f0 take?", "It takes a and *b.") for row in rows)
     assert len({question for _, question, _ in rows}) == len(rows)
+
+
+def test_embedded_questions_are_a_source(runs, monkeypatch):
+    rows = [(number % 3 == 0, f"What is {number}?", f"Number {number}.") for number in range(9)]
+    monkeypatch.setattr(questions, "conversations", lambda: iter(rows))
+    recipe = load_recipe("demo", [f"base={runs}/base", "conversations=[{embedded: questions}]", "name=asked"])
+    run = Pipeline(recipe, runs, report=lambda line: None)
+    with pytest.raises(UserError, match="is missing; run `nanophi prepare`"):
+        Pipeline(recipe, runs, build=("training",), report=lambda line: None).training()
+    assert run.tokens()["sources"] == {"questions": {"read": 9, "train": 6, "heldout": 3}}
