@@ -315,12 +315,14 @@ def fit(
         trainer._save_checkpoint(trainer.model, None)  # the state was there, but the checkpoint had been removed
     history = trainer.history()
     steady = [entry["tokens_per_second"] for entry in history["log"][1:]] or [history["log"][0]["tokens_per_second"]]
+    # Adapters are merged into the checkpoints.
+    sizes = [value.numel() for name, value in trainer.model.named_parameters() if ".lora_" not in name]
     summary = {
         "checkpoint": f"checkpoints/{final.name}",
         "steps": training.steps,
         "tokens_seen": training.steps * trainer.clock.tokens_per_step,
         "epochs": epochs,
-        "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
+        "parameters": sum(sizes),
         "precision": "bf16" if trainer.args.bf16 else "fp32",
         "seconds": history["log"][-1]["elapsed_seconds"],
         "tokens_per_second": float(np.median(steady)),

@@ -1,0 +1,63 @@
+"""A chat model's card and release: what it is based on, what it answers, and what alignment cost."""
+
+import shutil
+
+import gguf as library
+import pytest
+import yaml
+from chat_run import pipeline, talk
+from huggingface_hub import ModelCard
+
+from nanophi.data.conversations import TEMPLATE
+from nanophi.files import read_json
+from nanophi.model_card import gguf, markup, verify
+from nanophi.model_card.shipped import read_records
+
+
+@pytest.fixture(scope="module")
+def run(finished_run, tmp_path_factory):
+    runs = tmp_path_factory.mktemp("chat")
+    shutil.copytree(finished_run, runs / "base")
+    recipe = yaml.safe_load((runs / "base/recipe.yaml").read_text())
+    recipe["card"]["repo_id"] = "someone/base"
+    (runs / "base/recipe.yaml").write_text(yaml.safe_dump(recipe))
+    rows = [{"messages": talk(number)[:2]} for number in range(8)]
+    training = {"steps": 2, "save_steps": 2, "batch_size": 2}
+    run = pipeline(runs, rows, training=training, evaluation={"suites": []}, lora={"rank": 2})
+    run.comparison([run])
+    run.release()
+    return run
+
+
+def test_the_card_says_what_a_chat_model_is(run):
+    release = run.path / "release"
+    assert verify.card_problems(release, read_records(release / "records")) == []
+    text = (release / "README.md").read_text()
+    data = ModelCard(text).data
+    assert (data.base_model, data.base_model_relation) == ("someone/base", "finetune")
+    assert data.widget == [{"messages": [{"role": "user", "content": "Tell me."}]}] and "sft" in data.tags
+    answer = read_json(run.path / "sample.json")["text"]
+    for part in (
+        "after supervised fine-tuning on 8 conversations",
+        "rank 2",
+        "### A conversation",
+        markup.fenced(answer),
+    ):
+        assert part in text
+    assert "trained from scratch on" not in text
+
+
+def test_what_alignment_cost_is_paired_with_the_base(run):
+    comparison = read_json(run.path / "comparison.json")
+    assert comparison["labels"] == ["chat", comparison["baseline"]]
+    row = comparison["tasks"]["answers_bits_per_byte"]
+    assert row["scores"]["chat"]["items"] == row["differences"]["chat"]["items"] == 1
+    assert set(comparison["tasks"]["answers_ended"]["scores"]) == set(comparison["labels"])
+    assert "| held-out answers (lower is better) |" in (run.path / "release/README.md").read_text()
+
+
+def test_the_template_travels(run, tmp_path):
+    assert read_json(run.path / "release/tokenizer_config.json")["chat_template"] == TEMPLATE
+    gguf.write(run.path / "release", tmp_path / "x.gguf", "f32")
+    field = library.GGUFReader(tmp_path / "x.gguf").get_field("tokenizer.chat_template")
+    assert field.contents() == TEMPLATE
