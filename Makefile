@@ -20,7 +20,7 @@ demo: $(INSTALLED) ## train, evaluate and release two small models: 6 minutes on
 	$(BIN)/nanophi run demo demo-control --jobs 2
 
 test: $(INSTALLED) lint ## lint, types, tests and their coverage: 6 minutes on 2 cores
-	OMP_NUM_THREADS=1 $(PYTEST) --numprocesses 2 --dist loadfile \
+	OMP_NUM_THREADS=1 $(PYTEST) --numprocesses 2 --dist loadfile --no-loadscope-reorder \
 		--cov nanophi --cov-config tests/coverage.ini --cov-report term tests
 
 lint: $(INSTALLED) ## ruff and mypy

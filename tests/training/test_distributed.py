@@ -63,10 +63,10 @@ def train():
     # Only the main process decides where to resume.
     resume = checkpoints.last_whole(Path(RUN)) if os.environ["RANK"] == "0" else None
     settings = {"seed": 1, "label": "test", "prompt": PROMPT, "resume": resume}
-    try:
-        trainer.train(Path(RUN), Training(**CHANGES), NanoPhiConfig(**CONFIG), **settings)
-    except UserError as error:
-        sys.exit(f"rank {os.environ['RANK']}: {error}")
+    trainer.train(Path(RUN), Training(**CHANGES), NanoPhiConfig(**CONFIG), **settings)
+
+def saved():
+    return sorted(path.name for path in Path(RUN, "training_state").glob("step*"))
 
 trainer.NanoPhiTrainer.training_step = dying_step
 
@@ -75,10 +75,19 @@ if DIE is not None:
         train()
     except KeyboardInterrupt:
         # 25 was saved because it was evaluated.
-        names = sorted(path.name for path in Path(RUN, "training_state").glob("step*"))
-        assert names == ["step-000020", "step-000025"], names
+        assert saved() == ["step-000020", "step-000025"], saved()
     DIE = None
-train()
+if SIGNAL is not None:
+    try:
+        train()
+    except UserError as error:
+        print(f"rank {os.environ['RANK']}: {error}", file=sys.stderr, flush=True)
+        assert saved() == ["step-000012"], saved()
+    SIGNAL = None
+try:
+    train()
+except UserError as error:
+    sys.exit(f"rank {os.environ['RANK']}: {error}")
 """
 
 
@@ -132,20 +141,18 @@ def assert_same_evaluations(run: Path, reference: Path) -> None:
 
 
 def test_replicated_processes_stop_together_whoever_gets_the_signal(one, tmp_path):
-    """One process alone, then the launcher; each time all save the same step, and the next run resumes there."""
+    """One process alone, then the launcher; each time all save the same step, and the next training resumes there."""
     run, optimizer = add_sources(make_run(tmp_path / "run")), "muon"
     changes = {**CHANGES, "optimizer": optimizer}
-    status, errors = finish(launch_on_two(run, changes, SIGNAL=11))
-    assert status != 0
-    assert re.search(r"rank \d: stopped by (SIGTERM|a signal to another process) after saving step 12", errors), errors
-    assert [state.name for state in checkpoints.states(run)] == ["step-000012"]
-    process = launch_on_two(run, changes, TELL=15)
+    process = launch_on_two(run, changes, SIGNAL=11, TELL=15)
     deadline = time.monotonic() + 120
     while not (run / "there").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     status, errors = finish(process)
     assert status != 0
+    said = r"rank {}: stopped by (SIGTERM|a signal to another process) after saving step 12"
+    assert all(re.search(said.format(rank), errors) for rank in (0, 1)), errors
     assert checkpoints.damage(checkpoints.states(run)[-1]) is None
     assert 15 < step_of(checkpoints.states(run)[-1]) < STEPS, errors
     status, errors = finish(launch_on_two(run, changes))
