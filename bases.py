@@ -38,7 +38,7 @@ def find(name: str) -> Base:
             raise UserError(f"base: {name} does not exist here, and is not a Hub id like ORG/NAME or ORG/NAME@REVISION")
         from huggingface_hub import snapshot_download
 
-        with user_errors(f"base: {name} cannot be downloaded"):
+        with user_errors(f"base: there is no folder {name} here, and it cannot be downloaded from the Hub"):
             folder = Path(snapshot_download(repo_id, revision=revision or None))
     model, recipe_file, pattern, run = folder, folder / "records/recipe.yaml", "records/{0}.json", folder.parent
     if (folder / "record.json").is_file():
@@ -65,12 +65,12 @@ def inherit(values: dict[str, Any]) -> dict[str, Any]:
 
     A recipe that says all that itself, by `extends`, can be read where its base is not.
     """
-    try:
-        recipe = find(str(values.get("base") or "")).recipe
-    except UserError:
-        if all(key in values for key in INHERITED):
-            return values
-        raise
+    name = values.get("base")
+    if not name or not isinstance(name, str):
+        raise UserError("'conversations' needs 'base': the run or release that learns from them")
+    if not local(name).is_dir() and all(key in values for key in INHERITED):
+        return values
+    recipe = find(name).recipe
     licence = {key: recipe["card"].get(key) for key in ("license", "license_name", "license_link")}
     suites = {key: recipe["evaluation"][key] for key in ("suites", "data", "limit")}
     inherited = {"evaluation": suites | values.get("evaluation", {}), "card": licence | values.get("card", {})}

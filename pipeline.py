@@ -18,7 +18,7 @@ from nanophi.files import UserError, read_json, remove, sha256_of_file, write_js
 from nanophi.inputs import local
 from nanophi.jobs import side_by_side
 from nanophi.recipe import Recipe
-from nanophi.run import RunDirectory, environment, step_folders, step_name, step_of
+from nanophi.run import RunDirectory, differences, environment, step_folders, step_name, step_of
 
 if TYPE_CHECKING:
     from nanophi.configuration_nanophi import NanoPhiConfig
@@ -135,7 +135,8 @@ class Pipeline(ChatStages):
 
         if self.recipe.conversations:
             chat.trl()
-            bases.find(str(self.recipe.base))
+            if changed := differences(bases.find(str(self.recipe.base)).recipe["model"], self.recipe.model):
+                raise UserError(f"{self.recipe.name}: 'model' is not its base's ({changed[0]}); leave it out")
         # A machine that only trains may lack lm-eval.
         with contextlib.suppress(ImportError):
             from nanophi.eval import suites

@@ -323,8 +323,6 @@ class Recipe(Section):
 
     @pydantic.model_validator(mode="after")
     def chat(self) -> Recipe:
-        if self.conversations and self.base is None:
-            raise ValueError("'conversations' needs 'base': the run or release that learns from them")
         if not self.conversations and (self.method != "sft" or self.lora):
             raise ValueError("'method' and 'lora' need 'conversations' to train on")
         unused = ("text_column", "separator", "source_column", "weight", "streaming")

@@ -1,6 +1,7 @@
 """Conversations are read, checked and split before any training; nobody has read the answers that are held out."""
 
 import json
+import shutil
 
 import pyarrow.parquet as pq
 import pytest
@@ -73,6 +74,23 @@ def test_a_base_must_be_whole(runs):
         load_recipe("demo", ["conversations=[{embedded: questions}]"])
     with pytest.raises(UserError, match="'text_column' is for documents"):
         load_recipe("demo", [f"base={runs}/base", "conversations=[{files: x, text_column: y}]"])
+
+
+def test_a_release_is_a_base_too(runs):
+    """It brings its recipe and records; its held-out text only where its run is."""
+    release = runs / "release"
+    shutil.copytree(runs / "base/checkpoints/step-000001", release)
+    (release / "records").mkdir()
+    shutil.copyfile(runs / "base/recipe.yaml", release / "records/recipe.yaml")
+    for name in ("documents", "quality", "tokens"):
+        shutil.copyfile(runs / f"base/data/{name}/{name}.json", release / f"records/{name}.json")
+    run = pipeline(runs, ROWS, "on-release", base=str(release))
+    summary = run.tokens()
+    assert (summary["base"], summary["answers_in_base_text"]) == ("base", None)
+    assert run.suites() == ["answers"]
+    heavier = run.recipe.model_copy(update={"model": {**run.recipe.model, "num_hidden_layers": 3}})
+    with pytest.raises(UserError, match=r"'model' is not its base's \(num_hidden_layers 2 -> 3\); leave it out"):
+        Pipeline(heavier, runs, report=lambda line: None).check()
 
 
 def test_only_answers_are_learned_and_whole_turns_fit(runs):
