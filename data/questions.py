@@ -34,17 +34,14 @@ def conversations() -> Iterator[tuple[bool, str, str]]:
     """`(held out, question, answer)` in an order that depends on the installed versions alone, each question once."""
     seen: set[str] = set()
     for group in installed_docs.groups():
-        objects = _objects(group)
-        for name, kind, documentation, arguments in objects:
+        for name, kind, documentation, arguments in _objects(group):
             sentence = first_sentence(documentation)
             if sentence is None or name in seen:
                 continue
             seen.add(name)
-            short = len(documentation) < installed_docs.MINIMUM_CHARACTERS
-            held_out = short and _draw(sentence) < HELDOUT_SHARE
-            # A long docstring that begins with a held-out sentence would give its answer away.
-            if not short and _draw(sentence) < HELDOUT_SHARE:
-                continue
+            held_out = _draw(sentence) < HELDOUT_SHARE
+            if held_out and len(documentation) >= installed_docs.MINIMUM_CHARACTERS:
+                continue  # the corpus may hold it
             verb = f"What does {name} do?" if kind in ("function", "method") else f"What is {name}?"
             yield held_out, verb, sentence
             if arguments is not None:

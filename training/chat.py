@@ -17,12 +17,13 @@ from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from nanophi.configuration_nanophi import NanoPhiConfig
-from nanophi.files import UserError, read_json
+from nanophi.files import UserError
 from nanophi.recipe import Recipe
 from nanophi.training.arguments import accelerate_precision, decay_start, training_arguments, world_size
 from nanophi.training.attention import PACKED_DOCUMENTS
 from nanophi.training.callbacks import ProgressLine, SaveAndStop
 from nanophi.training.continuation import base_model
+from nanophi.training.energy import open_meter
 from nanophi.training.run_trainer import RunTrainer, fit
 
 
@@ -113,7 +114,6 @@ def train(
     elif recipe.method == "dpo":
         extra["ref_model"] = base_model(str(run / "data/base"), config)
     rows = datasets.Dataset.from_parquet(str(run / "data/conversations/train.parquet"), keep_in_memory=True)
-    summary = read_json(run / "data/conversations/conversations.json")
     stop = SaveAndStop({*training.keep_steps, *([decay_start(training)] if training.schedule == "wsd" else [])})
     pad = config.pad_token_id
     with accelerate_precision(training):
@@ -121,7 +121,7 @@ def train(
             run=run,
             training=training,
             tokens_per_step=1,
-            meter=None,
+            meter=open_meter(training, report),
             stop=stop,
             model=model,
             args=arguments,
@@ -139,5 +139,5 @@ def train(
     trainer.model.config.pad_token_id = pad
     trainer.processing_class = None  # every checkpoint gets the run's tokenizer
     epochs = training.steps * training.batch_size / len(prepared)
-    report(f"{recipe.name}: {recipe.method} on {summary['train']:,} conversations, {tokens:,} tokens")
+    report(f"{recipe.name}: {recipe.method} on {len(rows):,} conversations, {tokens:,} tokens")
     return fit(trainer, recipe.name, epochs, report, resume)

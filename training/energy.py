@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 from nanophi.files import UserError
+from nanophi.recipe import Training
 
 ENERGY_SOURCE = "codecarbon, mean grid intensity of the country"
 
@@ -65,10 +67,12 @@ class EnergyMeter:
         self._tracker.stop()
 
 
-def open_meter(country_iso_code: str, report: Callable[[str], None]) -> EnergyMeter | None:
-    """A meter; without codecarbon None, and one line to `report`."""
+def open_meter(training: Training, report: Callable[[str], None]) -> EnergyMeter | None:
+    """A meter in one process per machine, where the recipe wants one; without codecarbon one line to `report`."""
+    if not training.track_energy or int(os.environ.get("LOCAL_RANK", "0")):
+        return None
     try:
-        return EnergyMeter(country_iso_code)
+        return EnergyMeter(str(training.country_iso_code))
     except ImportError:
         report("energy is not metered, because codecarbon is not installed: pip install 'nanophi[energy]'")
         return None

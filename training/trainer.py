@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -146,10 +145,6 @@ def train(
     use_chunked_loss(model)
     if arguments.device.type == "cpu" and not training.compile:
         model.set_attn_implementation(PACKED_DOCUMENTS)
-    meter = None
-    if training.track_energy and int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        assert training.country_iso_code is not None
-        meter = open_meter(training.country_iso_code, report)
     tokens = read_json(run / "data" / "tokens" / "tokens.json")
     stop = SaveAndStop({*training.keep_steps, *([decay_start(training)] if training.schedule == "wsd" else [])})
     with accelerate_precision(training):
@@ -163,7 +158,7 @@ def train(
             train_dataset=PackedRows(run / "data/tokens/train", rows=training.steps * training.batch_size, seed=seed),
             eval_dataset=HeldoutRows(run / "data/tokens"),
             prompt=prompt,
-            meter=meter,
+            meter=open_meter(training, report),
             stop=stop,
             data_collator=PackedCollator(eos_token_id, training.isolate_documents),
             callbacks=[ProgressLine(label), stop],
