@@ -135,7 +135,10 @@ class Pipeline(ChatStages):
 
         if self.recipe.conversations:
             chat.trl()
-            if changed := differences(bases.find(str(self.recipe.base)).recipe["model"], self.recipe.model):
+            base = bases.find(str(self.recipe.base))
+            if base.documents is None and any("heldout" in suite for suite in self.recipe.evaluation.suites):
+                self.report(f"{self.recipe.name}: suites on held-out text are left out, which only a run brings")
+            if changed := differences(base.recipe["model"], self.recipe.model):
                 raise UserError(f"{self.recipe.name}: 'model' is not its base's ({changed[0]}); leave it out")
         # A machine that only trains may lack lm-eval.
         with contextlib.suppress(ImportError):
@@ -245,7 +248,7 @@ class Pipeline(ChatStages):
         if not self.recipe.conversations:
             return suites
         text = list((self.path / "data/documents").glob("heldout-*.parquet"))
-        return ["answers", *(suite for suite in suites if text or suite != "heldout")]
+        return ["answers", *(suite for suite in suites if text or "heldout" not in suite)]
 
     def final_evaluations(self, model: str | None = None) -> list[Path]:
         """Result files of the final checkpoint, or of `base`."""
