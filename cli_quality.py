@@ -54,6 +54,29 @@ def score(
 
 
 @quality_app.command()
+def join(
+    files: Annotated[str, Argument(metavar="GLOB", help="Files, or a folder, as in a recipe's sources.")],
+    scores: Annotated[str, Option(help="Data set of scores: ORG/NAME, ORG/NAME@REVISION or a folder.")],
+    output: Annotated[Path, Option(help="Folder for the joined data set.")] = Path("joined"),
+    text_column: TextColumn = "text",
+) -> None:
+    """Join texts of your own with published scores, by the SHA-256 of the text.
+
+    The folder has the documents that are in both, in the order of the scores. A recipe names it as
+    `data.sources[].hub` with `quality.scorer: column:quality_score`.
+
+    Example: nanophi quality join "web/*.parquet" --scores ORG/NAME-data
+    """
+    from nanophi.data import quality_join
+
+    summary = quality_join.join_files(files, scores, output, text_column)
+    typer.echo(
+        f"{output}: {summary['joined']} of {summary['scored']} scored documents have their text here; "
+        f"{summary['unknown']} of the texts have no score"
+    )
+
+
+@quality_app.command()
 def report(
     scores: Annotated[Path, Argument(help="A file written by `nanophi quality score`, or a run directory.")],
     threshold: Annotated[

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
+from nanophi.cli_push import Gguf, push
 from nanophi.cli_quality import quality_app
 from nanophi.files import UserError
 from nanophi.inputs import model_folder
@@ -39,9 +40,7 @@ Overrides = Annotated[
     list[str], Option("--set", metavar="SECTION.KEY=VALUE", help="Change a key of the recipe; repeatable.")
 ]
 ReleaseOrId = Annotated[str, Argument(metavar="RELEASE", help="Release folder, or id on the Hub.")]
-ReleaseFolder = Annotated[Path, Argument(metavar="RELEASE", help="Release folder.")]
 Revision = Annotated[str | None, Option(help="Branch, tag or commit on the Hub.")]
-Gguf = Annotated[str | None, Option(metavar="KINDS", help="llama.cpp files too, any of f16,q8_0,bf16,f32.")]
 Trust = Annotated[bool, Option("--trust-remote-code", help="Run the Python code that comes with the model.")]
 Restart = Annotated[
     bool, Option("--restart", help="Remove the weights of a run that the recipe cannot continue from, and start over.")
@@ -351,41 +350,7 @@ def verify(
         raise UserError(f"{release} does not verify: {', '.join(failed)}")
 
 
-@app.command()
-def push(
-    release: ReleaseFolder,
-    repo_id: Annotated[str, Option(metavar="ORG/NAME", help="Repository on the Hub.")],
-    public: Annotated[bool, Option("--public", help="Make it public once everything is uploaded.")] = False,
-    dry_run: Annotated[
-        bool, Option("--dry-run", help="List what would be sent, replaced and deleted; send nothing.")
-    ] = False,
-    force: Annotated[
-        bool, Option("--force", help="Replace and delete files that no push of ours put into the repository.")
-    ] = False,
-    signing_key: Annotated[Path | None, Option(help="Sign every revision with this private key (PEM).")] = None,
-    gguf: Gguf = None,
-) -> None:
-    """Publish a release on the Hub, or resume its upload.
-
-    Sends the main branch, a branch for each kept checkpoint and a tag; llama.cpp files go to ORG/NAME-GGUF. The
-    repository is private unless --public is given.
-
-    Example: nanophi push runs/demo/release --repo-id ORG/nano-phi-demo --dry-run
-    """
-    from nanophi.model_card import push as pushing
-    from nanophi.model_card.gguf import parse_kinds
-
-    result = pushing.push(
-        release,
-        repo_id,
-        public=public,
-        dry_run=dry_run,
-        force=force,
-        signing_key=signing_key,
-        gguf=parse_kinds(gguf),
-    )
-    if result["url"]:
-        typer.echo(result["url"])
+app.command()(push)
 
 
 @app.command()

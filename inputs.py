@@ -45,6 +45,12 @@ def model_folder(model: str | Path) -> Path | None:
     return None
 
 
+def split_revision(name: str) -> tuple[str, str | None]:
+    """`ORG/NAME@REVISION` as id and revision; any other name, and a path that exists, as it is and None."""
+    repo_id, at, revision = name.partition("@")
+    return (repo_id, revision) if at and revision and is_hub_id(repo_id) and not local(name).exists() else (name, None)
+
+
 def local(name: str | Path) -> Path:
     """The path that a name stands for, `~` expanded."""
     return Path(os.path.expanduser(name))  # noqa: PTH111 (a user who does not exist is no error here)

@@ -41,6 +41,15 @@ def license_problems(license_id: object, name: object = None, link: object = Non
     return [f"{' and '.join(given)} may only be given with license 'other', not {license_id!r}"] if given else []
 
 
+def stated_license(license_id: str) -> str:
+    """A source's licence, as it is. Raises ValueError for one that the Hub does not list, or that states nothing."""
+    if license_id == "unknown" or license_id not in HUB_LICENSES:
+        near = license_id.lower().replace(" ", "-")
+        hint = f"did you mean '{near}'?" if near != license_id and near in HUB_LICENSES else "use 'other', or leave it out"
+        raise ValueError(f"license {license_id!r} is not an identifier of the Hub that states a licence; {hint}")
+    return license_id
+
+
 def card_problems(card: Mapping[str, Any]) -> list[str]:
     """What is wrong with a card section, one line each, beginning with the key."""
     wrong = []

@@ -11,13 +11,13 @@ import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pydantic
 
 from nanophi.bases import inherit
 from nanophi.files import UserError
-from nanophi.publishing import card_problems
+from nanophi.publishing import card_problems, stated_license
 from nanophi.recipe_file import find_recipe, override, read
 
 if TYPE_CHECKING:
@@ -55,6 +55,8 @@ class Source(Section):
     weight: float = pydantic.Field(default=1.0, gt=0)
     """Repeat factor: how often, on average, each kept document enters the token stream."""
     max_documents: int | None = pydantic.Field(default=None, gt=0)
+    license: Annotated[str, pydantic.AfterValidator(stated_license)] | None = None
+    """The licence of its text, an identifier of the Hub; None: not stated, and the text is not published."""
     heldout: bool = False
     """Its documents are never trained on: they are the held-out text, in place of `data.heldout_fraction`."""
 

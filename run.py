@@ -315,12 +315,13 @@ class Inputs:
                 self.run.update_record(hub=known)
         return str(known[name])
 
-    def model(self, name: str, ignore: Sequence[str] = ()) -> dict[str, str]:
+    def model(self, name: str, ignore: Sequence[str] = (), revision: str | None = None) -> dict[str, str]:
         """What a model or tokenizer is: `{path, sha256}` of a local folder, which comes first, or `{hub, commit}`.
 
         Args:
             name: local path or Hub id.
             ignore: endings of a folder's files that play no part.
+            revision: of a repository on the Hub; None: `main`.
 
         Raises:
             UserError: if it is neither.
@@ -329,7 +330,7 @@ class Inputs:
             return {"path": name, "sha256": self.contents.of(name, ignore)}
         if not is_hub_id(name):
             raise UserError(f"{name}: no such file or folder, and not a Hub id like ORG/NAME")
-        return {"hub": name, "commit": self.commit_of(name, None, "model")}
+        return {"hub": name, "commit": self.commit_of(name, revision, "model")}
 
     def save(self) -> None:
         """Remember the hashes."""

@@ -184,6 +184,8 @@ def markdown(report: dict[str, Any], bytes_per_token: float | None = None) -> st
         "nearest_below": "Just below the cut",
     }
     for kind, title in titles.items():
+        if kind not in report["examples"]:
+            continue
         lines += ["", f"## {title}", ""]
         for example in report["examples"][kind]:
             text = " ".join(example["text"].split()).replace("`", "'")

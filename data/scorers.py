@@ -6,6 +6,7 @@ classifier; a column came with the data.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import re
@@ -19,7 +20,7 @@ from scipy.sparse import csr_matrix, hstack, vstack
 
 from nanophi.data.ngrams import hash_words, ngrams
 from nanophi.files import UserError, permit, user_errors
-from nanophi.inputs import is_hub_id, local
+from nanophi.inputs import is_hub_id, local, split_revision
 
 BUCKETS = 1 << 18
 EXCERPT_BYTES = 16_000
@@ -269,18 +270,36 @@ class Scorer:
 def find_scorer(
     name: str, label: str | None = None, scale: tuple[float, float] | None = None, revision: str | None = None
 ) -> Scorer:
-    """The scorer that `column:NAME`, `model:FOLDER_OR_ID` or a bare folder or id stands for."""
+    """The scorer that `column:NAME`, `model:FOLDER_OR_ID` or a bare folder or id stands for.
+
+    An id on the Hub may be followed by `@REVISION`; `revision` comes before that.
+    """
     kind, colon, rest = name.partition(":")
     if colon and kind == "column" and rest:
         return Scorer("column", rest, None, scale)
-    folder_or_id = rest if colon and kind == "model" else name
-    if (local(folder_or_id) / "scorer.safetensors").exists():
+    folder_or_id, at = split_revision(rest if colon and kind == "model" else name)
+    revision = revision or at
+    folder = local(folder_or_id) if local(folder_or_id).exists() else _published(folder_or_id, revision)
+    if folder is not None and (folder / "scorer.safetensors").exists():
         if label is not None or scale is not None:
             raise UserError(
                 f"{folder_or_id} is a linear scorer, whose score is a probability; leave out label and scale"
             )
-        return Scorer("linear", str(local(folder_or_id)))
+        return Scorer("linear", str(folder))
     return Scorer("model", folder_or_id, label, scale, revision)
+
+
+def _published(repo_id: str, revision: str | None) -> Path | None:
+    """Where the linear scorer that a repository on the Hub holds was downloaded to; None if it holds none."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if not is_hub_id(repo_id):
+        return None
+    # Where the Hub does not answer, loading a classifier says so.
+    with contextlib.suppress(HfHubHTTPError, OSError):
+        return Path(hf_hub_download(repo_id, "scorer.safetensors", revision=revision)).parent
+    return None
 
 
 def forget() -> None:

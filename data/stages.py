@@ -7,11 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from nanophi.files import UserError, read_json, sha256_of_tree, user_errors
-from nanophi.inputs import WEIGHTS, is_hub_id, local
+from nanophi.inputs import WEIGHTS, is_hub_id, local, split_revision
 from nanophi.recipe import Recipe, Source
 from nanophi.run import Inputs, RunDirectory, differences, step_folders
 
 PREPARE = ("documents", "scores", "quality", "tokenizer", "tokens", "conversations")
+
+LATER: Any = {
+    **dict.fromkeys(("engine", "workers", "max_tokens", "max_dropped"), True),
+    "sources": {"__all__": {"license"}},
+}
+"""Keys of `data` that say nothing about which documents there are."""
 
 Build = Callable[[Path], dict[str, Any]]
 
@@ -80,7 +86,8 @@ class DataStages:
         if kind == "model":
             from nanophi.data import scorers
 
-            commit = self.inputs.model(name).get("commit")
+            repo_id, revision = split_revision(name)
+            commit = self.inputs.model(repo_id, revision=revision).get("commit")
             scorers.find_scorer(
                 recipe.quality.scorer, recipe.quality.label, recipe.quality.scale, commit
             ).check_choice()
@@ -101,7 +108,7 @@ class DataStages:
         score = column if kind == "column" else None
         benchmarks = data.decontamination.benchmarks
         inputs = {
-            "data": data.model_dump(mode="json", exclude={"engine", "workers", "max_tokens", "max_dropped"}),
+            "data": data.model_dump(mode="json", exclude=LATER),
             "sources": [sources.fingerprint(source, self.inputs.contents) for source in data.sources],
             "benchmarks": self.inputs.contents.of(benchmarks) if benchmarks else None,
             "score": score,
@@ -127,7 +134,8 @@ class DataStages:
         }
         kind, _, name = recipe.quality.scorer.partition(":")
         if kind == "model":
-            inputs["scorer"] = self.inputs.model(name)
+            repo_id, revision = split_revision(name)
+            inputs["scorer"] = self.inputs.model(repo_id, revision=revision)
         return self._stage(
             "scores",
             inputs,

@@ -120,8 +120,8 @@ def contradictions(records: ShippedRecords) -> list[str]:
 
 
 @functools.cache
-def _template(text: str) -> jinja2.Template:
-    """The template, compiled: that takes longer than to render it, and a push renders several cards."""
+def compile_template(text: str) -> jinja2.Template:
+    """A card's template, compiled: that takes longer than to render it, and a push renders several cards."""
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined,
         finalize=_present,
@@ -135,7 +135,7 @@ def _template(text: str) -> jinja2.Template:
 
 def render(records: ShippedRecords) -> str:
     """README.md of a release. Raises `UserError` if the template asks for something that no record says."""
-    template = _template(TEMPLATE.read_text(encoding="utf-8"))
+    template = compile_template(TEMPLATE.read_text(encoding="utf-8"))
     rows, every = leading_scores(records), every_score(records)
     evaluations = [value for name, value in records.items() if name.startswith("evals/")]
     utilisations = [entry["mfu"] for entry in records["training.json"]["log"] if entry["mfu"] is not None]

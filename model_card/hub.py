@@ -21,6 +21,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import parse_ratelimit_headers
 
 from nanophi.files import UserError, sha256_of_file
+from nanophi.inputs import Kind
 
 Result = TypeVar("Result")
 
@@ -96,19 +97,19 @@ def _wait(error: HfHubHTTPError, attempt: int) -> int:
     return limit.reset_in_seconds + 1 if limit and error.response.status_code == 429 else 2**attempt
 
 
-def branches_and_tags(api: HfApi, repo_id: str) -> tuple[dict[str, str], dict[str, str]] | None:
+def branches_and_tags(api: HfApi, repo_id: str, kind: Kind = "model") -> tuple[dict[str, str], dict[str, str]] | None:
     """Name -> commit of a repository's branches and tags; None if there is no such repository for this token."""
     try:
-        refs = api.list_repo_refs(repo_id)
+        refs = api.list_repo_refs(repo_id, repo_type=kind)
     except RepositoryNotFoundError:
         return None
     branches, tags = ({entry.name: entry.target_commit for entry in group} for group in (refs.branches, refs.tags))
     return branches, tags
 
 
-def files_at(api: HfApi, repo_id: str, revision: str) -> dict[str, RepoFile]:
+def files_at(api: HfApi, repo_id: str, revision: str, kind: Kind = "model") -> dict[str, RepoFile]:
     """Path -> file of a revision, without `.gitattributes`, which is the Hub's own."""
-    tree = api.list_repo_tree(repo_id, recursive=True, revision=revision)
+    tree = api.list_repo_tree(repo_id, recursive=True, revision=revision, repo_type=kind)
     return {entry.path: entry for entry in tree if isinstance(entry, RepoFile) and entry.path != ".gitattributes"}
 
 
@@ -126,10 +127,12 @@ def git_blob_id(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
-def read_file(api: HfApi, repo_id: str, path: str, revision: str, folder: Path) -> bytes | None:
+def read_file(api: HfApi, repo_id: str, path: str, revision: str, folder: Path, kind: Kind = "model") -> bytes | None:
     """A file's contents; None if it is not there. `folder` takes the download."""
     try:
-        return Path(api.hf_hub_download(repo_id, path, revision=revision, cache_dir=folder)).read_bytes()
+        return Path(
+            api.hf_hub_download(repo_id, path, revision=revision, cache_dir=folder, repo_type=kind)
+        ).read_bytes()
     except LocalEntryNotFoundError:
         raise  # No answer at all, though it is called like a missing file.
     except (EntryNotFoundError, RevisionNotFoundError):

@@ -24,6 +24,9 @@ MINIMUM_CHARACTERS = 200
 HUB_METRICS = {"acc": "accuracy", "acc_norm": "accuracy", "exact_match": "exact_match", "f1": "f1"}
 """lm-eval's metrics that the Hub has a page for, and its names of them."""
 
+LINKS = {"scorer": "quality_scorer", "control": "control_model"}
+"""What is published beside a model and the Hub has no key for."""
+
 
 def header(records: ShippedRecords) -> ModelCardData:
     """The card's YAML header."""
@@ -31,7 +34,9 @@ def header(records: ShippedRecords) -> ModelCardData:
     card = recipe["card"]
     results = _model_index(records)
     summary = records["training.json"].get("summary", {})
+    links = records["run.json"].get("links", {})
     extra: dict[str, Any] = {"widget": [{"text": card["prompt"]}]}
+    extra |= {key: links[part] for part, key in LINKS.items() if part in links}
     chat, origin = records.get("conversations.json"), "pretrained-from-scratch"
     if chat is not None:
         origin = recipe["method"]
@@ -56,7 +61,7 @@ def header(records: ShippedRecords) -> ModelCardData:
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["phi", "nanophi", "small-language-model", origin],
-        datasets=public_datasets(recipe) or None,
+        datasets=[*public_datasets(recipe), *(links[part] for part in links if part == "data")] or None,
         metrics=sorted(metrics) or None,
         model_name=records["run.json"]["repo_id"].rpartition("/")[2] if results else None,
         eval_results=results or None,

@@ -12,7 +12,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterable
+import types
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -111,11 +112,18 @@ def list_files(folder: Path) -> list[str]:
     return sorted(name for name in names if not _LEFT_BEHIND.search(name))
 
 
-def retarget(release: Path, repo_id: str, output: Path) -> None:
-    """Copy a release with its card naming `repo_id` in the snippets, as it will be on the Hub."""
+def retarget(release: Path, repo_id: str, output: Path, links: Mapping[str, str] = types.MappingProxyType({})) -> None:
+    """Copy a release with its card naming `repo_id` in the snippets, as it will be on the Hub.
+
+    Args:
+        release: the folder.
+        repo_id: `ORG/NAME`.
+        output: folder to create.
+        links: Hub ids of its `data`, `scorer` and `control`, where they are published.
+    """
     shutil.copytree(release, output, copy_function=link_or_copy)
     records = read_records(output / "records")
-    records["run.json"] |= {"repo_id": repo_id, "folder": None}
+    records["run.json"] |= {"repo_id": repo_id, "folder": None, **({"links": dict(links)} if links else {})}
     for path in (output / "records" / "run.json", output / "README.md"):
         path.unlink()  # The copy holds links: never write through one.
     write_json(output / "records" / "run.json", records["run.json"])

@@ -9,6 +9,11 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
 SECRETS = {
     "a Hugging Face token": re.compile(rb"\bhf_[A-Za-z0-9]{30,}"),
     "a GitHub token": re.compile(rb"\b(ghp|gho|ghs|ghu|github_pat)_[A-Za-z0-9_]{30,}"),
@@ -20,6 +25,11 @@ SECRETS = {
     "a Weights & Biases key": re.compile(rb"WANDB_API_KEY\W{1,3}[0-9a-f]{40}"),
     "a private key": re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----"),
 }
+
+_KEY_WITH_DATA = re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----(\s|\\[nr])*(Proc-Type|[A-Za-z0-9+/=]{4})")
+
+MOST_NAMED = 5
+"""Documents of a file that an error names."""
 
 _SECRET_VARIABLE = re.compile(r"(TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY)$")
 _TOKENIZER_VARIABLE = re.compile(r"(^|_)(BOS|EOS|EOT|PAD|UNK|SEP|CLS|MASK|START|STOP|END|SPECIAL)_TOKEN$")
@@ -49,6 +59,55 @@ def found_in(content: str | bytes, folders: Iterable[Path] = ()) -> list[str]:
     path = _machine_paths(folders).search(data)
     if path:
         found.append(f"a path of this machine ({path.group().decode(errors='replace')})")
+    return found
+
+
+def found_in_file(path: Path, folders: Iterable[Path] = ()) -> list[str]:
+    """The same of a file: of weights the header, of parquet every text, with the document that must not be sent."""
+    if path.suffix == ".parquet":
+        return _found_in_parquet(path, [Path.home(), Path.cwd(), *(folder.resolve().parent for folder in folders)])
+    with path.open("rb") as file:
+        return found_in(
+            file.read(int.from_bytes(file.read(8), "little")) if path.suffix == ".safetensors" else file.read(), folders
+        )
+
+
+def _found_in_parquet(path: Path, roots: Iterable[Path]) -> list[str]:
+    roots = {root for root in roots if len(root.parts) > 1}
+    values = _environment_secrets()
+    # RE2 reads a corpus as fast as it is decompressed, but knows no look-ahead: it finds what is worth a second look.
+    simple = [re.sub(rb"\(\?=[^)]*\)|\\b", b"", pattern.pattern) for pattern in SECRETS.values()]
+    literal = [re.escape(value) for value in (*values, *map(os.fsencode, roots))]
+    suspect = b"|".join([*simple, *literal]).decode("utf-8", "replace")
+    found: list[str] = []
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=512):
+            for column, name in zip(batch.columns, batch.schema.names, strict=True):
+                if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+                    continue
+                for row in np.flatnonzero(pc.match_substring_regex(column, suspect).to_numpy(zero_copy_only=False)):
+                    where = batch["id"][int(row)].as_py()[:16] if "id" in batch.schema.names else str(row)
+                    what = _found_in_document(column[int(row)].as_py().encode(), roots)
+                    found += [f"{kind} in the {name} of document {where}" for kind in what]
+            if len(found) >= MOST_NAMED:
+                break
+    return found[:MOST_NAMED]
+
+
+def _found_in_document(data: bytes, roots: Iterable[Path]) -> list[str]:
+    """What in somebody's document must not be published.
+
+    Documentation shows how a key begins and has folders that many machines have: a key counts with its first
+    characters, and a path below `/root` or `/tmp` if it leads to something on this machine.
+    """
+    found = [kind for kind in found_in(data) if not kind.startswith(("a path", "a private key"))]
+    found += ["a private key"] * bool(_KEY_WITH_DATA.search(data))
+    for root in roots:
+        common = len(root.parts) < 3
+        end = rb"/[^\s\"'`<>()\[\]{},;:]+" if common else rb"(?![\w-])"
+        for match in re.finditer(re.escape(os.fsencode(root)) + end, data):
+            if not common or (match.group().count(b"/") > 2 and os.path.exists(match.group())):  # noqa: PTH110 (bytes)
+                return [*found, f"a path of this machine ({match.group().decode(errors='replace')})"]
     return found
 
 

@@ -128,12 +128,14 @@ class HubServer:
     Attributes:
         repositories: `(kind, id)` -> repository, kind being "model" or "dataset".
         objects: stored LFS objects by SHA-256.
+        collections: by slug, as the Hub describes them.
         requests: "METHOD path" of every request so far.
     """
 
     def __init__(self) -> None:
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.objects: dict[str, bytes] = {}
+        self.collections: dict[str, dict[str, Any]] = {}
         self.requests: list[str] = []
         self.lock = threading.RLock()
         self._cut: tuple[int, str] | None = None
@@ -313,8 +315,13 @@ LICENSES = frozenset(
 """https://huggingface.co/docs/hub/repositories-licenses"""
 
 
+def listed(value: Any) -> list[Any]:
+    """A value that may be one or several, as a list."""
+    return value if isinstance(value, list) else [value]
+
+
 def metadata_errors(content: str) -> list[str]:
-    """What the Hub refuses in a model card, by its specification of the metadata (hub-docs, modelcard.md)."""
+    """What the Hub refuses in a card, by its specification of the metadata (hub-docs, modelcard.md, datasetcard.md)."""
     parts = re.match(r"---\n(.*?)\n---\n", content, re.DOTALL)
     if parts is None:
         return []  # Only warned about.
@@ -325,8 +332,15 @@ def metadata_errors(content: str) -> list[str]:
     if not isinstance(metadata, dict):
         return ["the metadata is not a mapping"]
     errors = []
-    if "license" in metadata and metadata["license"] not in LICENSES:
-        errors.append(f'"license" {metadata["license"]!r} is not an identifier of the Hub')
+    for license_id in listed(metadata.get("license", [])):
+        if license_id not in LICENSES:
+            errors.append(f'"license" {license_id!r} is not an identifier of the Hub')
+    sizes = {"n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "n>1T"}
+    wrong = set(listed(metadata.get("size_categories", []))) - sizes
+    errors += [f'"size_categories" must be one of {sorted(sizes)}, not {sorted(wrong)}'] if wrong else []
+    for number, config in enumerate(metadata.get("configs", [])):
+        if not config.get("config_name") or not config.get("data_files"):
+            errors.append(f'"configs[{number}]" needs "config_name" and "data_files"')
     for key in ("datasets", "base_model"):
         ids = metadata.get(key, [])
         for name in ids if isinstance(ids, list) else [ids]:
@@ -351,7 +365,7 @@ def metadata_errors(content: str) -> list[str]:
 @route("POST", "/api/validate-yaml")
 def validate_yaml(request: Request) -> Answer:
     body = request.json
-    errors = metadata_errors(body["content"]) if body.get("repoType", "model") == "model" else []
+    errors = metadata_errors(body["content"])
     return Answer({"errors": [{"message": error} for error in errors], "warnings": []}, status=400 if errors else 200)
 
 
@@ -537,6 +551,79 @@ def commits(request: Request) -> Answer:
     )
 
 
+@route("GET", "/api/collections")
+def list_collections(request: Request) -> Answer:
+    owner = request.query.get("owner")
+    entries = request.hub.collections.values()
+    # The list shows four items of each.
+    return Answer(
+        [
+            {**{key: value for key, value in entry.items() if key != "position"}, "items": entry["items"][:4]}
+            for entry in entries
+            if owner in (None, entry["owner"]["name"]) and (request.authorized or not entry["private"])
+        ]
+    )
+
+
+@route("POST", "/api/collections")
+def create_collection(request: Request) -> Answer:
+    request.demand_token()
+    body, number = request.json, len(request.hub.collections)
+    if not 0 < len(body["title"]) < 60:
+        raise HubError(400, "", '"title" length must be less than 60 characters')
+    slug = f"{body['namespace']}/{re.sub('[^a-z0-9]+', '-', body['title'].lower()).strip('-')}-{number:024x}"
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    request.hub.collections[slug] = {
+        "slug": slug,
+        "title": body["title"],
+        "owner": {"name": body["namespace"], "type": "org"},
+        "items": [],
+        "lastUpdated": now,
+        "position": number,
+        "private": body["private"],
+        "theme": "green",
+        "upvotes": 0,
+    }
+    return Answer(request.hub.collections[slug])
+
+
+COLLECTION = r"/api/collections/(?P<slug>[\w.-]+/[\w.-]+)"
+
+
+def find_collection(request: Request) -> dict[str, Any]:
+    """The collection that a request names; a private one does not exist for a stranger."""
+    found = request.hub.collections.get(request.rest["slug"])
+    if found is None or (found["private"] and not request.authorized):
+        raise HubError(404, "", "Collection not found")
+    return found
+
+
+@route("GET", COLLECTION)
+def get_collection(request: Request) -> Answer:
+    return Answer(find_collection(request))
+
+
+@route("PATCH", COLLECTION)
+def change_collection(request: Request) -> Answer:
+    request.demand_token()
+    found = find_collection(request)
+    found.update(request.json)
+    return Answer({"success": True, "data": found})
+
+
+@route("POST", COLLECTION + "/items")
+def add_collection_item(request: Request) -> Answer:
+    request.demand_token()
+    found, item = find_collection(request), request.json["item"]
+    request.hub.repository(item["type"], item["id"], request.authorized)
+    if any((item["type"], item["id"]) == (other["type"], other["id"]) for other in found["items"]):
+        raise HubError(409, "", "This item is already in the collection")
+    number = len(found["items"])
+    note = {"note": {"text": request.json["note"]}} if "note" in request.json else {}
+    found["items"].append({"_id": f"{number:024x}", "position": number, **item, **note})
+    return Answer(found)
+
+
 def describe(path: str, file: File) -> dict[str, Any]:
     """A file as the tree and paths-info calls tell it."""
     entry: dict[str, Any] = {"type": "file", "path": path, "size": len(file.data), "oid": file.oid}
@@ -628,7 +715,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             with contextlib.suppress(OSError):
                 self.connection.shutdown(socket.SHUT_RDWR)
 
-    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _handle  # noqa: N815
+    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = _handle  # noqa: N815
 
     def _read(self, half: bool) -> bytes:
         if self.headers.get("Transfer-Encoding", "").lower() == "chunked":

@@ -12,10 +12,10 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import huggingface_hub.constants
-import huggingface_hub.utils._http
+import huggingface_hub
 import pytest
-from hub_server import Commit, HubServer  # type: ignore[import-not-found]
+from hub_client import is_whole, silent, talk_to  # type: ignore[import-not-found]
+from hub_server import HubServer  # type: ignore[import-not-found]
 
 from nanophi.files import UserError, read_json, write_json
 from nanophi.model_card import push as pushing
@@ -25,18 +25,6 @@ from nanophi.model_card.push import problems, push
 from nanophi.model_card.shipped import read_records
 
 REVISIONS = ["step-000010", "step-000020", "step-000030", "main"]
-
-
-def talk_to(server: HubServer, home: Path, patch: pytest.MonkeyPatch) -> None:
-    """The client of this very process uses the server, without waiting between its retries."""
-    for key, value in server.environment(home).items():
-        patch.setenv(key, value)
-    patch.setattr(huggingface_hub.constants, "ENDPOINT", server.endpoint)
-    template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    patch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    patch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-    patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    patch.setattr(huggingface_hub.utils._http.time, "sleep", lambda seconds: None)
 
 
 @pytest.fixture
@@ -49,7 +37,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
 @pytest.fixture(scope="module")
 def revisions(built_release: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """What a push of `built_release` builds before it sends anything."""
-    return pushing._revisions(built_release, "org/demo", tmp_path_factory.mktemp("revisions"), silent)
+    return pushing._revisions(built_release, "org/demo", tmp_path_factory.mktemp("revisions"), silent, {})
 
 
 @pytest.fixture
@@ -62,21 +50,6 @@ def built_before(revisions: dict[str, Path], monkeypatch: pytest.MonkeyPatch) ->
 def run_copy(built_release: Path, tmp_path: Path) -> Path:
     """A run with its release that a test may change."""
     return Path(shutil.copytree(built_release.parent, tmp_path / "runs" / "tiny"))
-
-
-def silent(line: str) -> None:
-    pass
-
-
-def is_whole(commit: Commit) -> bool:
-    """Whether a commit holds exactly the files of its manifest."""
-    if "MANIFEST.json" not in commit.files:
-        return False
-    listed = json.loads(commit.files["MANIFEST.json"].data)["files"]
-    there = {name for name in commit.files if name not in (".gitattributes", "MANIFEST.json")}
-    return there == set(listed) and all(
-        hashlib.sha256(commit.files[name].data).hexdigest() == entry["sha256"] for name, entry in listed.items()
-    )
 
 
 def assert_complete(hub: HubServer) -> None:

@@ -1,0 +1,189 @@
+"""A run's documents as a data set on the Hub: their scores, or their text as well, with a card.
+
+README.md  LICENSE  quality.png  data/train-NNNNN.parquet  data/heldout-NNNNN.parquet  MANIFEST.json
+
+A row has `id` (SHA-256 of the text as the run has it, UTF-8), `source`, `split`, `quality_score`, `kept`, and `text` if
+it was asked for. The rows are in the order of the run's documents, so that a recipe over them gives the same tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from huggingface_hub import DatasetCardData
+
+from nanophi.data import documents, quality_report, sources
+from nanophi.files import UserError, read_json
+from nanophi.model_card import secrets
+from nanophi.model_card.scorer_page import license_of, write_page
+from nanophi.recipe import Recipe
+
+SHARD_BYTES = 256 << 20
+"""Text of a file, uncompressed."""
+
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("source", pa.string()),
+        ("split", pa.string()),
+        ("quality_score", pa.float32()),
+        ("kept", pa.bool_()),
+    ]
+)
+
+SIZES = (("n<1K", 1e3), ("1K<n<10K", 1e4), ("10K<n<100K", 1e5), ("100K<n<1M", 1e6), ("1M<n<10M", 1e7))
+"""The Hub's names of sizes, and the number of rows below which each one holds."""
+
+
+def check_licenses(recipe: Recipe) -> None:
+    """Raise `UserError` naming the sources whose licence the recipe does not state: their text is not published."""
+    missing = [sources.name_of(source) for source in recipe.data.sources if source.license is None]
+    if missing:
+        raise UserError(
+            f"--data text: no licence is stated for {', '.join(missing)}; state data.sources[].license in the recipe "
+            "and run `nanophi release`, or publish the scores alone with --data scores"
+        )
+
+
+def build(
+    run: Path, recipe: Recipe, repo_id: str, model_id: str, links: dict[str, str], text: bool, output: Path
+) -> None:
+    """Write the folder that becomes the data set's repository.
+
+    Args:
+        run: the run directory.
+        recipe: its recipe.
+        repo_id: of the data set, `ORG/NAME-data`.
+        model_id: of the model that was trained on what the filter kept.
+        links: what else is published (`scorer`), by Hub id.
+        text: publish the text too.
+        output: folder to create.
+
+    Raises:
+        UserError: if the text is to be published and a source has no licence, or a document is not as it was scored.
+    """
+    if text:
+        check_licenses(recipe)
+    portable = secrets.PathRemover(run)
+    schema = SCHEMA.append(pa.field("text", pa.string())) if text else SCHEMA
+    (output / "data").mkdir(parents=True)
+    counts = {split: _write_split(run, split, schema, portable, output / "data") for split in documents.SPLITS}
+    summary = read_json(run / "data" / "documents" / "documents.json")
+    rows = [
+        {"source": portable(name), "license": recipe.data.sources[entry["origin"]].license, **entry}
+        for name, entry in summary["sources"].items()
+    ]
+    write_page(
+        run,
+        output,
+        "data.md",
+        _metadata(recipe, schema, counts, text, output),
+        recipe=recipe,
+        repo_id=repo_id,
+        model_id=model_id,
+        links=links,
+        text=text,
+        documents=summary,
+        sources=rows,
+        weights=sorted({source.weight for source in recipe.data.sources if not source.heldout}),
+        report=_report(run, portable),
+    )
+
+
+def _write_split(
+    run: Path, split: str, schema: pa.Schema, portable: secrets.PathRemover, output: Path
+) -> dict[str, int]:
+    """Write the shards of a split, a few MB at a time; returns its `num_examples` and `num_bytes`."""
+    scores = _scores(run, split)
+    examples = total = start = 0
+    writer: pq.ParquetWriter | None = None
+    number = room = 0
+    try:
+        paths = documents.shards(run / "data" / "documents", split)
+        for batch in documents.batches(paths, ["id", "text", "source"], None):
+            rows = scores.slice(start, len(batch))
+            start += len(batch)
+            if rows["id"].to_pylist() != batch["id"].to_pylist():
+                raise UserError(f"{run}: its scores are not those of its documents; run `nanophi release` again")
+            texts = batch["text"].cast(pa.binary()).to_pylist()
+            columns: dict[str, Any] = {
+                "id": pa.array([hashlib.sha256(value).hexdigest() for value in texts], pa.string()),
+                "source": pa.array([portable(name) for name in batch["source"].to_pylist()], pa.string()),
+                "split": pa.array([split] * len(batch), pa.string()),
+                "quality_score": rows["quality_score"],
+                "kept": rows["kept"],
+                "text": batch["text"],
+            }
+            table = pa.table([columns[name] for name in schema.names], schema=schema)
+            if writer is None or room <= 0:
+                if writer is not None:
+                    writer.close()
+                writer = pq.ParquetWriter(output / f"{split}-{number:05d}.parquet", schema, compression="zstd")
+                number, room = number + 1, SHARD_BYTES
+            writer.write_table(table)
+            room -= batch.nbytes
+            examples, total = examples + len(table), total + table.nbytes
+    finally:
+        if writer is not None:
+            writer.close()
+    return {"num_examples": examples, "num_bytes": total}
+
+
+def _scores(run: Path, split: str) -> pa.Table:
+    """id, quality_score and kept of a split's documents in their order; kept is null where the filter does not say."""
+    table = pq.read_table(run / "data" / "scores" / "scores.parquet", columns=["id", "split", "quality_score"])
+    table = table.filter(pc.equal(table["split"].cast(pa.string()), split)).drop_columns("split")
+    name = "kept" if split == "train" else "heldout"
+    path = run / "data" / "quality" / f"{name}.parquet"
+    if not path.exists():
+        return table.append_column("kept", pa.nulls(len(table), pa.bool_())).combine_chunks()
+    chosen = pq.read_table(path)
+    if "kept" in chosen.column_names:
+        chosen = chosen.filter(chosen["kept"])
+    kept = np.isin(documents.keys(table["id"]), documents.keys(chosen["id"]))
+    return table.append_column("kept", pa.array(kept)).combine_chunks()
+
+
+def _metadata(
+    recipe: Recipe, schema: pa.Schema, counts: dict[str, dict[str, int]], text: bool, output: Path
+) -> DatasetCardData:
+    """The header of the data set's card: what the Hub shows, and what `datasets` reads."""
+    import datasets
+    from datasets.utils.metadata import MetadataConfigs
+
+    number = sum(count["num_examples"] for count in counts.values())
+    licenses = sorted({source.license for source in recipe.data.sources if source.license}) if text else []
+    metadata = DatasetCardData(
+        language=["en"],
+        multilinguality="monolingual",
+        size_categories=[next((name for name, limit in SIZES if number < limit), "10M<n<100M")],
+        task_categories=["text-generation"],
+        tags=["quality-filter", "nanophi"],
+        pretty_name=f"{recipe.card.title or recipe.name}: {'scored documents' if text else 'quality scores'}",
+        **({"license": licenses if len(licenses) > 1 else licenses[0]} if licenses else license_of(recipe)),
+    )
+    files = [{"split": split, "path": f"data/{split}-*.parquet"} for split in counts]
+    MetadataConfigs({"default": {"data_files": files}}).to_dataset_card_data(metadata)
+    info = datasets.DatasetInfo(
+        features=datasets.Features.from_arrow_schema(schema),
+        splits=datasets.SplitDict.from_split_dict([{"name": split, **count} for split, count in counts.items()]),
+        download_size=sum(path.stat().st_size for path in (output / "data").iterdir()),
+        dataset_size=sum(count["num_bytes"] for count in counts.values()),
+        config_name="default",
+    )
+    datasets.info.DatasetInfosDict({"default": info}).to_dataset_card_data(metadata)
+    return metadata
+
+
+def _report(run: Path, portable: secrets.PathRemover) -> str:
+    """The run's report on its filter, without title and examples."""
+    quality = portable(read_json(run / "data" / "quality" / "quality.json"))
+    tokens = run / "data" / "tokens" / "tokens.json"
+    bytes_per_token = read_json(tokens)["train"]["bytes_per_token"] if tokens.exists() else None
+    return quality_report.markdown({**quality, "examples": {}}, bytes_per_token).partition("\n\n")[2]

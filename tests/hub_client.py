@@ -1,0 +1,39 @@
+"""The real client in this process, talking to the loopback Hub, and what a pushed revision must be."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import huggingface_hub.constants
+import huggingface_hub.utils._http
+import pytest
+from hub_server import Commit, HubServer  # type: ignore[import-not-found]
+
+
+def talk_to(server: HubServer, home: Path, patch: pytest.MonkeyPatch) -> None:
+    """The client of this very process uses the server, without waiting between its retries."""
+    for key, value in server.environment(home).items():
+        patch.setenv(key, value)
+    patch.setattr(huggingface_hub.constants, "ENDPOINT", server.endpoint)
+    template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    patch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    patch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    patch.setattr(huggingface_hub.utils._http.time, "sleep", lambda seconds: None)
+
+
+def is_whole(commit: Commit) -> bool:
+    """Whether a commit holds exactly the files of its manifest."""
+    if "MANIFEST.json" not in commit.files:
+        return False
+    listed = json.loads(commit.files["MANIFEST.json"].data)["files"]
+    there = {name for name in commit.files if name not in (".gitattributes", "MANIFEST.json")}
+    return there == set(listed) and all(
+        hashlib.sha256(commit.files[name].data).hexdigest() == entry["sha256"] for name, entry in listed.items()
+    )
+
+
+def silent(line: str) -> None:
+    pass

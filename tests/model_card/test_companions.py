@@ -1,0 +1,340 @@
+"""The scorer and the data beside a model: published by the real client, used by a stranger."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import yaml
+from hub_client import is_whole, silent, talk_to  # type: ignore[import-not-found]
+from hub_server import HubServer  # type: ignore[import-not-found]
+
+from nanophi.data import gather, packing, quality, quality_join
+from nanophi.data.scorers import find_scorer
+from nanophi.files import UserError
+from nanophi.model_card import push as pushing
+from nanophi.model_card import release as releases
+from nanophi.model_card.push import push
+from nanophi.recipe import Recipe, load_recipe
+
+DOCUMENTS = 60
+
+
+def write_texts(folder: Path) -> None:
+    """Two sources that a scorer can tell apart."""
+    generator = random.Random(1)
+    words = {
+        "good": "the module holds definitions which other modules import by name when they need a function",
+        "bad": "click HERE buy NOW free $$$ >>> login cart (0) www win !!! 100% OFF sale",
+    }
+    for name, vocabulary in words.items():
+        rows = [{"text": " ".join(generator.choices(vocabulary.split(), k=80))} for _ in range(DOCUMENTS)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def prepare(run: Path, texts: Path, **source: Any) -> Recipe:
+    """Makes the data of a run anew, from `texts`, with its other records as they were."""
+    values = yaml.safe_load((run / "recipe.yaml").read_text())
+    values["data"]["sources"] = [{"files": str(texts / f"{name}.jsonl"), **source} for name in ("good", "bad")]
+    for entry, name in zip(values["data"]["sources"], ("good", "bad"), strict=True):
+        entry["name"] = name
+    values["data"]["deduplication"] = {"similarity": 0.9}
+    values["data"]["heldout_fraction"] = 0.1
+    values["quality"] |= {"high": ["good"], "low": ["bad"]}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(values))
+    recipe = load_recipe(run / "recipe.yaml")
+    for part in ("documents", "scores", "quality"):
+        shutil.rmtree(run / "data" / part)
+    gather.gather(recipe.data, run / "data" / "documents")
+    quality.score(run / "data" / "documents", recipe.quality, recipe.data, 0, run / "data" / "scores")
+    quality.select(run / "data" / "documents", run / "data" / "scores", recipe.quality, run / "data" / "quality")
+    return recipe
+
+
+@pytest.fixture(scope="module")
+def scored(built_release: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A release within a run whose data, scores and selection are real."""
+    folder = tmp_path_factory.mktemp("scored")
+    run = Path(shutil.copytree(built_release.parent, folder / "runs" / "tiny"))
+    write_texts(folder)
+    prepare(run, folder, license="cc-by-4.0")
+    return run / "release"
+
+
+@pytest.fixture(autouse=True)
+def no_branches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Branches of checkpoints take seconds to build and are tested elsewhere."""
+
+    def only_main(release: Path, repo_id: str, scratch: Path, echo: Any, links: dict[str, str]) -> dict[str, Path]:
+        releases.retarget(release, repo_id, scratch / "main", links)
+        return {"main": scratch / "main"}
+
+    monkeypatch.setattr(pushing, "_revisions", only_main)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    with HubServer() as server:
+        talk_to(server, tmp_path / "home", monkeypatch)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
+        yield server
+
+
+def test_a_published_scorer_is_used_at_a_revision(scored: Path, hub: HubServer, tmp_path: Path) -> None:
+    push(scored, "org/demo", scorer=True, data="scores", control="org/control", echo=silent)
+    repository = hub.repositories["model", "org/demo-quality"]
+    assert is_whole(repository.branches["main"]) and repository.tags["v1.0"] is repository.branches["main"]
+    page = repository.branches["main"].files["README.md"].data.decode()
+    assert "org/demo-data" in page and "0.5, by source" in page
+    mine = pd.read_json(scored.parents[2] / "good.jsonl", lines=True)
+    mine.to_parquet(tmp_path / "mine.parquet")
+    scorer = find_scorer("model:org/demo-quality@v1.0")
+    assert scorer.kind == "linear"
+    quality.score_files(str(tmp_path / "mine.parquet"), scorer, tmp_path / "scores.parquet")
+    found = pd.read_parquet(tmp_path / "scores.parquet")
+    expected = pd.read_parquet(scored.parent / "data" / "scores" / "scores.parquet").set_index("id")["quality_score"]
+    both = found[found["id"].isin(expected.index)]
+    assert len(both) > DOCUMENTS / 2
+    assert both["quality_score"].tolist() == expected[both["id"]].tolist()
+    # The examples on the page are what the scorer says of them.
+    for text, score in re.findall(r'scorer.score\(\[(".*")\.encode\(\)\]\)  # ([\d.]+)', page):
+        assert abs(scorer.score([json.loads(text).encode()])[0] - float(score)) < 0.001
+    with pytest.raises(UserError, match="cannot be loaded as a text classifier"):
+        find_scorer("model:org/demo-quality@v9").check_choice()
+
+
+def test_the_card_links_what_is_published_and_keeps_its_links(scored: Path, hub: HubServer) -> None:
+    push(scored, "org/demo", echo=silent)
+    repository = hub.repositories["model", "org/demo"]
+    assert b"org/demo-data" not in repository.branches["main"].files["README.md"].data
+    push(scored, "org/demo", data="scores", control="org/control", echo=silent)
+    push(scored, "org/demo", scorer=True, echo=silent)
+    head = repository.branches["main"].files["README.md"].data.decode()
+    metadata = yaml.safe_load(head.split("---\n")[1])
+    assert metadata["datasets"] == ["org/demo-data"]
+    assert (metadata["quality_scorer"], metadata["control_model"]) == ("org/demo-quality", "org/control")
+    for link in ("datasets/org/demo-data", "org/demo-quality", "org/control"):
+        assert f"](https://huggingface.co/{link})" in head
+    # Links alone do not move the tag.
+    assert repository.tags["v1.0"] is not repository.branches["main"] and is_whole(repository.branches["main"])
+
+
+def test_a_collection_is_made_and_extended(scored: Path, hub: HubServer) -> None:
+    push(scored, "org/control", collection="Nano", echo=silent)
+    (collection,) = hub.collections.values()
+    assert collection["private"]
+    for _ in range(2):
+        push(scored, "org/demo", scorer=True, data="scores", control="org/control", collection="Nano", public=True,
+             echo=silent)  # fmt: skip
+    assert list(hub.collections) == [collection["slug"]] and not collection["private"]
+    assert [(item["type"], item["id"]) for item in collection["items"]] == [
+        ("model", "org/control"),
+        ("model", "org/demo"),
+        ("model", "org/demo-quality"),
+        ("dataset", "org/demo-data"),
+    ]
+    assert not any(hub.repositories[key].private for key in hub.repositories if key[1].startswith("org/demo"))
+    with pytest.raises(UserError, match="1 to 59 characters"):
+        push(scored, "org/demo", collection="x" * 60, echo=silent)
+
+
+LOAD = """
+import json
+from datasets import load_dataset
+splits = load_dataset("org/demo-data", revision="v1.0")
+streamed = load_dataset("org/demo-data", split="train", streaming=True)
+print(json.dumps([{name: rows.to_list() for name, rows in splits.items()}, [row["id"] for row in streamed]]))
+"""
+
+
+@pytest.mark.parametrize("kind", ["scores", "text"])
+def test_the_data_loads_and_streams(kind: Any, scored: Path, hub: HubServer, tmp_path: Path) -> None:
+    push(scored, "org/demo", data=kind, echo=silent)
+    repository = hub.repositories["dataset", "org/demo-data"]
+    assert is_whole(repository.branches["main"]) and repository.tags["v1.0"] is repository.branches["main"]
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", LOAD],
+        env={**os.environ, **hub.environment(tmp_path / "empty")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    splits, streamed = json.loads(done.stdout.splitlines()[-1])
+    run = scored.parent / "data"
+    kept = set(pd.read_parquet(run / "quality" / "kept.parquet")["id"])
+    scores = pd.read_parquet(run / "scores" / "scores.parquet").set_index("id")["quality_score"]
+    for split, rows in splits.items():
+        documents = pd.concat(pd.read_parquet(path) for path in sorted((run / "documents").glob(f"{split}-*.parquet")))
+        expected = [
+            {
+                "id": hashlib.sha256(row["text"].encode()).hexdigest(),
+                "source": row["source"],
+                "split": split,
+                "quality_score": scores[row["id"]],
+                "kept": row["id"] in kept or (split == "heldout" and scores[row["id"]] > 0.5),
+                **({"text": row["text"]} if kind == "text" else {}),
+            }
+            for row in documents.to_dict("records")
+        ]
+        assert rows == expected
+    assert streamed == [row["id"] for row in splits["train"]]
+    metadata = yaml.safe_load(repository.branches["main"].files["README.md"].data.decode().split("---\n")[1])
+    assert metadata["license"] == ("cc-by-4.0" if kind == "text" else "apache-2.0")
+    assert metadata["size_categories"] == ["n<1K"] and metadata["language"] == ["en"]
+    counts = {split["name"]: split["num_examples"] for split in metadata["dataset_info"]["splits"]}
+    assert counts == {name: len(rows) for name, rows in splits.items()}
+
+
+def packed(recipe: Recipe, run: Path, tokenizer: Path) -> dict[str, str]:
+    """Gathers, scores, selects and packs; the hash of each split's tokens."""
+    data = run / "data"
+    score = recipe.quality.scorer.partition("column:")[2] or None
+    if not (data / "documents").exists():
+        gather.gather(recipe.data, data / "documents", score)
+        quality.score(data / "documents", recipe.quality, recipe.data, recipe.seed, data / "scores")
+        quality.select(data / "documents", data / "scores", recipe.quality, data / "quality", recipe.training_seed)
+    tokens = packing.pack(
+        data / "documents", data / "quality", tokenizer, 16, recipe.data, recipe.training_seed, run / "tokens"
+    )
+    return {split: tokens[split]["sha256"] for split in ("train", "heldout")}
+
+
+def recipe_on_the_card(hub: HubServer, like: Recipe, folder: Path) -> Recipe:
+    """The recipe that the data's card gives, completed by the sections that it leaves out."""
+    page = hub.repositories["dataset", "org/demo-data"].branches["main"].files["README.md"].data.decode()
+    values = yaml.safe_load(re.search(r"```yaml\n(.*?)```", page, re.DOTALL)[1])  # type: ignore[index]
+    rest = like.model_dump(mode="json", include={"name", "model", "training"})
+    (folder / "again.yaml").write_text(yaml.safe_dump({**rest, **values, "tokenizer": {"vocab_size": 300}}))
+    return load_recipe(folder / "again.yaml")
+
+
+def download_data(hub: HubServer, folder: Path) -> Path:
+    """The published data set, at `org/demo-data` below a folder: `datasets` remembers the Hub of an earlier test."""
+    files = hub.repositories["dataset", "org/demo-data"].branches["main"].files
+    for name in (name for name in files if name.endswith((".parquet", ".md"))):
+        (folder / "org/demo-data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "org/demo-data" / name).write_bytes(files[name].data)
+    return folder / "org/demo-data"
+
+
+@pytest.mark.parametrize("kind", ["scores", "text"])
+def test_a_recipe_over_the_published_data_gives_the_same_tokens(
+    kind: Any, scored: Path, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = scored.parent
+    push(scored, "org/demo", data=kind, echo=silent)
+    published = download_data(hub, tmp_path)
+    if kind == "scores":
+        for _ in range(2):
+            summary = quality_join.join_files(f"{scored.parents[2]}/*.jsonl", str(published), tmp_path / "joined")
+            assert summary == {"joined": 2 * DOCUMENTS, "scored": 2 * DOCUMENTS, "unknown": 0}
+    monkeypatch.chdir(tmp_path)
+    recipe = recipe_on_the_card(hub, load_recipe(run / "recipe.yaml"), tmp_path)
+    tokenizer = run / "data" / "tokenizer"
+    shutil.rmtree(run / "tokens", ignore_errors=True)
+    assert packed(recipe, tmp_path / "again", tokenizer) == packed(load_recipe(run / "recipe.yaml"), run, tokenizer)
+
+
+def test_a_join_replaces_only_its_own_folder(scored: Path, hub: HubServer, tmp_path: Path) -> None:
+    push(scored, "org/demo", data="scores", echo=silent)
+    published = str(download_data(hub, tmp_path))
+    (tmp_path / "joined" / "data").mkdir(parents=True)
+    (tmp_path / "joined" / "README.md").write_text("Mine.")
+    with pytest.raises(UserError, match="did not write"):
+        quality_join.join_files(f"{scored.parents[2]}/*.jsonl", published, tmp_path / "joined")
+    (tmp_path / "other.txt").write_text("A text that nobody scored.")
+    with pytest.raises(UserError, match="none of the 1 texts"):
+        quality_join.join_files(str(tmp_path / "other.txt"), published, tmp_path / "new")
+
+
+def test_bad_input_is_one_line(scored: Path, hub: HubServer, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(scored.parent, tmp_path / "runs" / "tiny"))
+    prepare(run, scored.parents[2])
+    with pytest.raises(UserError, match="no licence is stated for good, bad; state"):
+        push(run / "release", "org/demo", data="text", echo=silent)
+    values = yaml.safe_load((run / "recipe.yaml").read_text())
+    (run / "recipe.yaml").write_text(yaml.safe_dump({**values, "quality": {"scorer": "column:score"}}))
+    with pytest.raises(UserError, match="is 'column:score', so there is no scorer"):
+        push(run / "release", "org/demo", scorer=True, echo=silent)
+    hub.add_repository("dataset", "org/demo-data", {"data/train.parquet": b"somebody else's"})
+    with pytest.raises(UserError, match="org/demo-data holds files that no push of ours put there: main: data/train"):
+        push(scored, "org/demo", data="scores", echo=silent)
+    assert ("model", "org/demo") not in hub.repositories
+    away = Path(shutil.copytree(scored, tmp_path / "away"))
+    with pytest.raises(UserError, match="is not in its run directory"):
+        push(away, "org/demo", scorer=True, echo=silent)
+    record = json.loads((run / "record.json").read_text())
+    record["stages"]["scores"]["key"] = "0" * 64
+    (run / "record.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="release; run `nanophi release` again"):
+        push(run / "release", "org/demo", data="scores", echo=silent)
+
+
+@pytest.mark.parametrize(
+    ("planted", "named"),
+    [
+        ("hf_" + "x1Y2" * 9, "a Hugging Face token in the text of document"),
+        ("-----BEGIN RSA PRIVATE KEY-----\nMIIEow", "a private key in the text"),
+        ("{run}/notes.txt", "a path of this machine"),
+        ("-----BEGIN PRIVATE KEY----- is how one begins", None),
+    ],
+)
+def test_secrets_and_paths_in_the_data_are_refused(
+    planted: str, named: str | None, scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "org-data"
+    (folder / "data").mkdir(parents=True)
+    texts = [f"Document {number} says nothing." for number in range(600)]
+    texts[555] = f"It says {planted.format(run=scored.parent)} somewhere"
+    ids = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
+    pd.DataFrame({"id": ids, "text": texts}).to_parquet(folder / "data" / "train-00000.parquet")
+    releases.write_manifest(folder, {"nanophi": "0"})
+    wrong = pushing.problems(folder, scored)
+    assert len(wrong) == (named is not None)
+    if named is not None:
+        assert named in wrong[0] and ids[555][:16] in wrong[0] and "x1Y2" not in wrong[0]
+
+
+def test_a_push_cut_at_any_request_is_finished_by_the_next(
+    scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    everything: dict[str, Any] = {"scorer": True, "data": "scores", "collection": "Nano", "public": True}
+    build, built = pushing._build_companion, tmp_path / "built"
+
+    def build_once(part: str, *values: Any) -> None:
+        if not (built / part).exists():
+            build(part, *values[:-1], built / part)
+        shutil.copytree(built / part, values[-1])
+
+    monkeypatch.setattr(pushing, "_build_companion", build_once)
+    generator = random.Random(0)
+    requests = 0
+    for _ in range(11):  # The first one counts the requests of a whole push, the others are cut somewhere in it.
+        with HubServer() as hub:
+            talk_to(hub, tmp_path / "home", monkeypatch)
+            if requests:
+                hub.cut(generator.randrange(requests), generator.choice(["before", "during", "after"]))
+                with pytest.raises(UserError):
+                    push(scored, "org/demo", echo=silent, **everything)
+                for repository in hub.repositories.values():
+                    head = repository.branches["main"]
+                    assert set(head.files) == {".gitattributes"} or is_whole(head)
+                hub.restore()
+            push(scored, "org/demo", echo=silent, **everything)
+            requests = requests or len(hub.requests)
+            assert len(hub.repositories) == 3
+            assert all(is_whole(entry.branches["main"]) and not entry.private for entry in hub.repositories.values())
+            assert [len(entry["items"]) for entry in hub.collections.values()] == [3]
