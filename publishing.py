@@ -45,7 +45,9 @@ def stated_license(license_id: str) -> str:
     """A source's licence, as it is. Raises ValueError for one that the Hub does not list, or that states nothing."""
     if license_id == "unknown" or license_id not in HUB_LICENSES:
         near = license_id.lower().replace(" ", "-")
-        hint = f"did you mean '{near}'?" if near != license_id and near in HUB_LICENSES else "use 'other', or leave it out"
+        hint = (
+            f"did you mean '{near}'?" if near != license_id and near in HUB_LICENSES else "use 'other', or leave it out"
+        )
         raise ValueError(f"license {license_id!r} is not an identifier of the Hub that states a licence; {hint}")
     return license_id
 

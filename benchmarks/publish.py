@@ -66,7 +66,7 @@ def main() -> None:
             (scratch / "published.yaml").write_text(yaml.safe_dump(recipe(Path(sys.argv[1]).resolve())))
             subprocess.run([*NANOPHI, "run", scratch / "published.yaml", "--runs", runs], check=True)
         variables = {**os.environ, **hub.environment(scratch / "home"), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        push = [*NANOPHI, "push", release, "--repo-id", "org/demo", "--scorer", "--data", "text"]
+        push = [*NANOPHI, "push", str(release), "--repo-id", "org/demo", "--scorer", "--data", "text"]
         start = time.monotonic()
         process = subprocess.Popen(push, env=variables)
         _, status, usage = os.wait4(process.pid, 0)
@@ -88,7 +88,7 @@ def main() -> None:
             for batch in pq.ParquetFile(shard).iter_batches(columns=["text"]):
                 documents, text = documents + len(batch), text + batch.nbytes
     unit = 1 if sys.platform == "darwin" else 1024
-    result = {
+    result: dict[str, Any] = {
         "documents": documents,
         "text_bytes": text,
         "parquet_bytes": sum(len(files[name].data) for name in shards),
