@@ -92,6 +92,8 @@ def ablate(
     """
     from nanophi.eval import ablation, suites
 
+    if recipe.conversations:
+        raise UserError(f"{recipe.name} trains on conversations, which no filter selects; name the recipe of its base")
     if recipe.quality.threshold is None and (recipe.quality.share is None or recipe.quality.share == 1):
         raise UserError(
             f"{recipe.name} keeps everything; set quality.threshold or quality.share to what is in question"

@@ -171,6 +171,7 @@ def test_the_answer_for_the_eye(finished):
     ("overrides", "options", "message"),
     [
         (["quality.share=null"], {}, "keeps everything; set quality.threshold or quality.share"),
+        (["base=b", "conversations=[{files: a.jsonl}]"], {}, "trains on conversations, which no filter selects"),
         (["quality.select=worst"], {}, "quality.select must be 'best'"),
         ([], {"seeds": (1, 1)}, "a seed is named twice"),
         ([], {"learning_rates": (0.1, 0.1)}, "a learning rate is named twice"),
