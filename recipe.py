@@ -62,7 +62,7 @@ class Source(Section):
 
     @pydantic.model_validator(mode="after")
     def one_origin(self) -> Source:
-        if sum(origin is not None for origin in (self.embedded, self.hub, self.files)) != 1:
+        if sum(bool(origin) for origin in (self.embedded, self.hub, self.files)) != 1:
             raise ValueError("a source names exactly one of 'embedded', 'hub' or 'files'")
         return self
 

@@ -41,6 +41,7 @@ _FORMATS = {
 }
 _COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 KNOWN = ".parquet, .arrow, .jsonl, .json, .csv, .tsv, .txt or .md, the last six also as .gz, .bz2, .xz or .zst"
+_MAGIC = {b"\x1f\x8b": ".gz", b"BZh91AY": ".bz2", b"\xfd7zXZ": ".xz", b"\x28\xb5\x2f\xfd": ".zst", b"PAR1": ".parquet"}
 _CHUNK = 1 << 20
 _BATCH_ROWS = 256
 _MARKS = (
@@ -105,7 +106,10 @@ def _open_plain(location: str) -> Any:
     """A file opened to read its uncompressed bytes."""
     compression = _suffixes(location)[1]
     if compression == "":
-        return open_file(location)
+        file = open_file(location)
+        for suffix in (suffix for magic, suffix in _MAGIC.items() if file.peek(8).startswith(magic)):
+            raise UserError(f"{shown(location)} holds what {suffix} files hold; rename it to end in {suffix}")
+        return file
     if compression == ".zst":
         return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(open_file(location), "r"), "zstd"), _CHUNK)
     module = {".gz": gzip, ".bz2": bz2, ".xz": lzma}[compression]
@@ -227,7 +231,8 @@ class TextColumn:
             )
             return f"'{self.path}' holds {kind}" + (f"; try text_column: {self.path}{inner}" if inner else "")
         if bad.reason == "invalid_utf8":
-            return "convert it to UTF-8, for example by iconv -f latin1 -t utf-8"
+            encoding = "utf-16" if isinstance(bad.found, bytes) and b"\0" in bad.found else "latin1"
+            return f"convert it to UTF-8, for example by iconv -f {encoding} -t utf-8"
         if bad.reason == "oversize":
             return f"a document has at most {MAXIMUM_DOCUMENT_BYTES // 10**6} MB; a text file is split by separator"
         return ""
@@ -407,6 +412,8 @@ def csv_rows(location: str, source: Source, score: str | None) -> Iterator[Row]:
         present = [character for character in ("\t", ",", ";") if character in header]
         delimiter = "\t" if _suffixes(location)[0] == ".tsv" or present == ["\t"] else ";" if present == [";"] else ","
         columns = next(csv.reader([header], delimiter=delimiter), [])
+        if not columns:
+            return
         # A field that was opened and never closed would swallow the rest of the file.
         reader = csv.DictReader(lines, columns, delimiter=delimiter, strict=True)
         check_columns(name, columns, source, score)

@@ -340,7 +340,14 @@ class Classifier:
         with user_errors(f"quality.scorer: {scorer.name} cannot be loaded as a text classifier"):
             arguments: dict[str, Any] = {"trust_remote_code": False, "revision": scorer.revision}
             tokenizer = AutoTokenizer.from_pretrained(name, **arguments)
-            model = AutoModelForSequenceClassification.from_pretrained(name, **arguments)
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                name, output_loading_info=True, **arguments
+            )
+        if info["missing_keys"]:
+            raise UserError(
+                f"quality.scorer: {scorer.name} has no weights for {min(info['missing_keys'])}: it is a model that was "
+                "not trained to classify text, and its scores would be random"
+            )
         self.range = scorer.range
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model, self.tokenizer = model.eval().to(self.device), tokenizer
@@ -352,8 +359,8 @@ class Classifier:
             tokenizer.pad_token = tokenizer.eos_token
         if tokenizer.pad_token is None:
             self.batch_size = 1
-        elif model.config.pad_token_id is None:
-            # Decoders find a text's last token by it.
+        else:
+            # Decoders find a text's last token by it, whatever the configuration says that they were padded with.
             model.config.pad_token_id = tokenizer.pad_token_id
 
     def score(self, texts: Sequence[bytes]) -> np.ndarray:

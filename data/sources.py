@@ -121,13 +121,21 @@ def locate(source: Source) -> Located:
     """The files of a source that is not embedded. Raises `UserError` if there are none, or for a dangling link."""
     if source.files:
         return _locate_files(source)
+    if is_on_hub(source):
+        return _locate_on_hub(source)
+    folder = local(str(source.hub))
+    return _locate_saved(source, folder) or _locate_split(source, str(folder))
+
+
+def is_on_hub(source: Source) -> bool:
+    """Whether a dataset is on the Hub, and not a folder here. Raises `UserError` if its name is neither."""
     if local(str(source.hub)).is_dir():
-        return _locate_saved(source, local(str(source.hub))) or _locate_split(source, str(local(str(source.hub))))
+        return False
     if local(str(source.hub)).exists():
         raise UserError(f"dataset {source.hub} cannot be loaded: it is a file; name it by 'files'")
     if not is_hub_id(str(source.hub)):
         raise UserError(f"dataset {source.hub} cannot be loaded: no such folder, and not a Hub id like ORG/NAME")
-    return _locate_on_hub(source)
+    return True
 
 
 def _locate_files(source: Source) -> Located:
@@ -309,7 +317,7 @@ def fingerprint(source: Source, contents: Contents) -> Any:
     """JSON-able identity of what a source holds now: versions, a commit, or names and hashes of files."""
     if source.embedded:
         return installed_docs.inputs()
-    if source.hub and not local(source.hub).is_dir():
+    if source.hub and is_on_hub(source):
         commit = resolve_commit(source.hub, source.revision, "dataset")
         return {"hub": source.hub, "config": source.config, "split": source.split, "commit": commit}
     return contents.files(Path(file) for file in locate(source).files)
@@ -411,7 +419,9 @@ def _score(row: Row, column: str) -> float:
         elif isinstance(value, datetime.date | datetime.time | datetime.timedelta):
             problem = f"holds a time ({value})"
         elif isinstance(value, list | dict | bytes):
-            problem = f"holds {'an object' if isinstance(value, dict) else 'a list'}"
+            problem = (
+                f"holds {'an object' if isinstance(value, dict) else 'a list' if isinstance(value, list) else 'bytes'}"
+            )
         elif math.isfinite(number := float(value)):
             return number
         else:

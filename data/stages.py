@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nanophi.files import UserError, read_json, sha256_of_tree, user_errors
-from nanophi.inputs import WEIGHTS, is_hub_id, local, split_revision
+from nanophi.inputs import WEIGHTS, split_revision
 from nanophi.recipe import Recipe, Source
 from nanophi.run import Inputs, RunDirectory, differences, step_folders
 
@@ -69,9 +69,11 @@ class DataStages:
 
     def pinned(self, sources: Sequence[Source]) -> list[Source]:
         """Sources with the commit of each dataset on the Hub as its revision."""
+        from nanophi.data.sources import is_on_hub
+
         pinned = []
         for source in sources:
-            if source.hub and is_hub_id(source.hub) and not local(source.hub).is_dir():
+            if source.hub and is_on_hub(source):
                 commit = self.inputs.commit_of(source.hub, source.revision, "dataset")
                 source = source.model_copy(update={"revision": commit})
             pinned.append(source)

@@ -88,6 +88,7 @@ def test_overrides(write):
         (["training.keep_steps=[1000000]"], r"keep_steps \[1000000\] are beyond the last step"),
         (["training.micro_batch_size=3"], r"batch_size \(\d+\) must be a multiple of micro_batch_size \(3\)"),
         (["data.sources=[{hub: a, files: b}]"], r"exactly one of 'embedded', 'hub' or 'files'"),
+        (["data.sources=[{files: ''}]"], r"exactly one of 'embedded', 'hub' or 'files'"),
         (["data.sources=[{files: x.txt}]"], r"'linear' needs quality.high and quality.low"),
         (["quality.scorer=magic"], r"'quality.scorer': must be 'linear'"),
         (["name=a/b"], r"'name'"),

@@ -120,6 +120,23 @@ def test_several_labels_at_once(tmp_path: Path) -> None:
         find_scorer(f"model:{tmp_path / 'nothing'}").check_choice()
 
 
+def test_a_model_that_was_not_trained_to_classify_is_refused(tmp_path: Path) -> None:
+    from transformers import BertForSequenceClassification
+
+    folder = classifier(tmp_path / "model", ["bad", "good"])
+    BertForSequenceClassification.from_pretrained(folder).bert.save_pretrained(folder)
+    with pytest.raises(UserError, match=r"has no weights for classifier\.bias: .* its scores would be random"):
+        Scorer("model", str(folder), "good").score(TEXTS)
+
+
+def test_a_text_ends_before_its_padding_whatever_the_configuration_pads_with(tmp_path: Path) -> None:
+    folder = classifier(tmp_path / "model", ["bad", "good"], decoder=True)
+    alone = softmax(logits_of(folder))[:, 1]
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "pad_token_id": 3}))
+    assert Scorer("model", str(folder), "good").score(TEXTS) == pytest.approx(alone, abs=1e-5)
+
+
 def test_a_recipe_says_label_and_scale_where_they_mean_something() -> None:
     for fields, message in (
         ({"label": "x"}, "label is for a scorer 'model:"),

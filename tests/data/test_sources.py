@@ -19,6 +19,7 @@ import pytest
 from nanophi.data import gather, sources
 from nanophi.data.formats import TextColumn, Unusable, format_of
 from nanophi.files import UserError
+from nanophi.inputs import Contents
 from nanophi.recipe import Data, Source
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="names in bytes, links and pipes as Linux has them")
@@ -163,8 +164,15 @@ def test_a_folder_with_a_script_and_a_name_that_is_nothing(tmp_path: Path) -> No
     (folder / "train.jsonl").write_text(LINES)
     with pytest.raises(UserError, match=r"scripts are no longer supported.*; name its data files by 'files'"):
         read(hub=str(folder))
-    with pytest.raises(UserError, match="no such folder, and not a Hub id"):
-        read(hub="../nowhere/at/all")
+    (tmp_path / "file.jsonl").write_text("{}")
+    for hub, message in (
+        ("../nowhere/at/all", "no such folder, and not a Hub id"),
+        (str(tmp_path / "file.jsonl"), "it is a file; name it by 'files'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read(hub=hub)
+        with pytest.raises(UserError, match=message):  # before the Hub is asked
+            sources.fingerprint(Source(hub=hub), Contents())
 
 
 # Text is what it is
@@ -312,6 +320,9 @@ def test_scores_of_times_and_of_csv(tmp_path: Path) -> None:
     pq.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"column 'q' holds a time \(2024-01-01 00:00:00\)"):
         read("q", files=str(tmp_path / "a.parquet"))
+    pq.write_table(pa.table({"text": ["x"], "q": [b"0.5"]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"column 'q' holds bytes; a score is a number"):
+        read("q", files=str(tmp_path / "a.parquet"))
     (tmp_path / "a.csv").write_text("text,q\nx,0.25\n")
     source, tally = Source(files=str(tmp_path / "a.csv")), sources.Tally()
     (part,), _ = sources.plan(source, "q")
@@ -339,6 +350,11 @@ def test_scores_of_times_and_of_csv(tmp_path: Path) -> None:
         ("a.csv", b"body,n\nx,1\n", r"a\.csv has no column 'text'; it has body, n"),
         ("a.json", b'{"data": [{"text": "x"}]}', r"a\.json is one object, .* save the array under its key 'data'"),
         ("a.json", b'[{"body": "x"}]', r"a\.json has no row with a column 'text'; the last has body"),
+        ("a.jsonl", gzip.compress(LINES.encode()), r"a\.jsonl holds what \.gz files hold; rename it to end in \.gz"),
+        ("a.csv", bz2.compress(b"text"), r"a\.csv holds what \.bz2 files hold"),
+        ("a.json", lzma.compress(b"[]"), r"a\.json holds what \.xz files hold"),
+        ("a.txt", pa.compress(b"text", "zstd", asbytes=True), r"a\.txt holds what \.zst files hold"),
+        ("a.jsonl", b"PAR1 and so on", r"a\.jsonl holds what \.parquet files hold"),
     ],
 )
 def test_a_damaged_file_gives_one_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
