@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import os
 import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from nanophi.files import UserError, printable, read_json, reason, sha256_of, sha256_of_file, write_json
+
+if TYPE_CHECKING:
+    from huggingface_hub import RepoFile
 
 _HUB_NAME = r"\w(?:[\w.-]{0,94}\w)?"
 _HUB_ID = re.compile(f"{_HUB_NAME}/{_HUB_NAME}", re.ASCII)
@@ -170,3 +174,16 @@ def resolve_commit(repo_id: str, revision: str | None, kind: Kind) -> str:
         raise UserError(
             f"{kind} {repo_id} cannot be looked up on the Hub ({reason(error)}), and it was never seen on this machine"
         ) from None
+
+
+def same_on_hub(path: Path, there: RepoFile) -> bool:
+    """Whether a file is the one on the Hub, which knows LFS files by SHA-256 and others by git's SHA-1 of a blob.
+
+    Nothing is downloaded.
+    """
+    if there.size != path.stat().st_size:
+        return False
+    if there.lfs is not None:
+        return there.lfs.sha256 == sha256_of_file(path)
+    content = path.read_bytes()
+    return there.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()

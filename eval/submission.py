@@ -9,7 +9,6 @@ mirrors of the boards read the same request files.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -22,8 +21,8 @@ import transformers
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.hf_api import RepoFile
 
-from nanophi.files import UserError, read_json, sha256_of_file, write_json
-from nanophi.inputs import is_hub_id, model_folder
+from nanophi.files import UserError, read_json, write_json
+from nanophi.inputs import is_hub_id, model_folder, same_on_hub
 from nanophi.run import now
 
 MODEL_TYPES = ("pretrained", "continuously pretrained", "fine-tuned", "chat", "merge")
@@ -279,7 +278,9 @@ class _Submission:
         here = [*self.folder.glob("*.safetensors"), *(self.folder / file for file in ("config.json", "tokenizer.json"))]
         files = [path for path in sorted(here) if path.is_file()]
         weights = {path.name for path in files} | {path for path in there if path.endswith(".safetensors")}
-        other = sorted(weights - {path.name for path in files if _is_same(path, there.get(path.name))})
+        other = sorted(
+            weights - {path.name for path in files if path.name in there and same_on_hub(path, there[path.name])}
+        )
         found = f"{', '.join(other)} differ from {self.repo_id}" if other else f"{len(files)} files are the same"
         return Check(name, not other, found, remedy)
 
@@ -345,16 +346,6 @@ class _Submission:
             with safetensors.safe_open(path, framework="pt") as tensors:
                 total += sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118
         return total
-
-
-def _is_same(path: Path, there: RepoFile | None) -> bool:
-    """Whether a file is the one on the Hub, which knows LFS files by SHA-256 and others by git's SHA-1 of a blob."""
-    if there is None or there.size != path.stat().st_size:
-        return False
-    if there.lfs is not None:
-        return there.lfs.sha256 == sha256_of_file(path)
-    content = path.read_bytes()
-    return there.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def _short(error: Exception) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import parse_ratelimit_headers
 
-from nanophi.files import UserError, sha256_of_file
+from nanophi.files import UserError
 from nanophi.inputs import Kind
 
 Result = TypeVar("Result")
@@ -111,20 +110,6 @@ def files_at(api: HfApi, repo_id: str, revision: str, kind: Kind = "model") -> d
     """Path -> file of a revision, without `.gitattributes`, which is the Hub's own."""
     tree = api.list_repo_tree(repo_id, recursive=True, revision=revision, repo_type=kind)
     return {entry.path: entry for entry in tree if isinstance(entry, RepoFile) and entry.path != ".gitattributes"}
-
-
-def is_same(there: RepoFile, here: Path) -> bool:
-    """Whether a file on the Hub has the contents of one here; nothing is downloaded."""
-    if there.size != here.stat().st_size:
-        return False
-    if there.lfs is not None:
-        return there.lfs.sha256 == sha256_of_file(here)
-    return there.blob_id == git_blob_id(here.read_bytes())
-
-
-def git_blob_id(content: bytes) -> str:
-    """The SHA-1 by which git knows a file."""
-    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
 def read_file(api: HfApi, repo_id: str, path: str, revision: str, folder: Path, kind: Kind = "model") -> bytes | None:

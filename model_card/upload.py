@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanophi.files import UserError
-from nanophi.inputs import Kind
+from nanophi.inputs import Kind, same_on_hub
 from nanophi.model_card import hub
 from nanophi.model_card.release import MANIFEST, list_files
 from nanophi.model_card.signature import SIGNATURE
@@ -84,7 +84,7 @@ def _change(api: HfApi, repository: Repository, commit: str, folder: Path, scrat
     """From a commit on the Hub to a folder here. With `scratch`, also which of the files there are not ours."""
     there, here = hub.files_at(api, repository.name, commit, repository.kind), list_files(folder)
     new = [name for name in here if name not in there]
-    replaced = [name for name in here if name in there and not hub.is_same(there[name], folder / name)]
+    replaced = [name for name in here if name in there and not same_on_hub(folder / name, there[name])]
     deleted = sorted(set(there) - set(here))
     if replaced == [SIGNATURE] and not new and not deleted:
         replaced = []  # Two signatures of the same files differ.
