@@ -133,7 +133,10 @@ class RunDirectory:
     def record(self) -> dict[str, Any]:
         """The contents of `record.json`; `{"stages": {}}` before anything was written."""
         path = self.path / "record.json"
-        return read_json(path) if path.exists() else {"stages": {}}
+        record = read_json(path) if path.exists() else {"stages": {}}
+        if not isinstance(record, dict) or not isinstance(record.get("stages"), dict):
+            raise UserError(f"{path} is not a record of a run; restore it, or name another run")
+        return record
 
     def update_record(self, **fields: Any) -> None:
         """Set top-level fields of `record.json`."""

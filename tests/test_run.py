@@ -36,6 +36,13 @@ def test_runs_once_per_input(tmp_path):
     assert calls[-1] == "three" and len(calls) == 3  # an output that is gone is made again
 
 
+def test_a_record_that_is_none_is_named(tmp_path):
+    for content in ("[]", '{"stages": []}', "{}"):
+        write_text(tmp_path / "a/record.json", content)
+        with pytest.raises(UserError, match=r"a/record\.json is not a record of a run"):
+            RunDirectory(tmp_path / "a", str).stage("s", {}, ["out"], builder("one", []))
+
+
 def test_a_failed_stage_changes_nothing_and_finds_its_work_again(tmp_path):
     run = RunDirectory(tmp_path / "a", lambda line: None)
     run.stage("s", {"x": 1}, ["out"], builder("one", []))
