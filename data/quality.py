@@ -233,6 +233,8 @@ def fit_files(
         UserError: if `output` holds anything else, or there are too few documents.
     """
     check_own_folder(output, ("scorer.json", "scorer.safetensors"), "quality fit")
+    if both := sorted({*high} & {*low}):
+        raise UserError(f"{both[0]} is named as high and as low quality; it can be an example of one")
     texts: list[bytes] = []
     good: list[bool] = []
     names: list[str] = []

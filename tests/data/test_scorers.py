@@ -197,6 +197,8 @@ def test_commands_replace_only_what_they_wrote(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "good" / "notes.txt").unlink()
     for _ in range(2):
         quality.fit_files(["good"], ["low/*.txt"], Path("scorer"))
+    with pytest.raises(UserError, match=r"low/\*\.txt is named as high and as low quality"):
+        quality.fit_files(["good/*.txt", "low/*.txt"], ["low/*.txt"], Path("scorer"))
     scorer = find_scorer("model:scorer")
     (tmp_path / "mine.parquet").write_bytes(b"mine")
     (tmp_path / "folder").mkdir()
