@@ -147,7 +147,7 @@ class Quality(Section):
         if self.share is None and self.select != "best":
             raise ValueError(f"select '{self.select}' needs 'share', such as 0.42")
         if both := sorted({*self.high} & {*self.low}):
-            raise ValueError(f"'{both[0]}' is named in quality.high and in quality.low; it can be an example of one")
+            raise ValueError(f"'high' and 'low' both name '{both[0]}'; it can be an example of one")
         return self
 
     @pydantic.field_validator("scorer")

@@ -53,9 +53,6 @@ def labels(quality: Quality, data: Data) -> tuple[list[str], list[str]]:
     high, low = list(quality.high), list(quality.low)
     if not high and not low and any(source.embedded for source in data.sources):
         high, low = list(installed_docs.HIGH), list(installed_docs.LOW)
-    both = sorted(set(high) & set(low))
-    if both:
-        raise UserError(f"quality.high and quality.low both name '{both[0]}'")
     return high, low
 
 

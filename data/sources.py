@@ -130,8 +130,6 @@ def locate(source: Source) -> Located:
 def is_on_hub(source: Source) -> bool:
     """Whether a dataset is on the Hub, and not a folder here. Raises `UserError` if its name is neither."""
     if local(str(source.hub)).is_dir():
-        if source.revision:
-            raise UserError(f"dataset {source.hub} is a folder here, which has no revisions; leave out 'revision'")
         return False
     if local(str(source.hub)).exists():
         raise UserError(f"dataset {source.hub} cannot be loaded: it is a file; name it by 'files'")

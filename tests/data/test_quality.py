@@ -253,14 +253,11 @@ def test_killed_and_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert (output / name).read_bytes() == (whole / name).read_bytes()
 
 
-def test_labels_must_name_sources_and_not_overlap(folder: Path, tmp_path: Path) -> None:
+def test_labels_must_name_sources(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="names source 'novel'; there is chat-x"):
         quality.score(
             folder / "documents", Quality(high=["novel"], low=["chat-x"]), settings(folder), 0, tmp_path / "a"
         )
-    with pytest.raises(UserError, match="both name 'chat-x'"):
-        both = Quality(high=["chat-x"], low=["chat-x", "chat-y"])
-        quality.score(folder / "documents", both, settings(folder), 0, tmp_path / "b")
 
 
 def test_a_transformers_classifier(folder: Path, tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_what_cannot_be_chosen_is_refused():
         ({"share": 1.1}, "less than or equal to 1"),
         ({"share": 0.4, "threshold": 0.5}, "exclude each other"),
         ({"select": "worst"}, "needs 'share'"),
-        ({"high": ["a", "b"], "low": ["c", "b"]}, "'b' is named in quality.high and in quality.low"),
+        ({"high": ["a", "b"], "low": ["c", "b"]}, "'high' and 'low' both name 'b'"),
         ({"share": 0.4, "select": "first"}, "'best', 'random' or 'worst'"),
     ],
 )

@@ -164,8 +164,6 @@ def test_a_folder_with_a_script_and_a_name_that_is_nothing(tmp_path: Path) -> No
     (folder / "train.jsonl").write_text(LINES)
     with pytest.raises(UserError, match=r"scripts are no longer supported.*; name its data files by 'files'"):
         read(hub=str(folder))
-    with pytest.raises(UserError, match="a folder here, which has no revisions; leave out 'revision'"):
-        read(hub=str(folder), revision="v1")
     (tmp_path / "file.jsonl").write_text("{}")
     for hub, message in (
         ("../nowhere/at/all", "no such folder, and not a Hub id"),
