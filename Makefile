@@ -10,8 +10,9 @@ LLAMA := $(VENV)/llama
 CLUSTER := $(VENV)/cluster
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTEST := $(BIN)/pytest -c tests/pytest.ini --rootdir tests
+TESTS := OMP_NUM_THREADS=1 $(PYTEST) --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test lint hub compat peer gguf cluster clean
+.PHONY: help demo test slow lint hub compat peer gguf cluster clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
@@ -19,9 +20,11 @@ help: ## list the targets
 demo: $(INSTALLED) ## train, evaluate and release two small models: 6 minutes on 2 cores
 	$(BIN)/nanophi run demo demo-control --jobs 2
 
-test: $(INSTALLED) lint ## lint, types, tests and their coverage: 6 minutes on 2 cores
-	OMP_NUM_THREADS=1 $(PYTEST) --numprocesses 2 --dist loadfile --no-loadscope-reorder \
-		--cov nanophi --cov-config tests/coverage.ini --cov-report term tests
+test: $(INSTALLED) lint ## lint, types and tests: 6 minutes on 2 cores
+	$(TESTS) -m "not slow" tests
+
+slow: $(INSTALLED) ## the tests that take longest
+	$(TESTS) -m slow tests
 
 lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check .

@@ -180,6 +180,7 @@ def folder_of_documents(folder):
     return folder
 
 
+@pytest.mark.slow
 def test_a_tag_means_all_of_lm_evals_tasks():
     """Also where only some of them are in the folders that are looked at first."""
     stock = set(suites._everything().task_index["math_word_problems"].tags)

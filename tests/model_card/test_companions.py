@@ -308,6 +308,7 @@ def test_secrets_and_paths_in_the_data_are_refused(
         assert named in wrong[0] and ids[555][:16] in wrong[0] and "x1Y2" not in wrong[0]
 
 
+@pytest.mark.slow
 def test_a_push_cut_at_any_request_is_finished_by_the_next(
     scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -162,6 +162,7 @@ def test_replicated_processes_stop_together_whoever_gets_the_signal(one, tmp_pat
     NanoPhiForCausalLM.from_pretrained(run / f"checkpoints/step-{STEPS:06d}")
 
 
+@pytest.mark.slow
 def test_divided_processes(one, tmp_path):
     """FSDP2: killed after step 30, it resumes from step 25 as if it had not been."""
     run = add_sources(make_run(tmp_path / "run"))
