@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,11 @@ class ChatStages(DataStages):
             context = read_json(base.model / "config.json")["max_position_embeddings"]
             read = base.documents if base.documents and any(base.documents.glob("train-*.parquet")) else None
             summary = conversations.build(pinned, recipe.method, tokenizer, context, read, output)
+            for name, count in summary["sources"].items():
+                left = Counter(count)
+                total, train, held = (left.pop(part, 0) for part in ("read", "train", "heldout"))
+                line = f"{name}: {total:,} conversations read, {train:,} to train on, {held:,} held out"
+                self.report(line + (f", {left.total():,} left out ({sources.reasons(left)})" if left else ""))
             summary |= {"base": base.recipe["name"], "repo_id": base.repo_id, "own_template": own}
             for file in [*filter(lambda file: MODEL.fullmatch(file.name), base.model.iterdir()), *folder.iterdir()]:
                 copy_tree(file, work / "data/base" / file.name)

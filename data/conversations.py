@@ -85,7 +85,11 @@ def build(
             key = sha256_of(turns)
             if held or (held is None and not own_split and int(key[:8], 16) / 2**32 < HELDOUT_SHARE):
                 text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-                if len(tokenizer(text).input_ids) + ANSWER_TOKENS < context:
+                if len(tokenizer(text).input_ids) + ANSWER_TOKENS >= context:
+                    count["too_long"] += 1
+                elif key in candidates:
+                    count["asked_twice"] += 1
+                else:
                     row = {"id": key[:16], "source": name, "messages": turns}
                     candidates[key] = row | {"prompt": text, "answer": answer}
                 continue
@@ -101,14 +105,17 @@ def build(
         raise UserError(f"no conversation is left to train on: {dict(sum(counts.values(), Counter()))}")
     base = None if base_text is None else _squeezed(base_text)
     kept: list[dict[str, Any]] = []
-    found = 0
     for _, row in sorted(candidates.items()):
-        if base is not None and row["answer"] in base:
-            found += 1
-        elif row["answer"] not in learned and len(kept) < HELDOUT_MAXIMUM:
-            kept.append(row)
+        count = counts[row["source"]]
         if len(kept) == HELDOUT_MAXIMUM:
-            break
+            count["not_needed"] += 1
+        elif base is not None and row["answer"] in base:
+            count["answer_in_base_text"] += 1
+        elif row["answer"] in learned:
+            count["answer_learned"] += 1
+        else:
+            count["heldout"] += 1
+            kept.append(row)
     if not kept:
         raise UserError(
             "no conversation is left to be held out; add a source with heldout: true whose answers are not among those "
@@ -117,14 +124,14 @@ def build(
     output.mkdir(parents=True)
     pq.write_table(pa.Table.from_pylist(train), output / "train.parquet")
     pq.write_table(pa.Table.from_pylist(kept), output / "heldout.parquet")
-    for row in kept:
-        counts[row["source"]]["heldout"] += 1
     return {
         "train": len(train),
         "heldout": len(kept),
         "tokens": sum(len(row.get("input_ids", ())) for row in train) or None,
         "sources": {name: dict(count) for name, count in counts.items()},
-        "answers_in_base_text": None if base is None else found,
+        "answers_in_base_text": None
+        if base is None
+        else sum(count["answer_in_base_text"] for count in counts.values()),
         "train_sha256": sha256_of(train),
         "heldout_sha256": sha256_of(kept),
     }

@@ -9,7 +9,7 @@ import yaml
 from chat_run import END, make_base, pipeline, talk
 from transformers import AutoTokenizer
 
-from nanophi.data import questions
+from nanophi.data import conversations, questions
 from nanophi.files import UserError, read_json, write_json
 from nanophi.pipeline import Pipeline
 from nanophi.recipe import load_recipe
@@ -180,3 +180,19 @@ def test_embedded_questions_are_a_source(runs, monkeypatch):
     with pytest.raises(UserError, match="is missing; run `nanophi prepare`"):
         Pipeline(recipe, runs, build=("training",), report=lambda line: None).training()
     assert run.tokens()["sources"] == {"questions": {"read": 9, "train": 6, "heldout": 3}}
+
+
+def test_conversations_read_are_used_or_left_out_for_a_reason(runs, monkeypatch):
+    held = [("Long " * 60, "Yes."), ("Once?", "Held."), ("Once?", "Again."), ("Learned?", "Known.")]
+    held += [(f"More {number}?", f"Number {number}.") for number in range(3)]
+    rows = [(False, "What?", "Known."), (False, f"Say {END}", "No."), *((True, *pair) for pair in held)]
+    monkeypatch.setattr(questions, "conversations", lambda: iter(rows))
+    monkeypatch.setattr(conversations, "HELDOUT_MAXIMUM", 2)
+    recipe = load_recipe("demo", [f"base={runs}/base", "conversations=[{embedded: questions}]", "name=counted"])
+    lines: list[str] = []
+    count = Pipeline(recipe, runs, report=lines.append).tokens()["sources"]["questions"]
+    assert count["read"] == len(rows) == sum(count.values()) - count["read"]
+    assert (count["heldout"], count["train"], count["too_long"], count["asked_twice"]) == (2, 1, 1, 1)
+    assert count["special_token"] == 1 and count.get("answer_learned", 0) + count["not_needed"] == 3
+    (line,) = [line for line in lines if "conversations read" in line]
+    assert "questions: 9 conversations read, 1 to train on, 2 held out, 6 left out (" in line
