@@ -270,7 +270,7 @@ def _make_plan(
         "vocab_size": counts["vocab_size"],
         "targets": _targets(recipe, question["tasks"]),
         "contrasts": {name: " - ".join(arms) for name, arms in ablation.CONTRASTS.items()},
-        "test": " ".join(str(ablation.__doc__).split("\n\n", 1)[1].split()),
+        "test": str(ablation.__doc__).split("\n\n", 1)[1].strip(),
         "planned": now(),
         "environment": environment(),
     }

@@ -23,6 +23,7 @@ from readme import README, ROOT, blocks, commands
 
 from nanophi import cli_verbs
 from nanophi.cli import main
+from nanophi.eval import ablation_render
 from nanophi.files import read_json
 from nanophi.recipe import load_recipe
 from nanophi.recipe_file import RECIPES
@@ -216,3 +217,21 @@ def test_commands_outside_the_blocks_parse():
 def test_every_file_that_is_named_exists():
     for target in re.findall(r"\]\(([^)h][^)]*)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_the_experiment_says_what_the_readme_says(tmp_path):
+    shutil.copytree(ROOT / "benchmarks/filter_effect", tmp_path, dirs_exist_ok=True)
+    result = ablation_render.write_answer(tmp_path)
+    assert result["finished"] == len(result["runs"]) == 24
+    assert (tmp_path / "ablation.md").read_text() == (ROOT / "benchmarks/filter_effect/ablation.md").read_text()
+    answers, kept, dropped = (result["targets"][name] for name in ("answers", "kept", "dropped"))
+    primary = {**answers["contrasts"], "check": answers["check"]}
+    assert primary["quality"]["verdict"] == "not found" and primary["check"]["verdict"] == "better"
+    quoted = " ".join(README[README.index("### Does the filter help?") :].split("\n## ")[0].split())
+    for name in ("quality", "repetition", "check"):
+        for one in primary[name]["learning_rates"].values():
+            assert ablation_render.difference(one) in quoted
+    for target, verdict in ((kept, "better"), (dropped, "worse")):
+        quality = target["contrasts"]["quality"]
+        assert quality["verdict"] == verdict
+        assert all(f"{one['value']:+.4f}" in quoted for one in quality["learning_rates"].values())
