@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from nanophi.files import UserError, read_json, user_errors
-from nanophi.inputs import is_hub_id, local
+from nanophi.inputs import local, model_folder, split_revision
 from nanophi.run import step_folders
 
 INHERITED = ("data", "quality", "tokenizer", "model")
@@ -31,15 +31,13 @@ class Base(NamedTuple):
 
 def find(name: str) -> Base:
     """The base that a recipe names. Raises `UserError` if it is none, or incomplete."""
-    folder, repo_id = local(name), None
-    if not folder.is_dir():
-        repo_id, _, revision = name.partition("@")
-        if not is_hub_id(repo_id):
-            raise UserError(f"base: {name} does not exist here, and is not a Hub id like ORG/NAME or ORG/NAME@REVISION")
+    folder, repo_id = model_folder(name, "base"), None
+    if folder is None:
+        repo_id, revision = split_revision(name)
         from huggingface_hub import snapshot_download
 
         with user_errors(f"base: there is no folder {name} here, and it cannot be downloaded from the Hub"):
-            folder = Path(snapshot_download(repo_id, revision=revision or None))
+            folder = Path(snapshot_download(repo_id, revision=revision))
     model, recipe_file, pattern, run = folder, folder / "records/recipe.yaml", "records/{0}.json", folder.parent
     if (folder / "record.json").is_file():
         if "training" not in read_json(folder / "record.json")["stages"]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from nanophi.files import UserError
-from nanophi.inputs import is_hub_id
+from nanophi.inputs import model_folder, split_revision
 
 
 def generate(
@@ -22,7 +21,7 @@ def generate(
     """The prompt and its continuation, or with `chat` the answer alone.
 
     Args:
-        model: folder, or id on the Hub.
+        model: folder, or `ORG/NAME` or `ORG/NAME@revision` on the Hub.
         prompt: text to continue, or the user's message.
         max_new_tokens: fewer, with a line to `report`, where the model's context is shorter.
         temperature: 0 always takes the most likely token.
@@ -32,12 +31,12 @@ def generate(
     Raises:
         UserError: for a model that cannot be loaded or has no chat template, or a prompt that is too long.
     """
-    if not Path(model).is_dir() and not is_hub_id(model):
-        raise UserError(f"{model} cannot be loaded: it is neither a folder nor a Hub id like ORG/NAME")
+    model_folder(model)  # a mistyped name, before anything slow is imported
     from transformers import pipeline, set_seed
 
+    repo_id, revision = split_revision(model)
     try:
-        generator: Any = pipeline("text-generation", model=model)
+        generator: Any = pipeline("text-generation", model=repo_id, revision=revision)
     except (OSError, ValueError) as error:
         raise UserError(f"{model} cannot be loaded: {str(error).splitlines()[0]}") from None
     asked: Any = prompt

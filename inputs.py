@@ -34,18 +34,28 @@ def is_hub_id(name: str) -> bool:
     return _HUB_ID.fullmatch(name) is not None and not re.search(r"\.\.|--|\.git$", name)
 
 
-def model_folder(model: str | Path) -> Path | None:
+def model_folder(model: str | Path, key: str | None = None) -> Path | None:
     """The folder that a model's name refers to; None for a repository on the Hub, `ORG/NAME` or `ORG/NAME@revision`.
 
     Looks at the name and the file system only: nothing is loaded and the Hub is not asked.
 
+    Args:
+        model: the name.
+        key: of the recipe that names it, for the message of an error.
+
     Raises:
-        UserError: if it is neither.
+        UserError: if it is neither, or names a run that is missing in a folder of runs.
     """
-    if Path(model).is_dir():
-        return Path(model)
-    if not is_hub_id(str(model).partition("@")[0]):
-        raise UserError(f"folder {model} does not exist, and it is not a Hub id like ORG/NAME")
+    folder = local(model)
+    if folder.is_dir():
+        return folder
+    repo_id = str(model).partition("@")[0]
+    missing = f"{key + ': ' if key else ''}folder {model} does not exist"
+    if not is_hub_id(repo_id):
+        raise UserError(f"{missing}, and it is not a Hub id like ORG/NAME")
+    # A mistyped run looks like a Hub id, and without a network the Hub is asked for most of a minute.
+    if runs := sorted(path.parent.name for path in Path(repo_id).parent.glob("*/recipe.yaml")):
+        raise UserError(f"{missing}; {Path(repo_id).parent} holds {', '.join(runs)}")
     return None
 
 

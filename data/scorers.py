@@ -20,7 +20,7 @@ from scipy.sparse import csr_matrix, hstack, vstack
 
 from nanophi.data.ngrams import hash_words, ngrams
 from nanophi.files import UserError, permit, user_errors
-from nanophi.inputs import is_hub_id, local, split_revision
+from nanophi.inputs import local, model_folder, split_revision
 
 BUCKETS = 1 << 18
 EXCERPT_BYTES = 16_000
@@ -294,8 +294,7 @@ def _published(repo_id: str, revision: str | None) -> Path | None:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    if not is_hub_id(repo_id):
-        return None
+    model_folder(repo_id, "quality.scorer")
     # Where the Hub does not answer, loading a classifier says so.
     with contextlib.suppress(HfHubHTTPError, OSError):
         return Path(hf_hub_download(repo_id, "scorer.safetensors", revision=revision)).parent
@@ -398,9 +397,7 @@ def label_values(scorer: Scorer) -> list[float] | None:
     from transformers import AutoConfig
 
     what = f"quality.scorer: {scorer.name}"
-    name = local(scorer.name) if local(scorer.name).exists() else scorer.name
-    if name == scorer.name and not is_hub_id(scorer.name):
-        raise UserError(f"{what} cannot be loaded as a text classifier (no such folder, and not a Hub id)")
+    name = model_folder(scorer.name, "quality.scorer") or scorer.name
     with user_errors(f"{what} cannot be loaded as a text classifier"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, revision=scorer.revision)
     names = [str(config.id2label[index]) for index in sorted(config.id2label)]

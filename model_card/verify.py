@@ -18,7 +18,7 @@ from typing import Any
 
 from nanophi import formatting
 from nanophi.files import UserError, read_json, sha256_of_file
-from nanophi.inputs import is_hub_id
+from nanophi.inputs import model_folder, split_revision
 from nanophi.model_card import card as model_card
 from nanophi.model_card import loader, metadata, signature
 from nanophi.model_card.release import CODE_FILES, MANIFEST, list_files
@@ -53,7 +53,7 @@ def verify(
     """Check a release folder, or a repository on the Hub.
 
     Args:
-        release: a folder, or `ORG/NAME`.
+        release: a folder, or `ORG/NAME` or `ORG/NAME@revision` on the Hub.
         revision: branch, tag or commit of a Hub repository.
         echo: called with one line for each check.
         trust_remote_code: run the release's code even if it is not the code of this version of nanophi.
@@ -121,19 +121,20 @@ def locate(release: str, revision: str | None = None, patterns: list[str] | None
     """A release's folder, downloaded into the Hub's cache if it is not one here.
 
     Args:
-        release: a folder, or `ORG/NAME`.
+        release: a folder, or `ORG/NAME` or `ORG/NAME@revision` on the Hub.
         revision: branch, tag or commit of a Hub repository.
         patterns: of the files to download; None: all.
 
     Raises:
         UserError: if there is no such release.
     """
-    if Path(release).is_dir():
+    folder = model_folder(release)
+    if folder is not None:
         if revision is not None:
             raise UserError(f"--revision is for a repository on the Hub; {release} is a folder")
-        return Path(release).resolve()
-    if not is_hub_id(release):
-        raise UserError(f"{release} is neither a folder nor a Hub id (ORG/NAME)")
+        return folder.resolve()
+    release, named = split_revision(release)
+    revision = revision or named
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 

@@ -71,7 +71,7 @@ def test_every_example_is_a_command_that_parses(example):
         (["train", "demo"], "tokens.json is missing; run `nanophi prepare`"),
         (["compare", "."], "holds no results; name a run directory"),
         (["eval", "no_such_folder"], "folder no_such_folder does not exist, and it is not a Hub id"),
-        (["generate", "nowhere", "x"], "nowhere cannot be loaded"),
+        (["generate", "nowhere", "x"], "folder nowhere does not exist"),
         (["verify", "nowhere"], "nowhere"),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 
 from nanophi import inputs
 from nanophi.files import UserError
-from nanophi.inputs import Contents, resolve_commit, shown
+from nanophi.inputs import Contents, model_folder, resolve_commit, shown
 from nanophi.run import Inputs, RunDirectory
 
 
@@ -121,3 +121,16 @@ def test_commits_with_and_without_a_network(tmp_path: Path, monkeypatch: pytest.
 def test_paths_that_are_not_utf8_or_one_line_can_be_shown() -> None:
     assert shown(os.fsdecode(b"caf\xe9\n.txt")) == "caf\\xe9\\n.txt"
     assert str(UserError("a\nb \udc80 \x1b[31m")) == "a\\nb \\udc80 \\x1b[31m"
+
+
+def test_a_mistyped_run_is_not_looked_for_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for run in ("demo", "mine"):
+        (tmp_path / "runs" / run).mkdir(parents=True)
+        (tmp_path / "runs" / run / "recipe.yaml").touch()
+    (tmp_path / "org").mkdir()
+    with pytest.raises(UserError, match="folder runs/dmeo does not exist; runs holds demo, mine"):
+        model_folder("runs/dmeo")
+    assert model_folder("runs/demo") == Path("runs/demo")
+    assert model_folder("org/name") is None, "a folder of something else says nothing"
+    assert model_folder("other/name@v1") is None

@@ -298,7 +298,7 @@ def test_a_transformers_classifier(folder: Path, tmp_path: Path) -> None:
         with torch.inference_mode():
             expected = model(**inputs).logits.softmax(-1)[0, 1].item()
         assert row["quality_score"] == pytest.approx(expected, abs=1e-5)
-    with pytest.raises(UserError, match="cannot be loaded as a text classifier"):
+    with pytest.raises(UserError, match=r"quality\.scorer: folder .*nothing does not exist"):
         nothing = Quality(scorer=f"model:{tmp_path / 'nothing'}")
         quality.score(folder / "documents", nothing, settings(folder), 0, tmp_path / "other")
 

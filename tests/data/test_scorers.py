@@ -116,7 +116,7 @@ def test_several_labels_at_once(tmp_path: Path) -> None:
     outputs = classifier(tmp_path / "outputs", ["a", "b"], "regression")
     with pytest.raises(UserError, match="2 outputs of a regression"):
         find_scorer(str(outputs), "a").check_choice()
-    with pytest.raises(UserError, match="cannot be loaded as a text classifier"):
+    with pytest.raises(UserError, match=r"quality\.scorer: folder .*nothing does not exist"):
         find_scorer(f"model:{tmp_path / 'nothing'}").check_choice()
 
 

@@ -215,7 +215,7 @@ def test_bad_manifest_is_one_line(copied: Path, manifest: str) -> None:
 
 @pytest.mark.parametrize("name", ["absent", "/absent/folder", "a/b/c", "../x/y"])
 def test_what_is_no_release_is_one_line(name: str) -> None:
-    with pytest.raises(UserError, match="neither a folder nor a Hub id"):
+    with pytest.raises(UserError, match="does not exist, and it is not a Hub id"):
         verify.verify(name)
 
 
