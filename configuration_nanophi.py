@@ -5,6 +5,7 @@ In memory `model_type` is "nanophi", so that the Auto classes can tell the two a
 `trust_remote_code=True`. Both compute the same function from the same tensors.
 """
 
+import math
 from dataclasses import field
 from typing import Any
 
@@ -132,6 +133,12 @@ class NanoPhiConfig(PreTrainedConfig):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 <= value < 1:
                 raise ValueError(f"{name} must be a probability in [0, 1), got {value!r}")
+        for name in ("initializer_range", "layer_norm_eps"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
+        if not isinstance(self.tie_word_embeddings, bool):
+            raise ValueError(f"tie_word_embeddings must be true or false, got {self.tie_word_embeddings!r}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -47,6 +48,8 @@ def reason(error: BaseException) -> str:
 def _first_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return ("" if error.filename is None else f"{error.filename}: ") + error.strerror
+    if isinstance(error, FileNotFoundError):  # pyarrow's say the path alone
+        return f"no such file or folder: {error}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else ""
     # The message of a KeyError is the key alone.
@@ -125,14 +128,22 @@ def permit(path: Path) -> None:
 
 
 def replace_tree(source: Path, target: Path) -> None:
-    """Move `source` (file or folder) to `target` on the same file system, replacing what is there."""
+    """Move `source` (file or folder) to `target`, replacing what is there, or what a link there leads to."""
+    target = target.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
-    if target.is_dir() and not target.is_symlink():
+    new, old = (target.with_name(f".{target.name}.{os.getpid()}.{suffix}") for suffix in ("new", "old"))
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*.*"):  # by a process that was killed
+        if left.name.endswith((".new", ".old")):
+            remove(left)
+    if source.stat().st_dev != target.parent.stat().st_dev:
+        copy_tree(source, new)
+        remove(source)
+        source = new
+    if target.is_dir():
         # A non-empty folder cannot be renamed over; the old one leaves under a name that is not mistaken for output.
-        discarded = target.with_name(f".{target.name}.{os.getpid()}.old")
-        target.rename(discarded)
+        target.rename(old)
         source.rename(target)
-        shutil.rmtree(discarded)
+        shutil.rmtree(old)
     else:
         source.replace(target)
 

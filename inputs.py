@@ -103,8 +103,9 @@ class Contents:
         self._known: dict[str, list[Any]] = {}
         self._changed = False
         if memory is not None and memory.exists():
-            with contextlib.suppress(UserError):  # a damaged memory is only a slow one
-                self._known = read_json(memory)
+            with contextlib.suppress(UserError, TypeError, ValueError):  # a damaged memory is only a slow one
+                known = {str(key): [*entry] for key, entry in dict(read_json(memory)).items()}
+                self._known = {key: entry for key, entry in known.items() if len(entry) == 5}
 
     def files(self, paths: Iterable[Path]) -> list[list[str]]:
         """`[path, hash]` of each file, in the order given."""

@@ -6,7 +6,6 @@ the other's, mapping by mapping. An unknown key, a wrong type or an impossible c
 
 from __future__ import annotations
 
-import difflib
 import types
 import typing
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ import pydantic
 from nanophi.bases import inherit
 from nanophi.files import UserError
 from nanophi.publishing import card_problems, stated_license
-from nanophi.recipe_file import find_recipe, override, read
+from nanophi.recipe_file import find_recipe, override, read, suggestion
 
 if TYPE_CHECKING:
     from nanophi.configuration_nanophi import NanoPhiConfig
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 class Section(pydantic.BaseModel):
     """A mapping of the recipe. Unknown keys are refused; values are checked, not coerced beyond int -> float."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class Source(Section):
@@ -64,6 +63,9 @@ class Source(Section):
     def one_origin(self) -> Source:
         if sum(bool(origin) for origin in (self.embedded, self.hub, self.files)) != 1:
             raise ValueError("a source names exactly one of 'embedded', 'hub' or 'files'")
+        for key in () if self.hub else ("config", "split", "revision", "streaming"):
+            if getattr(self, key) != Source.model_fields[key].default:
+                raise ValueError(f"'{key}' is for 'hub'")
         return self
 
 
@@ -366,9 +368,11 @@ class Recipe(Section):
             if key not in allowed:
                 raise ValueError(f"'model': unknown key '{key}'{suggestion(key, allowed)}")
         try:
-            self.model_config_for()
+            context = self.model_config_for().max_position_embeddings
         except ValueError as error:
             raise ValueError(f"'model': {error}") from None
+        if self.data.max_tokens is not None and self.data.max_tokens < context:
+            raise ValueError(f"'data': max_tokens ({self.data.max_tokens}) is less than one row of {context} tokens")
         return self
 
     @property
@@ -386,13 +390,6 @@ class Recipe(Section):
     def dump(self) -> dict[str, Any]:
         """The resolved recipe as plain data, every default written out."""
         return self.model_dump(mode="json")
-
-
-def suggestion(key: str, allowed: typing.Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the nearest allowed key, or what is allowed."""
-    allowed = sorted(allowed)
-    near = difflib.get_close_matches(key, allowed, n=1, cutoff=0.5)
-    return f"; did you mean '{near[0]}'?" if near else f"; allowed: {', '.join(allowed)}"
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,26 @@ import yaml
 from nanophi.files import UserError
 
 RECIPES = Path(__file__).parent / "recipes"
+
+
+class _Loader(yaml.SafeLoader):
+    """`yaml.SafeLoader` that refuses a key that is there twice, and reads `1e-5` as a number, as YAML 1.2 does."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: list[Any] = []
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is there twice", key_node.start_mark)
+            seen.append(key)
+        return super().construct_mapping(node, deep)
+
+
+_NUMBER = re.compile(r"[-+]?(?:[0-9]+[eE][-+][0-9]+|(?:[0-9]+\.[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+)$")
+"""Not `12e45`, which may be a commit."""
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+.0123456789"))
 
 
 def find_recipe(path: str | Path) -> Path:
@@ -31,10 +54,10 @@ def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path in seen:
         raise UserError(f"{path}: 'extends' goes in a circle")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = _load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: a recipe is a mapping of sections, found {type(values).__name__}")
@@ -46,6 +69,10 @@ def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if parent_path is None:
         raise UserError(f"{path}: extends {parent}, which does not exist")
     return _merge(read(parent_path, (*seen, path)), values)
+
+
+def _load(text: str) -> Any:
+    return yaml.load(text, _Loader)
 
 
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -62,8 +89,8 @@ def override(values: dict[str, Any], assignment: str) -> None:
     if not equals or not key:
         raise UserError(f"--set {assignment}: expected section.key=value")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = _load(text)
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise UserError(f"--set {assignment}: the value is not valid YAML") from None
     *sections, last = key.split(".")
     for section in sections:
@@ -71,3 +98,10 @@ def override(values: dict[str, Any], assignment: str) -> None:
         if not isinstance(values, dict):
             raise UserError(f"--set {assignment}: '{section}' is not a section")
     values[last] = value
+
+
+def suggestion(key: str, allowed: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the nearest allowed key, or what is allowed."""
+    allowed = sorted(allowed)
+    near = difflib.get_close_matches(key, allowed, n=1, cutoff=0.5)
+    return f"; did you mean '{near[0]}'?" if near else f"; allowed: {', '.join(allowed)}"

@@ -117,6 +117,13 @@ def differences(then: Any, now: Any, key: str = "") -> list[str]:
     return [f"{key} {short[0]} -> {short[1]}"]
 
 
+def _sizes(root: Path, outputs: Sequence[str]) -> dict[str, int]:
+    """Bytes of the files of outputs below `data/`, by path: who reads shards would not miss one that was lost since."""
+    folders = [root / output for output in outputs if output.startswith("data/")]
+    files = [file for folder in folders for file in (folder, *folder.rglob("*")) if file.is_file()]
+    return {file.relative_to(root).as_posix(): file.stat().st_size for file in files}
+
+
 class RunDirectory:
     """One run's folder and its `record.json`.
 
@@ -210,14 +217,9 @@ class RunDirectory:
                 f"{self.path}: stage '{name}' has not run for this recipe; run `nanophi run` or its own verb"
             )
         work = self.path if in_place else self.path / ".work" / f"{name}-{key[:16]}"
-        sibling = self._sibling_with(name, key, outputs) if shared and not in_place else None
         started = time.monotonic()
-        if sibling is not None:
-            shutil.rmtree(work, ignore_errors=True)
-            for output in outputs:
-                copy_tree(sibling.path / output, work / output)
-            summary, origin = sibling.record["stages"][name]["summary"], sibling.path.name
-        else:
+        sibling = self._take_from_sibling(name, key, outputs, work) if shared and not in_place else None
+        if sibling is None:
             if in_place:
                 attempt = {"key": key, "format": self._format(name, kind), "inputs": inputs}
                 in_progress = self.record.get("in_progress", {})
@@ -225,7 +227,9 @@ class RunDirectory:
                     self.update_record(in_progress={**in_progress, name: attempt})
             self._remove_stale_work(name, keep=work)
             work.mkdir(parents=True, exist_ok=True)
-            summary, origin = build(work), None
+            summary = build(work)
+        else:
+            summary = sibling["summary"]
         if not in_place:
             if accept is not None:
                 accept(work)
@@ -237,11 +241,14 @@ class RunDirectory:
         entry = {"key": key, "format": self._format(name, kind), "inputs": inputs, "outputs": list(outputs)}
         entry |= {"finished": now(), "summary": summary}
         # A shared stage keeps the time that it took to make, not the time that it took to link.
-        entry["seconds"] = sibling.record["stages"][name]["seconds"] if sibling else round(seconds, 3)
+        entry["seconds"] = sibling["seconds"] if sibling else round(seconds, 3)
+        if sizes := _sizes(self.path, outputs):
+            entry["sizes"] = sizes
         in_progress = {k: v for k, v in self.record.get("in_progress", {}).items() if k != name}
         self.update_record(stages={**self.record["stages"], name: entry}, in_progress=in_progress)
         self.report(
-            f"{self.path.name}: {name:<14} " + (f"shared with {origin}" if origin else f"done in {seconds:.0f} s")
+            f"{self.path.name}: {name:<14} "
+            + (f"shared with {sibling['run']}" if sibling else f"done in {seconds:.0f} s")
         )
         return summary
 
@@ -276,21 +283,36 @@ class RunDirectory:
 
     def _has(self, name: str, key: str, outputs: Sequence[str]) -> bool:
         done = self.record["stages"].get(name, {})
-        return done.get("key") == key and all((self.path / output).exists() for output in outputs)
+        if done.get("key") != key or not all((self.path / output).exists() for output in outputs):
+            return False
+        there = _sizes(self.path, outputs)
+        return all(there.get(file) == size for file, size in done.get("sizes", {}).items())
 
     def _remove_stale_work(self, name: str, keep: Path) -> None:
         for folder in (self.path / ".work").glob(f"{name}-*"):
             if folder != keep:
                 shutil.rmtree(folder)
 
-    def _sibling_with(self, name: str, key: str, outputs: Sequence[str]) -> RunDirectory | None:
+    def _take_from_sibling(self, name: str, key: str, outputs: Sequence[str], work: Path) -> dict[str, Any] | None:
+        """Copy a stage's outputs from another run into `work`: its entry, and `run`, its name; None: no run has them.
+
+        The other may be replacing them meanwhile, and may be somebody else's, whose files cannot be read.
+        """
         for path in sorted(self.path.parent.glob("*/record.json")):
             if path.parent == self.path:
                 continue
-            with contextlib.suppress(UserError):
+            with contextlib.suppress(UserError, OSError):
                 sibling = RunDirectory(path.parent, self.report)
-                if sibling._has(name, key, outputs):
-                    return sibling
+                if not sibling._has(name, key, outputs):
+                    continue
+                entry = sibling.record["stages"][name]
+                shutil.rmtree(work, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    for output in outputs:
+                        copy_tree(sibling.path / output, work / output)
+                    if sibling._has(name, key, outputs) and sibling.record["stages"][name] == entry:
+                        return {**entry, "run": path.parent.name}
+                shutil.rmtree(work, ignore_errors=True)
         return None
 
 

@@ -5,24 +5,21 @@ Every row of the file is handed on, also one without a text, so that the caller 
 
 from __future__ import annotations
 
-import bz2
 import codecs
 import collections
 import csv
-import gzip
 import io
 import json
-import lzma
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from nanophi.data.compression import open_file, open_plain, suffixes
 from nanophi.files import UserError
 from nanophi.inputs import shown
 from nanophi.recipe import Source
@@ -39,9 +36,7 @@ _FORMATS = {
     ".txt": "text",
     ".md": "text",
 }
-_COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 KNOWN = ".parquet, .arrow, .jsonl, .json, .csv, .tsv, .txt or .md, the last six also as .gz, .bz2, .xz or .zst"
-_MAGIC = {b"\x1f\x8b": ".gz", b"BZh91AY": ".bz2", b"\xfd7zXZ": ".xz", b"\x28\xb5\x2f\xfd": ".zst", b"PAR1": ".parquet"}
 _CHUNK = 1 << 20
 _BATCH_ROWS = 256
 _MARKS = (
@@ -57,8 +52,8 @@ _END_OF_DOCUMENT = re.compile(rb"^[ \t]*(<\|\w{1,40}\|>|</s>|<eos>)[ \t]*\r?$", 
 class Unusable(NamedTuple):
     """Stands for a document's text where the source holds none.
 
-    `reason` is one of `no_text` (no such column, or null), `not_text` (another type), `not_json`, `invalid_utf8` and
-    `oversize`; `found` is what was there instead.
+    `reason` is one of `no_text` (no such column, or null), `not_text` (another type), `not_json`, `malformed` (a row
+    with more fields than columns), `invalid_utf8` and `oversize`; `found` is what was there instead.
     """
 
     reason: str
@@ -80,40 +75,8 @@ class Row(NamedTuple):
 
 def format_of(name: str) -> str | None:
     """Format of a file by its name: parquet, arrow, lines, json, csv or text; None for anything else."""
-    suffix = _suffixes(name)[0]
+    suffix = suffixes(name)[0]
     return _FORMATS.get(suffix)
-
-
-def _suffixes(name: str) -> tuple[str, str]:
-    """`(.jsonl, .gz)` of `x.jsonl.gz`; tables that compress their own contents are not compressed again."""
-    path = Path(name.lower())
-    if path.suffix not in _COMPRESSIONS:
-        return path.suffix, ""
-    inner = Path(path.stem).suffix
-    return ("" if inner in (".parquet", ".arrow") else inner), path.suffix
-
-
-def open_file(location: str) -> Any:
-    """A file on disk or, for `hf://...`, on the Hub, opened to read bytes."""
-    if not location.startswith("hf://"):
-        return Path(location).open("rb")
-    from huggingface_hub import HfFileSystem
-
-    return io.BufferedReader(HfFileSystem().open(location, "rb"), _CHUNK)
-
-
-def _open_plain(location: str) -> Any:
-    """A file opened to read its uncompressed bytes."""
-    compression = _suffixes(location)[1]
-    if compression == "":
-        file = open_file(location)
-        for suffix in (suffix for magic, suffix in _MAGIC.items() if file.peek(8).startswith(magic)):
-            raise UserError(f"{shown(location)} holds what {suffix} files hold; rename it to end in {suffix}")
-        return file
-    if compression == ".zst":
-        return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(open_file(location), "r"), "zstd"), _CHUNK)
-    module = {".gz": gzip, ".bz2": bz2, ".xz": lzma}[compression]
-    return module.open(open_file(location), "rb")
 
 
 # Text
@@ -143,7 +106,7 @@ def text_rows(location: str, separator: str | None) -> Iterator[Row]:
         UserError: if there is no separator and lines such as `<|endoftext|>` show that one is needed.
     """
     name = shown(location)
-    with closing(_open_plain(location)) as file:
+    with closing(open_plain(location)) as file:
         if separator:
             yield from _separated(name, file, separator)
             return
@@ -347,7 +310,7 @@ def arrow_rows(location: str, source: Source, score: str | None) -> Iterator[Row
 
 def line_rows(location: str, source: Source, score: str | None) -> Iterator[Row]:
     """The rows of a file with one JSON object per line."""
-    with closing(_open_plain(location)) as file:
+    with closing(open_plain(location)) as file:
         yield from _lines(shown(location), file, source, score)
 
 
@@ -379,7 +342,7 @@ def _parse(line: bytes | str) -> Any:
 def json_rows(location: str, source: Source, score: str | None) -> Iterator[Row]:
     """The documents of a .json file: an array of objects or of texts, one object, or one object per line."""
     name = shown(location)
-    with closing(_open_plain(location)) as file:
+    with closing(open_plain(location)) as file:
         raw = file.read()
     text = decode(raw)
     value = text if isinstance(text, Unusable) else _parse(text)
@@ -403,21 +366,27 @@ def csv_rows(location: str, source: Source, score: str | None) -> Iterator[Row]:
     """The rows of a .csv or .tsv file with a header."""
     name = shown(location)
     csv.field_size_limit(sys.maxsize)
-    with closing(_open_plain(location)) as file:
+    with closing(open_plain(location)) as file:
         encoding, mark = encoding_of(file.peek(4)[:4])
         file.read(mark)
         errors = "surrogateescape" if encoding == "utf-8" else "replace"
         lines = io.TextIOWrapper(file, encoding, errors=errors, newline="")
-        header = lines.readline()
+        header, above = lines.readline(), 1
+        while header and not header.strip():
+            header, above = lines.readline(), above + 1
         present = [character for character in ("\t", ",", ";") if character in header]
-        delimiter = "\t" if _suffixes(location)[0] == ".tsv" or present == ["\t"] else ";" if present == [";"] else ","
+        delimiter = "\t" if suffixes(location)[0] == ".tsv" or present == ["\t"] else ";" if present == [";"] else ","
         columns = next(csv.reader([header], delimiter=delimiter), [])
         if not columns:
             return
         # A field that was opened and never closed would swallow the rest of the file.
         reader = csv.DictReader(lines, columns, delimiter=delimiter, strict=True)
         check_columns(name, columns, source, score)
-        rows = ((f"{name}:{reader.line_num + 1}", row) for row in reader)
+        # A comma too many is one that belongs to the text.
+        rows = (
+            (f"{name}:{reader.line_num + above}", Unusable("malformed", row[None]) if None in row else row)
+            for row in reader
+        )
         for row in _object_rows(name, rows, source, score):
             yield row._replace(score=_number(row.score))
 

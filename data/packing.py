@@ -200,8 +200,6 @@ def _write(
     import datasets
 
     total = int(stream.lengths[stream.order].sum())
-    if limit is not None and limit < context_length:
-        raise UserError(f"data.max_tokens {limit} is less than one row of {context_length} tokens")
     if total < context_length:
         remedy = (
             "keep more (quality.threshold or quality.share) or add sources"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -25,7 +26,7 @@ def in_processes(tasks: Sequence[Task], workers: int) -> Iterator[None]:
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"  # Windows
     context = multiprocessing.get_context(method)
     context.set_forkserver_preload(["nanophi.data.processes", *(sorted({task[0].__module__ for task in tasks}))])
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin) as pool:
         futures = [pool.submit(run_task, *task) for task in tasks]
         try:
             for future in as_completed(futures):
@@ -43,13 +44,22 @@ def run_task(function: Callable[..., dict[str, Any]], part: tuple[Any, ...], pat
     write_json(path.with_suffix(".json"), counts)
 
 
-def _one_thread() -> None:
-    """One thread per worker: the parts are the parallelism."""
+def _begin() -> None:
+    """One thread per worker: the parts are the parallelism. A worker ends with the process that it works for."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     import pyarrow as pa
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     pa.set_cpu_count(1)
     pa.set_io_thread_count(1)
+
+
+def _end_with_parent() -> None:
+    # Killed, the parent cannot stop its workers, which would go on writing beside those of the run that resumes.
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def cores() -> int:

@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,15 @@ from nanophi.data.parallel import run_parts
 from nanophi.data.quality_report import EXCERPT, MADE_BY
 from nanophi.data.scorers import EXCERPT_BYTES, FIT_BYTES, Scorer, find_scorer, fit, forget
 from nanophi.data.selection import choose, divide
-from nanophi.files import UserError, check_own_file, check_own_folder, read_json, user_errors, write_json
+from nanophi.files import (
+    UserError,
+    check_own_file,
+    check_own_folder,
+    read_json,
+    replace_tree,
+    user_errors,
+    write_json,
+)
 from nanophi.recipe import Data, Quality, Source
 
 _SCHEMA = pa.schema(
@@ -249,9 +258,13 @@ def fit_files(
             sources.check_usable(pattern, tally.read.total(), tally.dropped_total(), tally.refused, 1.0)
     scorer, report = fit(texts, np.array(good), names, seed)
     report = {"scorer": "linear", "high": list(high), "low": list(low), **report}
-    output.mkdir(parents=True, exist_ok=True)
-    scorer.save(output)
-    write_json(output / "scorer.json", report)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.{os.getpid()}.", dir=output.parent) as scratch:
+        work = Path(scratch) / output.name
+        work.mkdir()
+        scorer.save(work)
+        write_json(work / "scorer.json", report)
+        replace_tree(work, output)
     return report
 
 

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -17,6 +18,7 @@ from nanophi.inputs import split_revision
 from nanophi.recipe import Source
 
 COLUMNS = ("id", "source", "split", "quality_score", "kept")
+ROWS = 1024
 FILE = "data/{split}-00000-of-00001.parquet"
 """So that `datasets` finds the splits by the files' names."""
 MADE_BY = "Written by `nanophi quality join`."
@@ -26,7 +28,7 @@ MADE_BY = "Written by `nanophi quality join`."
 def join_files(files: str, scores: str, output: Path, text_column: str = "text") -> dict[str, int]:
     """Write a data set of the documents that are both in `files` and in `scores`, in the order of the scores.
 
-    The texts that are in both are held in memory.
+    The texts that are in both go through a temporary file beside `output`.
 
     Args:
         files: file, folder or glob, as a recipe's sources have them.
@@ -44,35 +46,49 @@ def join_files(files: str, scores: str, output: Path, text_column: str = "text")
     if (output / "README.md").exists() and MADE_BY not in (output / "README.md").read_text(encoding="utf-8"):
         raise UserError(f"{output} holds a data set that `nanophi quality join` did not write: choose another folder")
     tables = {split: _read(scores, split) for split in ("train", "heldout")}
-    wanted = {key for table in tables.values() for key in table["id"].to_pylist()}
-    texts: dict[str, str] = {}
+    ids = [key for table in tables.values() for key in table["id"].to_pylist()]
+    first: dict[str, int] = {}
+    rows = np.array([first.setdefault(key, row) for row, key in enumerate(ids)], np.int64)
+    begin, size = np.zeros(len(ids), np.int64), np.full(len(ids), -1, np.int64)
     unknown = 0
     tally = sources.Tally()
     source = Source(files=files, text_column=text_column)
-    for part in sources.plan(source, None)[0]:
-        for document in sources.read(source, part, None, tally):
-            key = hashlib.sha256(document.text).hexdigest()
-            if key in wanted:
-                texts.setdefault(key, document.text.decode())
-            else:
-                unknown += 1
-    sources.check_usable(files, tally.read.total(), tally.dropped_total(), tally.refused, 1.0)
-    if not texts:
-        raise UserError(f"none of the {unknown} texts of {files} is among the {len(wanted)} documents of {scores}")
-    joined = 0
+    parts = sources.plan(source, None)[0]
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.{os.getpid()}.", dir=output.parent) as scratch:
+        spill = Path(scratch) / "texts"
+        with spill.open("wb") as file:
+            for document in (document for part in parts for document in sources.read(source, part, None, tally)):
+                row = first.get(hashlib.sha256(document.text).hexdigest())
+                if row is None:
+                    unknown += 1
+                elif size[row] < 0:
+                    begin[row], size[row] = file.tell(), len(document.text)
+                    file.write(document.text)
+        sources.check_usable(files, tally.read.total(), tally.dropped_total(), tally.refused, 1.0)
+        if (size < 0).all():
+            raise UserError(f"none of the {unknown} texts of {files} is among the {len(first)} documents of {scores}")
+        texts = np.memmap(spill, np.uint8, "r")
         work = Path(scratch) / "joined"
         (work / "data").mkdir(parents=True)
+        joined = start = 0
         for split, table in tables.items():
-            table = table.append_column("text", pa.array([texts.get(key) for key in table["id"].to_pylist()]))
-            table = table.filter(table["text"].is_valid())
-            joined += len(table)
-            if len(table):
-                pq.write_table(table, work / FILE.format(split=split), compression="zstd", row_group_size=1024)
+            mine = rows[start : start + len(table)]
+            start += len(table)
+            found = np.flatnonzero(size[mine] >= 0)
+            joined += len(found)
+            if not len(found):
+                continue
+            schema = table.schema.append(pa.field("text", pa.string()))
+            with pq.ParquetWriter(work / FILE.format(split=split), schema, compression="zstd") as writer:
+                for first_row in range(0, len(found), ROWS):
+                    chosen = found[first_row : first_row + ROWS]
+                    column = [texts[begin[row] : begin[row] + size[row]].tobytes() for row in mine[chosen]]
+                    text = pa.array(column, pa.binary()).cast(pa.string())
+                    writer.write_table(table.take(chosen).append_column("text", text).cast(schema))
         write_text(work / "README.md", f"{MADE_BY}\n\nTexts of {joined} documents with the scores of {scores}.\n")
         replace_tree(work, output)
-    return {"joined": joined, "scored": sum(map(len, tables.values())), "unknown": unknown}
+    return {"joined": joined, "scored": len(ids), "unknown": unknown}
 
 
 def _read(scores: str, split: str) -> pa.Table:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import pyarrow.parquet as pq
 
 from nanophi.data import formats, installed_docs
+from nanophi.data.compression import open_file
 from nanophi.data.formats import MAXIMUM_DOCUMENT_BYTES, Row, TextColumn, Unusable
 from nanophi.files import UserError, printable, read_json, reason, user_errors, write_json
 from nanophi.formatting import integer, percent
@@ -130,6 +131,8 @@ def locate(source: Source) -> Located:
 def is_on_hub(source: Source) -> bool:
     """Whether a dataset is on the Hub, and not a folder here. Raises `UserError` if its name is neither."""
     if local(str(source.hub)).is_dir():
+        if source.revision is not None:
+            raise UserError(f"dataset {source.hub} is a folder here, which has no revisions; leave out 'revision'")
         return False
     if local(str(source.hub)).exists():
         raise UserError(f"dataset {source.hub} cannot be loaded: it is a file; name it by 'files'")
@@ -206,6 +209,8 @@ def _locate_saved(source: Source, folder: Path) -> Located | None:
     state = folder / "state.json"
     if not state.exists() or "_data_files" not in read_json(state):
         return None
+    if source.config is not None:
+        raise UserError(f"dataset {shown(folder)} was saved by `save_to_disk`, without configs; leave out 'config'")
     return Located([str(folder / entry["filename"]) for entry in read_json(state)["_data_files"]], [])
 
 
@@ -300,7 +305,7 @@ def plan(source: Source, score: str | None) -> tuple[list[Part], list[str]]:
 
 
 def _plan_parquet(file: str, source: Source, score: str | None) -> list[Part]:
-    with user_errors(f"{shown(file)} is not a whole parquet file"), pq.ParquetFile(formats.open_file(file)) as table:
+    with user_errors(f"{shown(file)} is not a whole parquet file"), pq.ParquetFile(open_file(file)) as table:
         formats.check_columns(shown(file), table.schema_arrow.names, source, score)
         sizes = [table.metadata.row_group(group).total_byte_size for group in range(table.num_row_groups)]
     parts: list[Part] = []

@@ -15,7 +15,7 @@ PREPARE = ("documents", "scores", "quality", "tokenizer", "tokens", "conversatio
 
 LATER: Any = {
     **dict.fromkeys(("engine", "workers", "max_tokens", "max_dropped"), True),
-    "sources": {"__all__": {"license"}},
+    "sources": {"__all__": {"license", "streaming", "weight"}},
 }
 """Keys of `data` that say nothing about which documents there are."""
 
@@ -213,6 +213,7 @@ class DataStages:
             "tokenizer": self.run.stage_key("tokenizer"),
             "context_length": context_length,
             "max_tokens": recipe.data.max_tokens,
+            "weights": [source.weight for source in recipe.data.sources],
             "seed": recipe.training_seed,
         }
         return self._stage(

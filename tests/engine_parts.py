@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,12 @@ def square(number: int, path: Path) -> dict[str, Any]:
 def fail_on_three(number: int, path: Path) -> dict[str, Any]:
     if number == 3:
         raise UserError("part three is bad")
+    return square(number, path)
+
+
+def slow(number: int, path: Path) -> dict[str, Any]:
+    path.with_suffix(".pid").write_text(str(os.getpid()))
+    time.sleep(1)
     return square(number, path)
 
 

@@ -69,9 +69,25 @@ def test_overrides(write):
     assert recipe.quality.scorer == "column:q"
 
 
+def test_numbers_and_merged_keys(write):
+    numbers = ["model.layer_norm_eps=1e-6", "training.learning_rate=2E-3", "model.initializer_range=.5e-1"]
+    source = "data.sources=[{hub: a/b, revision: 12e45}]"
+    recipe = load_recipe(write(), [*numbers, source, "quality={scorer: 'column:q'}"])
+    assert recipe.model["layer_norm_eps"] == 1e-6 and recipe.training.learning_rate == 2e-3
+    assert recipe.model["initializer_range"] == 0.05
+    assert recipe.data.sources[0].revision == "12e45", "a short commit is no number"
+    merged = "extends: demo\nname: m\ntraining: {<<: {steps: 7, keep_steps: [], warmup_steps: 1}, batch_size: 2}"
+    assert load_recipe(write(text=merged)).training.steps == 7
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (["training.learning_rate=.inf"], r"'training.learning_rate': .*finite number"),
+        (["model.layer_norm_eps=-1"], "'model': layer_norm_eps must be a number of at least 0, got -1"),
+        (["data.max_tokens=10"], r"'data': max_tokens \(10\) is less than one row of 256 tokens"),
+        (["data.sources=[{files: a.txt, split: test}]"], r"'data.sources.0': 'split' is for 'hub'"),
+        (["data.sources=[{embedded: documentation, streaming: true}]"], r"'data.sources.0': 'streaming' is for 'hub'"),
         (["training.step=5"], r"unknown key 'training.step'; did you mean 'steps'\?"),
         (["trainig.steps=5"], r"unknown key 'trainig'; did you mean 'training'\?"),
         (
@@ -116,6 +132,13 @@ def test_broken_files_are_named(write, tmp_path):
     with pytest.raises(UserError, match="goes in a circle"):
         write("a.yaml", text="extends: b.yaml")
         load_recipe(write("b.yaml", text="extends: a.yaml"))
+    with pytest.raises(UserError, match=r"not valid YAML \(key 'data' is there twice.* line 3"):
+        load_recipe(write(text="data: {sources: [{files: a}]}\nname: x\ndata: {sources: [{files: b}]}"))
+    for value in ("2024-13-45", "0b_", "[" * 3000):
+        with pytest.raises(UserError, match="not valid YAML"):
+            load_recipe(write(text=f"name: {value}"))
+        with pytest.raises(UserError, match="not valid YAML"):
+            load_recipe(write(), [f"card.notes={value}"])
     with pytest.raises(UserError, match="not valid YAML"):
         load_recipe(write(text="a: !!python/object/apply:os.system [ls]"))
 

@@ -1,12 +1,15 @@
 """The run directory: stages run once per input, survive kills, share with siblings; one writer at a time."""
 
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from nanophi.files import UserError, read_json, sha256_of_tree, write_json, write_text
+from nanophi import run as run_module
+from nanophi.files import UserError, read_json, replace_tree, sha256_of_tree, write_json, write_text
 from nanophi.run import FORMATS, RunDirectory, differences
 
 
@@ -139,6 +142,88 @@ def test_siblings_share(tmp_path):
     assert sha256_of_tree(tmp_path / "a/out") == sha256_of_tree(tmp_path / "b/out")
     sibling.stage("t", {"x": 1}, ["out"], builder("other", calls))
     assert calls == ["one", "other"]  # same inputs, another stage
+
+
+def shards(texts, calls=None):
+    """Builds `data/s`: one file for each text."""
+
+    def build(work: Path) -> dict:
+        if calls is not None:
+            calls.append(texts)
+        (work / "data/s").mkdir(parents=True)
+        for number, text in enumerate(texts):
+            (work / f"data/s/{number}").write_text(text)
+        return {"shards": len(texts)}
+
+    return build
+
+
+def test_a_shard_that_was_lost_or_cut_short_is_made_again(tmp_path):
+    calls = []
+    run, sibling = (RunDirectory(tmp_path / name, lambda line: None) for name in "ab")
+    build = shards(["one", "two"], calls)
+    for harm in (Path.unlink, lambda path: path.write_text("o"), lambda path: path.rename(path.with_name("2"))):
+        run.stage("s", {"x": 1}, ["data/s"], build)
+        before = len(calls)
+        harm(run.path / "data/s/0")
+        assert not run.up_to_date("s", {"x": 1}, ["data/s"])
+        if before == 1:
+            sibling.stage("s", {"x": 1}, ["data/s"], build)
+            assert len(calls) == 2, "what is not whole is not shared"
+        run.stage("s", {"x": 1}, ["data/s"], build)
+        assert (run.path / "data/s/0").read_text() == "one"
+        shutil.rmtree(sibling.path, ignore_errors=True)
+    (run.path / "data/s/notes.txt").write_text("mine")
+    assert run.up_to_date("s", {"x": 1}, ["data/s"]), "what was added is no reason"
+
+
+def test_a_sibling_that_changes_meanwhile_or_cannot_be_read_is_not_shared(tmp_path, monkeypatch):
+    sibling, run = (RunDirectory(tmp_path / name, lambda line: None) for name in "ab")
+    sibling.stage("s", {"x": 1}, ["data/s"], shards(["one", "two"]))
+    calls, copy = [], run_module.copy_tree
+
+    def slow_copy(source, target):
+        copy(source, target)
+        sibling.stage("s", {"x": 2}, ["data/s"], shards(["other"]))
+
+    monkeypatch.setattr(run_module, "copy_tree", slow_copy)
+    assert run.stage("s", {"x": 1}, ["data/s"], shards(["three"], calls)) == {"shards": 1}
+    assert calls and sorted(path.name for path in (run.path / "data/s").iterdir()) == ["0"]
+
+    def no_copy(source, target):
+        target.parent.mkdir(parents=True)
+        target.write_text("half")
+        raise PermissionError(13, "Permission denied", str(source))
+
+    monkeypatch.setattr(run_module, "copy_tree", no_copy)
+    assert run.stage("s", {"x": 2}, ["data/s"], shards(["four"], calls)) == {"shards": 1}
+    assert (run.path / "data/s/0").read_text() == "four"
+
+
+def test_data_may_be_a_link_to_another_disk(tmp_path):
+    other = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
+    try:
+        run = RunDirectory(tmp_path / "a", lambda line: None)
+        run.path.mkdir()
+        (run.path / "data").symlink_to(other)
+        for texts in (["one", "two"], ["three"]):
+            run.stage("s", {"x": texts}, ["data/s"], shards(texts))
+            assert [path.read_text() for path in sorted((other / "s").iterdir())] == texts
+        (other / "kept").mkdir()
+        (other / "s").rename(other / "kept/s")
+        (other / "s").symlink_to(other / "kept/s")
+        run.stage("s", {"x": 3}, ["data/s"], shards(["four"]))
+        assert (other / "s").is_symlink() and (other / "kept/s/0").read_text() == "four"
+    finally:
+        shutil.rmtree(other)
+
+
+def test_what_a_killed_replacement_left_is_removed(tmp_path):
+    for name in (".out.77.old", ".out.78.new", ".out.mine", ".outer.77.old"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "new").mkdir()
+    replace_tree(tmp_path / "new", tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.mine", ".outer.77.old", "out"]
 
 
 def test_required_stage_that_has_not_run(tmp_path):

@@ -64,7 +64,7 @@ def test_a_base_must_be_whole(runs):
             pipeline(runs, ROWS, "chat")
     finally:
         tokenizer.write_bytes(content)
-    for base, message in (("nowhere", "does not exist here"), (str(runs), "neither a run nor a release")):
+    for base, message in (("nowhere", "folder nowhere does not exist"), (str(runs), "neither a run nor a release")):
         (runs / "lost.yaml").write_text(
             yaml.safe_dump({"name": "lost", "base": base, "conversations": [{"files": "x"}]})
         )

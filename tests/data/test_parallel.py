@@ -6,6 +6,7 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,38 @@ def test_a_worker_that_is_killed_fails_the_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="a worker process died"):
         run_parts(die_on_three, [(number,) for number in range(5)], tmp_path, "squares", 2)
     assert not (tmp_path / "00003.json").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+def test_workers_end_with_the_process_that_they_work_for(tmp_path: Path) -> None:
+    script = (
+        "import pathlib, sys; from engine_parts import slow; from nanophi.data.parallel import run_parts\n"
+        "if __name__ == '__main__': run_parts(slow, [(n,) for n in range(9)], pathlib.Path(sys.argv[1]), 'slow', 2)\n"
+    )
+    (tmp_path / "main.py").write_text(script)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
+    command = [sys.executable, str(tmp_path / "main.py"), str(tmp_path / "parts")]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as main:
+        deadline = time.monotonic() + 60
+        while len(list((tmp_path / "parts").glob("*.pid"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        main.kill()
+    workers = {int(path.read_text()) for path in (tmp_path / "parts").glob("*.pid")}
+    assert len(workers) == 2
+    deadline = time.monotonic() + 20
+    while (alive := [pid for pid in workers if _is_running(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not alive
+    assert len(list((tmp_path / "parts").glob("*.pid"))) < 9, "what was queued was not begun"
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    status = Path(f"/proc/{pid}/stat")
+    return not status.exists() or status.read_text().rsplit(")", 1)[1].split()[0] != "Z"
 
 
 def test_no_parts(tmp_path: Path) -> None:

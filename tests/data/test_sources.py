@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanophi.data import gather, sources
+from nanophi.data import compression, formats, gather, sources
 from nanophi.data.formats import TextColumn, Unusable, format_of
 from nanophi.files import UserError
 from nanophi.inputs import Contents
@@ -87,6 +87,10 @@ def test_arrow_files_and_what_save_to_disk_wrote(tmp_path: Path, kind: str) -> N
     assert read(files=str(folder))[0] == TEXTS
     if kind in ("saved", "splits"):
         assert read(hub=str(folder))[0] == TEXTS
+        with pytest.raises(UserError, match="saved by `save_to_disk`, without configs; leave out 'config'"):
+            read(hub=str(folder), config="en")
+    with pytest.raises(UserError, match="is a folder here, which has no revisions; leave out 'revision'"):
+        read(hub=str(folder), revision="v9")
     if kind == "splits":
         assert read(hub=str(folder), split="test")[0] == TEXTS[:1]
         with pytest.raises(UserError, match="has no split 'dev'; it has train, test"):
@@ -195,7 +199,6 @@ def test_marks_are_removed_and_bytes_that_are_no_text_are_named(tmp_path: Path) 
 
 def test_a_separator_splits_in_pieces_of_any_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt").write_bytes(b"one\r\n\r\n\r\ntwo \xff\r\n\r\n\r\nth\xc3\xa9ree\r\n\r\n\r\n\r\n\r\n\r\n")
-    from nanophi.data import formats
 
     for chunk in (1, 2, 3, 7, 1 << 20):
         monkeypatch.setattr(formats, "_CHUNK", chunk)
@@ -329,6 +332,36 @@ def test_scores_of_times_and_of_csv(tmp_path: Path) -> None:
     assert [document.score for document in sources.read(source, part, "q", tally)] == [0.25]
 
 
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
+def test_all_streams_of_a_compressed_file_are_read(
+    tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compress = {
+        ".gz": gzip.compress,
+        ".bz2": bz2.compress,
+        ".xz": lambda data: lzma.compress(data) + bytes(8),
+        ".zst": lambda data: pa.compress(data, "zstd", asbytes=True),
+    }[suffix]
+    monkeypatch.setattr(compression, "_CHUNK", 61)
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(compress(LINES.encode()) + compress(b"") + compress(LINES.encode()))
+    assert read(files=str(tmp_path / f"a.jsonl{suffix}"))[0] == TEXTS + TEXTS
+
+
+def test_a_row_with_a_comma_too_many_is_counted_and_blank_lines_before_the_header_are_not(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('\n\nid,text\n1,"Hello, world."\n2,Hello, world.\n3,Short\n')
+    found, tally = read(files=str(tmp_path / "a.csv"))
+    assert found == ["Hello, world.", "Short"]
+    assert tally.dropped_total() == {"malformed": 1}
+    assert tally.refused[0]["document"].endswith("a.csv:5")
+    (tmp_path / "b.tsv").write_text("text\nA tab\tinside\n")
+    assert read(files=str(tmp_path / "b.tsv"))[1].dropped_total() == {"malformed": 1}
+    (tmp_path / "c.csv").write_text("\n \n")
+    assert read(files=str(tmp_path / "c.csv"))[0] == []
+
+
+BZ2, XZ = bz2.compress(b'{"text": "One."}\n'), lzma.compress(b'{"text": "One."}\n')
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -337,7 +370,14 @@ def test_scores_of_times_and_of_csv(tmp_path: Path) -> None:
             gzip.compress(LINES.encode() * 50)[:-30],
             r"a\.jsonl\.gz cannot be read after .*a\.jsonl\.gz:\d+ \(",
         ),
-        ("a.jsonl.bz2", b"BZh9 this is not bzip2", r"a\.jsonl\.bz2 cannot be read after its beginning \(Invalid data"),
+        ("a.jsonl.bz2", b"BZh9 this is not bzip2", r"a\.jsonl\.bz2 cannot be read after its beginning \("),
+        (
+            "a.jsonl.bz2",
+            BZ2 + b"X" + BZ2[1:],
+            r"a\.jsonl\.bz2 cannot be read after .*\(Invalid data stream",
+        ),
+        ("a.jsonl.xz", XZ + b"X" + XZ[1:] + XZ, r"a\.jsonl\.xz cannot be read after .*\("),
+        ("a.jsonl.xz", XZ + XZ[:-9], r"a\.jsonl\.xz cannot be read after .*\(the file ends before its end"),
         ("a.jsonl.xz", b"\xfd7zXZ\0broken", r"a\.jsonl\.xz cannot be read after its beginning \("),
         ("a.jsonl.zst", b"(\xb5/\xfd broken", r"a\.jsonl\.zst cannot be read after its beginning \("),
         ("a.parquet", b"PAR1 broken PAR1", r"a\.parquet is not a whole parquet file \("),

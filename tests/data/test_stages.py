@@ -82,6 +82,8 @@ def test_limits_and_workers_are_not_what_documents_depend_on(folder: Path, monke
     data = {"sources": [{"files": "in"}], "decontamination": {"benchmarks": "./bench"}}
     assert keys(folder, data={**data, "max_dropped": 0.5, "workers": 3})["documents"] == keys(folder)["documents"]
     assert keys(folder, data={**data, "heldout_fraction": 0.1})["documents"] != keys(folder)["documents"]
+    before, after = keys(folder), keys(folder, data={**data, "sources": [{"files": "in", "weight": 2.0}]})
+    assert {name for name in STAGES if after[name] != before[name]} == {"tokens"}, "a weight counts in the packing"
 
 
 def test_a_dataset_on_the_hub_is_its_commit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
