@@ -27,6 +27,7 @@ Called again it resumes. A plan is not changed: another question needs another O
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -91,6 +92,7 @@ def ablate(
             after the others have ended.
     """
     from nanophi.eval import ablation, suites
+    from nanophi.training import arguments
 
     if recipe.conversations:
         raise UserError(f"{recipe.name} trains on conversations, which no filter selects; name the recipe of its base")
@@ -105,7 +107,13 @@ def ablate(
             raise UserError(f"a {name} is named twice; every run needs its own")
     own = recipe.training.learning_rate
     rates = list(learning_rates) or [own, float(f"{LOWER_RATE * own:.6g}")]
-    if epochs is not None and epochs <= 0:
+    for seed in seeds:
+        if not 0 <= seed < 1 << 32:
+            raise UserError(f"--seed {seed} must be from 0 to {(1 << 32) - 1}")
+    for rate in rates:
+        if not 0 < rate < math.inf:
+            raise UserError(f"--learning-rate {rate:g} must be a number above 0")
+    if epochs is not None and not 0 < epochs < math.inf:
         raise UserError(f"--epochs {epochs:g}: a share must be repeated more than 0 times")
     if problem := suites.context_problem([_suite(tasks)], recipe.model_config_for().max_position_embeddings):
         raise UserError(f"{recipe.name}: {problem}")
@@ -116,6 +124,11 @@ def ablate(
         "epochs_asked": epochs,
         "tasks": list(tasks),
     }
+    arguments.check(recipe.training, runs / recipe.name, recipe.training_seed)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{output} cannot be written ({error.strerror}); choose another --output") from None
     plan = _plan(question, recipe, runs, output, jobs, report)
     if plan_only:
         return None
@@ -258,7 +271,7 @@ def _make_plan(
         )
     unique = int(unique) // length * length
     if unique < length:
-        raise UserError(f"--epochs {asked:g} leaves less than one row of {length} tokens; ask for fewer")
+        raise UserError(f"every share has less than one row of {length} tokens; ask for fewer --epochs or add text")
     tokens = dict.fromkeys(ablation.ARMS, unique)
     tokens["all"] = int(unique / plan["share"]) // length * length
     plan |= {

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from nanophi import bases
+from nanophi import bases, preflight
 from nanophi.data.chat_stages import ChatStages
 from nanophi.data.stages import PREPARE
 from nanophi.files import UserError, read_json, remove, sha256_of_file, write_json, write_text
 from nanophi.inputs import local
 from nanophi.jobs import side_by_side
 from nanophi.recipe import Recipe
-from nanophi.run import RunDirectory, differences, environment, step_folders, step_name, step_of
+from nanophi.run import RunDirectory, environment, step_name, step_of
 
 if TYPE_CHECKING:
     from nanophi.configuration_nanophi import NanoPhiConfig
@@ -124,44 +124,14 @@ class Pipeline(ChatStages):
         )
 
     def check(self) -> None:
-        """Refuse, before anything is made or replaced, what would stop the training after the data stages.
-
-        Raises:
-            UserError: for arguments that cannot be used here, suites that need a longer context if this call
-                evaluates (else they are only named: they may change after training), and weights in the run directory
-                that the recipe cannot continue from.
-        """
-        from nanophi.training import arguments, chat, continuation
-
-        if self.recipe.conversations:
-            chat.trl()
-            base = bases.find(str(self.recipe.base))
-            if base.documents is None and any("heldout" in suite for suite in self.recipe.evaluation.suites):
-                self.report(f"{self.recipe.name}: suites on held-out text are left out, which only a run brings")
-            if changed := differences(base.recipe["model"], self.recipe.model):
-                raise UserError(f"{self.recipe.name}: 'model' is not its base's ({changed[0]}); leave it out")
-        # A machine that only trains may lack lm-eval.
-        with contextlib.suppress(ImportError):
-            from nanophi.eval import suites
-
-            context = self.recipe.model_config_for().max_position_embeddings
-            if problem := suites.context_problem(self.recipe.evaluation.suites, context):
-                if "evaluation" in self.build:
-                    raise UserError(f"{self.recipe.name}: {problem}")
-                self.report(f"{self.recipe.name}: its evaluation cannot run: {problem}")
-        arguments.check(self.recipe.training, self.path, self.recipe.training_seed)
-        recorded = self.run.inputs_of("training")
-        held = step_folders(self.path / "checkpoints") or step_folders(self.path / "training_state")
-        if self.restart or not held:
-            return
-        inputs = recorded
-        if recorded is not None and (self.path / "data/tokens/tokens.json").exists():
-            inputs = continuation.inputs(self.path, self.recipe, self._model_config(), recorded)
-            inputs["data"] = recorded["data"]  # these are compared once they are made
-            final = [f"checkpoints/{step_name(self.recipe.training.steps)}"]
-            if self.run.up_to_date("training", inputs, final):
-                return
-        continuation.plan(self.path, self.recipe.training, recorded, inputs or {}, lambda line: None)
+        """Refuse, before anything is made or replaced, what would stop this run later. Raises `UserError`."""
+        preflight.check(
+            self.recipe,
+            self.run,
+            evaluates="evaluation" in self.build,
+            restart=self.restart,
+            model_config=self._model_config,
+        )
 
     def _remove_training(self) -> None:
         """What `--restart` allows: the weights, the states and the history of this run."""

@@ -82,22 +82,29 @@ class DataStages:
     def _check_what_comes_later(self) -> None:
         """What would stop the run only after the documents are read is looked at first: the scorer, the tokenizer."""
         recipe = self.recipe
-        if "documents" in self._done or "documents" not in self.build or "documents" in self.run.record["stages"]:
+        if "documents" in self._done or "documents" not in self.build:
             return
         kind, _, name = recipe.quality.scorer.partition(":")
         if kind == "model":
-            from nanophi.data import scorers
-
             repo_id, revision = split_revision(name)
-            commit = self.inputs.model(repo_id, revision=revision).get("commit")
-            scorers.find_scorer(
-                recipe.quality.scorer, recipe.quality.label, recipe.quality.scale, commit
-            ).check_choice()
-        if recipe.tokenizer.path is not None:
-            from nanophi.data import tokenizer
+            scorer, quality = self.inputs.model(repo_id, revision=revision), self._scoring()
+            known = self.run.inputs_of("scores") or {}
+            if (known.get("scorer"), known.get("quality")) != (scorer, quality):
+                from nanophi.data import scorers
 
-            commit = self.inputs.model(recipe.tokenizer.path, ignore=WEIGHTS).get("commit")
-            tokenizer.load(recipe.tokenizer.path, commit)
+                scorers.find_scorer(
+                    recipe.quality.scorer, recipe.quality.label, recipe.quality.scale, scorer.get("commit")
+                ).check_choice()
+        if recipe.tokenizer.path is not None:
+            files = self.inputs.model(recipe.tokenizer.path, ignore=WEIGHTS)
+            if (self.run.inputs_of("tokenizer") or {}).get("files") != files:
+                from nanophi.data import tokenizer
+
+                tokenizer.load(recipe.tokenizer.path, files.get("commit"))
+
+    def _scoring(self) -> dict[str, Any]:
+        """The part of `quality` that scores depend on."""
+        return self.recipe.quality.model_dump(mode="json", exclude={"threshold", "share", "select"})
 
     @user_errors("documents cannot be gathered; --debug shows where it stopped")
     def documents(self) -> dict[str, Any]:
@@ -128,10 +135,10 @@ class DataStages:
         from nanophi.data import quality
 
         self.documents()
-        recipe, selection = self.recipe, {"threshold", "share", "select"}
+        recipe = self.recipe
         inputs: dict[str, Any] = {
             "documents": self.run.stage_key("documents"),
-            "quality": recipe.quality.model_dump(mode="json", exclude=selection),
+            "quality": self._scoring(),
             "seed": recipe.seed,
         }
         kind, _, name = recipe.quality.scorer.partition(":")

@@ -178,7 +178,11 @@ def test_the_answer_for_the_eye(finished):
         ([], {"epochs": 0.5}, r"--epochs 0\.5 needs [\d,]+ different tokens in every share, but there are [\d,]+; ask"),
         ([], {"epochs": 0}, "--epochs 0: a share must be repeated more than 0 times"),
         (["evaluation.data=/nowhere"], {"tasks": ("arc_easy",)}, "needs the dataset allenai/ai2_arc, which is not in"),
-        ([], {"epochs": 1e6}, r"--epochs 1e\+06 leaves less than one row of 64 tokens"),
+        ([], {"epochs": 1e6}, "every share has less than one row of 64 tokens; ask for fewer --epochs"),
+        ([], {"epochs": float("nan")}, "--epochs nan: a share must be repeated more than 0 times"),
+        ([], {"seeds": (0, 1 << 32)}, "--seed 4294967296 must be from 0 to 4294967295"),
+        ([], {"learning_rates": (0.1, -1.0)}, "--learning-rate -1 must be a number above 0"),
+        (["training.arguments={nonsense: 1}"], {}, "training.arguments: 'nonsense' is unknown"),
     ],
 )
 def test_experiments_that_cannot_be_run(finished, recipe, tmp_path, overrides, options, message):
