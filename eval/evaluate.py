@@ -28,7 +28,7 @@ from lm_eval.utils import hash_string
 from nanophi.eval.metrics import bits_figures, heldout_figures
 from nanophi.eval.models import load_model
 from nanophi.eval.results import ANSWER_METRIC, FORMAT, headline, mean_of, read_result, result_name
-from nanophi.eval.scorer import ScorerLM, TooLong
+from nanophi.eval.scorer import NotScorable, ScorerLM
 from nanophi.eval.statistics import mean_stderr
 from nanophi.eval.suites import LoadedSuite, find_data, find_suite, load_suite, quiet, sample_of_items
 from nanophi.files import UserError, read_json, remove, sha256_of, sha256_of_file, sha256_of_tree, write_json
@@ -205,7 +205,7 @@ def run_task(lm: ScorerLM, name: str, task: Task, indices: list[int] | None) -> 
                 samples=None if indices is None else {name: indices},
                 bootstrap_iters=BOOTSTRAP_ITERATIONS,
             )
-    except TooLong as error:
+    except NotScorable as error:
         raise UserError(f"task '{name}': {error}; choose other tasks (--suite)") from error
     samples = result["samples"][name]
     if not all(math.isfinite(score) for sample in samples for score in _numbers(sample["filtered_resps"])):

@@ -10,7 +10,9 @@ repeats bit for bit. Results agree with torch's up to rounding.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
+import sys
 from collections.abc import Callable, Iterator
 
 import torch
@@ -91,3 +93,9 @@ def _gelu(values: Tensor) -> Tensor:
 
 def _identity(values: Tensor) -> Tensor:
     return values
+
+
+def trim() -> None:
+    """Return freed memory to the system: passes of changing lengths leave holes that nothing fits into."""
+    if sys.platform == "linux" and (malloc_trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):  # glibc's
+        malloc_trim(0)

@@ -18,8 +18,6 @@ sharing, and `ScorerLM.unshared_because` says why.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -35,7 +33,7 @@ from transformers.cache_utils import DynamicCache
 from nanophi.eval.caches import Complete, Past, PrefixCache
 from nanophi.eval.forest import ROW_TOKENS, Forest, PackedRow, Range, Row
 from nanophi.eval.generation import PreallocatedLayer, StopStrings, mark_not_ended
-from nanophi.eval.kernels import Kernels
+from nanophi.eval.kernels import Kernels, trim
 from nanophi.eval.probing import logits_are_the_heads, same_logits, why_not_shared
 from nanophi.progress import progress_bar
 
@@ -58,8 +56,8 @@ Answers = list[tuple[int, tuple[float, bool]]]
 """Request number, its log-likelihood in nats, and whether the continuation is the greedy one."""
 
 
-class TooLong(ValueError):  # noqa: N818
-    """A continuation is longer than the model's context, and cannot be scored."""
+class NotScorable(ValueError):  # noqa: N818
+    """An item's prompt or answer is empty, or its answer longer than the model's context."""
 
 
 class Request(NamedTuple):
@@ -167,10 +165,10 @@ class ScorerLM(HFLM):
         self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         for _, context, continuation in requests:
-            if not context or not 0 < len(continuation) <= self.max_length:
-                raise TooLong(
-                    f"a continuation of {len(continuation)} tokens does not fit the model's {self.max_length}"
-                )
+            if not context or not continuation:
+                raise NotScorable(f"the {'answer' if context else 'prompt'} of an item is empty")
+            if len(continuation) > self.max_length:
+                raise NotScorable(f"an answer of {len(continuation)} tokens does not fit the model's {self.max_length}")
         if not self.slim:
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
         # Big-endian bytes sort like the tokens, and take a ninth of a list's memory.
@@ -212,7 +210,7 @@ class ScorerLM(HFLM):
                 yield self._answers(waiting)
                 waiting = []
                 if self.device.type == "cpu":
-                    _trim()
+                    trim()
         if waiting:
             yield self._answers(waiting)
 
@@ -409,26 +407,30 @@ class ScorerLM(HFLM):
         Prompts without their last token are computed row by row, into a cache of the final length: on a CPU a batch of
         prompts takes more memory and as much time, and a growing cache is copied for every token.
         """
-        mark = generation_kwargs.pop("mark_not_ended", False)
-        if generation_kwargs.setdefault("temperature", 0.0) == 0.0 and not generation_kwargs.get("do_sample"):
-            generation_kwargs["do_sample"] = False
-            del generation_kwargs["temperature"]
-        if not self.unshared_because and self.device.type == "cpu":
-            attended = generation_kwargs["attention_mask"]
-            generation_kwargs["past_key_values"] = self._prompts(context, attended, max_length)
+        mark, start = generation_kwargs.pop("mark_not_ended", False), context.shape[1]
+        beams = generation_kwargs.get("num_beams", self.model.generation_config.num_beams)
+        # Beams change places, which neither our cache nor our stop strings follow.
+        generate = super()._model_generate if (beams or 1) > 1 else self._generate
+        tokens = generate(context, max_length, stop, **generation_kwargs)
+        self._generated.update(len(context))
+        return mark_not_ended(tokens, start, self.tokenizer) if mark else tokens
+
+    def _generate(self, context: Tensor, max_length: int, stop: list[str], **arguments: Any) -> Tensor:
+        if arguments.setdefault("temperature", 0.0) == 0.0 and not arguments.get("do_sample"):
+            arguments["do_sample"] = False
+            del arguments["temperature"]
+        if not self.unshared_because and self.device.type == "cpu" and context.shape[1] > 1:
+            arguments["past_key_values"] = self._prompts(context, arguments["attention_mask"], max_length)
+        criterion = StopStrings(self.tokenizer, stop, context.shape[1])
         with self._kernels():
-            tokens = self.model.generate(
+            return self.model.generate(
                 input_ids=context,
                 max_length=max_length,
-                stopping_criteria=transformers.StoppingCriteriaList(
-                    [StopStrings(self.tokenizer, stop, context.shape[1])]
-                ),
+                stopping_criteria=transformers.StoppingCriteriaList([criterion]),
                 pad_token_id=self.tokenizer.pad_token_id,
                 use_cache=True,
-                **generation_kwargs,
+                **arguments,
             )
-        self._generated.update(len(context))
-        return mark_not_ended(tokens, context.shape[1], self.tokenizer) if mark else tokens
 
     def _prompts(self, context: Tensor, attention_mask: Tensor, max_length: int) -> DynamicCache:
         """Keys and values of left-padded prompts [rows, tokens], without the last token of each."""
@@ -442,9 +444,3 @@ class ScorerLM(HFLM):
             for layer, (keys, values) in zip(layers, self.extend(prompt, 0, None), strict=True):
                 layer.put(keys, values, row, len(context), len(tokens) - 1, max_length)
         return cache
-
-
-def _trim() -> None:
-    """Return freed memory to the system: passes of changing lengths leave holes that nothing fits into."""
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):  # glibc's
-        trim(0)

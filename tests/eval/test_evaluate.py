@@ -478,6 +478,6 @@ def test_bad_models(model, make_model, benchmarks, heldout, tmp_path, tokenizer)
     assert "not finite numbers; its weights are damaged" in problem(tmp_path / "damaged")
     assert "dtype 'float8' is not one of" in problem(model, dtype="float8")
     narrow = make_model(11, max_position_embeddings=24)
-    longest = "task 'heldout_continuation': a continuation of [0-9]+ tokens does not fit the model's 24"
+    longest = "task 'heldout_continuation': an answer of [0-9]+ tokens does not fit the model's 24"
     assert re.match(longest, problem(narrow, "heldout_continuation", heldout=heldout))
     assert not (tmp_path / "m.json").exists()

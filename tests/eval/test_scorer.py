@@ -162,6 +162,17 @@ def test_greedy_generation_is_that_of_hflm(tokenizer):
     assert any(found) and ran <= len(steps) - ran
 
 
+@pytest.mark.parametrize("prompts", [["x"], ["x", "y", "z"], ["x", "the red one", "and so it was"]])
+@pytest.mark.parametrize("beams", [{}, {"num_beams": 1}, {"num_beams": 2}])
+def test_prompts_of_one_token_and_beams_are_generated_as_by_hflm(prompts, beams, tokenizer):
+    model = network("phi")
+    kwargs = {"until": [" this", " t", " not"], "max_gen_toks": 12, **beams}
+    asked = [Instance("generate_until", {}, (prompt, dict(kwargs)), 0) for prompt in prompts]
+    ours = ScorerLM(model, tokenizer, batch_size=4, progress=False).generate_until(asked, disable_tqdm=True)
+    assert ours == HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4).generate_until(asked, disable_tqdm=True)
+    assert any(ours)
+
+
 def test_bfloat16_is_near_float32(tokenizer):
     model = network("phi")
     exact = ScorerLM(model, tokenizer, progress=False).loglikelihood(requests())
@@ -182,8 +193,12 @@ def test_network_is_left_as_it_was(tokenizer):
 
 
 @pytest.mark.parametrize("name", ["phi", "mamba"])
-def test_too_long_a_continuation_is_refused(name, tokenizer):
+def test_what_cannot_be_scored_is_refused(name, tokenizer):
     ours = ScorerLM(network(name), tokenizer, progress=False)
     ours._max_length = 64
-    with pytest.raises(scorer.TooLong, match="does not fit the model's 64"):
+    with pytest.raises(scorer.NotScorable, match="does not fit the model's 64"):
         ours.loglikelihood([Instance("loglikelihood", {}, ("a", " the" * 70), 0)])
+    with pytest.raises(scorer.NotScorable, match="the answer of an item is empty"):
+        ours.loglikelihood([Instance("loglikelihood", {}, ("a the", ""), 0)])
+    with pytest.raises(scorer.NotScorable, match="the prompt of an item is empty"):
+        ours.loglikelihood([Instance("loglikelihood", {}, (" ", "the"), 0)])
