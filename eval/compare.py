@@ -24,7 +24,7 @@ import numpy as np
 from nanophi.eval import filter_parts, render, statistics
 from nanophi.eval.catalogue import LEADERBOARD, TASKS, position, references
 from nanophi.eval.models import fingerprint
-from nanophi.eval.results import ANSWER_METRIC, FORMAT, ItemKey, item_values, read_result
+from nanophi.eval.results import ANSWER_METRIC, FORMAT, ItemKey, item_values, mean_figures, read_result
 from nanophi.eval.statistics import SIGNIFICANCE, bits_per_byte, bits_per_byte_stderr, holm, mcnemar
 from nanophi.files import UserError, read_json, write_json, write_text
 
@@ -360,12 +360,8 @@ def _add_average(
     average |= {"chance": None, "higher_is_better": True, "scores": {}, "differences": {}}
     for label in labels:
         if all(label in row["scores"] for row in rows):
-            errors = [row["scores"][label]["stderr"] or 0.0 for row in rows]
-            average["scores"][label] = {
-                "value": float(np.mean([row["scores"][label]["value"] for row in rows])),
-                "stderr": float(np.sqrt(np.sum(np.square(errors))) / len(errors)),
-                "items": sum(row["scores"][label]["items"] for row in rows),
-            }
+            figures = [row["scores"][label] for row in rows]
+            average["scores"][label] = {**mean_figures(figures), "items": sum(figure["items"] for figure in figures)}
         if all(label in row["differences"] for row in rows):
             value = float(np.mean([row["differences"][label]["value"] for row in rows]))
             mean = np.mean([draws[task][label] for task in LEADERBOARD], axis=0)

@@ -27,7 +27,7 @@ from lm_eval.utils import hash_string
 
 from nanophi.eval.metrics import bits_figures, heldout_figures
 from nanophi.eval.models import load_model
-from nanophi.eval.results import ANSWER_METRIC, FORMAT, headline, mean_of, read_result, result_name
+from nanophi.eval.results import ANSWER_METRIC, FORMAT, headline, mean_figures, mean_of, read_result, result_name
 from nanophi.eval.scorer import NotScorable, ScorerLM
 from nanophi.eval.statistics import mean_stderr
 from nanophi.eval.suites import LoadedSuite, find_data, find_suite, load_suite, quiet, sample_of_items
@@ -375,11 +375,7 @@ def _summary(loaded: LoadedSuite, result: dict[str, Any], parts: dict[str, dict[
     summary: dict[str, Any] = {"suite": loaded.suite.name, "headline": lines, "average": None}
     averaged = [line for line in lines if line["task"] in loaded.suite.average]
     if averaged:
-        summary["average"] = {
-            "value": float(np.mean([line["value"] for line in averaged])),
-            "stderr": math.sqrt(sum(line["stderr"] ** 2 for line in averaged)) / len(averaged),
-            "tasks": [line["task"] for line in averaged],
-        }
+        summary["average"] = {**mean_figures(averaged), "tasks": [line["task"] for line in averaged]}
     if "heldout_bits_per_byte" in loaded.tasks:
         name = "heldout_bits_per_byte"
         summary["heldout"] = heldout_figures(result["samples"][name], parts[name]["bz2"])

@@ -147,9 +147,15 @@ def mean_of(results: Mapping[str, Any], leaves: Sequence[str], metric: str) -> d
     """`value` and `stderr` (None where unknown) of the unweighted mean over leaf tasks; None if one lacks `metric`."""
     if any(metric not in results[leaf] for leaf in leaves):
         return None
-    errors = [results[leaf].get(metric.replace(",", "_stderr,")) for leaf in leaves]
-    known = all(isinstance(error, float) for error in errors)
+    error = metric.replace(",", "_stderr,")
+    return mean_figures([{"value": results[leaf][metric], "stderr": results[leaf].get(error)} for leaf in leaves])
+
+
+def mean_figures(figures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """`value` and `stderr` of the unweighted mean of some scores; the standard error is None if one of theirs is."""
+    errors = [figure["stderr"] for figure in figures]
+    known = all(isinstance(error, float) for error in errors)  # lm-eval's is "N/A" for a single item
     return {
-        "value": float(np.mean([results[leaf][metric] for leaf in leaves])),
+        "value": float(np.mean([figure["value"] for figure in figures])),
         "stderr": math.sqrt(sum(error**2 for error in errors)) / len(errors) if known else None,
     }

@@ -388,6 +388,25 @@ def test_an_effect_of_the_detectable_size_is_mostly_detected(tmp_path):
     assert 0.6 < share < 0.95
 
 
+LEADERBOARD_SHOTS = {"arc_challenge": 25, "hellaswag": 10, "mmlu": 5, "truthfulqa_mc2": 0, "winogrande": 5, "gsm8k": 5}
+
+
+def test_the_averages_standard_error_is_unknown_if_one_tasks_is(tmp_path):
+    def average(unknown):
+        files = []
+        for task, shots in LEADERBOARD_SHOTS.items():
+            files.append(result(tmp_path / f"{task}.json", [1.0, 0.0] * 5, task=task, shots=shots, model="m"))
+            if task == unknown:
+                content = json.loads(files[-1].read_text())
+                content["nanophi"]["headline"][0]["stderr"] = None
+                files[-1].write_text(json.dumps(content))
+        return compare({"m": files}, tmp_path / "out")["tasks"]["average"]["scores"]["m"]
+
+    assert average(None) == {"value": 0.5, "stderr": pytest.approx(0.01 / math.sqrt(6)), "items": 60}
+    assert average("mmlu") == {"value": 0.5, "stderr": None, "items": 60}
+    assert "| average | 50.00 |" in (tmp_path / "out/comparison.md").read_text()
+
+
 def test_names_are_not_markup(tmp_path):
     files = {
         name: [result(tmp_path / f"{number}.json", [1.0, 0.0])]

@@ -149,6 +149,20 @@ def test_same_scores_as_stock_lm_eval(named, task, shots, answers, model, benchm
     assert found["results"][task]["answer_bits_per_byte,none"] == pytest.approx(figures["value"], abs=1e-4)
 
 
+@pytest.mark.parametrize("limit", [1, 20])
+def test_a_suites_average_of_tasks_with_and_without_a_standard_error(limit, model, benchmarks, tmp_path, monkeypatch):
+    names = ("arc_easy", "winogrande")
+    suite = Suite("both", tuple(suites.Entry(name, 0) for name in names), average=names)
+    monkeypatch.setitem(suites.SUITES, "both", suite)
+    found = evaluate(model, "both", tmp_path / "m.json", data=benchmarks, limit=limit, report=lambda line: None)
+    average, scores = found["nanophi"]["average"], [found["results"][name] for name in names]
+    assert average["value"] == pytest.approx(np.mean([score["acc,none"] for score in scores]))
+    if limit == 1:
+        assert average["stderr"] is None
+    else:
+        assert average["stderr"] == pytest.approx(math.hypot(*(score["acc_stderr,none"] for score in scores)) / 2)
+
+
 def test_number_of_shots(tmp_path):
     def entries(*arguments):
         return [(entry.task, entry.num_fewshot) for entry in find_suite(*arguments).entries]
