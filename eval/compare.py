@@ -57,6 +57,20 @@ class Measured:
         """What must be equal for two scores to be comparable: the number of shots, and the metric."""
         return self.line["num_fewshot"], self.line["metric"]
 
+    @property
+    def paired(self) -> bool:
+        """Whether a difference of two such scores is one of their items: bits per byte, or the mean of the items.
+
+        F1, a correlation or BLEU are made of all items together, a perplexity is the exponential of their mean.
+        """
+        if self.line["metric"] in ("bits_per_byte", ANSWER_METRIC):
+            return True
+        values = [list(items.values()) for items in self.items.values()]
+        if not all(items and all(isinstance(value, int | float) for value in items) for items in values):
+            return False
+        mean = float(np.mean([np.mean(items) for items in values]))
+        return math.isclose(mean, self.line["value"], rel_tol=1e-6, abs_tol=1e-9)
+
 
 def compare(
     results: Mapping[str, Sequence[Path]],
@@ -104,7 +118,7 @@ def compare(
     for key, scores in rows.items():
         table[key], draws[key] = _row(key, scores, baseline, rng, notes)
         leaves = next(iter(scores.values())).line["tasks"]
-        if len(leaves) > 1:
+        if len(leaves) > 1 and all(score.paired for score in scores.values()):
             parts = {}
             for leaf in leaves:
                 part = {label: _leaf(score, leaf) for label, score in scores.items() if leaf in score.items}
@@ -227,9 +241,17 @@ def _rows(measured: Mapping[str, Sequence[Measured]], notes: list[str]) -> dict[
 
 def _leaf(score: Measured, leaf: str) -> Measured:
     """The part of a group's score that belongs to one of its tasks."""
-    values = np.array(list(score.items[leaf].values()), dtype=float)
-    line = {**score.line, "task": leaf, "tasks": [leaf], "value": float(values.mean()), "items": len(values)}
-    return Measured({**line, "stderr": statistics.mean_stderr(values)}, {leaf: score.items[leaf]}, score.prompts)
+    line = {**score.line, "task": leaf, "tasks": [leaf], **_figures(list(score.items[leaf].values()))}
+    return Measured(line, {leaf: score.items[leaf]}, score.prompts)
+
+
+def _figures(items: Sequence[Any]) -> dict[str, Any]:
+    """The score that some items make: bits per byte of (nats, bytes), or the mean of numbers."""
+    values = np.array(items, dtype=float)
+    if values.ndim == 2:
+        value, stderr = bits_per_byte(values[:, 0], values[:, 1]), bits_per_byte_stderr(values[:, 0], values[:, 1])
+        return {"value": value, "stderr": stderr if len(values) > 1 else None, "items": len(values)}
+    return {"value": float(values.mean()), "stderr": statistics.mean_stderr(values), "items": len(values)}
 
 
 def _answers(score: Measured) -> Measured | None:
@@ -271,12 +293,8 @@ def _parts(
 def _of_items(score: Measured, keys: set[ItemKey]) -> Measured | None:
     """The part of a held-out score that belongs to some documents; None if it has none of them."""
     items = {leaf: {key: value for key, value in values.items() if key in keys} for leaf, values in score.items.items()}
-    pairs = np.array([value for values in items.values() for value in values.values()], dtype=float)
-    if not len(pairs):
-        return None
-    value, stderr = bits_per_byte(pairs[:, 0], pairs[:, 1]), bits_per_byte_stderr(pairs[:, 0], pairs[:, 1])
-    line = {**score.line, "value": value, "stderr": stderr if len(pairs) > 1 else None, "items": len(pairs)}
-    return Measured(line, items, score.prompts, score.sources)
+    pairs = [value for values in items.values() for value in values.values()]
+    return Measured({**score.line, **_figures(pairs)}, items, score.prompts, score.sources) if pairs else None
 
 
 def _row(
@@ -289,9 +307,11 @@ def _row(
     row["scores"] = {label: {k: s.line[k] for k in ("value", "stderr", "items")} for label, s in scores.items()}
     row["differences"] = {}
     draws = {}
-    for label, score in scores.items():
-        if label == baseline or baseline not in scores:
-            continue
+    others = {label: score for label, score in scores.items() if label != baseline and baseline in scores}
+    if others and not all(score.paired for score in scores.values()):
+        notes.append(f"{key}: models are not compared, for {line['metric']} is no mean of its items")
+        return row, draws
+    for label, score in others.items():
         found = _paired(score, scores[baseline], rng)
         if found is None:
             notes.append(f"{key}: {label} and {baseline} have no item with the same prompt in common")

@@ -345,7 +345,7 @@ def _merge(loaded: LoadedSuite, parts: dict[str, dict[str, Any]]) -> dict[str, A
     for part in parts.values():
         for key in keys:
             merged[key].update(part[key])
-    for name in {"heldout_bits_per_byte", "answers_bits_per_byte"} & set(loaded.tasks):
+    for name in [name for name in loaded.tasks if "bits_per_byte,none" in merged["results"][name]]:
         # lm-eval has no standard error for it.
         stderr = bits_figures([sample["bits_per_byte"] for sample in merged["samples"][name]])["bits_per_byte_stderr"]
         merged["results"][name]["bits_per_byte_stderr,none"] = stderr

@@ -119,13 +119,15 @@ def headline(
 
     Args:
         task: name of the task or group.
-        metric: the leading figure, `metric,filter`; None: the first.
+        metric: the leading figure, `metric,filter`; None: the first that is no perplexity, of which no difference can
+            be tested item by item (LAMBADA's accuracy, WikiText's bits per byte), or just the first.
         leaves: the leaf tasks in it; itself, for a single task.
         result: lm-eval's result.
         chances: expected score of a guess on each leaf task.
     """
     first = result["results"][leaves[0]]
-    metric = metric or next(key for key in first if "," in key and "_stderr" not in key)
+    metrics = [key for key in first if "," in key and "_stderr" not in key]
+    metric = metric or next((key for key in metrics if "perplexity" not in key), metrics[0])
     name, _, filter_name = metric.partition(",")
     known = [chance for chance in chances if chance is not None]
     return {

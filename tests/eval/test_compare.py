@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import scipy.stats
+from lm_eval.api import metrics as lm_metrics
 
 from nanophi.cli import main
 from nanophi.eval.catalogue import references
@@ -20,6 +21,7 @@ from nanophi.eval.render import to_text
 from nanophi.eval.results import FORMAT
 from nanophi.eval.statistics import holm
 from nanophi.files import UserError, read_json
+from nanophi.model_card.card import differences
 
 
 def result(
@@ -33,10 +35,11 @@ def result(
     prompts="p",
     sources=None,
     model=None,
+    value=None,
     **fields,
 ):
     """A result file with these scores per item, of one source or of those given, of a model named like the file."""
-    pairs = isinstance(scores[0], tuple)
+    pairs = metric == "bits_per_byte"
     samples = [
         {
             "doc_id": i,
@@ -48,7 +51,9 @@ def result(
         }
         for i, score in enumerate(scores)
     ]
-    value = -sum(s[0] for s in scores) / sum(s[1] for s in scores) / math.log(2) if pairs else float(np.mean(scores))
+    if value is None:
+        values = np.array(scores, dtype=float)
+        value = -values[:, 0].sum() / values[:, 1].sum() / math.log(2) if pairs else float(values.mean())
     line = {"task": task, "metric": metric, "filter": "none", "num_fewshot": shots, "value": value, "stderr": 0.01}
     line |= {"chance": chance, "higher_is_better": not pairs, "items": len(scores), "of": len(scores), "tasks": [task]}
     content = {"samples": {task: samples}, "lm_eval_version": "0.4.13"}
@@ -386,6 +391,88 @@ def test_an_effect_of_the_detectable_size_is_mostly_detected(tmp_path):
     ]
     share = np.mean([one["differences"]["a"]["verdict"] == "better" for one in found])
     assert 0.6 < share < 0.95
+
+
+def made_of_all_items():
+    """Metric -> items of two models, and lm-eval's own aggregation of them."""
+    rng = np.random.default_rng(10)
+    nats = -rng.gamma(2, 1, 60)
+    gold = rng.integers(0, 2, 60)
+    answers = [gold, np.where(rng.random(60) < 0.3, 1 - gold, gold)]
+    texts = ("the red one was here", "the blue one was there")
+    words = [(texts[0], texts[i % 2]) for i in range(60)]
+    sizes = rng.integers(5, 50, 60)
+    correct = [list(zip(gold.tolist(), one.tolist(), strict=True)) for one in answers]
+    return {
+        "perplexity": ([nats.tolist(), (2 * nats).tolist()], lm_metrics.perplexity),
+        "word_perplexity": (
+            [list(zip(one.tolist(), sizes.tolist(), strict=True)) for one in (nats, 2 * nats)],
+            lm_metrics.weighted_perplexity,
+        ),
+        "mcc": (correct, lm_metrics.matthews_corrcoef),
+        "f1": (correct, lm_metrics.f1_score),
+        "bleu": ([words, [(a, a) for a, _ in words]], lm_metrics.bleu),
+    }
+
+
+@pytest.mark.parametrize("metric", made_of_all_items())
+def test_scores_of_all_items_together_are_shown_and_not_compared(metric, tmp_path):
+    items, aggregate = made_of_all_items()[metric]
+    values = [float(aggregate(one)) for one in items]
+    assert values[0] != pytest.approx(values[1])
+    files = {}
+    for label, one, value in zip("ab", items, values, strict=True):
+        scored = result(tmp_path / f"{label}.json", one, task="t", metric=metric, chance=None, value=value, model=label)
+        both = result(tmp_path / f"{label}-acc.json", [1.0, 0.0] * 30, model=label)
+        files[label] = [scored, both]
+    comparison = compare(files, tmp_path / "out")
+    row = comparison["tasks"]["t"]
+    assert [row["scores"][label]["value"] for label in "ab"] == values and row["differences"] == {}
+    assert comparison["notes"] == [f"t: models are not compared, for {metric} is no mean of its items"]
+    assert comparison["notes"][0] in to_text(comparison) and set(comparison["tasks"]["arc_easy"]["differences"]) == {
+        "a"
+    }
+    shown = "\n".join([to_text(comparison), (tmp_path / "out/comparison.md").read_text()])
+    assert shown.count(f"t ({metric}, 0-shot)") == 2, "in the tables of scores, not in those of differences"
+    assert set(differences(comparison)["a"][0]) and len(differences(comparison)["a"]) == 1
+    # Alone or with nothing else in it, too.
+    alone = compare({label: paths[:1] for label, paths in files.items()}, tmp_path / "alone")
+    assert differences(alone) == {} and (tmp_path / "alone/comparison.png").exists()
+
+
+def test_a_group_of_such_scores_has_no_rows_for_its_parts_and_one_of_bits_per_byte_has(tmp_path):
+    rng = np.random.default_rng(11)
+    parts = {"one": rng.integers(20, 60, 30), "two": rng.integers(20, 60, 40)}
+    for metric in ("bits_per_byte", "byte_perplexity"):
+        files, expected = {}, {}
+        for label, factor in (("a", 1.0), ("b", 1.1)):
+            path = result(tmp_path / f"{label}.json", [1.0])
+            content = json.loads(path.read_text())
+            nats = {leaf: -factor * sizes * rng.normal(1.3, 0.01, len(sizes)) for leaf, sizes in parts.items()}
+            bits_of = {leaf: -nats[leaf].sum() / sizes.sum() / math.log(2) for leaf, sizes in parts.items()}
+            content["samples"] = {
+                leaf: [
+                    {"doc_id": i, "doc_hash": f"d{i}", "prompt_hash": "p", "filter": "none"}
+                    | {metric: [float(n), int(size)]}
+                    for i, (n, size) in enumerate(zip(nats[leaf], sizes, strict=True))
+                ]
+                for leaf, sizes in parts.items()
+            }
+            value = np.mean(list(bits_of.values())) if metric == "bits_per_byte" else 2.5
+            line = content["nanophi"]["headline"][0]
+            line |= {"task": "texts", "tasks": list(parts), "metric": metric, "value": float(value), "items": 70}
+            line |= {"chance": None, "higher_is_better": False}
+            path.write_text(json.dumps(content))
+            files[label], expected[label] = [path], bits_of
+        comparison = compare(files, tmp_path / "out")
+        if metric == "bits_per_byte":
+            rows = comparison["subjects"]["texts"]
+            found = {leaf: {label: s["value"] for label, s in row["scores"].items()} for leaf, row in rows.items()}
+            assert found == {leaf: {x: pytest.approx(expected[x][leaf]) for x in "ab"} for leaf in parts}
+            assert {row["differences"]["a"]["verdict"] for row in rows.values()} == {"better"}
+            assert comparison["tasks"]["texts"]["differences"]["a"]["verdict"] == "better"
+        else:
+            assert comparison["subjects"] == {} and comparison["tasks"]["texts"]["differences"] == {}
 
 
 LEADERBOARD_SHOTS = {"arc_challenge": 25, "hellaswag": 10, "mmlu": 5, "truthfulqa_mc2": 0, "winogrande": 5, "gsm8k": 5}

@@ -149,6 +149,33 @@ def test_same_scores_as_stock_lm_eval(named, task, shots, answers, model, benchm
     assert found["results"][task]["answer_bits_per_byte,none"] == pytest.approx(figures["value"], abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("task", "dataset", "config", "column", "metric"),
+    [
+        ("lambada_standard", "cimec/lambada", "default", "text", "acc"),
+        pytest.param(
+            *("wikitext", "EleutherAI/wikitext_document_level", "wikitext-2-raw-v1", "page", "bits_per_byte"),
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_figure_that_can_be_compared_leads_before_a_perplexity(
+    task, dataset, config, column, metric, model, write_dataset, tmp_path
+):
+    """lm-eval lists the perplexities of these tasks first."""
+    rng = random.Random(0)
+    texts = [" ".join(rng.choices(["the", "of", "to", "and", "one", "two", "red"], k=9)) for _ in range(8)]
+    splits = dict.fromkeys(("train", "validation", "test"), pyarrow.table({column: texts}))
+    write_dataset(tmp_path / dataset, config, splits)
+    result = evaluate(model, task, tmp_path / "m.json", data=tmp_path, report=lambda line: None)
+    (line,) = result["nanophi"]["headline"]
+    assert line["metric"] == metric and line["value"] == result["results"][task][f"{metric},none"]
+    if metric == "bits_per_byte":
+        pairs = [sample["bits_per_byte"] for sample in result["samples"][task]]
+        assert line["value"] == pytest.approx(-sum(a for a, _ in pairs) / sum(b for _, b in pairs) / math.log(2))
+        assert not line["higher_is_better"] and 0 < line["stderr"] < 1
+
+
 @pytest.mark.parametrize("limit", [1, 20])
 def test_a_suites_average_of_tasks_with_and_without_a_standard_error(limit, model, benchmarks, tmp_path, monkeypatch):
     names = ("arc_easy", "winogrande")
