@@ -4,10 +4,10 @@
 
 Models are compared on the items that both answered (same document, same prompt). For an accuracy the p-value is
 McNemar's exact test, for anything else the larger of the paired bootstrap's and Student's t test's; each comes with the
-bootstrap's 95 % confidence interval of the difference and the minimum detectable effect. All tests of the main table
-are corrected together by Holm's method, and so are those of each secondary table (a group's subjects, the held-out
-sources, the right answers' bits per byte) among themselves. A difference is called better or worse only if its
-corrected p-value is below 0.05.
+bootstrap's 95 % confidence interval of the difference and the minimum detectable effect. A group of tasks is tested by
+the mean of their differences, each with its own variance. All tests of the main table are corrected together by Holm's
+method, and so are those of each secondary table (a group's subjects, the held-out sources, the right answers' bits per
+byte) among themselves. A difference is called better or worse only if its corrected p-value is below 0.05.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from nanophi.eval import filter_parts, render, statistics
 from nanophi.eval.catalogue import LEADERBOARD, TASKS, position, references
 from nanophi.eval.models import fingerprint
 from nanophi.eval.results import ANSWER_METRIC, FORMAT, ItemKey, item_values, mean_figures, read_result
-from nanophi.eval.statistics import SIGNIFICANCE, bits_per_byte, bits_per_byte_stderr, holm, mcnemar
+from nanophi.eval.statistics import SIGNIFICANCE, Estimate, bits_per_byte, bits_per_byte_stderr, holm, mcnemar
 from nanophi.files import UserError, read_json, write_json, write_text
 
 MAX_SOURCES = 12
@@ -114,9 +114,9 @@ def compare(
     table: dict[str, Any] = {}
     answers: dict[str, Any] = {}
     subjects: dict[str, Any] = {}
-    draws: dict[str, dict[str, np.ndarray]] = {}
+    found: dict[str, dict[str, Estimate]] = {}
     for key, scores in rows.items():
-        table[key], draws[key] = _row(key, scores, baseline, rng, notes)
+        table[key], found[key] = _row(key, scores, baseline, rng, notes)
         leaves = next(iter(scores.values())).line["tasks"]
         if len(leaves) > 1 and all(score.paired for score in scores.values()):
             parts = {}
@@ -131,7 +131,7 @@ def compare(
     held = rows.get("heldout_bits_per_byte", {})
     documents = {key for score in held.values() for key in score.sources}
     if all(task in table and table[task]["num_fewshot"] == TASKS[task].leaderboard.shots for task in LEADERBOARD):  # type: ignore[union-attr]
-        _add_average(table, draws, labels, baseline)
+        _add_average(table, found, labels, rng)
     _correct(table.values())
     _correct(answers.values())
     versions = {content["lm_eval_version"] for contents in files.values() for content in contents}
@@ -155,7 +155,8 @@ def compare(
         },
         "published": references() if set(LEADERBOARD) & set(table) else None,
         "method": "McNemar's exact test for accuracies, otherwise the larger p-value of the paired bootstrap "
-        f"({statistics.RESAMPLES} resamples, seed {seed}) and Student's t test; Holm's correction, separately for each "
+        f"({statistics.RESAMPLES} resamples, seed {seed}) and Student's t test, which for a group of tasks and for the "
+        "average adds up the tasks' variances; Holm's correction, separately for each "
         "secondary table; minimum detectable effect at 80 % power and the correction's hardest step",
         "notes": notes,
     }
@@ -299,34 +300,34 @@ def _of_items(score: Measured, keys: set[ItemKey]) -> Measured | None:
 
 def _row(
     key: str, scores: dict[str, Measured], baseline: str, rng: np.random.Generator, notes: list[str]
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """One row of the comparison, and the bootstrap's differences by label."""
+) -> tuple[dict[str, Any], dict[str, Estimate]]:
+    """One row of the comparison, and its differences by label."""
     line = next(iter(scores.values())).line
     names = ("task", "metric", "filter", "num_fewshot", "chance", "higher_is_better")
     row: dict[str, Any] = {name: line[name] for name in names}
     row["scores"] = {label: {k: s.line[k] for k in ("value", "stderr", "items")} for label, s in scores.items()}
     row["differences"] = {}
-    draws = {}
+    estimates: dict[str, Estimate] = {}
     others = {label: score for label, score in scores.items() if label != baseline and baseline in scores}
     if others and not all(score.paired for score in scores.values()):
         notes.append(f"{key}: models are not compared, for {line['metric']} is no mean of its items")
-        return row, draws
+        return row, estimates
     for label, score in others.items():
         found = _paired(score, scores[baseline], rng)
         if found is None:
             notes.append(f"{key}: {label} and {baseline} have no item with the same prompt in common")
             continue
-        row["differences"][label], draws[label] = found
+        row["differences"][label], estimates[label] = found
         common = found[0]["items"]
         if common < max(score.line["items"], scores[baseline].line["items"]):
             notes.append(f"{key}: {label} and {baseline} are compared on the {common} items that both answered")
-    return row, draws
+    return row, estimates
 
 
-def _paired(ours: Measured, theirs: Measured, rng: np.random.Generator) -> tuple[dict[str, Any], np.ndarray] | None:
+def _paired(ours: Measured, theirs: Measured, rng: np.random.Generator) -> tuple[dict[str, Any], Estimate] | None:
     """The difference of two scores over the items that both have; None if a leaf task has no such item."""
     leaves = [leaf for leaf in ours.items if leaf in theirs.items]
-    differences, drawn, pooled = [], [], []
+    parts, pooled = [], []
     for leaf in leaves:
         common = [
             key for key in ours.items[leaf] if key in theirs.items[leaf] and ours.prompts[key] == theirs.prompts[key]
@@ -337,42 +338,36 @@ def _paired(ours: Measured, theirs: Measured, rng: np.random.Generator) -> tuple
         b = np.array([theirs.items[leaf][key] for key in common], dtype=float)
         pooled.append((a, b))
         if a.ndim == 2:
-            bits = (b[:, 0] - a[:, 0]) / math.log(2)
-            differences.append(float(bits.sum() / a[:, 1].sum()))
-            drawn.append(statistics.bootstrap_ratio(bits, a[:, 1], rng))
+            parts.append(statistics.estimate((b[:, 0] - a[:, 0]) / math.log(2), a[:, 1], rng))
         else:
-            differences.append(float((a - b).mean()))
-            drawn.append(statistics.bootstrap_mean(a - b, rng))
-    draws = np.mean(drawn, axis=0)
+            parts.append(statistics.estimate(a - b, None, rng))
+    found = statistics.mean_estimate(parts, rng) if len(parts) > 1 else parts[0]
+    entry = _entry(found)
     a, b = (np.concatenate([pair[side] for pair in pooled]) for side in (0, 1))
-    entry = _entry(float(np.mean(differences)), draws, len(a))
-    if a.ndim == 2:
-        entry["p_value"] = max(entry["p_value"], statistics.student(b[:, 0] - a[:, 0], a[:, 1]))
-        entry["freedom"] = statistics.effective_items(a[:, 1]) - 1
-    elif set(np.unique(np.concatenate([a, b]))) <= {0.0, 1.0}:
+    if a.ndim == 1 and set(np.unique([a, b])) <= {0.0, 1.0}:
         entry["mcnemar"] = mcnemar(a, b)
         if len(leaves) == 1:
-            entry["p_value"] = entry["mcnemar"]["p_value"]
-    elif len(leaves) == 1:
-        entry["p_value"] = max(entry["p_value"], statistics.student(a - b, np.ones(len(a))))
-        entry["freedom"] = len(a) - 1
-    return entry, draws
+            entry |= {"p_value": entry["mcnemar"]["p_value"], "freedom": math.inf}
+    if len(leaves) > 1:
+        # Few items may all change in one direction and leave no variance: as with a coin, that proves little.
+        entry["p_value"] = max(entry["p_value"], min(1.0, 2.0 ** (1 - np.count_nonzero(a != b))))
+    return entry, found
 
 
-def _entry(difference: float, draws: np.ndarray, items: int) -> dict[str, Any]:
-    p_value = statistics.bootstrap_p_value(draws)
+def _entry(found: Estimate) -> dict[str, Any]:
     return {
-        "value": difference,
-        "stderr": float(draws.std()),
-        "interval": statistics.interval(draws),
-        "items": items,
-        "p_bootstrap": p_value,
-        "p_value": p_value,
+        "value": found.value,
+        "stderr": float(found.draws.std()),
+        "interval": statistics.interval(found.draws),
+        "items": found.items,
+        "p_bootstrap": statistics.bootstrap_p_value(found.draws),
+        "p_value": found.p_value,
+        "freedom": found.freedom,
     }
 
 
 def _add_average(
-    table: dict[str, Any], draws: dict[str, dict[str, np.ndarray]], labels: list[str], baseline: str
+    table: dict[str, Any], found: dict[str, dict[str, Estimate]], labels: list[str], rng: np.random.Generator
 ) -> None:
     """The mean of the leaderboard's six tasks, for the labels that have them all."""
     rows = [table[task] for task in LEADERBOARD]
@@ -383,9 +378,8 @@ def _add_average(
             figures = [row["scores"][label] for row in rows]
             average["scores"][label] = {**mean_figures(figures), "items": sum(figure["items"] for figure in figures)}
         if all(label in row["differences"] for row in rows):
-            value = float(np.mean([row["differences"][label]["value"] for row in rows]))
-            mean = np.mean([draws[task][label] for task in LEADERBOARD], axis=0)
-            average["differences"][label] = _entry(value, mean, sum(row["differences"][label]["items"] for row in rows))
+            mean = statistics.mean_estimate([found[task][label] for task in LEADERBOARD], rng)
+            average["differences"][label] = _entry(mean)
     table["average"] = average
 
 
@@ -401,7 +395,7 @@ def _correct(rows: Any) -> None:
 
 def _detectable(difference: dict[str, Any], tests: int) -> float | None:
     """The minimum detectable effect of a comparison like this one; None if nothing varied from which to tell."""
-    freedom = difference.pop("freedom", math.inf)
+    freedom = difference.pop("freedom")
     if freedom < 1:
         return None
     effect = statistics.minimum_detectable_effect(difference["stderr"], tests=tests, freedom=freedom)

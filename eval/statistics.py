@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.stats
@@ -97,25 +97,86 @@ def effective_items(sizes: np.ndarray) -> float:
     return float(sizes.sum() ** 2 / np.square(sizes).sum())
 
 
-def student(differences: np.ndarray, sizes: np.ndarray) -> float:
-    """p-value of Student's t test that `differences.sum() / sizes.sum()` is zero.
+class Estimate(NamedTuple):
+    """An estimated difference.
 
-    The standard error of the ratio is the jackknife's, the degrees of freedom those of Kish's effective number of
-    items: with few of them, or few that make up most of the bytes, the bootstrap alone is overconfident. For items of
-    equal size this is the paired t test.
+    Attributes:
+        value: the difference.
+        stderr: its standard error; 0.0 where nothing varied from which to tell.
+        freedom: degrees of freedom of `stderr`; 0 or less: it is unknown.
+        items: number of items behind it.
+        draws: bootstrap draws of it (resamples,).
+    """
+
+    value: float
+    stderr: float
+    freedom: float
+    items: int
+    draws: np.ndarray
+
+    @property
+    def p_value(self) -> float:
+        """Of no difference: the larger of the bootstrap's and Student's t test's."""
+        return max(bootstrap_p_value(self.draws), student(self.value, self.stderr, self.freedom))
+
+
+def estimate(differences: np.ndarray, sizes: np.ndarray | None, rng: np.random.Generator) -> Estimate:
+    """`differences.sum() / sizes.sum()`, with `jackknife`'s standard error.
+
+    Resampling n items gives (n - 1) / n of their variance, far too little where many parts of few items each are put
+    together; so the draws are spread by that.
 
     Args:
         differences: per item, of the quantity that is summed (log-likelihoods, or scores).
-        sizes: per item, of what it is divided by (bytes, or ones).
+        sizes: per item, of what it is divided by (bytes); None: ones, for a mean.
     """
+    value, stderr, freedom = jackknife(differences, sizes)
+    draws = bootstrap_mean(differences, rng) if sizes is None else bootstrap_ratio(differences, sizes, rng)
+    count = len(differences)
+    draws = value + (draws - value) * math.sqrt(count / max(count - 1, 1))
+    return Estimate(value, stderr, freedom, count, draws)
+
+
+def mean_estimate(parts: Sequence[Estimate], rng: np.random.Generator) -> Estimate:
+    """The unweighted mean of independent differences, such as those of MMLU's subjects.
+
+    Its variance is made of the parts' own, with Satterthwaite's degrees of freedom (1946, Biometrics Bulletin 2). A
+    part of a single item has no variance of its own: then the parts themselves are drawn.
+    """
+    values, items = np.array([part.value for part in parts]), sum(part.items for part in parts)
+    if any(part.items < 2 for part in parts):
+        return estimate(values, None, rng)._replace(items=items)
+    variances = np.square([part.stderr for part in parts])
+    total = float(variances.sum())
+    freedom = total**2 / float((np.square(variances) / [part.freedom for part in parts]).sum()) if total else math.inf
+    draws = np.mean([part.draws for part in parts], axis=0)
+    return Estimate(float(values.mean()), math.sqrt(total) / len(parts), freedom, items, draws)
+
+
+def jackknife(differences: np.ndarray, sizes: np.ndarray | None = None) -> tuple[float, float, float]:
+    """A ratio of sums, its standard error by the jackknife, and that one's degrees of freedom.
+
+    The degrees of freedom are those of Kish's effective number of items: with few of them, or few that make up most
+    of the bytes, the bootstrap alone is overconfident. For items of equal size these are the figures of the paired
+    t test.
+
+    Args: those of `estimate`.
+    """
+    sizes = np.ones(len(differences)) if sizes is None else sizes
     count, total = len(sizes), sizes.sum()
-    freedom = effective_items(sizes) - 1
-    ratio = differences.sum() / total
-    if freedom <= 0 or ratio == 0:
-        return 1.0
+    ratio = float(differences.sum() / total)
+    if count < 2:
+        return ratio, 0.0, 0.0
     moved = (differences - ratio * sizes) / (total - sizes)
-    stderr = np.sqrt((count - 1) / count * np.square(moved - moved.mean()).sum())
-    return float(2 * scipy.stats.t.sf(abs(ratio) / stderr, freedom)) if stderr else 0.0
+    stderr = math.sqrt((count - 1) / count * np.square(moved - moved.mean()).sum())
+    return ratio, stderr, effective_items(sizes) - 1
+
+
+def student(value: float, stderr: float, freedom: float) -> float:
+    """p-value of Student's t test that a difference with this standard error is zero."""
+    if freedom <= 0 or value == 0:
+        return 1.0
+    return float(2 * scipy.stats.t.sf(abs(value) / stderr, freedom)) if stderr else 0.0
 
 
 def interval(draws: np.ndarray) -> list[float]:

@@ -14,7 +14,7 @@ from lm_eval.api import metrics as lm_metrics
 
 from nanophi.cli import main
 from nanophi.eval.catalogue import references
-from nanophi.eval.compare import compare
+from nanophi.eval.compare import Measured, _paired, compare
 from nanophi.eval.labels import find_label, label_results
 from nanophi.eval.models import model_sha256
 from nanophi.eval.render import to_text
@@ -476,6 +476,68 @@ def test_a_group_of_such_scores_has_no_rows_for_its_parts_and_one_of_bits_per_by
 
 
 LEADERBOARD_SHOTS = {"arc_challenge": 25, "hellaswag": 10, "mmlu": 5, "truthfulqa_mc2": 0, "winogrande": 5, "gsm8k": 5}
+
+
+@pytest.mark.parametrize("items", [1, 2, 4])
+def test_groups_of_few_items_each_are_told_apart_as_often_as_chance_says(items, monkeypatch):
+    """57 subjects of models of equal quality: a difference in 5 of 100 comparisons, and a true one is found."""
+    monkeypatch.setattr("nanophi.eval.statistics.RESAMPLES", 500)
+    rng = np.random.default_rng(12)
+    keys = [[(i, f"{subject}.{i}") for i in range(items)] for subject in range(57)]
+
+    def p_value(effect):
+        skill = 0.1 + 0.5 * rng.random((57, items))
+        scores = []
+        for more in (effect, 0.0):
+            right = (rng.random(skill.shape) < skill + more).astype(float)
+            leaves = {str(subject): dict(zip(keys[subject], row, strict=True)) for subject, row in enumerate(right)}
+            scores.append(Measured({}, leaves, {key: "prompt" for of_leaf in keys for key in of_leaf}))
+        entry, _ = _paired(scores[0], scores[1], rng)
+        low, high = entry["interval"]
+        assert high - low == pytest.approx(2 * 1.96 * entry["stderr"], rel=0.15)
+        return entry["p_value"]
+
+    found = np.mean([p_value(0.0) < 0.05 for _ in range(600)])
+    assert 0.02 <= found <= 0.08
+    assert np.mean([p_value(0.35) < 0.05 for _ in range(40)]) > 0.8
+
+
+def test_few_items_that_all_changed_prove_little(tmp_path):
+    """Two tasks of two items, one model right on all four and the other on none: as four heads of a coin."""
+    files = {}
+    for label, score in (("a", 1.0), ("b", 0.0)):
+        path = result(tmp_path / f"{label}.json", [score] * 2, task="one")
+        content = json.loads(path.read_text())
+        content["samples"]["two"] = content["samples"]["one"]
+        content["nanophi"]["headline"][0] |= {"task": "both", "tasks": ["one", "two"]}
+        path.write_text(json.dumps(content))
+        files[label] = [path]
+    difference = compare(files, tmp_path / "out")["tasks"]["both"]["differences"]["a"]
+    assert difference["value"] == 1 and difference["p_value"] == pytest.approx(2 * 0.5**4)
+    assert difference["verdict"] == "within noise" and difference["minimum_detectable_effect"] == 6 / 4
+
+
+@pytest.mark.parametrize("items", [1, 4, 200])
+def test_the_average_is_tested_with_the_variances_of_its_tasks(items, tmp_path):
+    rng = np.random.default_rng(13)
+    files: dict[str, list] = {"a": [], "b": []}
+    changes = []
+    for task, shots in LEADERBOARD_SHOTS.items():
+        scores = {label: rng.integers(0, 2, items).astype(float) for label in files}
+        changes.append(scores["a"] - scores["b"])
+        for label, one in scores.items():
+            path = tmp_path / f"{label}-{task}.json"
+            files[label].append(result(path, one.tolist(), task=task, shots=shots, model=label))
+    difference = compare(files, tmp_path / "out")["tasks"]["average"]["differences"]["a"]
+    assert difference["value"] == pytest.approx(np.mean([change.mean() for change in changes]))
+    if items == 1:
+        expected = scipy.stats.sem(np.concatenate(changes))
+        p_value = scipy.stats.ttest_1samp(np.concatenate(changes), 0).pvalue
+    else:
+        expected = np.sqrt(sum(scipy.stats.sem(change) ** 2 for change in changes)) / 6
+        p_value = 2 * scipy.stats.norm.sf(abs(difference["value"]) / expected)
+    assert difference["stderr"] == pytest.approx(expected, rel=0.03)
+    assert p_value <= difference["p_value"] < p_value + 0.2  # the bootstrap of few items has ties at zero
 
 
 def test_the_averages_standard_error_is_unknown_if_one_tasks_is(tmp_path):

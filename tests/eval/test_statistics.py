@@ -41,9 +41,38 @@ def test_bootstrap_of_means_and_ratios():
 def test_for_items_of_equal_size_student_is_the_paired_t_test():
     differences = np.random.default_rng(5).normal(0.1, 1, 100)
     expected = scipy.stats.ttest_1samp(differences, 0).pvalue
-    assert statistics.student(differences, np.full(100, 500.0)) == pytest.approx(expected)
-    assert statistics.student(np.zeros(5), np.ones(5)) == 1
-    assert statistics.student(np.ones(1), np.ones(1)) == 1
+
+    def p_value(differences, sizes):
+        return statistics.student(*statistics.jackknife(differences, sizes))
+
+    assert p_value(differences, np.full(100, 500.0)) == p_value(differences, None) == pytest.approx(expected)
+    assert p_value(np.zeros(5), np.ones(5)) == 1
+    assert p_value(np.ones(1), np.ones(1)) == 1
+
+
+def test_the_mean_of_two_parts_is_tested_as_by_welch():
+    rng = np.random.default_rng(7)
+    one, two = rng.normal(0.4, 1, 7), rng.normal(0.5, 3, 12)
+    found = statistics.mean_estimate([statistics.estimate(part, None, rng) for part in (one, two)], rng)
+    welch = scipy.stats.ttest_ind(one, -two, equal_var=False)
+    assert found.value == pytest.approx((one.mean() + two.mean()) / 2) and found.items == 19
+    assert found.freedom == pytest.approx(welch.df)
+    assert statistics.student(found.value, found.stderr, found.freedom) == pytest.approx(welch.pvalue)
+    assert found.draws.mean() == pytest.approx(found.value, abs=0.03)
+    assert found.draws.std() == pytest.approx(found.stderr, rel=0.03), "also the interval's width"
+    # Bits per byte, of texts of equal size: the same.
+    ratios = [statistics.estimate(part, np.full(len(part), 3.0), rng) for part in (3 * one, 3 * two)]
+    assert statistics.mean_estimate(ratios, rng)[:4] == pytest.approx(found[:4])
+
+
+def test_parts_of_one_item_are_items_themselves():
+    rng = np.random.default_rng(8)
+    values = rng.normal(0.3, 1, 30)
+    found = statistics.mean_estimate([statistics.estimate(values[i : i + 1], None, rng) for i in range(30)], rng)
+    expected = scipy.stats.ttest_1samp(values, 0)
+    assert statistics.student(found.value, found.stderr, found.freedom) == pytest.approx(expected.pvalue)
+    assert found.draws.std() == pytest.approx(scipy.stats.sem(values), rel=0.03)
+    assert (found.freedom, found.items) == (29, 30)
 
 
 def test_holm_by_hand():
