@@ -206,6 +206,42 @@ def context_problem(suites: Sequence[str], max_position_embeddings: int) -> str:
     return ""
 
 
+def check_heldout(suites: Sequence[str], documents: Path, tokenizer: Path, max_position_embeddings: int) -> None:
+    """Whether a run can be measured on its held-out documents, before a model is trained on the others.
+
+    Args:
+        suites: names; tasks of theirs on other data are not looked at.
+        documents: the run's `data/documents`.
+        tokenizer: folder of its tokenizer.
+        max_position_embeddings: the model's context in tokens.
+
+    Raises:
+        UserError: if a task cannot be made from these documents, or an answer is longer than the context.
+    """
+    found = (entry for name in suites for entry in find_suite(name).entries if entry.task.startswith("heldout_"))
+    entries = tuple(dict.fromkeys(found))
+    if not entries:
+        return
+    try:
+        loaded = load_suite(Suite("heldout", entries), heldout=documents)
+    except UserError as error:
+        raise UserError(f"evaluation.suites: {error}") from error
+    encode = transformers.AutoTokenizer.from_pretrained(str(tokenizer))
+    for name, task in loaded.tasks.items():
+        with quiet():
+            task.build_all_requests()
+        pairs = [request.args for request in task.instances if request.request_type == "loglikelihood"]
+        # As the scorer counts them: what an answer adds to the tokens of its prompt.
+        texts = list({text for prompt, answer in pairs for text in (prompt.rstrip(), prompt + answer)})
+        tokens = dict(zip(texts, map(len, encode(texts, verbose=False)["input_ids"]), strict=True)) if texts else {}
+        needed = max((tokens[prompt + answer] - tokens[prompt.rstrip()] for prompt, answer in pairs), default=0)
+        if needed > max_position_embeddings:
+            raise UserError(
+                f"evaluation.suites: an answer of task '{name}' has {needed} tokens, too many for a context of "
+                f"{max_position_embeddings}; choose other evaluation.suites, or a larger model.max_position_embeddings"
+            )
+
+
 def find_data(
     suite: Suite, *, data: Path | None = None, heldout: Path | None = None
 ) -> dict[str, tuple[str, Path | None]]:

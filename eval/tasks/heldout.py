@@ -14,12 +14,13 @@ from typing import Any
 import datasets
 
 from nanophi.data.documents import heldout as read_heldout
+from nanophi.files import UserError
 
 MAX_BYTES = 1 << 20  # of text for bits per byte: a minute for a small model on a CPU
 MAX_DOCUMENT_BYTES = 8192  # so that a few long documents do not make up the whole sample
 CONTEXT_CHARACTERS = 400
 CONTINUATION_CHARACTERS = 120
-SENTENCES_CHARACTERS = 400  # of three sentences: fits a context of 256 tokens
+SENTENCES_CHARACTERS = 400  # of three sentences; suites.check_heldout says whether they fit a model's context
 MAX_ITEMS = 400
 CHOICES = 4
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=\S)")
@@ -105,5 +106,5 @@ def _item(row: dict[str, Any], context: str, true: str, false: list[str]) -> dic
 
 def _dataset(items: list[dict[str, Any]], problem: str) -> dict[str, datasets.Dataset]:
     if not items:
-        raise ValueError(problem)
+        raise UserError(f"{problem}; name other suites or tasks, or hold out more text")
     return {"test": datasets.Dataset.from_list(items[:MAX_ITEMS])}

@@ -25,7 +25,16 @@ from nanophi.eval.evaluate import evaluate
 from nanophi.eval.metrics import BitsPerByte
 from nanophi.eval.models import load_model
 from nanophi.eval.scorer import ScorerLM
-from nanophi.eval.suites import OPEN_LLM_V1, Suite, context_problem, find_data, find_suite, load_suite, sample_of_items
+from nanophi.eval.suites import (
+    OPEN_LLM_V1,
+    Suite,
+    check_heldout,
+    context_problem,
+    find_data,
+    find_suite,
+    load_suite,
+    sample_of_items,
+)
 from nanophi.files import UserError, read_json
 
 
@@ -277,6 +286,50 @@ def test_suites_against_the_context_before_training(names, context, said):
     found = context_problem(names, context)
     assert found.startswith(said) and bool(found) == bool(said)
     assert not found or f"too many for a context of {context} tokens" in found
+
+
+def test_held_out_answers_against_the_context_before_training(model, make_model, heldout, tmp_path):
+    """The shortest context that is accepted is the shortest one in which the scorer takes every answer."""
+    longest = {}
+    for task in ("heldout_continuation", "heldout_order"):
+        with pytest.raises(UserError) as refused:
+            check_heldout([task, "arc_easy"], heldout, model, 8)
+        said = str(refused.value)
+        assert said.startswith(f"evaluation.suites: an answer of task '{task}' has ")
+        assert said.endswith("choose other evaluation.suites, or a larger model.max_position_embeddings")
+        longest[task] = int(re.findall("[0-9]+", said)[0])
+        check_heldout([task], heldout, model, longest[task])
+        with pytest.raises(
+            UserError, match=f"has {longest[task]} tokens, too many for a context of {longest[task] - 1};"
+        ):
+            check_heldout(["arc_easy", task], heldout, model, longest[task] - 1)
+    check_heldout(["heldout"], heldout, model, max(longest.values()))
+    task, tokens = max(longest.items(), key=lambda item: item[1])
+    options = {"heldout": heldout, "report": lambda line: None}
+    fits, narrow = (make_model(12, max_position_embeddings=tokens - less) for less in (0, 1))
+    evaluate(fits, task, tmp_path / "fits.json", **options)
+    with pytest.raises(UserError, match=f"an answer of {tokens} tokens does not fit the model's {tokens - 1}"):
+        evaluate(narrow, task, tmp_path / "narrow.json", **options)
+
+
+def test_held_out_tasks_that_cannot_be_made_are_found_before_training(model, tmp_path):
+    folder = folder_of_documents(tmp_path)
+    check_heldout(["heldout_bits_per_byte,heldout_order"], folder, model, 256)
+    check_heldout(["quick"], tmp_path / "nowhere", tmp_path / "nowhere", 1)  # it needs no held-out documents
+    remedy = "; name other suites or tasks, or hold out more text"
+    with pytest.raises(UserError) as refused:
+        check_heldout(["quick", "heldout"], folder, model, 256)
+    problem = "heldout_continuation: too few documents of 600 characters or more in any one source"
+    assert str(refused.value) == f"evaluation.suites: {problem}{remedy}"
+    rows = [{"id": "1", "source": "s", "text": "One sentence, and no end of it " * 30}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "heldout-00000.parquet")
+    with pytest.raises(UserError) as refused:
+        check_heldout(["heldout_order"], folder, model, 256)
+    few = f"heldout_order: too few documents with five sentences{remedy}"
+    assert str(refused.value) == f"evaluation.suites: {few}"
+    with pytest.raises(UserError) as refused:
+        load_suite(find_suite("heldout_order"), heldout=folder)
+    assert str(refused.value) == few
 
 
 def test_leaderboard_tasks_on_real_items(make_model, tmp_path):
