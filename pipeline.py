@@ -78,6 +78,11 @@ class Pipeline(ChatStages):
         outputs = [f"checkpoints/{step_name(recipe.training.steps)}"]
         plan = continuation.Continuation()
         if "training" in self.build and is_main_process() and not self.run.up_to_date("training", inputs, outputs):
+            if "evaluation" in self.build:
+                from nanophi.eval import suites
+
+                documents, tokenizer = self.path / "data/documents", self.path / "data/tokenizer"
+                suites.check_heldout(self.suites(), documents, tokenizer, config.max_position_embeddings)
             if self.restart:
                 self._remove_training()
                 recorded = None

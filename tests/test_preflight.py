@@ -59,6 +59,12 @@ def test_held_out_tasks_need_no_folder_of_benchmarks(folder: Path) -> None:
     pipeline(folder, f"evaluation.data={folder}").check()
 
 
+def test_held_out_tasks_that_cannot_be_made_before_the_training(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"evaluation.suites: heldout_continuation: too few documents of 600 characters"):
+        pipeline(folder).training()
+    assert not (folder / "runs/small/checkpoints").exists()
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
