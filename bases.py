@@ -29,6 +29,20 @@ class Base(NamedTuple):
     repo_id: str | None
 
 
+def final_checkpoint(folder: Path, name: str) -> Path | None:
+    """The last weights of a run directory, which a recipe calls `name`; None for another folder.
+
+    Raises:
+        UserError: if the run is not finished.
+    """
+    if not (folder / "record.json").is_file():
+        return None
+    checkpoints = step_folders(folder / "checkpoints")
+    if "training" not in read_json(folder / "record.json")["stages"] or not checkpoints:
+        raise UserError(f"base: the run {name} has not finished; run `nanophi run` on its recipe first")
+    return checkpoints[-1]
+
+
 def find(name: str) -> Base:
     """The base that a recipe names. Raises `UserError` if it is none, or incomplete."""
     folder, repo_id = model_folder(name, "base"), None
@@ -39,10 +53,8 @@ def find(name: str) -> Base:
         with user_errors(f"base: there is no folder {name} here, and it cannot be downloaded from the Hub"):
             folder = Path(snapshot_download(repo_id, revision=revision))
     model, recipe_file, pattern, run = folder, folder / "records/recipe.yaml", "records/{0}.json", folder.parent
-    if (folder / "record.json").is_file():
-        if "training" not in read_json(folder / "record.json")["stages"]:
-            raise UserError(f"base: the run {name} has not finished; run `nanophi run` on its recipe first")
-        model, recipe_file = step_folders(folder / "checkpoints")[-1], folder / "recipe.yaml"
+    if checkpoint := final_checkpoint(folder, name):
+        model, recipe_file = checkpoint, folder / "recipe.yaml"
         pattern, run = "data/{0}/{0}.json", folder
     if not recipe_file.is_file():
         raise UserError(f"base: {name} is neither a run nor a release of nanophi: {recipe_file.name} is missing")

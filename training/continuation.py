@@ -12,11 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import CONFIG_NAME
 
+from nanophi.bases import final_checkpoint
 from nanophi.configuration_nanophi import NanoPhiConfig
 from nanophi.data.stages import token_hashes
-from nanophi.files import UserError, read_json, sha256_of_file, sha256_of_tree, write_json
+from nanophi.files import UserError, read_json, sha256_of_file, sha256_of_tree, user_errors, write_json
+from nanophi.inputs import local, model_folder, split_revision
 from nanophi.modeling_nanophi import NanoPhiForCausalLM
 from nanophi.recipe import Recipe, Training
 from nanophi.run import differences, step_folders, step_name, step_of
@@ -43,6 +47,13 @@ MAY_CHANGE = frozenset(
     )
 )
 """Keys of `training` that do not change what has been learned so far."""
+COMPUTED = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("hidden_act", "layer_norm_eps", "rope_parameters", "tie_word_embeddings", "qk_layernorm"),
+)
+"""Fields of the configuration that say what is computed from the weights; dropout and context length may change."""
+TOKENIZER_FILE = "tokenizer.json"
+BASE_FILES = [CONFIG_NAME, TOKENIZER_FILE, WEIGHTS]
 WAYS_OUT = "put it back, use another name, or start over with --restart, which removes the weights"
 
 
@@ -202,37 +213,67 @@ def base_hash(base: str) -> str:
 
 
 def base_file(base: str) -> Path:
-    """The weights of a folder or a Hub repository. Raises `UserError` if there are none."""
-    if Path(base).is_dir():
-        file = Path(base) / WEIGHTS
-        if not file.is_file():
-            raise UserError(f"base: {base} holds no {WEIGHTS}")
-        return file
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    """The weights of a folder, of a run's final checkpoint, or of a Hub repository. Raises `UserError` if none."""
+    folder = model_folder(base, "base")
+    if folder is None:
+        repo_id, revision = split_revision(base)
+        from huggingface_hub import snapshot_download
 
-    try:
-        return Path(hf_hub_download(base, WEIGHTS))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(f"base: {base} cannot be read: {str(error).splitlines()[0]}") from None
+        with user_errors(f"base: {base} cannot be read"):
+            folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=BASE_FILES))
+    folder = final_checkpoint(folder, base) or folder
+    for name in (CONFIG_NAME, WEIGHTS):
+        if not (folder / name).is_file():
+            raise UserError(f"base: {base} holds no {name}")
+    return folder / WEIGHTS
 
 
-def base_model(base: str, config: NanoPhiConfig) -> NanoPhiForCausalLM:
-    """A model of this configuration with the weights of `base`.
+def check_base(base: str, config: NanoPhiConfig, tokenizer: Path | None) -> Path:
+    """Check that `base` is a model of this configuration; many a difference leaves the tensors' shapes as they are.
+
+    Args:
+        base: folder, run directory or Hub id.
+        config: the recipe's.
+        tokenizer: the run's; None where it is still to be made: neither it nor the size of its vocabulary is compared.
+
+    Returns:
+        the weights' file.
 
     Raises:
-        UserError: if tensors are missing, left over, or of another shape.
+        UserError: naming the key that has another value, with both.
     """
-    try:
+    weights = base_file(base)
+    with user_errors(f"base: {base}: {CONFIG_NAME} cannot be read"):
+        theirs = NanoPhiConfig.from_pretrained(weights.parent)
+    for key in COMPUTED if tokenizer is None else (*COMPUTED, "vocab_size"):
+        there, here = getattr(theirs, key), getattr(config, key)
+        if there != here:
+            raise UserError(f"base: {base} has {key} {there}, the recipe's model {here}; set model.{key} to its base's")
+    file = weights.with_name(TOKENIZER_FILE)
+    if tokenizer is not None and file.is_file():
+        with user_errors(f"base: the tokenizers of {base} and of the run cannot be compared"):
+            vocabularies = [Tokenizer.from_file(str(path)).get_vocab() for path in (file, tokenizer / TOKENIZER_FILE)]
+        if vocabularies[0] != vocabularies[1]:
+            remedy = f"set tokenizer.path: {weights.parent if local(base).is_dir() else base}"
+            raise UserError(f"base: {base} has another tokenizer than the run; {remedy}")
+    return weights
+
+
+def base_model(base: str, config: NanoPhiConfig, tokenizer: Path | None = None) -> NanoPhiForCausalLM:
+    """A model of this configuration with the weights of `base`, whose tokenizer must be the run's if one is given.
+
+    Raises:
+        UserError: as `check_base`, or if tensors are missing, left over, or of another shape.
+    """
+    weights = check_base(base, config, tokenizer)
+    with user_errors(f"base: {base} cannot be loaded"):
         loaded: Any = NanoPhiForCausalLM.from_pretrained(
-            base_file(base).parent,
+            weights.parent,
             config=config,
             dtype=torch.float32,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
-    except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"base: {base} cannot be loaded: {str(error).splitlines()[0]}") from None
     model, info = loaded
     wrong = [*info["missing_keys"], *info["unexpected_keys"], *(entry[0] for entry in info["mismatched_keys"])]
     if wrong:

@@ -131,7 +131,7 @@ def train(
         report: gets one line where something is worth telling.
         prompt: the start of the sample text at every evaluation; None: no samples.
         resume: the state to resume from; None: the beginning.
-        base: folder or Hub id whose weights to begin with; None: random ones.
+        base: folder, run directory or Hub id whose weights to begin with; None: random ones.
 
     Returns:
         JSON-able summary: steps, tokens, seconds, tokens/s, losses, parameter count, hash of the final weights.
@@ -141,7 +141,7 @@ def train(
     eos_token_id = config.eos_token_id
     if not isinstance(eos_token_id, int):
         raise UserError(f"the tokenizer must have one end-of-text token, found {eos_token_id}")
-    model = NanoPhiForCausalLM(config) if base is None else base_model(base, config)
+    model = NanoPhiForCausalLM(config) if base is None else base_model(base, config, run / "data/tokenizer")
     use_chunked_loss(model)
     if arguments.device.type == "cpu" and not training.compile:
         model.set_attn_implementation(PACKED_DOCUMENTS)

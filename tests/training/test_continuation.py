@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import CONFIG, TRAINING, add_sources, make_run
+from tiny_run import CONFIG, TRAINING, VOCAB, add_sources, make_run
 
 from nanophi.configuration_nanophi import NanoPhiConfig
 from nanophi.files import UserError, read_json, sha256_of_file, sha256_of_tree, write_json
@@ -16,7 +16,7 @@ from nanophi.modeling_nanophi import NanoPhiForCausalLM
 from nanophi.pipeline import Pipeline
 from nanophi.recipe import Recipe
 from nanophi.run import FORMATS, step_folders, step_of
-from nanophi.training import checkpoints, trainer
+from nanophi.training import checkpoints, continuation, trainer
 
 STEPS = 8
 SECTION = {
@@ -277,9 +277,92 @@ def test_training_starts_from_existing_weights(runs, tmp_path):
         train(runs, **changes)
     other = NanoPhiForCausalLM(NanoPhiConfig(**{**CONFIG, "intermediate_size": 32}))
     other.save_pretrained(base)
+    shutil.copyfile(runs / "run/checkpoints/step-000008/config.json", base / "config.json")
     shutil.copytree(runs / "run/data", runs / "third/data")
     with pytest.raises(UserError, match=r"has other tensors than the recipe's model"):
         train(runs, **{**changes, "name": "third"})
+
+
+@pytest.fixture
+def base(prepared, tmp_path) -> Path:
+    """A model with the configuration and tokenizer of `prepared`."""
+    NanoPhiForCausalLM(NanoPhiConfig(**CONFIG)).save_pretrained(tmp_path / "base")
+    shutil.copytree(prepared / "data/tokenizer", tmp_path / "base", dirs_exist_ok=True)
+    return tmp_path / "base"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "shown"),
+    [
+        ("num_attention_heads", 2, "num_attention_heads 2, the recipe's model 4"),
+        ("layer_norm_eps", 1e-3, "layer_norm_eps 0.001, the recipe's model 1e-05"),
+        ("hidden_act", "relu", "hidden_act relu, the recipe's model gelu_new"),
+        ("rope_parameters", {"rope_theta": 500.0}, r"rope_parameters \{.*500.0.*\}, the recipe's model \{.*10000.0"),
+        ("tie_word_embeddings", True, "tie_word_embeddings True, the recipe's model False"),
+        ("vocab_size", VOCAB + 3, f"vocab_size {VOCAB + 3}, the recipe's model {VOCAB}"),
+    ],
+)
+def test_a_base_that_computes_something_else_is_refused_though_its_tensors_fit(prepared, base, key, value, shown):
+    config, tokenizer = NanoPhiConfig(**CONFIG), prepared / "data/tokenizer"
+    assert continuation.check_base(str(base), config, tokenizer) == base / "model.safetensors"
+    NanoPhiConfig(**{**CONFIG, key: value}).save_pretrained(base)
+    with pytest.raises(UserError, match=f"^base: .* has {shown}.*; set model.{key} to its base's$"):
+        continuation.base_model(str(base), config, tokenizer)
+    if key == "vocab_size":  # which the tokenizer decides
+        continuation.check_base(str(base), config, None)
+    else:
+        with pytest.raises(UserError, match=f"has {key} "):
+            continuation.check_base(str(base), config, None)
+
+
+def test_a_base_with_another_tokenizer_is_refused(runs, base):
+    tokenizer = base / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace('"w7"', '"other"'))
+    with pytest.raises(UserError, match=rf"has another tokenizer than the run; set tokenizer.path: {base}$"):
+        train(runs, base=str(base))
+    tokenizer.unlink()  # weights alone say nothing of tokens
+    continuation.check_base(str(base), NanoPhiConfig(**CONFIG), runs / "run/data/tokenizer")
+
+
+def test_a_run_is_a_base_once_it_is_finished(runs):
+    shutil.copytree(runs / "run/data", runs / "second/data")
+    stated = {"name": "second", "base": str(runs / "run"), "learning_rate": 1e-3}
+    write_json(runs / "run/record.json", {"stages": {}})
+    with pytest.raises(UserError, match=r"base: the run .*run has not finished"):
+        train(runs, **stated)
+    (runs / "run/record.json").unlink()
+    train(runs)
+    train(runs, **stated)
+    recorded = read_json(runs / "second/record.json")["stages"]["training"]["inputs"]["base"]
+    assert recorded == sha256_of_file(runs / "run/checkpoints/step-000008/model.safetensors")
+
+
+def test_a_base_on_the_hub_has_a_revision_and_a_missing_folder_is_not_looked_for_there(base, monkeypatch, tmp_path):
+    asked = []
+
+    def download(repo_id, revision=None, **kwargs):
+        asked.append((repo_id, revision))
+        return str(base)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    write_json(tmp_path / "runs/demo/recipe.yaml", {})
+    for missing in ("./nowhere/model", "runs/dmeo"):
+        with pytest.raises(UserError, match=f"^base: folder {missing} does not exist"):
+            continuation.base_file(missing)
+    assert not asked
+    assert continuation.base_file("someone/model@v2") == base / "model.safetensors"
+    assert asked == [("someone/model", "v2")]
+    (base / "config.json").unlink()
+    with pytest.raises(UserError, match=r"base: someone/model holds no config.json"):
+        continuation.base_file("someone/model")
+
+
+def test_weights_that_are_cut_off_are_one_line(base):
+    weights = base / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"base: .* cannot be loaded \(.*\)$"):
+        continuation.base_model(str(base), NanoPhiConfig(**CONFIG))
 
 
 # Prepared elsewhere
