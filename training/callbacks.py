@@ -157,7 +157,7 @@ class ResumedRun(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """After `Trainer` has loaded the state, before the first step."""
-        self.trainer.clock.start(state.global_step, state.log_history)
+        self.trainer.clock.start(self.trainer.tokens_seen(), state.log_history)
         self.trainer.evaluate_if_missing()
 
 

@@ -6,6 +6,7 @@ TRL packs, masks and computes the loss; what is given to it is in `settings`, wh
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -74,8 +75,11 @@ def settings(recipe: Recipe, run: Path, context: int) -> Any:
     """TRL's configuration for a recipe: its `training` section, and what makes it the recipe's method."""
     common: dict[str, Any] = {"max_length": context, "eval_strategy": "no", "gradient_checkpointing": False}
     if recipe.method == "sft":
+        # Packed rows are not padded, and have no mask that says so.
+        common["include_num_input_tokens_seen"] = "all"
         kind, more = trl().SFTConfig, {"packing": True, "packing_strategy": "bfd"}
     else:
+        common["include_num_input_tokens_seen"] = "non_padding"
         kind, more = trl().DPOConfig, {"beta": recipe.beta}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # TRL's name of gradient_checkpointing is the old one
@@ -120,7 +124,7 @@ def train(
         trainer: Any = trainer_class(recipe.method)(
             run=run,
             training=training,
-            tokens_per_step=1,
+            tokens_per_step=None,
             meter=open_meter(training, report),
             stop=stop,
             model=model,
@@ -131,13 +135,11 @@ def train(
             **extra,
         )
     prepared = trainer.train_dataset
-    # Read to the end once: rows are packed, or padded pairs, so that steps differ in tokens.
     parts = ("input_ids", "prompt_ids", "chosen_ids", "prompt_ids", "rejected_ids")
     tokens = sum(len(ids) for name in parts if name in prepared.column_names for ids in prepared[name])
-    trainer.clock.tokens_per_step = round(training.batch_size * tokens / len(prepared))
     # TRL names a token to pad with, which the saved model must not have: it would never learn that token.
     trainer.model.config.pad_token_id = pad
     trainer.processing_class = None  # every checkpoint gets the run's tokenizer
-    epochs = training.steps * training.batch_size / len(prepared)
+    epochs = training.steps / math.ceil(len(prepared) / training.batch_size)  # each ends with what rows are left
     report(f"{recipe.name}: {recipe.method} on {len(rows):,} conversations, {tokens:,} tokens")
     return fit(trainer, recipe.name, epochs, report, resume)

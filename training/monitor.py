@@ -23,23 +23,21 @@ class Clock:
     """Times the logging intervals of a run, across the processes that resume it, without evaluations and saves.
 
     Args:
-        tokens_per_step: of the whole batch.
         flops_per_token: of training.
         peak_flops: of all devices together, FLOP/s; None: unknown, no MFU.
         dollars_per_hour: of all devices together; None: no cost.
     """
 
-    tokens_per_step: int
     flops_per_token: float
     peak_flops: float | None
     dollars_per_hour: float | None
 
-    def start(self, step: int, history: Sequence[Mapping[str, Any]]) -> None:
-        """Begin at `step`, with the log entries of the processes before this one."""
+    def start(self, tokens: int, history: Sequence[Mapping[str, Any]]) -> None:
+        """Begin after so many tokens, with the log entries of the processes before this one."""
         self.before = {key: value for entry in history for key, value in entry.items()}
         self._began = self._interval_began = time.monotonic()
         self._elapsed = float(self.before.get("elapsed_seconds", 0.0))
-        self._step = step
+        self._tokens = tokens
 
     def pause(self, seconds: float) -> None:
         """Leave out the last `seconds`, which were not spent on training."""
@@ -49,19 +47,19 @@ class Clock:
         """`here`, counted in this process, plus what the processes before it counted up to the resumed state."""
         return float(self.before.get(key, 0.0)) + here
 
-    def lap(self, step: int) -> dict[str, Any]:
-        """Speed, time, tokens and cost for the log entry of `step`; ends the interval.
+    def lap(self, tokens: int) -> dict[str, Any]:
+        """Speed, time, tokens and cost for the log entry after so many tokens; ends the interval.
 
         The first interval of a process includes warm-up and, with `compile`, compilation.
         """
         now = time.monotonic()
         seconds = max(now - self._interval_began, 1e-9)
-        speed = (step - self._step) * self.tokens_per_step / seconds
+        speed = (tokens - self._tokens) / seconds
         self._elapsed += seconds
-        self._interval_began, self._step = now, step
+        self._interval_began, self._tokens = now, tokens
         entry: dict[str, Any] = {
             "elapsed_seconds": round(self._elapsed, 3),
-            "tokens_seen": step * self.tokens_per_step,
+            "tokens_seen": tokens,
             "tokens_per_second": round(speed, 1),
         }
         if self.peak_flops is not None:

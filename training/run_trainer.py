@@ -39,7 +39,7 @@ class RunTrainer(Trainer):
     Args:
         run: the run directory.
         training: the recipe's section, for what `TrainingArguments` has no field for.
-        tokens_per_step: of the whole batch.
+        tokens_per_step: of the whole batch; None: steps differ in tokens, and `Trainer` counts them.
         meter: of this machine's energy, in one process per machine.
         stop: the callback that knows of signals.
         **kwargs: the next class's own.
@@ -54,7 +54,7 @@ class RunTrainer(Trainer):
         *,
         run: Path,
         training: Training,
-        tokens_per_step: int,
+        tokens_per_step: int | None,
         meter: EnergyMeter | None,
         stop: SaveAndStop,
         **kwargs: Any,
@@ -68,18 +68,24 @@ class RunTrainer(Trainer):
         self.run = run
         self.training = training
         self.data_hashes = data_hashes(run)
+        self.tokens_per_step = tokens_per_step
         self.meter = meter
         self.stop = stop
         config, devices = self.model.config, self.args.world_size
         peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
         price = training.dollars_per_hour
         self.clock = monitor.Clock(
-            tokens_per_step=tokens_per_step,
             flops_per_token=flops_per_token(config, config.max_position_embeddings),
             peak_flops=None if peak is None else peak * devices,
             dollars_per_hour=None if price is None else price * devices,
         )
         self._saved_step: int | None = None
+
+    def tokens_seen(self) -> int:
+        """Tokens of all steps so far, those before a resumption among them."""
+        if self.tokens_per_step is None:
+            return self.state.num_input_tokens_seen
+        return self.state.global_step * self.tokens_per_step
 
     def evaluate_if_missing(self) -> None:
         """What `ResumedRun` asks for at the resumed step; nothing, where training does not evaluate."""
@@ -116,7 +122,7 @@ class RunTrainer(Trainer):
         if "loss" in logs:
             self._check_loss(logs["loss"], self.training.logging_steps)
             logs |= self._learning_rates()
-            logs |= self.clock.lap(self.state.global_step)
+            logs |= self.clock.lap(self.tokens_seen())
         if bad := monitor.not_finite(logs):
             raise self._stopped(f"{bad} is {logs[bad]}", "Lower training.learning_rate")
         super().log(logs)
@@ -235,7 +241,7 @@ class RunTrainer(Trainer):
         log, evaluations = history["log"][-1:], history["evaluations"][-1:]
         return {
             "step": self.state.global_step,
-            "tokens_seen": self.state.global_step * self.clock.tokens_per_step,
+            "tokens_seen": self.tokens_seen(),
             "train_loss": log[0]["loss"] if log else None,
             "eval_loss": evaluations[0]["loss"] if evaluations else None,
             "eval_step": evaluations[0]["step"] if evaluations else None,
@@ -320,7 +326,7 @@ def fit(
     summary = {
         "checkpoint": f"checkpoints/{final.name}",
         "steps": training.steps,
-        "tokens_seen": training.steps * trainer.clock.tokens_per_step,
+        "tokens_seen": trainer.tokens_seen(),
         "epochs": epochs,
         "parameters": sum(sizes),
         "precision": "bf16" if trainer.args.bf16 else "fp32",

@@ -53,7 +53,7 @@ class NanoPhiTrainer(RunTrainer):
         """An evaluation's entry gets its loss per token and bits per byte."""
         if "eval_loss" in logs:
             logs["eval_loss"] = logs.pop("eval_mean_loss")
-            logs["tokens_seen"] = self.state.global_step * self.clock.tokens_per_step
+            logs["tokens_seen"] = self.tokens_seen()
             logs["bits_per_byte"] = round(logs["eval_loss"] / math.log(2) / self.bytes_per_token, 5)
         super().log(logs)
 

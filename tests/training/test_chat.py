@@ -1,5 +1,7 @@
 """A chat model learns what a plain TRL script would, and a killed run is the run that was not killed."""
 
+import itertools
+
 import datasets
 import pytest
 import torch
@@ -10,7 +12,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nanophi.files import UserError, read_json
+from nanophi.training import chat
 from nanophi.training.optimizer import ADAM_EPS
+from nanophi.training.run_trainer import fit
 
 ROWS = [{"messages": talk(number)} for number in range(24)]
 PAIRS = [
@@ -116,6 +120,32 @@ def test_a_killed_run_ends_as_one_that_was_not_killed(runs, sft, lora, monkeypat
     weights = [load_file(run / "checkpoints/step-000006/model.safetensors") for run in (sft, resumed.path)]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
     assert losses(sft) == losses(resumed.path)
+    summaries = [read_json(path / "training.json")["summary"] for path in (sft, resumed.path)]
+    assert summaries[0]["tokens_seen"] == summaries[1]["tokens_seen"]
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_tokens_and_epochs_are_those_that_were_read(runs, method, monkeypatch):
+    """30 conversations fit into fewer rows than two batches: every epoch ends with a short one."""
+    rows = [{"messages": talk(number)} for number in range(30)] if method == "sft" else PAIRS[:11]
+    read, step = [], trl.SFTTrainer.training_step if method == "sft" else trl.DPOTrainer.training_step
+
+    def counted_step(self, model, inputs, *args, **kwargs):
+        read.append(int(inputs["attention_mask"].sum()) if method == "dpo" else inputs["input_ids"].numel())
+        return step(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(trl.SFTTrainer if method == "sft" else trl.DPOTrainer, "training_step", counted_step)
+    lengths = []
+    monkeypatch.setattr(chat, "fit", lambda trainer, *a: lengths.append(len(trainer.train_dataset)) or fit(trainer, *a))
+    stated = {"steps": 5, "save_steps": 3, "batch_size": 8}
+    run = pipeline(runs, rows, f"{method}-tokens", method=method, training=stated)
+    summary = run.training()
+    assert lengths[0] % 8 and len(read) == 5
+    assert summary["epochs"] == 5 / -(-lengths[0] // 8)
+    assert summary["tokens_seen"] == sum(read)
+    log = read_json(run.path / "training.json")["log"]
+    assert [entry["tokens_seen"] for entry in log] == list(itertools.accumulate(read))
+    assert read_json(run.path / "checkpoints/step-000005/checkpoint.json")["tokens_seen"] == sum(read)
 
 
 def test_a_checkpoint_is_a_whole_model_with_the_template(runs, sft):
