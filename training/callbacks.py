@@ -144,7 +144,7 @@ class SaveAndStop(TrainerCallback):
 
 
 class ResumedRun(TrainerCallback):
-    """Starts the clock at the resumed step, and makes up for an evaluation that was cut off.
+    """Starts the clock at the resumed step, and makes up for an interval or an evaluation that was cut off.
 
     Args:
         trainer: a `NanoPhiTrainer`; its state is loaded when training begins.
@@ -158,6 +158,7 @@ class ResumedRun(TrainerCallback):
     ) -> None:
         """After `Trainer` has loaded the state, before the first step."""
         self.trainer.clock.start(self.trainer.tokens_seen(), state.log_history)
+        self.trainer.restore_unlogged()
         self.trainer.evaluate_if_missing()
 
 

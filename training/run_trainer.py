@@ -32,6 +32,9 @@ from nanophi.training.continuation import data_hashes
 from nanophi.training.energy import EnergyMeter
 from nanophi.training.optimizer import MuonAdamW
 
+UNLOGGED = "unlogged"
+"""Key of the state that a run resumes from, among the callbacks': the sum of the losses since the last log entry."""
+
 
 class RunTrainer(Trainer):
     """`Trainer` that saves into a run directory and logs tokens, speed and MFU.
@@ -143,6 +146,14 @@ class RunTrainer(Trainer):
         if bad is not None:
             raise self._stopped(*bad)
 
+    def restore_unlogged(self) -> None:
+        """The losses since the last log entry, which `Trainer` keeps out of the state that a run resumes from."""
+        entries: Any = self.state.stateful_callbacks
+        if unlogged := entries.get(UNLOGGED):
+            self._tr_loss += unlogged["loss"]
+            self._total_loss_scalar -= unlogged["loss"]  # what `Trainer` says at the end is of its own steps alone
+            self._globalstep_last_logged = unlogged["since"]
+
     def history(self) -> dict[str, Any]:
         """The contents of `training.json`."""
         return monitor.history(self.state.log_history)
@@ -166,9 +177,11 @@ class RunTrainer(Trainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Save as `Trainer` does, in a private folder, then move the two halves to their names."""
-        steps = self.state.global_step - self._globalstep_last_logged
-        if steps:
-            self._check_loss(float(self.accelerator.reduce(self._tr_loss.clone(), "mean")) / steps, steps)
+        total, logged = float(self.accelerator.reduce(self._tr_loss.clone(), "mean")), self._globalstep_last_logged
+        if steps := self.state.global_step - logged:
+            self._check_loss(total / steps, steps)
+        entries: Any = self.state.stateful_callbacks
+        entries[UNLOGGED] = {"loss": total, "since": logged}
         began = time.monotonic()
         saving = Path(self._get_output_dir(trial))
         if self.args.should_save:

@@ -93,6 +93,22 @@ def test_a_process_killed_in_an_evaluation_has_saved_before(run, undisturbed, mo
     assert_resumes(run, undisturbed)
 
 
+@pytest.mark.parametrize("step", [1, 3, 5])
+def test_an_interval_that_was_cut_off_is_logged_as_a_whole(run, tmp_path, monkeypatch, step):
+    """Stopped and resumed twice within one interval of four steps, too."""
+    fields = {**CHANGES, "logging_steps": 4, "save_steps": 100, "eval_steps": 6}
+    whole = add_sources(make_run(tmp_path / "whole"))
+    train(whole, **fields)
+    for at in (step, step + 1):
+        with monkeypatch.context() as patch, pytest.raises(UserError, match="stopped by SIGTERM"):
+            once(patch, trainer.NanoPhiTrainer, "training_step", terminate, lambda t, at=at: t.state.global_step == at)
+            train(run, **fields)
+    train(run, **fields)
+    entries = [[(e["step"], e["loss"]) for e in read_json(path / "training.json")["log"]] for path in (whole, run)]
+    assert [entry[0] for entry in entries[0]] == [4, 8]
+    assert entries[0] == entries[1]
+
+
 def test_a_run_shorter_than_a_logging_interval_finishes(run):
     for _ in range(2):
         summary = train(run, steps=3, save_steps=100, eval_steps=100, keep_steps=[], logging_steps=10)
