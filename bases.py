@@ -70,10 +70,24 @@ def find(name: str) -> Base:
     return Base(model, recipe, records, documents if any(documents.glob("heldout-*.parquet")) else None, repo_id)
 
 
+def contradiction(theirs: Any, given: Any, key: str = "") -> str | None:
+    """What the first value of a recipe's sections that is not its base's is; what they leave out is the base's."""
+    if isinstance(theirs, dict) and isinstance(given, dict):
+        pairs = [(theirs.get(name), value, f"{key}.{name}" if key else name) for name, value in given.items()]
+        return next(filter(None, (contradiction(*pair) for pair in pairs)), None)
+    if isinstance(theirs, list) and isinstance(given, list) and len(theirs) == len(given):
+        return next(filter(None, (contradiction(*pair, key) for pair in zip(theirs, given, strict=True))), None)
+    return None if theirs == given else f"'{key}' is its base's ({theirs} -> {given}); leave it out"
+
+
 def inherit(values: dict[str, Any]) -> dict[str, Any]:
     """A chat recipe's mapping with what it leaves to its base: how that was made, its suites and its licence.
 
-    A recipe that says all that itself, by `extends`, can be read where its base is not.
+    A recipe that says all that itself, by `extends` or because it was written by a run, can be read where its base is
+    not.
+
+    Raises:
+        UserError: if it says otherwise than its base.
     """
     name = values.get("base")
     if not name or not isinstance(name, str):
@@ -81,6 +95,8 @@ def inherit(values: dict[str, Any]) -> dict[str, Any]:
     if not local(name).is_dir() and all(key in values for key in INHERITED):
         return values
     recipe = find(name).recipe
+    if other := contradiction(recipe, {key: values[key] for key in INHERITED if key in values}):
+        raise UserError(other)
     licence = {key: recipe["card"].get(key) for key in ("license", "license_name", "license_link")}
     suites = {key: recipe["evaluation"][key] for key in ("suites", "data", "limit")}
     inherited = {"evaluation": suites | values.get("evaluation", {}), "card": licence | values.get("card", {})}

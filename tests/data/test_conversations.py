@@ -6,7 +6,7 @@ import shutil
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from chat_run import END, make_base, pipeline, talk
+from chat_run import END, TRAINING, make_base, pipeline, talk
 from transformers import AutoTokenizer
 
 from nanophi.data import conversations, questions
@@ -30,6 +30,13 @@ def user(text):
 
 def assistant(text):
     return {"role": "assistant", "content": text}
+
+
+def recipe_on_base(runs, name, **fields):
+    """Read a recipe on `runs/base` that says what only it can say, and `fields`."""
+    values = {"name": name, "base": str(runs / "base"), "conversations": [{"embedded": "questions"}]}
+    (runs / f"{name}.yaml").write_text(yaml.safe_dump({**values, "training": TRAINING, **fields}))
+    return load_recipe(runs / f"{name}.yaml")
 
 
 @pytest.mark.parametrize(
@@ -73,7 +80,33 @@ def test_a_base_must_be_whole(runs):
     with pytest.raises(UserError, match="'conversations' needs 'base'"):
         load_recipe("demo", ["conversations=[{embedded: questions}]"])
     with pytest.raises(UserError, match="'text_column' is for documents"):
-        load_recipe("demo", [f"base={runs}/base", "conversations=[{files: x, text_column: y}]"])
+        recipe_on_base(runs, "lost", conversations=[{"files": "x", "text_column": "y"}])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model": {"num_hidden_layers": 4}}, r"'model.num_hidden_layers' is its base's \(2 -> 4\); leave it out"),
+        ({"quality": {"threshold": 0.9}}, r"'quality.threshold' is its base's \(0.5 -> 0.9\); leave it out"),
+        ({"tokenizer": {"path": "gpt2"}}, r"'tokenizer.path' is its base's \(None -> gpt2\); leave it out"),
+        ({"data": {"sources": [{"files": "x.jsonl"}]}}, r"'data.sources.files' is its base's \(None -> x.jsonl\)"),
+        ({"data": {"sources": [{"embedded": "documentation"}, {"hub": "a/b"}]}}, "'data.sources' is its base's"),
+        ({"data": 5}, "'data' is its base's"),
+    ],
+)
+def test_what_a_recipe_says_otherwise_than_its_base_is_refused(runs, fields, message):
+    with pytest.raises(UserError, match=message):
+        recipe_on_base(runs, "otherwise", **fields)
+
+
+def test_a_recipe_that_repeats_its_base_loads_with_it_and_without(runs, tmp_path):
+    stated = {"model": {"num_hidden_layers": 2}, "data": {"sources": [{"embedded": "documentation"}]}}
+    recipe = recipe_on_base(runs, "same", **stated)
+    assert recipe.dump() == recipe_on_base(runs, "same").dump()
+    for base in (runs / "base", tmp_path / "gone"):
+        dumped = {**recipe.dump(), "base": str(base)}
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(dumped))
+        assert load_recipe(tmp_path / "recipe.yaml").dump() == dumped
 
 
 def test_a_release_is_a_base_too(runs):
@@ -175,7 +208,7 @@ def test_questions_are_split_by_object(monkeypatch, tmp_path):
 def test_embedded_questions_are_a_source(runs, monkeypatch):
     rows = [(number % 3 == 0, f"What is {number}?", f"Number {number}.") for number in range(9)]
     monkeypatch.setattr(questions, "conversations", lambda: iter(rows))
-    recipe = load_recipe("demo", [f"base={runs}/base", "conversations=[{embedded: questions}]", "name=asked"])
+    recipe = recipe_on_base(runs, "asked")
     run = Pipeline(recipe, runs, report=lambda line: None)
     with pytest.raises(UserError, match="is missing; run `nanophi prepare`"):
         Pipeline(recipe, runs, build=("training",), report=lambda line: None).training()
@@ -188,7 +221,7 @@ def test_conversations_read_are_used_or_left_out_for_a_reason(runs, monkeypatch)
     rows = [(False, "What?", "Known."), (False, f"Say {END}", "No."), *((True, *pair) for pair in held)]
     monkeypatch.setattr(questions, "conversations", lambda: iter(rows))
     monkeypatch.setattr(conversations, "HELDOUT_MAXIMUM", 2)
-    recipe = load_recipe("demo", [f"base={runs}/base", "conversations=[{embedded: questions}]", "name=counted"])
+    recipe = recipe_on_base(runs, "counted")
     lines: list[str] = []
     count = Pipeline(recipe, runs, report=lines.append).tokens()["sources"]["questions"]
     assert count["read"] == len(rows) == sum(count.values()) - count["read"]
