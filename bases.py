@@ -99,5 +99,9 @@ def inherit(values: dict[str, Any]) -> dict[str, Any]:
         raise UserError(other)
     licence = {key: recipe["card"].get(key) for key in ("license", "license_name", "license_link")}
     suites = {key: recipe["evaluation"][key] for key in ("suites", "data", "limit")}
-    inherited = {"evaluation": suites | values.get("evaluation", {}), "card": licence | values.get("card", {})}
-    return {**values, **{key: recipe[key] for key in INHERITED}, **inherited}
+    inherited = {key: recipe[key] for key in INHERITED}
+    for key, theirs in (("evaluation", suites), ("card", licence)):
+        given = values.get(key, {})
+        # What is no mapping is refused by the recipe's own check.
+        inherited[key] = theirs | given if isinstance(given, dict) else given
+    return values | inherited

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from nanophi.files import UserError
+from nanophi.files import UserError, user_errors
 from nanophi.inputs import model_folder, split_revision
 
 
@@ -29,16 +29,18 @@ def generate(
         chat: put the message into the model's chat template.
 
     Raises:
-        UserError: for a model that cannot be loaded or has no chat template, or a prompt that is too long.
+        UserError: for a model that cannot be loaded or has no chat template, or a prompt that is too long or not UTF-8.
     """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:  # the shell passes on any bytes
+        raise UserError("the prompt is not valid UTF-8") from None
     model_folder(model)  # a mistyped name, before anything slow is imported
     from transformers import pipeline, set_seed
 
     repo_id, revision = split_revision(model)
-    try:
+    with user_errors(f"{model} cannot be loaded"):
         generator: Any = pipeline("text-generation", model=repo_id, revision=revision)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{model} cannot be loaded: {str(error).splitlines()[0]}") from None
     asked: Any = prompt
     if chat:
         if not generator.tokenizer.chat_template:

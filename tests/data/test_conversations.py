@@ -109,6 +109,13 @@ def test_a_recipe_that_repeats_its_base_loads_with_it_and_without(runs, tmp_path
         assert load_recipe(tmp_path / "recipe.yaml").dump() == dumped
 
 
+@pytest.mark.parametrize("section", ["card", "evaluation"])
+@pytest.mark.parametrize("value", [None, 5, []])
+def test_a_section_that_is_no_mapping_is_refused_as_in_every_recipe(runs, section, value):
+    with pytest.raises(UserError, match=f"otherwise.yaml: '{section}': Input should be a valid dictionary .*, got "):
+        recipe_on_base(runs, "otherwise", **{section: value})
+
+
 def test_a_release_is_a_base_too(runs):
     """It brings its recipe and records; its held-out text only where its run is."""
     release = runs / "release"
