@@ -74,6 +74,9 @@ def build(
             if any(token in text for token in tokenizer.all_special_tokens for text in texts):
                 count["special_token"] += 1  # it would end a turn in the middle of a text
                 continue
+            if (prompt + chosen)[0]["role"] == "assistant":
+                count["nothing_asked"] += 1  # no template begins with an answer
+                continue
             with user_errors(f"{where} does not fit the base's chat template"):
                 ids, mask, whole = encode(tokenizer, prompt + chosen, context)
                 if rejected:  # the two have to be compared as they are
@@ -234,7 +237,10 @@ def _rows(source: Source) -> Iterator[tuple[str, dict[str, Any], bool | None]]:
         if kind not in kinds:
             raise UserError(f"source {shown(file)}: conversations are not read from text files")
         with user_errors(f"{shown(file)} cannot be read"):
-            rows = iter(datasets.load_dataset(kinds[kind], data_files=[file], split="train", streaming=True))
+            try:
+                rows = iter(datasets.load_dataset(kinds[kind], data_files=[file], split="train", streaming=True))
+            except StopIteration:  # there is no first row to see columns in
+                continue
         for number in itertools.count(1):
             with user_errors(f"{shown(file)} cannot be read after row {number - 1}"):
                 row = next(rows, None)

@@ -1,5 +1,6 @@
 """Conversations are read, checked and split before any training; nobody has read the answers that are held out."""
 
+import gzip
 import json
 import shutil
 
@@ -149,6 +150,32 @@ def test_only_answers_are_learned_and_whole_turns_fit(runs):
         )
         whole = tokenizer.apply_chat_template(talked["messages"], tokenize=False)
         assert row["input_ids"] == tokenizer(whole).input_ids
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_a_conversation_that_begins_with_an_answer_is_left_out_and_counted(runs, method):
+    greeting = [assistant("Welcome!"), user("Hi"), assistant("Hello.")]
+    if method == "sft":
+        rows = [*ROWS, {"messages": greeting}]
+    else:
+        rows = [{"prompt": f"Say {n}.", "chosen": f"It is {n}.", "rejected": "No."} for n in range(4)]
+        rows.append({"prompt": greeting[:2], "chosen": "Hello.", "rejected": "No."})
+    summary = pipeline(runs, rows, f"greeted-{method}", method=method).tokens()
+    assert summary["sources"][str(runs / f"greeted-{method}.jsonl")] == {"read": 5, "train": 4, "nothing_asked": 1}
+
+
+@pytest.mark.parametrize("name", ["empty.jsonl", "empty.jsonl.gz"])
+def test_an_empty_file_is_passed_over(runs, name, monkeypatch):
+    monkeypatch.setattr(questions, "conversations", lambda: iter([(True, "What?", "Held out.")]))
+    folder = runs / f"folder-of-{name}"
+    folder.mkdir()
+    (folder / name).write_bytes(gzip.compress(b"") if name.endswith(".gz") else b"")
+    source = {"files": str(folder)}
+    with pytest.raises(UserError, match=rf"^source {folder} holds no conversations$"):
+        Pipeline(recipe_on_base(runs, "empty", conversations=[source]), runs, report=lambda line: None).tokens()
+    (folder / "full.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    recipe = recipe_on_base(runs, name, conversations=[source, {"embedded": "questions"}])
+    assert Pipeline(recipe, runs, report=lambda line: None).tokens()["sources"][str(folder)]["read"] == 4
 
 
 def test_held_out_answers_are_in_no_text_that_was_read(runs):
