@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from nanophi.bases import INHERITED
 from nanophi.files import UserError, read_json, write_text
 from nanophi.inputs import is_hub_id
 from nanophi.model_card import release, shipped, verify
@@ -25,6 +26,13 @@ from nanophi.version import __version__
 
 Row = dict[str, Any]
 """`{"name", "published", "here", "agrees"}`; `agrees` is None where a difference means nothing by itself."""
+
+LEARNED_FROM = {
+    "base_sha256": "base's weights",
+    "chat_train_sha256": "conversations",
+    "chat_heldout_sha256": "held-out conversations",
+}
+"""Key of checkpoint.json -> name of a row, of what training began with and, for a chat model, read."""
 
 
 def prepare(published: str, output: Path, revision: str | None = None, echo: Callable[[str], None] = print) -> Path:
@@ -57,6 +65,9 @@ def prepare(published: str, output: Path, revision: str | None = None, echo: Cal
     shutil.rmtree(kept, ignore_errors=True)
     shutil.copytree(folder / "records", kept / "records", copy_function=shutil.copyfile)
     shutil.copyfile(folder / release.MANIFEST, kept / release.MANIFEST)
+    if recipe.get("conversations"):  # how the base was made is the base's to say, whose copy here may lie elsewhere
+        for key in INHERITED:
+            recipe.pop(key, None)
     recipe["name"] = f"{recipe['name']}-reproduced"
     path = output / f"{recipe['name']}.yaml"
     write_text(path, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
@@ -64,11 +75,10 @@ def prepare(published: str, output: Path, revision: str | None = None, echo: Cal
         echo(f"{row['name']}: published with {row['published']}, here {row['here']}")
     if recipe["training"]["arguments"]:
         echo(f"the recipe sets training.arguments {recipe['training']['arguments']}; read them before you run it")
-    private = [source["files"] or source["hub"] for source in recipe["data"]["sources"] if not _is_public(source)]
-    if private:
+    if private := _private(recipe, records.get("conversations.json")):
         echo(
-            f"the recipe names data that was not published ({', '.join(private)}); "
-            "name your copy with --set data.sources"
+            f"the recipe names data that was not published ({', '.join(name for _, names in private for name in names)}"
+            f"); name your copy with {' '.join(f'--set {assignment}' for assignment, _ in private)}"
         )
     return path
 
@@ -112,7 +122,12 @@ def compare(published: Path, run: Path, echo: Callable[[str], None] = print) -> 
     rows = [
         _row(f"{split} tokens, SHA-256", sha256, tokens[split]["sha256"], sha256 == tokens[split]["sha256"])
         for split, sha256 in manifest["provenance"]["data_sha256"].items()
+        if "conversations.json" not in theirs  # else they are the base's, whose weights say more
     ]
+    there, here = (records["checkpoint.json"] for records in (theirs, ours))
+    for key, name in LEARNED_FROM.items():
+        if key in there:
+            rows.append(_row(f"{name}, SHA-256", there[key], here.get(key), there[key] == here.get(key)))
     there, here = (records["model.json"]["parameters"] for records in (theirs, ours))
     rows.append(_row("parameters", there, here, there == here))
     # Weights and losses are equal only with the same versions, kind of processor and number of threads: worth knowing,
@@ -124,7 +139,8 @@ def compare(published: Path, run: Path, echo: Callable[[str], None] = print) -> 
         keys = ["weights_sha256", "final_loss", "final_bits_per_byte", "seconds"]
     for key in keys:
         name = "weights, SHA-256" if key == "weights_sha256" else key.replace("_", " ")
-        rows.append(_row(name, there[key], here[key], True if there[key] == here[key] else None))
+        if (there[key], here[key]) != (None, None):  # a chat model has no bits per byte of held-out text
+            rows.append(_row(name, there[key], here[key], True if there[key] == here[key] else None))
     found = {(row["suite"], row["task"], row["metric"]): row for row in shipped.leading_scores(ours)}
     for row in shipped.leading_scores(theirs):
         again = found.get((row["suite"], row["task"], row["metric"]))
@@ -149,6 +165,22 @@ def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.4f}"
     return value[:12] if isinstance(value, str) else f"{value:,}" if isinstance(value, int) else "missing"
+
+
+def _private(recipe: dict[str, Any], chat: dict[str, Any] | None) -> list[tuple[str, list[str]]]:
+    """What a recipe names that only its author has, each with the assignment that names another copy.
+
+    Args:
+        chat: the record of a chat model's conversations, which knows where its base is published.
+    """
+    found = []
+    base = recipe.get("base")
+    on_hub = chat["repo_id"] if chat else base if is_hub_id(str(base).partition("@")[0]) else None
+    if base and base.partition("@")[0] != str(on_hub).partition("@")[0]:
+        found.append((f"base={on_hub or '...'}", [base]))
+    key, sources = ("conversations", recipe["conversations"]) if chat else ("data.sources", recipe["data"]["sources"])
+    names = [source["files"] or source["hub"] for source in sources if not _is_public(source)]
+    return [*found, *([(f"'{key}=[...]'", names)] if names else [])]
 
 
 def _is_public(source: dict[str, Any]) -> bool:

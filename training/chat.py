@@ -23,6 +23,7 @@ from nanophi.recipe import Recipe
 from nanophi.training.arguments import accelerate_precision, decay_start, training_arguments, world_size
 from nanophi.training.attention import PACKED_DOCUMENTS
 from nanophi.training.callbacks import ProgressLine, SaveAndStop
+from nanophi.training.checkpoints import WEIGHTS
 from nanophi.training.continuation import base_model
 from nanophi.training.energy import open_meter
 from nanophi.training.run_trainer import RunTrainer, fit
@@ -124,6 +125,7 @@ def train(
         trainer: Any = trainer_class(recipe.method)(
             run=run,
             training=training,
+            base=run / "data/base" / WEIGHTS,
             tokens_per_step=None,
             meter=open_meter(training, report),
             stop=stop,

@@ -42,6 +42,7 @@ class RunTrainer(Trainer):
     Args:
         run: the run directory.
         training: the recipe's section, for what `TrainingArguments` has no field for.
+        base: the weights' file that training began with; None: random ones.
         tokens_per_step: of the whole batch; None: steps differ in tokens, and `Trainer` counts them.
         meter: of this machine's energy, in one process per machine.
         stop: the callback that knows of signals.
@@ -57,6 +58,7 @@ class RunTrainer(Trainer):
         *,
         run: Path,
         training: Training,
+        base: Path | None,
         tokens_per_step: int | None,
         meter: EnergyMeter | None,
         stop: SaveAndStop,
@@ -70,7 +72,7 @@ class RunTrainer(Trainer):
             raise UserError(f"accelerate would train in {precision}, but training.precision is {training.precision}")
         self.run = run
         self.training = training
-        self.data_hashes = data_hashes(run)
+        self.hashes = data_hashes(run) | ({} if base is None else {"base_sha256": sha256_of_file(base)})
         self.tokens_per_step = tokens_per_step
         self.meter = meter
         self.stop = stop
@@ -259,7 +261,7 @@ class RunTrainer(Trainer):
             "eval_loss": evaluations[0]["loss"] if evaluations else None,
             "eval_step": evaluations[0]["step"] if evaluations else None,
             "precision": "bf16" if self.args.bf16 else "fp32",
-            **self.data_hashes,
+            **self.hashes,
         }
 
     def _log_energy(self) -> None:

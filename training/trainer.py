@@ -19,7 +19,7 @@ from nanophi.recipe import Training
 from nanophi.training.arguments import accelerate_precision, decay_start, training_arguments, world_size
 from nanophi.training.attention import PACKED_DOCUMENTS
 from nanophi.training.callbacks import ProgressLine, SaveAndStop, StopRequestedError
-from nanophi.training.continuation import base_model
+from nanophi.training.continuation import base_file, base_model
 from nanophi.training.energy import open_meter
 from nanophi.training.loss import use_chunked_loss
 from nanophi.training.rows import PackedCollator, PackedRows
@@ -151,6 +151,7 @@ def train(
         trainer = NanoPhiTrainer(
             run=run,
             training=training,
+            base=None if base is None else base_file(base),
             tokens_per_step=training.batch_size * config.max_position_embeddings,
             bytes_per_token=tokens["heldout"]["bytes_per_token"],
             model=model,

@@ -9,9 +9,10 @@ from chat_run import pipeline, talk
 from huggingface_hub import ModelCard
 
 from nanophi.data.conversations import TEMPLATE
-from nanophi.files import read_json
-from nanophi.model_card import gguf, markup, verify
+from nanophi.files import read_json, write_json
+from nanophi.model_card import gguf, markup, reproduce, verify
 from nanophi.model_card.shipped import read_records
+from nanophi.recipe import load_recipe
 
 
 @pytest.fixture(scope="module")
@@ -61,3 +62,31 @@ def test_the_template_travels(run, tmp_path):
     gguf.write(run.path / "release", tmp_path / "x.gguf", "f32")
     field = library.GGUFReader(tmp_path / "x.gguf").get_field("tokenizer.chat_template")
     assert field.contents() == TEMPLATE
+
+
+def test_a_reproduction_needs_its_base_and_conversations_and_says_so_at_once(run, tmp_path):
+    lines = []
+    path = reproduce.prepare(str(run.path / "release"), tmp_path / "again", echo=lines.append)
+    (line,) = [line for line in lines if "was not published" in line]
+    assert "(base, chat.jsonl, chat-heldout.jsonl); name your copy with" in line
+    assert line.endswith("--set base=someone/base --set 'conversations=[...]'")
+    # A copy of the base says itself how it was made: there its sources lie elsewhere.
+    base = run.path.parent / "base"
+    sources = [{"files": str(run.path.parent / f"{name}.jsonl")} for name in ("chat", "chat-heldout")]
+    recipe = load_recipe(path, [f"base={base}", f"conversations={sources}"])
+    assert recipe.data == load_recipe(base / "recipe.yaml").data and recipe.name == "chat-reproduced"
+
+
+def test_a_reproduction_is_compared_by_what_it_learned_from(run, tmp_path):
+    same = reproduce.compare(run.path / "release", run.path, echo=lambda line: None)
+    assert {row["agrees"] for row in same} == {True}
+    learned = ["base's weights", "conversations", "held-out conversations"]
+    assert [row["name"] for row in same[:3]] == [f"{name}, SHA-256" for name in learned]
+    assert all(row["published"] is not None for row in same)
+    other = tmp_path / "chat"
+    shutil.copytree(run.path, other, ignore=shutil.ignore_patterns("release", "card"))
+    (checkpoint,) = other.glob("checkpoints/*/checkpoint.json")
+    facts = read_json(checkpoint)
+    write_json(checkpoint, {**facts, "base_sha256": "9" * 64, "chat_train_sha256": "8" * 64})
+    rows = reproduce.compare(run.path / "release", other, echo=lambda line: None)
+    assert [row["agrees"] for row in rows[:3]] == [False, False, True]

@@ -38,7 +38,7 @@ def test_prepare_says_which_data_is_private(copied: Path, tmp_path: Path) -> Non
     release.write_manifest(copied, read_json(copied / "MANIFEST.json")["provenance"])
     lines: list[str] = []
     reproduce.prepare(str(copied), tmp_path / "again", echo=lines.append)
-    assert any("mine.parquet" in line and "--set data.sources" in line for line in lines)
+    assert any("mine.parquet" in line and "--set 'data.sources=[...]'" in line for line in lines)
 
 
 def test_changed_records_are_refused(copied: Path, tmp_path: Path) -> None:
