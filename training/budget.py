@@ -7,6 +7,7 @@ import difflib
 
 from nanophi.configuration_nanophi import NanoPhiConfig
 from nanophi.files import UserError
+from nanophi.recipe import Training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +17,10 @@ class Device:
     Attributes:
         cuda_name: part of the name that CUDA gives it.
         bf16_flops: peak dense bf16 rate with float32 accumulation, FLOP/s; of a device without bf16 its float32 rate,
-            since it trains in that.
+            at which it emulates that.
+        fp32_flops: peak float32 rate outside the tensor cores, which is what torch computes in by default.
+        tf32_flops: peak dense rate of float32 products in tensor cores (`uses_tf32`); of a device without TF32 its
+            float32 rate.
         memory: bytes.
         watts: board power.
         dollars_per_hour: on-demand list price of one in a cloud.
@@ -25,24 +29,37 @@ class Device:
 
     cuda_name: str
     bf16_flops: float
+    fp32_flops: float
+    tf32_flops: float
     memory: float
     watts: float
     dollars_per_hour: float
     price_source: str
 
+    def precision(self, training: Training) -> str:
+        """ "fp32" or "bf16": what a recipe trains in on this device, as `arguments.resolve_precision` says on it."""
+        if training.precision != "auto":
+            return training.precision
+        return "bf16" if self.bf16_flops > self.fp32_flops else "fp32"
 
-# Rates, memory and power: the makers' data sheets, of the SXM boards where there are several.
+    def peak(self, precision: str, tf32: bool) -> float:
+        """FLOP/s at most in a precision; `tf32`: float32 products in tensor cores."""
+        return self.bf16_flops if precision == "bf16" else self.tf32_flops if tf32 else self.fp32_flops
+
+
+# Rates, memory and power: the makers' data sheets, of the SXM boards where there are several; the RTX boards' rates are
+# those of NVIDIA's white papers on GA102 and Ada. Rates of a sheet "with sparsity" are halved.
 DEVICES = {
-    "a100-40g": Device("A100-SXM4-40GB", 312e12, 40e9, 400, 1.99, "lambda.ai/pricing, 2026-11-16"),
-    "a100-80g": Device("A100", 312e12, 80e9, 400, 1.79, "runpod.io/pricing, secure cloud, 2026-11-09"),
-    "h100": Device("H100", 989e12, 80e9, 700, 3.99, "runpod.io/pricing, secure cloud, 2026-11-09"),
-    "h200": Device("H200", 989e12, 141e9, 700, 4.59, "runpod.io/pricing, 2026-10-07"),
-    "l40s": Device("L40S", 362e12, 48e9, 350, 1.95, "modal.com/pricing, 2026-05-07"),
-    "l4": Device("L4", 121e12, 24e9, 72, 0.80, "modal.com/pricing, 2026-05-07"),
-    "rtx-4090": Device("RTX 4090", 165e12, 24e9, 450, 0.29, "openrelay.inc, 2026-09-20"),
-    "rtx-3090": Device("RTX 3090", 71e12, 24e9, 350, 0.18, "openrelay.inc, 2026-09-20"),
-    "a10g": Device("A10G", 70e12, 24e9, 300, 1.01, "AWS g5.xlarge, us-east-1, 2026-06-17"),
-    "t4": Device("T4", 8.1e12, 16e9, 70, 0.59, "modal.com/pricing, 2026-05-07"),
+    "a100-40g": Device("A100-SXM4-40GB", 312e12, 19.5e12, 156e12, 40e9, 400, 1.99, "lambda.ai/pricing, 2026-11-16"),
+    "a100-80g": Device("A100", 312e12, 19.5e12, 156e12, 80e9, 400, 1.79, "runpod.io/pricing, secure cloud, 2026-11-09"),
+    "h100": Device("H100", 989e12, 67e12, 494e12, 80e9, 700, 3.99, "runpod.io/pricing, secure cloud, 2026-11-09"),
+    "h200": Device("H200", 989e12, 67e12, 494e12, 141e9, 700, 4.59, "runpod.io/pricing, 2026-10-07"),
+    "l40s": Device("L40S", 362e12, 91.6e12, 183e12, 48e9, 350, 1.95, "modal.com/pricing, 2026-05-07"),
+    "l4": Device("L4", 121e12, 30.3e12, 60e12, 24e9, 72, 0.80, "modal.com/pricing, 2026-05-07"),
+    "rtx-4090": Device("RTX 4090", 165e12, 82.6e12, 82.6e12, 24e9, 450, 0.29, "openrelay.inc, 2026-09-20"),
+    "rtx-3090": Device("RTX 3090", 71e12, 35.6e12, 35.6e12, 24e9, 350, 0.18, "openrelay.inc, 2026-09-20"),
+    "a10g": Device("A10G", 70e12, 35e12, 35e12, 24e9, 300, 1.01, "AWS g5.xlarge, us-east-1, 2026-06-17"),
+    "t4": Device("T4", 8.1e12, 8.1e12, 8.1e12, 16e9, 70, 0.59, "modal.com/pricing, 2026-05-07"),
 }
 
 
@@ -70,9 +87,15 @@ def flops_per_token(config: NanoPhiConfig, context_length: int) -> float:
     return 6 * (parameter_count(config) - lookup) + attention
 
 
-def peak_flops(device_name: str) -> float | None:
-    """Peak bf16 FLOP/s of a device by the name that CUDA gives it; None if it is not in the table."""
-    return next((device.bf16_flops for device in DEVICES.values() if device.cuda_name in device_name), None)
+def uses_tf32(training: Training) -> bool:
+    """Whether float32 products are computed in TF32: if the recipe says so, or as `Trainer` does when it compiles."""
+    return bool(training.arguments.get("tf32", training.compile))
+
+
+def peak_flops(device_name: str, precision: str = "bf16", tf32: bool = False) -> float | None:
+    """Peak FLOP/s of a device by the name that CUDA gives it; None if it is not in the table."""
+    found = (device for device in DEVICES.values() if device.cuda_name in device_name)
+    return next((device.peak(precision, tf32) for device in found), None)
 
 
 def find_device(name: str) -> Device:

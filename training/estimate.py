@@ -11,7 +11,7 @@ from nanophi import formatting
 from nanophi.configuration_nanophi import NanoPhiConfig
 from nanophi.files import write_json
 from nanophi.recipe import Recipe, load_recipe
-from nanophi.training.budget import DEVICES, Device, flops_per_token
+from nanophi.training.budget import DEVICES, Device, flops_per_token, uses_tf32
 from nanophi.training.memory import peak_bytes
 from nanophi.training.trainer import train
 
@@ -42,7 +42,7 @@ def estimate(
     """What the recipe's training takes on so many of a device.
 
     Args:
-        tokens_per_second: measured, of all devices; None: from `mfu` and the device's peak.
+        tokens_per_second: measured, of all devices; None: from `mfu` and the device's peak in the recipe's precision.
         dollars_per_hour: of one device, in place of the table's.
         grams_per_kwh: emissions of the electricity.
 
@@ -53,9 +53,10 @@ def estimate(
         `sources`: of speed and price.
     """
     config, training = recipe.model_config_for(), recipe.training
+    training = training.model_copy(update={"precision": device.precision(training)})
     flops = flops_per_token(config, config.max_position_embeddings)
     tokens = training.steps * training.batch_size * config.max_position_embeddings
-    peak = device.bf16_flops * devices
+    peak = device.peak(training.precision, uses_tf32(training)) * devices
     speed = mfu * peak / flops if tokens_per_second is None else tokens_per_second
     hours = tokens / speed / 3600
     kwh = hours * devices * device.watts / 1000

@@ -25,7 +25,7 @@ from nanophi.recipe import Training
 from nanophi.run import step_name, step_of
 from nanophi.training import monitor
 from nanophi.training.arguments import NO_FSDP, decay_start
-from nanophi.training.budget import flops_per_token, peak_flops
+from nanophi.training.budget import flops_per_token, peak_flops, uses_tf32
 from nanophi.training.callbacks import ResumedRun, SaveAndStop, trackers
 from nanophi.training.checkpoints import WEIGHTS, free_space_needed, is_disk_full, states, store
 from nanophi.training.continuation import data_hashes
@@ -77,7 +77,9 @@ class RunTrainer(Trainer):
         self.meter = meter
         self.stop = stop
         config, devices = self.model.config, self.args.world_size
-        peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+        peak = None
+        if torch.cuda.is_available():
+            peak = peak_flops(torch.cuda.get_device_name(), precision, uses_tf32(training))
         price = training.dollars_per_hour
         self.clock = monitor.Clock(
             flops_per_token=flops_per_token(config, config.max_position_embeddings),

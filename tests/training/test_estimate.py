@@ -154,15 +154,38 @@ def test_the_published_run(recipe: Recipe) -> None:
 def test_more_memory_fits_more_rows_and_too_little_none(recipe: Recipe) -> None:
     fits = {name: estimate.estimate(recipe, device)["micro_batch_size"] for name, device in budget.DEVICES.items()}
     assert fits["t4"] < fits["a100-40g"] < fits["h200"]
-    tiny = budget.Device("none", 1e12, 1e9, 100, 1.0, "nobody")
+    tiny = budget.Device("none", 1e12, 1e11, 1e11, 1e9, 100, 1.0, "nobody")
     result = estimate.estimate(recipe, tiny)
     assert result["micro_batch_size"] == 0
     assert "does not fit" in estimate.render(recipe, "none", result, estimate.published_run())
 
 
+def test_time_cost_and_memory_are_those_of_the_precision(recipe: Recipe) -> None:
+    """The A100's data sheet: 312 TFLOP/s in bf16, 156 in TF32, 19.5 in float32; a T4 has no bf16, and no TF32."""
+
+    def of(device: str, **fields: Any) -> dict[str, Any]:
+        changed = recipe.training.model_copy(update=fields)
+        return estimate.estimate(recipe.model_copy(update={"training": changed}), budget.find_device(device))
+
+    bf16, fp32 = of("a100-40g", precision="bf16"), of("a100-40g", precision="fp32")
+    assert of("a100-40g", precision="auto") == bf16
+    for key in ("hours", "dollars", "kwh"):
+        assert fp32[key] == pytest.approx(16 * bf16[key])
+    assert fp32["peak_bytes"][1] > bf16["peak_bytes"][1]
+    tf32 = of("a100-40g", precision="fp32", arguments={"tf32": True})
+    assert tf32["hours"] == pytest.approx(2 * bf16["hours"])
+    assert of("a100-40g", precision="fp32", compile=True)["hours"] == tf32["hours"]
+    assert of("a100-40g", precision="fp32", compile=True, arguments={"tf32": False})["hours"] == fp32["hours"]
+    assert tf32["mfu"] == fp32["mfu"] == estimate.ASSUMED_MFU
+    assert of("t4", precision="auto") == of("t4", precision="fp32")
+    for device in budget.DEVICES.values():
+        assert device.fp32_flops <= device.tf32_flops <= device.bf16_flops
+
+
 def test_devices_are_found_by_either_name() -> None:
     assert budget.peak_flops("NVIDIA H200") == budget.DEVICES["h200"].bf16_flops
     assert budget.peak_flops("NVIDIA L40S") == budget.DEVICES["l40s"].bf16_flops
+    assert budget.peak_flops("NVIDIA A100-SXM4-80GB", "fp32") == 19.5e12
     assert budget.peak_flops("Some GPU") is None
     with pytest.raises(UserError, match="unknown device 'h10'; did you mean h100"):
         budget.find_device("h10")
