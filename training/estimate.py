@@ -11,6 +11,7 @@ from nanophi import formatting
 from nanophi.configuration_nanophi import NanoPhiConfig
 from nanophi.files import write_json
 from nanophi.recipe import Recipe, load_recipe
+from nanophi.training.arguments import micro_batch_size
 from nanophi.training.budget import DEVICES, Device, flops_per_token, uses_tf32
 from nanophi.training.memory import peak_bytes
 from nanophi.training.trainer import train
@@ -49,18 +50,22 @@ def estimate(
     Returns:
         `tokens`, `tokens_per_second`, `mfu`, `hours`, `dollars`, `kwh` and `co2_grams` (board power all the time,
         without host and cooling), `peak_bytes` (of training with evaluations, for one row and for
-        `micro_batch_size`), `micro_batch_size`: the largest power of two of rows that fits, 0 if none does;
-        `sources`: of speed and price.
+        `micro_batch_size`), `micro_batch_size`: the largest divisor of a device's share of the batch that fits, 0 if
+        none does; `sources`: of speed and price.
+
+    Raises:
+        UserError: if the batch does not divide among the devices.
     """
     config, training = recipe.model_config_for(), recipe.training
     training = training.model_copy(update={"precision": device.precision(training)})
+    share = micro_batch_size(training.model_copy(update={"micro_batch_size": None}), devices)
     flops = flops_per_token(config, config.max_position_embeddings)
     tokens = training.steps * training.batch_size * config.max_position_embeddings
     peak = device.peak(training.precision, uses_tf32(training)) * devices
     speed = mfu * peak / flops if tokens_per_second is None else tokens_per_second
     hours = tokens / speed / 3600
     kwh = hours * devices * device.watts / 1000
-    sizes = [1 << power for power in range(training.batch_size.bit_length())]
+    sizes = [rows for rows in range(1, share + 1) if share % rows == 0]
     peaks = {rows: peak_bytes(config, training, rows) for rows in sizes}
     fits = [rows for rows in sizes if peaks[rows] <= USABLE_MEMORY * device.memory]
     largest = max(fits, default=0)

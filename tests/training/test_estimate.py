@@ -12,7 +12,7 @@ from nanophi import NanoPhiConfig, NanoPhiForCausalLM
 from nanophi.cli import main
 from nanophi.files import UserError
 from nanophi.recipe import Recipe, Training, load_recipe
-from nanophi.training import budget, estimate, memory
+from nanophi.training import arguments, budget, estimate, memory
 from nanophi.training.loss import use_chunked_loss
 
 SMALL: dict[str, Any] = {
@@ -180,6 +180,18 @@ def test_time_cost_and_memory_are_those_of_the_precision(recipe: Recipe) -> None
     assert of("t4", precision="auto") == of("t4", precision="fp32")
     for device in budget.DEVICES.values():
         assert device.fp32_flops <= device.tf32_flops <= device.bf16_flops
+
+
+def test_a_micro_batch_that_is_recommended_can_be_trained_with(recipe: Recipe) -> None:
+    for batch, devices in ((480, 1), (480, 8), (7, 1), (12, 4)):
+        section = recipe.training.model_copy(update={"batch_size": batch})
+        changed = recipe.model_copy(update={"training": section})
+        rows = estimate.estimate(changed, budget.find_device("a100-40g"), devices=devices)["micro_batch_size"]
+        assert rows > 1
+        chosen = section.model_copy(update={"micro_batch_size": rows})
+        assert arguments.micro_batch_size(chosen, devices) == rows
+    with pytest.raises(UserError, match=r"use a training.batch_size that 5 devices divide, such as 10 or 15$"):
+        estimate.estimate(changed, budget.find_device("a100-40g"), devices=5)
 
 
 def test_devices_are_found_by_either_name() -> None:
