@@ -9,7 +9,7 @@ from typing import Any
 
 from nanophi import formatting
 from nanophi.configuration_nanophi import NanoPhiConfig
-from nanophi.files import write_json
+from nanophi.files import UserError, write_json
 from nanophi.recipe import Recipe, load_recipe
 from nanophi.training.arguments import micro_batch_size
 from nanophi.training.budget import DEVICES, Device, flops_per_token, uses_tf32
@@ -54,8 +54,9 @@ def estimate(
         none does; `sources`: of speed and price.
 
     Raises:
-        UserError: if the batch does not divide among the devices.
+        UserError: if the batch does not divide among the devices, or for a chat model's recipe.
     """
+    check(recipe)
     config, training = recipe.model_config_for(), recipe.training
     training = training.model_copy(update={"precision": device.precision(training)})
     share = micro_batch_size(training.model_copy(update={"micro_batch_size": None}), devices)
@@ -85,6 +86,15 @@ def estimate(
             f"{device.price_source if dollars_per_hour is None else 'as given'}"
         ),
     }
+
+
+def check(recipe: Recipe) -> None:
+    """Refuse a recipe whose steps are not rows of the whole context. Raises `UserError`."""
+    if recipe.conversations:
+        raise UserError(
+            f"{recipe.name} trains on conversations, whose tokens are not known before they are packed; `nanophi "
+            "estimate` is for pretraining, and `nanophi run` shows the time left from its first steps on"
+        )
 
 
 def published_run() -> dict[str, Any]:
@@ -123,6 +133,7 @@ def write_random_tokens(run: Path, config: NanoPhiConfig, rows: int) -> None:
 
 def measure(recipe: Recipe, report: Callable[[str], None] = print) -> float:
     """Tokens per second of a few steps of `nanophi train` on this machine: one micro-batch each of random tokens."""
+    check(recipe)
     config = recipe.model_config_for(eos_token_id=0, bos_token_id=0)
     rows = recipe.training.micro_batch_size or min(recipe.training.batch_size, 4)
     update = {

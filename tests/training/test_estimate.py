@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -192,6 +193,17 @@ def test_a_micro_batch_that_is_recommended_can_be_trained_with(recipe: Recipe) -
         assert arguments.micro_batch_size(chosen, devices) == rows
     with pytest.raises(UserError, match=r"use a training.batch_size that 5 devices divide, such as 10 or 15$"):
         estimate.estimate(changed, budget.find_device("a100-40g"), devices=5)
+
+
+@pytest.mark.parametrize("options", [[], ["--measure"]])
+def test_a_chat_recipe_is_refused_before_anything_is_timed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, options: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the base is not here
+    monkeypatch.setattr(estimate, "train", None)
+    monkeypatch.setattr("sys.argv", ["nanophi", "estimate", "demo-chat", *options])
+    with pytest.raises(SystemExit, match=r"^nanophi: demo-chat trains on conversations, .* is for pretraining"):
+        main()
 
 
 def test_devices_are_found_by_either_name() -> None:
