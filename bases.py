@@ -80,11 +80,15 @@ def contradiction(theirs: Any, given: Any, key: str = "") -> str | None:
     return None if theirs == given else f"'{key}' is its base's ({theirs} -> {given}); leave it out"
 
 
-def inherit(values: dict[str, Any]) -> dict[str, Any]:
+def inherit(values: dict[str, Any], said: dict[str, Any]) -> dict[str, Any]:
     """A chat recipe's mapping with what it leaves to its base: how that was made, its suites and its licence.
 
     A recipe that says all that itself, by `extends` or because it was written by a run, can be read where its base is
     not.
+
+    Args:
+        values: the whole mapping.
+        said: the part of it that is neither a default nor of a recipe that this one extends.
 
     Raises:
         UserError: if it says otherwise than its base.
@@ -95,7 +99,7 @@ def inherit(values: dict[str, Any]) -> dict[str, Any]:
     if not local(name).is_dir() and all(key in values for key in INHERITED):
         return values
     recipe = find(name).recipe
-    if other := contradiction(recipe, {key: values[key] for key in INHERITED if key in values}):
+    if other := contradiction(recipe, {key: said[key] for key in INHERITED if key in said}):
         raise UserError(other)
     licence = {key: recipe["card"].get(key) for key in ("license", "license_name", "license_link")}
     suites = {key: recipe["evaluation"][key] for key in ("suites", "data", "limit")}

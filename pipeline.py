@@ -84,6 +84,8 @@ class Pipeline(ChatStages):
                 documents, tokenizer = self.path / "data/documents", self.path / "data/tokenizer"
                 suites.check_heldout(self.suites(), documents, tokenizer, config.max_position_embeddings)
             if self.restart:
+                if recipe.base and not recipe.conversations:  # nothing is removed for a training that cannot begin
+                    continuation.base_model(recipe.base, config, self.path / "data/tokenizer")
                 self._remove_training()
                 recorded = None
             plan = continuation.plan(self.path, recipe.training, recorded, inputs, self.report)

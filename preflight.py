@@ -34,7 +34,7 @@ def check(
             evaluates (else they are only named: they may change after training), and weights in the run directory that
             the recipe cannot continue from.
     """
-    from nanophi.training import arguments, chat
+    from nanophi.training import arguments, chat, continuation
 
     if recipe.conversations:
         chat.trl()
@@ -43,6 +43,8 @@ def check(
             run.report(f"{recipe.name}: suites on held-out text are left out, which only a run brings")
         if changed := differences(base.recipe["model"], recipe.model):
             raise UserError(f"{recipe.name}: 'model' is not its base's ({changed[0]}); leave it out")
+    elif recipe.base:
+        continuation.check_base(recipe.base, recipe.model_config_for(), None)
     # A machine that only trains may lack lm-eval.
     with contextlib.suppress(ImportError):
         if problem := _evaluation_problem(recipe):

@@ -17,7 +17,7 @@ import pydantic
 from nanophi.bases import inherit
 from nanophi.files import UserError
 from nanophi.publishing import card_problems, stated_license
-from nanophi.recipe_file import find_recipe, override, read, suggestion
+from nanophi.recipe_file import find_recipe, override, own, read, suggestion
 
 if TYPE_CHECKING:
     from nanophi.configuration_nanophi import NanoPhiConfig
@@ -313,8 +313,8 @@ class Recipe(Section):
     model: dict[str, Any]
     """Fields of `NanoPhiConfig`; the token ids and, for a trained tokenizer, `vocab_size` come from the tokenizer."""
     base: str | None = None
-    """Folder or Hub id of a model whose weights training starts from; None: random weights. Of `conversations`: a run,
-    a release folder, or a release on the Hub (`ORG/NAME@revision`)."""
+    """Run, folder or Hub id (`ORG/NAME@revision`) of a model whose weights training starts from; None: random weights.
+    Of `conversations`: a run, a release folder, or a release on the Hub."""
     conversations: list[Source] = []
     """For a chat model: rows with `messages`, `prompt` and `completion`, or (dpo) `chosen` and `rejected`."""
     method: Literal["sft", "dpo"] = "sft"
@@ -403,11 +403,12 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         UserError: for anything wrong with the file, naming the key.
     """
     path = find_recipe(path)
-    values = read(path)
+    values, said = read(path), own(path)
     for assignment in overrides:
         override(values, assignment)
+        override(said, assignment)
     if values.get("conversations"):
-        values = inherit(values)
+        values = inherit(values, said)
     try:
         return Recipe(**values)
     except pydantic.ValidationError as error:

@@ -53,14 +53,7 @@ def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The mapping in a recipe file, on top of what it extends. Raises `UserError` if the file is no recipe."""
     if path in seen:
         raise UserError(f"{path}: 'extends' goes in a circle")
-    try:
-        values = _load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: a recipe is a mapping of sections, found {type(values).__name__}")
+    values = own(path)
     parent = values.pop("extends", None)
     if parent is None:
         return values
@@ -69,6 +62,19 @@ def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if parent_path is None:
         raise UserError(f"{path}: extends {parent}, which does not exist")
     return _merge(read(parent_path, (*seen, path)), values)
+
+
+def own(path: Path) -> dict[str, Any]:
+    """The mapping in a recipe file, without what it extends. Raises `UserError` if the file is no recipe."""
+    try:
+        values = _load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a recipe is a mapping of sections, found {type(values).__name__}")
+    return values
 
 
 def _load(text: str) -> Any:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from nanophi.data.stages import PREPARE
 from nanophi.files import UserError
 from nanophi.pipeline import Pipeline
 from nanophi.recipe import load_recipe
@@ -46,6 +47,8 @@ def pipeline(folder: Path, *overrides: str) -> Pipeline:
             ["evaluation.suites=[heldout, 'arc_easy,sciq']", "evaluation.data=."],
             r"small: evaluation.data: task 'arc_easy' needs the dataset allenai/ai2_arc, which is not in \.",
         ),
+        (["base=nowhere"], "base: folder nowhere does not exist"),
+        (["base=~/nowhere/at/all"], "base: folder ~/nowhere/at/all does not exist"),
         (["training.arguments={nonsense: 1}"], "training.arguments: 'nonsense' is unknown"),
     ],
 )
@@ -60,9 +63,30 @@ def test_held_out_tasks_need_no_folder_of_benchmarks(folder: Path) -> None:
 
 
 def test_held_out_tasks_that_cannot_be_made_before_the_training(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"evaluation.suites: heldout_continuation: too few documents of 600 characters"):
+    with pytest.raises(
+        UserError, match=r"evaluation.suites: heldout_continuation: too few documents of 600 characters"
+    ):
         pipeline(folder).training()
     assert not (folder / "runs/small/checkpoints").exists()
+
+
+def test_a_restart_that_cannot_begin_removes_nothing(folder: Path) -> None:
+    def train(*overrides: str, restart: bool = False) -> None:
+        recipe = load_recipe(folder / "recipe.yaml", overrides)
+        Pipeline(recipe, folder / "runs", (*PREPARE, "training"), lambda line: None, restart).training()
+
+    for name in ("base", "small"):
+        train(f"name={name}")
+    weights = folder / "runs/small/checkpoints/step-000002/model.safetensors"
+    base = weights.parents[3] / "base/checkpoints/step-000002"
+    with pytest.raises(UserError, match="hidden_size"):
+        train(f"base={base}", "model.hidden_size=48", restart=True)
+    assert weights.is_file()
+    (base / "model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(UserError, match="base"):
+        train(f"base={base}", "training.learning_rate=0.02", restart=True)
+    assert weights.is_file()
+    train("training.learning_rate=0.02", restart=True)
 
 
 @pytest.mark.parametrize(

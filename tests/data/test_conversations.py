@@ -100,6 +100,17 @@ def test_what_a_recipe_says_otherwise_than_its_base_is_refused(runs, fields, mes
         recipe_on_base(runs, "otherwise", **fields)
 
 
+def test_what_a_recipe_extends_does_not_speak_against_its_base(runs):
+    """As `demo-chat` on another run than the demo, which it extends."""
+    written = {"extends": "demo", "name": "otherwise", "base": str(runs / "base"), "conversations": [{"files": "x"}]}
+    written |= {"training": {"steps": 2, "warmup_steps": 0, "keep_steps": []}}
+    (runs / "otherwise.yaml").write_text(yaml.safe_dump(written))
+    recipe = load_recipe(runs / "otherwise.yaml", ["model.num_hidden_layers=2"])
+    assert recipe.model == recipe_on_base(runs, "same").model
+    with pytest.raises(UserError, match=r"'model.num_hidden_layers' is its base's \(2 -> 3\)"):
+        load_recipe(runs / "otherwise.yaml", ["model.num_hidden_layers=3"])
+
+
 def test_a_recipe_that_repeats_its_base_loads_with_it_and_without(runs, tmp_path):
     stated = {"model": {"num_hidden_layers": 2}, "data": {"sources": [{"embedded": "documentation"}]}}
     recipe = recipe_on_base(runs, "same", **stated)
