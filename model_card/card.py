@@ -24,6 +24,7 @@ from nanophi.eval.results import ANSWER_METRIC
 from nanophi.files import UserError, write_text
 from nanophi.inputs import is_hub_id
 from nanophi.model_card import figures, markup, metadata
+from nanophi.model_card.consistency import contradictions
 from nanophi.model_card.shipped import (
     ShippedRecords,
     collect,
@@ -35,7 +36,6 @@ from nanophi.model_card.shipped import (
     training_sources,
     write_records,
 )
-from nanophi.run import step_name
 
 TEMPLATE = Path(__file__).parent / "template.md"
 
@@ -72,51 +72,6 @@ def build(run: Path, output: Path, checkpoint: Path | None = None, repo_id: str 
     for name, content in metadata.eval_results_files(records).items():
         write_text(output / ".eval_results" / name, content)
     return {"characters": len(text), "figures": names, "evaluations": len(leading_scores(records))}
-
-
-def contradictions(records: ShippedRecords) -> list[str]:
-    """Statements of two records that cannot both be true, one line each."""
-    recipe, checkpoint = records["recipe.yaml"], records["checkpoint.json"]
-    training, run = recipe["training"], records["run.json"]
-    wrong = []
-    if run["final"] and checkpoint["step"] != training["steps"]:
-        wrong.append(f"checkpoint.json says step {checkpoint['step']}, recipe.yaml says {training['steps']} steps")
-    if step_name(checkpoint["step"]) != run["revision"]:
-        wrong.append(f"checkpoint.json says step {checkpoint['step']}, its folder is {run['revision']}")
-    for key, said in recipe["model"].items():
-        has = records["model.json"]["config"].get(key, said)
-        if has != said and not (key == "vocab_size" and recipe["tokenizer"]["path"] is None):
-            wrong.append(f"config.json says {key} {has}, recipe.yaml says {said}")
-    context = records["model.json"]["config"]["max_position_embeddings"]
-    expected = checkpoint["step"] * training["batch_size"] * context
-    if checkpoint["tokens_seen"] != expected and not recipe.get("conversations"):
-        wrong.append(
-            f"checkpoint.json says {checkpoint['tokens_seen']} tokens seen, "
-            f"{checkpoint['step']} steps of {training['batch_size']} x {context} are {expected}"
-        )
-    quality = records.get("quality.json")
-    for key in ("threshold", "share"):
-        if quality is not None and quality[key] != recipe["quality"][key]:
-            wrong.append(f"quality.json has {key} {quality[key]}, recipe.yaml says {recipe['quality'][key]}")
-    compared = records.get("comparison.json", {"tasks": {}})["tasks"]
-    for row in leading_scores(records) if run["final"] else []:
-        score = compared.get(row["task"], {"scores": {}})["scores"].get(recipe["name"])
-        # Of two suites with the same task, the comparison has the one with more items.
-        if score is not None and score["items"] == row["items"] and score["value"] != row["value"]:
-            wrong.append(
-                f"comparison.json says {row['task']} {score['value']}, evals/{row['suite']}.json says {row['value']}"
-            )
-    said, has = records["training.json"]["summary"]["parameters"], records["model.json"]["parameters"]
-    if said != has:
-        wrong.append(f"training.json says {said} parameters, the weights have {has}")
-    for evaluation in records["training.json"]["evaluations"]:
-        same = evaluation["step"] == checkpoint["step"] and checkpoint.get("eval_loss") is not None
-        if same and not math.isclose(evaluation["loss"], checkpoint["eval_loss"], rel_tol=1e-6):
-            wrong.append(
-                f"training.json says evaluation loss {evaluation['loss']} at step {checkpoint['step']}, "
-                f"checkpoint.json says {checkpoint['eval_loss']}"
-            )
-    return wrong
 
 
 @functools.cache

@@ -94,6 +94,8 @@ def results_of(run: Path, step: int) -> dict[str, Any]:
                 "acc_stderr,none": 0.03,
                 "acc_norm,none": accuracy,
                 "acc_norm_stderr,none": 0.031,
+                "answer_bits_per_byte,none": 1.9,
+                "answer_bits_per_byte_stderr,none": 0.02,
             },
         },
         "configs": {"heldout_continuation": {"custom_dataset": "<function>", "metadata": {"heldout": str(run)}}},
