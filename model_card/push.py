@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from nanophi.files import UserError, read_json
 from nanophi.inputs import is_hub_id
 from nanophi.model_card import card as model_card
+from nanophi.model_card import file_checks, secrets, signature, upload, verify
 from nanophi.model_card import release as releases
-from nanophi.model_card import secrets, signature, upload, verify
 from nanophi.model_card.release import MANIFEST, list_files
 from nanophi.model_card.shipped import read_records
 from nanophi.model_card.upload import Echo, Repository
@@ -115,9 +115,9 @@ def push(
             elif recipe is not None:
                 _build_companion(part, release.resolve().parent, recipe, name, repo_id, links, data == "text", folder)
             repositories[part] = Repository(name, {"main": folder}, tag, "dataset" if part == "data" else "model")
-        for repository in repositories.values():
+        for part, repository in repositories.items():
             for name, folder in repository.revisions.items():
-                _refuse(name if repository.name == repo_id else repository.name, problems(folder, release))
+                _refuse(name if part == "model" else repository.name, problems(folder, release, FILES[part]))
                 if signing_key is not None:
                     signature.sign(folder, signing_key)
         plans, results = {}, {}
@@ -156,6 +156,15 @@ def push(
 SUFFIXES = {"scorer": "quality", "data": "data", "gguf": "GGUF"}
 """What a companion's name ends in; they are sent in this order, after the model."""
 
+_PAGE = r"README\.md|LICENSE|MANIFEST\.json|model\.sig|"
+FILES = {
+    "model": releases.FILES,
+    "scorer": re.compile(_PAGE + r"quality\.png|scorer\.(json|safetensors)"),
+    "data": re.compile(_PAGE + r"quality\.png|data/(train|heldout)-\d+\.parquet"),
+    "gguf": re.compile(_PAGE + r"[^/]+\.gguf"),
+}
+"""The files that each may have."""
+
 NOTES = {
     "model": "The model",
     "scorer": "The quality filter that chose its text",
@@ -168,14 +177,15 @@ NOTES = {
 # Before anything is sent
 
 
-def problems(folder: Path, release: Path | None = None) -> list[str]:
+def problems(folder: Path, release: Path | None = None, written: re.Pattern[str] = releases.FILES) -> list[str]:
     """What must not be published, one line each, secrets named by file and kind only.
 
     Args:
         folder: what would be sent.
         release: where it was built, if that is elsewhere: its path is private too.
+        written: names of the files that nanophi writes into such a folder.
     """
-    wrong = verify.file_problems(folder)
+    wrong = file_checks.file_problems(folder, written=written)
     wrong += [f"{name} is training state" for name in list_files(folder) if TRAINING_STATE.search(name)]
     private = [folder, *([release] if release else [])]
     leaks = [

@@ -38,6 +38,13 @@ TOKENIZER_FILES = (
 )
 MANIFEST = "MANIFEST.json"
 
+_WHOLE = ("README.md", "LICENSE", "config.json", "generation_config.json", "model.safetensors", "revisions.json")
+FILES = re.compile(
+    "|".join(re.escape(name) for name in (*_WHOLE, MANIFEST, SIGNATURE, *CODE_FILES, *TOKENIZER_FILES))
+    + r"|figures/(loss|quality|evaluation)\.png|records/(evals/)?[^/]+\.(json|yaml)|\.eval_results/[^/]+\.yaml"
+)
+"""The names of all files that a release may have."""
+
 _LEFT_BEHIND = re.compile(
     r"^\.git(attributes$|ignore$|/|$)|^\.cache/|(^|/)(\.DS_Store|\._[^/]*|Thumbs\.db|desktop\.ini)$"
 )

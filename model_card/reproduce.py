@@ -21,7 +21,7 @@ import yaml
 from nanophi.bases import INHERITED
 from nanophi.files import UserError, read_json, write_text
 from nanophi.inputs import is_hub_id
-from nanophi.model_card import release, shipped, verify
+from nanophi.model_card import file_checks, release, shipped, verify
 from nanophi.version import __version__
 
 Row = dict[str, Any]
@@ -52,7 +52,7 @@ def prepare(published: str, output: Path, revision: str | None = None, echo: Cal
     """
     folder = verify.locate(published, revision, ["MANIFEST.json", "records/*"])
     fetched = ("records/", release.MANIFEST)
-    wrong = [line for line in verify.file_problems(folder, partial=True) if any(name in line for name in fetched)]
+    wrong = [line for line in file_checks.file_problems(folder, partial=True) if any(name in line for name in fetched)]
     if wrong:
         raise UserError(f"{published}: the records are not those of the manifest: {'; '.join(wrong)}")
     records = shipped.read_records(folder / "records")

@@ -7,7 +7,6 @@ the shipped results.
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import math
 import re
@@ -20,7 +19,7 @@ from nanophi import formatting
 from nanophi.files import UserError, read_json, sha256_of_file
 from nanophi.inputs import model_folder, split_revision
 from nanophi.model_card import card as model_card
-from nanophi.model_card import loader, metadata, signature
+from nanophi.model_card import file_checks, loader, metadata, signature
 from nanophi.model_card.release import CODE_FILES, MANIFEST, list_files
 from nanophi.model_card.shipped import ShippedRecords, read_records
 from nanophi.version import __version__
@@ -33,9 +32,6 @@ TOLERANCE = 1e-4
 
 LOG_LIKELIHOOD_TOLERANCE = 2e-3
 """Relative: recorded scores may come from bfloat16 or a GPU, the check computes in float32 on the CPU."""
-
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz", ".h5", ".msgpack")
-CODE = (".py", ".pyc", ".pyd", ".so", ".dll", ".dylib", ".sh", ".js", ".html", ".ipynb", ".exe")
 
 BAD_MESSAGES = re.compile(
     r"newly initialized|not used when|of type .* to instantiate|should probably TRAIN|mismatch", re.S
@@ -78,11 +74,13 @@ def verify(
             return not wrong
 
         files = list_files(folder)
-        safe = add("checksums", _checksums(folder, files), f"{len(files) - 1} files as the manifest says")
+        safe = add("checksums", file_checks.checksums(folder, files), f"{len(files) - 1} files as the manifest says")
         if public_key is not None:
             safe &= add("signature", signature.problems(folder, public_key), f"by the owner of {public_key.name}")
-        safe &= add("files", _foreign_files(folder, files), "safetensors only, no code but the two files")
-        safe &= add("code references", _foreign_references(folder), "no file names code outside this release")
+        safe &= add("files", file_checks.foreign_files(folder, files), "safetensors only, no code but the two files")
+        safe &= add(
+            "code references", file_checks.foreign_references(folder), "no file names code outside this release"
+        )
         same_code = _same_code(folder)
         safe &= add(
             "code",
@@ -159,110 +157,6 @@ def _hint(folder: Path) -> str:
     return f"; this is the Hub's cache, name one of its snapshots: {snapshots[-1]}" if snapshots else ""
 
 
-def file_problems(folder: Path, partial: bool = False) -> list[str]:
-    """What is wrong with a release's files before anything is loaded: changed, foreign, or naming foreign code.
-
-    Args:
-        folder: the release.
-        partial: only a part of it was downloaded: what is there is checked.
-    """
-    files = list_files(folder)
-    changed = [line for line in _checksums(folder, files) if not (partial and line.endswith(" is missing"))]
-    return changed + _foreign_files(folder, files) + _foreign_references(folder)
-
-
-def _checksums(folder: Path, files: list[str]) -> list[str]:
-    try:
-        listed = read_json(folder / MANIFEST)["files"]
-        expected = {name: (entry["sha256"], entry["size"]) for name, entry in listed.items()}
-    except UserError as error:
-        return [str(error)]
-    except (KeyError, TypeError, AttributeError):
-        return [f"{MANIFEST} does not list files with their sha256 and size"]
-    unlisted = (MANIFEST, signature.SIGNATURE)
-    wrong = [f"{name} is missing" for name in sorted(set(expected) - set(files))]
-    wrong += [f"{name} is not in the manifest" for name in files if name not in {*expected, *unlisted}]
-    for name in files:
-        if name in expected:
-            sha256, size = expected[name]
-            if _is_lfs_pointer(folder / name):
-                wrong.append(f"{name} is only a pointer of Git LFS; run `git lfs pull` in the clone")
-            elif not (folder / name).is_file():
-                wrong.append(f"{name} is a link to nothing")
-            elif (folder / name).stat().st_size != size or sha256_of_file(folder / name) != sha256:
-                wrong.append(f"{name} was changed")
-    return wrong
-
-
-def _is_lfs_pointer(path: Path) -> bool:
-    start = b"version https://git-lfs.github.com/spec/"
-    with contextlib.suppress(OSError), path.open("rb") as file:
-        return file.read(len(start)) == start
-    return False
-
-
-def _foreign_files(folder: Path, files: list[str]) -> list[str]:
-    wrong = []
-    # A snapshot in the Hub's cache is made of links to the blobs beside it.
-    blobs = folder.resolve().parents[1] / "blobs" if folder.resolve().parent.name == "snapshots" else None
-    for name in files:
-        path = folder / name
-        suffix = path.suffix.lower()
-        if path.is_symlink() and path.resolve().parent != blobs:
-            wrong.append(f"{name} is a link")
-        elif not path.is_file() or _is_lfs_pointer(path):
-            continue  # The checksums say so.
-        elif suffix in PICKLES or is_pickle(path):
-            wrong.append(f"{name} may hold a pickle")
-        elif suffix in CODE and name not in CODE_FILES:
-            wrong.append(f"{name} is code outside {' and '.join(CODE_FILES)}")
-        elif suffix == ".safetensors":
-            wrong += _bad_safetensors(path, name)
-    return wrong
-
-
-def is_pickle(path: Path) -> bool:
-    """Whether a file begins as a pickle of protocol 2 or later does, or as the zip archive that torch.save writes."""
-    with path.open("rb") as file:
-        start = file.read(4)
-    return (start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")) or start == b"PK\x03\x04"
-
-
-def _bad_safetensors(path: Path, name: str) -> list[str]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            file.keys()
-    except SafetensorError as error:
-        return [f"{name} is not a valid safetensors file ({error})"]
-    return []
-
-
-def _foreign_references(folder: Path) -> list[str]:
-    """`auto_map` entries that point elsewhere, and other ways of a config to have code run."""
-    modules = {Path(name).stem for name in CODE_FILES}
-    wrong = []
-    for path in sorted(folder.glob("*.json")):
-        if path.name == MANIFEST:
-            continue
-        try:
-            config = read_json(path)
-        except UserError as error:
-            wrong.append(str(error))
-            continue
-        if not isinstance(config, dict):
-            continue
-        for target in (config.get("auto_map") or {}).values():
-            for reference in target if isinstance(target, list) else [target]:
-                if reference is not None and str(reference).rpartition(".")[0] not in modules:
-                    wrong.append(f"{path.name}: auto_map names {reference}")
-        for key in ("custom_generate", "custom_pipelines", "trust_remote_code"):
-            if config.get(key):
-                wrong.append(f"{path.name}: has '{key}'")
-    return wrong
-
-
 def _same_code(folder: Path) -> bool:
     root = Path(model_card.__file__).parent.parent
     return all(
@@ -288,6 +182,11 @@ def card_problems(folder: Path, records: ShippedRecords) -> list[str]:
         # Another version words its card otherwise; its numbers must follow all the same.
         said, follows = _numbers(text), _numbers(expected)
         follows = [number for number in follows if number in set(said)] if set(said) <= set(follows) else follows
+    given = metadata.eval_results_files(records)
+    published = {path.name: path.read_bytes() for path in (folder / ".eval_results").glob("*") if path.is_file()}
+    for name in sorted({*given, *published}):
+        if published.get(name) != given.get(name, "").encode():
+            wrong.append(f".eval_results/{name} is not what the records give")
     for tag, a, b, c, d in difflib.SequenceMatcher(None, said, follows, autojunk=False).get_opcodes():
         if tag != "equal":
             wrong.append(f"README.md says {_short(said[a:b])}, the records say {_short(follows[c:d])}")

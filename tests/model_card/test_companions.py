@@ -23,6 +23,7 @@ from hub_server import HubServer  # type: ignore[import-not-found]
 from nanophi.data import gather, packing, quality, quality_join
 from nanophi.data.scorers import find_scorer
 from nanophi.files import UserError
+from nanophi.model_card import file_checks
 from nanophi.model_card import push as pushing
 from nanophi.model_card import release as releases
 from nanophi.model_card.push import push
@@ -302,7 +303,7 @@ def test_secrets_and_paths_in_the_data_are_refused(
     ids = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
     pd.DataFrame({"id": ids, "text": texts}).to_parquet(folder / "data" / "train-00000.parquet")
     releases.write_manifest(folder, {"nanophi": "0"})
-    wrong = pushing.problems(folder, scored)
+    wrong = pushing.problems(folder, scored, pushing.FILES["data"])
     assert len(wrong) == (named is not None)
     if named is not None:
         assert named in wrong[0] and ids[555][:16] in wrong[0] and "x1Y2" not in wrong[0]
@@ -339,3 +340,16 @@ def test_a_push_cut_at_any_request_is_finished_by_the_next(
             assert len(hub.repositories) == 3
             assert all(is_whole(entry.branches["main"]) and not entry.private for entry in hub.repositories.values())
             assert [len(entry["items"]) for entry in hub.collections.values()] == [3]
+
+
+@pytest.mark.parametrize("part", ["scorer", "data", "gguf"])
+def test_a_companion_has_only_its_own_files(part: str, tmp_path: Path) -> None:
+    own = {"scorer": "scorer.safetensors", "data": "data/heldout-00000.parquet", "gguf": "tiny-q8_0.gguf"}
+    (tmp_path / "data").mkdir()
+    for name in ("README.md", own["data"], own["gguf"], "scorer.json", "data/install.bat"):
+        (tmp_path / name).write_text("{}")
+    releases.write_manifest(tmp_path, {"nanophi": "0"})
+    foreign = {"README.md", own["data"], own["gguf"], "scorer.json", "data/install.bat"} - {"README.md", own[part]}
+    foreign -= {"scorer.json"} if part == "scorer" else set()
+    wrong = file_checks.file_problems(tmp_path, written=pushing.FILES[part])
+    assert set(wrong) == {f"{name} is not a file that nanophi writes" for name in foreign}

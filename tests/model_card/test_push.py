@@ -18,8 +18,8 @@ from hub_client import is_whole, silent, talk_to  # type: ignore[import-not-foun
 from hub_server import HubServer  # type: ignore[import-not-found]
 
 from nanophi.files import UserError, read_json, write_json
+from nanophi.model_card import file_checks, release, verify
 from nanophi.model_card import push as pushing
-from nanophi.model_card import release, verify
 from nanophi.model_card.gguf import parse_kinds
 from nanophi.model_card.push import problems, push
 from nanophi.model_card.shipped import read_records
@@ -95,7 +95,7 @@ for options in ({}, {"trust_remote_code": True}, {"revision": "step-000010"}, {"
 
     cache = tmp_path / "another"
     folder = Path(huggingface_hub.snapshot_download("org/demo", revision="step-000020", cache_dir=cache))
-    assert verify.file_problems(folder) == []
+    assert file_checks.file_problems(folder) == []
     assert verify.card_problems(folder, read_records(folder / "records")) == []
 
 
@@ -425,7 +425,7 @@ SECRET = "hf_" + "a1B2" * 9
         (plant("optimizer.json", "{}"), "optimizer.json is training state"),
         (plant("training_state/step-000030/x.json", "{}"), "x.json is training state"),
         (plant("README.md", "\n[More Information Needed]\n"), "README.md says '[More Information Needed]', the"),
-        (plant("extra.py", "import os"), "extra.py is code"),
+        (plant("extra.py", "import os"), "extra.py is not a file that nanophi writes"),
     ],
 )
 def test_what_must_not_be_published_is_named(

@@ -16,7 +16,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from nanophi.files import UserError, read_json, write_json
-from nanophi.model_card import loader, release, shipped, verify
+from nanophi.model_card import file_checks, loader, release, shipped, verify
 
 
 @pytest.fixture
@@ -61,12 +61,11 @@ def flip_a_byte(folder: Path) -> None:
     path.write_bytes(content)
 
 
-def add_pickle(folder: Path) -> None:
-    (folder / "extra.bin").write_bytes(pickle.dumps({"a": 1}))
+def add(name: str, content: bytes) -> Callable[[Path], None]:
+    def tamper(folder: Path) -> None:
+        (folder / name).write_bytes(content)
 
-
-def add_hidden_pickle(folder: Path) -> None:
-    (folder / "notes.txt").write_bytes(pickle.dumps({"a": 1}, protocol=4))
+    return tamper
 
 
 def add_torch_archive(folder: Path) -> None:
@@ -77,8 +76,8 @@ def add_torch_archive(folder: Path) -> None:
     (folder / "figures" / "more.png").write_bytes(buffer.getvalue())
 
 
-def add_code(folder: Path) -> None:
-    (folder / "tokenization_extra.py").write_text("import os\n")
+def add_other_weights(folder: Path) -> None:
+    shutil.copyfile(folder / "model.safetensors", folder / "consolidated.safetensors")
 
 
 def add_link(folder: Path) -> None:
@@ -109,10 +108,14 @@ def break_weights(folder: Path) -> None:
     [
         (flip_a_byte, "checksums", "model.safetensors was changed"),
         (drop_a_file, "checksums", "generation_config.json is missing"),
-        (add_pickle, "files", "extra.bin may hold a pickle"),
-        (add_hidden_pickle, "files", "notes.txt may hold a pickle"),
-        (add_torch_archive, "files", "figures/more.png may hold a pickle"),
-        (add_code, "files", "tokenization_extra.py is code"),
+        (add("extra.bin", pickle.dumps({"a": 1})), "files", "extra.bin is not a file that nanophi writes"),
+        (add("weights.dat", pickle.dumps({"a": 1}, protocol=0)), "files", "weights.dat is not a file"),
+        (add("tokenization_extra.py", b"import os"), "files", "tokenization_extra.py is not a file"),
+        (add("install.bat", b"del *"), "files", "install.bat is not a file"),
+        (add("records/setup", b"#!/bin/sh\nexit"), "files", "records/setup is not a file"),
+        (add("model.onnx", b"\x08\x07"), "files", "model.onnx is not a file"),
+        (add_other_weights, "files", "consolidated.safetensors is not a file"),
+        (add_torch_archive, "files", "figures/more.png is not a file that nanophi writes"),
         (add_link, "files", "figures/link.png is a link"),
         (break_weights, "files", "model.safetensors is not a valid safetensors file"),
         (name_foreign_code, "code references", "somebody/else--modeling.Model"),
@@ -130,6 +133,14 @@ def test_tampered_files_are_named_and_nothing_is_loaded(
         # The manifest is no protection against who writes the manifest: the check stands on its own.
         sign_again(copied)
         assert list(failures(copied)) == [check, "loaders"]
+
+
+def test_a_result_for_the_hub_that_was_never_measured_is_named(copied: Path) -> None:
+    (copied / ".eval_results").mkdir()
+    (copied / ".eval_results" / "gsm8k.yaml").write_text("- dataset: {id: openai/gsm8k}\n  value: 91.5\n")
+    sign_again(copied)
+    records = shipped.read_records(copied / "records")
+    assert verify.card_problems(copied, records) == [".eval_results/gsm8k.yaml is not what the records give"]
 
 
 def test_a_number_edited_in_the_card_is_named(copied: Path) -> None:
@@ -231,7 +242,7 @@ def test_what_systems_leave_behind_is_not_part_of_a_release(copied: Path) -> Non
     for name in (".DS_Store", "figures/.DS_Store", "._README.md", "records/Thumbs.db", ".git/config", ".gitattributes"):
         (copied / name).parent.mkdir(exist_ok=True)
         (copied / name).write_text("left behind")
-    assert verify.file_problems(copied) == []
+    assert file_checks.file_problems(copied) == []
 
 
 def test_a_clone_without_its_large_files_is_diagnosed(copied: Path) -> None:
@@ -251,12 +262,12 @@ def test_a_snapshot_in_the_hubs_cache_may_be_named_by_its_path(copied: Path, tmp
             path.parent.mkdir(parents=True, exist_ok=True)
         blob.write_bytes((copied / name).read_bytes())
         link.symlink_to(os.path.relpath(blob, link.parent))
-    assert verify.file_problems(snapshot) == []
+    assert file_checks.file_problems(snapshot) == []
     with pytest.raises(UserError, match=rf"this is the Hub's cache, name one of its snapshots: .*{'0' * 40}"):
         verify.verify(str(cache))
     (snapshot / "figures" / "loss.png").unlink()
     (snapshot / "figures" / "loss.png").symlink_to("/etc/hostname")
-    assert "figures/loss.png is a link" in verify.file_problems(snapshot)
+    assert "figures/loss.png is a link" in file_checks.file_problems(snapshot)
 
 
 def test_a_run_directory_is_told_from_its_release(built_release: Path) -> None:
