@@ -32,8 +32,8 @@ def checksums(folder: Path, files: list[str]) -> list[str]:
     try:
         listed = read_json(folder / MANIFEST)["files"]
         expected = {name: (entry["sha256"], entry["size"]) for name, entry in listed.items()}
-    except UserError as error:
-        return [str(error)]
+    except UserError:
+        return [f"{MANIFEST} is not valid JSON"]
     except (KeyError, TypeError, AttributeError):
         return [f"{MANIFEST} does not list files with their sha256 and size"]
     unlisted = (MANIFEST, signature.SIGNATURE)
@@ -94,12 +94,16 @@ def foreign_references(folder: Path) -> list[str]:
             continue
         try:
             config = read_json(path)
-        except UserError as error:
-            wrong.append(str(error))
+        except UserError:
+            wrong.append(f"{path.name} is not valid JSON")
             continue
         if not isinstance(config, dict):
             continue
-        for target in (config.get("auto_map") or {}).values():
+        targets = config.get("auto_map") or {}
+        if not isinstance(targets, dict):
+            wrong.append(f"{path.name}: auto_map is not a mapping")
+            continue
+        for target in targets.values():
             for reference in target if isinstance(target, list) else [target]:
                 if reference is not None and str(reference).rpartition(".")[0] not in modules:
                     wrong.append(f"{path.name}: auto_map names {reference}")

@@ -25,7 +25,7 @@ from nanophi.model_card import card as model_card
 from nanophi.model_card import file_checks, secrets, signature, upload, verify
 from nanophi.model_card import release as releases
 from nanophi.model_card.release import MANIFEST, list_files
-from nanophi.model_card.shipped import read_records
+from nanophi.model_card.shipped import complete_records, read_records
 from nanophi.model_card.upload import Echo, Repository
 from nanophi.recipe import Recipe, load_recipe
 
@@ -100,7 +100,8 @@ def push(
         raise UserError(f"{release} is not a release folder (no {MANIFEST}); run `nanophi release` first")
     recipe = _recipe_of_run(release) if scorer or data else None
     _refuse(release, problems(release))
-    api, tag = HfApi(), read_json(release / "records" / "run.json")["tag"]
+    with complete_records():
+        api, tag = HfApi(), read_json(release / "records" / "run.json")["tag"]
     links = {part: name for part, name in names.items() if part != "gguf"}
     links |= {"control": control} if control else {}
     with tempfile.TemporaryDirectory(prefix="nanophi-push-") as temporary:

@@ -35,6 +35,7 @@ LEARNED_FROM = {
 """Key of checkpoint.json -> name of a row, of what training began with and, for a chat model, read."""
 
 
+@shipped.complete_records()
 def prepare(published: str, output: Path, revision: str | None = None, echo: Callable[[str], None] = print) -> Path:
     """Fetch a release's records and write its recipe.
 
@@ -96,6 +97,7 @@ def environment_rows(published: dict[str, Any]) -> list[Row]:
     return [_row(name, there[name], here[name], None) for name in there if there[name] != here[name]]
 
 
+@shipped.complete_records()
 def compare(published: Path, run: Path, echo: Callable[[str], None] = print) -> list[Row]:
     """Compare a reproduced run with the published records, at the checkpoint that they describe.
 

@@ -6,10 +6,11 @@ short held-out ones. Whoever has the shipped records can render the card again a
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -122,10 +123,14 @@ def collect(run: Path, checkpoint: Path) -> ShippedRecords:
         sample["text"] = sample.get("checkpoints", {}).get(checkpoint.name, sample["text"])
     for suite, results in evaluations(run, checkpoint.name).items():
         records[f"evals/{suite}.json"] = portable(results)
-    items = _heldout_items(run, checkpoint.name)
-    if items:
-        records["heldout.json"] = items
+    if measures_heldout(records):
+        records["heldout.json"] = _heldout_items(run, checkpoint.name)
     return records
+
+
+def measures_heldout(records: ShippedRecords) -> bool:
+    """Whether held-out documents were scored, so that `heldout.json` must be there, though none may fit into it."""
+    return any(row["task"] == "heldout_bits_per_byte" for row in leading_scores(records))
 
 
 def revisions(run: Path) -> list[dict[str, Any]]:
@@ -218,21 +223,41 @@ def write_records(records: ShippedRecords, folder: Path) -> None:
             write_json(folder / name, value)
 
 
+REQUIRED = (
+    *("recipe.yaml", "run.json", "model.json", "training.json", "checkpoint.json", "revisions.json"),
+    *("documents.json", "quality.json", "tokens.json"),
+)
+"""Records that every release has."""
+
+
 def read_records(folder: Path) -> ShippedRecords:
-    """Read what `write_records` wrote. Raises `UserError` for a file that cannot be parsed."""
+    """Read what `write_records` wrote. Raises `UserError` for a file that is missing, or cannot be parsed."""
     records: ShippedRecords = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.suffix == ".yaml":
-            try:
-                records[name] = yaml.safe_load(path.read_text(encoding="utf-8"))
-            except (yaml.YAMLError, UnicodeDecodeError) as error:
-                raise UserError(f"{path} is not valid YAML ({' '.join(str(error).split())})") from None
-        elif path.suffix == ".json":
-            records[name] = read_json(path)
-    if "run.json" not in records or "recipe.yaml" not in records:
-        raise UserError(f"{folder} does not hold the records of a release")
+        if path.suffix not in (".yaml", ".json"):
+            continue
+        try:
+            text = path.read_text(encoding="utf-8")
+            records[name] = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
+        except (yaml.YAMLError, ValueError) as error:
+            kind = path.suffix[1:].upper()
+            raise UserError(f"{path} is not valid {kind} ({' '.join(str(error).split())})") from None
+    for name in [*REQUIRED, *records]:
+        if not isinstance(records.get(name), list if name in ("revisions.json", "heldout.json") else dict):
+            what = "has another form than nanophi gives it" if name in records else "is missing"
+            raise UserError(f"{folder} does not hold the records of a release: {name} {what}")
     return records
+
+
+@contextlib.contextmanager
+def complete_records() -> Iterator[None]:
+    """What a record lacks, or has in another form, becomes a `UserError`."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        detail = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"the records are not complete ({detail})") from error
 
 
 def weight_shapes(path: Path) -> dict[str, list[int]]:

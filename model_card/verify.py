@@ -21,11 +21,13 @@ from nanophi.inputs import model_folder, split_revision
 from nanophi.model_card import card as model_card
 from nanophi.model_card import file_checks, loader, metadata, signature
 from nanophi.model_card.release import CODE_FILES, MANIFEST, list_files
-from nanophi.model_card.shipped import ShippedRecords, read_records
+from nanophi.model_card.shipped import ShippedRecords, complete_records, measures_heldout, read_records
 from nanophi.version import __version__
 
 Check = dict[str, Any]
 """`{"name": str, "passed": bool, "detail": one line}`"""
+
+WEIGHTS = "model.safetensors"
 
 TOLERANCE = 1e-4
 """Largest absolute difference of logits between the loaders, both in float32 on the CPU."""
@@ -91,28 +93,32 @@ def verify(
         )
         try:
             records = read_records(folder / "records")
+            add("card", *_card(folder, records))
+            add("provenance", _provenance(folder, records), "the manifest and the records agree")
+            if not safe:
+                add("loaders", ["not tried, because of the failures above"], "")
+                return checks
+            with complete_records():
+                _load(folder, records, Path(scratch), add)
         except (UserError, OSError) as error:
             add("records", [str(error)], "")
-            return checks
-        add("card", card_problems(folder, records), "every number follows from the shipped records")
-        add("provenance", _provenance(folder), "the manifest and the records agree")
-        if not safe:
-            add("loaders", ["not tried, because of the failures above"], "")
-            return checks
-        stock, remote = loader.load(folder, records, Path(scratch))
-        add("stock Phi", _loads(stock, "transformers.PhiForCausalLM"), stock.get("class", ""))
-        add("remote code", _loads(remote, "transformers_modules.NanoPhiForCausalLM"), remote.get("class", ""))
-        if "class" in stock and "class" in remote:
-            add("loaders agree", _agree(stock, remote), f"same greedy text, logits within {TOLERANCE:g}")
-        if "class" in stock:
-            add("parameters", _parameters(stock, records), formatting.integer(stock["parameters"]))
-            if "sample.json" in records:
-                add("sample", _sample(stock, records), "the card's sample regenerates")
-            items = records.get("heldout.json", [])
-            if items:
-                right = f"log-likelihoods of {len(items)} held-out documents recomputed"
-                add("evaluation", _scores(stock, items), right)
         return checks
+
+
+def _load(folder: Path, records: ShippedRecords, scratch: Path, add: Callable[[str, list[str], str], bool]) -> None:
+    """The checks of what both loaders make of the release."""
+    stock, remote = loader.load(folder, records, scratch)
+    add("stock Phi", _loads(stock, "transformers.PhiForCausalLM"), stock.get("class", ""))
+    add("remote code", _loads(remote, "transformers_modules.NanoPhiForCausalLM"), remote.get("class", ""))
+    if "class" in stock and "class" in remote:
+        add("loaders agree", _agree(stock, remote), f"same greedy text, logits within {TOLERANCE:g}")
+    if "class" in stock:
+        add("parameters", _parameters(stock, records), formatting.integer(stock["parameters"]))
+        add("sample", _sample(stock, records), "the card's sample regenerates")
+        if measures_heldout(records) or "heldout.json" in records:
+            items = records.get("heldout.json", [])
+            right = f"log-likelihoods of {len(items)} held-out documents recomputed"
+            add("evaluation", _scores(stock, records), right if items else "none is short enough to be shipped")
 
 
 def locate(release: str, revision: str | None = None, patterns: list[str] | None = None) -> Path:
@@ -166,35 +172,52 @@ def _same_code(folder: Path) -> bool:
 
 def card_problems(folder: Path, records: ShippedRecords) -> list[str]:
     """What in a release's card does not follow from its records, or would be refused by the Hub; one line each."""
-    path = folder / "README.md"
-    if not path.is_file():
-        return ["README.md is missing"]
-    text = path.read_text(encoding="utf-8")
-    wrong = metadata.problems(text) + model_card.contradictions(records)
+    return _card(folder, records)[0]
+
+
+def _card(folder: Path, records: ShippedRecords) -> tuple[list[str], str]:
+    """The problems of the card, and in words what was compared."""
+    compared = "every number follows from the shipped records"
+    if not (folder / "README.md").is_file():
+        return ["README.md is missing"], compared
     try:
-        expected = model_card.render(records)
+        with complete_records():
+            text = (folder / "README.md").read_text(encoding="utf-8")
+            wrong = metadata.problems(text) + model_card.contradictions(records)
+            expected = model_card.render(records)
+            given = {name: content.encode() for name, content in metadata.eval_results_files(records).items()}
+            written_by = records["run.json"]["environment"]["nanophi"]
     except UserError as error:
-        return [*wrong, str(error)]
-    written_by = records["run.json"]["environment"].get("nanophi")
-    if written_by == __version__:
-        said, follows = text.splitlines(), expected.splitlines()
-    else:
-        # Another version words its card otherwise; its numbers must follow all the same.
-        said, follows = _numbers(text), _numbers(expected)
-        follows = [number for number in follows if number in set(said)] if set(said) <= set(follows) else follows
-    given = metadata.eval_results_files(records)
+        return [str(error)], compared
     published = {path.name: path.read_bytes() for path in (folder / ".eval_results").glob("*") if path.is_file()}
     for name in sorted({*given, *published}):
-        if published.get(name) != given.get(name, "").encode():
+        if published.get(name) != given.get(name):
             wrong.append(f".eval_results/{name} is not what the records give")
-    for tag, a, b, c, d in difflib.SequenceMatcher(None, said, follows, autojunk=False).get_opcodes():
-        if tag != "equal":
-            wrong.append(f"README.md says {_short(said[a:b])}, the records say {_short(follows[c:d])}")
-    return wrong
+    if text == expected or written_by == __version__:
+        return wrong + _differences(text.splitlines(), expected.splitlines()), compared
+    # Another version words its card otherwise; its numbers must follow all the same.
+    said, follows = (
+        [line for line in card.splitlines() if line.startswith("|") and _numbers(line)] for card in (text, expected)
+    )
+    wrong += _differences(said, follows, _numbers, added=False)
+    unknown = sorted(set(_numbers(text)) - set(_numbers(expected)))
+    if unknown:
+        wrong.append(f"README.md says {', '.join(unknown)}, which the records do not")
+    return wrong, f"written by nanophi {written_by}: only its numbers were compared, those of tables in order"
 
 
-def _numbers(text: str) -> list[str]:
-    return sorted(set(re.findall(r"\d[\d,]*\.?\d*", text)))
+def _differences(said: list[str], follows: list[str], key: Callable[[str], Any] = str, added: bool = True) -> list[str]:
+    """Where two texts part. Lines are the same if their `key` is; `added`: what only the second has counts too."""
+    matcher = difflib.SequenceMatcher(None, [key(line) for line in said], [key(line) for line in follows], False)
+    return [
+        f"README.md says {_short(said[a:b])}, the records say {_short(follows[c:d])}"
+        for tag, a, b, c, d in matcher.get_opcodes()
+        if tag != "equal" and (added or b > a)
+    ]
+
+
+def _numbers(text: str) -> tuple[str, ...]:
+    return tuple(re.findall(r"\d[\d,]*\.?\d*", text))
 
 
 def _short(lines: list[str]) -> str:
@@ -202,17 +225,33 @@ def _short(lines: list[str]) -> str:
     return repr(text if len(text) <= 90 else text[:87] + "...")
 
 
-def _provenance(folder: Path) -> list[str]:
+def _provenance(folder: Path, records: ShippedRecords) -> list[str]:
+    """Where the manifest, the records and the files beside them say different things of the same one."""
     try:
         provenance = read_json(folder / MANIFEST)["provenance"]
-        recipe, environment = provenance["recipe_sha256"], provenance["environment"]
+        recipe, environment, data = (provenance[key] for key in ("recipe_sha256", "environment", "data_sha256"))
     except (UserError, KeyError, TypeError):
         return [f"{MANIFEST} has no provenance"]
-    wrong = []
-    if recipe != sha256_of_file(folder / "records" / "recipe.yaml"):
-        wrong.append("records/recipe.yaml is not the recipe of the manifest")
-    if environment != read_json(folder / "records" / "run.json").get("environment"):
-        wrong.append("records/run.json has another environment than the manifest")
+    absent = [f"{name} is missing" for name in ("revisions.json", WEIGHTS) if not (folder / name).is_file()]
+    if absent:
+        return absent
+    weights = sha256_of_file(folder / WEIGHTS)
+    with complete_records():
+        run, training = records["run.json"], records["training.json"]
+        tokens = {split: records["tokens.json"][split]["sha256"] for split in ("train", "heldout")}
+        # The training's record is of its last step, in the type that it was trained in.
+        trained = run["final"] and records["recipe.yaml"]["release"]["dtype"] == "float32"
+        compared = [
+            ("records/recipe.yaml is not the recipe of", recipe, sha256_of_file(folder / "records" / "recipe.yaml")),
+            ("records/run.json has another environment than", environment, run["environment"]),
+            ("records/tokens.json has other tokens than", data, tokens),
+            (f"{WEIGHTS} has other weights than", provenance.get("weights_sha256", weights), weights),
+        ]
+        wrong = [f"{line} the manifest" for line, said, has in compared if said != has]
+        if trained and training["summary"]["weights_sha256"] != weights:
+            wrong.append(f"{WEIGHTS} has other weights than records/training.json")
+        if read_json(folder / "revisions.json") != records["revisions.json"]:
+            wrong.append("revisions.json differs from records/revisions.json")
     return wrong
 
 
@@ -248,6 +287,8 @@ def _parameters(stock: dict[str, Any], records: ShippedRecords) -> list[str]:
 
 
 def _sample(stock: dict[str, Any], records: ShippedRecords) -> list[str]:
+    if "sample.json" not in records:
+        return ["records/sample.json is missing"]
     said, found = records["sample.json"]["text"], stock["texts"][0]
     if said == found:
         return []
@@ -255,7 +296,10 @@ def _sample(stock: dict[str, Any], records: ShippedRecords) -> list[str]:
     return [f"differs from character {common + 1}: card {_short([said[common:]])}, model {_short([found[common:]])}"]
 
 
-def _scores(stock: dict[str, Any], items: list[dict[str, Any]]) -> list[str]:
+def _scores(stock: dict[str, Any], records: ShippedRecords) -> list[str]:
+    if "heldout.json" not in records:
+        return ["records/heldout.json is missing, though the card has scores on held-out documents"]
+    items = records["heldout.json"]
     return [
         f"held-out document {number}: recorded {item['log_likelihood']:.3f}, recomputed {found:.3f}"
         for number, (item, found) in enumerate(zip(items, stock["scores"], strict=True), 1)

@@ -16,7 +16,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from nanophi.files import UserError, read_json, write_json
-from nanophi.model_card import file_checks, loader, release, shipped, verify
+from nanophi.model_card import card, file_checks, loader, release, reproduce, shipped, verify
+from nanophi.model_card.push import push
 
 
 @pytest.fixture
@@ -132,7 +133,8 @@ def test_tampered_files_are_named_and_nothing_is_loaded(
     if check != "checksums":
         # The manifest is no protection against who writes the manifest: the check stands on its own.
         sign_again(copied)
-        assert list(failures(copied)) == [check, "loaders"]
+        also = ["provenance"] if tamper is break_weights else []
+        assert list(failures(copied)) == [check, *also, "loaders"]
 
 
 def test_a_result_for_the_hub_that_was_never_measured_is_named(copied: Path) -> None:
@@ -166,6 +168,136 @@ def test_a_card_of_another_version_is_checked_by_its_numbers(copied: Path) -> No
     assert verify.card_problems(copied, records) == []
     (copied / "README.md").write_text(text.replace("length-normalised | 41.00", "length-normalised | 61.37", 1))
     assert "61.37" in verify.card_problems(copied, records)[0]
+    # Numbers of the card in another place: two rows change theirs.
+    one, two = "| Layers | 2 |", "| Hidden size | 32 |"
+    swapped = text.replace(one, "| Layers | 32 |").replace(two, "| Hidden size | 2 |")
+    assert one in text and two in text
+    (copied / "README.md").write_text(swapped)
+    assert "'| Hidden size | 2 |'" in verify.card_problems(copied, records)[0]
+    (copied / "README.md").write_text(text)
+    shipped.write_records(records, copied / "records")
+    provenance = read_json(copied / "MANIFEST.json")["provenance"]
+    release.write_manifest(copied, {**provenance, "environment": records["run.json"]["environment"]})
+    checks = {check["name"]: check for check in verify.verify(str(copied), echo=lambda line: None)}
+    assert checks["card"]["passed"] and checks["provenance"]["passed"]
+    assert checks["card"]["detail"].startswith("written by nanophi 0.0.9: only its numbers were compared, ")
+
+
+def edit_record(name: str, **fields: Any) -> Callable[[Path], None]:
+    return lambda folder: write_json(folder / "records" / name, {**read_json(folder / "records" / name), **fields})
+
+
+def edit_provenance(**fields: Any) -> Callable[[Path], None]:
+    def tamper(folder: Path) -> None:
+        release.write_manifest(folder, {**read_json(folder / "MANIFEST.json")["provenance"], **fields})
+
+    return tamper
+
+
+def forge_weights_record(folder: Path) -> None:
+    summary = read_json(folder / "records" / "training.json")["summary"]
+    edit_record("training.json", summary={**summary, "weights_sha256": "8" * 64})(folder)
+
+
+@pytest.mark.parametrize(
+    ("tamper", "named"),
+    [
+        (edit_provenance(data_sha256={"train": "7" * 64, "heldout": "4" * 64}), "tokens.json has other tokens"),
+        (edit_provenance(weights_sha256="7" * 64), "model.safetensors has other weights than the manifest"),
+        (forge_weights_record, "model.safetensors has other weights than records/training.json"),
+        (lambda folder: write_json(folder / "revisions.json", []), "revisions.json differs from records/revisions"),
+        (lambda folder: (folder / "revisions.json").unlink(), "revisions.json is missing"),
+    ],
+)
+def test_what_manifest_records_and_files_say_differently_is_named(
+    copied: Path, tamper: Callable[[Path], None], named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify, "_load", lambda *_: None)  # takes seconds, and is not reached
+    tamper(copied)
+    sign_again(copied)
+    failed = failures(copied)
+    assert list(failed) == ["provenance"] and named in failed["provenance"]
+
+
+def test_a_sample_or_documents_that_were_taken_away_are_missed(copied: Path) -> None:
+    for name in ("sample.json", "heldout.json"):
+        (copied / "records" / name).unlink()
+    (copied / "README.md").write_text(card.render(shipped.read_records(copied / "records")))
+    sign_again(copied)
+    failed = failures(copied)
+    assert list(failed) == ["sample", "evaluation"]
+    assert failed["sample"] == "records/sample.json is missing"
+    assert failed["evaluation"].startswith("records/heldout.json is missing")
+
+
+def test_held_out_documents_that_are_all_too_long_to_ship(finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shipped, "HELDOUT_ITEM_BYTES", 10)
+    records = shipped.collect(finished_run, shipped.final_checkpoint(finished_run))
+    assert records["heldout.json"] == []
+
+
+def drop(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / "records" / name).unlink()
+
+
+def empty(name: str, content: Any) -> Callable[[Path], None]:
+    return lambda folder: write_json(folder / name, content)
+
+
+def drop_key(name: str, key: str) -> Callable[[Path], None]:
+    def tamper(folder: Path) -> None:
+        record = read_json(folder / "records" / name)
+        del record[key]
+        write_json(folder / "records" / name, record)
+
+    return tamper
+
+
+@pytest.mark.parametrize(
+    ("tamper", "named"),
+    [
+        (drop("checkpoint.json"), "checkpoint.json is missing"),
+        (drop("model.json"), "model.json is missing"),
+        (empty("records/run.json", []), "run.json has another form"),
+        (empty("records/evals/heldout.json", []), "evals/heldout.json has another form"),
+        (lambda folder: (folder / "records/run.json").write_text(""), "run.json is not valid JSON (Expecting value"),
+        (drop_key("run.json", "environment"), "the records are not complete (KeyError: 'environment')"),
+        (drop_key("training.json", "log"), "the records are not complete (KeyError: 'log')"),
+        (drop_key("evals/heldout.json", "n-samples"), "the records are not complete (KeyError: 'n-samples')"),
+        (empty("records/heldout.json", [1]), "the records are not complete (TypeError"),
+    ],
+)
+def test_records_that_are_not_complete_are_one_line(copied: Path, tamper: Callable[[Path], None], named: str) -> None:
+    tamper(copied)
+    sign_again(copied)
+    failed = failures(copied)
+    assert any(named in detail for detail in failed.values()), failed
+    assert not any("run the stage again" in detail for detail in failed.values())
+    if "held" not in named and "TypeError" not in named:
+        with pytest.raises(UserError, match=r"complete|records of a release|not valid JSON"):
+            push(copied, "org/demo", dry_run=True, echo=lambda line: None)
+
+
+def test_a_published_run_without_its_environment_is_not_reproduced(copied: Path, tmp_path: Path) -> None:
+    drop_key("run.json", "environment")(copied)
+    sign_again(copied)
+    with pytest.raises(UserError, match=r"the records are not complete \(KeyError: 'environment'\)"):
+        reproduce.prepare(str(copied), tmp_path / "again", echo=lambda line: None)
+
+
+def test_a_published_run_without_its_losses_is_not_compared(copied: Path, finished_run: Path) -> None:
+    drop_key("checkpoint.json", "train_loss")(copied)
+    drop_key("training.json", "summary")(copied)
+    with pytest.raises(UserError, match=r"the records are not complete \(KeyError: 'summary'\)"):
+        reproduce.compare(copied, finished_run, echo=lambda line: None)
+
+
+def test_an_emptied_config_is_somebody_elses(copied: Path) -> None:
+    (copied / "config.json").write_text("")
+    write_json(copied / "tokenizer_config.json", {"auto_map": "tok.Tok"})
+    sign_again(copied)
+    wrong = failures(copied)["code references"]
+    assert wrong == "config.json is not valid JSON; tokenizer_config.json: auto_map is not a mapping"
 
 
 def edit_code(folder: Path, text: str) -> None:
@@ -211,7 +343,8 @@ def test_swapped_weights_and_code_that_does_not_load(copied: Path) -> None:
     edit_code(copied, "raise RuntimeError('broken on purpose')\n")
     sign_again(copied)
     failed = failures(copied, trust_remote_code=True)
-    assert list(failed) in (["remote code", "evaluation"], ["remote code", "sample", "evaluation"])
+    assert [name for name in failed if name != "sample"] == ["provenance", "remote code", "evaluation"]
+    assert failed["provenance"] == "model.safetensors has other weights than records/training.json"
     assert "broken on purpose" in failed["remote code"]
     assert "recomputed" in failed["evaluation"]
 
