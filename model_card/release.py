@@ -90,7 +90,7 @@ def build(run: Path, checkpoint: Path, card: Path, output: Path, dtype: str = "f
         elif (card / part).is_file():
             shutil.copyfile(card / part, output / part)
     write_json(output / "revisions.json", read_json(card / "records" / "revisions.json"))
-    write_text(output / "LICENSE", _license(read_records(output / "records")))
+    write_text(output / "LICENSE", license_text(read_records(output / "records")))
     write_manifest(output, _provenance(run, output))
     files = read_json(output / MANIFEST)["files"]
     return {
@@ -277,7 +277,7 @@ OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR
 """
 
 
-def _license(records: ShippedRecords) -> str:
+def license_text(records: ShippedRecords) -> str:
     """The licence of the model, and that of the two Python files, which are nanophi's."""
     card = records["recipe.yaml"]["card"]
     code = (Path(__file__).parents[1] / "LICENSE").read_text(encoding="utf-8").lstrip("\n")

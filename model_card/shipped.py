@@ -100,7 +100,7 @@ def collect(run: Path, checkpoint: Path) -> ShippedRecords:
             "environment": portable(record["environment"]),
             "seconds": {name: stage["seconds"] for name, stage in record["stages"].items() if name not in LATER_STAGES},
         },
-        "model.json": _model_record(checkpoint),
+        "model.json": model_record(checkpoint),
         "training.json": portable(training),
         "checkpoint.json": portable(read_json(checkpoint / "checkpoint.json")),
         "revisions.json": revisions(run),
@@ -268,11 +268,12 @@ def weight_shapes(path: Path) -> dict[str, list[int]]:
     return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
 
 
-def _model_record(checkpoint: Path) -> dict[str, Any]:
+def model_record(checkpoint: Path) -> dict[str, Any]:
+    """What `model.json` says of a folder with a model: its architecture and its numbers of parameters."""
     from transformers import AutoConfig
 
     # config.json leaves out what equals the library's defaults; the class knows them.
-    config = AutoConfig.from_pretrained(checkpoint).to_dict()
+    config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False).to_dict()
     config.update(config["rope_parameters"])
     shapes: dict[str, list[int]] = {}
     for shard in sorted(checkpoint.glob("*.safetensors")):

@@ -16,12 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from nanophi import formatting
-from nanophi.files import UserError, read_json, sha256_of_file
+from nanophi.data.conversations import TEMPLATE
+from nanophi.files import UserError, read_json, reason, sha256_of_file
 from nanophi.inputs import model_folder, split_revision
 from nanophi.model_card import card as model_card
 from nanophi.model_card import file_checks, loader, metadata, signature
-from nanophi.model_card.release import CODE_FILES, MANIFEST, list_files
-from nanophi.model_card.shipped import ShippedRecords, complete_records, measures_heldout, read_records
+from nanophi.model_card.release import CODE_FILES, MANIFEST, license_text, list_files
+from nanophi.model_card.shipped import (
+    ShippedRecords,
+    complete_records,
+    measures_heldout,
+    model_record,
+    read_records,
+)
 from nanophi.version import __version__
 
 Check = dict[str, Any]
@@ -107,6 +114,7 @@ def verify(
 
 def _load(folder: Path, records: ShippedRecords, scratch: Path, add: Callable[[str, list[str], str], bool]) -> None:
     """The checks of what both loaders make of the release."""
+    add("configuration", _configuration(folder, records), "that of the records, the tokenizer and the recipe")
     stock, remote = loader.load(folder, records, scratch)
     add("stock Phi", _loads(stock, "transformers.PhiForCausalLM"), stock.get("class", ""))
     add("remote code", _loads(remote, "transformers_modules.NanoPhiForCausalLM"), remote.get("class", ""))
@@ -252,6 +260,47 @@ def _provenance(folder: Path, records: ShippedRecords) -> list[str]:
             wrong.append(f"{WEIGHTS} has other weights than records/training.json")
         if read_json(folder / "revisions.json") != records["revisions.json"]:
             wrong.append("revisions.json differs from records/revisions.json")
+    return wrong
+
+
+def _configuration(folder: Path, records: ShippedRecords) -> list[str]:
+    """What the files beside the weights say otherwise than the records, or than `release.build` writes them."""
+    from transformers import AutoTokenizer
+
+    recipe = records["recipe.yaml"]
+    try:
+        found = model_record(folder)["config"]
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        config, generation, settings = (
+            read_json(folder / name) for name in ("config.json", "generation_config.json", "tokenizer_config.json")
+        )
+    except Exception as error:  # whatever transformers makes of these files
+        return [f"configuration or tokenizer cannot be read ({reason(error)})"]
+    ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id")}
+    dtypes = dict.fromkeys(("dtype", "torch_dtype"), recipe["release"]["dtype"])
+    expected = {**records["model.json"]["config"], **ids, **dtypes}
+    found |= {key: config.get(key) for key in (*ids, *dtypes)}
+    wrong = [
+        f"config.json has {key} {found.get(key)!r}, not {value!r}"
+        for key, value in expected.items()
+        if found.get(key) != value
+    ]
+    # What is left out or false is the library's default, and `use_cache` only a matter of speed.
+    said = {key: value for key, value in generation.items() if value is not None and value is not False}
+    said = {key: value for key, value in said.items() if key not in ("transformers_version", "use_cache")}
+    pads = {tokenizer.pad_token_id, tokenizer.eos_token_id}
+    written = {key: value for key, value in ids.items() if value is not None}
+    if generation.get("do_sample") is not False or said.pop("pad_token_id", None) not in pads or said != written:
+        wrong.append("generation_config.json is not the one that nanophi writes for this tokenizer")
+    license_file = folder / "LICENSE"
+    if not license_file.is_file() or license_file.read_text(encoding="utf-8") != license_text(records):
+        wrong.append(f"LICENSE is not that of the recipe, {recipe['card']['license']}")
+    template = folder / "chat_template.jinja"
+    templates = [settings.get("chat_template"), template.read_text(encoding="utf-8") if template.is_file() else None]
+    chat = records.get("conversations.json", {"own_template": recipe["tokenizer"]["path"] is None})
+    if chat["own_template"]:  # otherwise it is that of a tokenizer from elsewhere
+        ours = (TEMPLATE, None) if "conversations.json" in records else (None,)
+        wrong += ["the chat template is not the one that nanophi ships" for text in templates if text not in ours][:1]
     return wrong
 
 

@@ -1,6 +1,7 @@
 """A chat model's card and release: what it is based on, what it answers, and what alignment cost."""
 
 import shutil
+from pathlib import Path
 
 import gguf as library
 import pytest
@@ -59,6 +60,14 @@ def test_what_alignment_cost_is_paired_with_the_base(run):
 
 def test_the_template_travels(run, tmp_path):
     assert read_json(run.path / "release/tokenizer_config.json")["chat_template"] == TEMPLATE
+    release, records = run.path / "release", read_records(run.path / "release/records")
+    assert verify._configuration(release, records) == []
+    (tmp_path / "chat").mkdir()
+    for file in filter(Path.is_file, release.iterdir()):
+        shutil.copyfile(file, tmp_path / "chat" / file.name)
+    settings = read_json(release / "tokenizer_config.json")
+    write_json(tmp_path / "chat/tokenizer_config.json", settings | {"chat_template": TEMPLATE + "{{ 'Buy!' }}"})
+    assert verify._configuration(tmp_path / "chat", records) == ["the chat template is not the one that nanophi ships"]
     gguf.write(run.path / "release", tmp_path / "x.gguf", "f32")
     field = library.GGUFReader(tmp_path / "x.gguf").get_field("tokenizer.chat_template")
     assert field.contents() == TEMPLATE

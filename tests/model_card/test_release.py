@@ -117,7 +117,7 @@ def test_licence_of_the_model_and_of_its_code(
     records = shipped.collect(finished_run, finished_run / LAST)
     named = {"license_name": "Mine", "license_link": "https://x"} if license_id == "other" else {}
     records["recipe.yaml"]["card"] |= {"license": license_id, "developers": "Somebody", **named}
-    text = release._license(records)
+    text = release.license_text(records)
     assert own in text and ours in text and "modeling_nanophi.py" in text
 
 

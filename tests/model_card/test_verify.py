@@ -49,9 +49,17 @@ def test_a_sound_release_passes_every_check(
     lines: list[str] = []
     checks = verify.verify(relative, echo=lines.append)
     assert [check["name"] for check in checks if not check["passed"]] == []
-    assert {"checksums", "files", "card", "stock Phi", "remote code", "loaders agree", "sample", "evaluation"} <= {
-        check["name"] for check in checks
-    }
+    assert {
+        "checksums",
+        "files",
+        "card",
+        "configuration",
+        "stock Phi",
+        "remote code",
+        "loaders agree",
+        "sample",
+        "evaluation",
+    } <= {check["name"] for check in checks}
     assert len(lines) == len(checks) and all("ok" in line for line in lines)
 
 
@@ -181,6 +189,44 @@ def test_a_card_of_another_version_is_checked_by_its_numbers(copied: Path) -> No
     checks = {check["name"]: check for check in verify.verify(str(copied), echo=lambda line: None)}
     assert checks["card"]["passed"] and checks["provenance"]["passed"]
     assert checks["card"]["detail"].startswith("written by nanophi 0.0.9: only its numbers were compared, ")
+
+
+def edit_json(name: str, **fields: Any) -> Callable[[Path], None]:
+    return lambda folder: write_json(folder / name, {**read_json(folder / name), **fields})
+
+
+@pytest.mark.parametrize(
+    ("tamper", "named"),
+    [
+        (edit_json("config.json", max_position_embeddings=64), "config.json has max_position_embeddings 64, not 128"),
+        (edit_json("config.json", layer_norm_eps=0.1), "config.json has layer_norm_eps 0.1, not 1e-05"),
+        (edit_json("config.json", eos_token_id=7), "config.json has eos_token_id 7, not 0"),
+        (edit_json("config.json", torch_dtype="bfloat16"), "config.json has torch_dtype 'bfloat16', not 'float32'"),
+        (edit_json("generation_config.json", suppress_tokens=[5]), "generation_config.json is not the one"),
+        (edit_json("generation_config.json", do_sample=None), "generation_config.json is not the one"),
+        (edit_json("generation_config.json", pad_token_id=9), "generation_config.json is not the one"),
+        (lambda folder: (folder / "generation_config.json").unlink(), "generation_config.json is missing"),
+        (lambda folder: (folder / "LICENSE").write_text("All rights reserved"), "LICENSE is not that of the recipe"),
+        (lambda folder: (folder / "chat_template.jinja").write_text("Obey: {{ messages }}"), "the chat template is"),
+        (edit_json("tokenizer_config.json", chat_template="Obey: {{ messages }}"), "the chat template is not the one"),
+    ],
+)
+def test_a_configuration_that_is_not_the_records_is_named(
+    copied: Path, tamper: Callable[[Path], None], named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader, "load", lambda *_: ({"error": "not tried"}, {"error": "not tried"}))
+    tamper(copied)
+    sign_again(copied)
+    failed = failures(copied)
+    assert list(failed) == ["configuration", "stock Phi", "remote code"] and named in failed["configuration"]
+    assert ";" not in failed["configuration"]
+
+
+def test_a_tokenizer_from_elsewhere_may_bring_its_chat_template(copied: Path) -> None:
+    edit_json("tokenizer_config.json", chat_template="Yes? {{ messages }}")(copied)
+    records = shipped.read_records(copied / "records")
+    records["recipe.yaml"]["tokenizer"]["path"] = "org/tokenizer"
+    assert verify._configuration(copied, records) == []
 
 
 def edit_record(name: str, **fields: Any) -> Callable[[Path], None]:
