@@ -378,7 +378,13 @@ def reproduce(
 def submit(
     model: ReleaseOrId,
     repo_id: Annotated[str | None, Option(metavar="ORG/NAME", help="Repository of a release folder.")] = None,
-    revision: Annotated[str, Option(help="Branch, tag or commit on the Hub.")] = "main",
+    revision: Revision = None,
+    model_type: Annotated[
+        str | None, Option(help="pretrained, fine-tuned, chat, ... [default: as the release's records say]")
+    ] = None,
+    base_model: Annotated[
+        str | None, Option(metavar="ORG/NAME", help="What it was tuned from. [default: as the records say]")
+    ] = None,
     precision: Annotated[str, Option(help="float16, bfloat16 or float32.")] = "bfloat16",
     sender: Annotated[str, Option(help="Your user name on the Hub.")] = "",
     output: Annotated[Path, Option(help="Where the request files go.")] = Path("requests"),
@@ -391,7 +397,16 @@ def submit(
     """
     from nanophi.eval import submission
 
-    submission.submit(model, output, repo_id=repo_id, revision=revision, precision=precision, sender=sender)
+    submission.submit(
+        model,
+        output,
+        repo_id=repo_id,
+        revision=revision,
+        model_type=model_type,
+        base_model=base_model,
+        precision=precision,
+        sender=sender,
+    )
 
 
 app.add_typer(quality_app, name="quality")

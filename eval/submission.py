@@ -18,14 +18,17 @@ from typing import Any
 import huggingface_hub
 import safetensors
 import transformers
+import yaml
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.hf_api import RepoFile
 
 from nanophi.files import UserError, read_json, write_json
-from nanophi.inputs import is_hub_id, model_folder, same_on_hub
+from nanophi.inputs import is_hub_id, model_folder, same_on_hub, split_revision
 from nanophi.run import now
 
 MODEL_TYPES = ("pretrained", "continuously pretrained", "fine-tuned", "chat", "merge")
+WITHOUT_CHAT = ("pretrained", "continuously pretrained")
+"""Those that have learned no conversation."""
 PRECISIONS = ("float16", "bfloat16", "float32")
 MIN_CARD_CHARACTERS = 200
 
@@ -44,10 +47,11 @@ def check(
     model: str | Path,
     *,
     repo_id: str | None = None,
-    revision: str = "main",
-    model_type: str = "pretrained",
+    revision: str | None = None,
+    model_type: str | None = None,
     precision: str = "bfloat16",
     weight_type: str = "Original",
+    base_model: str | None = None,
     requests: Path | None = None,
 ) -> list[Check]:
     """The board's checks, in order; each runs whether or not the ones before it passed.
@@ -55,15 +59,17 @@ def check(
     Beside them stands one of ours: that a folder holds the model that is on the Hub, which is what a board would read.
 
     Args:
-        model: release folder or Hub id. The contents of a folder are checked there, and compared with those on the Hub.
+        model: release folder, or `ORG/NAME` or `ORG/NAME@revision` on the Hub. The contents of a folder are checked
+            there, and compared with those on the Hub.
         repo_id: `ORG/NAME` that the folder is, or will be, pushed to; for a Hub id, itself.
-        revision: branch, tag or commit on the Hub; empty: main.
-        model_type: one of `MODEL_TYPES`.
+        revision: branch, tag or commit on the Hub; None: that of `model`, or main.
+        model_type: one of `MODEL_TYPES`; None: what the release's records say.
         precision: the precision in which the board should run the model, one of `PRECISIONS`.
         weight_type: `Original`, `Adapter` or `Delta`.
+        base_model: Hub id of what a model that is not pretrained from scratch began as; None: as the records say.
         requests: folder of earlier requests; one that repeats them fails.
     """
-    return _Submission(model, repo_id, revision, model_type, precision, weight_type, requests).checks()
+    return _Submission(model, repo_id, revision, model_type, precision, weight_type, base_model, requests).checks()
 
 
 def submit(
@@ -71,11 +77,11 @@ def submit(
     output: Path,
     *,
     repo_id: str | None = None,
-    revision: str = "main",
-    model_type: str = "pretrained",
+    revision: str | None = None,
+    model_type: str | None = None,
     precision: str = "bfloat16",
     weight_type: str = "Original",
-    base_model: str = "",
+    base_model: str | None = None,
     sender: str = "",
     report: Callable[[str], None] = print,
 ) -> list[Path]:
@@ -83,7 +89,6 @@ def submit(
 
     Args: those of `check`, and:
         output: folder for the requests: `v1/ORG/NAME_eval_request_False_bfloat16_Original.json`, and `v2/...`.
-        base_model: for anything that is not pretrained from scratch.
         sender: user name on the Hub, for v2.
         report: called with one line per check.
 
@@ -93,7 +98,7 @@ def submit(
     Raises:
         UserError: if a check fails; then nothing is written.
     """
-    submission = _Submission(model, repo_id, revision, model_type, precision, weight_type, Path(output))
+    submission = _Submission(model, repo_id, revision, model_type, precision, weight_type, base_model, Path(output))
     checks = submission.checks()
     for line in render(checks).splitlines():
         report(line)
@@ -102,8 +107,8 @@ def submit(
         raise UserError(f"{len(failed)} of {len(checks)} checks failed ({', '.join(failed)}); no request written")
     files = []
     for board, request in (
-        ("v1", submission.request_v1(base_model)),
-        ("v2", submission.request_v2(base_model, sender)),
+        ("v1", submission.request_v1()),
+        ("v2", submission.request_v2(sender)),
     ):
         path = Path(output) / board / f"{submission.repo_id}_eval_request_False_{precision}_{weight_type}.json"
         write_json(path, request)
@@ -128,20 +133,22 @@ class _Submission:
         self,
         model: str | Path,
         repo_id: str | None,
-        revision: str,
-        model_type: str,
+        revision: str | None,
+        model_type: str | None,
         precision: str,
         weight_type: str,
+        base_model: str | None,
         requests: Path | None,
     ) -> None:
         self.folder = model_folder(model)
-        self.source = str(model)
+        self.source, named = split_revision(str(model))
         if repo_id is not None and not is_hub_id(repo_id):
             raise UserError(f"'{repo_id}' is not a Hub id like ORG/NAME (--repo-id)")
-        self.repo_id = repo_id or ("" if self.folder else self.source.partition("@")[0])
-        self.revision = revision or "main"
+        self.repo_id = repo_id or ("" if self.folder else self.source)
+        self.revision = revision or named or "main"
         self.model_type, self.precision, self.weight_type = model_type, precision, weight_type
-        self.requests = requests
+        self.base_model, self.requests = base_model, requests
+        self.template = False
         self.info: Any = None
         self.config: Any = None
         self.card: ModelCard | None = None
@@ -162,11 +169,11 @@ class _Submission:
             self._chat_template(),
         ]
 
-    def request_v1(self, base_model: str) -> dict[str, Any]:
+    def request_v1(self) -> dict[str, Any]:
         """The request of the first board (2023 to June 2024)."""
         return {
             "model": self.repo_id,
-            "base_model": base_model,
+            "base_model": self.base_model or "",
             "revision": self.revision,
             "private": False,
             "precision": self.precision,
@@ -179,11 +186,11 @@ class _Submission:
             "license": self._license_name(),
         }
 
-    def request_v2(self, base_model: str, sender: str) -> dict[str, Any]:
+    def request_v2(self, sender: str) -> dict[str, Any]:
         """The request of the second board (June 2024 to March 2025), which names a commit."""
         return {
             "model": self.repo_id,
-            "base_model": base_model,
+            "base_model": self.base_model or "",
             "revision": self.info.sha,
             "precision": self.precision,
             "params": round((self.parameters or 0) / 1e9, 3),
@@ -194,15 +201,37 @@ class _Submission:
             "model_type": self.model_type,
             "job_id": -1,
             "job_start_time": None,
-            "use_chat_template": False,
+            # The tokenizer of a base may bring a template that the model never learned.
+            "use_chat_template": self.template and self.model_type not in WITHOUT_CHAT,
             "sender": sender,
         }
 
     def _type(self) -> Check:
+        name = "model type"
+        recorded, base = self._origin()
+        self.model_type, self.base_model = self.model_type or recorded, self.base_model or base
+        if not self.model_type:
+            return Check(name, False, "there are no records of nanophi", "say what the model is: --model-type")
         known = self.model_type in MODEL_TYPES and self.precision in PRECISIONS
-        found = f"{self.model_type or 'none'}, {self.precision}"
         remedy = f"model type is one of {', '.join(MODEL_TYPES)}; precision one of {', '.join(PRECISIONS)}"
-        return Check("model type", known, found, remedy)
+        if known and self.model_type != "pretrained" and not self.base_model:
+            known, remedy = False, "the base has no name on the Hub: publish it first, or name it: --base-model"
+        of_base = f" from {self.base_model}" if self.base_model else ""
+        return Check(name, known, f"{self.model_type}{of_base}, {self.precision}", remedy)
+
+    def _origin(self) -> tuple[str | None, str | None]:
+        """Model type and the base's Hub id, as the release's records have them; None where they do not say."""
+        try:
+            recipe = yaml.safe_load(self._read("records/recipe.yaml"))
+            if recipe["conversations"]:
+                base = json.loads(self._read("records/conversations.json"))["repo_id"]
+                return {"sft": "fine-tuned", "dpo": "chat"}[recipe["method"]], base
+            if not recipe["base"]:
+                return "pretrained", None
+            base = split_revision(recipe["base"])[0]
+            return "continuously pretrained", base if is_hub_id(base) else None
+        except Exception:  # of the Hub, the network or the file: they are not there, or not ours
+            return None, None
 
     def _revision(self) -> Check:
         remedy = f"push it first (nanophi push), and check that {self.revision} is a branch, tag or commit there"
@@ -232,12 +261,14 @@ class _Submission:
             )
         except Exception as error:
             return Check("tokenizer", False, _short(error), remedy)
+        self.template = bool(tokenizer.chat_template)
         return Check("tokenizer", True, f"{type(tokenizer).__name__}, {len(tokenizer)} tokens", remedy)
 
     def _reachable(self) -> Check:
-        remedy = "the repository must exist, and be public or yours"
         if self.info is None:
-            return Check("model information", False, "the Hub returns none", remedy)
+            return Check("model information", False, "the Hub returns none", "the repository must exist, and be public")
+        folder = self.folder or "RELEASE"
+        remedy = f"a board reads what is public: nanophi push {folder} --repo-id {self.repo_id} --public"
         return Check("model information", not self.info.private, "private" if self.info.private else "public", remedy)
 
     def _license(self) -> Check:

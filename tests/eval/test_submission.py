@@ -6,6 +6,8 @@ import shutil
 import types
 
 import pytest
+from hub_client import talk_to
+from hub_server import HubServer
 from huggingface_hub import HfApi
 from huggingface_hub.hf_api import RepoFile
 
@@ -33,7 +35,17 @@ def release(make_model, tmp_path):
     folder = tmp_path / "release"
     shutil.copytree(make_model(0), folder)
     (folder / "README.md").write_text(CARD)
+    record(folder, conversations=[], method="sft", base=None)
     return folder
+
+
+def record(folder, conversations, method, base, repo_id=None):
+    """What a release of nanophi says of how its model was made."""
+    (folder / "records").mkdir(exist_ok=True)
+    recipe = {"conversations": conversations, "method": method, "base": base}
+    (folder / "records" / "recipe.yaml").write_text(json.dumps(recipe))
+    if conversations:
+        (folder / "records" / "conversations.json").write_text(json.dumps({"repo_id": repo_id}))
 
 
 @pytest.fixture
@@ -45,7 +57,7 @@ def hub(monkeypatch, release):
             raise OSError(f"404: {repo_id} at {revision}")
         return types.SimpleNamespace(sha="c0ffee", private=False, likes=3, siblings=[])
 
-    files = {path.name: path.read_bytes() for path in release.iterdir()}
+    files = {path.name: path.read_bytes() for path in release.iterdir() if path.is_file()}
 
     def list_repo_tree(self, repo_id, revision=None, **_):
         model_info(self, repo_id, revision)
@@ -153,3 +165,62 @@ def test_a_folder_against_another_models_repository(change, release, hub, make_m
     assert "differ from ORG/nano" in render(checks)
     with pytest.raises(UserError, match="1 of 11 checks failed"):
         submit(release, tmp_path / "requests", repo_id="ORG/nano", report=lambda line: None)
+
+
+def requests_of(folder, output, **options):
+    files = submit(folder, output, repo_id="ORG/nano", report=lambda line: None, **options)
+    return [read_json(path) for path in files]
+
+
+@pytest.mark.parametrize(("method", "said"), [("sft", "fine-tuned"), ("dpo", "chat")])
+def test_a_chat_model_says_what_it_is(method, said, release, hub, tmp_path):
+    record(release, [{"files": "talks.jsonl"}], method, "runs/base", "ORG/base")
+    edit(release / "tokenizer_config.json", chat_template="{{ messages }}")
+    for request in requests_of(release, tmp_path / "requests"):
+        assert (request["model_type"], request["base_model"]) == (said, "ORG/base")
+        assert request.get("use_chat_template", True) is True
+
+
+def test_a_pretrained_model_with_a_template_of_its_tokenizer(release, hub, tmp_path):
+    edit(release / "tokenizer_config.json", chat_template="{{ messages }}")
+    first, second = requests_of(release, tmp_path / "requests")
+    assert (first["model_type"], first["base_model"]) == ("pretrained", "")
+    assert second["use_chat_template"] is False
+    record(release, [], "sft", "ORG/base@v2")
+    first, second = requests_of(release, tmp_path / "more")
+    assert (second["model_type"], second["base_model"]) == ("continuously pretrained", "ORG/base")
+
+
+def test_what_the_records_do_not_say_must_be_named(release, hub, tmp_path):
+    record(release, [{"files": "talks.jsonl"}], "sft", "runs/base")
+    (line,) = [entry for entry in check(release, repo_id="ORG/nano") if not entry.passed]
+    assert line.name == "model type" and "--base-model" in line.remedy
+    assert requests_of(release, tmp_path, base_model="ORG/x")[1]["base_model"] == "ORG/x"
+    shutil.rmtree(release / "records")
+    (line,) = [entry for entry in check(release, repo_id="ORG/nano") if not entry.passed]
+    assert line.name == "model type" and "--model-type" in line.remedy
+    options = {"model_type": "chat", "base_model": "ORG/y", "precision": "float16"}
+    assert requests_of(release, tmp_path, **options)[0]["model_type"] == "chat"
+
+
+def test_a_private_repository_is_told_how_to_become_public(release, hub, monkeypatch):
+    info = types.SimpleNamespace(sha="c0ffee", private=True, likes=0, siblings=[])
+    monkeypatch.setattr(HfApi, "model_info", lambda *_, **__: info)
+    (line,) = [entry for entry in check(release, repo_id="ORG/nano") if not entry.passed]
+    assert (line.name, line.found) == ("model information", "private")
+    assert line.remedy.endswith(f"nanophi push {release} --repo-id ORG/nano --public")
+
+
+def test_every_check_of_a_repository_reads_the_revision_that_was_named(release, tmp_path, monkeypatch):
+    files = {path.relative_to(release).as_posix(): path.read_bytes() for path in release.rglob("*") if path.is_file()}
+    with HubServer() as server:
+        talk_to(server, tmp_path / "home", monkeypatch)
+        server.add_repository("model", "ORG/nano", files, branch="step-000010")
+        # What `main` has must not be read.
+        server.add_repository("model", "ORG/nano", {"config.json": b"{}", "README.md": b"none"})
+        for name, options in (("ORG/nano@step-000010", {}), ("ORG/nano", {"revision": "step-000010"})):
+            checks = check(name, **options)
+            assert failed(checks) == [], render(checks)
+        first, _ = map(read_json, submit("ORG/nano@step-000010", tmp_path, report=lambda line: None))
+        assert (first["model"], first["revision"], first["model_type"]) == ("ORG/nano", "step-000010", "pretrained")
+        assert "configuration without remote code" in failed(check("ORG/nano"))
