@@ -19,7 +19,7 @@ def push(
         bool, Option("--dry-run", help="List what would be sent, replaced and deleted; send nothing.")
     ] = False,
     force: Annotated[
-        bool, Option("--force", help="Replace and delete files that no push of ours put into the repository.")
+        bool, Option("--force", help="Replace and delete another run, and files that no push put there.")
     ] = False,
     signing_key: Annotated[Path | None, Option(help="Sign every revision with this private key (PEM).")] = None,
     gguf: Gguf = None,

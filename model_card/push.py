@@ -5,8 +5,8 @@ Everything that can be refused is looked at before anything is created. Branches
 finally, if requested, the repositories are made public: whoever sees a revision can load it. A push that was cut off
 is finished by running it again.
 
-A push touches only what an earlier push put there: a repository without a manifest of ours, or with files that were
-added or edited since, is refused unless it is forced.
+A push touches only what an earlier push of the same run put there: a repository without a manifest of ours, of another
+run, or with files that were added or edited since, is refused unless it is forced.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def push(
         public: make the repositories public once everything is uploaded; otherwise new ones are private, and those
             that exist stay as they are.
         dry_run: list what would be sent, replaced and deleted; send nothing.
-        force: replace and delete what no push of ours put into the repositories, too.
+        force: replace and delete another run, and what no push of ours put into the repositories, too.
         signing_key: PEM file of a private key; if given, every revision is signed (`model.sig`).
         gguf: kinds of GGUF files to publish too, in a companion repository `ORG/NAME-GGUF` with the same tag.
         scorer: publish the run's linear scorer as `ORG/NAME-quality`.
@@ -132,7 +132,7 @@ def push(
                 echo(f"what {repository.name} holds is not known: {error}")
                 plans[part] = dict.fromkeys(repository.revisions)
             results[part] = upload.announce(repository, plans[part], dry_run, echo)
-            upload.refuse_foreign(repository.name, plans[part], force, dry_run, echo)
+            upload.refuse_foreign(repository, plans[part], force, dry_run, echo)
         if dry_run:
             echo(f"tag {tag}; nothing was sent (dry run)")
         else:

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from nanophi.files import UserError
 from nanophi.inputs import Kind, same_on_hub
 from nanophi.model_card import hub
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi, RepoFile
 
 Echo = Callable[[str], None]
+
+RECIPE = "records/recipe.yaml"
 
 LINKED = {"README.md", "records/run.json", MANIFEST, SIGNATURE}
 """Files of a release that change when its card comes to link what was published beside it; the tag stays."""
@@ -50,6 +54,8 @@ class Change:
     deleted: list[str]
     foreign: list[str]
     """Of those that are replaced or deleted, the ones that no push put there, with what is known about them."""
+    run: str = ""
+    """The run whose release a push put there, if it is another one."""
 
     def __bool__(self) -> bool:
         return bool(self.new or self.replaced or self.deleted)
@@ -72,7 +78,8 @@ def plan(api: HfApi, repository: Repository, scratch: Path) -> dict[str, Change 
         since = _change(api, repository, tags[tag], repository.revisions["main"])
         if not LINKED.issuperset([*since.new, *since.replaced, *since.deleted]):
             raise UserError(
-                f"{name} has a tag {tag} of another release; raise card.version in the recipe and run `nanophi release`"
+                f"{name} has a tag {tag} of another release; if it is to hold this model, raise card.version in the "
+                "recipe and run `nanophi release`; if not, choose another --repo-id"
             )
     return {
         branch: _change(api, repository, branches.get(branch, first), folder, scratch)
@@ -88,15 +95,27 @@ def _change(api: HfApi, repository: Repository, commit: str, folder: Path, scrat
     deleted = sorted(set(there) - set(here))
     if replaced == [SIGNATURE] and not new and not deleted:
         replaced = []  # Two signatures of the same files differ.
-    foreign = []
+    foreign, run = [], ""
     if scratch is not None and (replaced or deleted):
-        foreign = _foreign(api, repository, commit, {name: there[name] for name in (*replaced, *deleted)}, scratch)
-    return Change(commit, new, replaced, deleted, foreign)
+        read = functools.partial(
+            hub.read_file, api, repository.name, revision=commit, folder=scratch, kind=repository.kind
+        )
+        foreign = _foreign(read, {name: there[name] for name in (*replaced, *deleted)})
+        if RECIPE in replaced and (named := _run_name(read(RECIPE))) != _run_name((folder / RECIPE).read_bytes()):
+            run = named
+    return Change(commit, new, replaced, deleted, foreign, run)
 
 
-def _foreign(api: HfApi, repository: Repository, commit: str, touched: dict[str, RepoFile], scratch: Path) -> list[str]:
+def _run_name(recipe: bytes | None) -> str:
+    """The name in a recipe; empty where there is none."""
+    try:
+        return str(yaml.safe_load(recipe or b"")["name"])
+    except (yaml.YAMLError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def _foreign(read: Callable[[str], bytes | None], touched: dict[str, RepoFile]) -> list[str]:
     """Which of these files on the Hub were not put there by a push: what their own manifest does not vouch for."""
-    read = functools.partial(hub.read_file, api, repository.name, revision=commit, folder=scratch, kind=repository.kind)
     try:
         manifest = json.loads(read(MANIFEST) or b"{}")
         listed = {name: entry["sha256"] for name, entry in manifest["files"].items()}
@@ -154,14 +173,21 @@ def announce(repository: Repository, changes: dict[str, Change | None], dry_run:
     return result
 
 
-def refuse_foreign(repo_id: str, changes: dict[str, Change | None], force: bool, dry_run: bool, echo: Echo) -> None:
-    """Raise `UserError` if files would be replaced or deleted that no push of ours put there; a dry run tells them."""
+def refuse_foreign(
+    repository: Repository, changes: dict[str, Change | None], force: bool, dry_run: bool, echo: Echo
+) -> None:
+    """Raise `UserError` if another run, or files that no push of ours put there, would go; a dry run tells them."""
     wrong = [f"{name}: {', '.join(change.foreign)}" for name, change in changes.items() if change and change.foreign]
-    if not wrong or force:
+    runs = sorted({change.run for change in changes.values() if change and change.run})
+    if not (wrong or runs) or force:
         return
-    message = f"{repo_id} holds files that no push of ours put there: {'; '.join(wrong)}"
+    message = f"{repository.name} holds files that no push of ours put there: {'; '.join(wrong)}"
+    if runs:
+        ours = _run_name((repository.revisions["main"] / RECIPE).read_bytes())
+        message = f"{repository.name} holds the run '{', '.join(runs)}', this is '{ours}'"
     if not dry_run:
-        raise UserError(f"{message}; choose another --repo-id, or replace and delete them with --force")
+        what = "replace it" if runs else "replace and delete them"
+        raise UserError(f"{message}; choose another --repo-id, or {what} with --force")
     echo(f"refused without --force: {message}")
 
 

@@ -17,12 +17,12 @@ import pytest
 from hub_client import is_whole, silent, talk_to  # type: ignore[import-not-found]
 from hub_server import HubServer  # type: ignore[import-not-found]
 
-from nanophi.files import UserError, read_json, write_json
-from nanophi.model_card import file_checks, release, verify
+from nanophi.files import UserError, read_json, sha256_of_file, write_json
+from nanophi.model_card import card, file_checks, release, verify
 from nanophi.model_card import push as pushing
 from nanophi.model_card.gguf import parse_kinds
 from nanophi.model_card.push import problems, push
-from nanophi.model_card.shipped import read_records
+from nanophi.model_card.shipped import read_records, write_records
 
 REVISIONS = ["step-000010", "step-000020", "step-000030", "main"]
 
@@ -258,6 +258,31 @@ def test_what_was_edited_on_the_hub_is_not_lost(
     assert_complete(hub)
 
 
+def test_another_run_is_not_replaced_unasked(built_release: Path, hub: HubServer, tmp_path: Path) -> None:
+    """Its manifest is as good as ours, and its version another."""
+    alone = [Path(shutil.copytree(built_release, tmp_path / name / "release")) for name in ("tiny", "ctl")]
+    push(alone[0], "org/demo", echo=silent)
+    records = read_records(alone[1] / "records")
+    records["recipe.yaml"]["name"], records["run.json"]["tag"] = "ctl", "v2.0"
+    write_records(records, alone[1] / "records")
+    (alone[1] / "README.md").write_text(card.render(records))
+    provenance = read_json(alone[1] / "MANIFEST.json")["provenance"]
+    recipe_sha256 = sha256_of_file(alone[1] / "records" / "recipe.yaml")
+    release.write_manifest(alone[1], {**provenance, "recipe_sha256": recipe_sha256})
+    before = dict(hub.repositories["model", "org/demo"].branches)
+    message = r"^org/demo holds the run 'tiny', this is 'ctl'; choose another --repo-id, or .* --force$"
+    with pytest.raises(UserError, match=message):
+        push(alone[1], "org/demo", echo=silent)
+    assert hub.repositories["model", "org/demo"].branches == before
+    push(alone[1], "org/demo", force=True, echo=silent)
+    assert hub.repositories["model", "org/demo"].branches["main"] is not before["main"]
+    # The next version of the same run is its successor.
+    records["run.json"]["tag"] = "v3.0"
+    write_records(records, alone[1] / "records")
+    release.write_manifest(alone[1], {**provenance, "recipe_sha256": recipe_sha256})
+    push(alone[1], "org/demo", echo=silent)
+
+
 def test_a_release_away_from_its_run_is_published_without_branches(
     built_release: Path, hub: HubServer, tmp_path: Path
 ) -> None:
@@ -349,7 +374,9 @@ def test_a_tag_is_never_moved(built_release: Path, run_copy: Path, hub: HubServe
     provenance = read_json(run_copy / "release" / "MANIFEST.json")["provenance"]
     release.write_manifest(run_copy / "release", provenance)
     before = dict(hub.repositories["model", "org/demo"].branches)
-    with pytest.raises(UserError, match=r"tag v1\.0 of another release"):
+    with pytest.raises(
+        UserError, match=r"tag v1\.0 of another release; .*raise card\.version .*choose another --repo-id"
+    ):
         push(run_copy / "release", "org/demo", echo=silent)
     assert hub.repositories["model", "org/demo"].branches == before
 
