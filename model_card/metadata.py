@@ -121,8 +121,8 @@ def eval_results_files(records: ShippedRecords) -> dict[str, str]:
 
 def problems(text: str) -> list[str]:
     """What in a card's header the Hub would refuse, one line each."""
-    parts = text.split("---\n", 2)
-    if len(parts) != 3 or parts[0]:
+    parts = re.match(r"---\n(.*?)\n---\n(.*)", text, re.DOTALL)  # a text within it may have such a line, indented
+    if parts is None:
         return ["no YAML metadata between '---' lines at the top"]
     try:
         metadata = yaml.safe_load(parts[1])

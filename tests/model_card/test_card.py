@@ -208,6 +208,15 @@ def test_problems_are_named(text: str, wrong: str) -> None:
     assert any(wrong in line for line in metadata.problems(text))
 
 
+def test_a_prompt_with_a_line_of_dashes_does_not_end_the_metadata(records: ShippedRecords) -> None:
+    changed = copy.deepcopy(records)
+    changed["recipe.yaml"]["card"]["prompt"] = "title: x\n---\nThe module "
+    text = card.render(changed)
+    assert "\n    ---\n" in text
+    assert metadata.problems(text) == []
+    assert ModelCard(text).data.widget == [{"text": "title: x\n---\nThe module "}]
+
+
 def test_nothing_of_the_machine_is_shipped(records: ShippedRecords, finished_run: Path) -> None:
     told = json.dumps(records)
     assert str(finished_run.parent) not in told
