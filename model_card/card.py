@@ -260,10 +260,10 @@ def _demanding(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _verdicts(rows: list[dict[str, Any]]) -> str:
-    """`better on a, b; worse on c; within noise on d`, what is empty left out."""
+    """`better on "a", "b"; worse on "c"`, what is empty left out; in quotes, as titles have commas of their own."""
     parts = []
     for verdict in ("better", "worse", "within noise"):
-        tasks = [row["title"] for row in rows if row["verdict"] == verdict]
+        tasks = [f'"{row["title"]}"' for row in rows if row["verdict"] == verdict]
         if tasks:
             parts.append(f"{verdict} on {', '.join(tasks)}")
     return "; ".join(parts)

@@ -349,13 +349,29 @@ def test_comparison_says_what_is_noise(records: ShippedRecords) -> None:
     kept = 100 * filtered["kept_bytes"] / filtered["bytes"]
     assert f"| licences | 2.1500 ± 0.0700 | 2.3000 | 20 | {kept:.1f} % |" in text
     assert "Held-out bits per byte by source</summary>" not in text
-    assert "better on held-out bits per byte, " in text and "within noise on held-out continuation" in text
+    lead = (
+        'better on "held-out bits per byte", "held-out continuation (right answer, bits per byte)"; within noise on "'
+    )
+    assert lead in text
     assert "| held-out bits per byte | -0.1500 [-0.1700, -0.1300] | 0.0321 | < 0.001 | better |" in text
     answers = "held-out continuation (right answer, bits per byte)"
     assert f"| {answers} | -0.0100 [-0.0300, +0.0100] | 0.0321 | < 0.001 | better |" in text
     assert "| held-out continuation | 1.9000 | 0.0200 | 200 |" in text
     assert "| held-out continuation | 41.00 ± 3.10 | 40.00 ± 3.00 | 25.00 |" in text
     assert "| other | 22.50 | 29.00 | its card |" in text
+
+
+def test_titles_with_commas_are_told_apart(records: ShippedRecords) -> None:
+    """What a filter keeps and drops are two rows, and the lead must not read as both better and worse on one."""
+    changed = copy.deepcopy({**records, "comparison.json": comparison("tiny")})
+    compared = changed["comparison.json"]
+    whole = compared["tasks"]["heldout_bits_per_byte"]
+    parts = {name: f"held-out text, {name} by tiny" for name in ("kept", "dropped")}
+    compared["filter"] = {name: {**copy.deepcopy(whole), "part": title} for name, title in parts.items()}
+    compared["filter"]["dropped"]["differences"]["tiny"] |= {"value": 0.2, "verdict": "worse"}
+    text = card.render(changed)
+    assert 'better on "held-out bits per byte", "held-out text, kept by tiny", "' in text
+    assert '; worse on "held-out text, dropped by tiny"; within noise on "held-out continuation"' in text
 
 
 def test_leaderboard_section_and_metadata(records: ShippedRecords) -> None:
@@ -365,7 +381,7 @@ def test_leaderboard_section_and_metadata(records: ShippedRecords) -> None:
     assert "| Avg. | 24.17 |" in text
     assert "| MMLU (5-Shot) | 25.00 |" in text
     assert len(re.findall(r"^\| subject \d+ \|", text, re.MULTILINE)) == 57
-    assert "Indistinguishable from chance: MMLU (5-shot), Winogrande (5-shot)." in text
+    assert "Indistinguishable from chance: MMLU (5-shot); Winogrande (5-shot)." in text
     index = yaml.safe_load(text.split("---\n")[1])["model-index"][0]["results"]
     found = {
         (result["dataset"]["type"], result["dataset"].get("config"), result["dataset"].get("split")) for result in index
