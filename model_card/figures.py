@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,9 @@ STYLE: Any = {
     "ytick.color": DARK,
 }
 
+UNLIKE = 0.05
+"""Share of differing pixels from which on a figure shows something else: versions of matplotlib set text otherwise."""
+
 
 def names(records: ShippedRecords) -> list[str]:
     """File stems of the figures that these records allow, in the order of the card."""
@@ -57,6 +61,26 @@ def build(records: ShippedRecords, output: Path) -> list[str]:
             plt.close(figure)
         written.append(f"{name}.png")
     return written
+
+
+def problems(records: ShippedRecords, folder: Path) -> list[str]:
+    """Figures in a folder that are not those of the records, by drawing them again; one line each."""
+    import numpy as np
+    from matplotlib.image import imread
+
+    expected, there = {f"{name}.png" for name in names(records)}, {path.name for path in folder.glob("*.png")}
+    wrong = [f"figures/{name} is {'missing' if name in expected else 'unknown'}" for name in sorted(expected ^ there)]
+    with tempfile.TemporaryDirectory(prefix="nanophi-figures-") as scratch:
+        build(records, Path(scratch))
+        for name in sorted(expected & there):
+            try:
+                said, found = imread(folder / name), imread(Path(scratch) / name)
+            except (OSError, ValueError, SyntaxError) as error:  # the image library raises all of these
+                wrong.append(f"figures/{name} is not an image ({type(error).__name__})")
+                continue
+            if said.shape != found.shape or (np.abs(said - found).max(-1) > 0.1).mean() > UNLIKE:
+                wrong.append(f"figures/{name} does not show the records")
+    return wrong
 
 
 def _loss(records: ShippedRecords, axes: Axes) -> None:

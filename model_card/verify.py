@@ -20,7 +20,7 @@ from nanophi.data.conversations import TEMPLATE
 from nanophi.files import UserError, read_json, reason, sha256_of_file
 from nanophi.inputs import model_folder, split_revision
 from nanophi.model_card import card as model_card
-from nanophi.model_card import file_checks, loader, metadata, signature
+from nanophi.model_card import figures, file_checks, loader, metadata, signature
 from nanophi.model_card.release import CODE_FILES, MANIFEST, license_text, list_files
 from nanophi.model_card.shipped import (
     ShippedRecords,
@@ -115,6 +115,7 @@ def verify(
 def _load(folder: Path, records: ShippedRecords, scratch: Path, add: Callable[[str, list[str], str], bool]) -> None:
     """The checks of what both loaders make of the release."""
     add("configuration", _configuration(folder, records), "that of the records, the tokenizer and the recipe")
+    add("figures", figures.problems(records, folder / "figures"), "drawn again, they look the same")
     stock, remote = loader.load(folder, records, scratch)
     add("stock Phi", _loads(stock, "transformers.PhiForCausalLM"), stock.get("class", ""))
     add("remote code", _loads(remote, "transformers_modules.NanoPhiForCausalLM"), remote.get("class", ""))

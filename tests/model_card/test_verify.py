@@ -222,6 +222,31 @@ def test_a_configuration_that_is_not_the_records_is_named(
     assert ";" not in failed["configuration"]
 
 
+def exchange_figures(folder: Path) -> None:
+    loss, quality = (folder / "figures" / f"{name}.png" for name in ("loss", "quality"))
+    content = loss.read_bytes()
+    loss.write_bytes(quality.read_bytes())
+    quality.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("tamper", "detail"),
+    [
+        (exchange_figures, "figures/loss.png does not show the records; figures/quality.png does not show the records"),
+        (lambda folder: (folder / "figures/loss.png").write_text("<svg/>"), "figures/loss.png is not an image ("),
+        (lambda folder: (folder / "figures/evaluation.png").unlink(), "figures/evaluation.png is missing"),
+    ],
+)
+def test_figures_that_do_not_show_the_records_are_named(
+    copied: Path, tamper: Callable[[Path], None], detail: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader, "load", lambda *_: ({"error": "not tried"}, {"error": "not tried"}))
+    tamper(copied)
+    sign_again(copied)
+    failed = failures(copied)
+    assert list(failed) == ["figures", "stock Phi", "remote code"] and failed["figures"].startswith(detail)
+
+
 def test_a_tokenizer_from_elsewhere_may_bring_its_chat_template(copied: Path) -> None:
     edit_json("tokenizer_config.json", chat_template="Yes? {{ messages }}")(copied)
     records = shipped.read_records(copied / "records")
