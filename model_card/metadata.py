@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_res
 
 from nanophi.eval.catalogue import TASKS
 from nanophi.formatting import scale
-from nanophi.inputs import is_hub_id
+from nanophi.inputs import is_hub_id, split_revision
 from nanophi.model_card.shipped import ShippedRecords, hardware, leading_scores, training_sources
 from nanophi.publishing import license_problems
 
@@ -43,6 +43,10 @@ def header(records: ShippedRecords) -> ModelCardData:
         extra["widget"] = [{"messages": records["sample.json"]["prompt"]}]
         if chat["repo_id"]:
             extra |= {"base_model": chat["repo_id"], "base_model_relation": "finetune"}
+    elif recipe.get("base"):
+        origin, (base, _) = "continued-pretraining", split_revision(recipe["base"])
+        if is_hub_id(base):
+            extra |= {"base_model": base, "base_model_relation": "finetune"}
     if summary.get("co2_grams") is not None:
         emissions = {
             "emissions": float(f"{summary['co2_grams']:.4g}"),

@@ -297,6 +297,18 @@ def test_metered_energy_and_its_price(records: ShippedRecords) -> None:
     assert emissions["emissions"] == 0.0456 and "geographical_location" not in emissions
 
 
+def test_a_model_that_began_as_another_is_not_from_scratch(records: ShippedRecords) -> None:
+    changed = copy.deepcopy(records)
+    changed["recipe.yaml"]["base"] = "org/base@v2"
+    text = card.render(changed)
+    assert "trained from the weights of org/base\\@v2 on " in text and "**Starting point:** org/base" in text
+    assert "from scratch" not in text and "from-scratch" not in text
+    data: Any = ModelCard(text).data
+    assert data.base_model == "org/base" and "continued-pretraining" in data.tags
+    changed["recipe.yaml"]["base"] = "base"  # a folder, of which nothing but its name is shipped
+    assert "base_model" not in ModelCard(card.render(changed)).data.to_dict()
+
+
 def test_query_key_layernorm_needs_a_later_transformers(records: ShippedRecords) -> None:
     changed = copy.deepcopy(records)
     changed["model.json"]["config"]["qk_layernorm"] = True
