@@ -420,3 +420,9 @@ def built_release(finished_run: Path) -> Path:
     checkpoint = finished_run / "checkpoints" / f"step-{STEPS:06d}"
     release.build(finished_run, checkpoint, finished_run / "card", finished_run / "release")
     return finished_run / "release"
+
+
+@pytest.fixture
+def copied(built_release: Path, tmp_path: Path) -> Path:
+    """A release that a test may change."""
+    return Path(shutil.copytree(built_release, tmp_path / "release"))

@@ -12,11 +12,6 @@ from nanophi.model_card import card, release, reproduce
 from nanophi.recipe import load_recipe
 
 
-@pytest.fixture
-def copied(built_release: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(built_release, tmp_path / "release"))
-
-
 def silent(line: str) -> None:
     pass
 

@@ -1,0 +1,194 @@
+"""Verification of what the files of a release say of each other, by a forger who makes the manifest fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from forging import failures, sign_again  # type: ignore[import-not-found]
+
+from nanophi.files import UserError, read_json, write_json
+from nanophi.model_card import card, loader, release, reproduce, shipped, verify
+from nanophi.model_card.push import push
+
+
+def edit_json(name: str, **fields: Any) -> Callable[[Path], None]:
+    return lambda folder: write_json(folder / name, {**read_json(folder / name), **fields})
+
+
+@pytest.mark.parametrize(
+    ("tamper", "named"),
+    [
+        (edit_json("config.json", max_position_embeddings=64), "config.json has max_position_embeddings 64, not 128"),
+        (edit_json("config.json", layer_norm_eps=0.1), "config.json has layer_norm_eps 0.1, not 1e-05"),
+        (edit_json("config.json", eos_token_id=7), "config.json has eos_token_id 7, not 0"),
+        (edit_json("config.json", torch_dtype="bfloat16"), "config.json has torch_dtype 'bfloat16', not 'float32'"),
+        (edit_json("generation_config.json", suppress_tokens=[5]), "generation_config.json is not the one"),
+        (edit_json("generation_config.json", do_sample=None), "generation_config.json is not the one"),
+        (edit_json("generation_config.json", pad_token_id=9), "generation_config.json is not the one"),
+        (lambda folder: (folder / "generation_config.json").unlink(), "generation_config.json is missing"),
+        (lambda folder: (folder / "LICENSE").write_text("All rights reserved"), "LICENSE is not that of the recipe"),
+        (lambda folder: (folder / "chat_template.jinja").write_text("Obey: {{ messages }}"), "the chat template is"),
+        (edit_json("tokenizer_config.json", chat_template="Obey: {{ messages }}"), "the chat template is not the one"),
+    ],
+)
+def test_a_configuration_that_is_not_the_records_is_named(
+    copied: Path, tamper: Callable[[Path], None], named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader, "load", lambda *_: ({"error": "not tried"}, {"error": "not tried"}))
+    tamper(copied)
+    sign_again(copied)
+    failed = failures(copied)
+    assert list(failed) == ["configuration", "stock Phi", "remote code"] and named in failed["configuration"]
+    assert ";" not in failed["configuration"]
+
+
+def exchange_figures(folder: Path) -> None:
+    loss, quality = (folder / "figures" / f"{name}.png" for name in ("loss", "quality"))
+    content = loss.read_bytes()
+    loss.write_bytes(quality.read_bytes())
+    quality.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("tamper", "detail"),
+    [
+        (exchange_figures, "figures/loss.png does not show the records; figures/quality.png does not show the records"),
+        (lambda folder: (folder / "figures/loss.png").write_text("<svg/>"), "figures/loss.png is not an image ("),
+        (lambda folder: (folder / "figures/evaluation.png").unlink(), "figures/evaluation.png is missing"),
+    ],
+)
+def test_figures_that_do_not_show_the_records_are_named(
+    copied: Path, tamper: Callable[[Path], None], detail: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader, "load", lambda *_: ({"error": "not tried"}, {"error": "not tried"}))
+    tamper(copied)
+    sign_again(copied)
+    failed = failures(copied)
+    assert list(failed) == ["figures", "stock Phi", "remote code"] and failed["figures"].startswith(detail)
+
+
+def test_a_tokenizer_from_elsewhere_may_bring_its_chat_template(copied: Path) -> None:
+    edit_json("tokenizer_config.json", chat_template="Yes? {{ messages }}")(copied)
+    records = shipped.read_records(copied / "records")
+    records["recipe.yaml"]["tokenizer"]["path"] = "org/tokenizer"
+    assert verify._configuration(copied, records) == []
+
+
+def edit_record(name: str, **fields: Any) -> Callable[[Path], None]:
+    return lambda folder: write_json(folder / "records" / name, {**read_json(folder / "records" / name), **fields})
+
+
+def edit_provenance(**fields: Any) -> Callable[[Path], None]:
+    def tamper(folder: Path) -> None:
+        release.write_manifest(folder, {**read_json(folder / "MANIFEST.json")["provenance"], **fields})
+
+    return tamper
+
+
+def forge_weights_record(folder: Path) -> None:
+    summary = read_json(folder / "records" / "training.json")["summary"]
+    edit_record("training.json", summary={**summary, "weights_sha256": "8" * 64})(folder)
+
+
+@pytest.mark.parametrize(
+    ("tamper", "named"),
+    [
+        (edit_provenance(data_sha256={"train": "7" * 64, "heldout": "4" * 64}), "tokens.json has other tokens"),
+        (edit_provenance(weights_sha256="7" * 64), "model.safetensors has other weights than the manifest"),
+        (forge_weights_record, "model.safetensors has other weights than records/training.json"),
+        (lambda folder: write_json(folder / "revisions.json", []), "revisions.json differs from records/revisions"),
+        (lambda folder: (folder / "revisions.json").unlink(), "revisions.json is missing"),
+    ],
+)
+def test_what_manifest_records_and_files_say_differently_is_named(
+    copied: Path, tamper: Callable[[Path], None], named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify, "_load", lambda *_: None)  # takes seconds, and is not reached
+    tamper(copied)
+    sign_again(copied)
+    failed = failures(copied)
+    assert list(failed) == ["provenance"] and named in failed["provenance"]
+
+
+def test_a_sample_or_documents_that_were_taken_away_are_missed(copied: Path) -> None:
+    for name in ("sample.json", "heldout.json"):
+        (copied / "records" / name).unlink()
+    (copied / "README.md").write_text(card.render(shipped.read_records(copied / "records")))
+    sign_again(copied)
+    failed = failures(copied)
+    assert list(failed) == ["sample", "evaluation"]
+    assert failed["sample"] == "records/sample.json is missing"
+    assert failed["evaluation"].startswith("records/heldout.json is missing")
+
+
+def test_held_out_documents_that_are_all_too_long_to_ship(finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shipped, "HELDOUT_ITEM_BYTES", 10)
+    records = shipped.collect(finished_run, shipped.final_checkpoint(finished_run))
+    assert records["heldout.json"] == []
+
+
+def drop(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / "records" / name).unlink()
+
+
+def empty(name: str, content: Any) -> Callable[[Path], None]:
+    return lambda folder: write_json(folder / name, content)
+
+
+def drop_key(name: str, key: str) -> Callable[[Path], None]:
+    def tamper(folder: Path) -> None:
+        record = read_json(folder / "records" / name)
+        del record[key]
+        write_json(folder / "records" / name, record)
+
+    return tamper
+
+
+@pytest.mark.parametrize(
+    ("tamper", "named"),
+    [
+        (drop("checkpoint.json"), "checkpoint.json is missing"),
+        (drop("model.json"), "model.json is missing"),
+        (empty("records/run.json", []), "run.json has another form"),
+        (empty("records/evals/heldout.json", []), "evals/heldout.json has another form"),
+        (lambda folder: (folder / "records/run.json").write_text(""), "run.json is not valid JSON (Expecting value"),
+        (drop_key("run.json", "environment"), "the records are not complete (KeyError: 'environment')"),
+        (drop_key("training.json", "log"), "the records are not complete (KeyError: 'log')"),
+        (drop_key("evals/heldout.json", "n-samples"), "the records are not complete (KeyError: 'n-samples')"),
+        (empty("records/heldout.json", [1]), "the records are not complete (TypeError"),
+    ],
+)
+def test_records_that_are_not_complete_are_one_line(copied: Path, tamper: Callable[[Path], None], named: str) -> None:
+    tamper(copied)
+    sign_again(copied)
+    failed = failures(copied)
+    assert any(named in detail for detail in failed.values()), failed
+    assert not any("run the stage again" in detail for detail in failed.values())
+    if "heldout.json" not in named and "TypeError" not in named:
+        with pytest.raises(UserError, match=r"complete|records of a release|not valid JSON"):
+            push(copied, "org/demo", dry_run=True, echo=lambda line: None)
+
+
+def test_a_published_run_without_its_environment_is_not_reproduced(copied: Path, tmp_path: Path) -> None:
+    drop_key("run.json", "environment")(copied)
+    sign_again(copied)
+    with pytest.raises(UserError, match=r"the records are not complete \(KeyError: 'environment'\)"):
+        reproduce.prepare(str(copied), tmp_path / "again", echo=lambda line: None)
+
+
+def test_a_published_run_without_its_losses_is_not_compared(copied: Path, finished_run: Path) -> None:
+    drop_key("checkpoint.json", "train_loss")(copied)
+    drop_key("training.json", "summary")(copied)
+    with pytest.raises(UserError, match=r"the records are not complete \(KeyError: 'summary'\)"):
+        reproduce.compare(copied, finished_run, echo=lambda line: None)
+
+
+def test_an_emptied_config_is_somebody_elses(copied: Path) -> None:
+    (copied / "config.json").write_text("")
+    write_json(copied / "tokenizer_config.json", {"auto_map": "tok.Tok"})
+    sign_again(copied)
+    wrong = failures(copied)["code references"]
+    assert wrong == "config.json is not valid JSON; tokenizer_config.json: auto_map is not a mapping"
