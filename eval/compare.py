@@ -25,7 +25,7 @@ from nanophi.eval import filter_parts, render, statistics
 from nanophi.eval.catalogue import LEADERBOARD, TASKS, position, references
 from nanophi.eval.models import fingerprint
 from nanophi.eval.results import ANSWER_METRIC, FORMAT, ItemKey, item_values, mean_figures, read_result
-from nanophi.eval.statistics import SIGNIFICANCE, Estimate, bits_per_byte, bits_per_byte_stderr, holm, mcnemar
+from nanophi.eval.statistics import Estimate, bits_per_byte, bits_per_byte_stderr, holm, mcnemar
 from nanophi.files import UserError, read_json, write_json, write_text
 
 MAX_SOURCES = 12
@@ -388,8 +388,7 @@ def _correct(rows: Any) -> None:
     entries = [(row, difference) for row in rows for difference in row["differences"].values()]
     for (row, difference), p_value in zip(entries, holm([d["p_value"] for _, d in entries]), strict=True):
         difference["p_corrected"] = p_value
-        improved = (difference["value"] > 0) == row["higher_is_better"]
-        difference["verdict"] = "within noise" if p_value >= SIGNIFICANCE else "better" if improved else "worse"
+        difference["verdict"] = statistics.verdict(difference["value"], p_value, row["higher_is_better"])
         difference["minimum_detectable_effect"] = _detectable(difference, len(entries))
 
 

@@ -25,6 +25,13 @@ STDERR_RESAMPLES = 2000
 """Bootstrap resamples behind the standard error of a single score."""
 
 
+def verdict(difference: float, p_value: float, higher_is_better: bool) -> str:
+    """`better`, `worse` or `within noise`, from a difference and its corrected p-value."""
+    if p_value >= SIGNIFICANCE:
+        return "within noise"
+    return "better" if (difference > 0) == higher_is_better else "worse"
+
+
 def bits_per_byte(log_likelihoods: np.ndarray, sizes: np.ndarray) -> float:
     """Bits per byte of texts with these log-likelihoods (nats) and sizes (bytes), each of shape (texts,)."""
     return float(-log_likelihoods.sum() / sizes.sum() / math.log(2))

@@ -104,7 +104,7 @@ def _mean(record: dict[str, Any], leaves: list[str], key: str) -> dict[str, Any]
 
 def _comparison(records: ShippedRecords) -> Iterator[str]:
     """The comparison against this model's own scores, and its verdicts against the differences that they are about."""
-    from nanophi.eval.statistics import SIGNIFICANCE
+    from nanophi.eval.statistics import verdict
 
     comparison, ours = records["comparison.json"], records["recipe.yaml"]["name"]
     for row in leading_scores(records):
@@ -127,12 +127,11 @@ def _comparison(records: ShippedRecords) -> Iterator[str]:
     for table in [*tables, *(comparison.get("subjects") or {}).values()]:
         for task, row in table.items():
             for label, entry in row["differences"].items():
-                better = (entry["value"] > 0) == row["higher_is_better"]
-                verdict = "within noise" if entry["p_corrected"] >= SIGNIFICANCE else "better" if better else "worse"
-                if entry["verdict"] != verdict:
+                follows = verdict(entry["value"], entry["p_corrected"], row["higher_is_better"])
+                if entry["verdict"] != follows:
                     yield (
                         f"comparison.json calls {label} {entry['verdict']} on {task}, its difference of "
-                        f"{entry['value']} with p {entry['p_corrected']} is {verdict}"
+                        f"{entry['value']} with p {entry['p_corrected']} is {follows}"
                     )
 
 
