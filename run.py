@@ -32,7 +32,10 @@ from nanophi.version import __version__
 FORMATS: dict[str, int] = {}
 """Stage (or kind of stage) -> format of its outputs, 1 by default. Raise it when the same inputs give other outputs."""
 
-PACKAGES = ("torch", "transformers", "huggingface_hub", "tokenizers", "accelerate", "datasets", "lm_eval", "evaluate")
+PACKAGES = (
+    *("torch", "transformers", "huggingface_hub", "tokenizers", "accelerate", "datasets", "lm_eval", "evaluate"),
+    "matplotlib",
+)
 
 
 def git_commit() -> str | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanophi.formatting import percent
 from nanophi.model_card.shipped import ShippedRecords, leading_scores
+from nanophi.version import __version__
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,7 +36,7 @@ STYLE: Any = {
 }
 
 UNLIKE = 0.05
-"""Share of differing pixels from which on a figure shows something else: versions of matplotlib set text otherwise."""
+"""Share of differing pixels from which on a figure shows something else; machines set text a little differently."""
 
 
 def names(records: ShippedRecords) -> list[str]:
@@ -63,13 +65,22 @@ def build(records: ShippedRecords, output: Path) -> list[str]:
     return written
 
 
+def drawn_alike(records: ShippedRecords) -> bool:
+    """Whether this nanophi and matplotlib are those that drew a release's figures, so that they can be compared."""
+    there = records["run.json"]["environment"]
+    here = importlib.metadata.version("matplotlib")
+    return (there["nanophi"], there["packages"].get("matplotlib")) == (__version__, here)
+
+
 def problems(records: ShippedRecords, folder: Path) -> list[str]:
-    """Figures in a folder that are not those of the records, by drawing them again; one line each."""
+    """Figures in a folder that are not those of the records, by drawing them again if they were `drawn_alike`."""
     import numpy as np
     from matplotlib.image import imread
 
     expected, there = {f"{name}.png" for name in names(records)}, {path.name for path in folder.glob("*.png")}
     wrong = [f"figures/{name} is {'missing' if name in expected else 'unknown'}" for name in sorted(expected ^ there)]
+    if not drawn_alike(records):
+        return wrong
     with tempfile.TemporaryDirectory(prefix="nanophi-figures-") as scratch:
         build(records, Path(scratch))
         for name in sorted(expected & there):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import shutil
 from pathlib import Path
@@ -387,7 +388,11 @@ def build_run(run: Path) -> None:
         "commit": "0123456789abcdef",
         "python": "3.11.9",
         "platform": "linux-x86_64",
-        "packages": {"torch": "2.13.0", "transformers": "5.23.0"},
+        "packages": {
+            "torch": "2.13.0",
+            "transformers": "5.23.0",
+            "matplotlib": importlib.metadata.version("matplotlib"),
+        },
         "processor": "A processor",
         "cpu_threads": 2,
         "devices": [],

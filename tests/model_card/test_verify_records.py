@@ -10,7 +10,7 @@ import pytest
 from forging import failures, sign_again  # type: ignore[import-not-found]
 
 from nanophi.files import UserError, read_json, write_json
-from nanophi.model_card import card, loader, release, reproduce, shipped, verify
+from nanophi.model_card import card, figures, loader, release, reproduce, shipped, verify
 from nanophi.model_card.push import push
 
 
@@ -68,6 +68,16 @@ def test_figures_that_do_not_show_the_records_are_named(
     sign_again(copied)
     failed = failures(copied)
     assert list(failed) == ["figures", "stock Phi", "remote code"] and failed["figures"].startswith(detail)
+
+
+def test_figures_of_another_version_are_only_counted(copied: Path) -> None:
+    exchange_figures(copied)
+    records = shipped.read_records(copied / "records")
+    assert figures.problems(records, copied / "figures")
+    records["run.json"]["environment"]["packages"]["matplotlib"] = "3.0.0"
+    assert figures.problems(records, copied / "figures") == []
+    (copied / "figures/loss.png").unlink()
+    assert figures.problems(records, copied / "figures") == ["figures/loss.png is missing"]
 
 
 def test_a_tokenizer_from_elsewhere_may_bring_its_chat_template(copied: Path) -> None:
