@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 
 from nanophi.configuration_nanophi import NanoPhiConfig
 from nanophi.files import UserError
@@ -94,7 +95,7 @@ def uses_tf32(training: Training) -> bool:
 
 def peak_flops(device_name: str, precision: str = "bf16", tf32: bool = False) -> float | None:
     """Peak FLOP/s of a device by the name that CUDA gives it; None if it is not in the table."""
-    found = (device for device in DEVICES.values() if device.cuda_name in device_name)
+    found = (device for device in DEVICES.values() if re.search(rf"\b{device.cuda_name}\b", device_name))
     return next((device.peak(precision, tf32) for device in found), None)
 
 
