@@ -29,7 +29,7 @@ from nanophi.files import UserError, copy_tree, read_json, replace_tree, sha256_
 from nanophi.inputs import Contents, Kind, is_hub_id, local, resolve_commit
 from nanophi.version import __version__
 
-FORMATS = {"card": 2, "comparison": 2}
+FORMATS = {"documents": 2, "conversations": 2, "comparison": 2, "card": 2}
 """Stage (or kind of stage) -> format of its outputs, 1 by default. Raise it when the same inputs give other outputs."""
 
 PACKAGES = (

@@ -50,6 +50,7 @@ class ChatStages(DataStages):
         def build(work: Path) -> dict[str, Any]:
             from transformers import AutoTokenizer
 
+            shutil.rmtree(work)  # of a killed attempt, of which no part is used again
             folder, output = work / "data/tokenizer", work / "data/conversations"
             folder.mkdir(parents=True)
             for file in files:

@@ -1,8 +1,8 @@
 """Documents that contain evaluation items, found by shared word n-grams.
 
-Protocol: a document is contaminated if it shares one `ngram` (13 words by default) with an item of a benchmark's
-scored split, as in GPT-3 (Brown et al., 2020, appendix C), which also uses shorter n-grams, down to 8, for short items.
-An item is searched for in several forms: its question, the question followed by each choice (or with the choice in its
+Protocol: a document is contaminated if it shares one `ngram` (13 words by default) with an item of a benchmark's scored
+splits, as in GPT-3 (Brown et al., 2020, appendix C), which also uses shorter n-grams, down to 8, for short items. An
+item is searched for in several forms: its question, the question followed by each choice (or with the choice in its
 blank), and followed by all of them. A form of 8 to `ngram - 1` words must occur as a whole. Items that are shorter in
 every form are counted as too short.
 """
@@ -24,8 +24,11 @@ from nanophi.files import UserError
 from nanophi.inputs import walk
 
 SHORTEST = 8
-_QUESTIONS = ("question", "ctx", "sentence", "query", "prompt", "goal")
-_CHOICES = ("choices", "endings", "options", "option1", "option2", "mc1_targets", "mc2_targets", "answer")
+_QUESTIONS = ("question", "ctx", "sentence", "query", "prompt", "goal", "text")
+_CHOICES = (
+    *("choices", "endings", "options", "option1", "option2", "mc1_targets", "mc2_targets", "answer"),
+    *("sol1", "sol2", "correct_answer", "distractor1", "distractor2", "distractor3", "sentence_good", "sentence_bad"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,9 +91,9 @@ class BenchmarkIndex:
 
 
 def load_benchmarks(folder: Path, ngram: int) -> BenchmarkIndex:
-    """Read every benchmark in a folder of Hub-layout datasets and index the items of its scored split.
+    """Read every benchmark in a folder of Hub-layout datasets and index the items of the splits that may be scored.
 
-    The scored split is `test` where the dataset has one, else `validation`.
+    Those are `test` and `validation`, or the only one that the dataset has.
 
     Raises:
         UserError: if the folder is missing or holds no benchmark.
@@ -125,10 +128,13 @@ def load_benchmarks(folder: Path, ngram: int) -> BenchmarkIndex:
         )
     index = BenchmarkIndex(names, items, too_short, {}, {})
     for length in grams:
-        values, position = np.unique(np.concatenate(grams[length]), return_index=True)
+        values, items_of = np.concatenate(grams[length]), np.concatenate(owners[length])
+        order = np.lexsort((items_of, values))
+        values, items_of = values[order], items_of[order]
         if len(values):
-            index.grams[length] = values
-            index.owners[length] = np.concatenate(owners[length])[position]
+            # An n-gram of several items is there once for each.
+            new = np.append(True, (np.diff(values) != 0) | (np.diff(items_of) != 0))
+            index.grams[length], index.owners[length] = values[new], items_of[new]
     return index
 
 
@@ -139,10 +145,11 @@ def find(index: BenchmarkIndex, words: Words) -> list[list[int]]:
         known, (table, shift) = index.grams[length], index.tables[length]
         maybe = np.flatnonzero(table[hashed.hashes >> shift])
         values = hashed.hashes[maybe]
-        position = np.minimum(np.searchsorted(known, values), len(known) - 1)
-        same = known[position] == values
-        document = np.searchsorted(hashed.offsets, maybe[same], side="right") - 1
-        for owner, where in zip(index.owners[length][position[same]].tolist(), document.tolist(), strict=True):
+        first = np.searchsorted(known, values)
+        count = np.searchsorted(known, values, side="right") - first
+        document = np.repeat(np.searchsorted(hashed.offsets, maybe, side="right") - 1, count)
+        position = np.repeat(first - np.cumsum(count) + count, count) + np.arange(count.sum())
+        for owner, where in zip(index.owners[length][position].tolist(), document.tolist(), strict=True):
             hits[where].add(owner)
     return [sorted(items) for items in hits]
 
@@ -183,7 +190,7 @@ def report(index: BenchmarkIndex, hits: list[tuple[str, str, list[int]]]) -> dic
 
 
 def _benchmarks(folder: Path) -> Iterator[tuple[str, list[Path]]]:
-    """`(name, files of the scored split)` of every dataset config below a folder, sorted."""
+    """`(name, files of the splits that may be scored)` of every dataset config below a folder, sorted."""
     for readme in (path for path in walk(folder) if path.name == "README.md"):
         root = readme.parent
         text = readme.read_text(encoding="utf-8")
@@ -198,10 +205,12 @@ def _benchmarks(folder: Path) -> Iterator[tuple[str, list[Path]]]:
             splits = {
                 entry["split"]: entry["path"] for entry in config.get("data_files", []) if isinstance(entry, dict)
             }
-            split = next((name for name in ("test", "validation") if name in splits), None)
-            if split is None:
-                continue
-            patterns = splits[split] if isinstance(splits[split], list) else [splits[split]]
+            # Of HellaSwag, Winogrande and PIQA `test` has no answers, and `validation` is scored; BLiMP has one split.
+            scored = [name for name in ("test", "validation") if name in splits]
+            if len(splits) == 1:
+                scored = list(splits)
+            wanted = [splits[name] for name in scored]
+            patterns = [pattern for paths in wanted for pattern in (paths if isinstance(paths, list) else [paths])]
             files = sorted(file for pattern in patterns for file in root.glob(pattern))
             name = root.relative_to(folder).as_posix()
             config_name = config.get("config_name", "default")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,13 +106,13 @@ def build(
             raise UserError(f"source {name} holds no conversations")
     if not train:
         raise UserError(f"no conversation is left to train on: {dict(sum(counts.values(), Counter()))}")
-    base = None if base_text is None else _squeezed(base_text)
+    known = set() if base_text is None else _in_text(base_text, {row["answer"] for row in candidates.values()})
     kept: list[dict[str, Any]] = []
     for _, row in sorted(candidates.items()):
         count = counts[row["source"]]
         if len(kept) == HELDOUT_MAXIMUM:
             count["not_needed"] += 1
-        elif base is not None and row["answer"] in base:
+        elif row["answer"] in known:
             count["answer_in_base_text"] += 1
         elif row["answer"] in learned:
             count["answer_learned"] += 1
@@ -133,7 +133,7 @@ def build(
         "tokens": sum(len(row.get("input_ids", ())) for row in train) or None,
         "sources": {name: dict(count) for name, count in counts.items()},
         "answers_in_base_text": None
-        if base is None
+        if base_text is None
         else sum(count["answer_in_base_text"] for count in counts.values()),
         "train_sha256": sha256_of(train),
         "heldout_sha256": sha256_of(kept),
@@ -249,7 +249,10 @@ def _rows(source: Source) -> Iterator[tuple[str, dict[str, Any], bool | None]]:
             yield f"{shown(file)}:{number}", row, True if source.heldout else None
 
 
-def _squeezed(folder: Path) -> str:
-    """All training documents as one text with single spaces."""
-    batches = documents.batches(documents.shards(folder, "train"), ["text"], None)
-    return " ".join(" ".join(text.split()) for batch in batches for text in batch.column("text").to_pylist())
+def _in_text(folder: Path, answers: Collection[str]) -> set[str]:
+    """Which answers stand in the training documents, white space apart; holds a few MB of them at a time."""
+    left = {answer: " ".join(answer.split()) for answer in answers}
+    for batch in documents.batches(documents.shards(folder, "train"), ["text"], None):
+        base = "\n".join(" ".join(text.split()) for text in batch.column("text").to_pylist())
+        left = {answer: squeezed for answer, squeezed in left.items() if squeezed not in base}
+    return set(answers) - left.keys()

@@ -388,10 +388,11 @@ def _summary(
 ) -> dict[str, Any]:
     names = sorted({name for part in read for name in part["read"]})
     codes = {name: code for code, name in enumerate(documents.sources)}
-    origins: dict[str, int] = {}
+    origins: dict[str, list[int]] = {}
     for part in read:
         for name in part["read"]:
-            origins.setdefault(name, part["origin"])
+            if part["origin"] not in origins.setdefault(name, []):
+                origins[name].append(part["origin"])
     entries: dict[str, Any] = {}
     for name in names:
         mine = decisions[documents.codes == codes[name]] if name in codes else decisions[:0]
@@ -399,7 +400,8 @@ def _summary(
         for part in read:
             dropped.update(part["dropped"].get(name, {}))
         entries[name] = {
-            "origin": origins[name],
+            "origin": origins[name][0],
+            "origins": origins[name],
             "read": sum(part["read"].get(name, 0) for part in read),
             "bytes": sum(part["bytes"].get(name, 0) for part in read),
             "train": int((mine == TRAIN).sum()),

@@ -69,6 +69,10 @@ def pack(
     work = output / ".parts"
     sources = read_json(documents / "documents.json")["sources"]
     weights = {name: data.sources[source["origin"]].weight for name, source in sources.items()}
+    for name, source in sources.items():
+        # `gather` checked the weights of its day, which may have been changed since.
+        if any(data.sources[origin].weight != weights[name] for origin in source.get("origins", [])):
+            raise UserError(f"two sources of different weight give the same name '{name}'; set their 'name'")
     summary: dict[str, Any] = {"context_length": context_length}
     for split in ("train", "heldout"):
         paths = shards(documents, split)

@@ -8,6 +8,7 @@ outcome does not depend on the number of processes.
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,11 @@ def run_parts(
             else:
                 finished = in_processes(tasks, min(workers or cores(), len(todo)))
             for _ in finished:
-                done = len(parts) - sum(not path.with_suffix(".json").exists() for _, _, path in tasks)
-                progress.update(done - progress.n)
+                if engine == "local":  # once per finished part
+                    progress.update(1)
+                else:  # every few seconds
+                    done = len(parts) - sum(not path.with_suffix(".json").exists() for _, _, path in tasks)
+                    progress.update(done - progress.n)
         except WorkerDiedError:
             raise UserError(
                 f"{label}: a worker process died (out of memory?); run again with fewer data.workers, "
@@ -74,3 +78,10 @@ def _cluster() -> Callable[..., Iterator[None]]:
             f"data.engine 'ray' and 'slurm' require optional dependencies: pip install 'nanophi[cluster]' ({error})"
         ) from None
     return on_cluster
+
+
+def discard_parts(folder: Path) -> None:
+    """Remove what parts wrote, their marks first: a part without its files must not pass for a finished one."""
+    for mark in folder.glob("*.json"):
+        mark.unlink()
+    shutil.rmtree(folder)

@@ -18,7 +18,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +30,7 @@ import pyarrow.parquet as pq
 from nanophi.data import installed_docs, quality_report, sources
 from nanophi.data.documents import SPLITS, batches, draw, find, keys, shards
 from nanophi.data.gather import SCORE
-from nanophi.data.parallel import run_parts
+from nanophi.data.parallel import discard_parts, run_parts
 from nanophi.data.quality_report import EXCERPT, MADE_BY
 from nanophi.data.scorers import EXCERPT_BYTES, FIT_BYTES, Scorer, find_scorer, fit, forget
 from nanophi.data.selection import choose, divide
@@ -138,7 +137,7 @@ def score(
         for index in range(len(parts)):
             writer.write_table(pq.read_table(work / f"{index:05d}.parquet", schema=_SCHEMA))
     partial.replace(output / "scores.parquet")
-    shutil.rmtree(work)
+    discard_parts(work)
     total = sum(part["documents"] for part in counts)
     return {
         **read_json(output / "scorer.json"),

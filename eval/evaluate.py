@@ -328,11 +328,12 @@ def _open_partial(output: Path, key: str) -> Path:
 
 def _data_hashes(loaded: LoadedSuite) -> dict[str, Any]:
     """SHA-256 of each dataset folder; datasets from the Hub are pinned by the per-item hashes in the samples."""
-    folders = dict(loaded.datasets.values())
     hashes: dict[str, Any] = {}
-    for dataset, folder in folders.items():
+    for dataset, folder in dict.fromkeys(loaded.datasets.values()):
         if dataset == "heldout" and folder is not None:
-            hashes[dataset] = sha256_of({path.name: sha256_of_file(path) for path in folder.glob("heldout-*.parquet")})
+            found = {path.name: sha256_of_file(path) for path in folder.glob("heldout*.parquet")}
+            # Documents lie in shards, conversations in one file.
+            hashes["answers" if "heldout.parquet" in found else dataset] = sha256_of(found)
         else:
             hashes[dataset] = sha256_of_tree(folder) if folder is not None else None
     return hashes

@@ -31,6 +31,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from nanophi.eval.caches import Complete, Past, PrefixCache
+from nanophi.eval.catalogue import CUT_APART
 from nanophi.eval.forest import ROW_TOKENS, Forest, PackedRow, Range, Row
 from nanophi.eval.generation import PreallocatedLayer, StopStrings, mark_not_ended
 from nanophi.eval.kernels import Kernels, trim
@@ -124,6 +125,9 @@ class ScorerLM(HFLM):
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Like `HFLM.loglikelihood`, but the texts are encoded together, each distinct one once."""
+        if all(getattr(request, "task_name", None) in CUT_APART for request in requests):
+            encoded = [(r.args, *(self.tok_encode(text, False) for text in r.args)) for r in requests]
+            return self._loglikelihood_tokens(encoded, disable_tqdm)
         texts: dict[str, None] = {}
         for context, continuation in (request.args for request in requests):
             if context:

@@ -218,7 +218,9 @@ def send(
         if branch not in branches:
             create = functools.partial(api.create_branch, name, branch=branch, revision=first, repo_type=kind)
             hub.patiently(functools.partial(create, exist_ok=True), echo)
-        change = changes[branch] or _change(api, repository, branches.get(branch, first), folder)
+        change = changes[branch]
+        if change is None:  # there was no repository when the changes were planned
+            change = _change(api, repository, branches.get(branch, first), folder)
         result["revisions"][branch]["commit"] = _commit(api, repository, branch, change, echo)
     if tag not in tags:
         head = result["revisions"]["main"]["commit"]

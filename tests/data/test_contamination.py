@@ -99,6 +99,52 @@ def test_only_the_scored_split_is_looked_for_and_subjects_are_one_benchmark(tmp_
     assert report["org/subjects"]["examples"][0]["document"] == "00ff"
 
 
+def test_every_split_that_may_be_scored_is_looked_for(tmp_path: Path) -> None:
+    """lm-eval scores the validation of HellaSwag, whose test has no answers, and the one split of BLiMP."""
+    entries = []
+    for split in ("train", "validation", "test"):
+        text = " ".join(f"{split}{word}" for word in range(20))
+        (tmp_path / "swag").mkdir(exist_ok=True)
+        pq.write_table(pa.table({"ctx": [text], "endings": [["one", "two"]]}), tmp_path / "swag" / f"{split}.parquet")
+        entries.append(f"  - split: {split}\n    path: {split}.parquet\n")
+    (tmp_path / "swag" / "README.md").write_text("---\nconfigs:\n- data_files:\n" + "".join(entries) + "---\n")
+    pair = {f"sentence_{kind}": f"{kind} " + " ".join(f"blimp{word}" for word in range(12)) for kind in ("good", "bad")}
+    write_benchmark(tmp_path / "pairs", [pair], split="train")
+    index = contamination.load_benchmarks(tmp_path, 13)
+    assert dict(zip(index.names, index.items, strict=True)) == {"swag": 2, "pairs": 1}
+    for split, hits in (("train", 0), ("validation", 1), ("test", 1)):
+        assert len(find(index, " ".join(f"{split}{word}" for word in range(20)))) == hits
+    assert len(find(index, pair["sentence_good"])) == 1
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": " ".join(f"w{word}" for word in range(70))},
+        {"question": "Which one of these is it?", "support": "", "correct_answer": " ".join("abcdefghi")},
+        {"goal": "How to do it well", "sol1": " ".join("abcdefghi"), "sol2": " ".join("jklmnopqr")},
+    ],
+    ids=["lambada", "sciq", "piqa"],
+)
+def test_columns_of_the_suites_own_tasks_are_known(tmp_path: Path, row: dict[str, Any]) -> None:
+    write_benchmark(tmp_path / "task", [row])
+    index = contamination.load_benchmarks(tmp_path, 13)
+    assert index.too_short == [0]
+    planted = row.get("text") or " ".join(value for key, value in row.items() if key not in ("support", "sol2"))
+    assert find(index, f"before {planted} after") == [0]
+
+
+def test_an_item_of_two_benchmarks_counts_in_both(tmp_path: Path) -> None:
+    text = " ".join(f"word{number}" for number in range(30))
+    for name in ("one", "two"):
+        write_benchmark(tmp_path / name, [{"question": text}, {"question": f"{name} {text}"}])
+    index = contamination.load_benchmarks(tmp_path, 13)
+    found = find(index, text)
+    assert found == [0, 1, 2, 3]
+    report = contamination.report(index, [("00ff", "books", found)])
+    assert [report[name]["items_found"] for name in ("one", "two")] == [2, 2]
+
+
 def test_missing_or_empty_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a folder"):
         contamination.load_benchmarks(tmp_path / "nowhere", 13)

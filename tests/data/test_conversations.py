@@ -4,10 +4,11 @@ import gzip
 import json
 import shutil
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from chat_run import END, TRAINING, make_base, pipeline, talk
+from chat_run import END, TRAINING, make_base, pipeline, talk, write_rows
 from transformers import AutoTokenizer
 
 from nanophi.data import conversations, questions
@@ -205,6 +206,29 @@ def test_held_out_answers_are_in_no_text_that_was_read(runs):
     (row,) = pq.read_table(run.path / "data/conversations/heldout.parquet").to_pylist()
     assert (row["answer"], row["prompt"]) == ("Nobody said this.", f"User:\nThree?{END}Assistant:\n")
     assert (summary["answers_in_base_text"], summary["train"]) == (1, 4)
+
+
+def test_an_answer_of_several_lines_is_looked_for_in_the_base_text(runs):
+    said = "The first line of it.\nThe second line of it."
+    shutil.copytree(runs / "base", runs / "reader")
+    text = {"id": ["0" * 16], "source": ["web"], "text": [f"Intro.\n\n{said}  End."]}
+    pq.write_table(pa.table(text), runs / "reader/data/documents/train-00000.parquet")
+    run = pipeline(runs, ROWS, "lines", base=str(runs / "reader"))
+    held = [{"prompt": "Q1", "completion": said}, {"prompt": "Q2", "completion": "New."}]
+    write_rows(runs / "lines-heldout.jsonl", held)
+    assert run.tokens()["answers_in_base_text"] == 1
+    assert [row["answer"] for row in conversations.heldout(run.path)] == ["New."]
+
+
+def test_reading_that_was_interrupted_is_done_again(runs, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(conversations, "build", interrupted)
+        pipeline(runs, ROWS, "interrupted").tokens()
+    assert list((runs / "interrupted/.work").iterdir())
+    assert pipeline(runs, ROWS, "interrupted").tokens()
 
 
 def test_a_template_that_the_base_has_is_kept(runs):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from killed import run_killed
 
 from nanophi.data import gather, packing, quality, tokenizer
 from nanophi.data.documents import shards
-from nanophi.files import UserError
+from nanophi.files import UserError, read_json, write_json
 from nanophi.recipe import Data, Quality, Tokenizer
 
 CONTEXT = 64
@@ -70,6 +71,20 @@ def pack(folder: Path, output: Path, seed: int = 0, **kwargs: Any) -> dict[str, 
         seed,
         output,
     )
+
+
+def test_one_name_with_two_weights_is_refused_here_too(folder: Path, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    shutil.copytree(folder, work)
+    record = read_json(work / "documents/documents.json")
+    for entry in record["sources"].values():
+        entry["origins"] = [0, 1]
+    write_json(work / "documents/documents.json", record)
+    data = settings(folder)
+    sources = [data.sources[0], data.sources[0].model_copy(update={"weight": 5.0})]
+    folders = (work / "documents", work / "quality", work / "tokenizer")
+    with pytest.raises(UserError, match="two sources of different weight give the same name '"):
+        packing.pack(*folders, CONTEXT, data.model_copy(update={"sources": sources}), 0, tmp_path / "tokens")
 
 
 def rows(output: Path, split: str) -> np.ndarray:

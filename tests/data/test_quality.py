@@ -245,7 +245,7 @@ def test_killed_and_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     before = {path: path.stat().st_mtime_ns for path in (*finished, *output.glob("scorer.*"))}
     assert len(before) == 8
     with monkeypatch.context() as patch:
-        patch.setattr(quality.shutil, "rmtree", lambda path: None)
+        patch.setattr(quality, "discard_parts", lambda folder: None)
         resumed = quality.score(tmp_path / "documents", scorer, data, 0, output)
     assert {path: path.stat().st_mtime_ns for path in before} == before, "what was finished is not done again"
     assert resumed == quality.score(tmp_path / "documents", scorer, data, 0, whole)

@@ -11,6 +11,8 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -18,7 +20,7 @@ from hub_client import is_whole, silent, talk_to  # type: ignore[import-not-foun
 from hub_server import HubServer  # type: ignore[import-not-found]
 
 from nanophi.files import UserError, read_json, sha256_of_file, write_json
-from nanophi.model_card import card, file_checks, release, verify
+from nanophi.model_card import card, file_checks, release, upload, verify
 from nanophi.model_card import push as pushing
 from nanophi.model_card.gguf import parse_kinds
 from nanophi.model_card.push import problems, push
@@ -513,3 +515,34 @@ def test_wrong_token_is_one_line(built_release: Path, hub: HubServer, monkeypatc
     with pytest.raises(UserError, match="run `hf auth login`") as caught:
         push(built_release, "org/demo", echo=silent)
     assert "\n" not in str(caught.value) and "hf_wrong" not in str(caught.value)
+
+
+def test_a_branch_that_needed_nothing_gets_nothing_though_it_changes_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody edits the card after the changes were planned and shown: that is theirs to keep."""
+    (tmp_path / "README.md").write_text("ours")
+    (tmp_path / "MANIFEST.json").write_text("{}")
+
+    def entry(content: bytes) -> SimpleNamespace:
+        blob = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+        return SimpleNamespace(size=len(content), lfs=None, blob_id=blob)
+
+    files = {"c1": {"README.md": b"ours", "MANIFEST.json": b"{}"}, "c2": {"README.md": b"theirs", "eval.md": b"added"}}
+    head, sent = ["c1"], []
+    api: Any = SimpleNamespace(
+        create_repo=lambda *args, **options: "url",
+        list_repo_commits=lambda *args, **options: [SimpleNamespace(commit_id="c0")],
+        create_commit=lambda *args, **options: sent.append(args),
+        create_tag=lambda *args, **options: None,
+    )
+    monkeypatch.setattr(upload.hub, "branches_and_tags", lambda *args: ({"main": head[0]}, {}))
+    monkeypatch.setattr(
+        upload.hub, "files_at", lambda api, name, commit, kind="model": {p: entry(c) for p, c in files[commit].items()}
+    )
+    repository = upload.Repository("org/name", {"main": tmp_path}, "v1")
+    changes = upload.plan(api, repository, tmp_path / "scratch")
+    result = upload.announce(repository, changes, False, silent)
+    head[0] = "c2"
+    upload.send(api, repository, changes, result, silent)
+    assert not sent and result["revisions"]["main"]["commit"] == "c1"
