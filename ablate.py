@@ -230,7 +230,8 @@ def _check_same(plan: Mapping[str, Any], question: Mapping[str, Any], path: Path
             if key == "recipe":
                 where = next(f"recipe's {section}" for section in value if before[key][section] != value[section])
             raise UserError(
-                f"{path}: this experiment was planned with another {where}; name another --output, or run it as planned"
+                f"{path}: this experiment was planned with different {where.replace('_', ' ')}; name another --output, "
+                "or repeat what was planned"
             )
 
 

@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
+from nanophi.files import UserError
+
 quality_app = typer.Typer(help="Apply the quality filter to text files of your own.", no_args_is_help=True)
 
 TextColumn = Annotated[str, Option(help="Column or JSON key that holds the text.")]
@@ -60,7 +62,9 @@ def join(
     output: Annotated[Path, Option(help="Folder for the joined data set.")] = Path("joined"),
     text_column: TextColumn = "text",
 ) -> None:
-    """Join texts of your own with published scores, by the SHA-256 of the text.
+    """Join your own texts with published scores.
+
+    They are matched by the SHA-256 of the text.
 
     The folder has the documents that are in both, in the order of the scores. A recipe names it as
     `data.sources[].hub` with `quality.scorer: column:quality_score`.
@@ -82,7 +86,9 @@ def report(
     threshold: Annotated[
         float | None, Option(help="Documents that score above it are kept (default: the middle of the scale).")
     ] = None,
-    output: Annotated[Path, Option(help="Where quality.json, .md and .png go.")] = Path("quality"),
+    output: Annotated[
+        Path | None, Option(help="Where quality.json, .md and .png go. [default: quality]", show_default=False)
+    ] = None,
 ) -> None:
     """Show what a threshold keeps and drops, with examples.
 
@@ -93,7 +99,10 @@ def report(
     from nanophi.data import quality_report as reports
 
     if scores.is_dir():
+        if threshold is not None or output is not None:
+            raise UserError("--threshold and --output are for a file of scores; a run has its own report")
         typer.echo(reports.report_run(scores))
     else:
+        output = output or Path("quality")
         reports.report_files(scores, threshold, output)
         typer.echo(output / "quality.md")

@@ -69,6 +69,8 @@ def _open(
 ) -> Iterator[Pipeline]:
     """The recipe's pipeline, its run directory locked; stages outside `build` must be up to date already."""
     pipeline = Pipeline(load_recipe(recipe, overrides), runs, build, restart=restart)
+    if "tokens" not in build and not pipeline.path.is_dir():
+        raise UserError(f"{pipeline.path} does not exist; run `nanophi prepare` or `nanophi run` first, or name --runs")
     with pipeline.run.lock():
         yield pipeline
 
@@ -152,11 +154,11 @@ def worker(recipe: OneRecipe, restart: Restart = False, runs: Runs = Path("runs"
 def prepare(recipe: OneRecipe, restart: Restart = False, runs: Runs = Path("runs"), overrides: Overrides = []) -> None:
     """Prepare packed tokens: gather, deduplicate, score, filter, tokenize, pack.
 
-    Example: nanophi prepare demo --set quality.threshold=0.6
+    Example: nanophi prepare demo --set name=demo-06 --set quality.threshold=0.6
     """
     with _open(recipe, runs, overrides, PREPARE, restart) as pipeline:
-        pipeline.write_recipe()
         pipeline.tokens()
+        pipeline.write_recipe()  # once nothing can refuse it any more
 
 
 @app.command()

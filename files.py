@@ -117,7 +117,7 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); delete it and run the stage again") from None
+        raise UserError(f"{path} is not valid JSON ({error})") from None
 
 
 def permit(path: Path) -> None:

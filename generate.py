@@ -35,7 +35,11 @@ def generate(
         prompt.encode()
     except UnicodeEncodeError:  # the shell passes on any bytes
         raise UserError("the prompt is not valid UTF-8") from None
-    model_folder(model)  # a mistyped name, before anything slow is imported
+    folder = model_folder(model)  # a mistyped name, before anything slow is imported
+    if folder is not None and not (folder / "config.json").is_file():
+        inside = folder / "release"
+        hint = f"; did you mean {inside}?" if (inside / "config.json").is_file() else ""
+        raise UserError(f"{model} is not a model (no config.json){hint}")
     from transformers import pipeline, set_seed
 
     repo_id, revision = split_revision(model)

@@ -370,7 +370,8 @@ def run_recipes(
         for pipeline in pipelines:
             locks.enter_context(pipeline.run.lock())
         for pipeline in pipelines:
-            pipeline.write_recipe()
+            pipeline.tokens()
+            pipeline.write_recipe()  # once nothing can refuse it any more
             pipeline.training()
             pipeline.sample()
             pipeline.evaluation()
@@ -408,8 +409,8 @@ def train_side_by_side(
         for pipeline in pipelines:
             locks.enter_context(pipeline.run.lock())
         for pipeline in pipelines:
-            pipeline.write_recipe()
             pipeline.tokens()
+            pipeline.write_recipe()
     if jobs == 1:
         for pipeline in pipelines:
             with pipeline.run.lock():

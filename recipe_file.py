@@ -41,8 +41,10 @@ def find_recipe(path: str | Path) -> Path:
     for candidate in (path, *_built_in(str(path))):
         if candidate.is_file():
             return candidate
-    built_in = sorted(recipe.stem for recipe in RECIPES.glob("*.yaml"))
-    raise UserError(f"recipe {path} does not exist; built-in recipes: {', '.join(built_in)}")
+    built_in = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.yaml")))
+    if (path / "recipe.yaml").is_file():
+        raise UserError(f"{path} is a run, not a recipe; name {path / 'recipe.yaml'} or a built-in recipe: {built_in}")
+    raise UserError(f"recipe {path} does not exist; built-in recipes: {built_in}")
 
 
 def _built_in(name: str) -> tuple[Path, Path]:

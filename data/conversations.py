@@ -105,7 +105,8 @@ def build(
         if not count["read"]:
             raise UserError(f"source {name} holds no conversations")
     if not train:
-        raise UserError(f"no conversation is left to train on: {dict(sum(counts.values(), Counter()))}")
+        total = ", ".join(f"{reason} {count}" for reason, count in sum(counts.values(), Counter()).items())
+        raise UserError(f"no conversation is left to train on ({total})")
     known = set() if base_text is None else _in_text(base_text, {row["answer"] for row in candidates.values()})
     kept: list[dict[str, Any]] = []
     for _, row in sorted(candidates.items()):

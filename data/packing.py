@@ -125,7 +125,7 @@ def _encode_shard(
             for ids_of_text in encoder.encode(texts):
                 tokens = np.append(ids_of_text, np.uint32(eos))
                 if int((tokens == eos).sum()) != 1:
-                    raise UserError(f"{tokenizer}: text became end-of-text; mark that token as special")
+                    raise UserError(f"{tokenizer}: some text became the end-of-text token; mark that as special there")
                 output.write(tokens.tobytes())
                 lengths.append(len(tokens))
             sizes.extend(len(text.encode()) for text in texts)

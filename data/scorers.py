@@ -277,6 +277,8 @@ def find_scorer(
     kind, colon, rest = name.partition(":")
     if colon and kind == "column" and rest:
         return Scorer("column", rest, None, scale)
+    if name == "linear":
+        raise UserError("a linear scorer is fitted first: `nanophi quality fit`; then name its folder, model:FOLDER")
     folder_or_id, at = split_revision(rest if colon and kind == "model" else name)
     revision = revision or at
     folder = local(folder_or_id) if local(folder_or_id).exists() else _published(folder_or_id, revision)

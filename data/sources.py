@@ -189,7 +189,7 @@ def _files_below(folder: Path, others: list[str]) -> list[Path]:
 def _check_file(path: Path) -> None:
     """Raise `UserError` for a link that leads nowhere, or for what is no file (reading a pipe would never end)."""
     if path.is_symlink() and not path.exists():
-        raise UserError(f"source {shown(path)} is a dangling link to {shown(path.readlink())}; mend or remove it")
+        raise UserError(f"source {shown(path)} is a dangling link to {shown(path.readlink())}; fix or remove it")
     if not path.is_file():
         raise UserError(f"source {shown(path)} is not a regular file; remove it")
 

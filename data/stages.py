@@ -177,6 +177,7 @@ class DataStages:
             lambda work: quality.select(
                 self.path / "data/documents", self.path / "data/scores", section, work / "data/quality", seed
             ),
+            accept=self._keep_data_of_weights,
         )
 
     @user_errors("the tokenizer cannot be made; --debug shows where it stopped")
@@ -251,6 +252,8 @@ class DataStages:
         if (work / "data/tokens").exists():
             new = token_hashes(read_json(work / "data/tokens/tokens.json"))
             changed += [name.removesuffix("_sha256") for name in new if new[name] != trained["data"].get(name)]
+        if (work / "data/quality").exists() and self._selects_otherwise(work):
+            changed.append("train")
         if (work / "data/tokenizer").exists():
             changed += ["tokenizer"] * (sha256_of_tree(work / "data/tokenizer") != trained["data"]["tokenizer_sha256"])
         if changed:
@@ -261,6 +264,20 @@ class DataStages:
                 f"the weights ({max(weights)}) were trained on, which are kept with their data: put the sources and "
                 "the recipe's data, quality and tokenizer back, use another name, or start over with --restart"
             )
+
+    def _selects_otherwise(self, work: Path) -> bool:
+        """Whether a new selection keeps other documents than the one that this run's tokens were made of."""
+        import pyarrow.parquet as pq
+
+        tokens, quality = self.run.inputs_of("tokens"), self.run.record["stages"].get("quality")
+        before = self.path / "data/quality/kept.parquet"
+        if tokens is None or quality is None or tokens["quality"] != quality["key"] or not before.exists():
+            return False
+        ids = [
+            sorted(pq.read_table(file, columns=["id"])["id"].to_pylist())
+            for file in (before, work / "data/quality/kept.parquet")
+        ]
+        return ids[0] != ids[1]
 
     def require_tokens(self) -> None:
         """Check that the tokens are there and belong to the recipe, without looking at what they were made from.
@@ -290,7 +307,9 @@ class DataStages:
                 continue  # copied without its record; the rows' length is checked when they are read
             for line in differences({key: then.get(key) for key in values}, values):
                 if not line.startswith("tokenizer.path "):
+                    held = step_folders(self.path / "checkpoints") or step_folders(self.path / "training_state")
+                    remedy = "give it another name, or start over with --restart" if held else "run `nanophi prepare`"
+                    weights = ", and the run holds weights that were trained on it" if held else ""
                     raise UserError(
-                        f"{self.path / 'data'} was prepared with another recipe ({stage}: {line}); "
-                        "run `nanophi prepare` on this one"
+                        f"{self.path / 'data'} was prepared with another recipe ({stage}: {line}){weights}; {remedy}"
                     )

@@ -207,8 +207,10 @@ def _measured(label: str, contents: Sequence[dict[str, Any]], notes: list[str]) 
             key = (line["task"], *score.protocol)
             if key in found:
                 larger, smaller = sorted((score.line["items"], found[key].line["items"]), reverse=True)
-                left_out = "another" if larger == smaller else f"that on {smaller}"
-                notes.append(f"{line['task']}: {label} has two results; that on {larger} items counts, {left_out} not")
+                left_out = "the other" if larger == smaller else f"the one on {smaller}"
+                notes.append(
+                    f"{line['task']}: {label} has two results; the one on {larger} items counts, {left_out} does not"
+                )
                 if found[key].line["items"] >= line["items"]:
                     continue
             found[key] = score

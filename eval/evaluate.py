@@ -392,5 +392,6 @@ def _line(part: dict[str, Any], name: str) -> str:
             metric, error = key.split(",")[0], values.get(key.replace(",", "_stderr,"))
             figures = {"value": value, "stderr": error if isinstance(error, float) else None}
             shown.append(f"{metric} {score(figures, metric)}")
-    cut = f", {part['overflowing']} prompts cut to the context" if part["overflowing"] else ""
+    prompts = part["overflowing"]
+    cut = f", {prompts} prompt{'s' * (prompts > 1)} cut to the context" if prompts else ""
     return f"{name}: {', '.join(shown)} ({values['sample_len']} items{cut}, {duration(part['seconds'])})"

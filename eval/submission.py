@@ -284,7 +284,7 @@ class _Submission:
     def _card_text(self) -> Check:
         remedy = "describe in README.md what the model is and how it was made"
         count = len(self.card.text.strip()) if self.card else 0
-        return Check("card", count >= MIN_CARD_CHARACTERS, f"{count} characters of {MIN_CARD_CHARACTERS}", remedy)
+        return Check("card", count >= MIN_CARD_CHARACTERS, f"{count} characters, {MIN_CARD_CHARACTERS} needed", remedy)
 
     def _safetensors(self) -> Check:
         remedy = "save the weights as safetensors"
@@ -330,7 +330,7 @@ class _Submission:
         name = "chat template in tokenizer_config.json"
         files = self._files()
         if "chat_template.jinja" not in files and "chat_template.json" not in files:
-            return Check(name, True, "in it, or there is none", remedy)
+            return Check(name, True, "in tokenizer_config.json, or there is none", remedy)
         try:
             inside = "chat_template" in json.loads(self._read("tokenizer_config.json"))
         except (OSError, ValueError) as error:

@@ -153,7 +153,7 @@ def find_suite(name: str, num_fewshot: int | None = None) -> Suite:
     manager = _manager(tuple(entry.task for entry in entries))
     leaves = [leaf for entry in entries for leaf in _leaves(manager, entry.task)]
     if twice := {leaf for leaf in leaves if leaves.count(leaf) > 1}:
-        raise UserError(f"task '{min(twice)}' is named twice in '{name}'; measure it in two calls")
+        raise UserError(f"task '{min(twice)}' is named twice in '{name}'; name it once per command")
     return Suite(",".join(names), tuple(entries))
 
 
@@ -408,7 +408,7 @@ def _load_task(manager: TaskManager, name: str, entry: Entry, dataset: str, fold
         raise UserError(f"task '{name}': cannot load {where}: {type(error).__name__}: {reason}") from error
     defined = task.get_config("num_fewshot")
     if defined == 0 and entry.num_fewshot:
-        raise UserError(f"task '{name}' is defined with 0 shots, and lm-eval lets nobody change that; leave them out")
+        raise UserError(f"task '{name}' is zero-shot by its definition; leave out the number of shots")
     task.set_config("num_fewshot", (defined or 0) if entry.num_fewshot is None else entry.num_fewshot)
     return task
 

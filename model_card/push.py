@@ -97,7 +97,11 @@ def push(
     for kind in gguf:
         llama.check_kind(kind)
     if not (release / MANIFEST).is_file():
-        raise UserError(f"{release} is not a release folder (no {MANIFEST}); run `nanophi release` first")
+        if not release.is_dir():
+            raise UserError(f"folder {release} does not exist")
+        raise UserError(
+            f"{release} is not a release (no {MANIFEST}){verify.hint(release) or '; run `nanophi release` first'}"
+        )
     recipe = _recipe_of_run(release) if scorer or data else None
     _refuse(release, problems(release))
     with complete_records():
@@ -129,7 +133,7 @@ def push(
             except UserError as error:
                 if not dry_run or "connection failed" not in str(error):
                     raise
-                echo(f"what {repository.name} holds is not known: {error}")
+                echo(f"{repository.name}: the Hub cannot be reached; files are listed as if there were none")
                 plans[part] = dict.fromkeys(repository.revisions)
             results[part] = upload.announce(repository, plans[part], dry_run, echo)
             upload.refuse_foreign(repository, plans[part], force, dry_run, echo)

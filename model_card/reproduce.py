@@ -52,6 +52,8 @@ def prepare(published: str, output: Path, revision: str | None = None, echo: Cal
         UserError: if there is no such release, or its recipe names data that was not published.
     """
     folder = verify.locate(published, revision, ["MANIFEST.json", "records/*"])
+    if not (folder / release.MANIFEST).is_file():
+        raise UserError(f"{published} is not a release (no {release.MANIFEST}){verify.hint(folder)}")
     fetched = ("records/", release.MANIFEST)
     wrong = [line for line in file_checks.file_problems(folder, partial=True) if any(name in line for name in fetched)]
     if wrong:

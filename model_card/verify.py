@@ -73,7 +73,7 @@ def verify(
     with tempfile.TemporaryDirectory(prefix="nanophi-verify-") as scratch:
         folder = locate(release, revision)
         if not (folder / MANIFEST).is_file():
-            raise UserError(f"{release} is not a release (no {MANIFEST}){_hint(Path(release))}")
+            raise UserError(f"{release} is not a release (no {MANIFEST}){hint(Path(release))}")
         checks: list[Check] = []
 
         def add(name: str, wrong: list[str], right: str) -> bool:
@@ -115,7 +115,11 @@ def verify(
 def _load(folder: Path, records: ShippedRecords, scratch: Path, add: Callable[[str, list[str], str], bool]) -> None:
     """The checks of what both loaders make of the release."""
     add("configuration", _configuration(folder, records), "that of the records, the tokenizer and the recipe")
-    alike = "drawn again, they look the same" if figures.drawn_alike(records) else "all there; drawn by another version"
+    alike = (
+        "drawn again, they look the same"
+        if figures.drawn_alike(records)
+        else "all there; not compared, for another version drew them"
+    )
     add("figures", figures.problems(records, folder / "figures"), alike)
     stock, remote = loader.load(folder, records, scratch)
     add("stock Phi", _loads(stock, "transformers.PhiForCausalLM"), stock.get("class", ""))
@@ -165,8 +169,8 @@ def locate(release: str, revision: str | None = None, patterns: list[str] | None
             raise UserError(f"{release} has no revision {revision}") from None
 
 
-def _hint(folder: Path) -> str:
-    """Where the release is, if the folder is one that contains it."""
+def hint(folder: Path) -> str:
+    """`; did you mean FOLDER?` if the release is inside the folder, else nothing."""
     if (folder / "release" / MANIFEST).is_file():
         return f"; did you mean {folder / 'release'}?"
     snapshots = sorted(path.parent for path in folder.glob(f"snapshots/*/{MANIFEST}"))

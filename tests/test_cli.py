@@ -68,7 +68,7 @@ def test_every_example_is_a_command_that_parses(example):
         (["run", "demo", "--set", "model.hidden_size=100"], "hidden_size"),
         (["run", "demo", "demo"], "two recipes have the same name (demo, demo); each run needs its own directory"),
         (["run", "demo", "--set", "evaluation.suites=[heldoot]"], "heldout"),
-        (["train", "demo"], "tokens.json is missing; run `nanophi prepare`"),
+        (["train", "demo"], "runs/demo does not exist; run `nanophi prepare`"),
         (["compare", "."], "holds no results; name a run directory"),
         (["eval", "no_such_folder"], "folder no_such_folder does not exist, and it is not a Hub id"),
         (["generate", "nowhere", "x"], "folder nowhere does not exist"),

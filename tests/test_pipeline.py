@@ -208,11 +208,11 @@ def test_an_unfinished_training_does_not_begin_anew_on_other_data(finished, reci
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(trainer.NanoPhiTrainer, "training_step", dying_step)
         stopped().training()
-    before = [sha256_of_tree(runs / "stopped" / name) for name in ("checkpoints", "training_state", "data/tokens")]
+    kept = ("checkpoints", "training_state", "data/quality", "data/tokens")
+    before = [sha256_of_tree(runs / "stopped" / name) for name in kept]
     with pytest.raises(UserError, match=r"gives other data \(training tokens\) than the weights \(step-000004\)"):
         stopped("quality.threshold=null").training()
-    after = [sha256_of_tree(runs / "stopped" / name) for name in ("checkpoints", "training_state", "data/tokens")]
-    assert after == before
+    assert [sha256_of_tree(runs / "stopped" / name) for name in kept] == before
     shard = next((runs / "stopped/data/tokens/train").glob("*.arrow"))
     shard.unlink()
     summary = stopped("training.spike_threshold=null", "training.dollars_per_hour=1.0").training()

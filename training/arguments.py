@@ -13,7 +13,8 @@ from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
 from nanophi.files import UserError
-from nanophi.recipe import Training, suggestion
+from nanophi.recipe import Training
+from nanophi.recipe_file import suggestion
 from nanophi.training.optimizer import ADAM_EPS
 
 NO_FSDP = (
@@ -92,8 +93,8 @@ def check_names(training: Training) -> None:
         if name in Training.model_fields:
             instead = [f"training.{name}"]
         if instead:
-            raise UserError(f"training.arguments: '{name}' has no place there; use {instead[0]}")
-        raise UserError(f"training.arguments: '{name}' is unknown or was never tried{suggestion(name, ALLOWED)}")
+            raise UserError(f"training.arguments: '{name}' is not allowed there; use {instead[0]}")
+        raise UserError(f"training.arguments: '{name}' is unknown or untested{suggestion(name, ALLOWED)}")
     if given.get("dataloader_persistent_workers") and not given.get("dataloader_num_workers"):
         raise UserError("training.arguments: dataloader_persistent_workers needs dataloader_num_workers")
     compiling = sorted({"torch_compile_backend", "torch_compile_mode"} & set(given))

@@ -33,8 +33,8 @@ class EnergyMeter:
 
         if country_iso_code not in DataSource().get_global_energy_mix_data():
             raise UserError(
-                f"training.country_iso_code: codecarbon knows no country '{country_iso_code}'; give the three letters "
-                "of ISO 3166, such as FRA or USA"
+                f"training.country_iso_code: codecarbon does not know the country '{country_iso_code}'; give the "
+                "three letters of ISO 3166, such as FRA or USA"
             )
 
         class Keep(BaseOutput):

@@ -337,5 +337,5 @@ def test_report_of_a_run_counts_tokens(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "data" / "tokens").mkdir()
     (tmp_path / "data" / "tokens" / "tokens.json").write_text('{"train": {"bytes_per_token": 4.0}}')
     assert "tokens, about" in quality_report.report_run(tmp_path)
-    with pytest.raises(UserError, match="is missing"):
+    with pytest.raises(UserError, match="is not a run whose documents were selected"):
         quality_report.report_run(tmp_path / "nowhere")

@@ -88,7 +88,7 @@ def test_energy_sums_over_the_processes_of_a_run(tmp_path, fake_codecarbon, monk
 
 def test_meter_is_refused_or_skipped_in_one_line(tmp_path, fake_codecarbon, monkeypatch, capsys):
     run = make_run(tmp_path / "run")
-    with pytest.raises(UserError, match=r"knows no country 'XXX'; give the three letters of ISO 3166"):
+    with pytest.raises(UserError, match=r"does not know the country 'XXX'; give the three letters of ISO 3166"):
         train(run, track_energy=True, country_iso_code="XXX")
     with pytest.raises(ValueError, match="track_energy needs country_iso_code"):
         Training(**TRAINING, track_energy=True)

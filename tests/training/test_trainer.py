@@ -222,7 +222,7 @@ def test_training_arguments_are_checked(tmp_path):
         ("push_to_hub", True, "`nanophi push`"),
         ("deepspeed", "ds.json", "training.arguments.fsdp"),
     ):
-        with pytest.raises(UserError, match=rf"'{name}' has no place there; use {re.escape(instead)}"):
+        with pytest.raises(UserError, match=rf"'{name}' is not allowed there; use {re.escape(instead)}"):
             arguments(arguments={name: value})
     with pytest.raises(UserError, match=r"use a training\.batch_size that 3 devices divide, such as 6 or 9"):
         arguments(world_size=3)
