@@ -226,13 +226,11 @@ def _check_same(plan: Mapping[str, Any], question: Mapping[str, Any], path: Path
         before["recipe"]["data"][key] = now_["recipe"]["data"][key]
     for key, value in now_.items():
         if before[key] != value:
-            where = key
+            where = key.replace("_", " ")
             if key == "recipe":
-                where = next(f"recipe's {section}" for section in value if before[key][section] != value[section])
-            raise UserError(
-                f"{path}: this experiment was planned with different {where.replace('_', ' ')}; name another --output, "
-                "or repeat what was planned"
-            )
+                sections = [section for section in value if before[key][section] != value[section]]
+                where = f"values in the recipe's {sections[0]}"
+            raise UserError(f"{path}: planned with other {where}; name another --output, or repeat what was planned")
 
 
 def _make_plan(

@@ -288,7 +288,7 @@ def test_two_results_of_a_model_count_once_and_a_note_says_which(tmp_path):
     other = result(tmp_path / "other.json", [0.0, 1.0] * 50)
     comparison = compare({"m": [few, many], "other": [other]}, tmp_path)
     assert comparison["tasks"]["arc_easy"]["scores"]["m"]["items"] == 100
-    assert comparison["notes"] == ["arc_easy: m has two results; that on 100 items counts, that on 40 not"]
+    assert comparison["notes"] == ["arc_easy: m has two results; the one on 100 items counts, the one on 40 does not"]
     smaller = compare({"m": [few], "other": [other]}, tmp_path)
     assert smaller["notes"] == ["arc_easy: m and other are compared on the 40 items that both answered"]
 

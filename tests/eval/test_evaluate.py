@@ -216,7 +216,7 @@ def test_number_of_shots(tmp_path):
     ):
         with pytest.raises(UserError, match=problem):
             find_suite(name, count)
-    with pytest.raises(UserError, match="task 'heldout_order' is defined with 0 shots"):
+    with pytest.raises(UserError, match="task 'heldout_order' is zero-shot by its definition"):
         load_suite(find_suite("heldout_order:5"), heldout=folder_of_documents(tmp_path))
 
 
