@@ -1,4 +1,4 @@
-"""Does a killed run go on bit by bit, and how soon? Writes benchmarks/resume.json.
+"""Does a killed run resume bit for bit, and how fast? Writes benchmarks/resume.json.
 
     python benchmarks/resume.py
 

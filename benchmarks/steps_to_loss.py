@@ -11,7 +11,7 @@ a ladder of values, that ends when the best value of each has a worse one on eit
 so do the settings of `recipes/nano-phi-115m-fast.yaml`, which are more cautious. The search computes in bf16 where the
 machine does, what follows it in float32 on any.
 
-Every run is written to the result file as it ends and is not repeated: a killed benchmark goes on. The result goes to
+Every run is written to the result file as it ends and is not repeated: a killed benchmark resumes. The result goes to
 benchmarks/steps_to_loss.json (`--output`), the plot beside it.
 """
 

@@ -55,7 +55,7 @@ def _begin() -> None:
 
 
 def _end_with_parent() -> None:
-    # Killed, the parent cannot stop its workers, which would go on writing beside those of the run that resumes.
+    # Killed, the parent cannot stop its workers, which would keep writing beside those of the run that resumes.
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

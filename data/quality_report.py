@@ -260,8 +260,9 @@ def report_files(scores: Path, threshold: float | None, output: Path) -> dict[st
 
 def report_run(run: Path) -> str:
     """The quality report of a run as Markdown, with tokens if the run got so far. Raises `UserError` without one."""
-    if not (run / "data/quality/quality.json").is_file():
+    selected = run / "data/quality/quality.json"
+    if not selected.is_file():
         raise UserError(f"{run} is not a run whose documents were selected; run `nanophi prepare` on its recipe")
-    report = read_json(run / "data" / "quality" / "quality.json")
+    report = read_json(selected)
     tokens = run / "data" / "tokens" / "tokens.json"
     return markdown(report, read_json(tokens)["train"]["bytes_per_token"] if tokens.exists() else None)

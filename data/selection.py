@@ -29,7 +29,7 @@ def choose(scores: np.ndarray, sizes: np.ndarray, ids: np.ndarray, quality: Qual
     """Choose training documents.
 
     A share is taken from the best, the worst or a random end of the documents until their bytes come nearest to it.
-    Documents with equal scores come in random order, so that no source is favoured by where it stands in the corpus.
+    Documents with equal scores come in random order, so that no source is favoured by its position in the corpus.
     What is chosen depends on the documents and the seed, not on their order.
 
     Args:

@@ -143,7 +143,7 @@ def test_generate_gives_the_same_tokens(arguments):
 
 
 def test_beyond_the_context_it_does_what_phi_does():
-    """Rotary positions go on past max_position_embeddings: no error, and the same numbers."""
+    """Rotary positions continue past max_position_embeddings: no error, and the same numbers."""
     phi, nanophi = make_pair(max_position_embeddings=16)
     ids = tokens(length=40)
     assert difference(phi(ids).logits, nanophi(ids).logits) < TOLERANCE

@@ -435,7 +435,7 @@ def test_each_source_is_reported_and_a_loss_stops_the_run(tmp_path: Path) -> Non
         "source c: only 75.0 % of 20 documents can be used (data.max_dropped is 0.2): no_text 5; the first is "
         f"{files[2]}:16: it has no 'text' but body; set text_column, or raise data.max_dropped"
     )
-    # The same folder goes on from what was read, with the limit raised.
+    # The same folder resumes from what was read, with the limit raised.
     assert run(files[0], files[2], output="stopped", max_dropped=0.3)[1].startswith("c: 20 documents read, 15 kept")
     with pytest.raises(UserError, match=r"source again keeps nothing: exact_duplicate 20; leave it out"):
         (tmp_path / "again.jsonl").write_text((tmp_path / "a.jsonl").read_text())

@@ -1,4 +1,4 @@
-"""Measuring a model: the result file, going on after a kill, chance and better than chance, bad input."""
+"""Measuring a model: the result file, resuming after a kill, chance and better than chance, bad input."""
 
 import dataclasses
 import json

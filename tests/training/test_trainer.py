@@ -1,4 +1,4 @@
-"""Training: what is learnt, saved and logged; a run that was killed goes on bit by bit as if it had not been."""
+"""Training: what is learnt, saved and logged; a run that was killed resumes, bit for bit, as if it had not been."""
 
 import errno
 import importlib.util
