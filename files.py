@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,17 @@ def replace_tree(source: Path, target: Path) -> None:
         shutil.rmtree(old)
     else:
         source.replace(target)
+
+
+@contextlib.contextmanager
+def whole_folder(output: Path) -> Iterator[Path]:
+    """A folder to write in, beside `output`, which it replaces once all is written."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.{os.getpid()}.", dir=output.parent) as scratch:
+        work = Path(scratch) / "folder"
+        work.mkdir()
+        yield work
+        replace_tree(work, output)
 
 
 def link_or_copy(source: str, target: str) -> str:

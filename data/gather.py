@@ -205,14 +205,19 @@ def _dropped_of(read: Sequence[dict[str, Any]], number: int) -> Counter[str]:
     return total
 
 
+def _origins(read: Sequence[dict[str, Any]]) -> dict[str, list[int]]:
+    """Every name with the numbers of the sources that give it."""
+    origins: dict[str, list[int]] = {}
+    for part in read:
+        for name in part["read"]:
+            if part["origin"] not in origins.setdefault(name, []):
+                origins[name].append(part["origin"])
+    return origins
+
+
 def _check_read(data: Data, read: Sequence[dict[str, Any]]) -> None:
     """What stops the run before hours of work: names that stand for two sources, and sources that lose too much."""
-    weights: dict[str, float] = {}
-    for part in read:
-        weight = data.sources[part["origin"]].weight
-        for name in part["read"]:
-            if weights.setdefault(name, weight) != weight:
-                raise UserError(f"two sources of different weight give the same name '{name}'; set their 'name'")
+    sources.weights(data.sources, _origins(read))
     for number, source in enumerate(data.sources):
         mine = [part for part in read if part["origin"] == number]
         total = sum(sum(part["read"].values()) for part in mine)
@@ -388,11 +393,7 @@ def _summary(
 ) -> dict[str, Any]:
     names = sorted({name for part in read for name in part["read"]})
     codes = {name: code for code, name in enumerate(documents.sources)}
-    origins: dict[str, list[int]] = {}
-    for part in read:
-        for name in part["read"]:
-            if part["origin"] not in origins.setdefault(name, []):
-                origins[name].append(part["origin"])
+    origins = _origins(read)
     entries: dict[str, Any] = {}
     for name in names:
         mine = decisions[documents.codes == codes[name]] if name in codes else decisions[:0]

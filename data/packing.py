@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from nanophi.data import sources
 from nanophi.data.documents import batches, draw, keys, shards
 from nanophi.data.parallel import run_parts
 from nanophi.data.tokenizer import Encoder
@@ -67,12 +68,10 @@ def pack(
     _encoder.cache_clear()
     _kept_ids.cache_clear()
     work = output / ".parts"
-    sources = read_json(documents / "documents.json")["sources"]
-    weights = {name: data.sources[source["origin"]].weight for name, source in sources.items()}
-    for name, source in sources.items():
-        # `gather` checked the weights of its day, which may have been changed since.
-        if any(data.sources[origin].weight != weights[name] for origin in source.get("origins", [])):
-            raise UserError(f"two sources of different weight give the same name '{name}'; set their 'name'")
+    read = read_json(documents / "documents.json")["sources"]
+    # `gather` checked the weights of its day, which may have been changed since.
+    origins = {name: source.get("origins", [source["origin"]]) for name, source in read.items()}
+    weights = sources.weights(data.sources, origins)
     summary: dict[str, Any] = {"context_length": context_length}
     for split in ("train", "heldout"):
         paths = shards(documents, split)

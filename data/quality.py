@@ -18,7 +18,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,8 +38,8 @@ from nanophi.files import (
     check_own_file,
     check_own_folder,
     read_json,
-    replace_tree,
     user_errors,
+    whole_folder,
     write_json,
 )
 from nanophi.recipe import Data, Quality, Source
@@ -257,13 +256,9 @@ def fit_files(
             sources.check_usable(pattern, tally.read.total(), tally.dropped_total(), tally.refused, 1.0)
     scorer, report = fit(texts, np.array(good), names, seed)
     report = {"scorer": "linear", "high": list(high), "low": list(low), **report}
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.{os.getpid()}.", dir=output.parent) as scratch:
-        work = Path(scratch) / output.name
-        work.mkdir()
+    with whole_folder(output) as work:
         scorer.save(work)
         write_json(work / "scorer.json", report)
-        replace_tree(work, output)
     return report
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanophi.data import sources
-from nanophi.files import UserError, check_own_folder, replace_tree, user_errors, write_text
+from nanophi.files import UserError, check_own_folder, user_errors, whole_folder, write_text
 from nanophi.inputs import split_revision
 from nanophi.recipe import Source
 
@@ -54,9 +52,8 @@ def join_files(files: str, scores: str, output: Path, text_column: str = "text")
     tally = sources.Tally()
     source = Source(files=files, text_column=text_column)
     parts = sources.plan(source, None)[0]
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.{os.getpid()}.", dir=output.parent) as scratch:
-        spill = Path(scratch) / "texts"
+    with whole_folder(output) as work:
+        spill = work.with_name("texts")
         with spill.open("wb") as file:
             for document in (document for part in parts for document in sources.read(source, part, None, tally)):
                 row = first.get(hashlib.sha256(document.text).hexdigest())
@@ -69,8 +66,7 @@ def join_files(files: str, scores: str, output: Path, text_column: str = "text")
         if (size < 0).all():
             raise UserError(f"none of the {unknown} texts of {files} is among the {len(first)} documents of {scores}")
         texts = np.memmap(spill, np.uint8, "r")
-        work = Path(scratch) / "joined"
-        (work / "data").mkdir(parents=True)
+        (work / "data").mkdir()
         joined = start = 0
         for split, table in tables.items():
             mine = rows[start : start + len(table)]
@@ -87,7 +83,6 @@ def join_files(files: str, scores: str, output: Path, text_column: str = "text")
                     text = pa.array(column, pa.binary()).cast(pa.string())
                     writer.write_table(table.take(chosen).append_column("text", text).cast(schema))
         write_text(work / "README.md", f"{MADE_BY}\n\nTexts of {joined} documents with the scores of {scores}.\n")
-        replace_tree(work, output)
     return {"joined": joined, "scored": len(ids), "unknown": unknown}
 
 

@@ -12,7 +12,7 @@ import glob
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,6 +113,14 @@ def check_usable(
 def name_of(source: Source) -> str:
     """What a source is called where its documents do not say."""
     return shown(source.name or source.hub or source.files or "embedded")
+
+
+def weights(sources: Sequence[Source], origins: Mapping[str, Sequence[int]]) -> dict[str, float]:
+    """Every name's weight, from the numbers of the sources that give it. Raises `UserError` if they differ."""
+    for name, numbers in origins.items():
+        if len({sources[number].weight for number in numbers}) > 1:
+            raise UserError(f"two sources of different weight give the same name '{name}'; set their 'name'")
+    return {name: sources[numbers[0]].weight for name, numbers in origins.items()}
 
 
 # Which files

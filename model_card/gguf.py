@@ -14,13 +14,12 @@ from __future__ import annotations
 
 import os
 import shlex
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanophi.configuration_nanophi import NanoPhiConfig
-from nanophi.files import UserError, read_json, replace_tree, sha256_of_file, write_text
+from nanophi.files import UserError, read_json, sha256_of_file, whole_folder, write_text
 from nanophi.inputs import is_hub_id
 from nanophi.model_card import markup
 from nanophi.model_card import release as releases
@@ -57,18 +56,14 @@ def export(release: Path, kinds: Sequence[str], output: Path) -> list[dict[str, 
         raise UserError(f"{output} lies inside the release {release}, which must stay as it is; choose another folder")
     repo_id = _repo_id(release)
     name = repo_id.split("/")[-1]
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as scratch:
-        work = Path(scratch) / "folder"
-        work.mkdir()
-        results = []
+    results = []
+    with whole_folder(output) as work:
         for kind in kinds:
             file = f"{name}-{kind}.gguf"
             results.append({**write(release, work / file, kind), "path": str(output / file)})
         write_text(work / "README.md", _card(release, repo_id, results))
         weights = sha256_of_file(release / "model.safetensors")
         releases.write_manifest(work, {"nanophi": __version__, "model": repo_id, "weights_sha256": weights})
-        replace_tree(work, output)
     return results
 
 
