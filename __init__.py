@@ -9,7 +9,7 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from nanophi.version import __version__
+from nanophi.core.version import __version__
 
 if TYPE_CHECKING:
     from nanophi.configuration_nanophi import NanoPhiConfig

@@ -4,7 +4,7 @@ import errno
 import os
 import sys
 
-from nanophi.files import UserError, printable, reason
+from nanophi.core.errors import UserError, one_line
 
 INTERRUPTED = 130
 """Exit status of a command that Ctrl-C stopped (128 + SIGINT); typer sets it."""
@@ -39,7 +39,7 @@ def main() -> None:
             raise
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             sys.exit(f"nanophi: no disk space left ({error.filename or 'unknown file'}); free some and run it again")
-        sys.exit(f"nanophi: {printable(reason(error))}")
+        sys.exit(f"nanophi: {one_line(error)}")
     except (KeyboardInterrupt, SystemExit) as stop:
         if isinstance(stop, SystemExit) and stop.code != INTERRUPTED:
             raise

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from nanophi.files import UserError
+from nanophi.core.errors import UserError
 
 quality_app = typer.Typer(help="Apply the quality filter to text files of your own.", no_args_is_help=True)
 

@@ -16,12 +16,12 @@ from typer import Argument, Option
 
 from nanophi.cli_push import Gguf, push
 from nanophi.cli_quality import quality_app
-from nanophi.files import UserError
-from nanophi.inputs import model_folder
-from nanophi.jobs import stop_with_parent
+from nanophi.core.errors import UserError
+from nanophi.core.jobs import stop_with_parent
+from nanophi.core.names import resolve
+from nanophi.core.recipe import load_recipe
+from nanophi.core.version import __version__
 from nanophi.pipeline import PREPARE, Pipeline, is_main_process, run_recipes
-from nanophi.recipe import load_recipe
-from nanophi.version import __version__
 
 app = typer.Typer(
     help="Pretrain small language models from scratch, measure them honestly, publish them on the Hugging Face Hub.",
@@ -119,8 +119,8 @@ def ablate(
 
     Example: nanophi ablate nano-phi-115m-fast --epochs 4 --seed 0 --seed 1 --seed 2
     """
-    from nanophi import ablate as ablation
-    from nanophi.eval.ablation_render import paragraph
+    from nanophi.experiments import ablate as ablation
+    from nanophi.experiments.ablation_render import paragraph
 
     resolved = load_recipe(recipe, overrides)
     output = Path("ablations") / resolved.name if output is None else output
@@ -239,7 +239,7 @@ def evaluate(
     Example: nanophi eval runs/demo/release microsoft/phi-2 --suite arc_easy --limit 200
     """
     for model in models:
-        model_folder(model)  # a mistyped name, before anything slow is imported
+        resolve(model)  # a mistyped name, before anything slow is imported
     from nanophi.eval.curve import evaluate_checkpoints
 
     _, curve = evaluate_checkpoints(
@@ -326,7 +326,7 @@ def generate(
 
     With a chat model: nanophi generate --chat runs/demo-chat/release "What does os.path.join do?"
     """
-    from nanophi.generate import generate as write
+    from nanophi.core.generate import generate as write
 
     typer.echo(write(model, prompt, max_new_tokens, temperature, seed, chat, lambda line: typer.echo(line, err=True)))
 

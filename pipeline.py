@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from nanophi import bases, preflight
+from nanophi import preflight
+from nanophi.core import bases
+from nanophi.core.errors import UserError
+from nanophi.core.files import read_json, remove, sha256_of_file, write_json, write_text
+from nanophi.core.jobs import side_by_side
+from nanophi.core.names import local, step_name, step_of
+from nanophi.core.recipe import Recipe
+from nanophi.core.run import RunDirectory, environment
 from nanophi.data.chat_stages import ChatStages
 from nanophi.data.stages import PREPARE
-from nanophi.files import UserError, read_json, remove, sha256_of_file, write_json, write_text
-from nanophi.inputs import local
-from nanophi.jobs import side_by_side
-from nanophi.recipe import Recipe
-from nanophi.run import RunDirectory, environment, step_name, step_of
 
 if TYPE_CHECKING:
     from nanophi.configuration_nanophi import NanoPhiConfig
@@ -266,7 +268,7 @@ class Pipeline(ChatStages):
 
     def _records(self) -> dict[str, Any]:
         """What the report and the card are made from, as a stage's inputs."""
-        from nanophi.model_card.shipped import LATER_STAGES
+        from nanophi.model_card.records import LATER_STAGES
 
         self.sample()
         self.evaluation()

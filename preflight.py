@@ -7,11 +7,11 @@ import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from nanophi import bases
-from nanophi.files import UserError
-from nanophi.inputs import local
-from nanophi.recipe import Recipe
-from nanophi.run import RunDirectory, differences, step_folders, step_name
+from nanophi.core import bases
+from nanophi.core.errors import UserError
+from nanophi.core.names import local, step_folders, step_name
+from nanophi.core.recipe import Recipe
+from nanophi.core.run import RunDirectory, differences
 
 if TYPE_CHECKING:
     from nanophi.configuration_nanophi import NanoPhiConfig

@@ -36,10 +36,10 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from nanophi.core.files import read_json, write_json
+from nanophi.core.recipe import Data, Quality, Tokenizer
 from nanophi.data import contamination, gather, packing, quality, scorers, tokenizer
 from nanophi.data.documents import shards
-from nanophi.files import read_json, write_json
-from nanophi.recipe import Data, Quality, Tokenizer
 
 HIGH = {"textbook", "reference", "encyclopedia"}
 LOW = {"chat-log", "transcript", "latex"}

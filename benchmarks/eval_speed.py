@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from nanophi.files import read_json, write_json
+from nanophi.core.files import read_json, write_json
 
 SCORERS = ("hflm", "ours")
 # Short and long few-shot prefixes, and two subjects whose five examples alone overflow 1,024 tokens.
@@ -276,9 +276,9 @@ def score(job: dict[str, Any]) -> None:
     """Score the requested blocks of a task's items, and at the end send the decisions."""
     from lm_eval.models.huggingface import HFLM
 
+    from nanophi.core.run import environment
     from nanophi.eval.models import load_model
     from nanophi.eval.scorer import ScorerLM
-    from nanophi.run import environment
 
     network, tokenizer, _ = load_model(job["model"], dtype="float32")
     instances, tasks = build(job["task"], job)

@@ -26,9 +26,9 @@ from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from nanophi import NanoPhiForCausalLM
-from nanophi.files import read_json, sha256_of_file, write_json
+from nanophi.core.files import read_json, sha256_of_file, write_json
+from nanophi.core.run import environment, now
 from nanophi.model_card import gguf
-from nanophi.run import environment, now
 
 LIMITS = {"f16": 0.005, "q8_0": 0.02}
 """Largest relative difference of perplexity."""

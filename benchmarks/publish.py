@@ -22,9 +22,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import yaml
 
-from nanophi.files import write_json
+from nanophi.core.files import write_json
+from nanophi.core.run import environment
 from nanophi.model_card import secrets
-from nanophi.run import environment
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from hub_server import HubServer  # type: ignore[import-not-found]

@@ -26,11 +26,11 @@ import pyarrow.parquet as pq
 import torch
 
 from nanophi import NanoPhiConfig
+from nanophi.core.files import read_json, remove, write_json
+from nanophi.core.recipe import Data, Source, Tokenizer, Training, load_recipe
+from nanophi.core.run import environment, now
 from nanophi.data import gather, packing, tokenizer
 from nanophi.data.documents import shards
-from nanophi.files import read_json, remove, write_json
-from nanophi.recipe import Data, Source, Tokenizer, Training, load_recipe
-from nanophi.run import environment, now
 from nanophi.training.trainer import train
 
 SHAPE: dict[str, Any] = {

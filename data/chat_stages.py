@@ -8,9 +8,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from nanophi import bases
+from nanophi.core import bases
+from nanophi.core.errors import UserError
+from nanophi.core.files import copy_tree, read_json, sha256_of_file, write_json
 from nanophi.data.stages import DataStages
-from nanophi.files import UserError, copy_tree, read_json, sha256_of_file, write_json
 
 OUTPUTS = ["data/base", "data/conversations", "data/tokenizer", "data/tokens", "data/documents", "data/quality"]
 TOKENIZER = re.compile(r"(tokenizer|special_tokens|added_tokens|vocab|merges|chat_template)[\w.]*")

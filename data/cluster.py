@@ -23,8 +23,9 @@ from datatrove.executor.slurm import SlurmPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 from datatrove.utils.logging import logger
 
-from nanophi.data.processes import Task, WorkerDiedError, in_processes
-from nanophi.files import UserError, read_json, write_json
+from nanophi.core.errors import UserError
+from nanophi.core.files import read_json, write_json
+from nanophi.core.processes import Task, WorkerDiedError, in_processes
 
 POLL_SECONDS = 2.0
 SLURM_WORKERS = 16

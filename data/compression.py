@@ -12,8 +12,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from nanophi.files import UserError
-from nanophi.inputs import shown
+from nanophi.core.errors import UserError
+from nanophi.core.names import shown
 
 _COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 _MAGIC = {b"\x1f\x8b": ".gz", b"BZh91AY": ".bz2", b"\xfd7zXZ": ".xz", b"\x28\xb5\x2f\xfd": ".zst", b"PAR1": ".parquet"}

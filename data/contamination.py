@@ -19,9 +19,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import yaml
 
+from nanophi.core.errors import UserError
+from nanophi.core.names import walk
 from nanophi.data.ngrams import Words, hash_words, ngrams, ngrams_of_lengths
-from nanophi.files import UserError
-from nanophi.inputs import walk
 
 SHORTEST = 8
 _QUESTIONS = ("question", "ctx", "sentence", "query", "prompt", "goal", "text")

@@ -16,10 +16,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from nanophi.core.errors import UserError, user_errors
+from nanophi.core.files import sha256_of
+from nanophi.core.names import shown
+from nanophi.core.recipe import Source
 from nanophi.data import documents, formats, questions, sources
-from nanophi.files import UserError, sha256_of, user_errors
-from nanophi.inputs import shown
-from nanophi.recipe import Source
 
 TEMPLATE = """\
 {%- for message in messages -%}

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from nanophi.files import UserError
+from nanophi.core.errors import UserError
 
 SPLITS = ("train", "heldout")
 

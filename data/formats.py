@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from nanophi.core.errors import UserError
+from nanophi.core.names import shown
+from nanophi.core.recipe import Source
 from nanophi.data.compression import open_file, open_plain, suffixes
-from nanophi.files import UserError
-from nanophi.inputs import shown
-from nanophi.recipe import Source
 
 MAXIMUM_DOCUMENT_BYTES = 10_000_000
 _FORMATS = {

@@ -25,13 +25,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from nanophi.core.errors import UserError
+from nanophi.core.files import read_json, write_json
+from nanophi.core.formatting import integer
+from nanophi.core.names import local
+from nanophi.core.recipe import Data, Source
 from nanophi.data import contamination, deduplication, sources
 from nanophi.data.ngrams import hash_words
 from nanophi.data.parallel import run_parts
-from nanophi.files import UserError, read_json, write_json
-from nanophi.formatting import integer
-from nanophi.inputs import local
-from nanophi.recipe import Data, Source
 
 BATCH_BYTES = 4 << 20
 TRAIN, HELDOUT, EXACT, NEAR, CONTAMINATED, HELDOUT_NEAR = range(6)

@@ -22,12 +22,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from nanophi.core.errors import UserError
+from nanophi.core.files import read_json, replace_tree, write_json
+from nanophi.core.recipe import Data
 from nanophi.data import sources
 from nanophi.data.documents import batches, draw, keys, shards
 from nanophi.data.parallel import run_parts
 from nanophi.data.tokenizer import Encoder
-from nanophi.files import UserError, read_json, replace_tree, write_json
-from nanophi.recipe import Data
 
 _BATCH_BYTES = 1 << 20
 _WRITE_TOKENS = 1 << 20

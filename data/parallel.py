@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from nanophi.data.processes import WorkerDiedError, cores, in_processes, run_task
-from nanophi.files import UserError, read_json
-from nanophi.progress import progress_bar
+from nanophi.core.errors import UserError
+from nanophi.core.files import read_json
+from nanophi.core.processes import WorkerDiedError, cores, in_processes, run_task
+from nanophi.core.progress import progress_bar
 
 
 def run_parts(

@@ -26,6 +26,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from nanophi.core.errors import UserError, user_errors
+from nanophi.core.files import atomic_folder, check_own_file, check_own_folder, read_json, write_json
+from nanophi.core.recipe import Data, Quality, Source
 from nanophi.data import installed_docs, quality_report, sources
 from nanophi.data.documents import SPLITS, batches, draw, find, keys, shards
 from nanophi.data.gather import SCORE
@@ -33,16 +36,6 @@ from nanophi.data.parallel import discard_parts, run_parts
 from nanophi.data.quality_report import EXCERPT, MADE_BY
 from nanophi.data.scorers import EXCERPT_BYTES, FIT_BYTES, Scorer, find_scorer, fit, forget
 from nanophi.data.selection import choose, divide
-from nanophi.files import (
-    UserError,
-    check_own_file,
-    check_own_folder,
-    read_json,
-    user_errors,
-    whole_folder,
-    write_json,
-)
-from nanophi.recipe import Data, Quality, Source
 
 _SCHEMA = pa.schema(
     [
@@ -256,7 +249,7 @@ def fit_files(
             sources.check_usable(pattern, tally.read.total(), tally.dropped_total(), tally.refused, 1.0)
     scorer, report = fit(texts, np.array(good), names, seed)
     report = {"scorer": "linear", "high": list(high), "low": list(low), **report}
-    with whole_folder(output) as work:
+    with atomic_folder(output) as work:
         scorer.save(work)
         write_json(work / "scorer.json", report)
     return report

@@ -10,10 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from nanophi.core.errors import UserError, user_errors
+from nanophi.core.files import atomic_folder, check_own_folder, write_text
+from nanophi.core.names import split_revision
+from nanophi.core.recipe import Source
 from nanophi.data import sources
-from nanophi.files import UserError, check_own_folder, user_errors, whole_folder, write_text
-from nanophi.inputs import split_revision
-from nanophi.recipe import Source
 
 COLUMNS = ("id", "source", "split", "quality_score", "kept")
 ROWS = 1024
@@ -52,7 +53,7 @@ def join_files(files: str, scores: str, output: Path, text_column: str = "text")
     tally = sources.Tally()
     source = Source(files=files, text_column=text_column)
     parts = sources.plan(source, None)[0]
-    with whole_folder(output) as work:
+    with atomic_folder(output) as work:
         spill = work.with_name("texts")
         with spill.open("wb") as file:
             for document in (document for part in parts for document in sources.read(source, part, None, tally)):

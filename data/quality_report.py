@@ -12,10 +12,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from nanophi.core.errors import UserError, user_errors
+from nanophi.core.files import check_own_folder, read_json, write_json, write_text
+from nanophi.core.formatting import file_size, integer, percent
+from nanophi.core.recipe import Quality
 from nanophi.data.selection import Selection, describe_rule
-from nanophi.files import UserError, check_own_folder, read_json, user_errors, write_json, write_text
-from nanophi.formatting import file_size, integer, percent
-from nanophi.recipe import Quality
 
 EXCERPT = 400
 """Characters of a document that the report shows."""

@@ -18,9 +18,10 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 from scipy.sparse import csr_matrix, hstack, vstack
 
+from nanophi.core.errors import UserError, user_errors
+from nanophi.core.files import permit
+from nanophi.core.names import local, resolve, split_revision
 from nanophi.data.ngrams import hash_words, ngrams
-from nanophi.files import UserError, permit, user_errors
-from nanophi.inputs import local, model_folder, split_revision
 
 BUCKETS = 1 << 18
 EXCERPT_BYTES = 16_000
@@ -296,7 +297,7 @@ def _published(repo_id: str, revision: str | None) -> Path | None:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    model_folder(repo_id, "quality.scorer")
+    resolve(repo_id, "quality.scorer")
     # Where the Hub does not answer, loading a classifier says so.
     with contextlib.suppress(HfHubHTTPError, OSError):
         return Path(hf_hub_download(repo_id, "scorer.safetensors", revision=revision)).parent
@@ -399,7 +400,7 @@ def label_values(scorer: Scorer) -> list[float] | None:
     from transformers import AutoConfig
 
     what = f"quality.scorer: {scorer.name}"
-    name = model_folder(scorer.name, "quality.scorer") or scorer.name
+    name = resolve(scorer.name, "quality.scorer").folder or scorer.name
     with user_errors(f"{what} cannot be loaded as a text classifier"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, revision=scorer.revision)
     names = [str(config.id2label[index]) for index in sorted(config.id2label)]

@@ -6,9 +6,9 @@ import dataclasses
 
 import numpy as np
 
-from nanophi.files import UserError
-from nanophi.formatting import percent
-from nanophi.recipe import Quality
+from nanophi.core.errors import UserError
+from nanophi.core.formatting import percent
+from nanophi.core.recipe import Quality
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,13 +18,15 @@ from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 
+from nanophi.core.errors import UserError, one_line, printable, user_errors
+from nanophi.core.files import read_json, write_json
+from nanophi.core.formatting import integer, percent
+from nanophi.core.inputs import Contents, resolve_commit
+from nanophi.core.names import is_hub_id, local, shown, walk
+from nanophi.core.recipe import Source
 from nanophi.data import formats, installed_docs
 from nanophi.data.compression import open_file
 from nanophi.data.formats import MAXIMUM_DOCUMENT_BYTES, Row, TextColumn, Unusable
-from nanophi.files import UserError, printable, read_json, reason, user_errors, write_json
-from nanophi.formatting import integer, percent
-from nanophi.inputs import Contents, is_hub_id, local, resolve_commit, shown, walk
-from nanophi.recipe import Source
 
 PART_BYTES = 16 << 20
 _METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
@@ -231,7 +233,7 @@ def _locate_split(source: Source, path: str) -> Located:
         try:
             builder = datasets.load_dataset_builder(path, source.config, revision=source.revision)
         except RuntimeError as error:
-            raise UserError(f"{problem}: {reason(error)}; name its data files by 'files'") from None
+            raise UserError(f"{problem}: {one_line(error)}; name its data files by 'files'") from None
     splits = {str(split): files for split, files in (builder.config.data_files or {}).items()}
     if source.split not in splits:
         raise UserError(
@@ -381,7 +383,7 @@ def _rows(source: Source, part: Part, score: str | None) -> Iterator[tuple[str, 
                 raise
             except Exception as error:  # of a damaged file a decoder raises anything
                 hint = "; compress it again without --long" if "requires too much memory" in str(error) else ""
-                message = f"{shown_file} cannot be read after {last} ({reason(error)}){hint}"
+                message = f"{shown_file} cannot be read after {last} ({one_line(error)}){hint}"
                 raise UserError(message) from error
 
 

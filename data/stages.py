@@ -6,10 +6,12 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from nanophi.files import UserError, read_json, sha256_of_tree, user_errors
-from nanophi.inputs import WEIGHTS, split_revision
-from nanophi.recipe import Recipe, Source
-from nanophi.run import Inputs, RunDirectory, differences, step_folders
+from nanophi.core.errors import UserError, user_errors
+from nanophi.core.files import read_json, sha256_of_tree
+from nanophi.core.inputs import WEIGHTS, Inputs
+from nanophi.core.names import split_revision, step_folders
+from nanophi.core.recipe import Recipe, Source
+from nanophi.core.run import RunDirectory, differences
 
 PREPARE = ("documents", "scores", "quality", "tokenizer", "tokens", "conversations")
 

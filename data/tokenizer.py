@@ -17,10 +17,11 @@ import regex
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as BackendTokenizer
 
+from nanophi.core.errors import UserError, user_errors
+from nanophi.core.files import read_json, write_json, write_text
+from nanophi.core.names import local
+from nanophi.core.recipe import Tokenizer
 from nanophi.data.documents import batches, draw, shards, text_bytes
-from nanophi.files import UserError, read_json, user_errors, write_json, write_text
-from nanophi.inputs import local
-from nanophi.recipe import Tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 # BPE merges hardly change beyond this, and the trainer holds every distinct word in memory.

@@ -21,12 +21,13 @@ from typing import Any
 
 import numpy as np
 
+from nanophi.core.errors import UserError
+from nanophi.core.files import read_json, write_json, write_text
 from nanophi.eval import filter_parts, render, statistics
 from nanophi.eval.catalogue import LEADERBOARD, TASKS, position, references
 from nanophi.eval.models import fingerprint
 from nanophi.eval.results import ANSWER_METRIC, FORMAT, ItemKey, item_values, mean_figures, read_result
 from nanophi.eval.statistics import Estimate, bits_per_byte, bits_per_byte_stderr, holm, mcnemar
-from nanophi.files import UserError, read_json, write_json, write_text
 
 MAX_SOURCES = 12
 """Held-out sources with a row of their own; every further row makes Holm's correction harsher on all of them."""

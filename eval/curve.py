@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from nanophi.core.files import sha256_of, write_json
+from nanophi.core.names import resolve
 from nanophi.eval.evaluate import evaluate
 from nanophi.eval.models import checkpoints_of
 from nanophi.eval.render import draw_curve
 from nanophi.eval.results import ANSWER_METRIC, FORMAT, distinct, file_stem
-from nanophi.files import sha256_of, write_json
-from nanophi.inputs import model_folder
 
 CURVE_KEYS = ("metric", "value", "stderr", "chance", "higher_is_better", "items", ANSWER_METRIC)
 
@@ -33,7 +33,7 @@ def evaluate_checkpoints(
         the result files' contents, in the order of the models, and the curve's JSON file, if there is one.
     """
     for model in models:
-        model_folder(model)  # before anything slow: a name that is wrong
+        resolve(model)  # before anything slow: a name that is wrong
     expanded = [checkpoint for model in models for checkpoint in checkpoints_of(model)]
     results = [evaluate(model, suite, Path(folder), report=report, **options) for model in expanded]
     report(f"results are in {folder}")
@@ -63,7 +63,7 @@ def evaluate_checkpoints(
 
 def _run_of(model: str | Path) -> str:
     """The run directory that a checkpoint belongs to, or the repository, or the folder that holds it."""
-    if model_folder(model) is None:
+    if resolve(model).folder is None:
         return str(model).partition("@")[0]
     folder = Path(model).resolve()
     return str(folder.parent.parent if folder.parent.name == "checkpoints" else folder.parent)

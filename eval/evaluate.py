@@ -25,16 +25,17 @@ from lm_eval.api.task import Task
 from lm_eval.loggers.utils import add_tokenizer_info
 from lm_eval.utils import hash_string
 
+from nanophi.core.errors import UserError
+from nanophi.core.files import read_json, remove, sha256_of, sha256_of_file, sha256_of_tree, write_json
+from nanophi.core.formatting import duration, score
+from nanophi.core.names import resolve
+from nanophi.core.run import environment
 from nanophi.eval.metrics import bits_figures, heldout_figures
 from nanophi.eval.models import load_model
 from nanophi.eval.results import ANSWER_METRIC, FORMAT, headline, mean_figures, mean_of, read_result, result_name
 from nanophi.eval.scorer import NotScorable, ScorerLM
 from nanophi.eval.statistics import mean_stderr
 from nanophi.eval.suites import LoadedSuite, find_data, find_suite, load_suite, quiet, sample_of_items
-from nanophi.files import UserError, read_json, remove, sha256_of, sha256_of_file, sha256_of_tree, write_json
-from nanophi.formatting import duration, score
-from nanophi.inputs import model_folder
-from nanophi.run import environment
 
 # lm-eval's own seeds (`simple_evaluate`). Other seeds would draw other few-shot examples, and scores could not be
 # compared.
@@ -84,7 +85,7 @@ def evaluate(
     Raises:
         UserError: for an unknown suite, missing data, or something that is not a causal language model.
     """
-    if model_folder(model) is None:
+    if resolve(model).folder is None:
         report(f"{model}: there is no folder of that name, so it is looked for on the Hub")
     chosen = find_suite(suite, num_fewshot)
     find_data(chosen, data=data, heldout=heldout)  # before the model is loaded: a mistyped folder

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nanophi.core.errors import UserError
 from nanophi.eval.models import fingerprint
 from nanophi.eval.results import distinct, final_results, read_result
-from nanophi.files import UserError
 
 
 def label_results(paths: Sequence[Path]) -> dict[str, list[Path]]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanophi.files import UserError, read_json, sha256_of, sha256_of_file
-from nanophi.inputs import model_folder
-from nanophi.run import step_folders
+from nanophi.core.errors import UserError
+from nanophi.core.files import read_json, sha256_of, sha256_of_file
+from nanophi.core.names import resolve, step_folders
 
 if TYPE_CHECKING:
     import transformers
@@ -24,7 +24,7 @@ def checkpoints_of(model: str | Path) -> list[str | Path]:
 
 def model_name(model: str | Path) -> str:
     """What a person calls a model: its Hub id, or the end of its path that says something: `demo/step-000600`."""
-    folder = model_folder(model)
+    folder = resolve(model).folder
     if folder is None:
         return str(model)
     folder = folder.resolve()
@@ -66,7 +66,7 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype '{dtype}' is not one of {', '.join(DTYPES)}")
-    folder = model_folder(model)
+    folder = resolve(model).folder
     if folder is not None and not (folder / "config.json").is_file():
         raise UserError(f"{folder} is not a model: it has no config.json")
     import torch

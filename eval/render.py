@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nanophi.core.formatting import difference, metric, metric_name, p_value, scale, score, size
 from nanophi.eval.catalogue import main_rows, title
 from nanophi.eval.results import ANSWER_METRIC
-from nanophi.formatting import difference, metric, metric_name, p_value, scale, score, size
 
 BZ2 = "bz2 -9 on the same text"
 DETECTABLE = "detectable: the minimum detectable effect, a true difference that 4 of 5 such comparisons would find"

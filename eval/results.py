@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from nanophi.core.errors import UserError
+from nanophi.core.files import read_json, sha256_of
+from nanophi.core.names import step_folders
 from nanophi.eval.models import model_sha256
-from nanophi.files import UserError, read_json, sha256_of
-from nanophi.run import step_folders
 
 FORMAT = 2
 """Version of the `nanophi` key in result files. A reader refuses another one."""

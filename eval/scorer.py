@@ -30,13 +30,13 @@ from lm_eval.models.utils import has_bos_prefix
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from nanophi.core.progress import progress_bar
 from nanophi.eval.caches import Complete, Past, PrefixCache
 from nanophi.eval.catalogue import CUT_APART
 from nanophi.eval.forest import ROW_TOKENS, Forest, PackedRow, Range, Row
 from nanophi.eval.generation import PreallocatedLayer, StopStrings, mark_not_ended
 from nanophi.eval.kernels import Kernels, trim
 from nanophi.eval.probing import logits_are_the_heads, same_logits, why_not_shared
-from nanophi.progress import progress_bar
 
 MAX_LOSS = 0.125
 """Share of a row's tokens that may be computed twice in order to divide it."""

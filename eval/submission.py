@@ -22,9 +22,11 @@ import yaml
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.hf_api import RepoFile
 
-from nanophi.files import UserError, read_json, write_json
-from nanophi.inputs import is_hub_id, model_folder, same_on_hub, split_revision
-from nanophi.run import now
+from nanophi.core.errors import UserError
+from nanophi.core.files import read_json, write_json
+from nanophi.core.inputs import same_on_hub
+from nanophi.core.names import is_hub_id, resolve, split_revision
+from nanophi.core.run import now
 
 MODEL_TYPES = ("pretrained", "continuously pretrained", "fine-tuned", "chat", "merge")
 WITHOUT_CHAT = ("pretrained", "continuously pretrained")
@@ -140,7 +142,7 @@ class _Submission:
         base_model: str | None,
         requests: Path | None,
     ) -> None:
-        self.folder = model_folder(model)
+        self.folder = resolve(model).folder
         self.source, named = split_revision(str(model))
         if repo_id is not None and not is_hub_id(repo_id):
             raise UserError(f"'{repo_id}' is not a Hub id like ORG/NAME (--repo-id)")

@@ -29,8 +29,8 @@ from lm_eval.api.task import Task
 from lm_eval.config.group import GroupConfig
 from lm_eval.tasks import TaskManager
 
+from nanophi.core.errors import UserError
 from nanophi.eval.catalogue import LEADERBOARD, TASKS
-from nanophi.files import UserError
 
 OUR_TASKS = Path(__file__).parent / "tasks"
 # TaskManager reads thousands of YAML files (several seconds); the suites' own tasks lie in these few folders.

@@ -18,14 +18,15 @@ from typing import Any
 
 import jinja2
 
-from nanophi import formatting
+from nanophi.core import formatting, markup
+from nanophi.core.errors import UserError
+from nanophi.core.files import write_text
+from nanophi.core.names import is_hub_id
 from nanophi.eval import catalogue
 from nanophi.eval.results import ANSWER_METRIC
-from nanophi.files import UserError, write_text
-from nanophi.inputs import is_hub_id
-from nanophi.model_card import figures, markup, metadata
+from nanophi.model_card import figures, metadata
 from nanophi.model_card.consistency import contradictions
-from nanophi.model_card.shipped import (
+from nanophi.model_card.records import (
     ShippedRecords,
     collect,
     every_score,

@@ -10,9 +10,9 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from nanophi.core.names import step_name
 from nanophi.eval.results import ANSWER_METRIC, mean_figures, mean_of
-from nanophi.model_card.shipped import ShippedRecords, leading_scores
-from nanophi.run import step_name
+from nanophi.model_card.records import ShippedRecords, leading_scores
 
 
 def contradictions(records: ShippedRecords) -> list[str]:

@@ -18,11 +18,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from huggingface_hub import DatasetCardData
 
+from nanophi.core.errors import UserError
+from nanophi.core.files import read_json
+from nanophi.core.recipe import Recipe
 from nanophi.data import documents, quality_report, sources
-from nanophi.files import UserError, read_json
 from nanophi.model_card import secrets
 from nanophi.model_card.scorer_page import license_of, write_page
-from nanophi.recipe import Recipe
 
 SHARD_BYTES = 256 << 20
 """Text of a file, uncompressed."""

@@ -7,9 +7,9 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanophi.formatting import percent
-from nanophi.model_card.shipped import ShippedRecords, leading_scores
-from nanophi.version import __version__
+from nanophi.core.formatting import percent
+from nanophi.core.version import __version__
+from nanophi.model_card.records import ShippedRecords, leading_scores
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

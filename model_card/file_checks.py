@@ -9,7 +9,8 @@ import contextlib
 import re
 from pathlib import Path
 
-from nanophi.files import UserError, read_json, sha256_of_file
+from nanophi.core.errors import UserError
+from nanophi.core.files import read_json, sha256_of_file
 from nanophi.model_card import signature
 from nanophi.model_card.release import CODE_FILES, FILES, MANIFEST, list_files
 

@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanophi.configuration_nanophi import NanoPhiConfig
-from nanophi.files import UserError, read_json, sha256_of_file, whole_folder, write_text
-from nanophi.inputs import is_hub_id
-from nanophi.model_card import markup
+from nanophi.core import markup
+from nanophi.core.errors import UserError
+from nanophi.core.files import atomic_folder, read_json, sha256_of_file, write_text
+from nanophi.core.names import is_hub_id
+from nanophi.core.version import __version__
 from nanophi.model_card import release as releases
-from nanophi.version import __version__
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,7 +58,7 @@ def export(release: Path, kinds: Sequence[str], output: Path) -> list[dict[str, 
     repo_id = _repo_id(release)
     name = repo_id.split("/")[-1]
     results = []
-    with whole_folder(output) as work:
+    with atomic_folder(output) as work:
         for kind in kinds:
             file = f"{name}-{kind}.gguf"
             results.append({**write(release, work / file, kind), "path": str(output / file)})

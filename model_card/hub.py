@@ -19,8 +19,8 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import parse_ratelimit_headers
 
-from nanophi.files import UserError
-from nanophi.inputs import Kind
+from nanophi.core.errors import UserError
+from nanophi.core.inputs import Kind
 
 Result = TypeVar("Result")
 

@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from nanophi.files import read_json, write_json
-from nanophi.model_card.shipped import ShippedRecords
+from nanophi.core.files import read_json, write_json
+from nanophi.model_card.records import ShippedRecords
 
 # Runs with `python -I`, so that neither the current folder nor PYTHONPATH can give it code.
 SCRIPT = r"""

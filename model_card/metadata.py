@@ -12,11 +12,11 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 
+from nanophi.core.formatting import scale
+from nanophi.core.licenses import license_problems
+from nanophi.core.names import is_hub_id, split_revision
 from nanophi.eval.catalogue import TASKS
-from nanophi.formatting import scale
-from nanophi.inputs import is_hub_id, split_revision
-from nanophi.model_card.shipped import ShippedRecords, hardware, leading_scores, training_sources
-from nanophi.publishing import license_problems
+from nanophi.model_card.records import ShippedRecords, hardware, leading_scores, training_sources
 
 MINIMUM_CHARACTERS = 200
 """What the Open LLM Leaderboard asked of a card."""

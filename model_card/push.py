@@ -19,15 +19,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from nanophi.files import UserError, read_json
-from nanophi.inputs import is_hub_id
+from nanophi.core.errors import UserError
+from nanophi.core.files import read_json
+from nanophi.core.names import is_hub_id
+from nanophi.core.recipe import Recipe, load_recipe
 from nanophi.model_card import card as model_card
 from nanophi.model_card import file_checks, secrets, signature, upload, verify
 from nanophi.model_card import release as releases
+from nanophi.model_card.records import complete_records, read_records
 from nanophi.model_card.release import MANIFEST, list_files
-from nanophi.model_card.shipped import complete_records, read_records
 from nanophi.model_card.upload import Echo, Repository
-from nanophi.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

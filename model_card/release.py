@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from nanophi.configuration_nanophi import AUTO_MAP
+from nanophi.core.errors import UserError
+from nanophi.core.files import link_or_copy, permit, read_json, sha256_of_file, write_json, write_text
+from nanophi.core.names import step_folders
+from nanophi.core.version import __version__
 from nanophi.data.conversations import ANSWER_TOKENS
-from nanophi.files import UserError, link_or_copy, permit, read_json, sha256_of_file, write_json, write_text
 from nanophi.model_card import card as model_card
-from nanophi.model_card.shipped import LATER_STAGES, ShippedRecords, read_records
+from nanophi.model_card.records import LATER_STAGES, ShippedRecords, read_records
 from nanophi.model_card.signature import SIGNATURE
-from nanophi.run import step_folders
-from nanophi.version import __version__
 
 CODE_FILES = ("configuration_nanophi.py", "modeling_nanophi.py")
 TOKENIZER_FILES = (

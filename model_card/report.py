@@ -10,12 +10,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-from nanophi import formatting
-from nanophi.eval import ablation_render
-from nanophi.files import UserError, read_json, write_text
-from nanophi.model_card import shipped
+from nanophi.core import formatting
+from nanophi.core.errors import UserError
+from nanophi.core.files import read_json, write_text
+from nanophi.experiments import ablation_render
+from nanophi.model_card import records as shipped
 from nanophi.model_card.card import by_source, differences
-from nanophi.model_card.shipped import ShippedRecords
+from nanophi.model_card.records import ShippedRecords
 
 TEMPLATE = Path(__file__).parent / "report.html"
 PLACE_OF_DATA = "/*DATA*/"

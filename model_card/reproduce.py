@@ -18,11 +18,13 @@ from typing import Any
 
 import yaml
 
-from nanophi.bases import INHERITED
-from nanophi.files import UserError, read_json, write_text
-from nanophi.inputs import is_hub_id
-from nanophi.model_card import file_checks, release, shipped, verify
-from nanophi.version import __version__
+from nanophi.core.bases import INHERITED
+from nanophi.core.errors import UserError
+from nanophi.core.files import read_json, write_text
+from nanophi.core.names import is_hub_id
+from nanophi.core.version import __version__
+from nanophi.model_card import file_checks, release, verify
+from nanophi.model_card import records as shipped
 
 Row = dict[str, Any]
 """`{"name", "published", "here", "agrees"}`; `agrees` is None where a difference means nothing by itself."""

@@ -15,13 +15,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from huggingface_hub import CardData, ModelCardData
 
+from nanophi.core.errors import UserError
+from nanophi.core.files import read_json, write_json, write_text
+from nanophi.core.recipe import Recipe
+from nanophi.core.version import __version__
 from nanophi.data import quality_report
 from nanophi.data.scorers import LinearScorer
-from nanophi.files import UserError, read_json, write_json, write_text
 from nanophi.model_card import card, secrets
 from nanophi.model_card import release as releases
-from nanophi.recipe import Recipe
-from nanophi.version import __version__
 
 EXAMPLES = (
     "A module is a file that holds definitions. Another module imports it by name, and the first import runs its code "

@@ -10,7 +10,7 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from nanophi.files import UserError
+from nanophi.core.errors import UserError
 
 SIGNATURE = "model.sig"
 

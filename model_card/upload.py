@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from nanophi.files import UserError
-from nanophi.inputs import Kind, same_on_hub
+from nanophi.core.errors import UserError
+from nanophi.core.inputs import Kind, same_on_hub
 from nanophi.model_card import hub
 from nanophi.model_card.release import MANIFEST, list_files
 from nanophi.model_card.signature import SIGNATURE

@@ -15,21 +15,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nanophi import formatting
+from nanophi.core import formatting
+from nanophi.core.errors import UserError, one_line
+from nanophi.core.files import read_json, sha256_of_file
+from nanophi.core.names import resolve, split_revision
+from nanophi.core.version import __version__
 from nanophi.data.conversations import TEMPLATE
-from nanophi.files import UserError, read_json, reason, sha256_of_file
-from nanophi.inputs import model_folder, split_revision
 from nanophi.model_card import card as model_card
 from nanophi.model_card import figures, file_checks, loader, metadata, signature
-from nanophi.model_card.release import CODE_FILES, MANIFEST, license_text, list_files
-from nanophi.model_card.shipped import (
+from nanophi.model_card.records import (
     ShippedRecords,
     complete_records,
     measures_heldout,
     model_record,
     read_records,
 )
-from nanophi.version import __version__
+from nanophi.model_card.release import CODE_FILES, MANIFEST, license_text, list_files
 
 Check = dict[str, Any]
 """`{"name": str, "passed": bool, "detail": one line}`"""
@@ -146,7 +147,7 @@ def locate(release: str, revision: str | None = None, patterns: list[str] | None
     Raises:
         UserError: if there is no such release.
     """
-    folder = model_folder(release)
+    folder = resolve(release).folder
     if folder is not None:
         if revision is not None:
             raise UserError(f"--revision is for a repository on the Hub; {release} is a folder")
@@ -281,7 +282,7 @@ def _configuration(folder: Path, records: ShippedRecords) -> list[str]:
             read_json(folder / name) for name in ("config.json", "generation_config.json", "tokenizer_config.json")
         )
     except Exception as error:  # whatever transformers makes of these files
-        return [f"configuration or tokenizer cannot be read ({reason(error)})"]
+        return [f"configuration or tokenizer cannot be read ({one_line(error)})"]
     ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id")}
     dtypes = dict.fromkeys(("dtype", "torch_dtype"), recipe["release"]["dtype"])
     expected = {**records["model.json"]["config"], **ids, **dtypes}

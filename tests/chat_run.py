@@ -12,10 +12,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from nanophi.configuration_nanophi import NanoPhiConfig
-from nanophi.files import write_json
+from nanophi.core.files import write_json
+from nanophi.core.recipe import Recipe, load_recipe
 from nanophi.modeling_nanophi import NanoPhiForCausalLM
 from nanophi.pipeline import Pipeline
-from nanophi.recipe import Recipe, load_recipe
 
 END = "<|endoftext|>"
 MODEL = {

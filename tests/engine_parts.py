@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from nanophi.files import UserError
+from nanophi.core.errors import UserError
 
 
 def square(number: int, path: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nanophi.files import read_json
+from nanophi.core.files import read_json
 from nanophi.model_card import release, verify
 
 

@@ -7,7 +7,7 @@ import sys
 PREAMBLE = """
 import os, signal, sys
 from pathlib import Path
-from nanophi.data import processes
+from nanophi.core import processes
 
 write_json, marked = processes.write_json, []
 

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 import yaml
 from hub_server import HubServer  # type: ignore[import-not-found]
 
-from nanophi.files import read_json
+from nanophi.core.files import read_json
 
 REPO_ID, CONTROL_ID = "org/demo", "org/demo-control"
 

@@ -9,8 +9,9 @@ import sys
 import pytest
 import typer
 
-from nanophi import __version__, cli_verbs, files
+from nanophi import __version__, cli_verbs
 from nanophi.cli import INTERRUPTED, main
+from nanophi.core import errors
 
 VERBS = [[command.name or command.callback.__name__] for command in cli_verbs.app.registered_commands]
 VERBS += [["quality", command.callback.__name__] for command in cli_verbs.quality_app.registered_commands]
@@ -89,7 +90,7 @@ def test_mistakes_are_one_line(monkeypatch, capsys, tmp_path, arguments, message
 
 def test_a_run_that_another_process_writes_is_refused(monkeypatch, capsys, tmp_path):
     script = (
-        "import sys; from nanophi.run import RunDirectory\n"
+        "import sys; from nanophi.core.run import RunDirectory\n"
         "with RunDirectory(sys.argv[1]).lock(): print('held', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", script, str(tmp_path / "demo")]
@@ -142,7 +143,7 @@ def test_the_version(monkeypatch, capsys):
 
 def test_debug_shows_where_it_came_from(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["nanophi", "run", "nowhere.yaml", "--debug"])
-    with pytest.raises(files.UserError):
+    with pytest.raises(errors.UserError):
         main()
 
 

@@ -9,9 +9,10 @@ import pytest
 import yaml
 
 from nanophi import pipeline
-from nanophi.files import UserError, read_json, sha256_of_tree
-from nanophi.recipe import load_recipe
-from nanophi.run import RunDirectory
+from nanophi.core.errors import UserError
+from nanophi.core.files import read_json, sha256_of_tree
+from nanophi.core.recipe import load_recipe
+from nanophi.core.run import RunDirectory
 from nanophi.training import trainer
 
 RECIPE = """

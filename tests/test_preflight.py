@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from nanophi.core.errors import UserError
+from nanophi.core.recipe import load_recipe
 from nanophi.data.stages import PREPARE
-from nanophi.files import UserError
 from nanophi.pipeline import Pipeline
-from nanophi.recipe import load_recipe
 
 RECIPE = """
 name: small

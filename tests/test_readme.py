@@ -23,10 +23,10 @@ from readme import README, ROOT, blocks, commands
 
 from nanophi import cli_verbs
 from nanophi.cli import main
-from nanophi.eval import ablation_render
-from nanophi.files import read_json
-from nanophi.recipe import load_recipe
-from nanophi.recipe_file import RECIPES
+from nanophi.core.files import read_json
+from nanophi.core.recipe import load_recipe
+from nanophi.core.recipe_file import RECIPES
+from nanophi.experiments import ablation_render
 
 COMMANDS = commands("The command")
 VERBS = {

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from nanophi.configuration_nanophi import NanoPhiConfig
-from nanophi.recipe import Training
+from nanophi.core.recipe import Training
 from nanophi.training import checkpoints, trainer
 
 VOCAB, CONTEXT, EOS = 61, 64, 0

@@ -12,9 +12,8 @@ import torch
 from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
-from nanophi.files import UserError
-from nanophi.recipe import Training
-from nanophi.recipe_file import suggestion
+from nanophi.core.errors import UserError, suggest
+from nanophi.core.recipe import Training
 from nanophi.training.optimizer import ADAM_EPS
 
 NO_FSDP = (
@@ -94,7 +93,7 @@ def check_names(training: Training) -> None:
             instead = [f"training.{name}"]
         if instead:
             raise UserError(f"training.arguments: '{name}' is not allowed there; use {instead[0]}")
-        raise UserError(f"training.arguments: '{name}' is unknown or untested{suggestion(name, ALLOWED)}")
+        raise UserError(f"training.arguments: '{name}' is unknown or untested; {suggest(name, ALLOWED)}")
     if given.get("dataloader_persistent_workers") and not given.get("dataloader_num_workers"):
         raise UserError("training.arguments: dataloader_persistent_workers needs dataloader_num_workers")
     compiling = sorted({"torch_compile_backend", "torch_compile_mode"} & set(given))

@@ -7,8 +7,8 @@ import difflib
 import re
 
 from nanophi.configuration_nanophi import NanoPhiConfig
-from nanophi.files import UserError
-from nanophi.recipe import Training
+from nanophi.core.errors import UserError
+from nanophi.core.recipe import Training
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,8 +16,9 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from nanophi import formatting
-from nanophi.files import UserError, write_text
+from nanophi.core import formatting
+from nanophi.core.errors import UserError
+from nanophi.core.files import write_text
 
 IMPATIENT = 2.0
 """Seconds after which a second Ctrl-C stops at once. Sooner, it is the launcher passing on the same key press."""

@@ -18,8 +18,8 @@ from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from nanophi.configuration_nanophi import NanoPhiConfig
-from nanophi.files import UserError
-from nanophi.recipe import Recipe
+from nanophi.core.errors import UserError
+from nanophi.core.recipe import Recipe
 from nanophi.training.arguments import accelerate_precision, decay_start, training_arguments, world_size
 from nanophi.training.attention import PACKED_DOCUMENTS
 from nanophi.training.callbacks import ProgressLine, SaveAndStop

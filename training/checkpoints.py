@@ -9,7 +9,6 @@ Both appear whole or not at all.
 
 from __future__ import annotations
 
-import errno
 import json
 import shutil
 from collections.abc import Callable, Collection
@@ -18,8 +17,9 @@ from typing import Any
 
 from transformers.trainer import TRAINER_STATE_NAME
 
-from nanophi.files import UserError, copy_tree, link_or_copy, permit, read_json, remove, sha256_of_file, write_json
-from nanophi.run import step_folders, step_name, step_of
+from nanophi.core.errors import UserError
+from nanophi.core.files import copy_tree, link_or_copy, permit, read_json, remove, sha256_of_file, write_json
+from nanophi.core.names import step_folders, step_name, step_of
 
 FREE_SPACE_FACTOR = 1.1
 WEIGHTS = "model.safetensors"
@@ -134,14 +134,3 @@ def set_aside(run: Path, steps: int, resumed: int) -> Path | None:
 def free_space_needed(parameters: int) -> int:
     """Bytes that a checkpoint takes: float32 weights and two moments."""
     return int(FREE_SPACE_FACTOR * parameters * 4 * 3)
-
-
-def is_disk_full(error: BaseException | None) -> bool:
-    """Whether an error, or one that it was raised from, says that the disk is full."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if "No space left on device" in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False

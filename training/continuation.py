@@ -16,14 +16,15 @@ from tokenizers import Tokenizer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import CONFIG_NAME
 
-from nanophi.bases import final_checkpoint
 from nanophi.configuration_nanophi import NanoPhiConfig
+from nanophi.core.bases import final_checkpoint
+from nanophi.core.errors import UserError, user_errors
+from nanophi.core.files import read_json, sha256_of_file, sha256_of_tree, write_json
+from nanophi.core.names import local, resolve, split_revision, step_folders, step_name, step_of
+from nanophi.core.recipe import Recipe, Training
+from nanophi.core.run import differences
 from nanophi.data.stages import token_hashes
-from nanophi.files import UserError, read_json, sha256_of_file, sha256_of_tree, user_errors, write_json
-from nanophi.inputs import local, model_folder, split_revision
 from nanophi.modeling_nanophi import NanoPhiForCausalLM
-from nanophi.recipe import Recipe, Training
-from nanophi.run import differences, step_folders, step_name, step_of
 from nanophi.training import monitor
 from nanophi.training.arguments import decay_start, resolve_precision
 from nanophi.training.checkpoints import WEIGHTS, damage, last_whole, set_aside, states
@@ -214,7 +215,7 @@ def base_hash(base: str) -> str:
 
 def base_file(base: str) -> Path:
     """The weights of a folder, of a run's final checkpoint, or of a Hub repository. Raises `UserError` if none."""
-    folder = model_folder(base, "base")
+    folder = resolve(base, "base").folder
     if folder is None:
         repo_id, revision = split_revision(base)
         from huggingface_hub import snapshot_download

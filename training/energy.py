@@ -6,8 +6,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from nanophi.files import UserError
-from nanophi.recipe import Training
+from nanophi.core.errors import UserError
+from nanophi.core.recipe import Training
 
 ENERGY_SOURCE = "codecarbon, mean grid intensity of the country"
 

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nanophi import formatting
 from nanophi.configuration_nanophi import NanoPhiConfig
-from nanophi.files import UserError, write_json
-from nanophi.recipe import Recipe, load_recipe
+from nanophi.core import formatting
+from nanophi.core.errors import UserError
+from nanophi.core.files import write_json
+from nanophi.core.recipe import Recipe, load_recipe
 from nanophi.training.arguments import micro_batch_size
 from nanophi.training.budget import DEVICES, Device, flops_per_token, uses_tf32
 from nanophi.training.memory import peak_bytes

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from nanophi.configuration_nanophi import NanoPhiConfig
+from nanophi.core.recipe import Training
 from nanophi.modeling_nanophi import NanoPhiForCausalLM
-from nanophi.recipe import Training
 from nanophi.training.budget import parameter_count
 from nanophi.training.loss import CPU_BLOCKS, LOSS_CHUNK, use_chunked_loss
 

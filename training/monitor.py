@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from nanophi.recipe import Training
+from nanophi.core.recipe import Training
 from nanophi.training.energy import ENERGY_SOURCE
 from nanophi.training.validation import BY_SOURCE
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from nanophi.files import UserError
+from nanophi.core.errors import UserError
 
 
 class PackedRows(Dataset[dict[str, torch.Tensor]]):

@@ -18,16 +18,17 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from transformers import PrinterCallback, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
-from nanophi import formatting
-from nanophi.files import UserError, remove, sha256_of_file, write_json
+from nanophi.core import formatting
+from nanophi.core.errors import UserError, is_disk_full
+from nanophi.core.files import remove, sha256_of_file, write_json
+from nanophi.core.names import step_name, step_of
+from nanophi.core.recipe import Training
 from nanophi.modeling_nanophi import NanoPhiForCausalLM
-from nanophi.recipe import Training
-from nanophi.run import step_name, step_of
 from nanophi.training import monitor
 from nanophi.training.arguments import NO_FSDP, decay_start
 from nanophi.training.budget import flops_per_token, peak_flops, uses_tf32
 from nanophi.training.callbacks import ResumedRun, SaveAndStop, trackers
-from nanophi.training.checkpoints import WEIGHTS, free_space_needed, is_disk_full, states, store
+from nanophi.training.checkpoints import WEIGHTS, free_space_needed, states, store
 from nanophi.training.continuation import data_hashes
 from nanophi.training.energy import EnergyMeter
 from nanophi.training.optimizer import MuonAdamW

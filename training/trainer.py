@@ -13,9 +13,10 @@ from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import set_seed
 
 from nanophi.configuration_nanophi import NanoPhiConfig
-from nanophi.files import UserError, read_json
+from nanophi.core.errors import UserError
+from nanophi.core.files import read_json
+from nanophi.core.recipe import Training
 from nanophi.modeling_nanophi import NanoPhiForCausalLM
-from nanophi.recipe import Training
 from nanophi.training.arguments import accelerate_precision, decay_start, training_arguments, world_size
 from nanophi.training.attention import PACKED_DOCUMENTS
 from nanophi.training.callbacks import ProgressLine, SaveAndStop, StopRequestedError

@@ -1,4 +1,4 @@
-"""Runs that differ in their seed alone, for the test of the ablation's false positives (tests/eval/null_items.json).
+"""Runs that differ in their seed alone, for the test of the ablation's false positives (null_items.json).
 
     python benchmarks/filter_effect/nulls.py
 
@@ -15,15 +15,15 @@ from pathlib import Path
 
 import yaml
 
-from nanophi.ablate import HELDOUT, arm_of
+from nanophi.core.files import write_text
+from nanophi.core.names import step_name
+from nanophi.core.recipe import load_recipe
 from nanophi.eval.results import item_values, read_result, run_result_name
-from nanophi.files import write_text
+from nanophi.experiments.ablate import HELDOUT, arm_of
 from nanophi.pipeline import Pipeline
-from nanophi.recipe import load_recipe
-from nanophi.run import step_name
 
 RUNS, STEPS = 24, 40
-OUTPUT = Path(__file__).parents[2] / "tests/eval/null_items.json"
+OUTPUT = Path(__file__).parents[2] / "tests/experiments/null_items.json"
 RECIPE = {
     "name": "null",
     "data": {"sources": [{"name": "reference"}], "heldout_fraction": 0.4, "workers": 1},

@@ -13,8 +13,8 @@ from typing import Any
 
 import datasets
 
+from nanophi.core.errors import UserError
 from nanophi.data.documents import heldout as read_heldout
-from nanophi.files import UserError
 
 MAX_BYTES = 1 << 20  # of text for bits per byte: a minute for a small model on a CPU
 MAX_DOCUMENT_BYTES = 8192  # so that a few long documents do not make up the whole sample

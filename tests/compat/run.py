@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import nanophi
-from nanophi.files import read_json, write_json
+from nanophi.core.files import read_json, write_json
 
 ROOT = Path(nanophi.__file__).parent.resolve()
 ENVIRONMENTS = ROOT / ".venv" / "compat"
@@ -69,10 +69,10 @@ def small_releases(folder: Path) -> dict[str, Path]:
     from transformers.utils.logging import disable_progress_bar
 
     from nanophi import NanoPhiConfig, NanoPhiForCausalLM
+    from nanophi.core.recipe import Tokenizer
     from nanophi.data import tokenizer
     from nanophi.data.conversations import TEMPLATE
     from nanophi.model_card import release
-    from nanophi.recipe import Tokenizer
 
     disable_progress_bar()
     documents = folder / "documents"

@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 import nanophi
+from nanophi.core.errors import UserError
 from nanophi.data import contamination
 from nanophi.data.ngrams import hash_words
-from nanophi.files import UserError
 
 SHARED = Path(os.environ.get("NANOPHI_SHARED", Path(nanophi.__file__).parent.parent / "shared"))
 

@@ -11,10 +11,11 @@ import yaml
 from chat_run import END, TRAINING, make_base, pipeline, talk, write_rows
 from transformers import AutoTokenizer
 
+from nanophi.core.errors import UserError
+from nanophi.core.files import read_json, write_json
+from nanophi.core.recipe import load_recipe
 from nanophi.data import conversations, questions
-from nanophi.files import UserError, read_json, write_json
 from nanophi.pipeline import Pipeline
-from nanophi.recipe import load_recipe
 
 ROWS = [{"messages": talk(number)} for number in range(4)]
 

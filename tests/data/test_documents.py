@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from nanophi.core.errors import UserError
 from nanophi.data import documents
-from nanophi.files import UserError
 
 
 @pytest.fixture(scope="module")

@@ -16,11 +16,11 @@ import pytest
 from hub_server import HubServer  # type: ignore[import-not-found]
 from killed import run_killed
 
+from nanophi.core.errors import UserError
+from nanophi.core.inputs import Contents
+from nanophi.core.recipe import Data
 from nanophi.data import gather, installed_docs, sources
 from nanophi.data.documents import shards
-from nanophi.files import UserError
-from nanophi.inputs import Contents
-from nanophi.recipe import Data
 
 
 def text(number: int, words: int = 120) -> str:
@@ -249,7 +249,7 @@ GATHER = """
 import json, sys
 from pathlib import Path
 from nanophi.data import gather
-from nanophi.recipe import Data
+from nanophi.core.recipe import Data
 
 print(json.dumps(gather.gather(Data.model_validate_json(sys.argv[1]), Path(sys.argv[2]))))
 """
@@ -313,7 +313,7 @@ def test_the_number_of_workers_changes_nothing(tmp_path: Path) -> None:
 
 KILLED = """
 from nanophi.data import gather
-from nanophi.recipe import Data
+from nanophi.core.recipe import Data
 
 source, output = arguments
 settings = Data.model_validate({"sources": [{"files": source, "name": "numbers"}], "heldout_fraction": 0.1,

@@ -13,10 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 from killed import run_killed
 
+from nanophi.core.errors import UserError
+from nanophi.core.files import read_json, write_json
+from nanophi.core.recipe import Data, Quality, Tokenizer
 from nanophi.data import gather, packing, quality, tokenizer
 from nanophi.data.documents import shards
-from nanophi.files import UserError, read_json, write_json
-from nanophi.recipe import Data, Quality, Tokenizer
 
 CONTEXT = 64
 
@@ -192,7 +193,7 @@ def test_weights_repeat_documents(folder: Path, tmp_path: Path) -> None:
 
 KILLED = """
 from nanophi.data import packing
-from nanophi.recipe import Data
+from nanophi.core.recipe import Data
 
 folder, output, settings = arguments
 inputs = [Path(folder, name) for name in ("documents", "quality", "tokenizer")]

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from engine_parts import die_on_three, fail_on_three, square  # type: ignore[import-not-found]
 
+from nanophi.core.errors import UserError
 from nanophi.data.parallel import discard_parts, run_parts
-from nanophi.files import UserError
 
 TESTS = Path(__file__).parent.parent
 
@@ -88,8 +88,8 @@ def test_a_cluster_gives_the_same_and_fails_alike(tmp_path: Path, engine: str) -
 
 
 def test_documents_and_tokens_are_the_same_on_a_cluster(tmp_path: Path, engine: str) -> None:
+    from nanophi.core.recipe import Data, Quality, Tokenizer
     from nanophi.data import gather, packing, quality, tokenizer
-    from nanophi.recipe import Data, Quality, Tokenizer
 
     generator = random.Random(0)
     for name in "abc":

@@ -19,10 +19,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from nanophi.core.errors import UserError
+from nanophi.core.recipe import Data, Source
 from nanophi.data import gather, sources
 from nanophi.data.documents import batches, shards
-from nanophi.files import UserError
-from nanophi.recipe import Data, Source
 
 QUICK = settings(
     max_examples=80, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]

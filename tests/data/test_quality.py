@@ -10,11 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 from killed import run_killed
 
+from nanophi.core.errors import UserError
+from nanophi.core.recipe import Data, Quality
 from nanophi.data import gather, quality, quality_report, scorers
 from nanophi.data.documents import shards
 from nanophi.data.ngrams import hash_words, ngrams
-from nanophi.files import UserError
-from nanophi.recipe import Data, Quality
 
 GOOD = (
     "the a of in which that is are because however a language reason example people water energy system cell "
@@ -217,7 +217,7 @@ def test_scores_that_are_no_scores_are_refused(tmp_path: Path, bad: float | None
 
 KILLED = """
 from nanophi.data import quality
-from nanophi.recipe import Data, Quality
+from nanophi.core.recipe import Data, Quality
 
 documents, output, settings, scorer = arguments
 scorer = Quality.model_validate_json(scorer)

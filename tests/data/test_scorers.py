@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nanophi.core.errors import UserError
+from nanophi.core.recipe import Data, Quality
 from nanophi.data import gather, quality, quality_report, scorers
 from nanophi.data.scorers import Scorer, find_scorer
-from nanophi.files import UserError
-from nanophi.recipe import Data, Quality
 
 WORDS = ["alpha", "beta", "gamma", "delta", "good", "bad", "fine", "worse", "text", "about", "things"]
 TEXTS = [b"good text", b"bad", b"alpha beta gamma delta things about good text fine", b"worse"]

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from nanophi.core.errors import UserError
+from nanophi.core.recipe import Quality
 from nanophi.data.selection import choose, describe_rule, divide
-from nanophi.files import UserError
-from nanophi.recipe import Quality
 
 
 def documents(count=1000, seed=0):

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from nanophi.core.recipe import Recipe
+from nanophi.core.run import RunDirectory
 from nanophi.data import scorers, tokenizer
 from nanophi.data.stages import PREPARE, DataStages
-from nanophi.recipe import Recipe
-from nanophi.run import RunDirectory
 
 STAGES = set(PREPARE) - {"conversations"}  # of a recipe that trains on documents
 
@@ -89,7 +89,7 @@ def test_limits_and_workers_are_not_what_documents_depend_on(folder: Path, monke
 def test_a_dataset_on_the_hub_is_its_commit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(folder))
     commits = iter(["a" * 40, "b" * 40])
-    monkeypatch.setattr("nanophi.run.resolve_commit", lambda *args: next(commits))
+    monkeypatch.setattr("nanophi.core.inputs.resolve_commit", lambda *args: next(commits))
     data = {"sources": [{"hub": "org/set"}]}
     first = keys(folder, data=data)
     assert json.loads(first["documents"])["sources"][0]["commit"] == "a" * 40

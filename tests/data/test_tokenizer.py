@@ -13,10 +13,10 @@ from tokenizers import AddedToken, models, normalizers, pre_tokenizers, processo
 from tokenizers import Tokenizer as BackendTokenizer
 
 import nanophi
+from nanophi.core.errors import UserError
+from nanophi.core.recipe import Data, Tokenizer
 from nanophi.data import gather, tokenizer
 from nanophi.data.documents import heldout
-from nanophi.files import UserError
-from nanophi.recipe import Data, Tokenizer
 
 SHARED = Path(os.environ.get("NANOPHI_SHARED", Path(nanophi.__file__).parent.parent / "shared"))
 PHI_2 = SHARED / "tokenizers" / "phi-2"
@@ -97,7 +97,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from nanophi.data import tokenizer
-from nanophi.recipe import Tokenizer
+from nanophi.core.recipe import Tokenizer
 
 tokenizer.write_json = lambda path, value: os.kill(os.getpid(), signal.SIGKILL)
 tokenizer.build(Path(sys.argv[1]), Tokenizer(vocab_size=300), 0, Path(sys.argv[2]))

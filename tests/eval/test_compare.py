@@ -13,6 +13,8 @@ import scipy.stats
 from lm_eval.api import metrics as lm_metrics
 
 from nanophi.cli import main
+from nanophi.core.errors import UserError
+from nanophi.core.files import read_json
 from nanophi.eval.catalogue import references
 from nanophi.eval.compare import Measured, _paired, compare
 from nanophi.eval.labels import find_label, label_results
@@ -20,7 +22,6 @@ from nanophi.eval.models import model_sha256
 from nanophi.eval.render import to_text
 from nanophi.eval.results import FORMAT
 from nanophi.eval.statistics import holm
-from nanophi.files import UserError, read_json
 from nanophi.model_card.card import differences
 
 

@@ -18,6 +18,8 @@ import transformers
 from lm_eval.models.huggingface import HFLM
 
 import nanophi
+from nanophi.core.errors import UserError
+from nanophi.core.files import read_json
 from nanophi.eval import evaluate as evaluation
 from nanophi.eval import suites
 from nanophi.eval.curve import evaluate_checkpoints
@@ -35,7 +37,6 @@ from nanophi.eval.suites import (
     load_suite,
     sample_of_items,
 )
-from nanophi.files import UserError, read_json
 
 
 @pytest.fixture(scope="module")

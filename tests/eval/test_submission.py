@@ -11,8 +11,9 @@ from hub_server import HubServer
 from huggingface_hub import HfApi
 from huggingface_hub.hf_api import RepoFile
 
+from nanophi.core.errors import UserError
+from nanophi.core.files import read_json
 from nanophi.eval.submission import check, render, submit
-from nanophi.files import UserError, read_json
 
 NAMES = [
     "model type",

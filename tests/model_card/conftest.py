@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from nanophi.files import sha256_of_file, write_json
+from nanophi.core.files import sha256_of_file, write_json
 
 STEPS, BATCH, CONTEXT, VOCABULARY = 30, 4, 128, 300
 KEPT_STEPS = (10, 20)
@@ -303,7 +303,7 @@ def heldout_samples(run: Path, step: int) -> list[dict[str, Any]]:
 
 
 def build_run(run: Path) -> None:
-    from nanophi.recipe import Recipe
+    from nanophi.core.recipe import Recipe
 
     recipe = Recipe.model_validate(
         {

@@ -17,10 +17,12 @@ from hub_server import metadata_errors  # type: ignore[import-not-found]
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard import TEMPLATE_MODELCARD_PATH
 
+from nanophi.core.errors import UserError
+from nanophi.core.files import read_json, write_json
 from nanophi.eval.models import model_sha256
-from nanophi.files import UserError, read_json, write_json
-from nanophi.model_card import card, metadata, secrets, shipped
-from nanophi.model_card.shipped import ShippedRecords
+from nanophi.model_card import card, metadata, secrets
+from nanophi.model_card import records as shipped
+from nanophi.model_card.records import ShippedRecords
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,12 @@ import yaml
 from chat_run import pipeline, talk
 from huggingface_hub import ModelCard
 
+from nanophi.core import markup
+from nanophi.core.files import read_json, write_json
+from nanophi.core.recipe import load_recipe
 from nanophi.data.conversations import TEMPLATE
-from nanophi.files import read_json, write_json
-from nanophi.model_card import gguf, markup, reproduce, verify
-from nanophi.model_card.shipped import read_records
-from nanophi.recipe import load_recipe
+from nanophi.model_card import gguf, reproduce, verify
+from nanophi.model_card.records import read_records
 
 
 @pytest.fixture(scope="module")

@@ -20,14 +20,14 @@ import yaml
 from hub_client import is_whole, silent, talk_to  # type: ignore[import-not-found]
 from hub_server import HubServer  # type: ignore[import-not-found]
 
+from nanophi.core.errors import UserError
+from nanophi.core.recipe import Recipe, load_recipe
 from nanophi.data import gather, packing, quality, quality_join
 from nanophi.data.scorers import find_scorer
-from nanophi.files import UserError
 from nanophi.model_card import file_checks
 from nanophi.model_card import push as pushing
 from nanophi.model_card import release as releases
 from nanophi.model_card.push import push
-from nanophi.recipe import Recipe, load_recipe
 
 DOCUMENTS = 60
 

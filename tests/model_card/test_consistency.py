@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from card_records import comparison, leaderboard_results  # type: ignore[import-not-found]
 
-from nanophi.model_card import shipped
+from nanophi.model_card import records as shipped
 from nanophi.model_card.consistency import contradictions
-from nanophi.model_card.shipped import ShippedRecords
+from nanophi.model_card.records import ShippedRecords
 
 
 @pytest.fixture(scope="module")

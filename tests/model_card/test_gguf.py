@@ -16,7 +16,8 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer
 
 from nanophi import NanoPhiConfig, NanoPhiForCausalLM
-from nanophi.files import UserError, read_json, sha256_of_file
+from nanophi.core.errors import UserError
+from nanophi.core.files import read_json, sha256_of_file
 from nanophi.model_card import file_checks, gguf
 from nanophi.model_card.release import list_files
 

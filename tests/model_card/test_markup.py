@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from markdown_it import MarkdownIt
 
-from nanophi.model_card import card, markup, shipped
+from nanophi.core import markup
+from nanophi.model_card import card
+from nanophi.model_card import records as shipped
 
 NAMES = [
     "plain name",

@@ -19,12 +19,13 @@ import pytest
 from hub_client import is_whole, silent, talk_to  # type: ignore[import-not-found]
 from hub_server import HubServer  # type: ignore[import-not-found]
 
-from nanophi.files import UserError, read_json, sha256_of_file, write_json
+from nanophi.core.errors import UserError
+from nanophi.core.files import read_json, sha256_of_file, write_json
 from nanophi.model_card import card, file_checks, release, upload, verify
 from nanophi.model_card import push as pushing
 from nanophi.model_card.gguf import parse_kinds
 from nanophi.model_card.push import problems, push
-from nanophi.model_card.shipped import read_records, write_records
+from nanophi.model_card.records import read_records, write_records
 
 REVISIONS = ["step-000010", "step-000020", "step-000030", "main"]
 

@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PhiForCausalLM
 
-from nanophi.files import UserError, read_json, sha256_of_file, sha256_of_tree, write_json
-from nanophi.model_card import card, figures, release, shipped
+from nanophi.core.errors import UserError
+from nanophi.core.files import read_json, sha256_of_file, sha256_of_tree, write_json
+from nanophi.model_card import card, figures, release
+from nanophi.model_card import records as shipped
 
 LAST = "checkpoints/step-000030"
 

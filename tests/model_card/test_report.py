@@ -11,7 +11,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from nanophi.files import UserError, read_json
+from nanophi.core.errors import UserError
+from nanophi.core.files import read_json
 from nanophi.model_card import report
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

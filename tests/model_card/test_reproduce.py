@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from nanophi.files import UserError, read_json, write_json
+from nanophi.core.errors import UserError
+from nanophi.core.files import read_json, write_json
+from nanophi.core.recipe import load_recipe
 from nanophi.model_card import card, release, reproduce
-from nanophi.recipe import load_recipe
 
 
 def silent(line: str) -> None:

@@ -11,7 +11,8 @@ import pandas as pd
 import pytest
 import yaml
 
-from nanophi.model_card import card, release, secrets, shipped
+from nanophi.model_card import card, release, secrets
+from nanophi.model_card import records as shipped
 from nanophi.model_card.push import problems
 
 KEY = "-----BEGIN RSA PRIVATE KEY-----\nMIIEow"

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from nanophi.files import UserError, read_json
+from nanophi.core.errors import UserError
+from nanophi.core.files import read_json
 from nanophi.model_card import release, signature, verify
 from nanophi.model_card.push import problems
 

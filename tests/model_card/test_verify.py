@@ -15,8 +15,10 @@ import pytest
 from forging import failures, sign_again  # type: ignore[import-not-found]
 from safetensors.torch import load_file, save_file
 
-from nanophi.files import UserError, read_json, write_json
-from nanophi.model_card import file_checks, loader, release, shipped, verify
+from nanophi.core.errors import UserError
+from nanophi.core.files import read_json, write_json
+from nanophi.model_card import file_checks, loader, release, verify
+from nanophi.model_card import records as shipped
 
 
 def test_a_sound_release_passes_every_check(

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 from forging import failures, sign_again  # type: ignore[import-not-found]
 
-from nanophi.files import UserError, read_json, write_json
-from nanophi.model_card import card, figures, loader, release, reproduce, shipped, verify
+from nanophi.core.errors import UserError
+from nanophi.core.files import read_json, write_json
+from nanophi.model_card import card, figures, loader, release, reproduce, verify
+from nanophi.model_card import records as shipped
 from nanophi.model_card.push import push
 
 

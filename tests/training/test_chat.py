@@ -11,7 +11,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nanophi.files import UserError, read_json
+from nanophi.core.errors import UserError
+from nanophi.core.files import read_json
 from nanophi.training import chat
 from nanophi.training.optimizer import ADAM_EPS
 from nanophi.training.run_trainer import fit

@@ -3,7 +3,8 @@
 import pytest
 from tiny_run import make_run, train
 
-from nanophi.files import UserError, read_json, sha256_of_tree
+from nanophi.core.errors import UserError
+from nanophi.core.files import read_json, sha256_of_tree
 from nanophi.training import checkpoints, trainer
 
 

@@ -11,11 +11,13 @@ import torch
 from tiny_run import CONFIG, TRAINING, VOCAB, add_sources, make_run
 
 from nanophi.configuration_nanophi import NanoPhiConfig
-from nanophi.files import UserError, read_json, sha256_of_file, sha256_of_tree, write_json
+from nanophi.core.errors import UserError
+from nanophi.core.files import read_json, sha256_of_file, sha256_of_tree, write_json
+from nanophi.core.names import step_folders, step_of
+from nanophi.core.recipe import Recipe
+from nanophi.core.run import FORMATS
 from nanophi.modeling_nanophi import NanoPhiForCausalLM
 from nanophi.pipeline import Pipeline
-from nanophi.recipe import Recipe
-from nanophi.run import FORMATS, step_folders, step_of
 from nanophi.training import checkpoints, continuation, trainer
 
 STEPS = 8

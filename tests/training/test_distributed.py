@@ -16,10 +16,11 @@ from tiny_run import PROMPT, TRAINING, add_sources, make_run
 from transformers import AutoModelForCausalLM, PhiForCausalLM
 
 from nanophi.configuration_nanophi import NanoPhiConfig
-from nanophi.files import UserError, read_json
+from nanophi.core.errors import UserError
+from nanophi.core.files import read_json
+from nanophi.core.names import step_of
+from nanophi.core.recipe import Training
 from nanophi.modeling_nanophi import NanoPhiForCausalLM
-from nanophi.recipe import Training
-from nanophi.run import step_of
 from nanophi.training import checkpoints, trainer
 
 STEPS = 50
@@ -30,9 +31,9 @@ FSDP = {"arguments": {"fsdp": True, "fsdp_config": {"version": 2}}}
 SCRIPT = """
 import os, signal, sys
 from pathlib import Path
-from nanophi.files import UserError
+from nanophi.core.errors import UserError
 from nanophi.training import checkpoints, trainer
-from nanophi.recipe import Training
+from nanophi.core.recipe import Training
 from nanophi.configuration_nanophi import NanoPhiConfig
 
 if CHANGES.get("arguments"):

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from tiny_run import TRAINING, make_run, train
 
-from nanophi.files import UserError, read_json
-from nanophi.recipe import Training
+from nanophi.core.errors import UserError
+from nanophi.core.files import read_json
+from nanophi.core.recipe import Training
 from nanophi.training import trainer
 
 METERED = {"track_energy": True, "country_iso_code": "FRA"}

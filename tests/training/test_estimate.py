@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nanophi import NanoPhiConfig, NanoPhiForCausalLM
 from nanophi.cli import main
-from nanophi.files import UserError
-from nanophi.recipe import Recipe, Training, load_recipe
+from nanophi.core.errors import UserError
+from nanophi.core.recipe import Recipe, Training, load_recipe
 from nanophi.training import arguments, budget, estimate, memory
 from nanophi.training.loss import use_chunked_loss
 

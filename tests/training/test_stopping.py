@@ -8,7 +8,8 @@ from tiny_run import PROMPT, add_sources, make_run, train
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from nanophi.files import UserError, read_json
+from nanophi.core.errors import UserError
+from nanophi.core.files import read_json
 from nanophi.training import arguments, checkpoints, monitor, trainer
 
 STEPS = 8

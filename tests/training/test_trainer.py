@@ -18,10 +18,11 @@ from tiny_run import CONTEXT, EOS, TRAINING, VOCAB, make_run, replace_rows, trai
 from transformers import AutoModelForCausalLM, PhiForCausalLM, TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from nanophi.files import UserError, read_json
+from nanophi.core.errors import UserError
+from nanophi.core.files import read_json
+from nanophi.core.names import step_of
+from nanophi.core.recipe import Training
 from nanophi.modeling_nanophi import NanoPhiForCausalLM
-from nanophi.recipe import Training
-from nanophi.run import step_of
 from nanophi.training import arguments as arguments_module
 from nanophi.training import checkpoints, monitor, run_trainer, trainer
 

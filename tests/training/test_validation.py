@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_run import CONTEXT, DOCUMENTS, EOS, PROMPT, add_sources, make_run, train
 
-from nanophi.files import read_json
+from nanophi.core.files import read_json
 from nanophi.modeling_nanophi import NanoPhiForCausalLM
 from nanophi.training import trainer, validation
 from nanophi.training.rows import PackedCollator

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from nanophi import run as run_module
-from nanophi.files import UserError, read_json, replace_tree, sha256_of_tree, write_json, write_text
-from nanophi.run import FORMATS, RunDirectory, differences
+from nanophi.core import run as run_module
+from nanophi.core.errors import UserError
+from nanophi.core.files import read_json, replace_tree, sha256_of_tree, write_json, write_text
+from nanophi.core.run import FORMATS, RunDirectory, differences
 
 
 def builder(text, calls):
@@ -101,7 +102,7 @@ def test_a_format_belongs_to_one_stage(tmp_path, monkeypatch):
             run.stage(name, {"x": 1}, ["out"], builder(name, calls))
 
     both()
-    monkeypatch.setattr("nanophi.run.__version__", "99.0")
+    monkeypatch.setattr("nanophi.core.run.__version__", "99.0")
     both()
     monkeypatch.setitem(FORMATS, "s", 2)
     assert run.inputs_of("s") is None
@@ -235,7 +236,7 @@ def test_required_stage_that_has_not_run(tmp_path):
 
 def test_one_writer_at_a_time(tmp_path):
     script = (
-        "import sys; from nanophi.run import RunDirectory\n"
+        "import sys; from nanophi.core.run import RunDirectory\n"
         "with RunDirectory(sys.argv[1]).lock(): print('held', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", script, str(tmp_path / "a")]

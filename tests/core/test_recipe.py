@@ -3,10 +3,10 @@
 import pytest
 import yaml
 
-from nanophi.files import UserError
+from nanophi.core.errors import UserError
+from nanophi.core.recipe import Recipe, load_recipe
+from nanophi.core.recipe_file import RECIPES
 from nanophi.modeling_nanophi import NanoPhiForCausalLM
-from nanophi.recipe import Recipe, load_recipe
-from nanophi.recipe_file import RECIPES
 from nanophi.training.budget import flops_per_token, parameter_count
 
 

@@ -1,7 +1,6 @@
-"""What a name in a recipe or on the command line refers to, and the identity of what it holds.
+"""What a stage depends on: the hash of a local path's contents, or the commit that a Hub revision stands for.
 
-A name is a local path (file, folder, glob) or a repository on the Hub. What a stage depends on is what the name
-*holds*: the hash of a local path's contents, the commit that a Hub revision stands for.
+Which of the two a name refers to is decided in `names.py`.
 """
 
 from __future__ import annotations
@@ -9,86 +8,24 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from nanophi.files import UserError, printable, read_json, reason, sha256_of, sha256_of_file, write_json
+from nanophi.core.errors import UserError, one_line
+from nanophi.core.files import read_json, sha256_of, sha256_of_file, write_json
+from nanophi.core.names import is_hub_id, local, shown, walk
+from nanophi.core.run import RunDirectory
 
 if TYPE_CHECKING:
     from huggingface_hub import RepoFile
 
-_HUB_NAME = r"\w(?:[\w.-]{0,94}\w)?"
-_HUB_ID = re.compile(f"{_HUB_NAME}/{_HUB_NAME}", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
 
 Kind = Literal["model", "dataset"]
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether a name has the form `ORG/NAME` of a repository on the Hub: each part at most 96 characters long."""
-    return _HUB_ID.fullmatch(name) is not None and not re.search(r"\.\.|--|\.git$", name)
-
-
-def model_folder(model: str | Path, key: str | None = None) -> Path | None:
-    """The folder that a model's name refers to; None for a repository on the Hub, `ORG/NAME` or `ORG/NAME@revision`.
-
-    Looks at the name and the file system only: nothing is loaded and the Hub is not asked.
-
-    Args:
-        model: the name.
-        key: of the recipe that names it, for the message of an error.
-
-    Raises:
-        UserError: if it is neither, or names a run that is missing in a folder of runs.
-    """
-    folder = local(model)
-    if folder.is_dir():
-        return folder
-    repo_id = str(model).partition("@")[0]
-    missing = f"{key + ': ' if key else ''}folder {model} does not exist"
-    if not is_hub_id(repo_id):
-        raise UserError(f"{missing}, and it is not a Hub id like ORG/NAME")
-    # A mistyped run looks like a Hub id, and without a network the Hub is asked for most of a minute.
-    if runs := sorted(path.parent.name for path in Path(repo_id).parent.glob("*/recipe.yaml")):
-        raise UserError(f"{missing}; {Path(repo_id).parent} holds {', '.join(runs)}")
-    return None
-
-
-def split_revision(name: str) -> tuple[str, str | None]:
-    """`ORG/NAME@REVISION` as id and revision; any other name, and a path that exists, as it is and None."""
-    repo_id, at, revision = name.partition("@")
-    return (repo_id, revision) if at and revision and is_hub_id(repo_id) and not local(name).exists() else (name, None)
-
-
-def local(name: str | Path) -> Path:
-    """The path that a name stands for, `~` expanded."""
-    return Path(os.path.expanduser(name))  # noqa: PTH111 (a user who does not exist is no error here)
-
-
-def shown(path: str | Path) -> str:
-    r"""A path as text that can be printed on a line and stored; bytes that are not UTF-8 as `\xNN`."""
-    return printable(os.fsencode(path).decode("utf-8", "backslashreplace"))
-
-
-def walk(folder: Path) -> list[Path]:
-    """Everything below a folder that is neither a folder nor hidden, sorted; linked folders count, but only once."""
-
-    def below(inner: Path, above: frozenset[Path]) -> Iterator[Path]:
-        above |= {inner.resolve()}
-        for path in inner.iterdir():
-            if path.name.startswith("."):
-                continue
-            if not path.is_dir():
-                yield path
-            elif path.resolve() not in above:
-                yield from below(path, above)
-
-    return sorted(below(folder, frozenset()))
 
 
 class Contents:
@@ -183,7 +120,7 @@ def resolve_commit(repo_id: str, revision: str | None, kind: Kind) -> str:
         if reference.is_file():
             return reference.read_text(encoding="utf-8").strip()
         raise UserError(
-            f"{kind} {repo_id} cannot be looked up on the Hub ({reason(error)}), and it was never seen on this machine"
+            f"{kind} {repo_id} cannot be looked up on the Hub ({one_line(error)}) and was never seen on this machine"
         ) from None
 
 
@@ -198,3 +135,50 @@ def same_on_hub(path: Path, there: RepoFile) -> bool:
         return there.lfs.sha256 == sha256_of_file(path)
     content = path.read_bytes()
     return there.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+
+
+class Inputs:
+    """Identity of what a run's recipe names: hashes of what local paths hold, commits of repositories on the Hub.
+
+    Args:
+        run: its directory remembers the hashes, its record the commits: a revision is looked up once, so that a run
+            stays what it is.
+        write: whether this process is the one that writes to the directory.
+    """
+
+    def __init__(self, run: RunDirectory, write: bool = True) -> None:
+        self.run = run
+        self.write = write
+        self.contents = Contents(run.path / ".inputs.json")
+
+    def commit_of(self, repo_id: str, revision: str | None, kind: Kind) -> str:
+        """The commit that a revision of a repository on the Hub had when this run first named it."""
+        name = f"{kind} {repo_id}@{revision or 'main'}"
+        known = self.run.record.get("hub", {})
+        if name not in known:
+            known = {**known, name: resolve_commit(repo_id, revision, kind)}
+            if self.write:
+                self.run.update_record(hub=known)
+        return str(known[name])
+
+    def model(self, name: str, ignore: Sequence[str] = (), revision: str | None = None) -> dict[str, str]:
+        """What a model or tokenizer is: `{path, sha256}` of a local folder, which comes first, or `{hub, commit}`.
+
+        Args:
+            name: local path or Hub id.
+            ignore: endings of a folder's files that play no part.
+            revision: of a repository on the Hub; None: `main`.
+
+        Raises:
+            UserError: if it is neither.
+        """
+        if local(name).exists():
+            return {"path": name, "sha256": self.contents.of(name, ignore)}
+        if not is_hub_id(name):
+            raise UserError(f"{name}: no such file or folder, and not a Hub id like ORG/NAME")
+        return {"hub": name, "commit": self.commit_of(name, revision, "model")}
+
+    def save(self) -> None:
+        """Remember the hashes."""
+        if self.write:
+            self.contents.save()

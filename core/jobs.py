@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
-from nanophi.files import UserError
+from nanophi.core.errors import UserError
 
 _QUIET = {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
 
@@ -101,7 +101,7 @@ def devices(jobs: int) -> list[dict[str, str]]:
     """Environment variables of each of so many jobs, or of as many as there are GPUs or cores."""
     import torch
 
-    from nanophi.data.processes import cores
+    from nanophi.core.processes import cores
 
     count = torch.cuda.device_count()
     if count:

@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from nanophi import jobs
-from nanophi.files import UserError
+from nanophi.core import jobs
+from nanophi.core.errors import UserError
 
 
 def python(code):
@@ -49,12 +49,12 @@ def test_the_others_finish_before_a_failure_is_told():
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_commands_stop_with_the_process_that_started_them(tmp_path, number):
     child = (
-        "import os, signal, sys, time; from nanophi.jobs import stop_with_parent; "
+        "import os, signal, sys, time; from nanophi.core.jobs import stop_with_parent; "
         "signal.signal(signal.SIGTERM, lambda *a: (open(sys.argv[1] + '.saved', 'w').close(), sys.exit(1))); "
         "stop_with_parent(); open(sys.argv[1], 'w').close(); time.sleep(60)"
     )
     # A process that is started in the background may ignore SIGINT, and then so do its children.
-    parent = f"import signal; from nanophi import jobs; signal.signal(signal.SIGINT, signal.default_int_handler); jobs.side_by_side({{n: [{sys.executable!r}, '-c', {child!r}, {str(tmp_path)!r} + '/' + n] for n in 'ab'}}, 2)"  # noqa: E501
+    parent = f"import signal; from nanophi.core import jobs; signal.signal(signal.SIGINT, signal.default_int_handler); jobs.side_by_side({{n: [{sys.executable!r}, '-c', {child!r}, {str(tmp_path)!r} + '/' + n] for n in 'ab'}}, 2)"  # noqa: E501
     process = subprocess.Popen(python(parent), stderr=subprocess.DEVNULL)
     wait_for(lambda: len(list(tmp_path.iterdir())) == 2)
     process.send_signal(number)
@@ -70,7 +70,7 @@ def wait_for(condition):
 
 
 def test_a_gpu_each_and_no_more_jobs_than_there_are_devices(monkeypatch):
-    monkeypatch.setattr("nanophi.data.processes.cores", lambda: 5)
+    monkeypatch.setattr("nanophi.core.processes.cores", lambda: 5)
     assert [device["OMP_NUM_THREADS"] for device in jobs.devices(2)] == ["2", "2"]
     assert len(jobs.devices(8)) == 5
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)

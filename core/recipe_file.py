@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from nanophi.files import UserError
+from nanophi.core.errors import UserError
 
-RECIPES = Path(__file__).parent / "recipes"
+RECIPES = Path(__file__).parent.parent / "recipes"
 
 
 class _Loader(yaml.SafeLoader):
@@ -106,10 +104,3 @@ def override(values: dict[str, Any], assignment: str) -> None:
         if not isinstance(values, dict):
             raise UserError(f"--set {assignment}: '{section}' is not a section")
     values[last] = value
-
-
-def suggestion(key: str, allowed: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the nearest allowed key, or what is allowed."""
-    allowed = sorted(allowed)
-    near = difflib.get_close_matches(key, allowed, n=1, cutoff=0.5)
-    return f"; did you mean '{near[0]}'?" if near else f"; allowed: {', '.join(allowed)}"

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from nanophi.eval import ablation, ablation_render
-from nanophi.files import UserError
+from nanophi.core.errors import UserError
+from nanophi.experiments import ablation, ablation_render
 
 NULLS = Path(__file__).with_name("null_items.json")
 """Made by benchmarks/filter_effect/nulls.py: log-likelihoods (a row for each run) and sizes of held-out documents."""

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from nanophi.files import UserError, read_json, user_errors
-from nanophi.inputs import local, model_folder, split_revision
-from nanophi.run import step_folders
+from nanophi.core.errors import UserError, user_errors
+from nanophi.core.files import read_json
+from nanophi.core.names import local, resolve, split_revision, step_folders
 
 INHERITED = ("data", "quality", "tokenizer", "model")
 """Sections that say how the base was made. A chat model's recipe repeats them: its card is about the whole of it."""
@@ -45,7 +45,7 @@ def final_checkpoint(folder: Path, name: str) -> Path | None:
 
 def find(name: str) -> Base:
     """The base that a recipe names. Raises `UserError` if it is none, or incomplete."""
-    folder, repo_id = model_folder(name, "base"), None
+    folder, repo_id = resolve(name, "base").folder, None
     if folder is None:
         repo_id, revision = split_revision(name)
         from huggingface_hub import snapshot_download

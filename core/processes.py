@@ -11,7 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-from nanophi.files import write_json
+from nanophi.core.files import write_json
 
 Task = tuple[Callable[..., dict[str, Any]], tuple[Any, ...], Path]
 
@@ -25,7 +25,7 @@ def in_processes(tasks: Sequence[Task], workers: int) -> Iterator[None]:
     # Not `fork`: the parent holds threads (torch, pyarrow, tokenizers) whose locks a forked child inherits.
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"  # Windows
     context = multiprocessing.get_context(method)
-    context.set_forkserver_preload(["nanophi.data.processes", *(sorted({task[0].__module__ for task in tasks}))])
+    context.set_forkserver_preload(["nanophi.core.processes", *(sorted({task[0].__module__ for task in tasks}))])
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin) as pool:
         futures = [pool.submit(run_task, *task) for task in tasks]
         try:

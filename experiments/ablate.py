@@ -17,7 +17,7 @@ order, which documents are drawn) and two learning rates, because a conclusion m
     OUTPUT/plan.json      written before anything is trained: arms, sizes, seeds, learning rates, targets, tests
     OUTPUT/items.json     what the items are: sizes, and which held-out documents the filter would keep
     OUTPUT/records/       one JSON file per finished run, with every item's log-likelihood
-    OUTPUT/ablation.json|.md|.png   the answer (`nanophi.eval.ablation`) from these files alone, new after each run
+    OUTPUT/ablation.json|.md|.png   the answer (`ablation.py`) from these files alone, new after each run
     RUNS/NAME/ablation.json         a copy, if the recipe itself has been run there, for its report page
     RUNS/NAME-ARM-seed-S-lr-R/      run directories; documents, scores and tokenizer are made once and shared
 
@@ -35,13 +35,14 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from nanophi import formatting
+from nanophi.core import formatting
+from nanophi.core.errors import UserError
+from nanophi.core.files import read_json, sha256_of, write_json, write_text
+from nanophi.core.recipe import Recipe
+from nanophi.core.run import environment, now
 from nanophi.data.selection import describe_rule
-from nanophi.eval import ablation_render
-from nanophi.files import UserError, read_json, sha256_of, write_json, write_text
+from nanophi.experiments import ablation_render
 from nanophi.pipeline import Pipeline, train_side_by_side
-from nanophi.recipe import Recipe
-from nanophi.run import environment, now
 
 FORMAT = 1
 """Version of the plan, the items and the records."""
@@ -91,7 +92,8 @@ def ablate(
         UserError: for an experiment that cannot be run or that differs from the plan in `output`; for runs that fail,
             after the others have ended.
     """
-    from nanophi.eval import ablation, suites
+    from nanophi.eval import suites
+    from nanophi.experiments import ablation
     from nanophi.training import arguments
 
     if recipe.conversations:
@@ -236,7 +238,7 @@ def _check_same(plan: Mapping[str, Any], question: Mapping[str, Any], path: Path
 def _make_plan(
     question: dict[str, Any], recipe: Recipe, runs: Path, output: Path, report: Callable[[str], None]
 ) -> dict[str, Any]:
-    from nanophi.eval import ablation
+    from nanophi.experiments import ablation
 
     _check_tasks(recipe, question["tasks"])
     config, training = recipe.model_config_for(), recipe.training
@@ -331,7 +333,7 @@ def _estimate(recipe: Recipe, plan: Mapping[str, Any], jobs: int) -> dict[str, A
     """What the trainings will take, from a few steps on this machine with the threads that a run will have."""
     import torch
 
-    from nanophi.data.processes import cores
+    from nanophi.core.processes import cores
     from nanophi.training import estimate
 
     sized = Recipe(**{**recipe.dump(), "model": {**recipe.model, "vocab_size": plan["vocab_size"]}})
@@ -388,8 +390,8 @@ def _write_items(pipeline: Pipeline, plan: Mapping[str, Any], output: Path) -> N
 
 def record(pipeline: Pipeline, key: tuple[str, int, float], plan: Mapping[str, Any], output: Path) -> None:
     """Write a finished run's record: what it was trained on, and every item's log-likelihood (nats) and size."""
+    from nanophi.core.names import step_name
     from nanophi.eval.results import ANSWER_METRIC, item_values, read_result, run_result_name
-    from nanophi.run import step_name
 
     recipe = pipeline.recipe
     result = read_result(

@@ -25,9 +25,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from nanophi.files import UserError, copy_tree, read_json, replace_tree, sha256_of, write_json, write_text
-from nanophi.inputs import Contents, Kind, is_hub_id, local, resolve_commit
-from nanophi.version import __version__
+from nanophi.core.errors import UserError
+from nanophi.core.files import copy_tree, read_json, replace_tree, sha256_of, write_json, write_text
+from nanophi.core.version import __version__
 
 FORMATS = {"documents": 2, "conversations": 2, "comparison": 2, "card": 2}
 """Stage (or kind of stage) -> format of its outputs, 1 by default. Raise it when the same inputs give other outputs."""
@@ -40,7 +40,7 @@ PACKAGES = (
 
 def git_commit() -> str | None:
     """The checkout's commit, with `+changes` if the tree differs from it; None outside a checkout."""
-    root = Path(__file__).parent
+    root = Path(__file__).parent.parent
     if not (root / ".git").exists():
         return None
     try:
@@ -82,29 +82,6 @@ def environment() -> dict[str, Any]:
 def now() -> str:
     """Current time, UTC, ISO 8601 to the second."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
-
-
-def step_name(step: int) -> str:
-    """Name of a step's folder, its revision on the Hub, and the stem of its results: `step-000600`."""
-    return f"step-{step:06d}"
-
-
-def step_of(name: str | Path) -> int:
-    """The step in a folder's name or path. Raises ValueError for a name that is none of ours."""
-    text = Path(name).name
-    step = int(text.removeprefix("step-"))
-    if text != step_name(step):
-        raise ValueError(f"{text} is not the name of a step")
-    return step
-
-
-def step_folders(folder: Path) -> list[Path]:
-    """The step folders in `checkpoints/` or `training_state/`, by step; anything else there is passed over."""
-    found = []
-    for path in folder.glob("step-*"):
-        with contextlib.suppress(ValueError):
-            found.append((step_of(path), path))
-    return [path for _, path in sorted(found)]
 
 
 def differences(then: Any, now: Any, key: str = "") -> list[str]:
@@ -317,50 +294,3 @@ class RunDirectory:
                         return {**entry, "run": path.parent.name}
                 shutil.rmtree(work, ignore_errors=True)
         return None
-
-
-class Inputs:
-    """Identity of what a run's recipe names: hashes of what local paths hold, commits of repositories on the Hub.
-
-    Args:
-        run: its directory remembers the hashes, its record the commits: a revision is looked up once, so that a run
-            stays what it is.
-        write: whether this process is the one that writes to the directory.
-    """
-
-    def __init__(self, run: RunDirectory, write: bool = True) -> None:
-        self.run = run
-        self.write = write
-        self.contents = Contents(run.path / ".inputs.json")
-
-    def commit_of(self, repo_id: str, revision: str | None, kind: Kind) -> str:
-        """The commit that a revision of a repository on the Hub had when this run first named it."""
-        name = f"{kind} {repo_id}@{revision or 'main'}"
-        known = self.run.record.get("hub", {})
-        if name not in known:
-            known = {**known, name: resolve_commit(repo_id, revision, kind)}
-            if self.write:
-                self.run.update_record(hub=known)
-        return str(known[name])
-
-    def model(self, name: str, ignore: Sequence[str] = (), revision: str | None = None) -> dict[str, str]:
-        """What a model or tokenizer is: `{path, sha256}` of a local folder, which comes first, or `{hub, commit}`.
-
-        Args:
-            name: local path or Hub id.
-            ignore: endings of a folder's files that play no part.
-            revision: of a repository on the Hub; None: `main`.
-
-        Raises:
-            UserError: if it is neither.
-        """
-        if local(name).exists():
-            return {"path": name, "sha256": self.contents.of(name, ignore)}
-        if not is_hub_id(name):
-            raise UserError(f"{name}: no such file or folder, and not a Hub id like ORG/NAME")
-        return {"hub": name, "commit": self.commit_of(name, revision, "model")}
-
-    def save(self) -> None:
-        """Remember the hashes."""
-        if self.write:
-            self.contents.save()

@@ -16,12 +16,13 @@ from typing import Any
 
 import yaml
 
+from nanophi.core.errors import UserError
+from nanophi.core.files import read_json, write_json, write_text
+from nanophi.core.formatting import PERCENT_METRICS
+from nanophi.core.names import step_folders
 from nanophi.data import documents
 from nanophi.eval import catalogue
-from nanophi.files import UserError, read_json, write_json, write_text
-from nanophi.formatting import PERCENT_METRICS
 from nanophi.model_card import secrets
-from nanophi.run import step_folders
 
 LATER_STAGES = ("comparison", "report", "card", "release", "verification")
 """Left out of the records: a second build must find the same ones as the first."""

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from nanophi import inputs
-from nanophi.files import UserError
-from nanophi.inputs import Contents, model_folder, resolve_commit, shown
-from nanophi.run import Inputs, RunDirectory
+from nanophi.core import inputs
+from nanophi.core.errors import UserError
+from nanophi.core.inputs import Contents, Inputs, resolve_commit
+from nanophi.core.names import resolve, shown
+from nanophi.core.run import RunDirectory
 
 
 @pytest.fixture
@@ -75,7 +76,7 @@ def test_a_revision_is_looked_up_once_in_the_life_of_a_run(tmp_path: Path, monke
         asked.append((repo_id, revision, kind))
         return f"{len(asked):040x}"
 
-    monkeypatch.setattr("nanophi.run.resolve_commit", resolve)
+    monkeypatch.setattr("nanophi.core.inputs.resolve_commit", resolve)
     run = RunDirectory(tmp_path / "run", report=lambda line: None)
     first = Inputs(run).commit_of("org/name", None, "dataset")
     assert Inputs(RunDirectory(tmp_path / "run")).commit_of("org/name", None, "dataset") == first == f"{1:040x}"
@@ -130,7 +131,7 @@ def test_a_mistyped_run_is_not_looked_for_on_the_hub(tmp_path: Path, monkeypatch
         (tmp_path / "runs" / run / "recipe.yaml").touch()
     (tmp_path / "org").mkdir()
     with pytest.raises(UserError, match="folder runs/dmeo does not exist; runs holds demo, mine"):
-        model_folder("runs/dmeo")
-    assert model_folder("runs/demo") == Path("runs/demo")
-    assert model_folder("org/name") is None, "a folder of something else says nothing"
-    assert model_folder("other/name@v1") is None
+        resolve("runs/dmeo")
+    assert resolve("runs/demo").folder == Path("runs/demo")
+    assert resolve("org/name").folder is None, "a folder of something else says nothing"
+    assert resolve("other/name@v1").folder is None

@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from nanophi import ablate
-from nanophi.eval import ablation_render
-from nanophi.files import UserError, read_json, sha256_of_tree
+from nanophi.core.errors import UserError
+from nanophi.core.files import read_json, sha256_of_tree
+from nanophi.core.recipe import load_recipe
+from nanophi.experiments import ablate, ablation_render
 from nanophi.model_card import report
-from nanophi.recipe import load_recipe
 from nanophi.training import trainer
 
 RECIPE = """

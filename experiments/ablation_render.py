@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nanophi import formatting
-from nanophi.eval import ablation
-from nanophi.files import UserError, read_json, write_json, write_text
+from nanophi.core import formatting
+from nanophi.core.errors import UserError
+from nanophi.core.files import read_json, write_json, write_text
+from nanophi.experiments import ablation
 
 ARMS = {
     "all": "all the text",

@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
-from nanophi.inputs import is_hub_id
+from nanophi.core.names import is_hub_id
 
 HUB_LICENSES = frozenset(
     """

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from nanophi.files import UserError, user_errors
-from nanophi.inputs import model_folder, split_revision
+from nanophi.core.errors import UserError, user_errors
+from nanophi.core.names import resolve, split_revision
 
 
 def generate(
@@ -35,7 +35,7 @@ def generate(
         prompt.encode()
     except UnicodeEncodeError:  # the shell passes on any bytes
         raise UserError("the prompt is not valid UTF-8") from None
-    folder = model_folder(model)  # a mistyped name, before anything slow is imported
+    folder = resolve(model).folder  # a mistyped name, before anything slow is imported
     if folder is not None and not (folder / "config.json").is_file():
         inside = folder / "release"
         hint = f"; did you mean {inside}?" if (inside / "config.json").is_file() else ""

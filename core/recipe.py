@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pydantic
 
-from nanophi.bases import inherit
-from nanophi.files import UserError
-from nanophi.publishing import card_problems, stated_license
-from nanophi.recipe_file import find_recipe, override, own, read, suggestion
+from nanophi.core.bases import inherit
+from nanophi.core.errors import UserError, suggest
+from nanophi.core.licenses import card_problems, stated_license
+from nanophi.core.recipe_file import find_recipe, override, own, read
 
 if TYPE_CHECKING:
     from nanophi.configuration_nanophi import NanoPhiConfig
@@ -366,7 +366,7 @@ class Recipe(Section):
         allowed = set(NanoPhiConfig.__dataclass_fields__) - {"model_type", "transformers_version"}
         for key in self.model:
             if key not in allowed:
-                raise ValueError(f"'model': unknown key '{key}'{suggestion(key, allowed)}")
+                raise ValueError(f"'model': unknown key '{key}'; {suggest(key, allowed)}")
         try:
             context = self.model_config_for().max_position_embeddings
         except ValueError as error:
@@ -423,7 +423,7 @@ def _explain(error: pydantic.ValidationError) -> str:
     location = [str(part) for part in problem["loc"]]
     key = ".".join(location)
     if problem["type"] == "extra_forbidden":
-        return f"unknown key '{key}'{suggestion(location[-1], _keys_at(Recipe, location[:-1]))}"
+        return f"unknown key '{key}'; {suggest(location[-1], _keys_at(Recipe, location[:-1]))}"
     if problem["type"] == "missing":
         return f"'{key}' is missing"
     message = " ".join(problem["msg"].removeprefix("Value error, ").split())

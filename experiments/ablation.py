@@ -30,8 +30,8 @@ from typing import Any
 import numpy as np
 import scipy.stats
 
+from nanophi.core.errors import UserError
 from nanophi.eval.statistics import SIGNIFICANCE, effective_items, holm, minimum_detectable_effect
-from nanophi.files import UserError
 
 ARMS = ("all", "best", "random", "worst")
 CONTRASTS = {"quality": ("best", "random"), "repetition": ("random", "all"), "net": ("best", "all")}
@@ -112,7 +112,7 @@ def analyse(targets: Mapping[str, Target], seed: int = 0) -> dict[str, Any]:
 def targets(
     plan: Mapping[str, Any], items: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
 ) -> dict[str, Target]:
-    """The plan's targets, from the records of finished runs (`nanophi.ablate` says what these files hold).
+    """The plan's targets, from the records of finished runs (`nanophi.experiments.ablate` says what these files hold).
 
     A target that has no item, such as text that the filter drops where no held-out document would be dropped, is left
     out.

@@ -1,9 +1,8 @@
-"""Files written whole or not at all, hashes of contents, and the error whose message a user sees."""
+"""Files that are written whole or not at all, and hashes of contents. Nothing here knows what a file means."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import glob
 import hashlib
 import json
@@ -14,63 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-
-class UserError(Exception):
-    """Something the user can put right. The message is one line: what is wrong, with its name, and the remedy.
-
-    Names come from the user's disk and data, so whatever could not be printed on one line is escaped.
-    """
-
-    def __init__(self, message: str) -> None:
-        super().__init__(printable(message))
-
-
-def printable(text: str) -> str:
-    r"""Text on one line that any stream can encode: line ends, control characters and lone surrogates are escaped."""
-    if text.isprintable():
-        return text
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
-    )
-
-
-def reason(error: BaseException) -> str:
-    """One line on why a library failed: its message, and the innermost one where it wraps another."""
-    innermost = error
-    while True:
-        inner = innermost.__cause__ or (None if innermost.__suppress_context__ else innermost.__context__)
-        if inner is None or isinstance(inner, StopIteration):
-            break
-        innermost = inner
-    outer, inner_text = _first_line(error), _first_line(innermost)
-    return outer if inner_text in outer else inner_text if outer in inner_text else f"{outer}: {inner_text}"
-
-
-def _first_line(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return ("" if error.filename is None else f"{error.filename}: ") + error.strerror
-    if isinstance(error, FileNotFoundError):  # pyarrow's say the path alone
-        return f"no such file or folder: {error}"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else ""
-    # The message of a KeyError is the key alone.
-    return f"{type(error).__name__}: {text}" if isinstance(error, LookupError) or not text else text
-
-
-@contextlib.contextmanager
-def user_errors(what: str) -> Iterator[None]:
-    """Where a stage meets the user's data: whatever a library raises there becomes `UserError("what (reason)")`.
-
-    A full disk is passed on: the command has its own message for it.
-    """
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UserError(f"{what} ({reason(error)})") from error
+from nanophi.core.errors import UserError
 
 
 def sha256_of(value: Any) -> str:
@@ -150,7 +93,7 @@ def replace_tree(source: Path, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def whole_folder(output: Path) -> Iterator[Path]:
+def atomic_folder(output: Path) -> Iterator[Path]:
     """A folder to write in, beside `output`, which it replaces once all is written."""
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.{os.getpid()}.", dir=output.parent) as scratch:

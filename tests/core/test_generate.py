@@ -3,8 +3,8 @@
 import pytest
 from chat_run import make_base
 
-from nanophi.files import UserError
-from nanophi.generate import generate
+from nanophi.core.errors import UserError
+from nanophi.core.generate import generate
 
 
 @pytest.fixture

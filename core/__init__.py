@@ -1,0 +1,1 @@
+"""What every stage stands on: recipe, run directory, names, files, errors, numbers."""

@@ -1,0 +1,156 @@
+"""What a name on the command line or in a recipe refers to: a folder, a run, a release, or a repository on the Hub.
+
+The one place that tells them apart. It looks at the name and the file system only; the Hub is asked by `Named.model`
+alone. What a name's contents *are* (hashes, commits) is decided in `inputs.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from nanophi.core.errors import UserError, printable, user_errors
+from nanophi.core.files import read_json
+
+_HUB_NAME = r"\w(?:[\w.-]{0,94}\w)?"
+_HUB_ID = re.compile(f"{_HUB_NAME}/{_HUB_NAME}", re.ASCII)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form `ORG/NAME` of a repository on the Hub: each part at most 96 characters long."""
+    return _HUB_ID.fullmatch(name) is not None and not re.search(r"\.\.|--|\.git$", name)
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """`ORG/NAME@REVISION` as id and revision; any other name, and a path that exists, as it is and None."""
+    repo_id, at, revision = name.partition("@")
+    return (repo_id, revision) if at and revision and is_hub_id(repo_id) and not local(name).exists() else (name, None)
+
+
+def local(name: str | Path) -> Path:
+    """The path that a name stands for, `~` expanded."""
+    return Path(os.path.expanduser(name))  # noqa: PTH111 (a user who does not exist is no error here)
+
+
+def shown(path: str | Path) -> str:
+    r"""A path as text that can be printed on a line and stored; bytes that are not UTF-8 as `\xNN`."""
+    return printable(os.fsencode(path).decode("utf-8", "backslashreplace"))
+
+
+def step_name(step: int) -> str:
+    """Name of a step's folder, its revision on the Hub, and the stem of its results: `step-000600`."""
+    return f"step-{step:06d}"
+
+
+def step_of(name: str | Path) -> int:
+    """The step in a folder's name or path. Raises ValueError for a name that is not a step's."""
+    text = Path(name).name
+    step = int(text.removeprefix("step-"))
+    if text != step_name(step):
+        raise ValueError(f"{text} is not the name of a step")
+    return step
+
+
+def step_folders(folder: Path) -> list[Path]:
+    """The step folders in `checkpoints/` or `training_state/`, by step; anything else there is passed over."""
+    found = []
+    for path in folder.glob("step-*"):
+        with contextlib.suppress(ValueError):
+            found.append((step_of(path), path))
+    return [path for _, path in sorted(found)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Named:
+    """What a name refers to: `folder`, or `repo_id` at `revision` (None: `main`) where there is no such folder.
+
+    `key` is the recipe's key that has the name, for messages.
+    """
+
+    name: str
+    folder: Path | None
+    repo_id: str | None
+    revision: str | None
+    key: str | None = None
+
+    @property
+    def is_run(self) -> bool:
+        """Whether it is a run directory."""
+        return self.folder is not None and (self.folder / "record.json").is_file()
+
+    def error(self, problem: str) -> UserError:
+        """`UserError`: the key, the name and what is wrong with it."""
+        return UserError(f"{self.key + ': ' if self.key else ''}{self.name} {problem}")
+
+    def fetch(self, patterns: list[str] | None = None) -> Path:
+        """The folder; a repository is downloaded, or the part of it that `patterns` match."""
+        if self.folder is not None:
+            return self.folder
+        from huggingface_hub import snapshot_download
+
+        place = f"{self.key + ': ' if self.key else ''}there is no folder {self.name} here"
+        with user_errors(f"{place}, and it cannot be downloaded from the Hub"):
+            return Path(snapshot_download(str(self.repo_id), revision=self.revision, allow_patterns=patterns))
+
+    def model(self, patterns: list[str] | None = None) -> Path:
+        """The folder with configuration and weights: a run's final checkpoint, else what `fetch` gives.
+
+        Raises:
+            UserError: for a run that is not finished, or a folder without config.json.
+        """
+        folder = self.fetch(patterns)
+        if self.is_run:
+            return final_checkpoint(folder, self)
+        if not (folder / "config.json").is_file():
+            inside = folder / "release"
+            hint = f"; did you mean {inside}?" if (inside / "config.json").is_file() else ""
+            raise self.error(f"is not a model (no config.json){hint}")
+        return folder
+
+
+def resolve(name: str | Path, key: str | None = None) -> Named:
+    """What a name refers to; a folder comes before a repository of the same name.
+
+    Raises:
+        UserError: if it is neither, or names a run that is missing in a folder of runs.
+    """
+    folder = local(name)
+    if folder.is_dir():
+        return Named(str(name), folder, None, None, key)
+    repo_id, _, revision = str(name).partition("@")
+    missing = f"{key + ': ' if key else ''}folder {name} does not exist"
+    if not is_hub_id(repo_id):
+        raise UserError(f"{missing}, and it is not a Hub id like ORG/NAME")
+    # A mistyped run looks like a Hub id, and without a network the Hub is asked for most of a minute.
+    if runs := sorted(path.parent.name for path in Path(repo_id).parent.glob("*/recipe.yaml")):
+        raise UserError(f"{missing}; {Path(repo_id).parent} holds {', '.join(runs)}")
+    return Named(str(name), None, repo_id, revision or None, key)
+
+
+def final_checkpoint(run: Path, named: Named | None = None) -> Path:
+    """The last weights of a run directory. Raises `UserError` if its training is not finished."""
+    checkpoints = step_folders(run / "checkpoints")
+    if "training" not in read_json(run / "record.json")["stages"] or not checkpoints:
+        named = named or Named(run.name, run, None, None)
+        raise named.error("is a run that has not finished; run `nanophi run` on its recipe first")
+    return checkpoints[-1]
+
+
+def walk(folder: Path) -> list[Path]:
+    """Everything below a folder that is neither a folder nor hidden, sorted; linked folders count, but only once."""
+
+    def below(inner: Path, above: frozenset[Path]) -> Iterator[Path]:
+        above |= {inner.resolve()}
+        for path in inner.iterdir():
+            if path.name.startswith("."):
+                continue
+            if not path.is_dir():
+                yield path
+            elif path.resolve() not in above:
+                yield from below(path, above)
+
+    return sorted(below(folder, frozenset()))

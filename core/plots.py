@@ -1,0 +1,55 @@
+"""One style for every picture: colours, axes, and a PNG without date or version inside."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREEN, PURPLE, GREY, DARK = "#2f6db3", "#d9772b", "#3f8f5f", "#7d5ba6", "#b8bec6", "#30363d"
+SERIES = (BLUE, ORANGE, GREEN, PURPLE)
+STYLE: Any = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": GREY,
+    "axes.grid": True,
+    "axes.labelcolor": DARK,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlepad": 10,
+    "figure.constrained_layout.use": True,
+    "font.family": "DejaVu Sans",
+    "font.size": 10.5,
+    "grid.color": "#e6e9ed",
+    "legend.frameon": False,
+    "savefig.dpi": 150,
+    "svg.hashsalt": "nanophi",
+    "text.color": DARK,
+    "xtick.color": DARK,
+    "ytick.color": DARK,
+}
+
+
+@contextlib.contextmanager
+def picture(path: Path, width: float, height: float) -> Iterator[Figure]:
+    """A figure to draw on, in inches, written to `path` (PNG, 150 dots per inch) at the end, whole or not at all."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with plt.rc_context({**plt.rcParamsDefault, **STYLE}):
+        figure = plt.figure(figsize=(width, height))
+        try:
+            yield figure
+            figure.savefig(partial, format="png", metadata={"Software": None})
+            partial.replace(path)
+        finally:
+            plt.close(figure)
+            partial.unlink(missing_ok=True)

@@ -1,0 +1,34 @@
+"""What people add to nanophi: one file each, and one line here.
+
+A line names a class or function as `module:name`. It is imported when a recipe asks for it, so that what a recipe does
+not use costs no start-up time, and `core` knows no room above it. Suites are entries of `eval/tasks.yaml`, card
+sections files in `model_card/sections/`, formats classes in `data/formats.py`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from nanophi.core.errors import suggest
+
+SCORERS = {
+    "linear": "nanophi.data.scorers:LinearScorer",
+    "column": "nanophi.data.scorers:ColumnScorer",
+    "model": "nanophi.data.scorers:ModelScorer",
+}
+"""Kind of `quality.scorer` (before the colon) -> a `Scorer`."""
+
+OPTIMIZERS = {
+    "adamw": "nanophi.training.optimizer:adamw",
+    "muon": "nanophi.training.optimizer:muon",
+}
+"""`training.optimizer` -> a function that makes a `torch.optim.Optimizer`."""
+
+
+def find(table: dict[str, str], name: str, what: str) -> Any:
+    """The class or function registered under a name. Raises ValueError, with the nearest known name."""
+    if name not in table:
+        raise ValueError(f"{what} '{name}' is unknown; {suggest(name, table)}")
+    module, _, attribute = table[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
