@@ -197,22 +197,9 @@ def estimate(
 
     Example: nanophi estimate nano-phi-115m --device h100
     """
-    resolved = load_recipe(recipe, overrides)
-    from nanophi.training import budget
     from nanophi.training import estimate as estimates
 
-    chosen = budget.find_device(device)
-    result = estimates.estimate(
-        resolved,
-        chosen,
-        devices=devices,
-        mfu=estimates.ASSUMED_MFU if mfu is None else mfu,
-        tokens_per_second=estimates.measure(resolved) if measure else None,
-        dollars_per_hour=price,
-        grams_per_kwh=estimates.GRID_GRAMS_PER_KWH if grid is None else grid,
-    )
-    name = f"{devices} x {device}" if devices > 1 else device
-    typer.echo(estimates.render(resolved, name, result, estimates.published_run()))
+    estimates.estimate(recipe, device, devices, mfu, price, grid, measure, overrides)
 
 
 @app.command("eval")

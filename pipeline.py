@@ -64,7 +64,7 @@ class Pipeline(ChatStages):
     def training(self) -> dict[str, Any]:
         """The model, with its checkpoints."""
         from nanophi.core.sample import sample_settings
-        from nanophi.training import chat, continuation, trainer
+        from nanophi.training import base, chat, continuation, trainer
 
         # On another machine than that which prepared the tokens, what they were made from need not be there.
         self.tokens() if "tokens" in self.build else self.require_tokens()
@@ -87,7 +87,7 @@ class Pipeline(ChatStages):
                 suites.check_heldout(self.suites(), documents, tokenizer, config.max_position_embeddings)
             if self.restart:
                 if recipe.base and not recipe.conversations:  # nothing is removed for a training that cannot begin
-                    continuation.base_model(recipe.base, config, self.path / "data/tokenizer")
+                    base.base_model(recipe.base, config, self.path / "data/tokenizer")
                 self._remove_training()
                 recorded = None
             plan = continuation.plan(self.path, recipe.training, recorded, inputs, self.report)
@@ -103,7 +103,6 @@ class Pipeline(ChatStages):
                 recipe.training,
                 config,
                 recipe.training_seed,
-                recipe.name,
                 self.report,
                 recipe.card.prompt,
                 resume=plan.resume,

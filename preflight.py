@@ -34,7 +34,8 @@ def check(
             evaluates (else they are only named: they may change after training), and weights in the run directory that
             the recipe cannot continue from.
     """
-    from nanophi.training import arguments, chat, continuation
+    from nanophi.training import arguments, chat
+    from nanophi.training import base as base_model
 
     if recipe.conversations:
         chat.trl()
@@ -44,7 +45,7 @@ def check(
         if changed := differences(base.recipe["model"], recipe.model):
             raise UserError(f"{recipe.name}: 'model' is not its base's ({changed[0]}); leave it out")
     elif recipe.base:
-        continuation.check_base(recipe.base, recipe.model_config_for(), None)
+        base_model.check_base(recipe.base, recipe.model_config_for(), None)
     # A machine that only trains may lack lm-eval.
     with contextlib.suppress(ImportError):
         if problem := _evaluation_problem(recipe):

@@ -91,5 +91,5 @@ def add_sources(run: Path) -> Path:
 
 def train(run: Path, prompt: str | None = None, **changes) -> dict:
     """Train, or resume from the last whole state."""
-    settings = {"seed": 1, "label": "test", "prompt": prompt, "resume": checkpoints.last_whole(run)}
+    settings = {"seed": 1, "prompt": prompt, "resume": checkpoints.newest_valid_state(run)}
     return trainer.train(run, Training(**{**TRAINING, **changes}), NanoPhiConfig(**CONFIG), **settings)
