@@ -25,34 +25,21 @@ NO_FSDP = (
     "several, or remove fsdp"
 )
 
-ALLOWED = frozenset(
-    (
-        "activation_checkpointing",
-        "activation_checkpointing_kwargs",
-        "dataloader_num_workers",
-        "dataloader_persistent_workers",
-        "dataloader_pin_memory",
-        "dataloader_prefetch_factor",
-        "ddp_backend",
-        "ddp_broadcast_buffers",
-        "ddp_bucket_cap_mb",
-        "ddp_timeout",
-        "fsdp",
-        "fsdp_config",
-        "gradient_checkpointing",
-        "gradient_checkpointing_kwargs",
-        "log_level",
-        "project",
-        "run_name",
-        "tf32",
-        "torch_compile_backend",
-        "torch_compile_mode",
-        "torch_empty_cache_steps",
-        "trackio_space_id",
-    )
-)
+ALLOWED = {
+    *("activation_checkpointing", "activation_checkpointing_kwargs"),
+    *("dataloader_num_workers", "dataloader_persistent_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"),
+    *("ddp_backend", "ddp_broadcast_buffers", "ddp_bucket_cap_mb", "ddp_timeout", "fsdp", "fsdp_config"),
+    *("gradient_checkpointing", "gradient_checkpointing_kwargs", "log_level", "project", "run_name", "tf32"),
+    *("torch_compile_backend", "torch_compile_mode", "torch_empty_cache_steps", "trackio_space_id"),
+}
 """Fields of `transformers.TrainingArguments` that were tried here: they change how a run is computed, not what it
 learns, and it resumes with them."""
+SAME_NAME = (
+    *("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm", "warmup_steps"),
+    *("save_steps", "eval_steps", "logging_steps", "report_to"),
+)
+"""Keys of `training` that `TrainingArguments` calls the same."""
+SCHEDULES = {"cosine": "cosine", "constant": "constant_with_warmup", "wsd": "warmup_stable_decay"}
 
 
 def check(training: Training, run: Path, seed: int) -> None:
@@ -91,8 +78,7 @@ def has_bf16() -> bool:
 def resolve_precision(training: Training) -> str:
     """ "fp32" or "bf16": what the recipe states, or for "auto" accelerate's environment, or the hardware.
 
-    Raises:
-        UserError: if the environment (`accelerate launch --mixed_precision`) contradicts the recipe.
+    Raises `UserError` if the environment (`accelerate launch --mixed_precision`) contradicts the recipe.
     """
     wanted = os.environ.get(PRECISION_VARIABLE, "no").lower()
     if wanted != "no" and wanted != (training.precision if training.precision != "auto" else "bf16"):
@@ -138,13 +124,7 @@ def micro_batch_size(training: Training, devices: int) -> int:
 def training_arguments(
     training: Training, run: Path, seed: int, devices: int = 1, kind: type = TrainingArguments, **more: Any
 ) -> Any:
-    """The recipe's `training` section as `TrainingArguments`.
-
-    Args:
-        run: the run directory; its name is the run's name for trackers.
-        devices: number of processes.
-        kind: a class derived from it.
-        **more: fields of `kind`.
+    """The recipe's `training` section as `TrainingArguments`, or as a class derived from it with `more` fields.
 
     Raises:
         UserError: for a batch that does not divide among the devices, a precision that the environment contradicts,
@@ -152,46 +132,27 @@ def training_arguments(
     """
     check_names(training)
     rows = micro_batch_size(training, devices)
-    schedules: dict[str, dict[str, Any]] = {
-        "cosine": {"lr_scheduler_type": "cosine"},
-        "constant": {"lr_scheduler_type": "constant_with_warmup"},
-        "wsd": {
-            "lr_scheduler_type": "warmup_stable_decay",
-            "lr_scheduler_kwargs": {
-                "num_decay_steps": training.steps - decay_start(training),
-                "decay_type": "linear",
-            },
-        },
-    }
+    decay = {"num_decay_steps": training.steps - decay_start(training), "decay_type": "linear"}
     ours: dict[str, Any] = {
+        **{name: getattr(training, name) for name in SAME_NAME},
         "output_dir": str(run / "training_state"),
         "run_name": run.name,
         "max_steps": training.steps,
         "per_device_train_batch_size": rows,
         "per_device_eval_batch_size": rows,
         "gradient_accumulation_steps": training.batch_size // (rows * devices),
-        "optim": "adamw_torch_fused",
-        "learning_rate": training.learning_rate,
-        "weight_decay": training.weight_decay,
-        "adam_beta1": training.adam_beta1,
-        "adam_beta2": training.adam_beta2,
         "adam_epsilon": ADAM_EPS,
-        "max_grad_norm": training.max_grad_norm,
-        "warmup_steps": training.warmup_steps,
-        **schedules[training.schedule],
+        "lr_scheduler_type": SCHEDULES[training.schedule],
+        "lr_scheduler_kwargs": decay if training.schedule == "wsd" else None,
         "bf16": resolve_precision(training) == "bf16",
         # Trainer refuses bf16 on a processor unless it is told that no device is meant.
         "use_cpu": not torch.accelerator.is_available(),
         "torch_compile": training.compile,
         "save_strategy": "steps",
-        "save_steps": training.save_steps,
         "eval_strategy": "steps",
-        "eval_steps": training.eval_steps,
         "prediction_loss_only": True,
         "logging_strategy": "steps",
-        "logging_steps": training.logging_steps,
         "logging_nan_inf_filter": False,
-        "report_to": training.report_to,
         "disable_tqdm": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "remove_unused_columns": False,

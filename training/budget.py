@@ -18,27 +18,16 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """One accelerator.
+    """One accelerator. Rates are peaks in FLOP/s, dense; a device without bf16 or TF32 has its float32 rate there."""
 
-    Attributes:
-        cuda_name: part of the name that CUDA gives it.
-        bf16_flops: peak dense bf16 rate with float32 accumulation, FLOP/s; of a device without bf16 its float32 rate,
-            at which it emulates that.
-        fp32_flops: peak float32 rate outside the tensor cores, which is what torch computes in by default.
-        tf32_flops: peak dense rate of float32 products in tensor cores (`uses_tf32`); of a device without TF32 its
-            float32 rate.
-        memory, watts: bytes; board power.
-        dollars_per_hour, price_source: on-demand list price of one in a cloud; whose, and when it was read.
-    """
-
-    cuda_name: str
-    bf16_flops: float
-    fp32_flops: float
-    tf32_flops: float
-    memory: float
-    watts: float
-    dollars_per_hour: float
-    price_source: str
+    cuda_name: str  # part of the name that CUDA gives it
+    bf16_flops: float  # with float32 accumulation
+    fp32_flops: float  # outside the tensor cores, which is what torch computes in by default
+    tf32_flops: float  # of float32 products in tensor cores (`uses_tf32`)
+    memory: float  # bytes
+    watts: float  # of the board
+    dollars_per_hour: float  # on-demand list price of one in a cloud
+    price_source: str  # whose price, and when it was read
 
     def precision(self, training: Training) -> str:
         """ "fp32" or "bf16": what a recipe trains in on this device, as `arguments.resolve_precision` decides on it."""

@@ -88,18 +88,7 @@ def settings(recipe: Recipe, run: Path, context: int) -> Any:
 def train(
     run: Path, recipe: Recipe, config: NanoPhiConfig, report: Callable[[str], None] = print, resume: Path | None = None
 ) -> dict[str, Any]:
-    """Train `data/base` on `data/conversations`, from the beginning or from a saved state.
-
-    Args:
-        run: the run directory; writes `checkpoints`, `training_state` and `training.json`.
-        recipe: with `conversations`.
-        config: the base's.
-        report: gets one line where something is worth telling.
-        resume: the state to resume from; None: the beginning.
-
-    Returns:
-        the summary of `RunTrainer.fit`.
-    """
+    """Train `data/base`, whose configuration is given, on `data/conversations`, from the beginning or from a state."""
     datasets.disable_progress_bars()
     disable_progress_bar()
     training, arguments = recipe.training, settings(recipe, run, config.max_position_embeddings)

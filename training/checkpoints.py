@@ -68,18 +68,13 @@ def newest_valid_state(run: Path, limit: int | None = None, report: Callable[[st
     return None
 
 
-def store(
-    run: Path, saved: Path, facts: dict[str, Any], tokenizer: Path, kept: Collection[int], kept_states: Collection[int]
-) -> None:
+def store(run: Path, saved: Path, facts: dict[str, Any], kept: Collection[int], kept_states: Collection[int]) -> None:
     """Move what `Trainer` saved into the two folders of its step, and remove those that are not kept.
 
     Args:
-        run: the run directory.
-        saved: a private folder in it with everything that `Trainer` saved; it becomes the checkpoint.
+        saved: a private folder in the run directory with all that `Trainer` saved; it becomes the checkpoint.
         facts: `checkpoint.json`; `step` among them.
-        tokenizer: folder whose files the checkpoint gets.
-        kept: steps whose checkpoints stay, besides this one.
-        kept_states: steps whose states stay, besides this one.
+        kept, kept_states: steps whose checkpoints and states stay, besides this one.
     """
     step = facts["step"]
     state = saved / "training_state"
@@ -89,7 +84,7 @@ def store(
             file.unlink()  # the recipe and the weights hold the same
         elif file.name.startswith(_STATE_FILES):
             file.rename(state / file.name)
-    for file in sorted(tokenizer.iterdir()):
+    for file in sorted((run / "data/tokenizer").iterdir()):
         shutil.copyfile(file, saved / file.name)
     for file in saved.glob("*.safetensors"):
         permit(file)
@@ -115,9 +110,7 @@ def archive_old_schedule(run: Path, steps: int, resumed: int) -> Path | None:
 
     Checkpoints beyond `resumed` move to `checkpoints-of-<steps>-steps/`; the last one of the schedule is copied there
     (by hard links) if the run passes it. States beyond `resumed` are removed: nothing resumes from them any more.
-
-    Returns:
-        the folder; None if there was nothing to keep.
+    Gives the folder; None if there was nothing to keep.
     """
     target = run / f"checkpoints-of-{steps}-steps"
     for old in step_folders(run / "checkpoints"):
@@ -143,11 +136,7 @@ def last_saved(run: Path) -> str:
 
 @contextlib.contextmanager
 def disk_space(run: Path, step: int, parameters: int) -> Iterator[None]:
-    """Save within the body: a disk that lacks the room, or fills up meanwhile, is one line.
-
-    Args:
-        parameters: a checkpoint takes float32 weights and two moments of each.
-    """
+    """Save within the body: a disk that lacks the room, or fills up meanwhile, is one line."""
 
     def full(size: str = "") -> UserError:
         return UserError(
@@ -155,7 +144,7 @@ def disk_space(run: Path, step: int, parameters: int) -> Iterator[None]:
             f"free some and run the same command to resume from {last_saved(run)}"
         )
 
-    needed = int(FREE_SPACE_FACTOR * parameters * 4 * 3)
+    needed = int(FREE_SPACE_FACTOR * parameters * 4 * 3)  # float32 weights, and two moments of each
     if shutil.disk_usage(run).free < needed:
         raise full(f" ({formatting.file_size(needed)} needed)")
     try:

@@ -25,35 +25,18 @@ from nanophi.training.arguments import decay_start, resolve_precision
 from nanophi.training.base import base_file
 from nanophi.training.checkpoints import WEIGHTS, archive_old_schedule, find_corruption, newest_valid_state, states
 
-MAY_CHANGE = frozenset(
-    (
-        "arguments",
-        "compile",
-        "country_iso_code",
-        "dollars_per_hour",
-        "eval_steps",
-        "keep_states",
-        "keep_steps",
-        "logging_steps",
-        "micro_batch_size",
-        "report_to",
-        "save_steps",
-        "spike_threshold",
-        "stretch_cosine",
-        "track_energy",
-    )
-)
+MAY_CHANGE = {
+    *("arguments", "compile", "country_iso_code", "dollars_per_hour", "eval_steps", "keep_states", "keep_steps"),
+    *("logging_steps", "micro_batch_size", "report_to", "save_steps", "spike_threshold", "stretch_cosine"),
+    "track_energy",
+}
 """Keys of `training` that do not change what has been learned so far."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Continuation:
-    """What to do.
-
-    Attributes:
-        resume: the state to resume from; None: the beginning.
-        aside: checkpoints beyond this step belong to an earlier, shorter schedule and are set aside first.
-    """
+    """The state to resume from (None: the beginning), and the step beyond which checkpoints belong to an earlier
+    schedule, so that they are set aside first."""
 
     resume: Path | None = None
     aside: int | None = None
@@ -68,11 +51,10 @@ def data_hashes(run: Path) -> dict[str, str]:
 def inputs(run: Path, recipe: Recipe, config: NanoPhiConfig, recorded: Mapping[str, Any] | None) -> dict[str, Any]:
     """Everything that the weights depend on, as JSON. Data are their contents, whatever path or recipe they came from.
 
-    Args:
-        recorded: inputs of the training that is there already, if any. A finished run with `precision: auto` keeps
-            the precision that it had, on whatever machine it is looked at.
+    `recorded` are those of the training that is there already, if any: a finished run with `precision: auto` keeps the
+    precision that it had, on whatever machine it is looked at.
     """
-    training = recipe.training.model_dump(mode="json", exclude=set(MAY_CHANGE))
+    training = recipe.training.model_dump(mode="json", exclude=MAY_CHANGE)
     finished = (run / "checkpoints" / step_name(recipe.training.steps) / WEIGHTS).is_file()
     if recorded is not None and finished and recipe.training.precision == "auto":
         training["precision"] = recorded["training"]["precision"]
@@ -100,9 +82,7 @@ def plan(
     """What to do with the weights and states in a run directory; nothing is changed there.
 
     Args:
-        training: the recipe's section.
-        recorded: inputs of the training that is there already; None: unknown.
-        now: inputs of the recipe as it is.
+        recorded, now: `inputs` of the training that is there already (None: unknown), and of the recipe as it is.
         report: gets a line about what is damaged or continued.
 
     Raises:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 from nanophi.core.files import write_json
 from nanophi.training.validation import BY_SOURCE
@@ -21,7 +21,7 @@ class HistoryFile(TrainerCallback):
     def __init__(self, run: Path) -> None:
         self.run = run
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """The history so far; the summary is added at the end of training."""
         if state.is_world_process_zero:
             write_json(self.run / "training.json", from_log(state.log_history))

@@ -6,7 +6,6 @@ that of all other groups `learning_rate`. Schedule, clipping and accumulation ar
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -73,15 +72,10 @@ class MuonAdamW(torch.optim.Optimizer):
             optimizer.state = self.state
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient; `Trainer` gives no closure."""
         self._muon.step()
         self._adamw.step()
-        return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore groups and state, in both inner optimizers too."""

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from nanophi.core import formatting
@@ -32,16 +32,10 @@ class ProgressLine(TrainerCallback):
         self.stream = stream or sys.stderr
         self._last = 0.0
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Show the newest training log entry."""
-        if not state.is_world_process_zero or not logs or "tokens_per_second" not in logs:
+        logs = kwargs["logs"]
+        if not state.is_world_process_zero or "tokens_per_second" not in logs:
             return
         terminal, finished = self.stream.isatty(), state.global_step >= state.max_steps
         if not terminal and not finished and time.monotonic() - self._last < INTERVAL:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from nanophi.core.errors import UserError
@@ -172,7 +172,7 @@ class RunTrainer(DividedTrainer):
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
                     saved, kept = next(saving.glob("checkpoint-*")), self.training.keep_steps
-                    store(self.run, saved, self._facts(), self.run / "data" / "tokenizer", kept, self._kept_states())
+                    store(self.run, saved, self._facts(), kept, self._kept_states())
         finally:
             if self.args.should_save:
                 remove(saving)
@@ -276,9 +276,7 @@ class _Begin(TrainerCallback):
     def __init__(self, trainer: RunTrainer) -> None:
         self.trainer = trainer
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After `Trainer` has loaded the state, before the first step."""
         self.trainer.begin()
 

@@ -58,16 +58,14 @@ class SaveAndStop(TrainerCallback):
             signal.signal(name, handler)
         self._previous = {}
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Take over the two signals; the state of a resumed run has the intervals of its first process."""
         state.compute_steps(args, state.max_steps)
         if threading.current_thread() is threading.main_thread():
             for name in (signal.SIGTERM, signal.SIGINT):
                 self._previous[name] = signal.signal(name, self._handle)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask for a save and a log entry at the last step, and for the stop if a signal came."""
         last = state.global_step >= state.max_steps
         if self._stop_if_agreed(control) or last or state.global_step in self.save_steps:
@@ -75,7 +73,7 @@ class SaveAndStop(TrainerCallback):
         if last:
             control.should_log = True  # also where a run is shorter than a logging interval
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         """Stop right after a save during which a signal came."""
         self._stop_if_agreed(control)
 

@@ -32,12 +32,7 @@ from nanophi.training.validation import HeldoutRows, unchanged_random_state
 
 
 class NanoPhiTrainer(RunTrainer):
-    """`RunTrainer` over packed rows, which evaluates on held-out rows.
-
-    Args:
-        prompt: the start of the sample text at every evaluation; None: no samples.
-        **kwargs: `RunTrainer`'s own.
-    """
+    """`RunTrainer` over packed rows, which evaluates on held-out rows, and writes a sample if there is a `prompt`."""
 
     train_dataset: PackedRows
     eval_dataset: HeldoutRows
@@ -133,15 +128,11 @@ def train(
         prompt: the start of the sample text at every evaluation; None: no samples.
         resume: the state to resume from; None: the beginning.
         base: folder, run directory or Hub id whose weights to begin with; None: random ones.
-
-    Returns:
-        the summary of `RunTrainer.fit`.
     """
     arguments = training_arguments(training, run, seed, world_size())
     set_seed(seed)
-    eos_token_id = config.eos_token_id
-    if not isinstance(eos_token_id, int):
-        raise UserError(f"the tokenizer must have one end-of-text token, found {eos_token_id}")
+    if not isinstance(config.eos_token_id, int):
+        raise UserError(f"the tokenizer must have one end-of-text token, found {config.eos_token_id}")
     model = NanoPhiForCausalLM(config) if base is None else base_model(base, config, run / "data/tokenizer")
     use_chunked_loss(model)
     if arguments.device.type == "cpu" and not training.compile:
@@ -158,6 +149,6 @@ def train(
             args=arguments,
             train_dataset=PackedRows(run / "data/tokens/train", rows=training.steps * training.batch_size, seed=seed),
             eval_dataset=HeldoutRows(run / "data/tokens"),
-            data_collator=PackedCollator(eos_token_id, training.isolate_documents),
+            data_collator=PackedCollator(config.eos_token_id, training.isolate_documents),
         )
     return trainer.fit(training.steps * training.batch_size / len(trainer.train_dataset.dataset), resume)

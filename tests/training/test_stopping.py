@@ -10,7 +10,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json
-from nanophi.training import arguments, checkpoints, monitor, trainer
+from nanophi.training import arguments, checkpoints, history, trainer
 
 STEPS = 8
 CHANGES = {"steps": STEPS, "save_steps": 3, "eval_steps": 4, "keep_steps": []}
@@ -90,7 +90,7 @@ def test_a_process_killed_in_an_evaluation_has_saved_before(run, undisturbed, mo
         at = lambda trainer: trainer.state.global_step == step  # noqa: E731
         once(patch, trainer.NanoPhiTrainer, "prediction_step", interrupt, at)
         train(run, PROMPT, **CHANGES)
-    assert checkpoints.last_whole(run).name == f"step-{step:06d}"
+    assert checkpoints.newest_valid_state(run).name == f"step-{step:06d}"
     assert_resumes(run, undisturbed)
 
 
@@ -193,9 +193,9 @@ def test_history_sorts_the_log():
         {"step": 1, "sample": "text"},
         {"step": 1, "train_runtime": 3.0},
     ]
-    history = monitor.history(entries)
-    assert history["log"][0]["loss"] == 2.0
-    assert history["evaluations"] == [
+    known = history.from_log(entries)
+    assert known["log"][0]["loss"] == 2.0
+    assert known["evaluations"] == [
         {"step": 1, "tokens_seen": 4, "loss": 2.0, "bits_per_byte": 1.0, "by_source": {"web": 1.5}}
     ]
-    assert history["samples"] == [{"step": 1, "text": "text"}]
+    assert known["samples"] == [{"step": 1, "text": "text"}]

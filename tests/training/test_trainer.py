@@ -23,8 +23,8 @@ from nanophi.core.files import read_json
 from nanophi.core.names import step_of
 from nanophi.core.recipe import Training
 from nanophi.modeling_nanophi import NanoPhiForCausalLM
+from nanophi.training import anomaly, checkpoints, trainer
 from nanophi.training import arguments as arguments_module
-from nanophi.training import checkpoints, monitor, run_trainer, trainer
 
 TESTS = str(Path(__file__).parents[1])
 
@@ -112,7 +112,7 @@ def test_sigkill_leaves_only_whole_checkpoints_and_sigterm_saves_first(tmp_path,
                 time.sleep(0.05)
             process.send_signal(number)
             errors = process.communicate()[1]
-        last = checkpoints.last_whole(run)
+        last = checkpoints.newest_valid_state(run)
         assert last is not None and last == checkpoints.states(run)[-1]
         load_file(run / "checkpoints" / last.name / "model.safetensors")
         assert torch.load(last / "optimizer.pt", weights_only=True)["state"]
@@ -125,7 +125,7 @@ def test_no_disk_space_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         usage = shutil.disk_usage(tmp_path)
         full = iter([usage, *[usage._replace(free=1000)] * 9])
-        patch.setattr(run_trainer.shutil, "disk_usage", lambda path: next(full))
+        patch.setattr(checkpoints.shutil, "disk_usage", lambda path: next(full))
         with pytest.raises(
             UserError, match=r"no disk space left in .*run .*step 10 .*resume from checkpoint step-000006"
         ):
@@ -175,14 +175,14 @@ def test_a_loss_spike_stops_at_the_last_good_checkpoint(tmp_path, logging_steps)
 def test_spike_limit_is_robust():
     noise = np.random.default_rng(0).normal(3.0, 0.05, 200)
     losses = noise.tolist()
-    assert monitor.spike_limit(losses[:9], 10) is None
-    limit = monitor.spike_limit(losses, 10)
+    assert anomaly.spike_limit(losses[:9], 10) is None
+    limit = anomaly.spike_limit(losses, 10)
     assert limit == pytest.approx(3.6, abs=0.05)  # a fifth of the median, more than ten deviations of 0.05
-    assert monitor.spike_limit(losses, 20) == pytest.approx(4.0, abs=0.2)
+    assert anomaly.spike_limit(losses, 20) == pytest.approx(4.0, abs=0.2)
     outliers = [*losses[:-4], 50.0, 60.0, 70.0, 80.0]
-    assert monitor.spike_limit(outliers, 10) == pytest.approx(limit, abs=0.2)
+    assert anomaly.spike_limit(outliers, 10) == pytest.approx(limit, abs=0.2)
     falling = (2 + 8 * np.exp(-np.arange(200) / 20) + noise - 3).tolist()
-    assert all(falling[i] < (monitor.spike_limit(falling[:i], 10) or np.inf) for i in range(200))
+    assert all(falling[i] < (anomaly.spike_limit(falling[:i], 10) or np.inf) for i in range(200))
 
 
 def test_order_depends_on_position_and_seed_only(finished):
