@@ -11,16 +11,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer import TRAINER_STATE_NAME
-
 from nanophi.configuration_nanophi import NanoPhiConfig
-from nanophi.core.files import read_json, sha256_of_file, sha256_of_tree, write_json
+from nanophi.core.files import read_json, sha256_of_file, sha256_of_tree
 from nanophi.core.names import step_name, step_of
 from nanophi.core.recipe import Recipe, Training
-from nanophi.core.run import differences
-from nanophi.core.weights import weights_kept, weights_of
+from nanophi.core.run import RunDirectory, differences
 from nanophi.data.stages import token_hashes
-from nanophi.training import history
 from nanophi.training.arguments import decay_start, resolve_precision
 from nanophi.training.base import base_file
 from nanophi.training.checkpoints import WEIGHTS, archive_old_schedule, find_corruption, newest_valid_state, states
@@ -31,6 +27,7 @@ MAY_CHANGE = {
     "track_energy",
 }
 """Keys of `training` that do not change what has been learned so far."""
+FROM_THEM = "start from them with base: PATH"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +70,7 @@ def inputs(run: Path, recipe: Recipe, config: NanoPhiConfig, recorded: Mapping[s
 
 
 def plan(
-    run: Path,
+    run: RunDirectory,
     training: Training,
     recorded: Mapping[str, Any] | None,
     now: Mapping[str, Any],
@@ -88,24 +85,26 @@ def plan(
     Raises:
         UserError: in one line, with the keys that changed and both values, or with what is missing.
     """
-    if not weights_of(run):
+    if not run.weights():
         return Continuation()
     if recorded is None:
-        raise weights_kept(
-            run, "may be from an earlier version of nanophi: record.json does not state what they were trained with"
+        raise run.keeps_weights(
+            "record.json does not state what its weights were trained with; they may be of an earlier version of "
+            "nanophi",
+            FROM_THEM,
         )
     if changed := [line for line in differences(recorded, now) if not line.startswith("training.steps ")]:
-        raise weights_kept(run, f"were trained with {'; '.join(changed)}", "put it back")
+        raise run.keeps_weights(f"the recipe has changed ({'; '.join(changed)})")
     before, steps = recorded["training"]["steps"], training.steps
     limit = steps if before == steps else shared_steps(training, before)
-    resume = newest_valid_state(run, limit, report)
+    resume = newest_valid_state(run.path, limit, report)
     if resume is None:
-        raise weights_kept(run, *_no_state(run, training, before, limit))
+        raise run.keeps_weights(*_no_state(run.path, training, before, limit))
     if before == steps:
         return Continuation(resume)
     jump = ", where the learning rate jumps to the longer curve" if training.schedule == "cosine" else ""
     report(
-        f"{run.name}: {steps} steps in place of {before}; the {training.schedule} schedule continues from "
+        f"{run.path.name}: {steps} steps in place of {before}; the {training.schedule} schedule continues from "
         f"{resume.name}{jump}"
     )
     return Continuation(resume, aside=step_of(resume))
@@ -113,19 +112,18 @@ def plan(
 
 def _no_state(run: Path, training: Training, before: int, limit: int) -> tuple[str, str]:
     """Why none of the states can be continued, and what helps."""
-    from_them = "start from them with base: PATH"
     if not states(run):
-        return "cannot be resumed without training_state, which is missing", from_them
+        return "training_state is missing, without which no weights can be resumed", FROM_THEM
     if before == training.steps:
         last = states(run)[-1]
         found = f"training_state/{last.name} is damaged ({find_corruption(last)})"
-        return f"cannot be resumed: {found} and no earlier state is whole", from_them
+        return f"{found}, and no earlier state is whole", FROM_THEM
     change = f"training.steps {before} -> {training.steps}"
     if training.schedule == "cosine" and not training.stretch_cosine:
-        why = f"are of {before} steps, and a longer cosine schedule has other learning rates from the start ({change})"
+        why = f"a cosine schedule of other length has other learning rates from the start ({change})"
         return why, "set training.stretch_cosine=true to continue all the same"
-    why = f"have no whole state up to step {limit}, from where {training.schedule} could continue ({change})"
-    return why, from_them
+    why = f"no state up to step {limit} is whole, from where a {training.schedule} schedule could continue ({change})"
+    return why, FROM_THEM
 
 
 def shared_steps(training: Training, before: int) -> int:
@@ -146,14 +144,3 @@ def carry_out(
     before = recorded["training"]["steps"]
     if folder := archive_old_schedule(run, before, continuation.aside):
         report(f"{run.name}: the weights of the {before} steps are kept in {folder}")
-
-
-def restore_history(run: Path, summary: Mapping[str, Any]) -> None:
-    """Write a missing `training.json` of a finished run again, from its last state."""
-    if (run / "training.json").exists():
-        return
-    for state in reversed(states(run)):
-        if step_of(state) == summary["steps"] and find_corruption(state) is None:
-            entries = read_json(state / TRAINER_STATE_NAME)["log_history"]
-            write_json(run / "training.json", {**history.from_log(entries), "summary": dict(summary)})
-            return

@@ -46,7 +46,7 @@ def estimate(
     price: Annotated[float | None, Option(min=0, help="Dollars per device-hour (default: built-in table).")] = None,
     grid: Annotated[float | None, Option(min=0, help="Grams of CO2e per kWh (default: world average).")] = None,
     measure: Annotated[bool, Option("--measure", help="Time a few steps here; --device names this machine.")] = False,
-    overrides: Overrides = [],  # noqa: B006 (typer reads a list as the default of a repeatable option)
+    overrides: Overrides = [],
 ) -> None:
     """Estimate time, cost, energy and memory of a training run.
 
