@@ -18,7 +18,8 @@ from nanophi.core.recipe import Recipe
 from nanophi.core.run import FORMATS
 from nanophi.modeling_nanophi import NanoPhiForCausalLM
 from nanophi.pipeline import Pipeline
-from nanophi.training import checkpoints, continuation, trainer
+from nanophi.training import base as base_module
+from nanophi.training import checkpoints, trainer
 
 STEPS = 8
 SECTION = {
@@ -181,7 +182,7 @@ def test_a_run_of_an_earlier_version_is_refused_in_one_line(runs, monkeypatch):
     line = refused(runs)
     assert "earlier version" in line and "kept" in line and "--restart" in line
     (runs / "run/record.json").unlink()
-    assert "record.json does not say" in refused(runs)
+    assert "record.json does not state" in refused(runs)
     write_json(runs / "run/record.json", record)
     assert train(runs)["steps"] == STEPS
 
@@ -305,15 +306,15 @@ def base(prepared, tmp_path) -> Path:
 )
 def test_a_base_that_computes_something_else_is_refused_though_its_tensors_fit(prepared, base, key, value, shown):
     config, tokenizer = NanoPhiConfig(**CONFIG), prepared / "data/tokenizer"
-    assert continuation.check_base(str(base), config, tokenizer) == base / "model.safetensors"
+    assert base_module.check_base(str(base), config, tokenizer) == base / "model.safetensors"
     NanoPhiConfig(**{**CONFIG, key: value}).save_pretrained(base)
     with pytest.raises(UserError, match=f"^base: .* has {shown}.*; set model.{key} to its base's$"):
-        continuation.base_model(str(base), config, tokenizer)
+        base_module.base_model(str(base), config, tokenizer)
     if key == "vocab_size":  # which the tokenizer decides
-        continuation.check_base(str(base), config, None)
+        base_module.check_base(str(base), config, None)
     else:
         with pytest.raises(UserError, match=f"has {key} "):
-            continuation.check_base(str(base), config, None)
+            base_module.check_base(str(base), config, None)
 
 
 def test_a_base_with_another_tokenizer_is_refused(runs, base):
@@ -322,7 +323,7 @@ def test_a_base_with_another_tokenizer_is_refused(runs, base):
     with pytest.raises(UserError, match=rf"has another tokenizer than the run; set tokenizer.path: {base}$"):
         train(runs, base=str(base))
     tokenizer.unlink()  # weights alone say nothing of tokens
-    continuation.check_base(str(base), NanoPhiConfig(**CONFIG), runs / "run/data/tokenizer")
+    base_module.check_base(str(base), NanoPhiConfig(**CONFIG), runs / "run/data/tokenizer")
 
 
 def test_a_run_is_a_base_once_it_is_finished(runs):
@@ -350,20 +351,20 @@ def test_a_base_on_the_hub_has_a_revision_and_a_missing_folder_is_not_looked_for
     write_json(tmp_path / "runs/demo/recipe.yaml", {})
     for missing in ("./nowhere/model", "runs/dmeo"):
         with pytest.raises(UserError, match=f"^base: folder {missing} does not exist"):
-            continuation.base_file(missing)
+            base_module.base_file(missing)
     assert not asked
-    assert continuation.base_file("someone/model@v2") == base / "model.safetensors"
+    assert base_module.base_file("someone/model@v2") == base / "model.safetensors"
     assert asked == [("someone/model", "v2")]
     (base / "config.json").unlink()
-    with pytest.raises(UserError, match=r"base: someone/model holds no config.json"):
-        continuation.base_file("someone/model")
+    with pytest.raises(UserError, match=r"base: someone/model is not a model \(no config.json\)"):
+        base_module.base_file("someone/model")
 
 
 def test_weights_that_are_cut_off_are_one_line(base):
     weights = base / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"base: .* cannot be loaded \(.*\)$"):
-        continuation.base_model(str(base), NanoPhiConfig(**CONFIG))
+        base_module.base_model(str(base), NanoPhiConfig(**CONFIG))
 
 
 # Prepared elsewhere
