@@ -63,8 +63,8 @@ def find_device(name: str) -> str:
     found = FAMILIES.get(name.lower(), name.lower())
     if found not in DEVICES:
         nearest = suggest(name, DEVICES, most=2)
-        known = "" if nearest.startswith("known:") else f"; known: {', '.join(DEVICES)}"
-        raise UserError(f"unknown device '{name}'; {nearest}{known}")
+        hint = "" if nearest.startswith("known:") else f"; {nearest}"
+        raise UserError(f"unknown device '{name}'; there are {', '.join(DEVICES)}{hint}")
     return found
 
 
@@ -98,17 +98,21 @@ def flops_per_token(config: NanoPhiConfig, context_length: int) -> float:
     The formula of PaLM (https://arxiv.org/abs/2204.02311, appendix B). The embedding table is a lookup and does not
     count; the output head does. Attention counts the full square, not the causal half.
     """
-    lookup = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
     attention = 12 * config.num_hidden_layers * config.hidden_size * context_length
-    return 6 * (parameter_count(config) - lookup) + attention
+    return 6 * _multiplying(config) + attention
+
+
+def _multiplying(config: NanoPhiConfig) -> int:
+    """Parameters that multiply: all but a table of embeddings that is not the head too."""
+    return parameter_count(config) - (0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size)
 
 
 def peak_bytes(config: NanoPhiConfig, training: Training, rows: int) -> int:
     """Bytes at the height of training with micro-batches of `rows`; an evaluation takes less.
 
-    Per parameter a weight, its gradient and two moments in float32 (Muon keeps fewer), and under autocast a bf16 copy;
-    what the backward pass needs of each layer; and the logits that the loss holds at a time. Measured peaks
-    (benchmarks/train_memory.json, train_speed.json) are 0.86 to 1.11 of it.
+    Per parameter a weight, its gradient and two moments in float32 (Muon keeps fewer), and under autocast a bf16 copy
+    of those that multiply; what the backward pass needs of each layer; and the logits that the loss holds at a time.
+    It is 0.86 to 1.07 of the peaks in benchmarks/train_memory.json and train_speed.json.
     """
     from nanophi.training.loss import LOSS_CHUNK
 
@@ -120,5 +124,5 @@ def peak_bytes(config: NanoPhiConfig, training: Training, rows: int) -> int:
         activations = tokens * (layers * 4 * hidden + layer)  # each layer's input, and one layer at a time
     else:
         activations = tokens * layers * layer
-    state = (16 if width == 4 else 18) * parameter_count(config)
+    state = 16 * parameter_count(config) + (0 if width == 4 else 2 * _multiplying(config))
     return state + activations + width * min(LOSS_CHUNK, tokens) * config.vocab_size

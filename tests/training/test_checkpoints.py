@@ -1,26 +1,18 @@
 """Checkpoints and the data they were trained on: what is missing or has changed is named, and nothing is lost."""
 
 import pytest
-from tiny_run import make_run, train
+from tiny_run import ends_at, make_run, train
 
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, sha256_of_tree
-from nanophi.training import checkpoints, trainer
+from nanophi.training import checkpoints
 
 
 @pytest.fixture
-def stopped(tmp_path, monkeypatch):
+def stopped(tmp_path):
     """A run that died in its 13th step."""
     run = make_run(tmp_path / "run")
-    step = trainer.NanoPhiTrainer.training_step
-
-    def dying_step(self, *args, **kwargs):
-        if self.state.global_step == 12:
-            raise KeyboardInterrupt
-        return step(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(trainer.NanoPhiTrainer, "training_step", dying_step)
+    with ends_at(12):
         train(run)
     return run
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import CONFIG, TRAINING, VOCAB, add_sources, make_run
+from tiny_run import CONFIG, TRAINING, VOCAB, add_sources, ends_at, interrupt, make_run, terminate
 
 from nanophi.configuration_nanophi import NanoPhiConfig
 from nanophi.core.errors import UserError
@@ -19,7 +19,7 @@ from nanophi.core.run import FORMATS
 from nanophi.modeling_nanophi import NanoPhiForCausalLM
 from nanophi.pipeline import Pipeline
 from nanophi.training import base as base_module
-from nanophi.training import checkpoints, trainer
+from nanophi.training import checkpoints
 
 STEPS = 8
 SECTION = {
@@ -67,28 +67,6 @@ def train(runs: Path, lines=None, restart=False, **changes) -> dict:
     return pipe.make("training")
 
 
-def stop_at(step: int, how, monkeypatch, runs, **changes) -> None:
-    """Train until `how()` happens in a step, and find that it ends the training."""
-    plain = trainer.NanoPhiTrainer.training_step
-
-    def stopping_step(self, *args, **kwargs):
-        if self.state.global_step == step:
-            how()
-        return plain(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, UserError)):
-        patch.setattr(trainer.NanoPhiTrainer, "training_step", stopping_step)
-        train(runs, **changes)
-
-
-def interrupt():
-    raise KeyboardInterrupt
-
-
-def terminate():
-    os.kill(os.getpid(), 15)
-
-
 def refused(runs: Path, **changes) -> str:
     """The one line with which the run is refused; nothing in its directory changes."""
     before = sha256_of_tree(runs)
@@ -128,7 +106,8 @@ def test_a_key_that_matters_is_named_with_both_values_and_nothing_is_lost(runs, 
     if finished:
         train(runs)
     else:
-        stop_at(5, interrupt, monkeypatch, runs)
+        with ends_at(5):
+            train(runs)
     line = refused(runs, learning_rate=1e-3, batch_size=8)
     assert "training.batch_size 4 -> 8" in line and "training.learning_rate 0.01 -> 0.001" in line
     assert "another name" in line and "--restart" in line
@@ -160,7 +139,8 @@ def test_restart_removes_the_weights_and_says_so(runs, undisturbed):
 
 
 def test_other_tokens_are_other_data_and_the_same_tokens_the_same(runs, monkeypatch, undisturbed):
-    stop_at(5, interrupt, monkeypatch, runs)
+    with ends_at(5):
+        train(runs)
     tokens = runs / "run/data/tokens/tokens.json"
     contents = read_json(tokens)
     write_json(tokens, {**contents, "train": {"sha256": "c3"}})
@@ -176,7 +156,8 @@ def test_other_tokens_are_other_data_and_the_same_tokens_the_same(runs, monkeypa
 
 def test_a_run_of_an_earlier_version_is_refused_in_one_line(runs, monkeypatch):
     """Its record has no formats: keys of stages came from the package's version."""
-    stop_at(5, interrupt, monkeypatch, runs)
+    with ends_at(5):
+        train(runs)
     record = read_json(runs / "run/record.json")
     write_json(runs / "run/record.json", {**record, "in_progress": {"training": "0123abcd"}})
     line = refused(runs)
@@ -207,7 +188,8 @@ def test_states_and_history_of_a_finished_run_may_be_missing(runs):
 
 
 def test_an_interrupted_run_without_states_keeps_its_weights(runs, monkeypatch):
-    stop_at(5, interrupt, monkeypatch, runs)
+    with ends_at(5):
+        train(runs)
     shutil.rmtree(runs / "run/training_state")
     line = refused(runs)
     assert "training_state" in line and "base:" in line and "step-000004" in line
@@ -221,7 +203,8 @@ def test_a_final_checkpoint_that_was_removed_comes_back_from_its_state(runs, und
 
 
 def test_every_state_damaged_is_one_line(runs, monkeypatch):
-    stop_at(5, interrupt, monkeypatch, runs)
+    with ends_at(5):
+        train(runs)
     for state in checkpoints.states(runs / "run"):
         (state / "optimizer.pt").write_bytes(b"")
     assert "is damaged (optimizer.pt has 0 of" in refused(runs)
@@ -238,7 +221,8 @@ def test_more_steps_continue_as_if_they_had_been_asked_for_at_once(runs, monkeyp
     if finished:
         short = train(runs, **changes)
     else:
-        stop_at(7, terminate, monkeypatch, runs, **changes)
+        with ends_at(7, terminate):
+            train(runs, **changes)
     held = weights(runs / "run/checkpoints")
     lines: list[str] = []
     longer = train(runs, lines, **changes, steps=14)
@@ -399,7 +383,8 @@ def test_no_sequence_of_events_loses_weights(runs, monkeypatch, undisturbed, see
         held, before = last(), weights(runs)
         if event in ("kill", "terminate") and held < steps:
             how = interrupt if event == "kill" else terminate
-            stop_at(choice.randrange(held, steps), how, monkeypatch, runs, steps=steps, **changes)
+            with ends_at(choice.randrange(held, steps), how):
+                train(runs, steps=steps, **changes)
         elif event == "train":
             finished.add(train(runs, steps=steps, **changes)["weights_sha256"])
         elif event == "allowed":
