@@ -169,7 +169,7 @@ def work(name: str, arguments: argparse.Namespace) -> None:
             ).train()
     elif name == "nanophi":
         # The turns take the progress line's place, so that all else is what users run.
-        run_trainer.ProgressLine = lambda label: turns  # type: ignore[assignment,misc]
+        run_trainer.ProgressLine = lambda label: turns  # type: ignore[assignment,misc,return-value]
         with tempfile.TemporaryDirectory() as folder:
             run = Path(folder)
             (run / "data/tokens").mkdir(parents=True)

@@ -36,18 +36,10 @@ def base_file(base: str) -> Path:
 
 
 def check_base(base: str, config: NanoPhiConfig, tokenizer: Path | None) -> Path:
-    """Check that `base` is a model of this configuration; many a difference leaves the tensors' shapes as they are.
+    """Check that `base` is a model of the recipe's configuration, whose differences may leave all shapes as they are.
 
-    Args:
-        base: folder, run directory or Hub id.
-        config: the recipe's.
-        tokenizer: the run's; None where it is still to be made: neither it nor the size of its vocabulary is compared.
-
-    Returns:
-        the weights' file.
-
-    Raises:
-        UserError: naming the key that has another value, with both.
+    Without the run's tokenizer, which may still have to be made, neither it nor the size of its vocabulary is compared.
+    Gives the weights' file, or raises `UserError` with the key that has another value, and both values.
     """
     weights = base_file(base)
     with user_errors(f"base: {base}: {CONFIG_NAME} cannot be read"):
@@ -75,11 +67,7 @@ def base_model(base: str, config: NanoPhiConfig, tokenizer: Path | None = None) 
     weights = check_base(base, config, tokenizer)
     with user_errors(f"base: {base} cannot be loaded"):
         loaded: Any = NanoPhiForCausalLM.from_pretrained(
-            weights.parent,
-            config=config,
-            dtype=torch.float32,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
+            weights.parent, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
         )
     model, info = loaded
     wrong = [*info["missing_keys"], *info["unexpected_keys"], *(entry[0] for entry in info["mismatched_keys"])]

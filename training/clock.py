@@ -10,17 +10,11 @@ from typing import Any
 
 @dataclasses.dataclass
 class Clock:
-    """Times the logging intervals of a run, across the processes that resume it, without evaluations and saves.
-
-    Args:
-        flops_per_token: of training.
-        peak_flops: of all devices together, FLOP/s; None: unknown, no MFU.
-        dollars_per_hour: of all devices together; None: no cost.
-    """
+    """Times the logging intervals of a run, across the processes that resume it, without evaluations and saves."""
 
     flops_per_token: float
-    peak_flops: float | None
-    dollars_per_hour: float | None
+    peak_flops: float | None  # of all devices together, FLOP/s; None: unknown, no MFU
+    dollars_per_hour: float | None  # of all devices together; None: no cost
 
     def start(self, tokens: int, history: Sequence[Mapping[str, Any]]) -> None:
         """Begin after so many tokens, with the log entries of the processes before this one."""

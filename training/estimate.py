@@ -73,17 +73,11 @@ def predict(
 ) -> dict[str, Any]:
     """What the recipe's training takes on so many of a device.
 
-    Args:
-        tokens_per_second: measured, of all devices; None: from `mfu` and the device's peak in the recipe's precision.
-        dollars_per_hour: of one device, in place of the table's.
+    A measured speed, of all devices, comes before `mfu`; a price, of one device, before the table's. `kwh` and
+    `co2_grams` are of board power all the time, without host and cooling; `peak_bytes` is for one row and for
+    `micro_batch_size`, the largest divisor of a device's share of the batch that fits (0: none does).
 
-    Returns:
-        `tokens`, `tokens_per_second`, `mfu`, `hours`, `dollars`, `kwh` and `co2_grams` (board power all the time,
-        without host and cooling), `peak_bytes` (for one row and for `micro_batch_size`), `micro_batch_size`: the
-        largest divisor of a device's share of the batch that fits, 0 if none does; `sources`: of speed and price.
-
-    Raises:
-        UserError: if the batch does not divide among the devices, or for a chat model's recipe.
+    Raises `UserError` if the batch does not divide among the devices, or for a chat model's recipe.
     """
     from nanophi.training.arguments import micro_batch_size
 

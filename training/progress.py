@@ -8,7 +8,7 @@ import secrets
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any, TextIO
+from typing import Any
 
 from transformers import TrainerCallback, TrainerState
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
@@ -27,9 +27,9 @@ class ProgressLine(TrainerCallback):
     It is rewritten in place on a terminal; elsewhere one is written now and then.
     """
 
-    def __init__(self, label: str, stream: TextIO | None = None) -> None:
+    def __init__(self, label: str) -> None:
         self.label = label
-        self.stream = stream or sys.stderr
+        self.stream = sys.stderr
         self._last = 0.0
 
     def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:

@@ -54,7 +54,7 @@ class PackedRows(Dataset[dict[str, torch.Tensor]]):
         return int(self._order[offset])
 
     def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
-        return self.dataset[self.index(position)]
+        return self.__getitems__([position])[0]
 
     def __getitems__(self, positions: list[int]) -> list[dict[str, torch.Tensor]]:
         batch = self.dataset[[self.index(position) for position in positions]]["input_ids"]

@@ -41,8 +41,6 @@ class RunTrainer(DividedTrainer):
     """`Trainer` that saves into a run directory and logs tokens, speed and MFU.
 
     Args:
-        run: the run directory; its name is what lines begin with.
-        training: the recipe's section, for what `TrainingArguments` has no field for.
         base: the weights' file that training began with; None: random ones.
         tokens_per_step: of the whole batch; None: steps differ in tokens, and `Trainer` counts them.
         report: gets one line where something is worth telling.
@@ -197,13 +195,13 @@ class RunTrainer(DividedTrainer):
     def _facts(self) -> dict[str, Any]:
         """`checkpoint.json`: what is known of this step's weights."""
         known = history.from_log(self.state.log_history)
-        log, evaluations = known["log"][-1:], known["evaluations"][-1:]
+        log, evaluation = ((known[part] or [{}])[-1] for part in ("log", "evaluations"))
         return {
             "step": self.state.global_step,
             "tokens_seen": self.tokens_seen(),
-            "train_loss": log[0]["loss"] if log else None,
-            "eval_loss": evaluations[0]["loss"] if evaluations else None,
-            "eval_step": evaluations[0]["step"] if evaluations else None,
+            "train_loss": log.get("loss"),
+            "eval_loss": evaluation.get("loss"),
+            "eval_step": evaluation.get("step"),
             "precision": "bf16" if self.args.bf16 else "fp32",
             **self.hashes,
         }
@@ -222,14 +220,8 @@ class RunTrainer(DividedTrainer):
     def fit(self, epochs: float, resume: Path | None) -> dict[str, Any]:
         """Train to the recipe's last step, from the beginning or from the state `resume`.
 
-        Args:
-            epochs: how often the training data are read, for the summary.
-
-        Returns:
-            JSON-able summary: steps, tokens, seconds, tokens/s, losses, parameter count, hash of the final weights.
-
-        Raises:
-            UserError: if a signal stopped it, after a save.
+        `epochs`, how often the data are read, is for the JSON-able summary that is returned. Raises `UserError` if a
+        signal stopped it, after a save.
         """
         if resume := broadcast_resume_path(resume):
             self.report(f"{self.run.name}: resuming from {resume.name}")

@@ -83,12 +83,8 @@ class NanoPhiTrainer(RunTrainer):
         return metrics
 
     def prediction_step(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Mean loss of a batch, and `HeldoutRows.sums` as prediction and label; no logits are kept."""
         if self.is_in_train and self.stop.agreed():
             raise StopRequestedError

@@ -44,9 +44,6 @@ class HeldoutRows(PackedRows):
             table["bytes"].to_numpy()[names == source].sum() / lengths[names == source].sum() for source in self.sources
         ]
 
-    def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
-        return self.__getitems__([position])[0]
-
     def __getitems__(self, positions: list[int]) -> list[dict[str, torch.Tensor]]:
         rows = super().__getitems__(positions)
         return [{**row, "sources": self._codes[self.index(i)]} for row, i in zip(rows, positions, strict=True)]
