@@ -57,6 +57,14 @@ def runs(prepared, tmp_path) -> Path:
     return tmp_path / "runs"
 
 
+@pytest.fixture
+def stopped(runs) -> Path:
+    """Runs of which one was killed in its sixth step."""
+    with ends_at(5):
+        train(runs)
+    return runs
+
+
 def pipeline(runs: Path, restart=False, lines=None, **changes) -> Pipeline:
     report = (lambda line: None) if lines is None else lines.append
     return Pipeline(recipe(**changes), runs, ("training",), report, restart)
@@ -138,34 +146,30 @@ def test_restart_removes_the_weights_and_says_so(runs, undisturbed):
     assert not any("removing" in line for line in lines)
 
 
-def test_other_tokens_are_other_data_and_the_same_tokens_the_same(runs, monkeypatch, undisturbed):
-    with ends_at(5):
-        train(runs)
-    tokens = runs / "run/data/tokens/tokens.json"
+def test_other_tokens_are_other_data_and_the_same_tokens_the_same(stopped, undisturbed):
+    tokens = stopped / "run/data/tokens/tokens.json"
     contents = read_json(tokens)
     write_json(tokens, {**contents, "train": {"sha256": "c3"}})
-    pipe = pipeline(runs)
-    before = sha256_of_tree(runs / "run/checkpoints")
+    pipe = pipeline(stopped)
+    before = sha256_of_tree(stopped / "run/checkpoints")
     with pytest.raises(UserError, match=r"data.train_sha256 a1 -> c3"):
         pipe.make("training")
-    assert sha256_of_tree(runs / "run/checkpoints") == before
+    assert sha256_of_tree(stopped / "run/checkpoints") == before
     write_json(tokens, {**contents, "made": "elsewhere"})
-    os.utime(runs / "run/data/tokens")
-    assert train(runs)["weights_sha256"] == undisturbed()["weights_sha256"]
+    os.utime(stopped / "run/data/tokens")
+    assert train(stopped)["weights_sha256"] == undisturbed()["weights_sha256"]
 
 
-def test_a_run_of_an_earlier_version_is_refused_in_one_line(runs, monkeypatch):
+def test_a_run_of_an_earlier_version_is_refused_in_one_line(stopped):
     """Its record has no formats: keys of stages came from the package's version."""
-    with ends_at(5):
-        train(runs)
-    record = read_json(runs / "run/record.json")
-    write_json(runs / "run/record.json", {**record, "in_progress": {"training": "0123abcd"}})
-    line = refused(runs)
+    record = read_json(stopped / "run/record.json")
+    write_json(stopped / "run/record.json", {**record, "in_progress": {"training": "0123abcd"}})
+    line = refused(stopped)
     assert "earlier version" in line and "kept" in line and "--restart" in line
-    (runs / "run/record.json").unlink()
-    assert "record.json does not state" in refused(runs)
-    write_json(runs / "run/record.json", record)
-    assert train(runs)["steps"] == STEPS
+    (stopped / "run/record.json").unlink()
+    assert "record.json does not state" in refused(stopped)
+    write_json(stopped / "run/record.json", record)
+    assert train(stopped)["steps"] == STEPS
 
 
 # What is missing
@@ -187,11 +191,9 @@ def test_states_and_history_of_a_finished_run_may_be_missing(runs):
     assert train(runs)["precision"] == "fp32"
 
 
-def test_an_interrupted_run_without_states_keeps_its_weights(runs, monkeypatch):
-    with ends_at(5):
-        train(runs)
-    shutil.rmtree(runs / "run/training_state")
-    line = refused(runs)
+def test_an_interrupted_run_without_states_keeps_its_weights(stopped):
+    shutil.rmtree(stopped / "run/training_state")
+    line = refused(stopped)
     assert "training_state" in line and "base:" in line and "step-000004" in line
 
 
@@ -202,12 +204,10 @@ def test_a_final_checkpoint_that_was_removed_comes_back_from_its_state(runs, und
     NanoPhiForCausalLM.from_pretrained(runs / "run/checkpoints/step-000008")
 
 
-def test_every_state_damaged_is_one_line(runs, monkeypatch):
-    with ends_at(5):
-        train(runs)
-    for state in checkpoints.states(runs / "run"):
+def test_every_state_damaged_is_one_line(stopped):
+    for state in checkpoints.states(stopped / "run"):
         (state / "optimizer.pt").write_bytes(b"")
-    assert "is damaged (optimizer.pt has 0 of" in refused(runs)
+    assert "is damaged (optimizer.pt has 0 of" in refused(stopped)
 
 
 # Train longer

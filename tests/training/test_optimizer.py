@@ -1,12 +1,17 @@
 """`MuonAdamW` takes the steps that torch's two optimizers take, and is one optimizer to schedulers and checkpoints."""
 
 import copy
+import sys
+import types
 
 import pytest
 import torch
+from tiny_run import make_run, train
 from transformers import Trainer, TrainingArguments
 
 from nanophi.configuration_nanophi import NanoPhiConfig
+from nanophi.core import registry
+from nanophi.core.files import read_json
 from nanophi.core.recipe import Training
 from nanophi.modeling_nanophi import NanoPhiForCausalLM
 from nanophi.training.optimizer import ADAM_EPS, MuonAdamW, adamw, rate_names
@@ -128,3 +133,14 @@ def test_a_schedule_moves_both(model):
     backward(model, 1)
     optimizer.step()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_an_optimizer_is_a_function_and_a_line_of_the_registry(tmp_path, monkeypatch):
+    def sgd(model, training):
+        return torch.optim.SGD([{"params": list(model.parameters()), "kind": "sgd"}], lr=2 * training.learning_rate)
+
+    monkeypatch.setitem(sys.modules, "of_somebody_else", types.SimpleNamespace(sgd=sgd))
+    monkeypatch.setitem(registry.OPTIMIZERS, "sgd", "of_somebody_else:sgd")
+    train(make_run(tmp_path / "run"), optimizer="sgd", schedule="constant", steps=4, keep_steps=[], eval_steps=9)
+    last = read_json(tmp_path / "run/training.json")["log"][-1]
+    assert last["sgd_learning_rate"] == 2e-2 and "learning_rate" not in last

@@ -64,10 +64,6 @@ def test_checkpoints_load_by_themselves_through_both_doors(finished):
         ours = NanoPhiForCausalLM.from_pretrained(checkpoint)
         tokens = torch.arange(20)[None]
         torch.testing.assert_close(stock(tokens).logits, ours(tokens).logits, atol=1e-5, rtol=1e-5)
-    facts = read_json(run / "checkpoints/step-000010/checkpoint.json")
-    assert facts["step"] == 10
-    assert facts["tokens_seen"] == 10 * 8 * CONTEXT
-    assert facts["train_loss"] == read_json(run / "training.json")["log"][9]["loss"]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

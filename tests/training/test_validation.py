@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from tiny_run import CONTEXT, DOCUMENTS, EOS, PROMPT, add_sources, ends_at, make_run, train
+from tiny_run import CONTEXT, DOCUMENTS, EOS, PROMPT, add_sources, make_run, train
 from transformers import AutoTokenizer
 
 from nanophi.core import sample
@@ -109,13 +109,3 @@ def test_a_sample_leaves_random_state_and_mode_alone(runs):
     assert random.getstate() == before[0]
     assert np.array_equal(np.random.get_state()[1], before[1])
     assert torch.equal(torch.get_rng_state(), before[2])
-
-
-def test_killed_run_with_samples_goes_on_bit_by_bit(runs, tmp_path):
-    run = add_sources(make_run(tmp_path / "killed"))
-    with ends_at(14):
-        train(run, PROMPT, isolate_documents=False)
-    assert train(run, PROMPT, isolate_documents=False)["weights_sha256"] == runs[1]["weights_sha256"]
-    histories = [read_json(folder / "training.json") for folder in (run, runs[0])]
-    for key in ("evaluations", "samples"):
-        assert histories[0][key] == histories[1][key]
