@@ -148,7 +148,7 @@ class Runner:
 
         def accept(work: Path) -> None:
             if changed is not None and not self.restart and (new := changed(self.run, work)):
-                raise self.run.keeps_weights(f"the recipe gives other data than before ({', '.join(new)})")
+                raise self.run.keeps_weights(f"the recipe gives other data ({', '.join(new)})")
 
         def make() -> Summary:
             inputs = self.inputs_of(stage)
