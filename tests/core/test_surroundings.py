@@ -70,7 +70,7 @@ def test_without_a_home_caches_have_another_place(home):
             "LOGNAME": None,
             "XDG_CACHE_HOME": None,
         }
-        done = run(code, env=strange, user=54321, cwd="/")
+        done = run(code, env=strange, start=STRANGER, cwd="/")
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith(folder)
 
