@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 RAN = "from nanophi.core import surroundings; surroundings.settle(); "
+STRANGER = "import os, getpass, pwd; from nanophi.core import surroundings; os.setuid(54321); surroundings.settle(); "
 
 
-def run(code: str, **options) -> subprocess.CompletedProcess:
+def run(code: str, start: str = RAN, **options) -> subprocess.CompletedProcess:
     environment = {**os.environ, **options.pop("env", {})}
     environment = {name: value for name, value in environment.items() if value is not None}
     return subprocess.run(
-        [sys.executable, "-c", RAN + code], env=environment, capture_output=True, text=True, **options
+        [sys.executable, "-c", start + code], env=environment, capture_output=True, text=True, **options
     )
 
 
@@ -58,7 +59,7 @@ def test_a_long_tmpdir_has_a_short_name_that_leads_to_it_and_is_removed(tmp_path
 @pytest.mark.skipif(os.getuid() != 0, reason="needs another user's rights")
 @pytest.mark.parametrize("home", [None, "/", "/nonexistent"])
 def test_without_a_home_caches_have_another_place(home):
-    code = "import os, getpass; getpass.getuser(); print(os.environ['HF_HOME']); os.makedirs(os.environ['HF_HOME'])"
+    code = "getpass.getuser(); print(os.environ['HF_HOME']); os.makedirs(os.environ['HF_HOME'])"
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o777)
         strange = {
@@ -69,7 +70,7 @@ def test_without_a_home_caches_have_another_place(home):
             "LOGNAME": None,
             "XDG_CACHE_HOME": None,
         }
-        done = run(code, env=strange, user=54321, cwd="/")
+        done = run(code, env=strange, start=STRANGER, cwd="/")
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith(folder)
 
