@@ -88,7 +88,7 @@ def gather(
     documents = _Documents(work, [part["documents"] for part in read])
     held = [data.sources[part["origin"]].heldout for part in read]
     held_sources = np.repeat(held, [part["documents"] for part in read])
-    whole = {sources.name_of(source) for _, source, part in parts if part[0] == "text" and source.separator is None}
+    whole = {sources.name_of(source) for _, source, part in parts if sources.is_undivided(source, part)}
     remedy = f"; set the separator of {', '.join(sorted(whole))} to split a text file into documents" if whole else ""
     decisions, leaders, contaminated = _decide(data, documents, held_sources, remedy)
     _report_sources(data, read, decisions, report)

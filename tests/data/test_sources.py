@@ -19,8 +19,8 @@ import pytest
 from nanophi.core.errors import UserError
 from nanophi.core.inputs import Contents
 from nanophi.core.recipe import Data, Source
-from nanophi.data import compression, formats, gather, sources
-from nanophi.data.formats import TextColumn, Unusable, format_of
+from nanophi.data import formats, gather, sources
+from nanophi.data.formats import TextColumn, Unusable, reader_of
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="names in bytes, links and pipes as Linux has them")
 TEXTS = ["The first document.", 'A second one, with "quotes"; and\ncolumns', "Третий, naïve"]
