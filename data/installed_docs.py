@@ -14,7 +14,7 @@ Modules are parsed, not imported. The same installed versions always give the sa
 from __future__ import annotations
 
 import ast
-import gc
+import contextlib
 import hashlib
 import importlib.metadata
 import inspect
@@ -25,6 +25,8 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from nanophi.data.documents import id_of
 
 HIGH = ("python-docs", "stdlib-docstrings")
 """Sources that serve as examples of good text for the linear scorer."""
@@ -108,7 +110,7 @@ def _package(name: str) -> Iterator[tuple[str, str]]:
         elif lower.startswith(("change", "history", "news", "release")) and lower.endswith((".md", ".rst", ".txt")):
             yield "changelogs", read(Path(str(file.locate())))
     # In pseudo-random order, so that the cap leaves a cross-section.
-    sources = sorted(python_files(name), key=lambda file: hashlib.sha256(str(file).encode()).digest())
+    sources = sorted(python_files(name), key=lambda file: id_of(str(file)))
     size = 0
     for file in sources:
         if size > _PACKAGE_BYTES:
@@ -133,22 +135,23 @@ def read(path: Path) -> str:
         return ""
 
 
+def parse(text: str) -> ast.Module | None:
+    """The syntax tree of a module; None if it has none."""
+    with (
+        warnings.catch_warnings(action="ignore"),
+        contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError),
+    ):
+        return ast.parse(text)
+    return None
+
+
 def _docstrings(path: Path, source: str) -> Iterator[tuple[str, str]]:
     text = read(path)
     if text.count('"""') + text.count("'''") == 0:
         return
-    # A tree is many objects and none of them garbage; collecting while it grows doubles the time.
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tree = ast.parse(text)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+    tree = parse(text)
+    if tree is None:
         return
-    finally:
-        if collecting:
-            gc.enable()
     pending: list[ast.AST] = [tree]
     while pending:
         node = pending.pop()

@@ -256,7 +256,7 @@ def test_a_column_with_the_name_of_a_path_comes_first() -> None:
     assert TextColumn("a.b").of({"a.b": "named", "a": {"b": "inner"}}) == "named"
     assert TextColumn("a.b").of({"a": {"b": "inner"}}) == "inner"
     assert TextColumn("a").of({"b": 1}) == Unusable("no_text", {"b": 1})
-    assert format_of("x.parquet.gz") is None and format_of("x.TXT.zst") == "text" and format_of("x.pdf") is None
+    assert reader_of("x.parquet.gz") is None and reader_of("x.TXT.zst") is formats.Text and reader_of("x.pdf") is None
 
 
 # What a row may hold
@@ -342,7 +342,7 @@ def test_all_streams_of_a_compressed_file_are_read(
         ".xz": lambda data: lzma.compress(data) + bytes(8),
         ".zst": lambda data: pa.compress(data, "zstd", asbytes=True),
     }[suffix]
-    monkeypatch.setattr(compression, "_CHUNK", 61)
+    monkeypatch.setattr(formats, "_CHUNK", 61)
     (tmp_path / f"a.jsonl{suffix}").write_bytes(compress(LINES.encode()) + compress(b"") + compress(LINES.encode()))
     assert read(files=str(tmp_path / f"a.jsonl{suffix}"))[0] == TEXTS + TEXTS
 
