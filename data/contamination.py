@@ -67,7 +67,7 @@ class BenchmarkIndex:
 
     def save(self, path: Path) -> None:
         """Write to an `.npz` file (plain arrays)."""
-        arrays = {name: np.array(getattr(self, name)) for name in ("names", "items", "too_short")}
+        arrays: dict[str, Any] = {name: np.array(getattr(self, name)) for name in ("names", "items", "too_short")}
         arrays |= {f"grams-{length}": grams for length, grams in self.grams.items()}
         arrays |= {f"owners-{length}": owners for length, owners in self.owners.items()}
         np.savez(path, **arrays)

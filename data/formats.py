@@ -98,7 +98,7 @@ def open_text(location: str, newline: str | None) -> io.TextIOWrapper:
     file: Any = open_file(location)
     suffix = Path(location.lower()).suffix
     if suffix in _DECOMPRESSED:
-        file = io.BufferedReader(_DECOMPRESSED[suffix](file), _CHUNK)
+        file = _DECOMPRESSED[suffix](file)
     else:
         for magic in (magic for magic in _MAGIC if file.peek(8).startswith(magic)):
             raise UserError(f"{shown(location)} is {_MAGIC[magic]} data; rename it to end in {_MAGIC[magic]}")
@@ -137,9 +137,9 @@ class _Streams(io.RawIOBase):
 
 _DECOMPRESSED = {
     ".gz": lambda file: gzip.GzipFile(fileobj=file),
-    ".bz2": lambda file: _Streams(file, bz2.BZ2Decompressor),
-    ".xz": lambda file: _Streams(file, lzma.LZMADecompressor),
-    ".zst": lambda file: pa.CompressedInputStream(pa.PythonFile(file, "r"), "zstd"),
+    ".bz2": lambda file: io.BufferedReader(_Streams(file, bz2.BZ2Decompressor), _CHUNK),
+    ".xz": lambda file: io.BufferedReader(_Streams(file, lzma.LZMADecompressor), _CHUNK),
+    ".zst": lambda file: io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(file, "r"), "zstd"), _CHUNK),
 }
 
 
