@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import bz2
 import collections
+import contextlib
 import csv
 import decimal
 import gzip
 import io
+import itertools
 import json
 import lzma
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -165,24 +166,23 @@ class TextColumn:
         """The text of a row."""
         found = [row[self.path]] if self.path in row else _leaves(row, self.steps)
         found = [value for value in found if value is not None]
-        if not found:
-            return Unusable("no_text", row)
         if len(found) == 1 and isinstance(found[0], bytes):
             return found[0]
         wrong = [value for value in found if not isinstance(value, str)]
-        return Unusable("not_text", wrong[0]) if wrong else "\n\n".join(text for text in found if text.strip())
+        if wrong or not found:
+            return Unusable("not_text", wrong[0]) if wrong else Unusable("no_text", row)
+        return "\n\n".join(text for text in found if text.strip())
 
     def remedy(self, bad: Unusable) -> str:
         """What to do about a row without a text, in a few words; empty if there is nothing to do."""
+        if bad.reason == "no_text" and self.path in bad.found:
+            return f"its '{self.path}' is null"
         if bad.reason == "no_text":
-            if self.path in bad.found:
-                return f"its '{self.path}' is null"
             return f"it has no '{self.path}' but {_listed(bad.found)}; set text_column, or raise data.max_dropped"
         if bad.reason == "not_text":
-            if not isinstance(bad.found, dict | list):
-                return f"'{self.path}' holds a value that is no text"
-            kind = "an object" if isinstance(bad.found, dict) else "a list"
-            return f"'{self.path}' holds {kind}; text_column may be a path, as meta.text or messages[].content"
+            kind = "an object" if isinstance(bad.found, dict) else "a list" if isinstance(bad.found, list) else ""
+            path = "; text_column may be a path, as meta.text or messages[].content" if kind else ""
+            return f"'{self.path}' holds {kind or 'a value that is no text'}{path}"
         if bad.reason == "invalid_utf8":
             encoding = "utf-16" if "\0" in bad.found else "latin1"
             return f"convert it to UTF-8, for example by iconv -f {encoding} -t utf-8"
@@ -257,22 +257,20 @@ class Reader:
     def check_columns(self, names: Sequence[str]) -> list[str]:
         """The columns of a table that have to be read. Raises `UserError` naming one that it lacks."""
         root = self.text.root(names)
-        for column in (root, self.source.source_column, self.score):
-            if column is not None and column not in names:
-                lacking = self.source.text_column if column == root else column
-                raise UserError(f"{self.name} has no column '{lacking}'; it has {_listed(names)}")
-        return [*dict.fromkeys(column for column in (root, self.source.source_column, self.score) if column)]
+        wanted = [column for column in dict.fromkeys((root, self.source.source_column, self.score)) if column]
+        for column in (column for column in wanted if column not in names):
+            lacking = self.source.text_column if column == root else column
+            raise UserError(f"{self.name} has no column '{lacking}'; it has {_listed(names)}")
+        return wanted
 
     def _number(self, where: str, record: dict[str, Any]) -> float:
         """A record's score. Raises `UserError` for anything that is no finite number."""
         if self.score not in record:
             raise UserError(f"{where} has no column '{self.score}'; it has {_listed(record)}")
         value = record[self.score]
-        try:
+        with contextlib.suppress(OverflowError):  # an integer of hundreds of digits
             if isinstance(value, int | float | decimal.Decimal) and math.isfinite(value):
                 return float(value)
-        except OverflowError:  # an integer of hundreds of digits
-            pass
         what = printable(json.dumps(value, default=str, ensure_ascii=False))[:40]
         raise UserError(f"{where} has no quality score: column '{self.score}' holds {what}; a score is a number")
 
@@ -297,7 +295,7 @@ class Parquet(Reader):
         return pieces
 
     def records(self, piece: Any) -> Iterator[tuple[str, Any]]:
-        with closing(open_file(self.location)) as raw, pq.ParquetFile(raw) as file:
+        with contextlib.closing(open_file(self.location)) as raw, pq.ParquetFile(raw) as file:
             columns = self.check_columns(file.schema_arrow.names)
             batches = file.iter_batches(batch_size=_BATCH_ROWS, row_groups=list(range(*piece)), columns=columns)
             yield from self.records_of(batches, columns, piece[0])
@@ -306,15 +304,11 @@ class Parquet(Reader):
         self, batches: Iterable[pa.RecordBatch], columns: Sequence[str], first: int
     ) -> Iterator[tuple[str, Any]]:
         """The records of a table's batches, numbered after `first`."""
-        number = 0
+        numbers = itertools.count()
         for batch in batches:
-            values = [batch.column(name) for name in columns]
-            values = [
-                value if name == self.score else _as_bytes(value) for name, value in zip(columns, values, strict=True)
-            ]
+            values = [batch.column(name) if name == self.score else _as_bytes(batch.column(name)) for name in columns]
             for row in zip(*(value.to_pylist() for value in values), strict=True):
-                yield f"{self.name}:{first}:{number}", dict(zip(columns, row, strict=True))
-                number += 1
+                yield f"{self.name}:{first}:{next(numbers)}", dict(zip(columns, row, strict=True))
 
 
 class Arrow(Parquet):
@@ -326,7 +320,7 @@ class Arrow(Parquet):
         return [None]
 
     def records(self, piece: Any) -> Iterator[tuple[str, Any]]:
-        with closing(open_file(self.location)) as raw:
+        with contextlib.closing(open_file(self.location)) as raw:
             if raw.read(6) == b"ARROW1":
                 file = pa.ipc.open_file(pa.PythonFile(raw, "r"))
                 batches = (file.get_batch(index) for index in range(file.num_record_batches))
@@ -369,19 +363,13 @@ class Csv(Reader):
                 if len(fields) > len(columns):  # a comma too many is one that belongs to the text
                     record = Unusable("malformed", fields)
                 elif self.score in record:
-                    record[self.score] = _number_or_text(record[self.score])
+                    with contextlib.suppress(ValueError):
+                        record[self.score] = float(record[self.score])
                 yield f"{self.name}:{reader.line_num}", record
 
 
 class Tsv(Csv):
     delimiter = "\t"
-
-
-def _number_or_text(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 # JSON and text

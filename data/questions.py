@@ -14,9 +14,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-import sysconfig
 from collections.abc import Iterator
-from pathlib import Path
 
 from nanophi.data import installed_docs
 from nanophi.data.documents import id_of, uniform_from_id
@@ -60,17 +58,12 @@ def first_sentence(documentation: str) -> str | None:
 
 def _objects(group: str) -> Iterator[tuple[str, str, str, list[str] | None]]:
     """Public `(name, kind, docstring, arguments of a function)` of the standard library or of an installed package."""
-    if group == "python":
-        library = Path(sysconfig.get_path("stdlib"))
-        files = {path.relative_to(library).as_posix(): path for path in library.rglob("*.py")}
-        files = {name: path for name, path in files.items() if "-packages/" not in name}
-    else:
-        files = {str(file): Path(str(file.locate())) for file in installed_docs.python_files(group)}
+    files = installed_docs.python_files(group)
     left = PACKAGE_OBJECTS * (10 if group == "python" else 1)
     # In pseudo-random order, so that the limit leaves a cross-section.
     for name in sorted(files, key=id_of):
         parts = name.removesuffix(".py").removesuffix("/__init__").split("/")
-        if installed_docs.TESTS.search(name) or any(part.startswith("_") or not part.isidentifier() for part in parts):
+        if any(part.startswith("_") or not part.isidentifier() for part in parts):
             continue
         tree = installed_docs.parse(installed_docs.read(files[name]))
         if tree is None:

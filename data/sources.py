@@ -10,7 +10,7 @@ from __future__ import annotations
 import glob
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -189,9 +189,7 @@ def _locate_saved(source: Source, folder: Path) -> Located | None:
     """The files of a folder that `save_to_disk` wrote (`datasets.Dataset`, or a `DatasetDict` of splits)."""
     splits = folder / "dataset_dict.json"
     if splits.exists():
-        names = read_json(splits).get("splits", [])
-        if source.split not in names:
-            raise UserError(f"dataset {shown(folder)} has no split '{source.split}'; it has {', '.join(names)}")
+        _check_split(source, folder, read_json(splits).get("splits", []))
         folder = folder / source.split
     state = folder / "state.json"
     if not state.exists() or "_data_files" not in read_json(state):
@@ -199,6 +197,12 @@ def _locate_saved(source: Source, folder: Path) -> Located | None:
     if source.config is not None:
         raise UserError(f"dataset {shown(folder)} was saved by `save_to_disk`, without configs; leave out 'config'")
     return Located([str(folder / entry["filename"]) for entry in read_json(state)["_data_files"]], [])
+
+
+def _check_split(source: Source, path: str | Path, splits: Collection[str]) -> None:
+    if source.split not in splits:
+        known = ", ".join(splits) or "no files"
+        raise UserError(f"dataset {shown(path)} has no split '{source.split}'; it has {known}")
 
 
 def _locate_split(source: Source, path: str) -> Located:
@@ -212,10 +216,7 @@ def _locate_split(source: Source, path: str) -> Located:
         except RuntimeError as error:
             raise UserError(f"{problem}: {one_line(error)}; name its data files by 'files'") from None
     splits = {str(split): files for split, files in (builder.config.data_files or {}).items()}
-    if source.split not in splits:
-        raise UserError(
-            f"dataset {shown(path)} has no split '{source.split}'; it has {', '.join(splits) or 'no files'}"
-        )
+    _check_split(source, path, splits)
     others = []
     if Path(path).is_dir() and source.config is None:
         # Of a folder with files in several formats it takes the ones that most have.
