@@ -63,7 +63,7 @@ class Pipeline(ChatStages):
 
     def training(self) -> dict[str, Any]:
         """The model, with its checkpoints."""
-        from nanophi.model_card.release import sample_settings
+        from nanophi.core.sample import sample_settings
         from nanophi.training import chat, continuation, trainer
 
         # On another machine than that which prepared the tokens, what they were made from need not be there.
@@ -156,8 +156,8 @@ class Pipeline(ChatStages):
 
     def sample(self) -> dict[str, Any]:
         """What the model writes after the recipe's prompt, or answers to held-out questions."""
+        from nanophi.core import sample
         from nanophi.data import conversations
-        from nanophi.model_card import release
 
         checkpoint, dtype = self.checkpoint(), self.recipe.release.dtype
         prompt: Any = self.recipe.card.prompt
@@ -168,7 +168,7 @@ class Pipeline(ChatStages):
             "sample",
             inputs,
             ["sample.json"],
-            lambda work: release.write_sample(checkpoint, prompt, work / "sample.json", dtype),
+            lambda work: sample.write_sample(checkpoint, prompt, work / "sample.json", dtype),
         )
 
     # Evaluation
