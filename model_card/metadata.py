@@ -56,7 +56,7 @@ def header(records: ShippedRecords) -> ModelCardData:
             "hardware_used": hardware(records),
         }
         extra["co2_eq_emissions"] = {key: value for key, value in emissions.items() if value is not None}
-    metrics = {HUB_METRICS[row["metric"]] for row in leading_scores(records) if row["metric"] in HUB_METRICS}
+    metrics = {HUB_METRICS[score.metric] for score in leading_scores(records) if score.metric in HUB_METRICS}
     return ModelCardData(
         language="en",
         license=card["license"],
@@ -86,23 +86,23 @@ def _model_index(records: ShippedRecords) -> list[EvalResult]:
     could look up.
     """
     results = []
-    for row in leading_scores(records):
-        hub = TASKS[row["task"]].hub if row["task"] in TASKS else None
-        if hub is None or row["items"] != row["of"]:
+    for score in leading_scores(records):
+        hub = TASKS[score.task].hub if score.task in TASKS else None
+        if hub is None or score.items != score.of:
             continue
-        factor, places = scale(row["metric"])
+        factor, places = scale(score.metric)
         results.append(
             EvalResult(
                 task_type="text-generation",
                 task_name="Text Generation",
                 dataset_type=hub.id,
-                dataset_name=hub.name if row["shots"] is None else f"{hub.name} ({row['shots']}-Shot)",
+                dataset_name=hub.name if score.shots is None else f"{hub.name} ({score.shots}-Shot)",
                 dataset_config=hub.config,
                 dataset_split=hub.split,
-                dataset_args={"num_few_shot": row["shots"]} if row["shots"] is not None else None,
-                metric_type=row["metric"],
+                dataset_args={"num_few_shot": score.shots} if score.shots is not None else None,
+                metric_type=score.metric,
                 metric_name=hub.metric,
-                metric_value=round(factor * row["value"], places),
+                metric_value=round(factor * score.value, places),
             )
         )
     return results
@@ -111,13 +111,13 @@ def _model_index(records: ShippedRecords) -> list[EvalResult]:
 def eval_results_files(records: ShippedRecords) -> dict[str, str]:
     """`.eval_results/*.yaml` for the benchmarks that the Hub takes there: file name -> YAML."""
     files = {}
-    for row in leading_scores(records):
-        if row["task"] == "gsm8k" and row["items"] == row["of"]:
+    for score in leading_scores(records):
+        if score.task == "gsm8k" and score.items == score.of:
             entry = EvalResultEntry(
                 dataset_id="openai/gsm8k",
                 task_id="gsm8k",
-                value=round(100 * row["value"], 2),
-                notes=f"{row['shots']}-shot, {row['filter']}, lm-evaluation-harness",
+                value=round(100 * score.value, 2),
+                notes=f"{score.shots}-shot, {score.filter}, lm-evaluation-harness",
             )
             files["gsm8k.yaml"] = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
     return files

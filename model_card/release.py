@@ -12,7 +12,6 @@ The card is made in `card.py`, and sent to the Hub in `push.py`.
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import types
 from collections.abc import Mapping
@@ -21,24 +20,11 @@ from typing import Any
 
 from nanophi.core.errors import UserError
 from nanophi.core.files import link_or_copy, permit, read_json, sha256_of_file, write_json, write_text
-from nanophi.core.names import CODE_FILES, MODEL_FILES, TOKENIZER_FILES
+from nanophi.core.names import CODE_FILES, TOKENIZER_FILES
 from nanophi.core.version import __version__
 from nanophi.model_card import card as model_card
+from nanophi.model_card.manifest import MANIFEST, write_manifest
 from nanophi.model_card.records import LATER_STAGES, ShippedRecords, read_records
-from nanophi.model_card.signature import SIGNATURE
-
-MANIFEST = "MANIFEST.json"
-
-_WHOLE = ("README.md", "LICENSE", "revisions.json", MANIFEST, SIGNATURE, *MODEL_FILES, *CODE_FILES, *TOKENIZER_FILES)
-FILES = re.compile(
-    "|".join(map(re.escape, _WHOLE))
-    + r"|figures/(loss|quality|evaluation)\.png|records/(evals/)?[^/]+\.(json|yaml)|\.eval_results/[^/]+\.yaml"
-)
-"""The names of all files that a release may have."""
-
-_LEFT_BEHIND = re.compile(
-    r"^\.git(attributes$|ignore$|/|$)|^\.cache/|(^|/)(\.DS_Store|\._[^/]*|Thumbs\.db|desktop\.ini)$"
-)
 
 
 def build(run: Path, checkpoint: Path, card: Path, output: Path, dtype: str = "float32") -> dict[str, Any]:
@@ -100,25 +86,6 @@ def copy_for_repo(
     write_json(output / "records" / "run.json", records["run.json"])
     write_text(output / "README.md", model_card.render(records))
     write_manifest(output, read_json(output / MANIFEST)["provenance"])
-
-
-def write_manifest(folder: Path, provenance: dict[str, Any]) -> None:
-    """Write `MANIFEST.json` over every other file in the folder but a signature, which signs the manifest too."""
-    files = {
-        name: {"sha256": sha256_of_file(folder / name), "size": (folder / name).stat().st_size}
-        for name in list_files(folder)
-        if name not in (MANIFEST, SIGNATURE)
-    }
-    write_json(folder / MANIFEST, {"format": 1, "provenance": provenance, "files": files})
-
-
-def list_files(folder: Path) -> list[str]:
-    """Relative POSIX names of all files in a release, sorted.
-
-    What git, the Hub's client and the file managers of operating systems leave in a folder is not part of it.
-    """
-    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() or path.is_symlink())
-    return sorted(name for name in names if not _LEFT_BEHIND.search(name))
 
 
 def _config(config: dict[str, Any], dtype: str, checkpoint: Path) -> dict[str, Any]:

@@ -21,8 +21,7 @@ import yaml
 from nanophi.core.errors import UserError
 from nanophi.core.inputs import Kind, same_on_hub
 from nanophi.model_card import hub
-from nanophi.model_card.release import MANIFEST, list_files
-from nanophi.model_card.signature import SIGNATURE
+from nanophi.model_card.manifest import MANIFEST, SIGNATURE, list_files
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi, RepoFile
@@ -170,7 +169,7 @@ def show(repository: Repository, changes: Plan, report: Report) -> None:
             report(f"    {'':>14}  deleted   {name}")
 
 
-def show_losses(changes: Plan, report: Report) -> None:
+def show_losses(_: Repository, changes: Plan, report: Report) -> None:
     """Name the files that a push is about to replace and delete."""
     for branch, change in changes.items():
         parts = [
