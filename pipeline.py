@@ -319,10 +319,8 @@ class Pipeline(ChatStages):
         self.release()
 
         def build(work: Path) -> dict[str, Any]:
-            checks = verify.verify(str(self.path / "release"), echo=self.report)
-            failed = [check["name"] for check in checks if not check["passed"]]
-            if failed:
-                raise UserError(f"{self.path / 'release'} does not verify: {', '.join(failed)}")
+            checks = verify.check(str(self.path / "release"), report=self.report)
+            verify.demand_all(self.path / "release", checks)
             write_json(work / "verification.json", checks)
             return {"checks": len(checks)}
 

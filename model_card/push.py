@@ -30,7 +30,7 @@ from nanophi.core.options import Gguf
 from nanophi.model_card.manifest import FILES, MANIFEST, file_problems, list_files
 
 if TYPE_CHECKING:
-    from nanophi.model_card.companions import Companion, Source
+    from nanophi.model_card.companions import Companion
     from nanophi.model_card.hub import RetryingApi
     from nanophi.model_card.upload import Plan, Repository
 

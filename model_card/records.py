@@ -219,7 +219,7 @@ def model_record(checkpoint: Path) -> dict[str, Any]:
     sizes: dict[str, int] = {}
     for shard in checkpoint.glob("*.safetensors"):
         with safe_open(shard, "np") as file:
-            sizes |= {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}
+            sizes |= {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a dict)
     if not sizes:
         raise UserError(f"{checkpoint} has no .safetensors file; the checkpoint is incomplete, train it again")
     total = sum(sizes.values())

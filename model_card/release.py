@@ -113,7 +113,7 @@ def _config(config: dict[str, Any], dtype: str, checkpoint: Path) -> dict[str, A
 def _generation_config(config: dict[str, Any]) -> dict[str, Any]:
     """Without lengths: lm-eval would take them over its own and truncate generated answers.
 
-    `do_sample` is stated, not left open: `pipeline` would sample, `generate` would not, and the card's sample is greedy.
+    `do_sample` is set, not left open: `pipeline` would sample, `generate` would not, and the card's sample is greedy.
     """
     left_out = ("max_new_tokens", "max_length", "_from_model_config")
     kept = {key: value for key, value in config.items() if key not in left_out}

@@ -23,8 +23,8 @@ from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, write_text
 from nanophi.core.names import final_checkpoint, is_hub_id
 from nanophi.core.version import __version__
-from nanophi.model_card import verify
 from nanophi.model_card import records as shipped
+from nanophi.model_card import verify
 from nanophi.model_card.manifest import MANIFEST, file_problems
 
 Row = dict[str, Any]
