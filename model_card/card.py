@@ -39,16 +39,13 @@ RECORDS = (
 
 
 def build(run: Path, output: Path, checkpoint: Path | None = None, repo_id: str | None = None) -> dict[str, Any]:
-    """Write `README.md`, `figures/`, `records/` and, where the Hub takes them, `.eval_results/`.
+    """Write `README.md`, `figures/`, `records/` and, where the Hub takes them, `.eval_results/` of a run's checkpoint.
 
     Args:
         run: the run directory.
         output: folder to write in.
-        checkpoint: the checkpoint that the card describes; None: the last one.
+        checkpoint: None: the last one.
         repo_id: where it will be on the Hub; None: what the recipe has.
-
-    Returns:
-        `{"characters": length of the card, "figures": [names], "evaluations": number of metric rows}`.
 
     Raises:
         UserError: if a record is missing, records contradict each other, or the Hub would refuse the metadata.
@@ -108,17 +105,8 @@ class View:
         return records.in_order(self._records, results.answer_scores)
 
     @property
-    def tasks(self) -> list[Score]:
-        """Every score but those of MMLU's subjects."""
-        return [score for score in self._every if not score.task.startswith("mmlu_")]
-
-    @property
-    def subjects(self) -> list[Score]:
-        """The scores of MMLU's subjects."""
-        return [score for score in self._every if score.task.startswith("mmlu_")]
-
-    @functools.cached_property
-    def _every(self) -> list[Score]:
+    def every(self) -> list[Score]:
+        """Every metric of every leaf task; MMLU's subjects are among them."""
         return records.in_order(self._records, results.every_score)
 
     @property

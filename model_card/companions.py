@@ -6,7 +6,7 @@ A new one is a line of `COMPANIONS` and a module that writes its folder. When th
 from __future__ import annotations
 
 import dataclasses
-import pkgutil
+import importlib
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,15 +28,15 @@ class Companion:
     Attributes:
         part: its name in `push.Options`, where a true value asks for it, and in the links of the model's card.
         suffix: what its id ends in.
-        build: `module:function` that writes its folder, called with a `Source`, the Hub id and the folder.
+        module: its `build`, called with a `Source`, the Hub id and a folder to create, writes what is sent.
         files: pattern of the names of its own files, beside its page, licence, manifest and signature.
-        note: what a collection says of it.
+        note: what a collection has beside it.
         of_run: it is made from the run around the release, and the card links it.
     """
 
     part: str
     suffix: str
-    build: str
+    module: str
     files: str
     note: str
     kind: Kind = "model"
@@ -49,48 +49,35 @@ class Companion:
 
     def write(self, source: Source, repo_id: str, folder: Path) -> None:
         """Write its folder."""
-        pkgutil.resolve_name(self.build)(source, repo_id, folder)
+        importlib.import_module(f"nanophi.model_card.{self.module}").build(source, repo_id, folder)
 
 
 COMPANIONS = (
     Companion(
         "scorer",
         "quality",
-        "nanophi.model_card.scorer_page:build",
+        "scorer_page",
         r"quality\.png|scorer\.(json|safetensors)",
         "The quality filter that chose its text",
     ),
     Companion(
         "data",
         "data",
-        "nanophi.model_card.data_page:build",
+        "data_page",
         r"quality\.png|data/(train|heldout)-\d+\.parquet",
         "The documents' quality scores",
         kind="dataset",
     ),
-    Companion(
-        "gguf",
-        "GGUF",
-        "nanophi.model_card.gguf:build",
-        r"[^/]+\.gguf",
-        "The model for llama.cpp",
-        of_run=False,
-    ),
+    Companion("gguf", "GGUF", "gguf", r"[^/]+\.gguf", "The model for llama.cpp", of_run=False),
 )
 """In the order in which they are sent, after the model."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What companions are made from.
+    """What companions are made from: the release as it will be on `main`, and for those `of_run` the run around it.
 
-    Attributes:
-        release: the release as it will be on the Hub's `main`.
-        run: the run directory, which the companions that are `of_run` are made from.
-        recipe: its recipe, for the same ones.
-        model_id: Hub id of the model.
-        links: Hub ids of what else is published, by part.
-        asked: the value of the companion's option, by part.
+    `links` are Hub ids of what else is published, `asked` the values of the companions' options, both by part.
     """
 
     release: Path

@@ -8,7 +8,6 @@ it was asked for. The rows are in the order of the run's documents, so that a re
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -27,18 +26,8 @@ from nanophi.model_card import secrets
 from nanophi.model_card.companions import Source, write_filter_page
 from nanophi.model_card.scorer_page import license_of
 
-SHARD_BYTES = 256 << 20
-"""Text of a file, uncompressed."""
-
-SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("source", pa.string()),
-        ("split", pa.string()),
-        ("quality_score", pa.float32()),
-        ("kept", pa.bool_()),
-    ]
-)
+_COLUMNS = {"id": pa.string(), "source": pa.string(), "split": pa.string(), "quality_score": pa.float32()}
+SCHEMA = pa.schema({**_COLUMNS, "kept": pa.bool_()})
 
 SIZES = (("n<1K", 1e3), ("1K<n<10K", 1e4), ("10K<n<100K", 1e5), ("100K<n<1M", 1e6), ("1M<n<10M", 1e7))
 """The Hub's names of sizes, and the number of rows below which each one holds."""
@@ -89,33 +78,27 @@ def build(source: Source, repo_id: str, folder: Path) -> None:
 def _write_split(
     run: Path, split: str, schema: pa.Schema, portable: secrets.PathRemover, folder: Path
 ) -> dict[str, int]:
-    """Write the shards of a split, a few MB at a time; returns its `num_examples` and `num_bytes`."""
+    """Write a file for each of the run's files of a split; returns the split's `num_examples` and `num_bytes`."""
     scores = _scores(run, split)
-    examples = total = number = room = 0
-    with contextlib.ExitStack() as stack:
-        paths = documents.shards(run / "data" / "documents", split)
-        for batch in documents.batches(paths, ["id", "text", "source"], None):
-            rows = scores.slice(examples, len(batch))
-            if rows["id"].to_pylist() != batch["id"].to_pylist():
-                raise UserError(f"{run}: its scores are not those of its documents; run `nanophi release` again")
-            texts = batch["text"].cast(pa.binary()).to_pylist()
-            columns: dict[str, Any] = {
-                "id": pa.array([hashlib.sha256(value).hexdigest() for value in texts], pa.string()),
-                "source": pa.array([portable(name) for name in batch["source"].to_pylist()], pa.string()),
-                "split": pa.array([split] * len(batch), pa.string()),
-                "quality_score": rows["quality_score"],
-                "kept": rows["kept"],
-                "text": batch["text"],
-            }
-            table = pa.table([columns[name] for name in schema.names], schema=schema)
-            if room <= 0:
-                stack.close()  # the file before
-                file = folder / f"{split}-{number:05d}.parquet"
-                writer = stack.enter_context(pq.ParquetWriter(file, schema, compression="zstd"))
-                number, room = number + 1, SHARD_BYTES
-            writer.write_table(table)
-            room -= batch.nbytes
-            examples, total = examples + len(table), total + table.nbytes
+    examples = total = 0
+    for number, path in enumerate(documents.shards(run / "data" / "documents", split)):
+        with pq.ParquetWriter(folder / f"{split}-{number:05d}.parquet", schema, compression="zstd") as writer:
+            for batch in documents.batches([path], ["id", "text", "source"], None):
+                rows = scores.slice(examples, len(batch))
+                if rows["id"].to_pylist() != batch["id"].to_pylist():
+                    raise UserError(f"{run}: its scores are not those of its documents; run `nanophi release` again")
+                texts = batch["text"].cast(pa.binary()).to_pylist()
+                columns: dict[str, Any] = {
+                    "id": pa.array([hashlib.sha256(value).hexdigest() for value in texts], pa.string()),
+                    "source": pa.array([portable(name) for name in batch["source"].to_pylist()], pa.string()),
+                    "split": pa.array([split] * len(batch), pa.string()),
+                    "quality_score": rows["quality_score"],
+                    "kept": rows["kept"],
+                    "text": batch["text"],
+                }
+                table = pa.table([columns[name] for name in schema.names], schema=schema)
+                writer.write_table(table)
+                examples, total = examples + len(table), total + table.nbytes
     return {"num_examples": examples, "num_bytes": total}
 
 

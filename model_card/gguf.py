@@ -50,25 +50,20 @@ def export(release: Path, kinds: Sequence[str], output: Path) -> list[dict[str, 
 
     Returns:
         per kind what `write` returns, and `"path"`, the file's.
-
-    Raises:
-        UserError: for an unknown kind, or a release that llama.cpp's phi2 cannot express.
     """
     from huggingface_hub import CardData
 
-    for kind in kinds:
-        check_kind(kind)
+    parse_kinds(",".join(kinds))
     if output.resolve().is_relative_to(release.resolve()):
         raise UserError(f"{output} lies inside the release {release}, which must stay as it is; choose another folder")
-    repo_id = _repo_id(release)
-    name, header = repo_id.split("/")[-1], _front_matter(release)
+    repo_id, header = _repo_id(release), _front_matter(release)
+    name, on_hub = repo_id.split("/")[-1], is_hub_id(repo_id)
     metadata = {key: header[key] for key in ("license", "language", "pipeline_tag", "datasets") if key in header}
-    if is_hub_id(repo_id):
-        metadata |= {"base_model": repo_id, "base_model_relation": "quantized"}
+    metadata |= {"base_model": repo_id, "base_model_relation": "quantized"} if on_hub else {}
     metadata |= {"library_name": "gguf", "tags": ["gguf", "phi"]}
     with atomic_folder(output) as work:
-        files = {f"{name}-{kind}.gguf": kind for kind in kinds}
-        results = [write(release, work / file, kind) | {"path": str(output / file)} for file, kind in files.items()]
+        names = [f"{name}-{kind}.gguf" for kind in kinds]
+        results = [write(release, work / file, kind) for file, kind in zip(names, kinds, strict=True)]
         write_page(
             work,
             "gguf.md",
@@ -76,28 +71,24 @@ def export(release: Path, kinds: Sequence[str], output: Path) -> list[dict[str, 
             {"model": repo_id, "weights_sha256": sha256_of_file(release / "model.safetensors")},
             name=name,
             repo_id=repo_id,
-            on_hub=is_hub_id(repo_id),
-            files=[result | {"name": file} for result, file in zip(results, files, strict=True)],
+            on_hub=on_hub,
+            files=[{"name": file, **result} for file, result in zip(names, results, strict=True)],
             chat=_chat_template(release) is not None,
         )
-    return results
+    return [{**result, "path": str(output / file)} for file, result in zip(names, results, strict=True)]
 
 
 def write(release: Path, output: Path, kind: str) -> dict[str, Any]:
-    """Write one GGUF file, whole or not at all.
+    """Write one GGUF file of a kind in `KINDS`, whole or not at all, from a release's config, weights and tokenizer.
 
-    Args:
-        release: folder with config.json, model.safetensors and tokenizer.json.
-        output: the file.
-        kind: of `KINDS`. A matrix whose rows are no multiple of 32 long stays float16 under `q8_0`.
+    A matrix whose rows are no multiple of 32 long stays float16 under `q8_0`.
 
     Returns:
         `{"kind", "tensors": count, "bytes", "sha256"}`.
 
     Raises:
-        UserError: for an unknown kind, a release that is incomplete or that llama.cpp's phi2 cannot express.
+        UserError: for a release that is incomplete or that llama.cpp's phi2 cannot express.
     """
-    check_kind(kind)
     gguf = _library()
     for file in ("config.json", "model.safetensors", "tokenizer.json"):
         if not (release / file).is_file():
@@ -106,10 +97,10 @@ def write(release: Path, output: Path, kind: str) -> dict[str, Any]:
         config = NanoPhiConfig.from_pretrained(release)
     except ValueError as error:
         raise UserError(f"{release / 'config.json'}: {error}") from None
-    bos, eos = _check_expressible(release, config)
+    _check_expressible(release, config)
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.PHI2])
     _add_metadata(writer, release, config, kind)
-    _add_tokenizer(writer, release, config.vocab_size, bos, eos)
+    _add_tokenizer(writer, release, config)
     tensors = _tensors(release, config, kind)
     for name, (data, raw_dtype) in tensors.items():
         writer.add_tensor(name, data, raw_dtype=raw_dtype)
@@ -124,12 +115,8 @@ def write(release: Path, output: Path, kind: str) -> dict[str, Any]:
     finally:
         writer.close()
         partial.unlink(missing_ok=True)
-    return {
-        "kind": kind,
-        "tensors": len(tensors),
-        "bytes": output.stat().st_size,
-        "sha256": sha256_of_file(output),
-    }
+    size, sha256 = output.stat().st_size, sha256_of_file(output)
+    return {"kind": kind, "tensors": len(tensors), "bytes": size, "sha256": sha256}
 
 
 def _library() -> Any:
@@ -143,19 +130,13 @@ def _library() -> Any:
 def parse_kinds(text: str | None) -> list[str]:
     """`f16, q8_0` as a list, each once. Raises `UserError` for an unknown kind."""
     kinds = list(dict.fromkeys(kind.strip() for kind in (text or "").split(",") if kind.strip()))
-    for kind in kinds:
-        check_kind(kind)
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
+        raise UserError(f"unknown GGUF kind {unknown[0]!r}; allowed: {', '.join(KINDS)}")
     return kinds
 
 
-def check_kind(kind: str) -> None:
-    """Raise `UserError` for a kind that is not in `KINDS`."""
-    if kind not in KINDS:
-        raise UserError(f"unknown GGUF kind {kind!r}; allowed: {', '.join(KINDS)}")
-
-
-def _check_expressible(release: Path, config: NanoPhiConfig) -> tuple[int, int]:
-    """Refuse what llama.cpp's phi2 would silently leave out; returns the ids of the first and last token."""
+def _check_expressible(release: Path, config: NanoPhiConfig) -> None:
+    """Refuse what llama.cpp's phi2 would silently leave out."""
     where = release / "config.json"
     if config.qk_layernorm:
         raise UserError(f"{where}: llama.cpp's phi2 has no LayerNorm on queries and keys; qk_layernorm must be false")
@@ -163,7 +144,6 @@ def _check_expressible(release: Path, config: NanoPhiConfig) -> tuple[int, int]:
         raise UserError(f"{where}: llama.cpp's phi2 computes {TANH_GELU[0]}, not hidden_act {config.hidden_act!r}")
     if not isinstance(config.bos_token_id, int) or not isinstance(config.eos_token_id, int):
         raise UserError(f"{where}: a GGUF file needs one bos_token_id and one eos_token_id")
-    return config.bos_token_id, config.eos_token_id
 
 
 def _add_metadata(writer: GGUFWriter, release: Path, config: NanoPhiConfig, kind: str) -> None:
@@ -197,7 +177,7 @@ def _add_metadata(writer: GGUFWriter, release: Path, config: NanoPhiConfig, kind
         getattr(writer, f"add_{key}")(value)
 
 
-def _add_tokenizer(writer: GGUFWriter, release: Path, vocab_size: int, bos: int, eos: int) -> None:
+def _add_tokenizer(writer: GGUFWriter, release: Path, config: NanoPhiConfig) -> None:
     """GPT-2's byte-level BPE, which llama.cpp implements; with any other tokenizer its tokens would differ."""
     from tokenizers import Tokenizer
 
@@ -215,13 +195,13 @@ def _add_tokenizer(writer: GGUFWriter, release: Path, vocab_size: int, bos: int,
         )
     if any(token[key] for token in content["added_tokens"] for key in ("single_word", "lstrip", "rstrip")):
         raise UserError(f"{path}: llama.cpp knows no added tokens that strip spaces or match whole words only")
-    backend = Tokenizer.from_file(str(path))
-    around = [
-        token for token in backend.encode("a").ids if token not in backend.encode("a", add_special_tokens=False).ids
-    ]
+    backend, bos = Tokenizer.from_file(str(path)), config.bos_token_id
+    bare = backend.encode("a", add_special_tokens=False).ids
+    around = [token for token in backend.encode("a").ids if token not in bare]
     if around not in ([], [bos]):
         raise UserError(f"{path}: adds the tokens {around} to a text; llama.cpp adds bos_token_id or nothing")
 
+    vocab_size = config.vocab_size
     ids = {**model["vocab"], **{token["content"]: token["id"] for token in content["added_tokens"]}}
     if max(ids.values()) >= vocab_size:
         raise UserError(f"{path}: token {max(ids.values())} has no row in the model (vocab_size {vocab_size})")
@@ -238,7 +218,7 @@ def _add_tokenizer(writer: GGUFWriter, release: Path, vocab_size: int, bos: int,
     writer.add_token_types(types)
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]])
     writer.add_bos_token_id(bos)
-    writer.add_eos_token_id(eos)
+    writer.add_eos_token_id(config.eos_token_id)
     writer.add_add_bos_token(bool(around))
     writer.add_add_eos_token(False)
     if template := _chat_template(release):

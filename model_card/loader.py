@@ -18,12 +18,9 @@ from nanophi.model_card.records import ShippedRecords
 
 
 def load(folder: Path, records: ShippedRecords, scratch: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Load a release with both loaders at once, each in a process of its own.
+    """Load a release with both loaders at once, each in a process of its own; `scratch` is an empty folder.
 
-    Args:
-        folder: the release.
-        records: its records; the sample's prompt is continued, the held-out documents are scored.
-        scratch: an empty folder.
+    There the sample's prompt is continued, and the held-out documents are scored.
 
     Returns:
         of stock Phi and of the remote code: `class`, `parameters`, `loading` (what did not fit), `messages`, `text`,

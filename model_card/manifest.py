@@ -50,10 +50,7 @@ def write_manifest(folder: Path, provenance: dict[str, Any]) -> None:
 def file_problems(folder: Path, partial: bool = False, written: re.Pattern[str] = FILES) -> list[str]:
     """What is wrong with a release's files before anything is loaded: changed, foreign, or naming foreign code.
 
-    Args:
-        folder: the release.
-        partial: only a part of it was downloaded: what is there is checked.
-        written: names of the files that nanophi writes into such a folder.
+    Of a `partial` download what is there is checked; `written` are the names of files that such a folder may have.
     """
     files = list_files(folder)
     changed = [line for line in checksums(folder, files) if not (partial and line.endswith(" is missing"))]

@@ -37,16 +37,14 @@ def header(records: ShippedRecords) -> ModelCardData:
     links = records["run.json"].get("links", {})
     extra: dict[str, Any] = {"widget": [{"text": card["prompt"]}]}
     extra |= {key: links[part] for part, key in LINKS.items() if part in links}
-    chat, origin = records.get("conversations.json"), "pretrained-from-scratch"
+    chat, origin, base = records.get("conversations.json"), "pretrained-from-scratch", None
     if chat is not None:
-        origin = recipe["method"]
+        origin, base = recipe["method"], chat["repo_id"]
         extra["widget"] = [{"messages": records["sample.json"]["prompt"]}]
-        if chat["repo_id"]:
-            extra |= {"base_model": chat["repo_id"], "base_model_relation": "finetune"}
     elif recipe.get("base"):
         origin, (base, _) = "continued-pretraining", split_revision(recipe["base"])
-        if is_hub_id(base):
-            extra |= {"base_model": base, "base_model_relation": "finetune"}
+    if base and is_hub_id(base):
+        extra |= {"base_model": base, "base_model_relation": "finetune"}
     if summary.get("co2_grams") is not None:
         emissions = {
             "emissions": float(f"{summary['co2_grams']:.4g}"),
@@ -113,12 +111,8 @@ def eval_results_files(records: ShippedRecords) -> dict[str, str]:
     files = {}
     for score in leading_scores(records):
         if score.task == "gsm8k" and score.items == score.of:
-            entry = EvalResultEntry(
-                dataset_id="openai/gsm8k",
-                task_id="gsm8k",
-                value=round(100 * score.value, 2),
-                notes=f"{score.shots}-shot, {score.filter}, lm-evaluation-harness",
-            )
+            notes = f"{score.shots}-shot, {score.filter}, lm-evaluation-harness"
+            entry = EvalResultEntry("openai/gsm8k", "gsm8k", round(100 * score.value, 2), notes=notes)
             files["gsm8k.yaml"] = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
     return files
 
@@ -138,16 +132,18 @@ def problems(text: str) -> list[str]:
     wrong = [f"metadata key '{key}' is missing" for key in required if not metadata.get(key)]
     licence = license_problem(metadata.get("license"), metadata.get("license_name"), metadata.get("license_link"))
     wrong += [licence] if licence else []
-    for dataset in metadata.get("datasets", []):
-        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(dataset)):
-            wrong.append(f"dataset {dataset!r} is not a Hub id")
-    for model in metadata.get("model-index", []):
-        for result in model["results"]:
-            wrong.extend(
-                f"model-index: {result['dataset']['name']}: value {metric['value']!r} is not a number"
-                for metric in result["metrics"]
-                if not isinstance(metric["value"], int | float) or not math.isfinite(metric["value"])
-            )
+    wrong += [
+        f"dataset {dataset!r} is not a Hub id"
+        for dataset in metadata.get("datasets", [])
+        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(dataset))
+    ]
+    wrong += [
+        f"model-index: {result['dataset']['name']}: value {metric['value']!r} is not a number"
+        for model in metadata.get("model-index", [])
+        for result in model["results"]
+        for metric in result["metrics"]
+        if not isinstance(metric["value"], int | float) or not math.isfinite(metric["value"])
+    ]
     if len(parts[2]) < MINIMUM_CHARACTERS:
         wrong.append(f"the text is shorter than the {MINIMUM_CHARACTERS} characters that a leaderboard asks for")
     return wrong

@@ -82,11 +82,7 @@ def push(
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What to publish and how; the help of the verb's options explains them.
-
-    Attributes:
-        asked: part -> value of the option that asks for a companion; none is made of a false one.
-    """
+    """The verb's options; those that ask for companions are in `asked`, by part."""
 
     repo_id: str
     public: bool = False
@@ -99,11 +95,9 @@ class Options:
 
     def check(self) -> None:
         """Raise `UserError` for what the Hub would not take."""
-        for name in (self.repo_id, *self.companions().values()):
-            if not is_hub_id(name):
-                raise UserError(
-                    f"--repo-id {self.repo_id}: {name} is not ORG/NAME as the Hub takes it (at most 96 characters)"
-                )
+        if bad := [name for name in (self.repo_id, *self.companions().values()) if not is_hub_id(name)]:
+            wrong = f"{bad[0]} is not ORG/NAME as the Hub takes it (at most 96 characters)"
+            raise UserError(f"--repo-id {self.repo_id}: {wrong}")
         if self.control is not None and not is_hub_id(self.control):
             raise UserError(f"--control {self.control} is not a Hub id like ORG/NAME")
         if self.collection is not None and not 0 < len(self.collection.strip()) < 60:
@@ -119,15 +113,11 @@ class Options:
 def publish(release: Path, options: Options, report: Report = typer.echo) -> list[str]:
     """Publish a release folder on the Hub, or resume a push that was cut off. Returns the URLs, none in a dry run.
 
-    Args:
-        release: the folder that `release.build` wrote. The branches' checkpoints are those of the run directory around
-            it; away from its run, a release is published without them.
-        options: what to publish.
-        report: called with one line for each thing worth telling.
+    The branches' checkpoints are those of the run directory around the release; away from it there are no branches.
 
     Raises:
         UserError: if the release must not be published (training state, secrets, paths of this machine, files that
-            are not what the manifest says, a card that does not follow from its records), if the repository holds
+            are not those of the manifest, a card that does not follow from its records), if the repository holds
             something else, or if the Hub refuses it.
     """
     from nanophi.model_card import hub, upload
@@ -207,12 +197,11 @@ def _plan(api: RetryingApi, repository: Repository, options: Options, scratch: P
             raise
         report(f"{repository.name}: the Hub cannot be reached; files are listed as if there were none")
         plan = upload.everything(repository)
-    (upload.show if options.dry_run else upload.show_losses)(repository, plan, report)
-    refused = None if options.force else upload.refusal(repository, plan)
-    if refused and not options.dry_run:
-        raise UserError(f"{refused[0]}; choose another --repo-id, or {refused[1]} with --force")
-    if refused:
-        report(f"refused without --force: {refused[0]}")
+    upload.show(repository, plan, options.dry_run, report)
+    if not options.force and (refused := upload.refusal(repository, plan)):
+        if not options.dry_run:
+            raise UserError(refused)
+        report(f"refused without --force: {refused.partition('; choose another')[0]}")
     return plan
 
 
@@ -220,12 +209,9 @@ def _plan(api: RetryingApi, repository: Repository, options: Options, scratch: P
 
 
 def problems(folder: Path, release: Path | None = None, written: re.Pattern[str] = FILES) -> list[str]:
-    """What must not be published, one line each, secrets named by file and kind only.
+    """What in a folder must not be published, one line each, secrets named by file and kind only.
 
-    Args:
-        folder: what would be sent.
-        release: where it was built, if that is elsewhere: its path is private too.
-        written: names of the files that nanophi writes into such a folder.
+    The path of the `release` that it was built from is private too; `written` are the names of what it may have.
     """
     from nanophi.model_card import checks, secrets
     from nanophi.model_card.records import read_records

@@ -37,9 +37,6 @@ def build(run: Path, checkpoint: Path, card: Path, output: Path, dtype: str = "f
         output: folder to write in.
         dtype: `float32` or `bfloat16`, the type of the released weights.
 
-    Returns:
-        `{"files": count, "bytes": total, "weights_sha256": hex}`.
-
     Raises:
         UserError: if the checkpoint is incomplete, or stock transformers could not load it.
     """
@@ -71,13 +68,9 @@ def build(run: Path, checkpoint: Path, card: Path, output: Path, dtype: str = "f
 def copy_for_repo(
     release: Path, repo_id: str, output: Path, links: Mapping[str, str] = types.MappingProxyType({})
 ) -> None:
-    """Copy a release with its card naming `repo_id` in the snippets, as it will be on the Hub.
+    """Copy a release to a new folder as it will be on the Hub, its card naming `repo_id` in the snippets.
 
-    Args:
-        release: the folder.
-        repo_id: `ORG/NAME`.
-        output: folder to create.
-        links: Hub ids of its `data`, `scorer` and `control`, where they are published.
+    `links` are Hub ids of its `data`, `scorer` and `control`, where they are published.
     """
     shutil.copytree(release, output, copy_function=link_or_copy)
     records = read_records(output / "records")
@@ -97,17 +90,10 @@ def _config(config: dict[str, Any], dtype: str, checkpoint: Path) -> dict[str, A
         raise UserError(
             f"{checkpoint / 'config.json'}: model_type is {config.get('model_type')!r}, a release needs 'phi'"
         )
-    config = {
-        **config,
-        **{key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope},
-        "architectures": ["PhiForCausalLM"],
-        "auto_map": dict(AUTO_MAP),
-        "dtype": dtype,
-        "torch_dtype": dtype,
-        "use_cache": True,
-    }
-    config.pop("_name_or_path", None)
-    return dict(sorted(config.items()))
+    config |= {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+    config |= {"architectures": ["PhiForCausalLM"], "auto_map": dict(AUTO_MAP), "use_cache": True}
+    config |= dict.fromkeys(("dtype", "torch_dtype"), dtype)
+    return {key: config[key] for key in sorted(config) if key != "_name_or_path"}
 
 
 def _generation_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -116,8 +102,7 @@ def _generation_config(config: dict[str, Any]) -> dict[str, Any]:
     `do_sample` is set, not left open: `pipeline` would sample, `generate` would not, and the card's sample is greedy.
     """
     left_out = ("max_new_tokens", "max_length", "_from_model_config")
-    kept = {key: value for key, value in config.items() if key not in left_out}
-    return dict(sorted({**kept, "do_sample": False}.items()))
+    return {key: value for key, value in sorted({**config, "do_sample": False}.items()) if key not in left_out}
 
 
 def _complete_tokenizer(folder: Path) -> None:
@@ -169,8 +154,7 @@ def _write_weights(checkpoint: Path, target: Path, dtype: str) -> None:
     tensors = {name: tensor for shard in checkpoint.glob("*.safetensors") for name, tensor in load_file(shard).items()}
     if not tensors:
         raise UserError(f"{checkpoint} has no .safetensors file; the checkpoint is incomplete, train it again")
-    kind = getattr(torch, dtype)
-    converted = {name: tensor.to(kind).contiguous() for name, tensor in sorted(tensors.items())}
+    converted = {name: tensor.to(getattr(torch, dtype)).contiguous() for name, tensor in sorted(tensors.items())}
     partial = target.with_name(f".{target.name}.{os.getpid()}.part")
     save_file(converted, partial, metadata={"format": "pt"})
     permit(partial)

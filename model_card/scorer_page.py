@@ -69,20 +69,18 @@ def _labelled(run: Path, report: dict[str, Any], portable: secrets.PathRemover) 
     table = table.set_column(0, "source", table["source"].cast(pa.string()))
     table = table.append_column("above", pc.greater(table["quality_score"], 0.5))
     means = table.group_by("source").aggregate([("quality_score", "mean"), ("above", "mean"), ("above", "count")])
-    rows = []
-    for row in means.to_pylist():
-        source = portable(row["source"])
-        if source in report["high"] or source in report["low"]:
-            good = source in report["high"]
-            rows.append(
-                {
-                    "source": source,
-                    "label": "high quality" if good else "low quality",
-                    "documents": row["above_count"],
-                    "mean_score": row["quality_score_mean"],
-                    "wrong": 1 - row["above_mean"] if good else row["above_mean"],
-                }
-            )
+    rows = [
+        {
+            "source": source,
+            "label": f"{label} quality",
+            "documents": row["above_count"],
+            "mean_score": row["quality_score_mean"],
+            "wrong": 1 - row["above_mean"] if label == "high" else row["above_mean"],
+        }
+        for row in means.to_pylist()
+        for label in ("high", "low")
+        if (source := portable(row["source"])) in report[label]
+    ]
     return sorted(rows, key=lambda row: (-row["wrong"], row["source"]))
 
 

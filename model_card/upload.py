@@ -74,14 +74,9 @@ def everything(repository: Repository) -> Plan:
 
 
 def plan(api: HfApi, repository: Repository, scratch: Path) -> Plan:
-    """What would change on each branch, by comparing file by file.
-
-    Raises:
-        UserError: if the tag is there for another release: tags are never moved.
-    """
+    """What would change on each branch, file by file. `UserError` if another release has the tag: it is never moved."""
     name, kind, tag = repository.name, repository.kind, repository.tag
-    refs = hub.branches_and_tags(api, name, kind)
-    if refs is None:
+    if (refs := hub.branches_and_tags(api, name, kind)) is None:
         return everything(repository)
     branches, tags = refs
     if tag in tags and not LINKED.issuperset(_change(api, repository, tags[tag], repository.revisions["main"]).files):
@@ -154,10 +149,16 @@ def _foreign(read: Callable[[str], bytes | None], touched: dict[str, RepoFile]) 
     return wrong
 
 
-def show(repository: Repository, changes: Plan, report: Report) -> None:
-    """List what a push would do, file by file."""
+def show(repository: Repository, changes: Plan, dry_run: bool, report: Report) -> None:
+    """Name the files that a push is about to replace and delete; in a dry run, all files with what happens to them."""
     for branch, folder in repository.revisions.items():
-        change, sizes = changes[branch], {name: (folder / name).stat().st_size for name in list_files(folder)}
+        change = changes[branch]
+        if not dry_run:
+            words = {"replaces": change.replaced, "deletes": change.deleted}
+            if losses := [f"{word} {', '.join(files)}" for word, files in words.items() if files]:
+                report(f"{branch}: {'; '.join(losses)}")
+            continue
+        sizes = {name: (folder / name).stat().st_size for name in list_files(folder)}
         report(
             f"{repository.name} {branch}: {len(sizes)} files, {sum(sizes.values()):,} bytes; {len(change.new)} new, "
             f"{len(change.replaced)} replaced, {len(change.deleted)} deleted"
@@ -169,31 +170,17 @@ def show(repository: Repository, changes: Plan, report: Report) -> None:
             report(f"    {'':>14}  deleted   {name}")
 
 
-def show_losses(_: Repository, changes: Plan, report: Report) -> None:
-    """Name the files that a push is about to replace and delete."""
-    for branch, change in changes.items():
-        parts = [
-            f"{word} {', '.join(files)}"
-            for word, files in (("replaces", change.replaced), ("deletes", change.deleted))
-            if files
-        ]
-        if parts:
-            report(f"{branch}: {'; '.join(parts)}")
-
-
-def refusal(repository: Repository, changes: Plan) -> tuple[str, str] | None:
-    """Why a push must not be made without --force, and what that would do: another run's, or files of no push of ours.
-
-    None if nothing is in the way.
-    """
+def refusal(repository: Repository, changes: Plan) -> str | None:
+    """Why a push needs --force: the repository is another run's, or has files of no push of ours; None if neither."""
+    advice = "; choose another --repo-id, or {} with --force"
     runs = sorted({change.run for change in changes.values() if change.run})
     if runs:
         ours = _run_name((repository.revisions["main"] / RECIPE).read_bytes())
-        return f"{repository.name} holds the run '{', '.join(runs)}', this is '{ours}'", "replace it"
+        return f"{repository.name} holds the run '{', '.join(runs)}', this is '{ours}'" + advice.format("replace it")
     wrong = [f"{branch}: {', '.join(change.foreign)}" for branch, change in changes.items() if change.foreign]
     if wrong:
         message = f"{repository.name} holds files that no push of ours put there: {'; '.join(wrong)}"
-        return message, "replace and delete them"
+        return message + advice.format("replace and delete them")
     return None
 
 
@@ -264,12 +251,8 @@ def _commit(api: HfApi, repository: Repository, branch: str, change: Change, rep
 def collect(api: HfApi, title: str, items: list[tuple[str, Kind, str]], public: bool, report: Report) -> str:
     """Make a collection, or extend the one of that title; what is in it already stays. Returns its URL.
 
-    Args:
-        api: the client.
-        title: of the collection; its owner is that of the first item.
-        items: Hub id, kind and note of each repository.
-        public: make it public; otherwise a new one is private, and one that exists stays as it is.
-        report: called with a line for the collection.
+    `items` are Hub id, kind and note of each repository; the first one's owner is the collection's. Unless it is to be
+    public a new one is private, and one that exists stays as it is.
     """
     owner = items[0][0].partition("/")[0]
     slug = next((entry.slug for entry in api.list_collections(owner=owner) if entry.title == title), None)

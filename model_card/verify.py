@@ -63,7 +63,7 @@ def check(
         revision: branch, tag or commit of a Hub repository.
         report: called with one line for each check.
         trust_remote_code: run the release's code even if it is not the code of this version of nanophi.
-        public_key: PEM file; if given, the release must carry its owner's signature.
+        public_key: PEM file; if given, the release must have its owner's signature.
     """
     folder = find_release(release, revision)
     from nanophi.model_card import checks, signature
@@ -105,12 +105,9 @@ def check(
 
 
 def find_release(release: str, revision: str | None = None, patterns: list[str] | None = None) -> Path:
-    """A release's folder, downloaded into the Hub's cache if it is not one here; `UserError` if there is none.
+    """A release's folder; one on the Hub, or the files there that `patterns` match, is downloaded into the Hub's cache.
 
-    Args:
-        release: a folder, or `ORG/NAME` or `ORG/NAME@revision` on the Hub.
-        revision: branch, tag or commit of a Hub repository.
-        patterns: of the files to download; None: all.
+    Raises `UserError` if there is no such release.
     """
     folder = resolve(release).folder
     if folder is None:
