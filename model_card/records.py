@@ -106,7 +106,7 @@ def revisions(run: Path) -> list[dict[str, Any]]:
     entries = []
     for checkpoint in step_folders(run / "checkpoints"):
         state = read_json(checkpoint / "checkpoint.json")
-        entry = {"revision": checkpoint.name}
+        entry: dict[str, Any] = {"revision": checkpoint.name}
         entry |= {key: state[key] for key in ("step", "tokens_seen", "train_loss", "eval_loss")}
         if state.get("eval_step", state["step"]) != state["step"]:
             entry["eval_loss"] = None  # Measured at an earlier step.
