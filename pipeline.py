@@ -484,7 +484,7 @@ def run_recipes(
     """
     from nanophi.eval import render
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         raise UserError(
             "only `nanophi train` runs on several processes: use `nanophi prepare`, then `accelerate launch -m nanophi "
             "train` (or torchrun), then `nanophi run`, each on the recipe"
