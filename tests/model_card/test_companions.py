@@ -18,7 +18,7 @@ import datasets
 import pandas as pd
 import pytest
 import yaml
-from hub_client import is_whole, push, silent, talk_to  # type: ignore[import-not-found]
+from hub_client import is_whole, push, talk_to  # type: ignore[import-not-found]
 from hub_server import HubServer  # type: ignore[import-not-found]
 
 from nanophi.core.errors import UserError
@@ -341,12 +341,12 @@ def test_a_push_cut_at_any_request_is_finished_by_the_next(
             if requests:
                 hub.cut(generator.randrange(requests), generator.choice(["before", "during", "after"]))
                 with pytest.raises(UserError):
-                    push(scored, "org/demo", echo=silent, **everything)
+                    push(scored, "org/demo", **everything)
                 for repository in hub.repositories.values():
                     head = repository.branches["main"]
                     assert set(head.files) == {".gitattributes"} or is_whole(head)
                 hub.restore()
-            push(scored, "org/demo", echo=silent, **everything)
+            push(scored, "org/demo", **everything)
             requests = requests or len(hub.requests)
             assert len(hub.repositories) == 3
             assert all(is_whole(entry.branches["main"]) and not entry.private for entry in hub.repositories.values())
