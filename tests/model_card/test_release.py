@@ -16,6 +16,7 @@ from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, sha256_of_file, sha256_of_tree, write_json
 from nanophi.model_card import card, figures, release
 from nanophi.model_card import records as shipped
+from nanophi.model_card.manifest import list_files
 
 LAST = "checkpoints/step-000030"
 
@@ -28,7 +29,7 @@ def build(run: Path, output: Path, dtype: str = "float32") -> Path:
 
 def test_two_builds_are_byte_identical(built_release: Path, finished_run: Path, tmp_path: Path) -> None:
     again = build(finished_run, tmp_path)
-    assert release.list_files(again) == release.list_files(built_release)
+    assert list_files(again) == list_files(built_release)
     assert sha256_of_tree(again) == sha256_of_tree(built_release)
 
 
@@ -162,7 +163,7 @@ def test_sample_has_every_checkpoint(finished_run: Path) -> None:
 
 def test_manifest_lists_every_file_and_where_it_came_from(built_release: Path, finished_run: Path) -> None:
     manifest = read_json(built_release / "MANIFEST.json")
-    assert sorted([*manifest["files"], "MANIFEST.json"]) == release.list_files(built_release)
+    assert sorted([*manifest["files"], "MANIFEST.json"]) == list_files(built_release)
     for name, entry in manifest["files"].items():
         assert entry["sha256"] == sha256_of_file(built_release / name)
         assert (built_release / name).stat().st_mode == (
@@ -207,11 +208,11 @@ def built_card(run: Path, output: Path) -> Path:
 
 def test_retarget_changes_the_name_and_nothing_else(built_release: Path, tmp_path: Path) -> None:
     before = sha256_of_tree(built_release)
-    release.retarget(built_release, "org/demo", tmp_path / "there")
+    release.copy_for_repo(built_release, "org/demo", tmp_path / "there")
     assert sha256_of_tree(built_release) == before
     changed = [
         name
-        for name in release.list_files(built_release)
+        for name in list_files(built_release)
         if sha256_of_file(built_release / name) != sha256_of_file(tmp_path / "there" / name)
     ]
     assert changed == ["MANIFEST.json", "README.md", "records/run.json"]
