@@ -9,9 +9,11 @@ from typing import Any
 from nanophi.core.errors import UserError, user_errors
 from nanophi.core.files import read_json, sha256_of_tree
 from nanophi.core.inputs import WEIGHTS, Inputs
-from nanophi.core.names import split_revision, step_folders
+from nanophi.core.names import step_folders
 from nanophi.core.recipe import Recipe, Source
 from nanophi.core.run import RunDirectory, differences
+from nanophi.data import scorers
+from nanophi.data.scorers import Scorer
 
 PREPARE = ("documents", "scores", "quality", "tokenizer", "tokens", "conversations")
 
@@ -86,23 +88,20 @@ class DataStages:
         recipe = self.recipe
         if "documents" in self._done or "documents" not in self.build:
             return
-        kind, _, name = recipe.quality.scorer.partition(":")
-        if kind == "model":
-            repo_id, revision = split_revision(name)
-            scorer, quality = self.inputs.model(repo_id, revision=revision), self._scoring()
-            known = self.run.inputs_of("scores") or {}
-            if (known.get("scorer"), known.get("quality")) != (scorer, quality):
-                from nanophi.data import scorers
-
-                scorers.find_scorer(
-                    recipe.quality.scorer, recipe.quality.label, recipe.quality.scale, scorer.get("commit")
-                ).check_choice()
+        inputs = {**self._scorer().identity(self.inputs.model), "quality": self._scoring()}
+        known = self.run.inputs_of("scores") or {}
+        if any(known.get(key) != value for key, value in inputs.items()):
+            self._scorer(inputs).check()
         if recipe.tokenizer.path is not None:
             files = self.inputs.model(recipe.tokenizer.path, ignore=WEIGHTS)
             if (self.run.inputs_of("tokenizer") or {}).get("files") != files:
                 from nanophi.data import tokenizer
 
                 tokenizer.load(recipe.tokenizer.path, files.get("commit"))
+
+    def _scorer(self, inputs: dict[str, Any] | None = None) -> Scorer:
+        """The recipe's scorer, at the commit that its `identity` names."""
+        return scorers.of_section(self.recipe.quality, (inputs or {}).get("scorer", {}).get("commit"))
 
     def _scoring(self) -> dict[str, Any]:
         """The part of `quality` that scores depend on."""
@@ -115,8 +114,7 @@ class DataStages:
 
         self._check_what_comes_later()
         data = self.recipe.data.model_copy(update={"sources": self.pinned(self.recipe.data.sources)})
-        kind, _, column = self.recipe.quality.scorer.partition(":")
-        score = column if kind == "column" else None
+        score = self._scorer().column
         benchmarks = data.decontamination.benchmarks
         inputs = {
             "data": data.model_dump(mode="json", exclude=LATER),
@@ -134,7 +132,7 @@ class DataStages:
     @user_errors("documents cannot be scored; --debug shows where it stopped")
     def scores(self) -> dict[str, Any]:
         """A quality score for every document."""
-        from nanophi.data import quality
+        from nanophi.data import scoring
 
         self.documents()
         recipe = self.recipe
@@ -142,16 +140,13 @@ class DataStages:
             "documents": self.run.stage_key("documents"),
             "quality": self._scoring(),
             "seed": recipe.seed,
+            **self._scorer().identity(self.inputs.model),
         }
-        kind, _, name = recipe.quality.scorer.partition(":")
-        if kind == "model":
-            repo_id, revision = split_revision(name)
-            inputs["scorer"] = self.inputs.model(repo_id, revision=revision)
         return self._stage(
             "scores",
             inputs,
             ["data/scores"],
-            lambda work: quality.score(
+            lambda work: scoring.score(
                 self.path / "data/documents",
                 recipe.quality,
                 recipe.data,
@@ -164,7 +159,7 @@ class DataStages:
     @user_errors("documents cannot be selected; --debug shows where it stopped")
     def quality(self) -> dict[str, Any]:
         """The documents that the filter keeps, and the report on it."""
-        from nanophi.data import quality
+        from nanophi.data import scoring
 
         self.scores()
         recipe = self.recipe
@@ -176,7 +171,7 @@ class DataStages:
             "quality",
             inputs,
             ["data/quality"],
-            lambda work: quality.select(
+            lambda work: scoring.select(
                 self.path / "data/documents", self.path / "data/scores", section, work / "data/quality", seed
             ),
             accept=self._keep_data_of_weights,

@@ -19,7 +19,7 @@ from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, write_json, write_text
 from nanophi.core.recipe import Recipe
 from nanophi.core.version import __version__
-from nanophi.data import quality_report
+from nanophi.data import quality_report, scorers
 from nanophi.data.scorers import LinearScorer
 from nanophi.model_card import card, secrets
 from nanophi.model_card import release as releases
@@ -46,7 +46,8 @@ def build(run: Path, recipe: Recipe, repo_id: str, model_id: str, links: dict[st
     Raises:
         UserError: if the run has no scorer of its own.
     """
-    if recipe.quality.scorer != "linear":
+    weights = scorers.of_section(recipe.quality).weights
+    if weights is None:
         raise UserError(
             f"{run}: quality.scorer is '{recipe.quality.scorer}', so there is no scorer of this run to publish; "
             "leave out --scorer"
@@ -54,7 +55,7 @@ def build(run: Path, recipe: Recipe, repo_id: str, model_id: str, links: dict[st
     portable = secrets.PathRemover(run)
     report = portable(read_json(run / "data" / "scores" / "scorer.json"))
     output.mkdir(parents=True)
-    shutil.copyfile(run / "data" / "scores" / "scorer.safetensors", output / "scorer.safetensors")
+    shutil.copyfile(run / "data" / "scores" / weights, output / weights)
     write_json(output / "scorer.json", report)
     scorer = LinearScorer.load(output)
     metadata = ModelCardData(

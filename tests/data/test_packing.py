@@ -16,7 +16,7 @@ from killed import run_killed
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, write_json
 from nanophi.core.recipe import Data, Quality, Tokenizer
-from nanophi.data import gather, packing, quality, tokenizer
+from nanophi.data import gather, packing, scoring, tokenizer
 from nanophi.data.documents import shards
 
 CONTEXT = 64
@@ -56,8 +56,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = settings(folder)
     gather.gather(data, folder / "documents", "score")
     scorer = Quality(scorer="column:score", threshold=0.3)
-    quality.score(folder / "documents", scorer, data, 0, folder / "scores")
-    quality.select(folder / "documents", folder / "scores", scorer, folder / "quality")
+    scoring.score(folder / "documents", scorer, data, 0, folder / "scores")
+    scoring.select(folder / "documents", folder / "scores", scorer, folder / "quality")
     tokenizer.build(folder / "documents", Tokenizer(vocab_size=300), 0, folder / "tokenizer")
     return folder
 

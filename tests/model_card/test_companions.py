@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pandas as pd
 import pytest
 import yaml
@@ -22,8 +23,8 @@ from hub_server import HubServer  # type: ignore[import-not-found]
 
 from nanophi.core.errors import UserError
 from nanophi.core.recipe import Recipe, load_recipe
-from nanophi.data import gather, packing, quality, quality_join
-from nanophi.data.scorers import find_scorer
+from nanophi.data import gather, packing, quality, scoring
+from nanophi.data.scorers import LinearScorer, find_scorer
 from nanophi.model_card import file_checks
 from nanophi.model_card import push as pushing
 from nanophi.model_card import release as releases
@@ -58,8 +59,8 @@ def prepare(run: Path, texts: Path, **source: Any) -> Recipe:
     for part in ("documents", "scores", "quality"):
         shutil.rmtree(run / "data" / part)
     gather.gather(recipe.data, run / "data" / "documents")
-    quality.score(run / "data" / "documents", recipe.quality, recipe.data, 0, run / "data" / "scores")
-    quality.select(run / "data" / "documents", run / "data" / "scores", recipe.quality, run / "data" / "quality")
+    scoring.score(run / "data" / "documents", recipe.quality, recipe.data, 0, run / "data" / "scores")
+    scoring.select(run / "data" / "documents", run / "data" / "scores", recipe.quality, run / "data" / "quality")
     return recipe
 
 
@@ -101,8 +102,8 @@ def test_a_published_scorer_is_used_at_a_revision(scored: Path, hub: HubServer, 
     mine = pd.read_json(scored.parents[2] / "good.jsonl", lines=True)
     mine.to_parquet(tmp_path / "mine.parquet")
     scorer = find_scorer("model:org/demo-quality@v1.0")
-    assert scorer.kind == "linear"
-    quality.score_files(str(tmp_path / "mine.parquet"), scorer, tmp_path / "scores.parquet")
+    assert isinstance(scorer, LinearScorer)
+    quality.score(str(tmp_path / "mine.parquet"), "model:org/demo-quality@v1.0", tmp_path / "scores.parquet")
     found = pd.read_parquet(tmp_path / "scores.parquet")
     expected = pd.read_parquet(scored.parent / "data" / "scores" / "scores.parquet").set_index("id")["quality_score"]
     both = found[found["id"].isin(expected.index)]
@@ -112,7 +113,7 @@ def test_a_published_scorer_is_used_at_a_revision(scored: Path, hub: HubServer, 
     for text, score in re.findall(r'scorer.score\(\[(".*")\.encode\(\)\]\)  # ([\d.]+)', page):
         assert abs(scorer.score([json.loads(text).encode()])[0] - float(score)) < 0.001
     with pytest.raises(UserError, match="cannot be loaded as a text classifier"):
-        find_scorer("model:org/demo-quality@v9").check_choice()
+        find_scorer("model:org/demo-quality@v9").check()
 
 
 def test_the_card_links_what_is_published_and_keeps_its_links(scored: Path, hub: HubServer) -> None:
@@ -205,8 +206,8 @@ def packed(recipe: Recipe, run: Path, tokenizer: Path) -> dict[str, str]:
     score = recipe.quality.scorer.partition("column:")[2] or None
     if not (data / "documents").exists():
         gather.gather(recipe.data, data / "documents", score)
-        quality.score(data / "documents", recipe.quality, recipe.data, recipe.seed, data / "scores")
-        quality.select(data / "documents", data / "scores", recipe.quality, data / "quality", recipe.training_seed)
+        scoring.score(data / "documents", recipe.quality, recipe.data, recipe.seed, data / "scores")
+        scoring.select(data / "documents", data / "scores", recipe.quality, data / "quality", recipe.training_seed)
     tokens = packing.pack(
         data / "documents", data / "quality", tokenizer, 16, recipe.data, recipe.training_seed, run / "tokens"
     )
@@ -233,6 +234,16 @@ def download_data(hub: HubServer, folder: Path) -> Path:
     return folder / "org/demo-data"
 
 
+def join_as_on_the_card(hub: HubServer, published: Path, texts: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs the lines of the data's card that join texts with the published scores."""
+    page = hub.repositories["dataset", "org/demo-data"].branches["main"].files["README.md"].data.decode()
+    (lines,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "joined" in block]
+    mine = datasets.load_dataset("json", data_files=texts, split="train")
+    load = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split, revision: load(str(published), split=split))
+    exec(lines, {"mine": mine})
+
+
 @pytest.mark.parametrize("kind", ["scores", "text"])
 def test_a_recipe_over_the_published_data_gives_the_same_tokens(
     kind: Any, scored: Path, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -240,27 +251,13 @@ def test_a_recipe_over_the_published_data_gives_the_same_tokens(
     run = scored.parent
     push(scored, "org/demo", data=kind, echo=silent)
     published = download_data(hub, tmp_path)
-    if kind == "scores":
-        for _ in range(2):
-            summary = quality_join.join_files(f"{scored.parents[2]}/*.jsonl", str(published), tmp_path / "joined")
-            assert summary == {"joined": 2 * DOCUMENTS, "scored": 2 * DOCUMENTS, "unknown": 0}
     monkeypatch.chdir(tmp_path)
+    if kind == "scores":
+        join_as_on_the_card(hub, published, f"{scored.parents[2]}/*.jsonl", monkeypatch)
     recipe = recipe_on_the_card(hub, load_recipe(run / "recipe.yaml"), tmp_path)
     tokenizer = run / "data" / "tokenizer"
     shutil.rmtree(run / "tokens", ignore_errors=True)
     assert packed(recipe, tmp_path / "again", tokenizer) == packed(load_recipe(run / "recipe.yaml"), run, tokenizer)
-
-
-def test_a_join_replaces_only_its_own_folder(scored: Path, hub: HubServer, tmp_path: Path) -> None:
-    push(scored, "org/demo", data="scores", echo=silent)
-    published = str(download_data(hub, tmp_path))
-    (tmp_path / "joined" / "data").mkdir(parents=True)
-    (tmp_path / "joined" / "README.md").write_text("Mine.")
-    with pytest.raises(UserError, match="did not write"):
-        quality_join.join_files(f"{scored.parents[2]}/*.jsonl", published, tmp_path / "joined")
-    (tmp_path / "other.txt").write_text("A text that nobody scored.")
-    with pytest.raises(UserError, match="none of the 1 texts"):
-        quality_join.join_files(str(tmp_path / "other.txt"), published, tmp_path / "new")
 
 
 def test_bad_input_is_one_line(scored: Path, hub: HubServer, tmp_path: Path) -> None:
