@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import shutil
-from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,8 @@ from nanophi.data.documents import batches, draw, keys, shards
 from nanophi.data.parallel import run_parts
 from nanophi.data.tokenizer import Encoder
 
-_BATCH_BYTES = 1 << 20
 _WRITE_TOKENS = 1 << 20
+_DOCUMENTS = pa.schema([("source", pa.string()), ("tokens", pa.int64()), ("bytes", pa.int64())])
 LONGEST_TOKEN = 8
 """Bytes per token that no English text exceeds on average; how much text is tokenized for `data.max_tokens`."""
 
@@ -42,8 +42,8 @@ def pack(
     """Tokenize and pack.
 
     Args:
-        documents: folder of `corpus.gather`.
-        kept: folder of `quality.select`; of the training documents only these are packed. Held-out documents are
+        documents: folder of `gather.gather`.
+        kept: folder of `scoring.select`; of the training documents only these are packed. Held-out documents are
             all packed, so that a filtered run and its control are measured on the same text.
         tokenizer: folder of `tokenizer.build`.
         context_length: tokens per row.
@@ -83,10 +83,10 @@ def pack(
         )
         while True:
             parts = [(path, kept / "kept.parquet" if train else None, (share, seed), tokenizer) for path in paths]
-            folder = work / (split if share == 1 else f"{split}-part")
+            folder = work / f"{split}-{'documents' if share == 1 else 'sample'}"
             counts = run_parts(_encode_shard, parts, folder, f"tokenizing {split}", data.workers, data.engine)
             stream = _Stream(folder, counts, weights if train else {}, seed, limit)
-            if share == 1 or stream.lengths[stream.order].sum() >= (limit or 0):
+            if share == 1 or stream.total >= (limit or 0):
                 break
             share = 1.0  # documents with few, long tokens, or with weights below one
         summary[split] = _write(stream, context_length, output / split, work, split, limit)
@@ -109,13 +109,10 @@ def _kept_ids(path: Path) -> np.ndarray:
 def _encode_shard(
     shard: Path, kept: Path | None, sample: tuple[float, int], tokenizer: Path, path: Path
 ) -> dict[str, Any]:
-    """Write `.tokens` (uint32, end-of-text after each document), `.lengths`, `.bytes` and `.codes`."""
+    """Write `.tokens` (uint32, end-of-text after each document) and `.parquet` (source, tokens, bytes of each)."""
     encoder = _encoder(tokenizer)
     eos = encoder.eos_token_id
-    names: dict[str, int] = {}
-    lengths: list[int] = []
-    sizes: list[int] = []
-    codes: list[int] = []
+    columns: dict[str, list[Any]] = {"source": [], "tokens": [], "bytes": []}
     with path.with_suffix(".tokens").open("wb") as output:
         for batch in batches(shard, ["id", "text", "source"], 128):
             if kept is not None:
@@ -127,69 +124,57 @@ def _encode_shard(
                 if int((tokens == eos).sum()) != 1:
                     raise UserError(f"{tokenizer}: some text became the end-of-text token; mark that as special there")
                 output.write(tokens.tobytes())
-                lengths.append(len(tokens))
-            sizes.extend(len(text.encode()) for text in texts)
-            codes.extend(names.setdefault(name, len(names)) for name in batch.column("source").to_pylist())
-    np.array(lengths, np.int64).tofile(path.with_suffix(".lengths"))
-    np.array(sizes, np.int64).tofile(path.with_suffix(".bytes"))
-    np.array(codes, np.int64).tofile(path.with_suffix(".codes"))
-    return {"documents": len(lengths), "tokens": sum(lengths), "sources": list(names)}
+                columns["tokens"].append(len(tokens))
+            columns["bytes"].extend(len(text.encode()) for text in texts)
+            columns["source"].extend(batch.column("source").to_pylist())
+    pq.write_table(pa.table(columns, schema=_DOCUMENTS), path.with_suffix(".parquet"))
+    return {"documents": len(columns["tokens"]), "tokens": sum(columns["tokens"])}
 
 
 class _Stream:
-    """The documents of a split in the order in which they are packed."""
+    """The documents of a split in the order in which they are packed.
+
+    Attributes:
+        documents: source, tokens and bytes of each.
+        total: tokens.
+    """
 
     def __init__(
-        self,
-        folder: Path,
-        counts: list[dict[str, Any]],
-        weights: dict[str, float],
-        seed: int,
-        limit: int | None = None,
+        self, folder: Path, counts: list[dict[str, Any]], weights: dict[str, float], seed: int, limit: int | None
     ) -> None:
-        self.paths = [folder / f"{index:05d}" for index in range(len(counts))]
-        self.parts = np.repeat(np.arange(len(counts)), [part["documents"] for part in counts])
-        lengths = [np.fromfile(path.with_suffix(".lengths"), np.int64) for path in self.paths]
-        for path, part, length in zip(self.paths, counts, lengths, strict=True):
-            if len(length) != part["documents"] or path.with_suffix(".tokens").stat().st_size != 4 * part["tokens"]:
-                raise UserError(f"{path}.tokens is incomplete; delete the run's .work folder and run again")
-        self.lengths = np.concatenate(lengths)
-        self.starts = np.concatenate([np.cumsum(length) - length for length in lengths])
-        self.sizes = np.concatenate([np.fromfile(path.with_suffix(".bytes"), np.int64) for path in self.paths])
-        self.sources = sorted({name for part in counts for name in part["sources"]})
-        self.codes = np.concatenate(
-            [
-                np.array([self.sources.index(name) for name in part["sources"]] or [0], np.int64)[
-                    np.fromfile(path.with_suffix(".codes"), np.int64)
-                ]
-                for path, part in zip(self.paths, counts, strict=True)
-            ]
-        )
-        self.order = np.arange(len(self.lengths))
+        paths = [folder / f"{index:05d}" for index in range(len(counts))]
+        self._files = [path.with_suffix(".tokens") for path in paths]
+        for file, part in zip(self._files, counts, strict=True):
+            if file.stat().st_size != 4 * part["tokens"]:
+                raise UserError(f"{file} is incomplete; delete the run's .work folder and run again")
+        tables = [pq.read_table(path.with_suffix(".parquet"), read_dictionary=["source"]) for path in paths]
+        documents = pa.concat_tables(tables).unify_dictionaries()
+        order = np.arange(len(documents))
         if weights:
             generator = np.random.default_rng(seed)
-            weight = np.array([weights.get(name, 1.0) for name in self.sources])[self.codes]
+            source = documents["source"].combine_chunks()
+            weight = np.array([weights.get(name, 1.0) for name in source.dictionary.to_pylist()])[source.indices]
             times = np.floor(weight + generator.random(len(weight))).astype(np.int64)
-            self.order = generator.permutation(np.repeat(self.order, times))
+            order = generator.permutation(np.repeat(order, times))
         if limit is not None:
-            reached = np.cumsum(self.lengths[self.order])
-            self.order = self.order[: np.searchsorted(reached, limit) + 1]
+            reached = np.cumsum(documents["tokens"].to_numpy()[order])
+            order = order[: np.searchsorted(reached, limit) + 1]
+        self.documents = documents.take(order)
+        self.total = int(self.documents["tokens"].to_numpy().sum())
+        starts = [np.cumsum(tokens) - tokens for tokens in (table["tokens"].to_numpy() for table in tables)]
+        self._starts = np.concatenate(starts)[order]
+        self._parts = np.repeat(np.arange(len(tables)), [len(table) for table in tables])[order]
 
-    def blocks(self) -> Any:
+    def blocks(self) -> Iterator[np.ndarray]:
         """The token stream, int32, in blocks of about `_WRITE_TOKENS`."""
+        # An empty file cannot be mapped, and no document lies in it.
         tokens = [
-            np.memmap(path.with_suffix(".tokens"), np.uint32, "r")
-            if path.with_suffix(".tokens").stat().st_size
-            else None
-            for path in self.paths
+            np.memmap(file, np.uint32, "r") if file.stat().st_size else np.zeros(0, np.uint32) for file in self._files
         ]
         pending: list[np.ndarray] = []
         size = 0
-        for document in self.order:
-            start, length = self.starts[document], self.lengths[document]
-            part = tokens[self.parts[document]]
-            assert part is not None
-            pending.append(part[start : start + length])
+        for part, start, length in zip(self._parts, self._starts, self.documents["tokens"].to_numpy(), strict=True):
+            pending.append(tokens[part][start : start + length])
             size += int(length)
             if size >= _WRITE_TOKENS:
                 yield np.concatenate(pending).astype("<i4")
@@ -201,9 +186,8 @@ class _Stream:
 def _write(
     stream: _Stream, context_length: int, output: Path, work: Path, split: str, limit: int | None
 ) -> dict[str, Any]:
-    import datasets
-
-    total = int(stream.lengths[stream.order].sum())
+    """Cut the stream into rows; returns the split's counts (see `pack`)."""
+    total = stream.total
     if total < context_length:
         remedy = (
             "keep more (quality.threshold or quality.share) or add sources"
@@ -229,38 +213,41 @@ def _write(
             )
     if rows * context_length + len(rest) != total:
         raise UserError(f"{split}: {total} tokens went in, {rows * context_length + len(rest)} came out")
-    saved = work / f"{split}-saved"
+    _save_dataset(flat, digest.hexdigest()[:16], work / f"{split}-saved", output)
+    documents = stream.documents
+    if split == "heldout":
+        pq.write_table(documents.cast(_DOCUMENTS), output.with_name("heldout-documents.parquet"))
+    by_source = dict.fromkeys(sorted(documents["source"].combine_chunks().dictionary.to_pylist()), 0)
+    for row in documents.group_by("source").aggregate([("tokens", "sum")]).to_pylist():
+        by_source[row["source"]] = row["tokens_sum"]
+    size = int(documents["bytes"].to_numpy().sum())
+    return {
+        "documents": len(documents),
+        "bytes": size,
+        "tokens": total,
+        "rows": rows,
+        "tail_tokens": len(rest),
+        "tokens_by_source": by_source,
+        "bytes_per_token": round(size / total, 4),
+        "sha256": digest.hexdigest(),
+    }
+
+
+def _save_dataset(flat: Path, fingerprint: str, saved: Path, output: Path) -> None:
+    """Make a `datasets` folder of an Arrow stream, which is removed.
+
+    By default the fingerprint follows from the file's time; this one makes equal tokens equal folders.
+    """
+    import datasets
+
     shutil.rmtree(saved, ignore_errors=True)
     shown = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
         table = datasets.table.MemoryMappedTable.from_file(str(flat))
-        # By default the fingerprint follows from the file's time; this one makes equal tokens equal folders.
-        datasets.Dataset(table, fingerprint=digest.hexdigest()[:16]).save_to_disk(str(saved))
+        datasets.Dataset(table, fingerprint=fingerprint).save_to_disk(str(saved))
     finally:
         if shown:
             datasets.enable_progress_bars()
     flat.unlink()
     replace_tree(saved, output)
-    if split == "heldout":
-        documents = {
-            "source": np.array(stream.sources)[stream.codes[stream.order]],
-            "tokens": stream.lengths[stream.order],
-            "bytes": stream.sizes[stream.order],
-        }
-        pq.write_table(pa.table(documents), output.with_name("heldout-documents.parquet"))
-    by_source: Counter[str] = Counter()
-    sums = np.bincount(stream.codes[stream.order], stream.lengths[stream.order], minlength=len(stream.sources))
-    for name, count in zip(stream.sources, sums.tolist(), strict=True):
-        by_source[name] = int(count)
-    size = int(stream.sizes[stream.order].sum())
-    return {
-        "documents": len(stream.order),
-        "bytes": size,
-        "tokens": total,
-        "rows": rows,
-        "tail_tokens": len(rest),
-        "tokens_by_source": dict(by_source),
-        "bytes_per_token": round(size / total, 4),
-        "sha256": digest.hexdigest(),
-    }

@@ -204,7 +204,7 @@ packing.pack(*inputs, 64, Data.model_validate_json(settings), 0, Path(output))
 def test_killed_and_started_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "tokens"
     run_killed(KILLED, folder, output, settings(folder).model_dump_json(), survive=2)
-    assert len(list((output / ".parts" / "train").glob("*.json"))) == 2
+    assert len(list((output / ".parts" / "train-documents").glob("*.json"))) == 2
     encoded: list[Path] = []
     encode = packing._encode_shard
 
