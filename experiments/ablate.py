@@ -258,7 +258,7 @@ def _make_plan(
         pipeline = Pipeline(arm_of(recipe, plan, arm, seed, rate), runs, report=quiet)
         with pipeline.run.lock():
             pipeline.write_recipe()
-            counts = pipeline.prepare()
+            counts = pipeline.tokens()
             kept = pipeline.make("quality")["kept_bytes"]
         available[arm] = int(SAFETY * kept / counts["train"]["bytes_per_token"])
         if arm == "best":
