@@ -32,7 +32,7 @@ TEMPLATE = """\
 {{- message['content'] | trim + eos_token -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- 'Assistant:\\n' -}}{%- endif -%}"""
-"""Roles in words, and a turn ends with the end of text, so that no base needs a new token. It is part of the stage's key."""
+"""Roles in words, and a turn ends with the end of text, so that no base needs a new token. The stage is keyed by it."""
 
 ROLES = ("system", "user", "assistant")
 ANSWER_TOKENS = 60
@@ -53,7 +53,7 @@ def build(
         tokenizer: with the chat template.
         context: tokens that the model reads; turns beyond it are left out.
         base_text: `data/documents` of the base, whose training text must not hold a held-out answer; None: unknown.
-        output: folder to write in.
+        output: folder to create.
 
     Returns:
         `{"train", "heldout": counts, "tokens", "sources": {name: {outcome: count}}, "answers_in_base_text": count or
@@ -92,19 +92,13 @@ def build(
 
 
 class _Rows:
-    """What becomes of the rows that are read.
-
-    Attributes:
-        train: rows of train.parquet.
-        candidates: rows that may be held out, by the hash of what is asked.
-        learned: answers to train on.
-    """
+    """What becomes of the rows that are read; `split`: a hash decides which are held out."""
 
     def __init__(self, method: str, tokenizer: Any, context: int, split: bool) -> None:
         self.method, self.tokenizer, self.context, self.split = method, tokenizer, context, split
         self.train: list[dict[str, Any]] = []
-        self.candidates: dict[str, dict[str, Any]] = {}
-        self.learned: set[str] = set()
+        self.candidates: dict[str, dict[str, Any]] = {}  # to be held out, by the hash of what is asked
+        self.learned: set[str] = set()  # answers
 
     def add(self, name: str, where: str, row: dict[str, Any], held: bool | None) -> str | None:
         """`train`, or the reason why the row is left out; None while it may be held out."""
@@ -135,11 +129,8 @@ class _Rows:
         text = self.tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
         if len(self.tokenizer(text).input_ids) + ANSWER_TOKENS >= self.context:
             return "too_long"
-        if key in self.candidates:
-            return "asked_twice"
         row = {"id": key[:16], "source": name, "messages": asked, "prompt": text, "answer": answer}
-        self.candidates[key] = row
-        return None
+        return None if self.candidates.setdefault(key, row) is row else "asked_twice"
 
 
 def _hold_out(rows: _Rows, base_text: Path | None, counts: dict[str, Counter[str]]) -> list[dict[str, Any]]:
@@ -173,11 +164,7 @@ def heldout(run: Path, count: int = 5) -> list[dict[str, Any]]:
 
 
 def conversation(row: dict[str, Any], where: str, method: str) -> tuple[Messages, Messages, Messages]:
-    """A row's prompt, its (chosen) completion and, for `dpo`, its rejected one.
-
-    Raises:
-        UserError: naming what the row lacks.
-    """
+    """A row's prompt, its (chosen) completion and, for `dpo`, its rejected one. Raises `UserError` if it lacks any."""
     row = {key: value for key, value in row.items() if value is not None}
     if method == "dpo":
         if not {"chosen", "rejected"} <= set(row):
@@ -228,9 +215,7 @@ def encode(tokenizer: Any, messages: Messages, context: int) -> tuple[list[int],
     Returns:
         token ids; 1 where the assistant speaks, the end of its turn included; whether this is all of it.
     """
-    ids: list[int] = []
-    mask: list[int] = []
-    text = ""
+    ids, mask, text = list[int](), list[int](), ""
     for number, turn in enumerate(messages):
         if turn["role"] != "assistant":
             continue

@@ -135,16 +135,10 @@ def fit(
     """Fit a linear scorer.
 
     Labels weigh the same, and so do the sources within a label, so that a large source does not become the definition
-    of its label.
-
-    Args:
-        texts: documents, UTF-8.
-        good: bool `[documents]`.
-        sources: of each document.
-        seed: of the split into documents to fit on and, `TEST_SHARE`, to test on.
+    of its label. The seed chooses `TEST_SHARE` of the documents, on which the report is made.
 
     Returns:
-        the scorer, and `{documents, test_documents, roc_auc, brier, calibration}` on the documents left out of the fit.
+        the scorer, and `{documents, test_documents, roc_auc, brier, calibration}`.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import brier_score_loss, roc_auc_score
@@ -178,13 +172,9 @@ def fit(
     model = LogisticRegression(C=_REGULARISATION, max_iter=300, tol=1e-3)
     model.fit(inputs, good[~test], sample_weight=weight[~test])
     weights = model.coef_[0].astype(np.float32)
-    scorer = LinearModel(
-        weights[:BUCKETS],
-        weights[BUCKETS:] * np.float32(_STATISTIC_SCALE),
-        mean.astype(np.float32),
-        scale.astype(np.float32),
-        float(model.intercept_[0]),
-    )
+    hashed_weights, statistic_weights = weights[:BUCKETS], weights[BUCKETS:] * np.float32(_STATISTIC_SCALE)
+    mean, scale = mean.astype(np.float32), scale.astype(np.float32)
+    scorer = LinearModel(hashed_weights, statistic_weights, mean, scale, float(model.intercept_[0]))
     scores = model.predict_proba(test_inputs)[:, 1]
     return scorer, {
         "documents": int((~test).sum()),

@@ -41,17 +41,14 @@ def pack(
 ) -> dict[str, Any]:
     """Tokenize and pack.
 
+    Of the training documents those in `kept`, the folder of `scoring.select`, are packed; held-out documents are all
+    packed, so that a filtered run and its control are measured on the same text. It resumes after a kill.
+
     Args:
-        documents: folder of `gather.gather`.
-        kept: folder of `scoring.select`; of the training documents only these are packed. Held-out documents are
-            all packed, so that a filtered run and its control are measured on the same text.
-        tokenizer: folder of `tokenizer.build`.
-        context_length: tokens per row.
         data: the recipe's section, for the sources' weights, the number of workers, and `max_tokens`: the training
             split then has that many tokens, in whole rows, if there are so many.
         seed: of the order of the training documents, of which of them make up `max_tokens`, and of which are repeated
             under a fractional weight.
-        output: folder to create; resumes where a killed attempt stopped.
 
     Returns:
         by split `{documents, bytes, tokens, rows, tail_tokens, tokens_by_source, bytes_per_token, sha256}`. `tokens`
@@ -75,14 +72,15 @@ def pack(
     weights = sources.weights(data.sources, origins)
     summary: dict[str, Any] = {"context_length": context_length}
     for split in ("train", "heldout"):
-        paths = shards(documents, split)
         train = split == "train"
-        limit = data.max_tokens if train else None
-        share = (
-            1.0 if limit is None else min(1.0, LONGEST_TOKEN * limit / read_json(kept / "quality.json")["kept_bytes"])
-        )
+        limit, share = data.max_tokens if train else None, 1.0
+        if limit is not None:
+            share = min(share, LONGEST_TOKEN * limit / read_json(kept / "quality.json")["kept_bytes"])
         while True:
-            parts = [(path, kept / "kept.parquet" if train else None, (share, seed), tokenizer) for path in paths]
+            parts = [
+                (path, kept / "kept.parquet" if train else None, (share, seed), tokenizer)
+                for path in shards(documents, split)
+            ]
             folder = work / f"{split}-{'documents' if share == 1 else 'sample'}"
             counts = run_parts(_encode_shard, parts, folder, f"tokenizing {split}", data.workers, data.engine)
             stream = _Stream(folder, counts, weights if train else {}, seed, limit)
@@ -132,12 +130,7 @@ def _encode_shard(
 
 
 class _Stream:
-    """The documents of a split in the order in which they are packed.
-
-    Attributes:
-        documents: source, tokens and bytes of each.
-        total: tokens.
-    """
+    """The documents of a split in the order in which they are packed: source, tokens and bytes of each."""
 
     def __init__(
         self, folder: Path, counts: list[dict[str, Any]], weights: dict[str, float], seed: int, limit: int | None
@@ -189,11 +182,8 @@ def _write(
     """Cut the stream into rows; returns the split's counts (see `pack`)."""
     total = stream.total
     if total < context_length:
-        remedy = (
-            "keep more (quality.threshold or quality.share) or add sources"
-            if split == "train"
-            else "raise data.heldout_fraction"
-        )
+        more = "keep more (quality.threshold or quality.share) or add sources"
+        remedy = more if split == "train" else "raise data.heldout_fraction"
         raise UserError(f"the {split} split has {total} tokens, less than one row of {context_length}; {remedy}")
     schema = pa.schema([("input_ids", pa.list_(pa.int32(), context_length))])
     digest = hashlib.sha256()
@@ -207,10 +197,8 @@ def _write(
             whole = min(len(block) // context_length, most - rows)
             rest = block[whole * context_length :]
             rows += whole
-            values = pa.array(block[: whole * context_length])
-            writer.write_batch(
-                pa.record_batch([pa.FixedSizeListArray.from_arrays(values, context_length)], schema=schema)
-            )
+            cut = pa.FixedSizeListArray.from_arrays(pa.array(block[: whole * context_length]), context_length)
+            writer.write_batch(pa.record_batch([cut], schema=schema))
     if rows * context_length + len(rest) != total:
         raise UserError(f"{split}: {total} tokens went in, {rows * context_length + len(rest)} came out")
     _save_dataset(flat, digest.hexdigest()[:16], work / f"{split}-saved", output)

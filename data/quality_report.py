@@ -44,7 +44,7 @@ def write(
         quality: the recipe's section, for the rule in words.
         scorer: contents of `scorer.json`.
         excerpts_of: gives the texts of some documents by id.
-        output: folder, made if need be.
+        output: the folder.
     """
     output.mkdir(parents=True, exist_ok=True)
     report = describe(table, selection, quality)
@@ -129,27 +129,16 @@ def markdown(report: dict[str, Any], bytes_per_token: float | None = None) -> st
     import jinja2
 
     integer, percent = formatting.integer, formatting.percent
-    by_source = [
-        [
-            markup.text(name),
-            integer(entry["documents"]),
-            percent(entry["kept_documents"] / entry["documents"]),
-            f"{entry['bytes'] / 1e6:.2f}",
-            f"{entry['kept_bytes'] / 1e6:.2f}",
-            f"{entry['mean_score']:.3f}",
-        ]
-        for name, entry in report["sources"].items()
-    ]
-    by_threshold = [
-        [
-            f"{step['threshold']:.2f}",
-            integer(step["documents"]),
-            f"{step['bytes'] / 1e6:.2f}",
-            percent(step["bytes"] / report["bytes"]),
-            *([f"{step['bytes'] / bytes_per_token / 1e6:.2f} M"] if bytes_per_token else []),
-        ]
-        for step in report["sweep"]
-    ]
+    by_source, by_threshold = [], []
+    for name, entry in report["sources"].items():
+        kept = percent(entry["kept_documents"] / entry["documents"])
+        megabytes = [f"{entry[size] / 1e6:.2f}" for size in ("bytes", "kept_bytes")]
+        row = [markup.text(name), integer(entry["documents"]), kept, *megabytes, f"{entry['mean_score']:.3f}"]
+        by_source.append(row)
+    for step in report["sweep"]:
+        size, share = f"{step['bytes'] / 1e6:.2f}", percent(step["bytes"] / report["bytes"])
+        tokens = [f"{step['bytes'] / bytes_per_token / 1e6:.2f} M"] if bytes_per_token else []
+        by_threshold.append([f"{step['threshold']:.2f}", integer(step["documents"]), size, share, *tokens])
     heads = ["score >", "documents", "MB", "share of bytes", *(["tokens, about"] if bytes_per_token else [])]
     environment = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined

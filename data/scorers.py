@@ -31,21 +31,19 @@ class Scorer:
     """A scorer as a recipe or command chooses it, and as it is handed to the processes that score.
 
     Attributes:
-        name: what follows the colon in `form`.
+        form: how `quality.scorer` spells it: a kind alone, or a kind, a colon and a `name`.
+        keys: of `label` and `scale` those that mean something to it.
+        parallel: whether several processes score at once.
+        weights: file of a run's `data/scores` that can be published as a scorer of its own.
         label: of a classifier, the name of the label whose probability is the score.
         scale: lowest and highest score; None: 0 to 1.
         revision: of a repository on the Hub.
     """
 
     form: ClassVar[str]
-    """How `quality.scorer` spells it: a kind alone, or a kind, a colon and what it needs to know."""
     keys: ClassVar[tuple[str, ...]] = ()
-    """Keys of the section `quality` that mean something to it, of `label` and `scale`."""
     parallel: ClassVar[bool] = True
-    """Whether several processes score at once."""
     weights: ClassVar[str | None] = None
-    """File of a run's `data/scores` that can be published as a scorer of its own."""
-
     name: str = ""
     label: str | None = None
     scale: tuple[float, float] | None = None
@@ -233,41 +231,35 @@ class ModelScorer(Scorer):
 
 
 class _Classifier:
-    """A transformers text classifier. What its outputs mean is defined by its configuration and by the recipe.
-
-    Raises:
-        UserError: if it cannot be loaded, or if that leaves open what a good score is.
-    """
+    """A transformers text classifier. What its outputs mean is defined by its configuration and by the recipe."""
 
     def __init__(self, scorer: ModelScorer) -> None:
         import torch
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        values = output_values(scorer)
+        values, self.range = output_values(scorer), scorer.range
         name = local(scorer.name) if local(scorer.name).exists() else scorer.name
+        options: dict[str, Any] = {"trust_remote_code": False, "revision": scorer.revision}
         with user_errors(f"quality.scorer: {scorer.name} cannot be loaded as a text classifier"):
-            arguments: dict[str, Any] = {"trust_remote_code": False, "revision": scorer.revision}
-            tokenizer = AutoTokenizer.from_pretrained(name, **arguments)
-            model, info = AutoModelForSequenceClassification.from_pretrained(
-                name, output_loading_info=True, **arguments
-            )
+            tokenizer = AutoTokenizer.from_pretrained(name, **options)
+            model, info = AutoModelForSequenceClassification.from_pretrained(name, output_loading_info=True, **options)
         if info["missing_keys"]:
             raise UserError(
                 f"quality.scorer: {scorer.name} has no weights for {min(info['missing_keys'])}: it is a model that was "
                 "not trained to classify text, and its scores would be random"
             )
-        self.range = scorer.range
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model, self.tokenizer = model.eval().to(self.device), tokenizer
         self.values = None if values is None else torch.tensor(values, device=self.device)
         self.limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512), 512)
         tokenizer.padding_side = "right"
-        if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         self.batch_size = 1 if tokenizer.pad_token is None else 32
         if tokenizer.pad_token is not None:
             # Decoders find a text's last token by it, whatever the configuration says that they were padded with.
             model.config.pad_token_id = tokenizer.pad_token_id
+        self.model, self.tokenizer = model.eval().to(self.device), tokenizer
+        self.sigmoid = model.config.problem_type == "multi_label_classification" or model.config.num_labels == 1
 
     def score(self, texts: Sequence[bytes]) -> np.ndarray:
         import numpy as np
@@ -282,14 +274,12 @@ class _Classifier:
             batch = [texts[row].decode()[: 20 * self.limit] for row in rows]
             with torch.inference_mode():
                 logits = self.model(**self.tokenizer(batch, **options).to(self.device)).logits.float()
-            scores[rows] = self._scores(logits).cpu().numpy()
+            if self.values is None:
+                scores[rows] = logits[:, 0].clamp(*self.range).cpu().numpy()
+            else:
+                shares = logits.sigmoid() if self.sigmoid else logits.softmax(-1)
+                scores[rows] = (shares * self.values).sum(-1).cpu().numpy()
         return scores
-
-    def _scores(self, logits: Any) -> Any:
-        several = self.model.config.problem_type == "multi_label_classification" or logits.shape[1] == 1
-        if self.values is None:
-            return logits[:, 0].clamp(*self.range)
-        return ((logits.sigmoid() if several else logits.softmax(-1)) * self.values).sum(-1)
 
 
 def output_values(scorer: ModelScorer) -> list[float] | None:
@@ -304,45 +294,35 @@ def output_values(scorer: ModelScorer) -> list[float] | None:
     """
     from transformers import AutoConfig
 
-    what, label, scale = f"quality.scorer: {scorer.name}", scorer.label, scorer.scale
+    what, label, (low, high) = f"quality.scorer: {scorer.name}", scorer.label, scorer.range
     name = resolve(scorer.name, "quality.scorer").folder or scorer.name
     with user_errors(f"{what} cannot be loaded as a text classifier"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, revision=scorer.revision)
     names = [str(config.id2label[index]) for index in sorted(config.id2label)]
-    listed = ", ".join(names)
     problem = getattr(config, "problem_type", None)
     one = len(names) == 1
     number = one and problem in (None, "regression")
+    several = not one and label is None
     numbers = [re.search(r"\d+(\.\d+)?$", entry) for entry in names]
     values = [float(found.group()) for found in numbers if found] or [0.0]
     ordered = all(numbers) and problem != "multi_label_classification"
-    span = f"{min(values):g} to {max(values):g}"
-    expected = f", or quality.scale: [{min(values):g}, {max(values):g}] for their expected value" if ordered else ""
-    by_number = not one and label is None
-    for refused, message in (
-        (one and label not in (None, *names), f" has no label '{label}'; it has one output, {listed}"),
-        (
-            number and scale is None,
-            " has one output (regression); state its lowest and highest value, for example quality.scale: [0, 5]",
-        ),
-        (
-            not one and problem == "regression",
-            f" has {len(names)} outputs of a regression, of which none is a quality score",
-        ),
-        (not one and label is not None and label not in names, f" has no label '{label}'; it has {listed}"),
-        (
-            not one and label is not None and scorer.range != (0.0, 1.0),
-            ": the score of a label is a probability; leave out quality.scale or quality.label",
-        ),
-        (
-            by_number and (scale is None or not ordered),
-            f" has the labels {listed}; set quality.label to the one that means good text{expected}",
-        ),
-        (
-            by_number and (min(values) < scorer.range[0] or max(values) > scorer.range[1]),
-            f": its labels go from {span}, outside quality.scale",
-        ),
-    ):
+    least, most = min(values), max(values)
+    listed = ("one output, " if one else "") + ", ".join(names)
+    expected = f", or quality.scale: [{least:g}, {most:g}] for their expected value" if ordered else ""
+    refusals = {
+        f" has {len(names)} outputs of a regression, none of which is a quality score": not one
+        and problem == "regression",
+        f" has no label '{label}'; it has {listed}": label not in (None, *names),
+        " has one output (regression); state its range, for example quality.scale: [0, 5]": number and not scorer.scale,
+        ": the score of a label is a probability; leave out quality.scale or quality.label": not one
+        and not several
+        and (low, high) != (0.0, 1.0),
+        f" has the labels {listed}; set quality.label to the one that means good text{expected}": several
+        and not (scorer.scale and ordered),
+        f": its labels go from {least:g} to {most:g}, outside quality.scale": several
+        and not low <= least <= most <= high,
+    }
+    for message, refused in refusals.items():
         if refused:
             raise UserError(what + message)
     if one:

@@ -47,13 +47,8 @@ def score(
 ) -> dict[str, Any]:
     """Score every document, training and held-out (see the module for the files).
 
-    Args:
-        documents: folder of `gather.gather`.
-        quality: the recipe's section; the threshold plays no part, so that a filtered run and its control share this.
-        data: the recipe's section, for the number of workers and whether the corpus is the embedded one.
-        seed: of the sample that the linear scorer is fitted on.
-        output: folder to create; resumes where a killed attempt stopped.
-        revision: of a classifier on the Hub.
+    The threshold plays no part, so that a filtered run and its control share the scores. It resumes after a kill. The
+    seed chooses the sample that the linear scorer is fitted on; `revision` is that of a classifier on the Hub.
 
     Returns:
         `{scorer, scored, mean_score, ...}` with the fit's report for a linear scorer.
@@ -89,16 +84,7 @@ def write_scores(
 ) -> dict[str, Any]:
     """Score batches of documents (id, text, source and, for a column's scores, `SCORE`) and write what `schema` names.
 
-    Args:
-        documents: in the order in which they are written.
-        scorer: gives the scores.
-        split: of all of them.
-        path: the Parquet file.
-        schema: of the file; a column `text` holds the first `excerpt` characters.
-        excerpt: see there.
-
-    Returns:
-        number of `documents` and `sum` of their scores.
+    A column `text` holds the first `excerpt` characters. Returns the number of `documents` and the `sum` of scores.
 
     Raises:
         UserError: for a score that is none.
@@ -127,13 +113,6 @@ def write_scores(
 
 def select(documents: Path, scores: Path, quality: Quality, output: Path, seed: int = 0) -> dict[str, Any]:
     """Keep training documents by threshold or share, and write the report.
-
-    Args:
-        documents: folder of `gather.gather`.
-        scores: folder of `score`.
-        quality: the recipe's section.
-        output: folder to create (see the module for the files).
-        seed: of what a share draws.
 
     Returns:
         `quality.json` without the examples.

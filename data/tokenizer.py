@@ -42,14 +42,8 @@ def build(
 ) -> dict[str, Any]:
     """Write a tokenizer to `output`.
 
-    Args:
-        documents: folder of `gather.gather`. The training documents before the quality filter are used, so that a
-            filtered run and its control share the tokenizer.
-        tokenizer: the recipe's section.
-        seed: chooses the sample of documents if they exceed `TRAINING_BYTES`.
-        output: folder to create.
-        revision: of a tokenizer on the Hub.
-        report: called with one line if the tokenizer had to be changed.
+    One is trained on the documents before the quality filter, so that a filtered run and its control share it; `seed`
+    chooses a sample of them if they exceed `TRAINING_BYTES`. `report` gets a line if a copied one had to be changed.
 
     Returns:
         `{origin, vocab_size, eos_token, eos_token_id, heldout_bytes, heldout_tokens, bytes_per_token}`; bytes per

@@ -15,7 +15,7 @@ from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, write_json
 from nanophi.core.recipe import load_recipe
 from nanophi.data import conversations, questions
-from nanophi.pipeline import Pipeline
+from nanophi.pipeline import Pipeline, _suites
 
 ROWS = [{"messages": talk(number)} for number in range(4)]
 
@@ -89,12 +89,12 @@ def test_a_base_must_be_whole(runs):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model": {"num_hidden_layers": 4}}, r"'model.num_hidden_layers' is its base's \(2 -> 4\); leave it out"),
-        ({"quality": {"threshold": 0.9}}, r"'quality.threshold' is its base's \(0.5 -> 0.9\); leave it out"),
-        ({"tokenizer": {"path": "gpt2"}}, r"'tokenizer.path' is its base's \(None -> gpt2\); leave it out"),
-        ({"data": {"sources": [{"files": "x.jsonl"}]}}, r"'data.sources.files' is its base's \(None -> x.jsonl\)"),
-        ({"data": {"sources": [{"embedded": "documentation"}, {"hub": "a/b"}]}}, "'data.sources' is its base's"),
-        ({"data": 5}, "'data' is its base's"),
+        ({"model": {"num_hidden_layers": 4}}, r"the base has another model.num_hidden_layers 2 -> 4; leave it out"),
+        ({"quality": {"threshold": 0.9}}, r"the base has another quality.threshold 0.5 -> 0.9; leave it out"),
+        ({"tokenizer": {"path": "gpt2"}}, r"the base has another tokenizer.path None -> gpt2; leave it out"),
+        ({"data": {"sources": [{"files": "x.jsonl"}]}}, r"the base has another data.sources.files None -> x.jsonl"),
+        ({"data": {"sources": [{"embedded": "documentation"}, {"hub": "a/b"}]}}, "the base has another data.sources "),
+        ({"data": 5}, "the base has another data "),
     ],
 )
 def test_what_a_recipe_says_otherwise_than_its_base_is_refused(runs, fields, message):
@@ -109,7 +109,7 @@ def test_what_a_recipe_extends_does_not_speak_against_its_base(runs):
     (runs / "otherwise.yaml").write_text(yaml.safe_dump(written))
     recipe = load_recipe(runs / "otherwise.yaml", ["model.num_hidden_layers=2"])
     assert recipe.model == recipe_on_base(runs, "same").model
-    with pytest.raises(UserError, match=r"'model.num_hidden_layers' is its base's \(2 -> 3\)"):
+    with pytest.raises(UserError, match=r"the base has another model.num_hidden_layers 2 -> 3"):
         load_recipe(runs / "otherwise.yaml", ["model.num_hidden_layers=3"])
 
 
@@ -141,7 +141,7 @@ def test_a_release_is_a_base_too(runs):
     run = pipeline(runs, ROWS, "on-release", base=str(release))
     summary = run.tokens()
     assert (summary["base"], summary["answers_in_base_text"]) == ("base", None)
-    assert run.suites() == ["answers"]
+    assert _suites(run) == ["answers"]
     heavier = run.recipe.model_copy(update={"model": {**run.recipe.model, "num_hidden_layers": 3}})
     with pytest.raises(UserError, match=r"'model' is not its base's \(num_hidden_layers 2 -> 3\); leave it out"):
         Pipeline(heavier, runs, report=lambda line: None).check("verification")
@@ -163,6 +163,15 @@ def test_only_answers_are_learned_and_whole_turns_fit(runs):
         )
         whole = tokenizer.apply_chat_template(talked["messages"], tokenize=False)
         assert row["input_ids"] == tokenizer(whole).input_ids
+
+
+def test_a_preference_is_compared_whole_or_left_out(runs):
+    rows = [{"prompt": f"Say {n}.", "chosen": f"It is {n}.", "rejected": "No."} for n in range(4)]
+    rows += [{**rows[0], part: "x" * 200} for part in ("chosen", "rejected")]
+    turns = [user("Say x."), assistant("x")]
+    rows.append({"prompt": turns, "chosen": [user("And y?"), assistant("y" * 200)], "rejected": "No."})
+    summary = pipeline(runs, rows, "whole", method="dpo").tokens()
+    assert summary["sources"][str(runs / "whole.jsonl")] == {"read": 7, "train": 4, "too_long": 3}
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo"])
