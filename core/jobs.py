@@ -97,11 +97,14 @@ def _follow(name: str, process: subprocess.Popen[bytes], say: Callable[[str], No
     return process.wait()
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def devices(jobs: int) -> list[dict[str, str]]:
     """Environment variables of each of so many jobs, or of as many as there are GPUs or cores."""
     import torch
-
-    from nanophi.core.processes import cores
 
     count = torch.cuda.device_count()
     if count:

@@ -116,7 +116,7 @@ class _Rows:
             return "too_long"
         asked = (prompt + chosen)[:-1]
         key = sha256_of(asked)
-        if held or (held is None and self.split and int(key[:8], 16) / 2**32 < HELDOUT_SHARE):
+        if held or (held is None and self.split and documents.uniform_from_id([key[:16]])[0] < HELDOUT_SHARE):
             return self._candidate(key, name, asked, chosen[-1]["content"].strip())
         self.learned.update(turn["content"].strip() for turn in chosen if turn["role"] == "assistant")
         if self.method == "dpo":
@@ -242,14 +242,13 @@ def _read(source: Source) -> Iterator[tuple[str, dict[str, Any], bool | None]]:
         return
     import datasets
 
-    kinds = {"parquet": "parquet", "arrow": "arrow", "lines": "json", "json": "json", "csv": "csv"}
     for file in sources.locate(source).files:
-        kind = formats.format_of(file)
-        if kind not in kinds:
+        reader = formats.reader_of(file)
+        if reader is None or reader.builder is None:
             raise UserError(f"source {shown(file)}: conversations are not read from text files")
         with user_errors(f"{shown(file)} cannot be read"):
             try:
-                rows = iter(datasets.load_dataset(kinds[kind], data_files=[file], split="train", streaming=True))
+                rows = iter(datasets.load_dataset(reader.builder, data_files=[file], split="train", streaming=True))
             except StopIteration:  # there is no first row to see columns in
                 continue
         for number in itertools.count(1):

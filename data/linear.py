@@ -19,7 +19,7 @@ from nanophi.core.errors import UserError
 from nanophi.core.files import permit, read_json, write_json
 from nanophi.core.recipe import Data, Quality
 from nanophi.data import installed_docs
-from nanophi.data.documents import batches, draw, shards
+from nanophi.data.documents import batches, shards, uniform_from_id
 from nanophi.data.ngrams import hash_words, ngrams
 
 BUCKETS = 1 << 18
@@ -230,7 +230,7 @@ def fit_on_documents(documents: Path, quality: Quality, data: Data, seed: int, o
     def examples() -> Iterable[tuple[bytes, bool, str]]:
         for batch in batches(shards(documents, "train"), ["id", "text", "source"]):
             names = batch["source"].to_pylist()
-            for row, (name, number) in enumerate(zip(names, draw(batch["id"], seed), strict=True)):
+            for row, (name, number) in enumerate(zip(names, uniform_from_id(batch["id"], seed), strict=True)):
                 if number < share.get(name, 0.0):
                     yield batch["text"][row].as_py().encode(), name in high, name
 

@@ -26,7 +26,7 @@ from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, replace_tree, write_json
 from nanophi.core.recipe import Data
 from nanophi.data import sources
-from nanophi.data.documents import batches, draw, keys, shards
+from nanophi.data.documents import batches, ids_to_uint64, shards, uniform_from_id
 from nanophi.data.parallel import run_parts
 from nanophi.data.tokenizer import Encoder
 
@@ -78,7 +78,7 @@ def pack(
             share = min(share, LONGEST_TOKEN * limit / read_json(kept / "quality.json")["kept_bytes"])
         while True:
             parts = [
-                (path, kept / "kept.parquet" if train else None, (share, seed), tokenizer)
+                (path, kept / "kept.parquet" if train else None, share, seed, tokenizer)
                 for path in shards(documents, split)
             ]
             folder = work / f"{split}-{'documents' if share == 1 else 'sample'}"
@@ -101,11 +101,11 @@ def _encoder(tokenizer: Path) -> Encoder:
 
 @functools.lru_cache(maxsize=1)
 def _kept_ids(path: Path) -> np.ndarray:
-    return np.sort(keys(pq.read_table(path, columns=["id"])["id"]))
+    return np.sort(ids_to_uint64(pq.read_table(path, columns=["id"])["id"]))
 
 
 def _encode_shard(
-    shard: Path, kept: Path | None, sample: tuple[float, int], tokenizer: Path, path: Path
+    shard: Path, kept: Path | None, share: float, seed: int, tokenizer: Path, path: Path
 ) -> dict[str, Any]:
     """Write `.tokens` (uint32, end-of-text after each document) and `.parquet` (source, tokens, bytes of each)."""
     encoder = _encoder(tokenizer)
@@ -115,7 +115,8 @@ def _encode_shard(
         for batch in batches(shard, ["id", "text", "source"], 128):
             if kept is not None:
                 ids = batch.column("id")
-                batch = batch.filter(pa.array(np.isin(keys(ids), _kept_ids(kept)) & (draw(ids, sample[1]) < sample[0])))
+                chosen = np.isin(ids_to_uint64(ids), _kept_ids(kept)) & (uniform_from_id(ids, seed) < share)
+                batch = batch.filter(pa.array(chosen))
             texts = batch.column("text").to_pylist()
             for ids_of_text in encoder.encode(texts):
                 tokens = np.append(ids_of_text, np.uint32(eos))

@@ -5,7 +5,6 @@ Files are read as a recipe's sources are. How a run scores and selects its docum
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -116,11 +115,12 @@ def _batches(documents: Iterator[Document]) -> Iterator[Any]:
     """Documents as `scoring.write_scores` reads them, about `BATCH_BYTES` of text at a time."""
     import pyarrow as pa
 
+    from nanophi.data.documents import id_of
     from nanophi.data.gather import SCORE
 
     def batch() -> Any:
         columns = {
-            "id": [hashlib.sha256(document.text).hexdigest()[:16] for document in rows],
+            "id": [id_of(document.text) for document in rows],
             "text": pa.array([document.text for document in rows], pa.binary()),
             "source": pa.array([document.file for document in rows], pa.string()),
             SCORE: pa.array([document.score for document in rows], pa.float64()),

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from nanophi.core.files import read_json
 from nanophi.core.recipe import Data, Quality
 from nanophi.data import quality_report, scorers
-from nanophi.data.documents import SPLITS, batches, find, keys, shards
+from nanophi.data.documents import SPLITS, batches, find, ids_to_uint64, shards
 from nanophi.data.gather import SCORE
 from nanophi.data.parallel import discard_parts, run_parts
 from nanophi.data.scorers import Scorer
@@ -124,7 +124,7 @@ def select(documents: Path, scores: Path, quality: Quality, output: Path, seed: 
     table = pq.read_table(scores / "scores.parquet")
     values, sizes = table["quality_score"].to_numpy(), table["bytes"].to_numpy()
     train = np.asarray(table["split"].cast(pa.string()).to_numpy(zero_copy_only=False) == "train")
-    selection = choose(values[train], sizes[train], keys(table["id"])[train], quality, seed)
+    selection = choose(values[train], sizes[train], ids_to_uint64(table["id"])[train], quality, seed)
     scored = table.select(["id", "quality_score"])
     rows = np.flatnonzero(train)[selection.kept]
     pq.write_table(scored.take(rows), output / "kept.parquet", compression="zstd")

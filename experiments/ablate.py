@@ -334,7 +334,7 @@ def _estimate(recipe: Recipe, plan: Mapping[str, Any], jobs: int) -> dict[str, A
     """What the trainings will take, from a few steps on this machine with the threads that a run will have."""
     import torch
 
-    from nanophi.core.processes import cores
+    from nanophi.core.jobs import cores
     from nanophi.training import estimate
 
     sized = Recipe(**{**recipe.dump(), "model": {**recipe.model, "vocab_size": plan["vocab_size"]}})

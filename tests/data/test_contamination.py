@@ -107,7 +107,8 @@ def test_every_split_that_may_be_scored_is_looked_for(tmp_path: Path) -> None:
         (tmp_path / "swag").mkdir(exist_ok=True)
         pq.write_table(pa.table({"ctx": [text], "endings": [["one", "two"]]}), tmp_path / "swag" / f"{split}.parquet")
         entries.append(f"  - split: {split}\n    path: {split}.parquet\n")
-    (tmp_path / "swag" / "README.md").write_text("---\nconfigs:\n- data_files:\n" + "".join(entries) + "---\n")
+    header = "---\nconfigs:\n- config_name: default\n  data_files:\n"
+    (tmp_path / "swag" / "README.md").write_text(header + "".join(entries) + "---\n")
     pair = {f"sentence_{kind}": f"{kind} " + " ".join(f"blimp{word}" for word in range(12)) for kind in ("good", "bad")}
     write_benchmark(tmp_path / "pairs", [pair], split="train")
     index = contamination.load_benchmarks(tmp_path, 13)

@@ -332,9 +332,9 @@ def test_killed_and_started_again(tmp_path: Path, survive: int, monkeypatch: pyt
     assert len(finished) == survive
     run, ran = gather.run_parts, []
 
-    def counting(function: Any, parts: Any, folder: Path, *args: Any) -> Any:
+    def counting(function: Any, parts: Any, folder: Path, *args: Any, **fields: Any) -> Any:
         ran.extend(path for path in range(len(parts)) if not (folder / f"{path:05d}.json").exists())
-        return run(function, parts, folder, *args)
+        return run(function, parts, folder, *args, **fields)
 
     monkeypatch.setattr(gather, "run_parts", counting)
     gather.gather(data(source), output)
