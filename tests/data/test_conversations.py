@@ -46,11 +46,7 @@ def recipe_on_base(runs, name, **fields):
     ("row", "method", "message"),
     [
         ({"messages": [user("Hi")]}, "sft", r"bad.jsonl:3: the conversation has no assistant's turn"),
-        (
-            {"messages": [{"role": "tool", "content": "x"}]},
-            "sft",
-            r"bad.jsonl:3: unknown role 'tool'; roles are system",
-        ),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "sft", "bad.jsonl:3: unknown role 'tool'; roles are system"),
         ({"messages": [user("Hi"), assistant(" ")]}, "sft", r"bad.jsonl:3: a turn of role 'assistant' has no text"),
         ({"text": "Hi"}, "sft", r"bad.jsonl:3: a row has 'messages', or 'prompt' and 'completion'; this one has text"),
         ({"prompt": "Hi", "chosen": "Hello"}, "dpo", r"bad.jsonl:3: a preference has 'chosen' and 'rejected'"),
@@ -275,7 +271,7 @@ def test_questions_are_split_by_object(monkeypatch, tmp_path):
         )
         (tmp_path / name).write_text(text)
     monkeypatch.setattr(questions.installed_docs, "groups", lambda: ["python"])
-    monkeypatch.setattr(questions.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(questions.installed_docs.sysconfig, "get_path", lambda name: str(tmp_path))
     rows = list(questions.conversations())
     assert rows == list(questions.conversations())
     held = {answer for out, question, answer in rows if out and question.startswith("What")}

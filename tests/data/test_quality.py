@@ -52,13 +52,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for kind, make in (("essay", essay), ("chat", chat)):
         for topic in ("x", "y", "z"):
             for _ in range(80):
-                rows.append(
-                    {
-                        "text": make(generator, topic),
-                        "source": f"{kind}-{topic}",
-                        "score": 0.9 if make is essay else 0.2,
-                    }
-                )
+                score = 0.9 if make is essay else 0.2
+                rows.append({"text": make(generator, topic), "source": f"{kind}-{topic}", "score": score})
     (folder / "in").mkdir()
     pq.write_table(pa.Table.from_pylist(rows), folder / "in" / "a.parquet", row_group_size=100)
     gather.gather(settings(folder), folder / "documents", "score")
@@ -209,7 +204,7 @@ def test_scores_that_are_no_scores_are_refused(tmp_path: Path, bad: float | None
         {"sources": [{"files": str(tmp_path / "in" / "*.parquet")}], "deduplication": {"near": False}, "workers": 1}
     )
     if bad is None or bad != bad:
-        with pytest.raises(UserError, match=r"a\.parquet:0:19 has no quality score: column 'score' is (nan|null)"):
+        with pytest.raises(UserError, match=r"a\.parquet:0:19 has no quality score: column 'score' holds (NaN|null)"):
             gather.gather(data, tmp_path / "documents", "score")
         return
     gather.gather(data, tmp_path / "documents", "score")
