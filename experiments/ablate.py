@@ -341,7 +341,7 @@ def _estimate(recipe: Recipe, plan: Mapping[str, Any], jobs: int) -> dict[str, A
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(max(1, min(threads, cores() // jobs)))
-        speed = estimate.measure(sized, report=lambda line: None)
+        speed = estimate.measured_speed(sized, report=lambda line: None)
     finally:
         torch.set_num_threads(threads)
     runs = len(plan["arms"]) * len(plan["seeds"]) * len(plan["learning_rates"])

@@ -13,16 +13,14 @@ import os
 import re
 import shutil
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from nanophi.configuration_nanophi import AUTO_MAP
 from nanophi.core.errors import UserError
 from nanophi.core.files import link_or_copy, permit, read_json, sha256_of_file, write_json, write_text
-from nanophi.core.names import step_folders
 from nanophi.core.version import __version__
-from nanophi.data.conversations import ANSWER_TOKENS
 from nanophi.model_card import card as model_card
 from nanophi.model_card.records import LATER_STAGES, ShippedRecords, read_records
 from nanophi.model_card.signature import SIGNATURE
@@ -49,9 +47,6 @@ FILES = re.compile(
 _LEFT_BEHIND = re.compile(
     r"^\.git(attributes$|ignore$|/|$)|^\.cache/|(^|/)(\.DS_Store|\._[^/]*|Thumbs\.db|desktop\.ini)$"
 )
-
-SAMPLE_SETTINGS: dict[str, Any] = {"do_sample": False, "max_new_tokens": 50, "repetition_penalty": 10.0}
-"""Greedy, so that anyone can regenerate it. The penalty is the one of the nano-phi-115M-v0.1 card."""
 
 
 def build(run: Path, checkpoint: Path, card: Path, output: Path, dtype: str = "float32") -> dict[str, Any]:
@@ -139,75 +134,6 @@ def retarget(release: Path, repo_id: str, output: Path, links: Mapping[str, str]
     provenance = read_json(output / MANIFEST)["provenance"]
     (output / MANIFEST).unlink()
     write_manifest(output, provenance)
-
-
-CHAT_SETTINGS: dict[str, Any] = {"do_sample": False, "max_new_tokens": ANSWER_TOKENS}
-
-
-def generate(checkpoint: Path, prompts: Iterable[Any], dtype: str = "float32") -> list[str]:
-    """Greedy continuations, each with its prompt in front, or answers to messages, on the CPU in float32.
-
-    Args:
-        checkpoint: a folder that `from_pretrained` loads without remote code.
-        prompts: where each text begins, under `SAMPLE_SETTINGS`; or messages, under `CHAT_SETTINGS`.
-        dtype: what the weights are rounded to first, as a release in that type has them.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
-
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype)).float()
-    generator = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
-    texts = []
-    for prompt in prompts:
-        context = model.config.max_position_embeddings
-        settings = sample_settings(checkpoint, prompt, context) if isinstance(prompt, str) else CHAT_SETTINGS
-        text = generator(prompt, **settings)[0]["generated_text"]
-        texts.append(text if isinstance(text, str) else text[-1]["content"])
-    return texts
-
-
-def sample_settings(tokenizer: Path, prompt: str, context: int) -> dict[str, Any]:
-    """`SAMPLE_SETTINGS`, with no more new tokens than fit into the context after the prompt.
-
-    Args:
-        tokenizer: folder with a tokenizer.json.
-        prompt: where the text begins.
-        context: tokens that the model can read.
-
-    Raises:
-        UserError: if none fits.
-    """
-    from tokenizers import Tokenizer
-
-    length = len(Tokenizer.from_file(str(tokenizer / "tokenizer.json")).encode(prompt).ids)
-    if length >= context:
-        raise UserError(f"card.prompt has {length} tokens, the model's context is {context}; shorten the prompt")
-    return {**SAMPLE_SETTINGS, "max_new_tokens": min(SAMPLE_SETTINGS["max_new_tokens"], context - length)}
-
-
-def write_sample(checkpoint: Path, prompt: Any, output: Path, dtype: str = "float32") -> dict[str, Any]:
-    """Write the sample texts that the card shows: `checkpoint`'s, and beside it those of the run's other checkpoints.
-
-    Args:
-        prompt: where the text begins; or conversations, `{"messages", "answer"}`, of which the first is the sample.
-
-    Returns:
-        what was written: `{"prompt", "text", "settings", "checkpoints": {"step-000200": text, ...}}`, and
-        `conversations` with each one's `text`.
-    """
-    chat = None if isinstance(prompt, str) else prompt
-    first = prompt if chat is None else chat[0]["messages"]
-    texts = {folder.name: generate(folder, [first], dtype)[0] for folder in step_folders(checkpoint.parent)}
-    text = texts[checkpoint.name] if checkpoint.name in texts else generate(checkpoint, [first], dtype)[0]
-    context = read_json(checkpoint / "config.json")["max_position_embeddings"]
-    settings = CHAT_SETTINGS if chat is not None else sample_settings(checkpoint, first, context)
-    sample = {"prompt": first, "text": text, "settings": settings, "checkpoints": texts}
-    if chat is not None:
-        answers = generate(checkpoint, [row["messages"] for row in chat], dtype)
-        sample["conversations"] = [{**row, "text": answer} for row, answer in zip(chat, answers, strict=True)]
-    write_json(output, sample)
-    return sample
 
 
 def _config(config: dict[str, Any], dtype: str, checkpoint: Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from hub_server import HubServer  # type: ignore[import-not-found]
 
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, sha256_of_file, write_json
+from nanophi.core.sample import generate
 from nanophi.model_card import card, file_checks, release, upload, verify
 from nanophi.model_card import push as pushing
 from nanophi.model_card.gguf import parse_kinds
@@ -174,7 +175,7 @@ def assert_loads(revision: str, cache: Path, sample: dict) -> None:
     """A revision, downloaded by the real client, is the model it says it is."""
     folder = Path(huggingface_hub.snapshot_download("org/demo", revision=revision, cache_dir=cache))
     described = read_json(folder / "records" / "run.json")["revision"]
-    assert release.generate(folder, [sample["prompt"]]) == [sample["checkpoints"][described]]
+    assert generate(folder, [sample["prompt"]]) == [sample["checkpoints"][described]]
 
 
 @pytest.mark.parametrize("tenth", range(10))

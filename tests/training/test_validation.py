@@ -7,15 +7,13 @@ import numpy as np
 import pytest
 import torch
 from tiny_run import CONTEXT, DOCUMENTS, EOS, PROMPT, add_sources, make_run, train
+from transformers import AutoTokenizer
 
+from nanophi.core import sample
 from nanophi.core.files import read_json
 from nanophi.modeling_nanophi import NanoPhiForCausalLM
-from nanophi.training import trainer, validation
+from nanophi.training import validation
 from nanophi.training.rows import PackedCollator
-
-
-def train_with_samples(run, **changes):
-    return train(run, PROMPT, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +23,7 @@ def runs(tmp_path_factory):
     with_sources, without = add_sources(make_run(folder / "with")), make_run(folder / "without")
     return (
         with_sources,
-        train_with_samples(with_sources, isolate_documents=False),
+        train(with_sources, PROMPT, isolate_documents=False),
         train(without, isolate_documents=False),
         without,
     )
@@ -92,7 +90,7 @@ def test_samples_are_what_the_checkpoint_writes(runs):
     tokens = [int(word.removeprefix("w")) for word in samples[-1]["text"].split()]
     model = NanoPhiForCausalLM.from_pretrained(run / "checkpoints/step-000024").eval()
     expected = [7, 8]
-    while len(expected) < 2 + validation.SAMPLE_TOKENS:
+    while len(expected) < 2 + sample.TRAINING_TOKENS:
         with torch.no_grad():
             expected.append(int(model(torch.tensor([expected])).logits[0, -1].argmax()))
         if expected[-1] == EOS:
@@ -104,28 +102,10 @@ def test_samples_are_what_the_checkpoint_writes(runs):
 def test_a_sample_leaves_random_state_and_mode_alone(runs):
     model = NanoPhiForCausalLM.from_pretrained(runs[0] / "checkpoints/step-000024").train()
     before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
-    sampler = validation.SampleText(runs[0] / "data/tokenizer", PROMPT)
-    assert sampler(model).startswith(PROMPT)
-    assert validation.SampleText(runs[0] / "data/tokenizer", "").prompt_ids == [EOS]
+    tokenizer = AutoTokenizer.from_pretrained(runs[0] / "data/tokenizer")
+    assert sample.continue_prompt(model, tokenizer, PROMPT).startswith(PROMPT)
+    assert sample.continue_prompt(model, tokenizer, "") == sample.continue_prompt(model, tokenizer, "<eos>")
     assert model.training
     assert random.getstate() == before[0]
     assert np.array_equal(np.random.get_state()[1], before[1])
     assert torch.equal(torch.get_rng_state(), before[2])
-
-
-def test_killed_run_with_samples_goes_on_bit_by_bit(runs, tmp_path, monkeypatch):
-    run = add_sources(make_run(tmp_path / "killed"))
-    step = trainer.NanoPhiTrainer.training_step
-
-    def dying_step(self, *args, **kwargs):
-        if self.state.global_step == 14:
-            raise KeyboardInterrupt
-        return step(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(trainer.NanoPhiTrainer, "training_step", dying_step)
-        train_with_samples(run, isolate_documents=False)
-    assert train_with_samples(run, isolate_documents=False)["weights_sha256"] == runs[1]["weights_sha256"]
-    histories = [read_json(folder / "training.json") for folder in (run, runs[0])]
-    for key in ("evaluations", "samples"):
-        assert histories[0][key] == histories[1][key]
