@@ -21,6 +21,8 @@ from nanophi.core.jobs import stop_with_parent
 from nanophi.core.names import resolve
 from nanophi.core.recipe import load_recipe
 from nanophi.core.version import __version__
+from nanophi.eval.compare import compare
+from nanophi.eval.evaluate import evaluate
 from nanophi.pipeline import PREPARE, Pipeline, is_main_process, run_recipes
 
 app = typer.Typer(
@@ -215,72 +217,8 @@ def estimate(
     typer.echo(estimates.render(resolved, name, result, estimates.published_run()))
 
 
-@app.command("eval")
-def evaluate(
-    models: Annotated[
-        list[str], Argument(metavar="MODEL...", help="Folders, run directories, or Hub ids with optional @revision.")
-    ],
-    suite: Annotated[
-        str, Option(help="heldout, quick, signal, open-llm-v1, or lm-eval tasks: arc_easy,winogrande:5.")
-    ] = "quick",
-    data: Annotated[Path | None, Option(help="Benchmarks under their Hub ids (default: the Hub).")] = None,
-    heldout: Annotated[Path | None, Option(help="A run's data/documents, for the suite heldout.")] = None,
-    output: Annotated[Path, Option(help="Where the result files go.")] = Path("evals"),
-    limit: Annotated[int | None, Option(min=1, help="Items per task at most.")] = None,
-    num_fewshot: Annotated[
-        int | None, Option(min=0, help="Examples in the prompt of the named tasks (default: as lm-eval defines them).")
-    ] = None,
-    batch_size: Annotated[int, Option(min=1, help="Sequences per forward pass.")] = 16,
-    dtype: Annotated[str, Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    trust_remote_code: Trust = False,
-) -> None:
-    """Evaluate models with lm-eval. If interrupted, run the same command to resume.
-
-    Example: nanophi eval runs/demo/release microsoft/phi-2 --suite arc_easy --limit 200
-    """
-    for model in models:
-        resolve(model)  # a mistyped name, before anything slow is imported
-    from nanophi.eval.curve import evaluate_checkpoints
-
-    _, curve = evaluate_checkpoints(
-        models,
-        suite,
-        output,
-        data=data,
-        heldout=heldout,
-        limit=limit,
-        num_fewshot=num_fewshot,
-        batch_size=batch_size,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-    )
-    if curve:
-        typer.echo(curve)
-
-
-@app.command()
-def compare(
-    results: Annotated[
-        list[Path], Argument(metavar="RESULT...", help="Run directories, result files, or folders of result files.")
-    ],
-    output: Annotated[Path, Option(help="Where comparison.json, .md and .png go.")] = Path("comparison"),
-    baseline: Annotated[
-        str | None, Option(help="The model that the others are compared with: a label, or one of RESULT.")
-    ] = None,
-) -> None:
-    """Compare models item by item, with confidence intervals.
-
-    The last one is the baseline, unless --baseline names another.
-
-    Example: nanophi compare runs/demo runs/demo-control --baseline demo-control
-    """
-    from nanophi.eval import compare as comparison
-    from nanophi.eval import labels
-    from nanophi.eval.render import to_text
-
-    files = labels.label_results(results)
-    typer.echo(to_text(comparison.compare(files, output, baseline=labels.find_label(files, baseline))))
-    typer.echo(output / "comparison.md")
+app.command("eval")(evaluate)
+app.command()(compare)
 
 
 @app.command()

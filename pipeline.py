@@ -179,8 +179,8 @@ class Pipeline(ChatStages):
         Returns:
             headline numbers by result file.
         """
-        from nanophi.eval import evaluate
-        from nanophi.eval.results import FORMAT, run_result_name
+        from nanophi.eval.measure import Options, measure
+        from nanophi.eval.results import PROTOCOL, run_result_name
 
         self.training()
         section, recipe = self.recipe.evaluation, self.recipe
@@ -195,7 +195,7 @@ class Pipeline(ChatStages):
             for suite in self.suites():
                 file = f"evals/{run_result_name(model, suite)}"
                 inputs = {
-                    "format": FORMAT,
+                    "format": PROTOCOL,
                     "training": self.run.stage_key("training"),
                     "step": model if model == "base" else step_of(model),
                     "suite": suite,
@@ -205,17 +205,13 @@ class Pipeline(ChatStages):
                 }
 
                 def build(work: Path, folder: Path = folder, suite: str = suite, file: str = file) -> dict[str, Any]:
-                    result = evaluate.evaluate(
-                        folder,
-                        suite,
-                        work / file,
+                    options = Options(
                         data=local(section.data) if section.data else None,
                         heldout=self.path / "data/documents",
                         limit=section.limit,
                         batch_size=section.batch_size,
-                        seed=recipe.seed,
-                        report=self.report,
                     )
+                    result = measure(folder, suite, work / file, options, self.report)
                     return {"results": result["results"]}
 
                 results[file] = self._stage(f"{model}-{suite}", inputs, [file], build, kind="evaluation")
@@ -242,7 +238,7 @@ class Pipeline(ChatStages):
 
         Alone, an earlier comparison of these same evaluations stays, and one of other evaluations is removed.
         """
-        from nanophi.eval import compare
+        from nanophi.eval.comparison import compare_models
 
         outputs = ["comparison.json", "comparison.md", "comparison.png"]
         files = {run.recipe.name: run.final_evaluations() for run in runs}
@@ -259,7 +255,7 @@ class Pipeline(ChatStages):
         inputs = {"evaluations": hashes, "baseline": baseline, "seed": self.recipe.seed}
 
         def build(work: Path) -> dict[str, Any]:
-            compare.compare(files, work, baseline=baseline, seed=self.recipe.seed)
+            compare_models(files, work, baseline=baseline, seed=self.recipe.seed)
             return {"models": list(files), "baseline": baseline}
 
         self._stage("comparison", inputs, outputs, build)

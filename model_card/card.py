@@ -180,13 +180,13 @@ def differences(comparison: dict[str, Any] | None) -> dict[str, list[dict[str, A
     rows: dict[str, list[dict[str, Any]]] = {}
     answers = [{"task": task, **row} for task, row in comparison.get("answers", {}).items()]
     for row in (*catalogue.main_rows(comparison), *answers):
-        answer = f" ({formatting.metric_name(ANSWER_METRIC)})" if row["metric"] == ANSWER_METRIC else ""
+        answer = f" ({catalogue.metric_name(ANSWER_METRIC)})" if row["metric"] == ANSWER_METRIC else ""
         for label, entry in row["differences"].items():
             rows.setdefault(label, []).append(
                 {
                     "title": catalogue.row_title(row) + answer,
-                    "difference": formatting.difference(entry, row["metric"]),
-                    "detectable": formatting.metric(entry.get("minimum_detectable_effect"), row["metric"]),
+                    "difference": catalogue.difference(entry, row["metric"]),
+                    "detectable": catalogue.metric(entry.get("minimum_detectable_effect"), row["metric"]),
                     "p": formatting.p_value(entry["p_corrected"]),
                     "verdict": entry["verdict"],
                 }
@@ -226,7 +226,7 @@ def bits_per_byte(part: dict[str, Any] | None) -> str:
     if part is None:
         return ""
     stderr = part["bits_per_byte_stderr"] if part["documents"] > 1 else None
-    return formatting.score({"value": part["bits_per_byte"], "stderr": stderr}, "bits_per_byte")
+    return catalogue.score({"value": part["bits_per_byte"], "stderr": stderr}, "bits_per_byte")
 
 
 def noise(rows: Iterable[dict[str, Any]]) -> dict[str, list[str]]:
@@ -275,7 +275,7 @@ def _source_name(source: dict[str, Any]) -> str:
 
 
 def _cell(entry: dict[str, Any] | None, metric: str) -> str:
-    return formatting.score(entry, metric) or "-"
+    return catalogue.score(entry, metric) or "-"
 
 
 FILTERS: dict[str, Any] = {
@@ -288,8 +288,8 @@ FILTERS: dict[str, Any] = {
     "fenced": markup.fenced,
     "integer": formatting.integer,
     "literal": lambda text: json.dumps(text, ensure_ascii=False),
-    "metric": formatting.metric,
-    "metric_name": formatting.metric_name,
+    "metric": catalogue.metric,
+    "metric_name": catalogue.metric_name,
     "on_hub": lambda source: source["hub"] is not None and is_hub_id(source["hub"]),
     "percent": formatting.percent,
     "plain": lambda text: re.sub(r"[{}\\`]", "", text),
@@ -304,5 +304,5 @@ FILTERS: dict[str, Any] = {
     "verdicts": _verdicts,
 }
 
-OPTIONAL = (formatting.metric, _cell)
+OPTIONAL = (catalogue.metric, _cell)
 """Filters for values that may be missing."""

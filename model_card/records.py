@@ -18,7 +18,6 @@ import yaml
 
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, write_json, write_text
-from nanophi.core.formatting import PERCENT_METRICS
 from nanophi.core.names import step_folders
 from nanophi.data import documents
 from nanophi.eval import catalogue
@@ -306,7 +305,7 @@ def leading_scores(records: ShippedRecords) -> list[dict[str, Any]]:
         for line in record["nanophi"]["headline"]:
             keys = ("task", "metric", "filter", "value", "stderr", "chance", "items", "of", "higher_is_better")
             row = {key: line[key] for key in keys} | {"suite": name, "shots": line["num_fewshot"]}
-            rows.append(row | {"percent": row["metric"] in PERCENT_METRICS, "title": title(row)})
+            rows.append(row | {"percent": catalogue.is_percent(row["metric"]), "title": title(row)})
     return sorted(rows, key=lambda row: catalogue.position(row["task"]))
 
 

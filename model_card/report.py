@@ -100,14 +100,14 @@ def _scores(run: Path, records: ShippedRecords) -> list[dict[str, Any]]:
 
 def _unit(row: dict[str, Any]) -> dict[str, Any]:
     """How a score is shown: its title, the factor of its axis, and the score in words."""
-    name, metric = row["title"], formatting.metric_name(row["metric"])
+    name, metric = row["title"], catalogue.metric_name(row["metric"])
     # Some tasks are called after their metric.
     name = name if metric in name else f"{name}, {metric}"
-    factor = formatting.scale(row["metric"])[0]
+    factor = catalogue.scale(row["metric"])[0]
     return {
         "title": name + (" (%)" if row["percent"] else ""),
         "factor": factor,
-        "shown": formatting.score(row, row["metric"]),
+        "shown": catalogue.score(row, row["metric"]),
     }
 
 
@@ -135,7 +135,7 @@ def _baseline(records: ShippedRecords) -> dict[str, Any] | None:
     for task, row in comparison["tasks"].items():
         if label in row["scores"]:
             entry = row["scores"][label]
-            shown = formatting.score(entry, row["metric"])
+            shown = catalogue.score(entry, row["metric"])
             scores[task] = {"value": entry["value"], "stderr": entry["stderr"], "shown": shown}
     return {"label": label, "scores": scores}
 
