@@ -144,7 +144,7 @@ def test_a_release_is_a_base_too(runs):
     assert run.suites() == ["answers"]
     heavier = run.recipe.model_copy(update={"model": {**run.recipe.model, "num_hidden_layers": 3}})
     with pytest.raises(UserError, match=r"'model' is not its base's \(num_hidden_layers 2 -> 3\); leave it out"):
-        Pipeline(heavier, runs, report=lambda line: None).check()
+        Pipeline(heavier, runs, report=lambda line: None).check("verification")
 
 
 def test_only_answers_are_learned_and_whole_turns_fit(runs):
@@ -281,7 +281,7 @@ def test_embedded_questions_are_a_source(runs, monkeypatch):
     recipe = recipe_on_base(runs, "asked")
     run = Pipeline(recipe, runs, report=lambda line: None)
     with pytest.raises(UserError, match="is missing; run `nanophi prepare`"):
-        Pipeline(recipe, runs, build=("training",), report=lambda line: None).training()
+        Pipeline(recipe, runs, build=("training",), report=lambda line: None).make("training")
     assert run.tokens()["sources"] == {"questions": {"read": 9, "train": 6, "heldout": 3}}
 
 
