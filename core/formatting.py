@@ -1,4 +1,4 @@
-"""How numbers are written, on screen, in the card and on the report page. Metrics and their units: eval/catalogue.py."""
+"""How numbers are written, on screen, in the card and on the report page. A metric and its unit: eval/catalogue.py."""
 
 from __future__ import annotations
 

@@ -90,6 +90,7 @@ class Measured:
         values = np.array([value for of_leaf in items.values() for value in of_leaf.values()], dtype=float)
         if not len(values):
             return None
+        stderr: float | None
         if values.ndim == 2:
             value, stderr = bits_per_byte(values[:, 0], values[:, 1]), bits_per_byte_stderr(values[:, 0], values[:, 1])
         else:
@@ -142,7 +143,7 @@ def compare_models(
     files = {label: [read_result(Path(path)) for path in paths] for label, paths in results.items()}
     tester = Tester(baseline, np.random.default_rng(seed), _identity_notes(files))
     rows = _rows({label: _measured(label, contents, tester.notes) for label, contents in files.items()}, tester.notes)
-    comparison = {
+    comparison: dict[str, Any] = {
         "format": FORMAT,
         "labels": labels,
         "baseline": baseline,

@@ -271,7 +271,7 @@ def _group(manager: TaskManager, name: str, loaded: LoadedSuite) -> Group:
     for child in _children(manager, name):
         members = [loaded.groups[child]] if child in loaded.groups else map(loaded.tasks.get, _leaves(manager, child))
         for member in members:
-            group.add(member)  # type: ignore[arg-type]
+            group.add(member)
     return group
 
 

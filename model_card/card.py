@@ -22,7 +22,7 @@ from nanophi.core import formatting, markup
 from nanophi.core.errors import UserError
 from nanophi.core.files import write_text
 from nanophi.core.names import is_hub_id
-from nanophi.eval import catalogue
+from nanophi.eval import catalogue, results
 from nanophi.eval.results import ANSWER_METRIC
 from nanophi.model_card import figures, metadata
 from nanophi.model_card.consistency import contradictions
@@ -143,33 +143,24 @@ def leaderboard(records: ShippedRecords) -> dict[str, Any] | None:
         `{"average", "stderr", "scores": [(title on the board, score)]}`, shares of one.
     """
     for name, record in records.items():
-        if not name.startswith("evals/") or not record["nanophi"].get("average"):
-            continue
-        lines = {line["task"]: line for line in record["nanophi"]["headline"]}
-        if all(lines[task]["items"] == lines[task]["of"] for task in catalogue.LEADERBOARD):
+        found = results.leading_scores(record) if name.startswith("evals/") else []
+        average = results.average_score(found)
+        if average and average.items == average.of:
+            values = {score.task: score.value for score in found}
             scores = [
-                (entry.leaderboard.title, lines[task]["value"])
-                for task, entry in catalogue.TASKS.items()
-                if entry.leaderboard
+                (entry.leaderboard.title, values[task]) for task, entry in catalogue.TASKS.items() if entry.leaderboard
             ]
-            average = record["nanophi"]["average"]
-            return {"average": average["value"], "stderr": average["stderr"], "scores": scores}
+            return {"average": average.value, "stderr": average.stderr, "scores": scores}
     return None
 
 
 def right_answers(records: ShippedRecords) -> list[dict[str, Any]]:
     """Bits per byte of the right answers of every task that has some: title, value, stderr, items."""
-    lines = [
-        line
-        for name, record in records.items()
-        if name.startswith("evals/")
-        for line in record["nanophi"]["headline"]
-        if line.get(ANSWER_METRIC)
-    ]
-    lines.sort(key=lambda line: catalogue.position(line["task"]))
+    evaluations = [record for name, record in records.items() if name.startswith("evals/")]
+    scores = [score for record in evaluations for score in results.answer_scores(record)]
     return [
-        {"title": catalogue.title(line["task"], line["num_fewshot"]), "items": line["items"], **line[ANSWER_METRIC]}
-        for line in lines
+        {"title": score.title, "items": score.items, "value": score.value, "stderr": score.stderr}
+        for score in sorted(scores, key=lambda score: catalogue.position(score.task))
     ]
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from nanophi.core.names import step_name
-from nanophi.eval.results import ANSWER_METRIC, mean_figures, mean_of
+from nanophi.eval import results
 from nanophi.model_card.records import ShippedRecords, leading_scores
 
 
@@ -58,48 +58,18 @@ def contradictions(records: ShippedRecords) -> list[str]:
 
 
 def _evaluation(name: str, record: dict[str, Any]) -> Iterator[str]:
-    """Of one suite: its headline against lm-eval's results, the average and the held-out figures against both."""
-    lines = {line["task"]: line for line in record["nanophi"]["headline"]}
-    for task, line in lines.items():
-        leaves = line["tasks"]
-        counts = [record["n-samples"][leaf] for leaf in leaves]
-        found = _mean(record, leaves, f"{line['metric']},{line['filter']}")
-        expected = {
-            "value": found.get("value"),
-            "stderr": found.get("stderr"),
-            "items": sum(count["effective"] for count in counts),
-            "of": sum(count["original"] for count in counts),
-            "higher_is_better": record["higher_is_better"][leaves[0]].get(line["metric"], True),
-        }
-        for key, value in expected.items():
-            if not _same(line[key], value):
-                yield f"{name} says {task} {key} {line[key]}, its results say {value}"
-        answers = _mean(record, leaves, f"{ANSWER_METRIC},none")
-        for key, value in (line.get(ANSWER_METRIC) or {}).items():
-            if not _same(value, answers.get(key)):
-                yield f"{name} says {task} {ANSWER_METRIC} {key} {value}, its results say {answers.get(key)}"
-    if average := record["nanophi"].get("average"):
-        expected = mean_figures([lines[task] for task in average["tasks"]])
-        for key, value in expected.items():
-            if not _same(average[key], value):
-                yield f"{name} says an average {key} of {average[key]}, its tasks say {value}"
-    heldout, whole = record["nanophi"].get("heldout"), lines.get("heldout_bits_per_byte")
+    """Of one suite: the figures of the held-out text against its score."""
+    found = {score.task: score for score in results.leading_scores(record)}
+    heldout, whole = record["nanophi"].get("heldout"), found.get("heldout_bits_per_byte")
     if heldout is not None and whole is not None:
         keys = {"bits_per_byte": "value", "bits_per_byte_stderr": "stderr", "documents": "items"}
-        for key, headline in keys.items():
-            if not _same(heldout[key], whole[headline]):
-                yield f"{name} says {key} {heldout[key]} of the held-out text, its headline says {whole[headline]}"
+        for key, field in keys.items():
+            if not _same(heldout[key], getattr(whole, field)):
+                yield f"{name} says {key} {heldout[key]} of the held-out text, its results say {getattr(whole, field)}"
         parts = list(heldout["by_source"].values())
         bits = sum(part["bits_per_byte"] * part["bytes"] for part in parts) / sum(part["bytes"] for part in parts)
         if not _same(heldout["bits_per_byte"], bits):
             yield f"{name} says bits_per_byte {heldout['bits_per_byte']} of the held-out text, its sources say {bits}"
-
-
-def _mean(record: dict[str, Any], leaves: list[str], key: str) -> dict[str, Any]:
-    """`value` and `stderr` of some tasks' mean in lm-eval's results; nothing where one has no number."""
-    if any(record["results"][leaf].get(key) is None for leaf in leaves):
-        return {}
-    return mean_of(record["results"], leaves, key) or {}
 
 
 def _comparison(records: ShippedRecords) -> Iterator[str]:

@@ -7,6 +7,7 @@ short held-out ones. Whoever has the shipped records can render the card again a
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import struct
@@ -20,7 +21,7 @@ from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, write_json, write_text
 from nanophi.core.names import step_folders
 from nanophi.data import documents
-from nanophi.eval import catalogue
+from nanophi.eval import catalogue, results
 from nanophi.model_card import secrets
 
 LATER_STAGES = ("comparison", "report", "card", "release", "verification")
@@ -167,7 +168,7 @@ def evaluations(run: Path, checkpoint: str) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _reduce_results(results: dict[str, Any]) -> dict[str, Any]:
+def _reduce_results(found: dict[str, Any]) -> dict[str, Any]:
     """lm-eval's result dict without per-item samples, machine details and paths."""
     keys = (
         "results",
@@ -181,14 +182,14 @@ def _reduce_results(results: dict[str, Any]) -> dict[str, Any]:
         "lm_eval_version",
         "transformers_version",
     )
-    kept = {key: results[key] for key in keys if key in results}
+    kept = {key: found[key] for key in keys if key in found}
     kept["config"] = {
-        key: value for key, value in results["config"].items() if key not in ("model", "model_args", "device")
+        key: value for key, value in found["config"].items() if key not in ("model", "model_args", "device")
     }
     kept["nanophi"] = {
-        key: results["nanophi"][key]
-        for key in ("format", "suite", "headline", "average", "heldout", "data")
-        if key in results["nanophi"]
+        key: found["nanophi"][key]
+        for key in ("format", "suite", "lines", "headline", "heldout", "data")
+        if key in found["nanophi"]
     }
     return kept
 
@@ -302,10 +303,9 @@ def leading_scores(records: ShippedRecords) -> list[dict[str, Any]]:
     """
     rows = []
     for name, record in _evaluation_records(records):
-        for line in record["nanophi"]["headline"]:
-            keys = ("task", "metric", "filter", "value", "stderr", "chance", "items", "of", "higher_is_better")
-            row = {key: line[key] for key in keys} | {"suite": name, "shots": line["num_fewshot"]}
-            rows.append(row | {"percent": catalogue.is_percent(row["metric"]), "title": title(row)})
+        for score in results.leading_scores(record):
+            row = dataclasses.asdict(score) | {"suite": name}
+            rows.append(row | {"percent": score.percent, "title": score.title})
     return sorted(rows, key=lambda row: catalogue.position(row["task"]))
 
 

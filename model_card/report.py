@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nanophi.core import formatting
+from nanophi.eval import catalogue
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, write_text
 from nanophi.experiments import ablation_render

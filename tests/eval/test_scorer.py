@@ -196,7 +196,7 @@ def test_network_is_left_as_it_was(tokenizer):
 def test_what_cannot_be_scored_is_refused(name, tokenizer):
     ours = ScorerLM(network(name), tokenizer, progress=False)
     ours._max_length = 64
-    with pytest.raises(scorer.NotScorable, match="an answer has [0-9]+ tokens, too many for a context of 64 tokens"):
+    with pytest.raises(scorer.NotScorable, match=r"an answer has [0-9]+ tokens, too many for a context of 64 tokens"):
         ours.loglikelihood([Instance("loglikelihood", {}, ("a", " the" * 70), 0)])
     with pytest.raises(scorer.NotScorable, match="the answer of an item is empty"):
         ours.loglikelihood([Instance("loglikelihood", {}, ("a the", ""), 0)])
