@@ -43,12 +43,8 @@ def compare(
 def label_results(paths: Sequence[Path]) -> dict[str, list[Path]]:
     """A label for each model that some paths lead to -> its result files.
 
-    Args:
-        paths: run directories, whose last checkpoint counts; result files, which are grouped by the model that they
-            name; other folders, for all the result files in them.
-
-    Raises:
-        UserError: if a path leads to no results, or is named twice.
+    Of a run directory the last checkpoint counts; result files, also all those in another folder, are grouped by the
+    model that they name. Raises `UserError` if a path leads to no results, or is named twice.
     """
     runs: list[Path] = []
     files: list[Path] = []

@@ -116,11 +116,9 @@ def compare_models(
     """Compare models and write `comparison.json`, `comparison.md` and `comparison.png`.
 
     Args:
-        results: label of each model -> its result files, written by `nanophi eval`; see `label_results`. A task that
-            several of them hold counts from the one with the most items, which a note tells.
-        output: folder to write in.
+        results: label of each model -> its result files. A task that several of them hold counts from the one with the
+            most items, which a note tells.
         baseline: the label that the others are compared with; None: the last one.
-        seed: of the bootstrap.
         report: called with one line if the folder holds a comparison of other models, which is then replaced.
 
     Returns:

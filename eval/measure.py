@@ -8,11 +8,12 @@ from __future__ import annotations
 import bz2
 import contextlib
 import dataclasses
+import json
 import math
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,17 +55,7 @@ BOOTSTRAP_ITERATIONS = 100_000
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How to measure.
-
-    Attributes:
-        data: folder with the benchmarks under their Hub ids (`<data>/allenai/ai2_arc`); None: the Hub.
-        heldout: a run's `data/documents`; the suite `heldout` needs it.
-        limit: at most this many items per task: a fixed sample, the same for every model.
-        num_fewshot: examples in the prompt of tasks that are named without a number; None: as lm-eval defines them.
-        batch_size: sequences per forward pass, at most.
-        dtype: `float32`, `bfloat16`, `float16`, or `auto`: bfloat16 on a GPU, float32 on a CPU.
-        trust_remote_code: run model code that comes with the model.
-    """
+    """How to measure; the options of the verb explain them. `limit` draws a fixed sample, the same for every model."""
 
     data: Path | None = None
     heldout: Path | None = None
@@ -85,17 +76,9 @@ def measure(
 
     Args:
         model: folder or Hub id of any causal language model; `ORG/NAME@revision` for a branch, tag or commit.
-        suite: names of suites, lm-eval tasks and groups, separated by commas: `arc_easy,winogrande:5`, where the number
-            is the examples in the prompt.
+        suite: as for `find_suite`.
         output: the result file (`.json`), or a folder, in which the file is named after the model, the suite and
             a hash of everything that the result depends on.
-        report: called with one line of progress at a time.
-
-    Returns:
-        what was written.
-
-    Raises:
-        UserError: for an unknown suite, missing data, or something that is not a causal language model.
     """
     if resolve(model).folder is None:
         report(f"{model}: there is no folder of that name, so it is looked for on the Hub")
@@ -243,8 +226,12 @@ def run_task(lm: ScorerLM, name: str, task: Task, indices: list[int] | None) -> 
     except NotScorable as error:
         raise UserError(f"task '{name}': {error}; choose other tasks (--suite)") from error
     samples = result["samples"][name]
-    if not all(math.isfinite(score) for sample in samples for score in _numbers(sample["filtered_resps"])):
-        raise UserError(f"task '{name}': the model's log-likelihoods are not finite numbers; its weights are damaged")
+    try:
+        json.dumps([sample["filtered_resps"] for sample in samples], allow_nan=False, default=str)
+    except ValueError:
+        raise UserError(
+            f"task '{name}': the model's log-likelihoods are not finite numbers; its weights are damaged"
+        ) from None
     result["task_hashes"] = {
         name: hash_string("".join(s["doc_hash"] + s["prompt_hash"] + s["target_hash"] for s in samples))
     }
@@ -274,15 +261,6 @@ def _add_answers(
     if (stderr := mean_stderr(values)) is not None:
         figures[f"{ANSWER_METRIC}_stderr,none"] = stderr
     higher_is_better[ANSWER_METRIC] = False
-
-
-def _numbers(value: Any) -> Iterator[float]:
-    """The floating-point numbers in nested lists."""
-    if isinstance(value, list | tuple):
-        for item in value:
-            yield from _numbers(item)
-    elif isinstance(value, float):
-        yield value
 
 
 def _reduced(sample: dict[str, Any]) -> dict[str, Any]:
@@ -340,14 +318,14 @@ def _chance(samples: list[dict[str, Any]]) -> float | None:
 
 
 def _plain(value: Any) -> Any:
-    """A JSON-able copy: tuples and arrays become lists, numpy scalars Python's, anything else a string."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | np.ndarray):
-        return [_plain(item) for item in value]
-    if isinstance(value, np.generic):
-        return value.item()
-    return value if value is None or isinstance(value, str | int | float | bool) else str(value)
+    """A JSON-able copy: tuples, sets and arrays become lists, numpy scalars Python's, anything else a string."""
+
+    def convert(item: Any) -> Any:
+        if isinstance(item, np.generic | np.ndarray):
+            return item.tolist()
+        return list(item) if isinstance(item, set) else str(item)
+
+    return json.loads(json.dumps(value, default=convert))
 
 
 def _open_partial(output: Path, key: str) -> Path:

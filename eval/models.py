@@ -48,17 +48,10 @@ def model_key(identity: dict[str, Any]) -> str:
 def load_model(
     model: str | Path, *, dtype: str = "auto", trust_remote_code: bool = False
 ) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase, dict[str, Any]]:
-    """A causal language model ready to be measured, its tokenizer, and what identifies it.
+    """A causal language model in evaluation mode, on the GPU if there is one, its tokenizer, and what identifies it.
 
-    Args:
-        model: folder or Hub id; `ORG/NAME@revision` for a branch, tag or commit.
-        dtype: one of `DTYPES`; `auto` is bfloat16 on a GPU and float32 on a CPU.
-        trust_remote_code: run the model code that comes with the model.
-
-    Returns:
-        the model (in evaluation mode, on the GPU if there is one), its tokenizer, and a JSON-able description:
-        `name`, `sha256` of a folder's files or `revision` (the commit) of a Hub id, `parameters`, `dtype`,
-        `architecture`, and `step` and `tokens_seen` of a checkpoint of ours.
+    That is `name`, `sha256` of a folder's files or `revision` (the commit) of a Hub id, `parameters`, `dtype` (`auto`
+    is bfloat16 on a GPU and float32 on a CPU), `architecture`, and `step` and `tokens_seen` of a run's checkpoint.
 
     Raises:
         UserError: if it cannot be loaded, is not a causal language model, or does not fit its tokenizer.
@@ -90,20 +83,19 @@ def load_model(
         if folder is None:
             reason = f"there is no folder of that name, and from the Hub: {reason}"
         raise UserError(f"cannot load {model}: {reason}") from error
-    rows = network.get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows:
+    if len(tokenizer) > (rows := network.get_input_embeddings().num_embeddings):
         raise UserError(
             f"{model}: the tokenizer has {len(tokenizer)} tokens but the weights only {rows} rows; "
             "the tokenizer belongs to another model"
         )
-    identity: dict[str, Any] = {"name": model_name(named)}
-    if folder is not None:
-        identity["sha256"] = model_sha256(folder)
-    else:
-        identity["revision"] = getattr(config, "_commit_hash", None) or str(model)
-    identity["architecture"] = type(network).__name__
-    identity["parameters"] = network.num_parameters()
-    identity["dtype"] = dtype
+    commit = {"revision": getattr(config, "_commit_hash", None) or str(model)}
+    identity: dict[str, Any] = {
+        "name": model_name(named),
+        **({"sha256": model_sha256(folder)} if folder else commit),
+        "architecture": type(network).__name__,
+        "parameters": network.num_parameters(),
+        "dtype": dtype,
+    }
     if folder is not None and (folder / "checkpoint.json").is_file():
         checkpoint = read_json(folder / "checkpoint.json")
         identity |= {key: checkpoint[key] for key in ("step", "tokens_seen") if key in checkpoint}

@@ -75,12 +75,9 @@ class ScorerLM(HFLM):
     """`HFLM` for a causal language model, faster.
 
     Args:
-        network: any causal language model of transformers, in evaluation mode, on its device.
-        tokenizer: its tokenizer.
         batch_size: rows per forward pass on a GPU. On a CPU one row of `ROW_TOKENS` keeps all cores busy, and
             more of them only take memory.
         share: whether to share prefixes; if not, every request is a row of its own.
-        progress: whether to show a bar while scoring.
 
     Attributes:
         unshared_because: why prefixes are not shared; empty if they are.
@@ -240,13 +237,11 @@ class ScorerLM(HFLM):
             largest = logits.amax(dim=-1)
             totals = logits.sub_(largest[:, None]).exp_().sum(dim=-1).log_().add_(largest)
             scores[chosen] = (values - totals[index[0]]).double().cpu().numpy()
-        answers = []
-        start = 0
-        for request, positions in requests:
-            end = start + len(positions)
-            answers.append((request.number, (float(scores[start:end].sum()), bool(hits[start:end].all()))))
-            start = end
-        return answers
+        ends = np.cumsum([len(positions) for _, positions in requests])[:-1]
+        return [
+            (request.number, (float(score.sum()), bool(hit.all())))
+            for (request, _), score, hit in zip(requests, np.split(scores, ends), np.split(hits, ends), strict=True)
+        ]
 
     @torch.inference_mode()
     def logits(self, states: Tensor) -> Tensor:
@@ -306,11 +301,9 @@ class ScorerLM(HFLM):
 
     @torch.inference_mode()
     def forward(self, batch: Sequence[PackedRow], past: Past | None, scored: Sequence[Sequence[int]]) -> Tensor:
-        """A forward pass over packed rows.
+        """A forward pass over packed rows of one tree, which share their first `base` tokens (`past`).
 
         Args:
-            batch: rows of one tree with the same `base`.
-            past: keys and values of the first `base` tokens, which all rows share.
             scored: for each row the indices of its tokens whose next token is scored.
 
         Returns:
@@ -325,10 +318,9 @@ class ScorerLM(HFLM):
         arguments: dict[str, Any] = {"input_ids": torch.from_numpy(ids).to(self.device), "use_cache": past is not None}
         if past is not None:
             # A cache of its own, which starts with the prefix in every row and leaves `past` unchanged.
-            repeated = [
-                (keys.expand(len(batch), -1, -1, -1), values.expand(len(batch), -1, -1, -1)) for keys, values in past
-            ]
-            arguments["past_key_values"] = DynamicCache(repeated)
+            arguments["past_key_values"] = DynamicCache(
+                [tuple(x.expand(len(batch), -1, -1, -1) for x in layer) for layer in past]
+            )
         if not all(row.chain for row in batch):
             # Rows are padded on the right, where causal attention does not look; only a tree needs a mask.
             dtype = self.model.dtype

@@ -55,15 +55,10 @@ class LoadedSuite:
 
 
 def find_suite(name: str, num_fewshot: int | None = None) -> Suite:
-    """The suite of that name, or one made of the lm-eval tasks that `name` lists.
+    """The suite of that name, or one of the suites, lm-eval tasks and groups that `name` lists with commas.
 
-    Args:
-        name: suites, lm-eval tasks and groups with commas; a task with its number of examples in the prompt where that
-            is to differ from the task's own definition: `winogrande:5,arc_easy`.
-        num_fewshot: examples in the prompt of every task that does not say otherwise.
-
-    Raises:
-        UserError: for a task that lm-eval does not know, with the nearest names; for a suite with `num_fewshot`.
+    A task may have its number of examples in the prompt, `winogrande:5,arc_easy`; any other has `num_fewshot`, or what
+    its definition has. Raises `UserError` for an unknown task, and for a suite with `num_fewshot`.
     """
     if num_fewshot is not None and (fixed := [part for part in name.split(",") if part.strip() in SUITES]):
         raise UserError(
@@ -100,9 +95,6 @@ def context_problem(suites: Sequence[str], max_position_embeddings: int) -> str:
 
     This reads the definitions of the tasks, not their data, so that it can be checked before a model is trained.
     Prompts that are too long are cut from the left, as in lm-eval; answers cannot be cut.
-
-    Raises:
-        UserError: for an unknown suite or task.
     """
     for name in suites:
         suite = find_suite(name)
@@ -128,16 +120,10 @@ def generation_problem(what: str, config: Mapping[str, Any], context: int) -> st
 
 
 def check_heldout(suites: Sequence[str], documents: Path, tokenizer: Path, max_position_embeddings: int) -> None:
-    """Whether a run can be measured on its held-out documents, before a model is trained on the others.
+    """Whether a run can be measured on its held-out `documents`, before a model is trained on the others.
 
-    Args:
-        suites: names; tasks of theirs on other data are not looked at.
-        documents: the run's `data/documents`.
-        tokenizer: folder of its tokenizer.
-        max_position_embeddings: the model's context in tokens.
-
-    Raises:
-        UserError: if a task cannot be made from these documents, or an answer is longer than the context.
+    Tasks of the suites on other data are not looked at. Raises `UserError` if a task cannot be made from these
+    documents, or an answer is longer than the context.
     """
     entries = (entry for name in suites for entry in find_suite(name).entries if made_from(entry.task) == "documents")
     suite = Suite("heldout", tuple(dict.fromkeys(entries)))
@@ -168,10 +154,7 @@ def find_data(
 ) -> dict[str, tuple[str, Path | None]]:
     """Where the data of every leaf task is: the id of its dataset, and the folder (None: the Hub). Reads no data.
 
-    Args: those of `load_suite`.
-
-    Raises:
-        UserError: for data that is missing.
+    The arguments are those of `load_suite`. Raises `UserError` for data that is missing.
     """
     manager = _manager(suite.entries)
     leaves = [leaf for entry in suite.entries for leaf in _leaves(manager, entry.task)]
@@ -182,12 +165,8 @@ def load_suite(suite: Suite, *, data: Path | None = None, heldout: Path | None =
     """Build the suite's tasks and read their data.
 
     Args:
-        suite: from `find_suite`.
         data: folder with the datasets under their Hub ids (`<data>/allenai/ai2_arc`); None: the Hub.
         heldout: folder with `heldout-*.parquet`, for the tasks that are made from held-out documents.
-
-    Raises:
-        UserError: for an unknown task, or data that is missing.
     """
     manager, origins = _manager(suite.entries), find_data(suite, data=data, heldout=heldout)
     loaded = LoadedSuite(suite, {}, {}, {}, origins)
