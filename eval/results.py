@@ -14,8 +14,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, sha256_of
 from nanophi.core.names import step_folders
@@ -209,6 +207,8 @@ def average_score(scores: Sequence[Score]) -> Score | None:
 
 def mean(values: Sequence[float], stderrs: Sequence[Any]) -> tuple[float, float | None]:
     """The unweighted mean of some scores and its standard error, which is None if one of theirs is unknown."""
+    import numpy as np  # not for whoever only reads a file's name
+
     known = all(isinstance(stderr, float) for stderr in stderrs)  # lm-eval's is "N/A" for a single item
     stderr = math.sqrt(sum(stderr**2 for stderr in stderrs)) / len(stderrs) if known else None
     return float(np.mean(values)), stderr
