@@ -118,39 +118,13 @@ def results_of(run: Path, step: int) -> dict[str, Any]:
         "transformers_version": "5.23.0",
         "tokenizer_pad_token": ["<|endoftext|>", "0"],
         "nanophi": {
-            "format": 2,
+            "format": 3,
             "model": {"name": f"step-{step:06d}"},
             "suite": "heldout",
-            "headline": [
-                {
-                    "task": "heldout_bits_per_byte",
-                    "metric": "bits_per_byte",
-                    "filter": "none",
-                    "num_fewshot": 0,
-                    "value": bits,
-                    "stderr": 0.05,
-                    "chance": None,
-                    "higher_is_better": False,
-                    "items": 50,
-                    "of": 50,
-                    "tasks": ["heldout_bits_per_byte"],
-                },
-                {
-                    "task": "heldout_continuation",
-                    "metric": "acc_norm",
-                    "filter": "none",
-                    "num_fewshot": 0,
-                    "value": accuracy,
-                    "stderr": 0.031,
-                    "chance": 0.25,
-                    "higher_is_better": True,
-                    "items": 200,
-                    "of": 200,
-                    "tasks": ["heldout_continuation"],
-                    "answer_bits_per_byte": {"value": 1.9, "stderr": 0.02},
-                },
-            ],
-            "average": None,
+            "lines": {
+                "heldout_bits_per_byte": {"tasks": ["heldout_bits_per_byte"], "chance": None},
+                "heldout_continuation": {"tasks": ["heldout_continuation"], "chance": 0.25},
+            },
             "heldout": {
                 "bits_per_byte": bits,
                 "bits_per_byte_stderr": 0.05,
@@ -408,11 +382,11 @@ def build_run(run: Path) -> None:
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run directory whose stages before the card are done. Do not change it: copy it."""
-    from nanophi.model_card import release
+    from nanophi.core import sample
 
     run = tmp_path_factory.mktemp("runs") / "tiny"
     build_run(run)
-    release.write_sample(run / "checkpoints" / f"step-{STEPS:06d}", "The module ", run / "sample.json")
+    sample.write_sample(run / "checkpoints" / f"step-{STEPS:06d}", "The module ", run / "sample.json")
     return run
 
 
