@@ -24,7 +24,7 @@ TOKENIZER = {
     "added_tokens": [
         {"id": 0, "content": "<eos>", "special": True, "normalized": False, "lstrip": False}
         | {"rstrip": False, "single_word": False}
-    ],  # fmt: skip
+    ],
     "pre_tokenizer": {"type": "WhitespaceSplit"},
     "model": {"type": "WordLevel", "vocab": {"<eos>": 0}, "unk_token": "<eos>"},
 }
