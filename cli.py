@@ -1,13 +1,114 @@
-"""The `nanophi` command as a process: its settings, its errors and its exit status; the verbs are in `cli_verbs.py`."""
+"""The `nanophi` command: which function each verb is, and how an error ends the process.
 
-import errno
+A verb is a function where its work is done. It is imported when it is called, so that `nanophi --help` or a mistyped
+recipe is answered at once: torch and transformers take seconds to import.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
 import os
 import sys
+from pathlib import Path
+from typing import Annotated, Any
 
-from nanophi.core.errors import UserError, one_line
+import typer
+
+from nanophi.core.errors import UserError, is_disk_full, one_line
+from nanophi.core.version import __version__
+
+VERBS = {
+    "run": "pipeline:run",
+    "ablate": "experiments.ablate:ablate",
+    "worker": "pipeline:worker",
+    "prepare": "pipeline:prepare",
+    "train": "pipeline:train",
+    "estimate": "training.estimate:estimate",
+    "eval": "eval.evaluate:evaluate",
+    "compare": "eval.compare:compare",
+    "card": "pipeline:card",
+    "release": "pipeline:release",
+    "generate": "core.generate:generate",
+    "verify": "model_card.verify:verify",
+    "push": "model_card.push:push",
+    "reproduce": "experiments.reproduce:reproduce",
+    "submit": "eval.submission:submit",
+    "quality": {
+        "fit": "data.quality:fit",
+        "score": "data.quality:score",
+        "report": "data.quality:report",
+    },
+}
+"""Verb -> `module:function`, or the verbs of a group."""
+HIDDEN = ("worker",)
+GROUPS = {"quality": "Apply the quality filter to text files of your own."}
+SETTINGS: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable": False, "rich_markup_mode": None}
 
 INTERRUPTED = 130
 """Exit status of a command that Ctrl-C stopped (128 + SIGINT); typer sets it."""
+
+
+def help_of(verb: str) -> str:
+    """The first line of a verb's docstring, without importing its module."""
+    module, _, name = verb.partition(":")
+    tree = ast.parse(Path(__file__).parent.joinpath(*module.split(".")).with_suffix(".py").read_text(encoding="utf-8"))
+    function = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
+    return str(ast.get_docstring(function)).splitlines()[0]
+
+
+class Verbs(typer.core.TyperGroup):
+    """The verbs of a table, each a command once it is asked for."""
+
+    table: dict[str, Any] = VERBS
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [name for name in self.table if name not in HIDDEN]
+
+    def get_command(self, ctx: Any, name: str) -> Any:
+        verb = self.table.get(name)
+        if isinstance(verb, dict):
+            group = typer.Typer(cls=type("Group", (Verbs,), {"table": verb}), help=GROUPS[name], no_args_is_help=True)
+            group.callback()(lambda: None)
+            command: Any = typer.main.get_command(group)
+        elif verb is None:
+            return None
+        else:
+            module, _, function = verb.partition(":")
+            app = typer.Typer(**SETTINGS)
+            app.command(name)(getattr(importlib.import_module(f"nanophi.{module}"), function))
+            command = typer.main.get_command(app)
+        command.name = name
+        return command
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        rows = [(name, GROUPS.get(name) or help_of(self.table[name])) for name in self.list_commands(ctx)]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
+app = typer.Typer(
+    cls=Verbs,
+    help="Pretrain small language models from scratch, measure them honestly, publish them on the Hugging Face Hub.",
+    epilog="RECIPE is a YAML file or the name of a built-in recipe. With --debug, errors show their traceback.",
+    no_args_is_help=True,
+    **SETTINGS,
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"nanophi {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Options of the command itself; `--debug` is taken out in `main`, wherever it is given."""
 
 
 def _prepare_environment(debug: bool) -> None:
@@ -27,8 +128,6 @@ def main() -> None:
     debug = "--debug" in sys.argv
     _prepare_environment(debug)
     try:
-        from nanophi.cli_verbs import app
-
         app(args=[argument for argument in sys.argv[1:] if argument != "--debug"], prog_name="nanophi")
     except UserError as error:
         if debug:
@@ -37,7 +136,7 @@ def main() -> None:
     except OSError as error:
         if debug or error.errno is None:  # without one it is no error of the system's but a library's
             raise
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_disk_full(error):
             sys.exit(f"nanophi: no disk space left ({error.filename or 'unknown file'}); free some and run it again")
         sys.exit(f"nanophi: {one_line(error)}")
     except (KeyboardInterrupt, SystemExit) as stop:

@@ -1,26 +1,31 @@
-"""A recipe's stages, in order: what each one depends on, what it writes, and the function that does it."""
+"""The list of stages, from text to a verified release, and the verbs that make them.
+
+What each stage needs, which values it depends on and what it writes is declared here and in `data/stages.py`; how
+stages are keyed, ordered and refused is in `core/stages.py`.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
+import typer
 
-from nanophi import preflight
 from nanophi.core import bases
 from nanophi.core.errors import UserError
-from nanophi.core.files import read_json, remove, sha256_of_file, write_json, write_text
-from nanophi.core.jobs import side_by_side
+from nanophi.core.files import read_json, remove, sha256_of_file, write_json
+from nanophi.core.jobs import side_by_side, stop_with_parent
 from nanophi.core.names import local, step_name, step_of
-from nanophi.core.recipe import Recipe
-from nanophi.core.run import RunDirectory, environment
-from nanophi.data.chat_stages import ChatStages
-from nanophi.data.stages import PREPARE
+from nanophi.core.options import Gguf, Jobs, OneRecipe, Overrides, Recipes, Restart, Runs
+from nanophi.core.recipe import Recipe, load_recipe
+from nanophi.core.run import RunDirectory, differences
+from nanophi.core.stages import Runner, Stage, Summary, is_main_process
+from nanophi.data.stages import PREPARE, data_stages
 
 if TYPE_CHECKING:
     from nanophi.configuration_nanophi import NanoPhiConfig
@@ -28,21 +33,33 @@ if TYPE_CHECKING:
 STAGES = (*PREPARE, "training", "sample", "evaluation", "comparison", "report", "card", "release", "verification")
 
 
-def is_main_process() -> bool:
-    """Whether this is the process that writes, among those that `accelerate launch` or `torchrun` started."""
-    return int(os.environ.get("RANK", "0")) == 0
+def stages_of(recipe: Recipe) -> list[Stage]:
+    """Every stage of a recipe, in their order. A comparison has several recipes: see `compare_runs`."""
+    data = data_stages(recipe)
+    prepared = ("conversations",) if recipe.conversations else ("tokens", "tokenizer")
+    measured, dtype = ("sample", "evaluation"), recipe.release.dtype
+    return [
+        *data,
+        Stage(
+            "training",
+            (f"checkpoints/{step_name(recipe.training.steps)}", "training.json"),
+            _training,
+            after=prepared,
+            outside=_training_inputs,
+            check=_check_training,
+            in_place=True,
+        ),
+        Stage("sample", ("sample.json",), _sample, needs=("training",), outside=_sample_inputs),
+        Stage("evaluation", after=("training",), parts=_evaluations, check=_check_evaluation),
+        Stage("report", ("report.html",), _report, after=measured, outside=_report_inputs, shared=False),
+        Stage("card", ("card",), _card, after=measured, outside=_records, shared=False),
+        Stage("release", ("release",), _release, needs=("card",), values={"dtype": dtype}, shared=False),
+        Stage("verification", ("verification.json",), _verification, needs=("release",), shared=False),
+    ]
 
 
-class Pipeline(ChatStages):
-    """One recipe's run. A method is a stage: it runs those before it, then itself unless it is up to date.
-
-    Args:
-        recipe: the resolved recipe.
-        runs: the folder that holds the run directories.
-        build: stages that may run; the others must be up to date already.
-        report: called with one line for each thing worth telling.
-        restart: weights that the recipe cannot continue from may be removed.
-    """
+class Pipeline(Runner):
+    """One recipe's run in a folder of runs."""
 
     def __init__(
         self,
@@ -53,281 +70,406 @@ class Pipeline(ChatStages):
         restart: bool = False,
     ) -> None:
         run = RunDirectory(runs / recipe.name, report if is_main_process() else lambda line: None)
-        super().__init__(recipe, run, build, write=is_main_process(), restart=restart)
+        super().__init__(recipe, run, stages_of(recipe), build, restart)
 
-    def write_recipe(self) -> None:
-        """`recipe.yaml`: the resolved recipe, every default written out."""
-        write_text(self.path / "recipe.yaml", yaml.safe_dump(self.recipe.dump(), sort_keys=False, allow_unicode=True))
-
-    # Training
-
-    def training(self) -> dict[str, Any]:
-        """The model, with its checkpoints."""
-        from nanophi.model_card.release import sample_settings
-        from nanophi.training import chat, continuation, trainer
-
-        # On another machine than that which prepared the tokens, what they were made from need not be there.
-        self.tokens() if "tokens" in self.build else self.require_tokens()
-        recipe = self.recipe
-        if "training" in self._done:
-            return self._done["training"]
-        config = self._model_config()
-        if not recipe.conversations:
-            # A prompt that is too long for the card's sample is refused before the training is paid for.
-            sample_settings(self.path / "data/tokenizer", recipe.card.prompt, config.max_position_embeddings)
-        recorded = self.run.inputs_of("training")
-        inputs = continuation.inputs(self.path, recipe, config, recorded)
-        outputs = [f"checkpoints/{step_name(recipe.training.steps)}"]
-        plan = continuation.Continuation()
-        if "training" in self.build and is_main_process() and not self.run.up_to_date("training", inputs, outputs):
-            if "evaluation" in self.build:
-                from nanophi.eval import suites
-
-                documents, tokenizer = self.path / "data/documents", self.path / "data/tokenizer"
-                suites.check_heldout(self.suites(), documents, tokenizer, config.max_position_embeddings)
-            if self.restart:
-                if recipe.base and not recipe.conversations:  # nothing is removed for a training that cannot begin
-                    continuation.base_model(recipe.base, config, self.path / "data/tokenizer")
-                self._remove_training()
-                recorded = None
-            plan = continuation.plan(self.path, recipe.training, recorded, inputs, self.report)
-
-        def build(work: Path) -> dict[str, Any]:
-            if is_main_process():
-                self.run.update_record(environment=environment())
-                continuation.carry_out(self.path, plan, recorded, self.report)
-            if recipe.conversations:
-                return chat.train(self.path, recipe, config, self.report, plan.resume)
-            return trainer.train(
-                self.path,
-                recipe.training,
-                config,
-                recipe.training_seed,
-                recipe.name,
-                self.report,
-                recipe.card.prompt,
-                resume=plan.resume,
-                base=recipe.base,
-            )
-
-        # The others train along, but only if the main process does: it alone would not come to the rendezvous.
-        if not is_main_process() and not self.run.up_to_date("training", inputs, outputs):
-            return build(self.path)
-        summary = self._stage("training", inputs, outputs, build, in_place=True)
-        continuation.restore_history(self.path, summary)
+    def prepare(self) -> Summary:
+        """What a training reads, and `recipe.yaml` once nothing can refuse the recipe any more."""
+        summary = self.make(data_stages(self.recipe)[-1].name)
+        self.write_recipe()
         return summary
 
-    def _model_config(self) -> NanoPhiConfig:
-        """The model's configuration, with the token ids of the run's tokenizer; a chat model has its base's."""
-        from transformers import AutoTokenizer
 
-        if self.recipe.conversations:
-            from nanophi.configuration_nanophi import NanoPhiConfig
+# Training
 
-            return NanoPhiConfig.from_pretrained(self.path / "data/base")
-        tokenizer = AutoTokenizer.from_pretrained(self.path / "data/tokenizer")
-        return self.recipe.model_config_for(
-            vocab_size=max(len(tokenizer), self.recipe.model.get("vocab_size", 0)),
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
 
-    def check(self) -> None:
-        """Refuse, before anything is made or replaced, what would stop this run later. Raises `UserError`."""
-        preflight.check(
-            self.recipe,
-            self.run,
-            evaluates="evaluation" in self.build,
-            restart=self.restart,
-            model_config=self._model_config,
-        )
+def _model_config(run: Runner) -> NanoPhiConfig:
+    """The model's configuration, with the token ids of the run's tokenizer; a chat model has its base's."""
+    from transformers import AutoTokenizer
 
-    def _remove_training(self) -> None:
-        """What `--restart` allows: the weights, the states and the history of this run."""
-        self.run.forget("training")
-        for name in ("checkpoints", "training_state", "training.json"):
-            if (self.path / name).exists():
-                self.report(f"{self.recipe.name}: removing {self.path / name} (--restart)")
-                remove(self.path / name)
+    from nanophi.configuration_nanophi import NanoPhiConfig
 
-    def checkpoint(self) -> Path:
-        """The final checkpoint's folder."""
-        return self.path / self.training()["checkpoint"]
+    recipe = run.recipe
+    if recipe.conversations:
+        return NanoPhiConfig.from_pretrained(run.path / "data/base")
+    tokenizer = AutoTokenizer.from_pretrained(run.path / "data/tokenizer")
+    return recipe.model_config_for(
+        vocab_size=max(len(tokenizer), recipe.model.get("vocab_size", 0)),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
 
-    def sample(self) -> dict[str, Any]:
-        """What the model writes after the recipe's prompt, or answers to held-out questions."""
-        from nanophi.data import conversations
-        from nanophi.model_card import release
 
-        checkpoint, dtype = self.checkpoint(), self.recipe.release.dtype
-        prompt: Any = self.recipe.card.prompt
-        if self.recipe.conversations:
-            prompt = conversations.heldout(self.path)
-        inputs = {"training": self.run.stage_key("training"), "prompt": prompt, "dtype": dtype}
-        return self._stage(
-            "sample",
-            inputs,
-            ["sample.json"],
-            lambda work: release.write_sample(checkpoint, prompt, work / "sample.json", dtype),
-        )
+def _training_inputs(run: Runner) -> dict[str, Any]:
+    from nanophi.training import continuation
 
-    # Evaluation
+    return continuation.inputs(run.path, run.recipe, _model_config(run), run.run.inputs_of("training"))
 
-    def evaluation(self) -> dict[str, dict[str, Any]]:
-        """Every suite of the recipe on every kept checkpoint, and of a chat model on its base and held-out answers too.
 
-        Returns:
-            headline numbers by result file.
-        """
-        from nanophi.eval import evaluate
-        from nanophi.eval.results import FORMAT, run_result_name
+def _check_training(run: Runner) -> None:
+    """Arguments that cannot be used here, a base of another shape, weights that the recipe cannot continue from."""
+    from nanophi.training import arguments, chat, continuation
 
-        self.training()
-        section, recipe = self.recipe.evaluation, self.recipe
-        results = {}
-        kept = {step for step in recipe.training.keep_steps if (self.path / "checkpoints" / step_name(step)).is_dir()}
-        models = {
-            step_name(step): self.path / "checkpoints" / step_name(step) for step in {*kept, recipe.training.steps}
-        }
-        if recipe.conversations:
-            models["base"] = self.path / "data/base"
-        for model, folder in sorted(models.items()):
-            for suite in self.suites():
-                file = f"evals/{run_result_name(model, suite)}"
-                inputs = {
-                    "format": FORMAT,
-                    "training": self.run.stage_key("training"),
-                    "step": model if model == "base" else step_of(model),
-                    "suite": suite,
-                    "limit": section.limit,
-                    "data": self.inputs.contents.of(section.data) if section.data else None,
-                    "documents": self.run.stage_key("conversations" if recipe.conversations else "documents"),
-                }
-
-                def build(work: Path, folder: Path = folder, suite: str = suite, file: str = file) -> dict[str, Any]:
-                    result = evaluate.evaluate(
-                        folder,
-                        suite,
-                        work / file,
-                        data=local(section.data) if section.data else None,
-                        heldout=self.path / "data/documents",
-                        limit=section.limit,
-                        batch_size=section.batch_size,
-                        seed=recipe.seed,
-                        report=self.report,
-                    )
-                    return {"results": result["results"]}
-
-                results[file] = self._stage(f"{model}-{suite}", inputs, [file], build, kind="evaluation")
-        return results
-
-    def suites(self) -> list[str]:
-        """The recipe's suites. A chat model has one more, and none on held-out text that its base does not bring."""
-        suites = self.recipe.evaluation.suites
-        if not self.recipe.conversations:
-            return suites
-        text = list((self.path / "data/documents").glob("heldout-*.parquet"))
-        return ["answers", *(suite for suite in suites if text or "heldout" not in suite)]
-
-    def final_evaluations(self, model: str | None = None) -> list[Path]:
-        """Result files of the final checkpoint, or of `base`."""
-        from nanophi.eval.results import run_result_name
-
-        self.evaluation()
-        model = model or step_name(self.recipe.training.steps)
-        return [self.path / "evals" / run_result_name(model, suite) for suite in self.suites()]
-
-    def comparison(self, runs: Sequence[Pipeline]) -> None:
-        """Several runs, this one among them, side by side; the last is the baseline. A chat model's is its base.
-
-        Alone, an earlier comparison of these same evaluations stays, and one of other evaluations is removed.
-        """
-        from nanophi.eval import compare
-
-        outputs = ["comparison.json", "comparison.md", "comparison.png"]
-        files = {run.recipe.name: run.final_evaluations() for run in runs}
-        if len(runs) == 1 and self.recipe.conversations:
-            files[bases.find(str(self.recipe.base)).recipe["name"]] = self.final_evaluations("base")
-        hashes = {name: [sha256_of_file(file) for file in paths] for name, paths in files.items()}
-        if len(files) == 1:
-            entry = self.run.record["stages"].get("comparison", {"inputs": {"evaluations": {}}})
-            if entry["inputs"]["evaluations"].get(self.recipe.name) != hashes[self.recipe.name]:
-                for output in outputs:
-                    remove(self.path / output)
+    recipe = run.recipe
+    if recipe.conversations:
+        chat.trl()
+        base = bases.find(str(recipe.base))
+        if base.documents is None and any("heldout" in suite for suite in recipe.evaluation.suites):
+            run.report(f"{recipe.name}: suites on held-out text are left out, which only a run brings")
+        if changed := differences(base.recipe["model"], recipe.model):
+            raise UserError(f"{recipe.name}: 'model' is not its base's ({changed[0]}); leave it out")
+    elif recipe.base:
+        continuation.check_base(recipe.base, recipe.model_config_for(), None)
+    # A machine that only trains may lack lm-eval; suites may change after the training.
+    with contextlib.suppress(ImportError):
+        if "evaluation" not in run.allowed and (problem := _evaluation_problem(recipe)):
+            run.report(f"{recipe.name}: its evaluation cannot run: {problem}")
+    arguments.check(recipe.training, run.path, recipe.training_seed)
+    if run.restart or not run.run.weights():
+        return
+    recorded = inputs = run.run.inputs_of("training")
+    if recorded is not None and (run.path / "data/tokens/tokens.json").exists():
+        inputs = _training_inputs(run) | {"data": recorded["data"]}  # data are compared once they are made
+        if run.run.up_to_date("training", inputs, run.stages["training"].outputs):
             return
-        baseline = list(files)[-1]
-        inputs = {"evaluations": hashes, "baseline": baseline, "seed": self.recipe.seed}
+    continuation.plan(run.path, recipe.training, recorded, inputs or {}, lambda line: None)
 
-        def build(work: Path) -> dict[str, Any]:
-            compare.compare(files, work, baseline=baseline, seed=self.recipe.seed)
+
+def _training(run: Runner, work: Path) -> Summary:
+    """The model, with its checkpoints, from the beginning or from the state that a killed training left."""
+    from nanophi.training import chat, trainer
+
+    recipe, config = run.recipe, _model_config(run)
+    resume = _begin_training(run, config) if is_main_process() else None
+    if recipe.conversations:
+        return chat.train(run.path, recipe, config, run.report, resume)
+    return trainer.train(
+        run.path,
+        recipe.training,
+        config,
+        recipe.training_seed,
+        recipe.name,
+        run.report,
+        recipe.card.prompt,
+        resume=resume,
+        base=recipe.base,
+    )
+
+
+def _begin_training(run: Runner, config: NanoPhiConfig) -> Path | None:
+    """The state to resume from. What would stop the card or the evaluation later is refused first."""
+    from nanophi.core.environment import environment
+    from nanophi.model_card.release import sample_settings
+    from nanophi.training import continuation
+
+    recipe, tokenizer, inputs = run.recipe, run.path / "data/tokenizer", _training_inputs(run)
+    recorded = run.run.inputs_of("training")
+    if not recipe.conversations:
+        sample_settings(tokenizer, recipe.card.prompt, config.max_position_embeddings)
+    if "evaluation" in run.allowed:
+        from nanophi.eval import suites
+
+        suites.check_heldout(_suites(run), run.path / "data/documents", tokenizer, config.max_position_embeddings)
+    if run.restart:
+        if recipe.base and not recipe.conversations:  # nothing is removed for a training that cannot begin
+            continuation.base_model(recipe.base, config, tokenizer)
+        run.run.forget("training")
+        for path in (run.path / name for name in ("checkpoints", "training_state", "training.json")):
+            if path.exists():
+                run.report(f"{recipe.name}: removing {path} (--restart)")
+                remove(path)
+    plan = continuation.plan(run.path, recipe.training, recorded, inputs, run.report)
+    continuation.carry_out(run.path, plan, recorded, run.report)
+    run.run.begin("training", inputs)
+    run.run.update_record(environment=environment())
+    return plan.resume
+
+
+def _sample_inputs(run: Runner) -> dict[str, Any]:
+    return {"prompt": _prompt(run), "dtype": run.recipe.release.dtype}
+
+
+def _prompt(run: Runner) -> Any:
+    from nanophi.data import conversations
+
+    return conversations.heldout(run.path) if run.recipe.conversations else run.recipe.card.prompt
+
+
+def _sample(run: Runner, work: Path) -> Summary:
+    """What the model writes after the recipe's prompt, or answers to held-out questions."""
+    from nanophi.model_card import release
+
+    return release.write_sample(_checkpoint(run), _prompt(run), work / "sample.json", run.recipe.release.dtype)
+
+
+def _checkpoint(run: Runner) -> Path:
+    return run.path / "checkpoints" / step_name(run.recipe.training.steps)
+
+
+# Evaluation
+
+
+def _suites(run: Runner) -> list[str]:
+    """The recipe's suites. A chat model has one more, and none on held-out text that its base does not bring."""
+    suites = run.recipe.evaluation.suites
+    if not run.recipe.conversations:
+        return suites
+    text = list((run.path / "data/documents").glob("heldout-*.parquet"))
+    return ["answers", *(suite for suite in suites if text or "heldout" not in suite)]
+
+
+def _evaluation_problem(recipe: Recipe) -> str:
+    """Why the recipe's suites cannot be run on its model, in one line; empty if they can."""
+    from nanophi.eval import suites
+
+    section = recipe.evaluation
+    if problem := suites.context_problem(section.suites, recipe.model_config_for().max_position_embeddings):
+        return problem
+    if section.data is None:
+        return ""
+    if not local(section.data).is_dir():
+        return f"evaluation.data: folder {section.data} does not exist"
+    for name in section.suites:
+        suite = suites.find_suite(name)
+        entries = [entry for entry in suite.entries if not entry.task.startswith(("heldout_", "answers_"))]
+        try:
+            suites.find_data(dataclasses.replace(suite, entries=tuple(entries)), data=local(section.data))
+        except UserError as error:
+            return f"evaluation.data: {error}"
+    return ""
+
+
+def _check_evaluation(run: Runner) -> None:
+    if problem := _evaluation_problem(run.recipe):
+        raise UserError(f"{run.recipe.name}: {problem}")
+
+
+def _evaluations(run: Runner) -> Iterator[Stage]:
+    """Every suite on every kept checkpoint, and on the base of a chat model."""
+    from nanophi.eval.results import run_result_name
+
+    recipe, folder = run.recipe, run.path / "checkpoints"
+    steps = {
+        recipe.training.steps,
+        *(step for step in recipe.training.keep_steps if (folder / step_name(step)).is_dir()),
+    }
+    models = {step_name(step): folder / step_name(step) for step in steps}
+    if recipe.conversations:
+        models["base"] = run.path / "data/base"
+    for model, path in sorted(models.items()):
+        for suite in _suites(run):
+            file = f"evals/{run_result_name(model, suite)}"
+            yield _evaluation(run, model, path, suite, file)
+
+
+def _evaluation(run: Runner, model: str, path: Path, suite: str, file: str) -> Stage:
+    section = run.recipe.evaluation
+
+    def build(run: Runner, work: Path) -> Summary:
+        from nanophi.eval import evaluate
+
+        result = evaluate.evaluate(
+            path,
+            suite,
+            work / file,
+            data=local(section.data) if section.data else None,
+            heldout=run.path / "data/documents",
+            limit=section.limit,
+            batch_size=section.batch_size,
+            seed=run.recipe.seed,
+            report=run.report,
+        )
+        return {"results": result["results"]}
+
+    values = {
+        "format": 2,  # of the key: it stayed when the file's own format changed, so that nothing is evaluated again
+        "step": model if model == "base" else step_of(model),
+        "suite": suite,
+        "limit": section.limit,
+        "data": run.inputs.contents.of(section.data) if section.data else None,
+        "documents": run.key("conversations" if run.recipe.conversations else "documents"),
+    }
+    return Stage(f"{model}-{suite}", (file,), build, needs=("training",), values=values)
+
+
+def final_evaluations(run: Runner, model: str | None = None) -> list[Path]:
+    """Result files of the final checkpoint, or of `base`."""
+    from nanophi.eval.results import run_result_name
+
+    run.make("evaluation")
+    model = model or step_name(run.recipe.training.steps)
+    return [run.path / "evals" / run_result_name(model, suite) for suite in _suites(run)]
+
+
+def compare_runs(runs: Sequence[Runner]) -> None:
+    """A comparison in each of several runs; the last is the baseline. A chat model alone is compared with its base.
+
+    In a run alone, an earlier comparison of these same evaluations stays, and one of other evaluations is removed.
+    """
+    files = {run.recipe.name: final_evaluations(run) for run in runs}
+    if len(runs) == 1 and runs[0].recipe.conversations:
+        files[bases.find(str(runs[0].recipe.base)).recipe["name"]] = final_evaluations(runs[0], "base")
+    hashes = {name: [sha256_of_file(file) for file in paths] for name, paths in files.items()}
+    outputs = ("comparison.json", "comparison.md", "comparison.png")
+    if len(files) == 1:
+        (run,) = runs
+        entry = run.run.record["stages"].get("comparison", {"inputs": {"evaluations": {}}})
+        if entry["inputs"]["evaluations"].get(run.recipe.name) != hashes[run.recipe.name]:
+            for output in outputs:
+                remove(run.path / output)
+        return
+    baseline = list(files)[-1]
+    for run in runs:
+        seed = run.recipe.seed
+
+        def build(run: Runner, work: Path, seed: int = seed) -> Summary:
+            from nanophi.eval import compare
+
+            compare.compare(files, work, baseline=baseline, seed=seed)
             return {"models": list(files), "baseline": baseline}
 
-        self._stage("comparison", inputs, outputs, build)
-
-    # Release
-
-    def _records(self) -> dict[str, Any]:
-        """What the report and the card are made from, as a stage's inputs."""
-        from nanophi.model_card.records import LATER_STAGES
-
-        self.sample()
-        self.evaluation()
-        self.write_recipe()  # The card is made from it; every stage before is up to date with this recipe.
-        stages, comparison = self.run.record["stages"], self.path / "comparison.json"
-        return {
-            "stages": {name: stages[name]["key"] for name in sorted(stages) if name not in LATER_STAGES},
-            "comparison": sha256_of_file(comparison) if comparison.exists() else None,
-            "recipe": self.recipe.dump(),
-        }
-
-    def page(self) -> dict[str, Any]:
-        """`report.html`: the run to look at."""
-        from nanophi.model_card import report
-
-        ablation = self.path / "ablation.json"
-        inputs = self._records() | ({"ablation": sha256_of_file(ablation)} if ablation.exists() else {})
-        return self._stage(
-            "report", inputs, ["report.html"], lambda work: report.build(self.path, work / "report.html"), shared=False
+        run.make_stage(
+            Stage("comparison", outputs, build, values={"evaluations": hashes, "baseline": baseline, "seed": seed})
         )
 
-    def card(self) -> dict[str, Any]:
-        """The model card, from records only."""
-        from nanophi.model_card import card
 
-        inputs = self._records()
-        return self._stage("card", inputs, ["card"], lambda work: card.build(self.path, work / "card"), shared=False)
+# Release
 
-    def release(self) -> dict[str, Any]:
-        """The release folder: exactly what gets pushed."""
-        from nanophi.model_card import release
 
-        self.card()
-        dtype = self.recipe.release.dtype
-        inputs = {"card": self.run.stage_key("card"), "dtype": dtype}
-        return self._stage(
-            "release",
-            inputs,
-            ["release"],
-            lambda work: release.build(self.path, self.checkpoint(), self.path / "card", work / "release", dtype),
-            shared=False,
-        )
+def _records(run: Runner) -> dict[str, Any]:
+    """What the report and the card are made from."""
+    from nanophi.model_card.records import LATER_STAGES
 
-    def verification(self) -> dict[str, Any]:
-        """The release, loaded by both loaders in fresh processes and checked against its manifest."""
-        from nanophi.model_card import verify
+    run.write_recipe()  # The card is made from it; every stage before is up to date with this recipe.
+    stages, comparison = run.run.record["stages"], run.path / "comparison.json"
+    return {
+        "stages": {name: stages[name]["key"] for name in sorted(stages) if name not in LATER_STAGES},
+        "comparison": sha256_of_file(comparison) if comparison.exists() else None,
+        "recipe": run.recipe.dump(),
+    }
 
-        self.release()
 
-        def build(work: Path) -> dict[str, Any]:
-            checks = verify.verify(str(self.path / "release"), echo=self.report)
-            failed = [check["name"] for check in checks if not check["passed"]]
-            if failed:
-                raise UserError(f"{self.path / 'release'} does not verify: {', '.join(failed)}")
-            write_json(work / "verification.json", checks)
-            return {"checks": len(checks)}
+def _report_inputs(run: Runner) -> dict[str, Any]:
+    ablation = run.path / "ablation.json"
+    return _records(run) | ({"ablation": sha256_of_file(ablation)} if ablation.exists() else {})
 
-        inputs = {"release": self.run.stage_key("release")}
-        return self._stage("verification", inputs, ["verification.json"], build, shared=False)
+
+def _report(run: Runner, work: Path) -> Summary:
+    from nanophi.model_card import report
+
+    return report.build(run.path, work / "report.html")
+
+
+def _card(run: Runner, work: Path) -> Summary:
+    from nanophi.model_card import card
+
+    return card.build(run.path, work / "card")
+
+
+def _release(run: Runner, work: Path) -> Summary:
+    """The release folder: exactly what gets pushed."""
+    from nanophi.model_card import release
+
+    dtype = run.recipe.release.dtype
+    return release.build(run.path, _checkpoint(run), run.path / "card", work / "release", dtype)
+
+
+def _verification(run: Runner, work: Path) -> Summary:
+    """The release, loaded by both loaders in fresh processes and checked against its manifest."""
+    from nanophi.model_card import verify
+
+    checks = verify.verify(str(run.path / "release"), echo=run.report)
+    failed = [check["name"] for check in checks if not check["passed"]]
+    if failed:
+        raise UserError(f"{run.path / 'release'} does not verify: {', '.join(failed)}")
+    write_json(work / "verification.json", checks)
+    return {"checks": len(checks)}
+
+
+# Verbs
+
+
+def run(
+    recipes: Recipes, jobs: Jobs = 1, restart: Restart = False, runs: Runs = Path("runs"), overrides: Overrides = []
+) -> None:
+    """Run every stage of a recipe, from text to release.
+
+    Several recipes are compared at the end; the last one is the baseline.
+
+    Example: nanophi run demo demo-control --jobs 2
+    """
+    run_recipes([load_recipe(recipe, overrides) for recipe in recipes], runs, jobs=jobs, restart=restart)
+
+
+def prepare(recipe: OneRecipe, restart: Restart = False, runs: Runs = Path("runs"), overrides: Overrides = []) -> None:
+    """Prepare packed tokens: gather, deduplicate, score, filter, tokenize, pack.
+
+    Example: nanophi prepare demo --set name=demo-06 --set quality.threshold=0.6
+    """
+    with _open(recipe, runs, overrides, PREPARE, restart) as pipeline:
+        pipeline.prepare()
+
+
+def train(recipe: OneRecipe, restart: Restart = False, runs: Runs = Path("runs"), overrides: Overrides = []) -> None:
+    """Train on prepared tokens, or resume from the last checkpoint.
+
+    Example: nanophi train demo
+
+    On several GPUs: accelerate launch -m nanophi train nano-phi-115m
+    """
+    with _open(recipe, runs, overrides, ("training",), restart) as pipeline:
+        pipeline.make("training")
+
+
+def card(recipe: OneRecipe, runs: Runs = Path("runs"), overrides: Overrides = []) -> None:
+    """Write the model card of a finished run from its records.
+
+    Example: nanophi card demo
+    """
+    with _open(recipe, runs, overrides, ("sample", "evaluation", "card")) as pipeline:
+        pipeline.make("card")
+    typer.echo(pipeline.path / "card" / "README.md")
+
+
+def release(recipe: OneRecipe, runs: Runs = Path("runs"), overrides: Overrides = [], gguf: Gguf = None) -> None:
+    """Build and verify the release folder of a finished run.
+
+    Example: nanophi release demo --gguf f16,q8_0
+    """
+    from nanophi.model_card import gguf as llama
+
+    kinds = llama.parse_kinds(gguf)
+    with _open(recipe, runs, overrides, ("sample", "evaluation", "card", "release", "verification")) as pipeline:
+        pipeline.make("verification")
+        typer.echo(pipeline.path / "release")
+        if kinds:
+            for file in llama.export(pipeline.path / "release", kinds, pipeline.path / "gguf"):
+                typer.echo(file["path"])
+
+
+def worker(recipe: OneRecipe, restart: Restart = False, runs: Runs = Path("runs")) -> None:
+    """Train and evaluate one prepared run, for `--jobs`; stop when standard input ends.
+
+    Example: nanophi worker runs/demo/recipe.yaml
+    """
+    stop_with_parent()
+    with _open(recipe, runs, [], ("training", "sample", "evaluation"), restart) as pipeline:
+        pipeline.make("sample")
+        pipeline.make("evaluation")
+
+
+@contextlib.contextmanager
+def _open(
+    recipe: Path, runs: Path, overrides: list[str], build: tuple[str, ...], restart: bool = False
+) -> Iterator[Pipeline]:
+    """The recipe's pipeline, its run directory locked; stages outside `build` must be up to date already."""
+    pipeline = Pipeline(load_recipe(recipe, overrides), runs, build, restart=restart)
+    if not is_main_process():
+        yield pipeline
+        return
+    if "tokens" not in build and not pipeline.path.is_dir():
+        raise UserError(f"{pipeline.path} does not exist; run `nanophi prepare` or `nanophi run` first, or name --runs")
+    with pipeline.run.lock():
+        yield pipeline
 
 
 def run_recipes(
@@ -339,16 +481,8 @@ def run_recipes(
 ) -> None:
     """Every stage of every recipe; several recipes end in one comparison, with the last as the baseline.
 
-    Args:
-        recipes: with different names.
-        runs: the folder that holds the run directories.
-        report: called with one line for each thing worth telling.
-        jobs: how many recipes are trained and evaluated at once, each in a process of its own with one GPU or its
-            share of the cores.
-        restart: weights that a recipe cannot continue from may be removed.
-
-    Raises:
-        UserError: before anything runs, if a recipe cannot be run to its end here.
+    `jobs` recipes are trained and evaluated at once, each in a process of its own with one GPU or its share of the
+    cores. Raises `UserError`, before anything runs, if a recipe cannot be run to its end here.
     """
     from nanophi.eval import render
 
@@ -357,13 +491,12 @@ def run_recipes(
             "only `nanophi train` runs on several processes: use `nanophi prepare`, then `accelerate launch -m nanophi "
             "train` (or torchrun), then `nanophi run`, each on the recipe"
         )
-
     names = [recipe.name for recipe in recipes]
     if len(set(names)) < len(names):
         raise UserError(f"two recipes have the same name ({', '.join(names)}); each run needs its own directory")
     pipelines = [Pipeline(recipe, runs, report=report, restart=restart) for recipe in recipes]
     for pipeline in pipelines:
-        pipeline.check()
+        pipeline.check("verification")
     jobs = min(jobs, len(recipes))
     if jobs > 1:
         train_side_by_side(pipelines, jobs)
@@ -372,15 +505,13 @@ def run_recipes(
         for pipeline in pipelines:
             locks.enter_context(pipeline.run.lock())
         for pipeline in pipelines:
-            pipeline.tokens()
-            pipeline.write_recipe()  # once nothing can refuse it any more
-            pipeline.training()
-            pipeline.sample()
-            pipeline.evaluation()
+            pipeline.prepare()
+            for stage in ("training", "sample", "evaluation"):
+                pipeline.make(stage)
+        compare_runs(pipelines)
         for pipeline in pipelines:
-            pipeline.comparison(pipelines)
-            pipeline.page()
-            pipeline.verification()
+            pipeline.make("report")
+            pipeline.make("verification")
     first = pipelines[0]
     if len(pipelines) > 1 or first.recipe.conversations:
         report("\n" + render.to_text(read_json(first.path / "comparison.json")))
@@ -394,12 +525,9 @@ def run_recipes(
 def train_side_by_side(
     pipelines: Sequence[Pipeline], jobs: int, finished: Callable[[str], None] = lambda name: None
 ) -> None:
-    """Train and evaluate several runs of one folder, so many at once; what they share is made first, once.
+    """Train and evaluate several runs of one folder, `jobs` at once; what they share is made first, once.
 
-    Args:
-        pipelines: with different names, of one folder of runs.
-        jobs: how many at once.
-        finished: called with the name of each run that has been evaluated.
+    `finished` is called with the name of each run that has been evaluated.
 
     Raises:
         UserError: naming the runs that failed, once the others are done (with one at a time, from the first that
@@ -411,20 +539,19 @@ def train_side_by_side(
         for pipeline in pipelines:
             locks.enter_context(pipeline.run.lock())
         for pipeline in pipelines:
-            pipeline.tokens()
-            pipeline.write_recipe()
+            pipeline.prepare()
     if jobs == 1:
         for pipeline in pipelines:
             with pipeline.run.lock():
-                pipeline.sample()
-                pipeline.evaluation()
+                pipeline.make("sample")
+                pipeline.make("evaluation")
             finished(pipeline.recipe.name)
         return
-    commands = {
-        pipeline.recipe.name: [
-            *(sys.executable, "-m", "nanophi", "worker", str(pipeline.path / "recipe.yaml")),
-            *("--runs", str(pipeline.path.parent), *(["--restart"] if pipeline.restart else [])),
-        ]
-        for pipeline in pipelines
-    }
+    commands = {pipeline.recipe.name: _worker_command(pipeline) for pipeline in pipelines}
     side_by_side(commands, jobs, pipelines[0].report, finished)
+
+
+def _worker_command(pipeline: Pipeline) -> list[str]:
+    restart = ["--restart"] if pipeline.restart else []
+    command = [sys.executable, "-m", "nanophi", "worker", str(pipeline.path / "recipe.yaml")]
+    return [*command, "--runs", str(pipeline.path.parent), *restart]

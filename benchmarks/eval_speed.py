@@ -276,7 +276,7 @@ def score(job: dict[str, Any]) -> None:
     """Score the requested blocks of a task's items, and at the end send the decisions."""
     from lm_eval.models.huggingface import HFLM
 
-    from nanophi.core.run import environment
+    from nanophi.core.environment import environment
     from nanophi.eval.models import load_model
     from nanophi.eval.scorer import ScorerLM
 

@@ -26,8 +26,9 @@ from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from nanophi import NanoPhiForCausalLM
+from nanophi.core.environment import environment
 from nanophi.core.files import read_json, sha256_of_file, write_json
-from nanophi.core.run import environment, now
+from nanophi.core.run import now
 from nanophi.model_card import gguf
 
 LIMITS = {"f16": 0.005, "q8_0": 0.02}

@@ -22,8 +22,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import yaml
 
+from nanophi.core.environment import environment
 from nanophi.core.files import write_json
-from nanophi.core.run import environment
 from nanophi.model_card import secrets
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))

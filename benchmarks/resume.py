@@ -32,10 +32,10 @@ import torch
 from transformers import Trainer, TrainerState, TrainingArguments
 
 from nanophi.configuration_nanophi import NanoPhiConfig
+from nanophi.core.environment import environment
 from nanophi.core.files import read_json, write_json
 from nanophi.core.names import step_name
 from nanophi.core.recipe import Training
-from nanophi.core.run import environment
 from nanophi.modeling_nanophi import NanoPhiForCausalLM
 from nanophi.training import checkpoints, trainer
 from nanophi.training.rows import PackedCollator, PackedRows

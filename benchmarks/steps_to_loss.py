@@ -26,9 +26,10 @@ import pyarrow.parquet as pq
 import torch
 
 from nanophi import NanoPhiConfig
+from nanophi.core.environment import environment
 from nanophi.core.files import read_json, remove, write_json
 from nanophi.core.recipe import Data, Source, Tokenizer, Training, load_recipe
-from nanophi.core.run import environment, now
+from nanophi.core.run import now
 from nanophi.data import gather, packing, tokenizer
 from nanophi.data.documents import shards
 from nanophi.training.trainer import train

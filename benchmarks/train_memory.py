@@ -17,9 +17,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from nanophi.core.environment import environment
 from nanophi.core.files import read_json, write_json
 from nanophi.core.recipe import load_recipe
-from nanophi.core.run import environment, now
+from nanophi.core.run import now
 
 RETURN_FREED = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 """glibc's settings for a process that gives freed blocks back to the system at once."""

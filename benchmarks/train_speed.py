@@ -46,9 +46,10 @@ import torch
 from transformers import PhiConfig, PhiForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from nanophi import NanoPhiForCausalLM
+from nanophi.core.environment import environment
 from nanophi.core.files import read_json, write_json
 from nanophi.core.recipe import Recipe, load_recipe
-from nanophi.core.run import environment, now
+from nanophi.core.run import now
 from nanophi.training import trainer
 from nanophi.training.arguments import has_bf16
 from nanophi.training.attention import PACKED_DOCUMENTS

@@ -1,50 +1,40 @@
-"""Text that a model writes after a prompt, or its answer to a message."""
+"""The verb `generate`: text that a model writes after a prompt, or its answer to a message."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
+
+import typer
+from typer import Argument, Option
 
 from nanophi.core.errors import UserError, user_errors
-from nanophi.core.names import resolve, split_revision
+from nanophi.core.names import resolve
 
 
 def generate(
-    model: str,
-    prompt: str,
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
-    chat: bool = False,
-    report: Callable[[str], None] = print,
-) -> str:
-    """The prompt and its continuation, or with `chat` the answer alone.
+    model: Annotated[str, Argument(help="Folder, or id on the Hub.")],
+    prompt: Annotated[str, Argument(help="Text to continue.")],
+    max_new_tokens: Annotated[int, Option(min=1, help="Length of the continuation.")] = 100,
+    temperature: Annotated[float, Option(min=0, help="0 always takes the most likely token.")] = 0.8,
+    seed: Annotated[int, Option(min=0, help="Seed of the sampling.")] = 0,
+    chat: Annotated[bool, Option("--chat", help="Ask a chat model: the prompt is the user's message.")] = False,
+) -> None:
+    """Generate text from a prompt.
 
-    Args:
-        model: folder, or `ORG/NAME` or `ORG/NAME@revision` on the Hub.
-        prompt: text to continue, or the user's message.
-        max_new_tokens: fewer, with a line to `report`, where the model's context is shorter.
-        temperature: 0 always takes the most likely token.
-        seed: of the sampling.
-        chat: put the message into the model's chat template.
+    Example: nanophi generate runs/demo/release "The function returns"
 
-    Raises:
-        UserError: for a model that cannot be loaded or has no chat template, or a prompt that is too long or not UTF-8.
+    With a chat model: nanophi generate --chat runs/demo-chat/release "What does os.path.join do?"
     """
     try:
         prompt.encode()
     except UnicodeEncodeError:  # the shell passes on any bytes
         raise UserError("the prompt is not valid UTF-8") from None
-    folder = resolve(model).folder  # a mistyped name, before anything slow is imported
-    if folder is not None and not (folder / "config.json").is_file():
-        inside = folder / "release"
-        hint = f"; did you mean {inside}?" if (inside / "config.json").is_file() else ""
-        raise UserError(f"{model} is not a model (no config.json){hint}")
+    named = resolve(model)  # a mistyped name, before anything slow is imported
+    source = str(named.model()) if named.folder else named.repo_id
     from transformers import pipeline, set_seed
 
-    repo_id, revision = split_revision(model)
     with user_errors(f"{model} cannot be loaded"):
-        generator: Any = pipeline("text-generation", model=repo_id, revision=revision)
+        generator: Any = pipeline("text-generation", model=source, revision=named.revision)
     asked: Any = prompt
     if chat:
         if not generator.tokenizer.chat_template:
@@ -57,8 +47,8 @@ def generate(
         raise UserError(f"the prompt has {length} tokens, the model's context is {context}; shorten it")
     if length + max_new_tokens > context:
         max_new_tokens = context - length
-        report(f"only {max_new_tokens} more tokens fit into the model's context of {context}")
+        typer.echo(f"only {max_new_tokens} more tokens fit into the model's context of {context}", err=True)
     set_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     text = generator(asked, max_new_tokens=max_new_tokens, **sampling)[0]["generated_text"]
-    return str(text[-1]["content"] if chat else text)
+    typer.echo(str(text[-1]["content"] if chat else text))

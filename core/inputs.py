@@ -90,7 +90,7 @@ class Contents:
 def resolve_commit(repo_id: str, revision: str | None, kind: Kind) -> str:
     """The commit that a revision (None: `main`) of a repository on the Hub stands for.
 
-    Without a network it is the one that was last seen on this machine.
+    Without a network it is the one that was last downloaded to this machine.
 
     Raises:
         UserError: if the repository or revision does not exist, or cannot be asked for and was never downloaded.
@@ -102,11 +102,8 @@ def resolve_commit(repo_id: str, revision: str | None, kind: Kind) -> str:
     from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-    remembered = huggingface_hub.cached_assets_path("nanophi", f"{kind}s/{repo_id}", "refs") / f"{wanted}.json"
     try:
-        commit = str(huggingface_hub.HfApi().repo_info(repo_id, repo_type=kind, revision=revision).sha)
-        write_json(remembered, commit)
-        return commit
+        return str(huggingface_hub.HfApi().repo_info(repo_id, repo_type=kind, revision=revision).sha)
     except RepositoryNotFoundError:
         raise UserError(
             f"{kind} {repo_id} does not exist on the Hub, or is private: check the name, or log in by `hf auth login`"
@@ -114,13 +111,11 @@ def resolve_commit(repo_id: str, revision: str | None, kind: Kind) -> str:
     except RevisionNotFoundError:
         raise UserError(f"{kind} {repo_id} has no revision '{wanted}' on the Hub") from None
     except Exception as error:  # httpx's, huggingface_hub's and the system's errors of a network that is not there
-        if remembered.is_file():
-            return str(read_json(remembered))
         reference = Path(HF_HUB_CACHE) / f"{kind}s--{repo_id.replace('/', '--')}" / "refs" / wanted
         if reference.is_file():
             return reference.read_text(encoding="utf-8").strip()
         raise UserError(
-            f"{kind} {repo_id} cannot be looked up on the Hub ({one_line(error)}) and was never seen on this machine"
+            f"{kind} {repo_id} cannot be looked up on the Hub ({one_line(error)}) and was never downloaded"
         ) from None
 
 

@@ -25,29 +25,30 @@ HUB_LICENSES = frozenset(
 """https://huggingface.co/docs/hub/repositories-licenses"""
 
 
-def license_problems(license_id: object, name: object = None, link: object = None) -> list[str]:
-    """What is wrong with a card's `license`, `license_name` and `license_link`, one line each.
+def license_problem(license_id: object, name: object = None, link: object = None) -> str | None:
+    """What is wrong with a card's `license`, `license_name` and `license_link`, in one line.
 
     A licence that is not in the Hub's list is `other`, with a name and with a link to its text.
     """
+    given = {"license_name": name, "license_link": link}
     if license_id not in HUB_LICENSES:
-        near = str(license_id).lower().replace(" ", "-")
-        hint = f"did you mean '{near}'?" if near in HUB_LICENSES else "use 'other' with license_name and license_link"
-        return [f"license {license_id!r} is not an identifier of the Hub; {hint}"]
-    if license_id == "other":
-        missing = [key for key, value in (("license_name", name), ("license_link", link)) if not value]
-        return [f"license 'other' needs {' and '.join(missing)}"] if missing else []
-    given = [key for key, value in (("license_name", name), ("license_link", link)) if value]
-    return [f"{' and '.join(given)} may only be given with license 'other', not {license_id!r}"] if given else []
+        return f"license {license_id!r} is not an identifier of the Hub; {_hint(license_id)}"
+    if license_id == "other" and (missing := [key for key, value in given.items() if not value]):
+        return f"license 'other' needs {' and '.join(missing)}"
+    if license_id != "other" and (extra := [key for key, value in given.items() if value]):
+        return f"{' and '.join(extra)} may only be given with license 'other', not {license_id!r}"
+    return None
+
+
+def _hint(license_id: object) -> str:
+    near = str(license_id).lower().replace(" ", "-")
+    return f"did you mean '{near}'?" if near in HUB_LICENSES else "use 'other' with license_name and license_link"
 
 
 def stated_license(license_id: str) -> str:
     """A source's licence, as it is. Raises ValueError for one that the Hub does not list, or that states nothing."""
     if license_id == "unknown" or license_id not in HUB_LICENSES:
-        near = license_id.lower().replace(" ", "-")
-        hint = (
-            f"did you mean '{near}'?" if near != license_id and near in HUB_LICENSES else "use 'other', or leave it out"
-        )
+        hint = "use 'other', or leave it out" if license_id == "unknown" else _hint(license_id)
         raise ValueError(f"license {license_id!r} is not an identifier of the Hub that states a licence; {hint}")
     return license_id
 
@@ -71,4 +72,5 @@ def card_problems(card: Mapping[str, Any]) -> list[str]:
         wrong.append(f"repo_id must be ORG/NAME, as on the Hub, got {card['repo_id']!r}")
     if ".." in card["version"] or card["version"].endswith((".", ".lock")):
         wrong.append("version must be the name of a git tag: no '..', and no '.' or '.lock' at its end")
-    return wrong + license_problems(card["license"], card["license_name"], card["license_link"])
+    licence = license_problem(card["license"], card["license_name"], card["license_link"])
+    return wrong + ([licence] if licence else [])

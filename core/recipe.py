@@ -6,8 +6,6 @@ the other's, mapping by mapping. An unknown key, a wrong type or an impossible c
 
 from __future__ import annotations
 
-import types
-import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -23,10 +21,22 @@ if TYPE_CHECKING:
     from nanophi.configuration_nanophi import NanoPhiConfig
 
 
+class UnknownKeyError(ValueError):
+    """A key that a section does not have, and a hint; what the section is called is known above it."""
+
+
 class Section(pydantic.BaseModel):
     """A mapping of the recipe. Unknown keys are refused; values are checked, not coerced beyond int -> float."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def known_keys(cls, values: Any) -> Any:
+        for key in values if isinstance(values, dict) else ():
+            if key not in cls.model_fields:
+                raise UnknownKeyError(str(key), suggest(str(key), cls.model_fields))
+        return values
 
 
 class Source(Section):
@@ -422,26 +432,11 @@ def _explain(error: pydantic.ValidationError) -> str:
     problem = error.errors()[0]
     location = [str(part) for part in problem["loc"]]
     key = ".".join(location)
-    if problem["type"] == "extra_forbidden":
-        return f"unknown key '{key}'; {suggest(location[-1], _keys_at(Recipe, location[:-1]))}"
+    cause = problem.get("ctx", {}).get("error")
+    if isinstance(cause, UnknownKeyError):
+        return f"unknown key '{'.'.join([*location, cause.args[0]])}'; {cause.args[1]}"
     if problem["type"] == "missing":
         return f"'{key}' is missing"
     message = " ".join(problem["msg"].removeprefix("Value error, ").split())
     shown = "" if isinstance(problem["input"], dict) or not key else f", got {problem['input']!r}"
     return f"'{key}': {message}{shown}" if key else message
-
-
-def _keys_at(section: type[Section], location: Sequence[str]) -> list[str]:
-    """Keys allowed at a location such as `["data", "sources", "0"]`."""
-    for part in location:
-        if part in section.model_fields:
-            candidates: list[Any] = [section.model_fields[part].annotation]
-            while candidates:
-                candidate = candidates.pop()
-                if isinstance(candidate, type) and not isinstance(candidate, types.GenericAlias):
-                    if issubclass(candidate, Section):
-                        section = candidate
-                        break
-                else:
-                    candidates.extend(typing.get_args(candidate))
-    return sorted(section.model_fields)

@@ -13,11 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import importlib.metadata
 import os
-import platform
 import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,56 +24,10 @@ from filelock import FileLock, Timeout
 
 from nanophi.core.errors import UserError
 from nanophi.core.files import copy_tree, read_json, replace_tree, sha256_of, write_json, write_text
-from nanophi.core.version import __version__
+from nanophi.core.names import step_folders
 
 FORMATS = {"documents": 2, "conversations": 2, "comparison": 2, "card": 2}
-"""Stage (or kind of stage) -> format of its outputs, 1 by default. Raise it when the same inputs give other outputs."""
-
-PACKAGES = (
-    *("torch", "transformers", "huggingface_hub", "tokenizers", "accelerate", "datasets", "lm_eval", "evaluate"),
-    "matplotlib",
-)
-
-
-def git_commit() -> str | None:
-    """The checkout's commit, with `+changes` if the tree differs from it; None outside a checkout."""
-    root = Path(__file__).parent.parent
-    if not (root / ".git").exists():
-        return None
-    try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
-        changes = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"], cwd=root, capture_output=True, text=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return commit.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
-
-
-def environment() -> dict[str, Any]:
-    """What this process runs on: versions of Python and the packages that matter, commit, processor, devices."""
-    import torch
-
-    versions = {}
-    for name in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    processor = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                processor = line.split(":", 1)[1].strip()
-                break
-    return {
-        "nanophi": __version__,
-        "commit": git_commit(),
-        "python": platform.python_version(),
-        "platform": platform.system().lower() + "-" + platform.machine(),
-        "packages": versions,
-        "processor": processor,
-        "cpu_threads": torch.get_num_threads(),
-        "devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
-    }
+"""Stage -> format of its outputs, 1 by default. Raise it when the same inputs give other outputs."""
 
 
 def now() -> str:
@@ -84,17 +35,22 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
-def differences(then: Any, now: Any, key: str = "") -> list[str]:
-    """`training.batch_size 4 -> 8` for every value that differs between two JSON values."""
+def differences(then: Any, now: Any, key: str = "", whole: bool = True) -> list[str]:
+    """`training.batch_size 4 -> 8` for every value that differs between two JSON values.
+
+    Without `whole`, what `now` leaves out is no difference.
+    """
     if isinstance(then, Mapping) and isinstance(now, Mapping):
-        lines = []
-        for name in [*now, *(name for name in then if name not in now)]:
-            lines += differences(then.get(name), now.get(name), f"{key}.{name}" if key else name)
-        return lines
-    if then == now:
+        names = [*now, *(name for name in then if whole and name not in now)]
+        pairs = [(then.get(name), now.get(name), f"{key}.{name}" if key else name) for name in names]
+    elif not whole and isinstance(then, list) and isinstance(now, list) and len(then) == len(now):
+        pairs = [(*pair, key) for pair in zip(then, now, strict=True)]
+    elif then == now:
         return []
-    short = [value[:12] if isinstance(value, str) and len(value) == 64 else value for value in (then, now)]
-    return [f"{key} {short[0]} -> {short[1]}"]
+    else:
+        short = [value[:12] if isinstance(value, str) and len(value) == 64 else value for value in (then, now)]
+        return [f"{key} {short[0]} -> {short[1]}"]
+    return [line for pair in pairs for line in differences(*pair, whole=whole)]
 
 
 def _sizes(root: Path, outputs: Sequence[str]) -> dict[str, int]:
@@ -157,6 +113,18 @@ class RunDirectory:
         finally:
             lock.release()
 
+    def weights(self) -> list[str]:
+        """The steps whose weights or states it holds: `["step-000010", "step-000020"]`."""
+        folders = (self.path / "checkpoints", self.path / "training_state")
+        return sorted({path.name for folder in folders for path in step_folders(folder)})
+
+    def keeps_weights(self, problem: str, remedy: str = "put it back") -> UserError:
+        """The refusal of whatever would replace weights, or leave them without what they were made from."""
+        return UserError(
+            f"{self.path}: {problem}; the weights here ({', '.join(self.weights())}), trained on something else, "
+            f"are kept: {remedy}, use another name, or start over with --restart, which removes them"
+        )
+
     def stage(
         self,
         name: str,
@@ -164,12 +132,11 @@ class RunDirectory:
         outputs: Sequence[str],
         build: Callable[[Path], dict[str, Any]] | None,
         *,
-        kind: str | None = None,
         in_place: bool = False,
         shared: bool = True,
-        accept: Callable[[Path], None] | None = None,
+        accept: Callable[[Path], None] = lambda work: None,
     ) -> dict[str, Any]:
-        """Run one stage unless its outputs are there for these inputs already.
+        """Run one stage unless its outputs are there for these inputs already, and return its summary.
 
         Args:
             name: the stage's name in `record.json` and on screen.
@@ -178,17 +145,11 @@ class RunDirectory:
             build: gets the folder to write in, writes every output there under its relative path, and returns a
                 JSON-able summary. It may find finished parts of a killed attempt with the same key in that folder.
                 None: the outputs must be there already, or `UserError` says so.
-            kind: whose entry in `FORMATS` counts; None: that of `name`.
-            in_place: `build` writes in the run directory itself (and does its own renaming), as training does, whose
-                checkpoints should be visible as they come. It decides what becomes of what it finds there.
-            shared: take the outputs of a sibling run with the same key instead of building them again.
-            accept: called with the folder that holds the new outputs before they replace the old ones; raises
-                `UserError` if they must not.
-
-        Returns:
-            the stage's summary.
+            in_place, shared: see `stages.Stage`.
+            accept: gets the folder with the new outputs before they replace the old ones; raises `UserError` if they
+                must not.
         """
-        key = self._key(name, inputs, kind)
+        key = self._key(name, inputs)
         if self._has(name, key, outputs):
             self.report(f"{self.path.name}: {name:<14} up to date")
             return self.record["stages"][name]["summary"]
@@ -197,40 +158,39 @@ class RunDirectory:
                 f"{self.path}: stage '{name}' has not run for this recipe; run `nanophi run` or its own verb"
             )
         work = self.path if in_place else self.path / ".work" / f"{name}-{key[:16]}"
+        entry = {"key": key, "format": FORMATS.get(name, 1), "inputs": inputs}
         started = time.monotonic()
         sibling = self._take_from_sibling(name, key, outputs, work) if shared and not in_place else None
         if sibling is None:
-            if in_place:
-                attempt = {"key": key, "format": self._format(name, kind), "inputs": inputs}
-                in_progress = self.record.get("in_progress", {})
-                if in_progress.get(name) != attempt:
-                    self.update_record(in_progress={**in_progress, name: attempt})
             self._remove_stale_work(name, keep=work)
             work.mkdir(parents=True, exist_ok=True)
             summary = build(work)
         else:
             summary = sibling["summary"]
         if not in_place:
-            if accept is not None:
-                accept(work)
+            accept(work)
             self.forget(name)
             for output in outputs:
                 replace_tree(work / output, self.path / output)
             shutil.rmtree(work)
         seconds = time.monotonic() - started
-        entry = {"key": key, "format": self._format(name, kind), "inputs": inputs, "outputs": list(outputs)}
-        entry |= {"finished": now(), "summary": summary}
+        entry |= {"outputs": list(outputs), "finished": now(), "summary": summary}
         # A shared stage keeps the time that it took to make, not the time that it took to link.
         entry["seconds"] = sibling["seconds"] if sibling else round(seconds, 3)
         if sizes := _sizes(self.path, outputs):
             entry["sizes"] = sizes
         in_progress = {k: v for k, v in self.record.get("in_progress", {}).items() if k != name}
         self.update_record(stages={**self.record["stages"], name: entry}, in_progress=in_progress)
-        self.report(
-            f"{self.path.name}: {name:<14} "
-            + (f"shared with {sibling['run']}" if sibling else f"done in {seconds:.0f} s")
-        )
+        done = f"shared with {sibling['run']}" if sibling else f"done in {seconds:.0f} s"
+        self.report(f"{self.path.name}: {name:<14} {done}")
         return summary
+
+    def begin(self, name: str, inputs: dict[str, Any]) -> None:
+        """Record what a stage that writes in place is made from, before its first output is there."""
+        attempt = {"key": self._key(name, inputs), "format": FORMATS.get(name, 1), "inputs": inputs}
+        in_progress = self.record.get("in_progress", {})
+        if in_progress.get(name) != attempt:
+            self.update_record(in_progress={**in_progress, name: attempt})
 
     def up_to_date(self, name: str, inputs: dict[str, Any], outputs: Sequence[str]) -> bool:
         """Whether `stage` would find that stage's outputs there for these inputs."""
@@ -240,7 +200,7 @@ class RunDirectory:
         """Inputs of a stage's newest attempt, finished or not; None if there is none in today's format."""
         record = self.record
         for entry in (record.get("in_progress", {}).get(name), record["stages"].get(name)):
-            if isinstance(entry, dict) and entry.get("format") == self._format(name):
+            if isinstance(entry, dict) and entry.get("format") == FORMATS.get(name, 1):
                 return entry["inputs"]
         return None
 
@@ -255,11 +215,8 @@ class RunDirectory:
             self.update_record(**kept)
 
     @staticmethod
-    def _format(name: str, kind: str | None = None) -> int:
-        return FORMATS.get(kind or name, 1)
-
-    def _key(self, name: str, inputs: dict[str, Any], kind: str | None = None) -> str:
-        return sha256_of({"format": self._format(name, kind), "stage": name, "inputs": inputs})
+    def _key(name: str, inputs: dict[str, Any]) -> str:
+        return sha256_of({"format": FORMATS.get(name, 1), "stage": name, "inputs": inputs})
 
     def _has(self, name: str, key: str, outputs: Sequence[str]) -> bool:
         done = self.record["stages"].get(name, {})

@@ -1,17 +1,23 @@
-"""The stages from sources to packed tokens: what each one depends on and writes, and the function that does it."""
+"""The stages from sources to packed tokens, or to conversations: what each depends on and writes, and what makes it.
+
+How a stage is keyed and run is in `core/stages.py`; the work itself is in the modules of this folder.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import shutil
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nanophi.core.errors import UserError, user_errors
-from nanophi.core.files import read_json, sha256_of_tree
-from nanophi.core.inputs import WEIGHTS, Inputs
-from nanophi.core.names import split_revision, step_folders
+from nanophi.core import bases
+from nanophi.core.files import copy_tree, read_json, sha256_of_file, sha256_of_tree, write_json
+from nanophi.core.inputs import WEIGHTS
+from nanophi.core.names import split_revision
 from nanophi.core.recipe import Recipe, Source
-from nanophi.core.run import RunDirectory, differences
+from nanophi.core.run import RunDirectory
+from nanophi.core.stages import Runner, Stage, Summary
 
 PREPARE = ("documents", "scores", "quality", "tokenizer", "tokens", "conversations")
 
@@ -19,9 +25,91 @@ LATER: Any = {
     **dict.fromkeys(("engine", "workers", "max_tokens", "max_dropped"), True),
     "sources": {"__all__": {"license", "streaming", "weight"}},
 }
-"""Keys of `data` that say nothing about which documents there are."""
+"""Keys of `data` that do not change which documents there are."""
 
-Build = Callable[[Path], dict[str, Any]]
+
+def data_stages(recipe: Recipe) -> list[Stage]:
+    """What `nanophi prepare` makes for a recipe; the last stage is what a training reads."""
+    if recipe.conversations:
+        return [
+            Stage(
+                "conversations",
+                ("data/base", "data/conversations", "data/tokenizer", "data/tokens", "data/documents", "data/quality"),
+                _conversations,
+                outside=_conversation_inputs,
+                changed=changed_data,
+                shared=False,
+            )
+        ]
+    data, quality, seed = recipe.data, recipe.quality, recipe.training_seed
+    share = {} if quality.share is None else {"share": quality.share, "select": quality.select, "seed": seed}
+    return [
+        Stage(
+            "documents",
+            ("data/documents",),
+            _documents,
+            outside=_document_inputs,
+            failure="documents cannot be gathered",
+        ),
+        Stage(
+            "scores",
+            ("data/scores",),
+            _scores,
+            needs=("documents",),
+            outside=_score_inputs,
+            check=_check_scorer,
+            failure="documents cannot be scored",
+        ),
+        Stage(
+            "quality",
+            ("data/quality",),
+            _quality,
+            needs=("scores",),
+            values={"threshold": quality.threshold, **share},
+            outside=lambda run: {},
+            changed=changed_data,
+            failure="documents cannot be selected",
+        ),
+        # Trained on all documents, so that a filtered run and its control share it.
+        Stage(
+            "tokenizer",
+            ("data/tokenizer",),
+            _tokenizer,
+            needs=("documents",),
+            values={"tokenizer": recipe.tokenizer.model_dump(mode="json"), "seed": recipe.seed},
+            outside=_tokenizer_files,
+            check=_check_tokenizer,
+            changed=changed_data,
+            failure="the tokenizer cannot be made",
+        ),
+        Stage(
+            "tokens",
+            ("data/tokens",),
+            _tokens,
+            needs=("quality", "tokenizer"),
+            values={
+                "context_length": recipe.model_config_for().max_position_embeddings,
+                "max_tokens": data.max_tokens,
+                "weights": [source.weight for source in data.sources],
+                "seed": seed,
+            },
+            outside=lambda run: {},
+            changed=changed_data,
+            failure="documents cannot be tokenized",
+        ),
+    ]
+
+
+def pinned(run: Runner, sources: Sequence[Source]) -> list[Source]:
+    """Sources with the commit of each dataset on the Hub as its revision."""
+    from nanophi.data.sources import is_on_hub
+
+    return [
+        source.model_copy(update={"revision": run.inputs.commit_of(source.hub, source.revision, "dataset")})
+        if source.hub and is_on_hub(source)
+        else source
+        for source in sources
+    ]
 
 
 def token_hashes(tokens: dict[str, Any]) -> dict[str, str]:
@@ -30,288 +118,198 @@ def token_hashes(tokens: dict[str, Any]) -> dict[str, str]:
     return hashes | {f"chat_{split}_sha256": value for split, value in tokens.get("conversations", {}).items()}
 
 
-class DataStages:
-    """What `nanophi prepare` does. A method is a stage: it runs those before it, then itself unless it is up to date.
+def changed_data(run: RunDirectory, work: Path) -> list[str]:
+    """What in a folder of new data differs from what weights of this run were trained on."""
+    trained = run.inputs_of("training")
+    if trained is None or not run.weights():
+        return []
+    changed = []
+    if (work / "data/tokens").exists():
+        names = {"train": "training tokens", "heldout": "held-out tokens"}
+        names |= {"chat_train": "conversations", "chat_heldout": "held-out conversations"}
+        for name, value in token_hashes(read_json(work / "data/tokens/tokens.json")).items():
+            if value != trained["data"].get(name):
+                changed.append(names[name.removesuffix("_sha256")])
+    if (work / "data/quality/kept.parquet").exists() and _selects_otherwise(run, work):
+        changed.append("training tokens")
+    if (work / "data/tokenizer").exists():
+        changed += ["tokenizer"] * (sha256_of_tree(work / "data/tokenizer") != trained["data"]["tokenizer_sha256"])
+    return changed
 
-    Args:
-        recipe: the resolved recipe.
-        run: its directory.
-        build: stages that may run; the others must be up to date already.
-        write: whether this process is the one that writes to the directory.
-        restart: weights that the recipe cannot continue from may be removed.
-    """
 
-    def __init__(
-        self, recipe: Recipe, run: RunDirectory, build: Collection[str], write: bool, restart: bool = False
-    ) -> None:
-        self.recipe = recipe
-        self.run = run
-        self.path = run.path
-        self.report = run.report
-        self.build = frozenset(build)
-        self.restart = restart
-        self.inputs = Inputs(run, write=write)
-        self._done: dict[str, dict[str, Any]] = {}
+def _selects_otherwise(run: RunDirectory, work: Path) -> bool:
+    """Whether a new selection keeps other documents than the one that this run's tokens were made of."""
+    import pyarrow.parquet as pq
 
-    def _stage(
-        self,
-        name: str,
-        inputs: dict[str, Any],
-        outputs: Sequence[str],
-        build: Build,
-        kind: str | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """Each stage once per process, so that no two callers check the same thing twice."""
-        if name not in self._done:
-            self.inputs.save()
-            allowed = build if (kind or name) in self.build else None
-            self._done[name] = self.run.stage(name, inputs, outputs, allowed, kind=kind, **kwargs)
-        return self._done[name]
+    tokens, quality = run.inputs_of("tokens"), run.record["stages"].get("quality")
+    before = run.path / "data/quality/kept.parquet"
+    if tokens is None or quality is None or tokens["quality"] != quality["key"] or not before.exists():
+        return False
+    ids = [
+        sorted(pq.read_table(file, columns=["id"])["id"].to_pylist())
+        for file in (before, work / "data/quality/kept.parquet")
+    ]
+    return ids[0] != ids[1]
 
-    def pinned(self, sources: Sequence[Source]) -> list[Source]:
-        """Sources with the commit of each dataset on the Hub as its revision."""
-        from nanophi.data.sources import is_on_hub
 
-        pinned = []
-        for source in sources:
-            if source.hub and is_on_hub(source):
-                commit = self.inputs.commit_of(source.hub, source.revision, "dataset")
-                source = source.model_copy(update={"revision": commit})
-            pinned.append(source)
-        return pinned
+# Documents
 
-    def _check_what_comes_later(self) -> None:
-        """What would stop the run only after the documents are read is looked at first: the scorer, the tokenizer."""
-        recipe = self.recipe
-        if "documents" in self._done or "documents" not in self.build:
-            return
-        kind, _, name = recipe.quality.scorer.partition(":")
-        if kind == "model":
-            repo_id, revision = split_revision(name)
-            scorer, quality = self.inputs.model(repo_id, revision=revision), self._scoring()
-            known = self.run.inputs_of("scores") or {}
-            if (known.get("scorer"), known.get("quality")) != (scorer, quality):
-                from nanophi.data import scorers
 
-                scorers.find_scorer(
-                    recipe.quality.scorer, recipe.quality.label, recipe.quality.scale, scorer.get("commit")
-                ).check_choice()
-        if recipe.tokenizer.path is not None:
-            files = self.inputs.model(recipe.tokenizer.path, ignore=WEIGHTS)
-            if (self.run.inputs_of("tokenizer") or {}).get("files") != files:
-                from nanophi.data import tokenizer
+def _column(recipe: Recipe) -> str | None:
+    kind, _, column = recipe.quality.scorer.partition(":")
+    return column if kind == "column" else None
 
-                tokenizer.load(recipe.tokenizer.path, files.get("commit"))
 
-    def _scoring(self) -> dict[str, Any]:
-        """The part of `quality` that scores depend on."""
-        return self.recipe.quality.model_dump(mode="json", exclude={"threshold", "share", "select"})
+def _document_inputs(run: Runner) -> dict[str, Any]:
+    from nanophi.data import sources
 
-    @user_errors("documents cannot be gathered; --debug shows where it stopped")
-    def documents(self) -> dict[str, Any]:
-        """Sources to clean, deduplicated documents, split into train and held-out."""
-        from nanophi.data import gather, sources
+    data, benchmarks = run.recipe.data, run.recipe.data.decontamination.benchmarks
+    data = data.model_copy(update={"sources": pinned(run, data.sources)})
+    return {
+        "data": data.model_dump(mode="json", exclude=LATER),
+        "sources": [sources.fingerprint(source, run.inputs.contents) for source in data.sources],
+        "benchmarks": run.inputs.contents.of(benchmarks) if benchmarks else None,
+        "score": _column(run.recipe),
+    }
 
-        self._check_what_comes_later()
-        data = self.recipe.data.model_copy(update={"sources": self.pinned(self.recipe.data.sources)})
-        kind, _, column = self.recipe.quality.scorer.partition(":")
-        score = column if kind == "column" else None
-        benchmarks = data.decontamination.benchmarks
-        inputs = {
-            "data": data.model_dump(mode="json", exclude=LATER),
-            "sources": [sources.fingerprint(source, self.inputs.contents) for source in data.sources],
-            "benchmarks": self.inputs.contents.of(benchmarks) if benchmarks else None,
-            "score": score,
-        }
-        return self._stage(
-            "documents",
-            inputs,
-            ["data/documents"],
-            lambda work: gather.gather(data, work / "data/documents", score, self.report),
-        )
 
-    @user_errors("documents cannot be scored; --debug shows where it stopped")
-    def scores(self) -> dict[str, Any]:
-        """A quality score for every document."""
-        from nanophi.data import quality
+def _documents(run: Runner, work: Path) -> Summary:
+    """Sources to clean, deduplicated documents, split into train and held-out."""
+    from nanophi.data import gather
 
-        self.documents()
-        recipe = self.recipe
-        inputs: dict[str, Any] = {
-            "documents": self.run.stage_key("documents"),
-            "quality": self._scoring(),
-            "seed": recipe.seed,
-        }
-        kind, _, name = recipe.quality.scorer.partition(":")
-        if kind == "model":
-            repo_id, revision = split_revision(name)
-            inputs["scorer"] = self.inputs.model(repo_id, revision=revision)
-        return self._stage(
-            "scores",
-            inputs,
-            ["data/scores"],
-            lambda work: quality.score(
-                self.path / "data/documents",
-                recipe.quality,
-                recipe.data,
-                recipe.seed,
-                work / "data/scores",
-                revision=inputs.get("scorer", {}).get("commit"),
-            ),
-        )
+    data = run.recipe.data.model_copy(update={"sources": pinned(run, run.recipe.data.sources)})
+    return gather.gather(data, work / "data/documents", _column(run.recipe), run.report)
 
-    @user_errors("documents cannot be selected; --debug shows where it stopped")
-    def quality(self) -> dict[str, Any]:
-        """The documents that the filter keeps, and the report on it."""
-        from nanophi.data import quality
 
-        self.scores()
-        recipe = self.recipe
-        section, seed = recipe.quality, recipe.training_seed
-        inputs: dict[str, Any] = {"scores": self.run.stage_key("scores"), "threshold": section.threshold}
-        if section.share is not None:
-            inputs |= {"share": section.share, "select": section.select, "seed": seed}
-        return self._stage(
-            "quality",
-            inputs,
-            ["data/quality"],
-            lambda work: quality.select(
-                self.path / "data/documents", self.path / "data/scores", section, work / "data/quality", seed
-            ),
-            accept=self._keep_data_of_weights,
-        )
+# Scores and selection
 
-    @user_errors("the tokenizer cannot be made; --debug shows where it stopped")
-    def tokenizer(self) -> dict[str, Any]:
-        """An existing tokenizer, or one trained on all documents, so that a filtered run and its control share it."""
+
+def _score_inputs(run: Runner) -> dict[str, Any]:
+    recipe = run.recipe
+    section = recipe.quality.model_dump(mode="json", exclude={"threshold", "share", "select"})
+    inputs: dict[str, Any] = {"quality": section, "seed": recipe.seed}
+    kind, _, name = recipe.quality.scorer.partition(":")
+    if kind == "model":
+        repo_id, revision = split_revision(name)
+        inputs["scorer"] = run.inputs.model(repo_id, revision=revision)
+    return inputs
+
+
+def _check_scorer(run: Runner) -> None:
+    """A classifier that cannot be used is refused before the documents are read, unless it has scored them already."""
+    inputs = _score_inputs(run)
+    known = run.run.inputs_of("scores") or {}
+    if "scorer" in inputs and any(known.get(key) != inputs[key] for key in ("scorer", "quality")):
+        from nanophi.data import scorers
+
+        quality, commit = run.recipe.quality, inputs["scorer"].get("commit")
+        scorers.find_scorer(quality.scorer, quality.label, quality.scale, commit).check_choice()
+
+
+def _scores(run: Runner, work: Path) -> Summary:
+    """A quality score for every document."""
+    from nanophi.data import quality
+
+    recipe, commit = run.recipe, _score_inputs(run).get("scorer", {}).get("commit")
+    folders = run.path / "data/documents", work / "data/scores"
+    return quality.score(folders[0], recipe.quality, recipe.data, recipe.seed, folders[1], revision=commit)
+
+
+def _quality(run: Runner, work: Path) -> Summary:
+    """The documents that the filter keeps, and the report on it."""
+    from nanophi.data import quality
+
+    data, recipe = run.path / "data", run.recipe
+    output = work / "data/quality"
+    return quality.select(data / "documents", data / "scores", recipe.quality, output, recipe.training_seed)
+
+
+# Tokens
+
+
+def _tokenizer_files(run: Runner) -> dict[str, Any]:
+    path = run.recipe.tokenizer.path
+    # A tokenizer's folder may hold a model's weights too, which are large and play no part.
+    return {} if path is None else {"files": run.inputs.model(path, ignore=WEIGHTS)}
+
+
+def _check_tokenizer(run: Runner) -> None:
+    path, files = run.recipe.tokenizer.path, _tokenizer_files(run).get("files")
+    if path is not None and files and (run.run.inputs_of("tokenizer") or {}).get("files") != files:
         from nanophi.data import tokenizer
 
-        self.documents()
-        recipe = self.recipe
-        inputs: dict[str, Any] = {"tokenizer": recipe.tokenizer.model_dump(mode="json"), "seed": recipe.seed}
-        inputs["documents"] = self.run.stage_key("documents")
-        if recipe.tokenizer.path is not None:
-            # A tokenizer's folder may hold a model's weights too, which are large and play no part.
-            inputs["files"] = self.inputs.model(recipe.tokenizer.path, ignore=WEIGHTS)
-        return self._stage(
-            "tokenizer",
-            inputs,
-            ["data/tokenizer"],
-            lambda work: tokenizer.build(
-                self.path / "data/documents",
-                recipe.tokenizer,
-                recipe.seed,
-                work / "data/tokenizer",
-                revision=inputs.get("files", {}).get("commit"),
-                report=self.report,
-            ),
-            accept=self._keep_data_of_weights,
-        )
+        tokenizer.load(path, files.get("commit"))
 
-    @user_errors("documents cannot be tokenized; --debug shows where it stopped")
-    def tokens(self) -> dict[str, Any]:
-        """Kept documents as packed rows of tokens."""
-        from nanophi.data import packing
 
-        self.quality()
-        self.tokenizer()
-        recipe = self.recipe
-        context_length = recipe.model_config_for().max_position_embeddings
-        inputs = {
-            "quality": self.run.stage_key("quality"),
-            "tokenizer": self.run.stage_key("tokenizer"),
-            "context_length": context_length,
-            "max_tokens": recipe.data.max_tokens,
-            "weights": [source.weight for source in recipe.data.sources],
-            "seed": recipe.training_seed,
-        }
-        return self._stage(
-            "tokens",
-            inputs,
-            ["data/tokens"],
-            lambda work: packing.pack(
-                self.path / "data/documents",
-                self.path / "data/quality",
-                self.path / "data/tokenizer",
-                context_length,
-                recipe.data,
-                recipe.training_seed,
-                work / "data/tokens",
-            ),
-            accept=self._keep_data_of_weights,
-        )
+def _tokenizer(run: Runner, work: Path) -> Summary:
+    from nanophi.data import tokenizer
 
-    def _keep_data_of_weights(self, work: Path) -> None:
-        """Refuse to replace the tokens or the tokenizer that weights of this run were trained on by others."""
-        trained = self.run.inputs_of("training")
-        weights = [
-            path.name for folder in ("checkpoints", "training_state") for path in step_folders(self.path / folder)
-        ]
-        if trained is None or not weights or self.restart:
-            return
-        changed = []
-        if (work / "data/tokens").exists():
-            new = token_hashes(read_json(work / "data/tokens/tokens.json"))
-            changed += [name.removesuffix("_sha256") for name in new if new[name] != trained["data"].get(name)]
-        if (work / "data/quality").exists() and self._selects_otherwise(work):
-            changed.append("train")
-        if (work / "data/tokenizer").exists():
-            changed += ["tokenizer"] * (sha256_of_tree(work / "data/tokenizer") != trained["data"]["tokenizer_sha256"])
-        if changed:
-            names = {"train": "training tokens", "heldout": "held-out tokens", "tokenizer": "tokenizer"}
-            names |= {"chat_train": "conversations", "chat_heldout": "held-out conversations"}
-            raise UserError(
-                f"{self.path}: the recipe gives other data ({', '.join(names[name] for name in changed)}) than "
-                f"the weights ({max(weights)}) were trained on, which are kept with their data: put the sources and "
-                "the recipe's data, quality and tokenizer back, use another name, or start over with --restart"
-            )
+    recipe, commit = run.recipe, _tokenizer_files(run).get("files", {}).get("commit")
+    folders = run.path / "data/documents", work / "data/tokenizer"
+    return tokenizer.build(folders[0], recipe.tokenizer, recipe.seed, folders[1], revision=commit, report=run.report)
 
-    def _selects_otherwise(self, work: Path) -> bool:
-        """Whether a new selection keeps other documents than the one that this run's tokens were made of."""
-        import pyarrow.parquet as pq
 
-        tokens, quality = self.run.inputs_of("tokens"), self.run.record["stages"].get("quality")
-        before = self.path / "data/quality/kept.parquet"
-        if tokens is None or quality is None or tokens["quality"] != quality["key"] or not before.exists():
-            return False
-        ids = [
-            sorted(pq.read_table(file, columns=["id"])["id"].to_pylist())
-            for file in (before, work / "data/quality/kept.parquet")
-        ]
-        return ids[0] != ids[1]
+def _tokens(run: Runner, work: Path) -> Summary:
+    """Kept documents as packed rows of tokens."""
+    from nanophi.data import packing
 
-    def require_tokens(self) -> None:
-        """Check that the tokens are there and belong to the recipe, without looking at what they were made from.
+    data, recipe = run.path / "data", run.recipe
+    context = recipe.model_config_for().max_position_embeddings
+    folders = data / "documents", data / "quality", data / "tokenizer"
+    return packing.pack(*folders, context, recipe.data, recipe.training_seed, work / "data/tokens")
 
-        Raises:
-            UserError: if something is missing, or was prepared with other values of the recipe.
-        """
-        for part in ("data/tokens/tokens.json", "data/tokenizer"):
-            if not (self.path / part).exists():
-                raise UserError(f"{self.path / part} is missing; run `nanophi prepare` on the recipe")
-        recipe = self.recipe
-        quality, tokenizer = recipe.quality.model_dump(mode="json"), recipe.tokenizer.model_dump(mode="json")
-        now = {
-            "tokenizer": {"tokenizer": {key: value for key, value in tokenizer.items() if key != "path"}},
-            "quality": {"threshold": quality["threshold"]},
-            "tokens": {
-                "context_length": recipe.model_config_for().max_position_embeddings,
-                "max_tokens": recipe.data.max_tokens,
-                "seed": recipe.training_seed,
-            },
-        }
-        if recipe.quality.share is not None:
-            now["quality"] |= {"share": quality["share"], "select": quality["select"]}
-        for stage, values in now.items():
-            then = self.run.inputs_of(stage)
-            if then is None:
-                continue  # copied without its record; the rows' length is checked when they are read
-            for line in differences({key: then.get(key) for key in values}, values):
-                if not line.startswith("tokenizer.path "):
-                    held = step_folders(self.path / "checkpoints") or step_folders(self.path / "training_state")
-                    remedy = "give it another name, or start over with --restart" if held else "run `nanophi prepare`"
-                    weights = ", and the run holds weights that were trained on it" if held else ""
-                    raise UserError(
-                        f"{self.path / 'data'} was prepared with another recipe ({stage}: {line}){weights}; {remedy}"
-                    )
+
+# Conversations
+
+
+def _conversation_inputs(run: Runner) -> dict[str, Any]:
+    from nanophi.data import conversations, sources
+
+    recipe, base = run.recipe, bases.find(str(run.recipe.base))
+    chosen = pinned(run, recipe.conversations)
+    return {
+        "base": sha256_of_file(base.model / "model.safetensors"),
+        "tokenizer": [sha256_of_file(file) for file in base.tokenizer_files()],
+        "conversations": [source.model_dump(mode="json") for source in chosen],
+        "sources": [sources.fingerprint(source, run.inputs.contents) for source in chosen],
+        "method": recipe.method,
+        "template": conversations.TEMPLATE,
+    }
+
+
+def _conversations(run: Runner, work: Path) -> Summary:
+    """The base with a chat template, the conversations, and what the card needs to know of how the base was made."""
+    from transformers import AutoTokenizer
+
+    from nanophi.data import conversations, sources
+
+    recipe, base = run.recipe, bases.find(str(run.recipe.base))
+    shutil.rmtree(work)  # of a killed attempt, of which no part is used again
+    folder, output = work / "data/tokenizer", work / "data/conversations"
+    folder.mkdir(parents=True)
+    for file in base.tokenizer_files():
+        shutil.copyfile(file, folder / file.name)
+    config = read_json(folder / "tokenizer_config.json")
+    own = not config.get("chat_template") and not (folder / "chat_template.jinja").exists()
+    if own:
+        write_json(folder / "tokenizer_config.json", {**config, "chat_template": conversations.TEMPLATE})
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    context = read_json(base.model / "config.json")["max_position_embeddings"]
+    read = base.documents if base.documents and any(base.documents.glob("train-*.parquet")) else None
+    chosen = pinned(run, recipe.conversations)
+    summary = conversations.build(chosen, recipe.method, tokenizer, context, read, output)
+    for name, count in summary["sources"].items():
+        left = Counter(count)
+        total, train, held = (left.pop(part, 0) for part in ("read", "train", "heldout"))
+        line = f"{name}: {total:,} conversations read, {train:,} to train on, {held:,} held out"
+        run.report(line + (f", {left.total():,} left out ({sources.reasons(left)})" if left else ""))
+    summary |= {"base": base.recipe["name"], "repo_id": base.repo_id, "own_template": own}
+    for file in (*base.model_files(), *folder.iterdir()):
+        copy_tree(file, work / "data/base" / file.name)
+    hashes = {"conversations": {key: summary.pop(f"{key}_sha256") for key in ("train", "heldout")}}
+    for name, record in base.records.items():
+        write_json(work / f"data/{name}/{name}.json", read_json(record) | (hashes if name == "tokens" else {}))
+    for file in base.documents.glob("heldout-*.parquet") if base.documents else ():
+        copy_tree(file, work / "data/documents" / file.name)
+    write_json(output / "conversations.json", summary)
+    return summary

@@ -25,11 +25,11 @@ from lm_eval.api.task import Task
 from lm_eval.loggers.utils import add_tokenizer_info
 from lm_eval.utils import hash_string
 
+from nanophi.core.environment import environment
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, remove, sha256_of, sha256_of_file, sha256_of_tree, write_json
 from nanophi.core.formatting import duration, score
 from nanophi.core.names import resolve
-from nanophi.core.run import environment
 from nanophi.eval.metrics import bits_figures, heldout_figures
 from nanophi.eval.models import load_model
 from nanophi.eval.results import ANSWER_METRIC, FORMAT, headline, mean_figures, mean_of, read_result, result_name

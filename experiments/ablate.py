@@ -36,10 +36,11 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from nanophi.core import formatting
+from nanophi.core.environment import environment
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, sha256_of, write_json, write_text
 from nanophi.core.recipe import Recipe
-from nanophi.core.run import environment, now
+from nanophi.core.run import now
 from nanophi.data.selection import describe_rule
 from nanophi.experiments import ablation_render
 from nanophi.pipeline import Pipeline, train_side_by_side
@@ -250,15 +251,15 @@ def _make_plan(
     if plan["share"] is None:
         own = Pipeline(_renamed(recipe, f"{recipe.name}-all-seed-{seed}-lr-{rate:g}"), runs, report=quiet)
         with own.run.lock():
-            plan["share"] = own.quality()["kept_bytes_fraction"]
+            plan["share"] = own.make("quality")["kept_bytes_fraction"]
     available = {}
     for arm in ablation.ARMS:
         plan["tokens"] = dict.fromkeys(ablation.ARMS, SAMPLE_TOKENS)
         pipeline = Pipeline(arm_of(recipe, plan, arm, seed, rate), runs, report=quiet)
         with pipeline.run.lock():
             pipeline.write_recipe()
-            counts = pipeline.tokens()
-            kept = pipeline.quality()["kept_bytes"]
+            counts = pipeline.prepare()
+            kept = pipeline.make("quality")["kept_bytes"]
         available[arm] = int(SAFETY * kept / counts["train"]["bytes_per_token"])
         if arm == "best":
             _write_items(pipeline, plan, output)

@@ -13,7 +13,7 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 
 from nanophi.core.formatting import scale
-from nanophi.core.licenses import license_problems
+from nanophi.core.licenses import license_problem
 from nanophi.core.names import is_hub_id, split_revision
 from nanophi.eval.catalogue import TASKS
 from nanophi.model_card.records import ShippedRecords, hardware, leading_scores, training_sources
@@ -136,7 +136,8 @@ def problems(text: str) -> list[str]:
         return ["the metadata is not a mapping"]
     required = ("language", "license", "library_name", "pipeline_tag", "tags")
     wrong = [f"metadata key '{key}' is missing" for key in required if not metadata.get(key)]
-    wrong += license_problems(metadata.get("license"), metadata.get("license_name"), metadata.get("license_link"))
+    licence = license_problem(metadata.get("license"), metadata.get("license_name"), metadata.get("license_link"))
+    wrong += [licence] if licence else []
     for dataset in metadata.get("datasets", []):
         if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(dataset)):
             wrong.append(f"dataset {dataset!r} is not a Hub id")

@@ -9,12 +9,12 @@ import sys
 import pytest
 import typer
 
-from nanophi import __version__, cli_verbs
+from nanophi import __version__, cli, pipeline
 from nanophi.cli import INTERRUPTED, main
 from nanophi.core import errors
 
-VERBS = [[command.name or command.callback.__name__] for command in cli_verbs.app.registered_commands]
-VERBS += [["quality", command.callback.__name__] for command in cli_verbs.quality_app.registered_commands]
+VERBS = [[name] for name, verb in cli.VERBS.items() if isinstance(verb, str)]
+VERBS += [[group, name] for group, verbs in cli.VERBS.items() if isinstance(verbs, dict) for name in verbs]
 
 
 def nanophi(monkeypatch, capsys, *arguments) -> tuple[int | str | None, str, str]:
@@ -34,7 +34,7 @@ def test_every_verb_has_help_with_an_example(monkeypatch, capsys, verb):
 
 def parse(arguments: list[str]) -> dict[str, object]:
     """What the real parser makes of a command line. Raises typer's own errors."""
-    command, context = typer.main.get_command(cli_verbs.app), None
+    command, context = typer.main.get_command(cli.app), None
     while True:
         context = command.make_context(arguments[0] if context else "nanophi", list(arguments), parent=context)
         if not hasattr(command, "resolve_command"):
@@ -44,11 +44,13 @@ def parse(arguments: list[str]) -> dict[str, object]:
 
 def examples() -> list[str]:
     """Every command line that the help gives as an example, whatever starts it."""
-    texts = [
-        command.callback.__doc__
-        for app in (cli_verbs.app, cli_verbs.quality_app)
-        for command in app.registered_commands
-    ]
+    group = typer.main.get_command(cli.app)
+    texts = []
+    for verb in VERBS:
+        command = group
+        for name in verb:
+            command = command.get_command(None, name)
+        texts.append(command.callback.__doc__)
     return [line.strip() for text in texts for line in text.splitlines() if re.search(r": .*\bnanophi ", line)]
 
 
@@ -106,7 +108,7 @@ def test_a_full_disk_is_one_line(monkeypatch, capsys, tmp_path):
     def full(path, text):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr("nanophi.pipeline.write_text", full)
+    monkeypatch.setattr("nanophi.core.stages.write_text", full)
     code, _, _ = nanophi(monkeypatch, capsys, "run", "demo", "--runs", tmp_path)
     assert code.startswith("nanophi: no disk space left")
 
@@ -130,7 +132,7 @@ def test_ctrl_c_is_one_line(monkeypatch, capsys, tmp_path):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli_verbs, "run_recipes", interrupted)
+    monkeypatch.setattr(pipeline, "run_recipes", interrupted)
     code, out, err = nanophi(monkeypatch, capsys, "run", "demo", "--runs", tmp_path)
     assert (code, out) == (INTERRUPTED, "")
     assert err.split("\n") == ["", "nanophi: interrupted; run the same command to resume", ""]

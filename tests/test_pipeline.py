@@ -100,7 +100,7 @@ def test_a_change_runs_again_what_depends_on_it(finished, recipe):
     def stages(*overrides):
         lines: list[str] = []
         pipe = pipeline.Pipeline(load_recipe(recipe, ["name=changing", *overrides]), runs, report=lines.append)
-        pipe.tokens()
+        pipe.prepare()
         return ran(lines)
 
     assert stages() == []  # all of it is shared with the finished run
@@ -120,7 +120,7 @@ def test_what_changed_in_the_card_section_reaches_the_release(finished, recipe):
     def released(*overrides):
         lines: list[str] = []
         build = ("sample", "evaluation", "card", "release")
-        pipeline.Pipeline(load_recipe(recipe, overrides), runs, build, lines.append).release()
+        pipeline.Pipeline(load_recipe(recipe, overrides), runs, build, lines.append).make("release")
         folder = runs / "small/release"
         return ran(lines), (folder / "README.md").read_text(), read_json(folder / "records/run.json")["tag"]
 
@@ -134,18 +134,19 @@ def test_what_changed_in_the_card_section_reaches_the_release(finished, recipe):
 def test_a_prompt_longer_than_the_context_is_refused_before_training(finished, recipe, tmp_path):
     long = "card.prompt=" + "long " * 300
     with pytest.raises(UserError, match=r"card\.prompt has \d+ tokens, the model's context is 256"):
-        pipeline.Pipeline(load_recipe(recipe, [long]), finished[0], ("training",), lambda line: None).training()
-    assert (finished[0] / "small/checkpoints/step-000008").is_dir()
+        changed = load_recipe(recipe, ["name=talkative", long])
+        pipeline.Pipeline(changed, finished[0], report=lambda line: None).make("training")
+    assert not (finished[0] / "talkative/checkpoints").exists()
 
 
 def test_a_suite_that_needs_more_context_is_refused_by_run_and_named_by_train(recipe, tmp_path):
     overrides = ["name=short", "model.max_position_embeddings=64", "evaluation.suites=[heldout, quick]"]
     changed = load_recipe(recipe, overrides)
     lines: list[str] = []
-    pipeline.Pipeline(changed, tmp_path, ("training",), lines.append).check()
+    pipeline.Pipeline(changed, tmp_path, ("training",), lines.append).check("training")
     assert any("its evaluation cannot run" in line and "context of 64 tokens" in line for line in lines)
     with pytest.raises(UserError, match=r"too many for a context of 64 tokens"):
-        pipeline.Pipeline(changed, tmp_path).check()
+        pipeline.Pipeline(changed, tmp_path).check("verification")
     with pytest.raises(UserError, match=r"too many for a context of 64 tokens"):
         pipeline.run_recipes([changed], tmp_path)
     assert not list(tmp_path.glob("short/*"))
@@ -208,26 +209,26 @@ def test_an_unfinished_training_does_not_begin_anew_on_other_data(finished, reci
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(trainer.NanoPhiTrainer, "training_step", dying_step)
-        stopped().training()
+        stopped().make("training")
     kept = ("checkpoints", "training_state", "data/quality", "data/tokens")
     before = [sha256_of_tree(runs / "stopped" / name) for name in kept]
-    with pytest.raises(UserError, match=r"gives other data \(training tokens\) than the weights \(step-000004\)"):
-        stopped("quality.threshold=null").training()
+    with pytest.raises(UserError, match=r"gives other data \(training tokens\); the weights here \(step-000004\)"):
+        stopped("quality.threshold=null").make("training")
     assert [sha256_of_tree(runs / "stopped" / name) for name in kept] == before
     shard = next((runs / "stopped/data/tokens/train").glob("*.arrow"))
     shard.unlink()
-    summary = stopped("training.spike_threshold=null", "training.dollars_per_hour=1.0").training()
+    summary = stopped("training.spike_threshold=null", "training.dollars_per_hour=1.0").make("training")
     assert summary["weights_sha256"] == read_json(runs / "small/training.json")["summary"]["weights_sha256"]
 
 
 def test_a_stage_alone_wants_those_before_it(recipe, tmp_path):
     pipe = pipeline.Pipeline(load_recipe(recipe), tmp_path, build=("training",))
-    with pytest.raises(UserError, match=r"data/tokens/tokens.json is missing; run `nanophi prepare`"):
-        pipe.training()
+    with pytest.raises(UserError, match=r"data/token.* is missing; run `nanophi prepare`"):
+        pipe.make("training")
 
 
 def test_a_threshold_that_keeps_nothing(recipe, tmp_path):
     pipe = pipeline.Pipeline(load_recipe(recipe, ["quality.threshold=1.0"]), tmp_path, report=lambda line: None)
     with pytest.raises(UserError, match="threshold"):
-        pipe.tokens()
+        pipe.prepare()
     assert not (tmp_path / "small/data/quality").exists()

@@ -54,26 +54,26 @@ def pipeline(folder: Path, *overrides: str) -> Pipeline:
 )
 def test_before_anything_is_made(folder: Path, overrides: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        pipeline(folder, *overrides).check()
+        pipeline(folder, *overrides).check("verification")
     assert not (folder / "runs").exists()
 
 
 def test_held_out_tasks_need_no_folder_of_benchmarks(folder: Path) -> None:
-    pipeline(folder, f"evaluation.data={folder}").check()
+    pipeline(folder, f"evaluation.data={folder}").check("verification")
 
 
 def test_held_out_tasks_that_cannot_be_made_before_the_training(folder: Path) -> None:
     with pytest.raises(
         UserError, match=r"evaluation.suites: heldout_continuation: too few documents of 600 characters"
     ):
-        pipeline(folder).training()
+        pipeline(folder).make("training")
     assert not (folder / "runs/small/checkpoints").exists()
 
 
 def test_a_restart_that_cannot_begin_removes_nothing(folder: Path) -> None:
     def train(*overrides: str, restart: bool = False) -> None:
         recipe = load_recipe(folder / "recipe.yaml", overrides)
-        Pipeline(recipe, folder / "runs", (*PREPARE, "training"), lambda line: None, restart).training()
+        Pipeline(recipe, folder / "runs", (*PREPARE, "training"), lambda line: None, restart).make("training")
 
     for name in ("base", "small"):
         train(f"name={name}")
@@ -97,10 +97,10 @@ def test_a_restart_that_cannot_begin_removes_nothing(folder: Path) -> None:
     ],
 )
 def test_a_name_that_is_nothing_before_the_documents_are_read_again(folder: Path, override: str, message: str) -> None:
-    pipeline(folder).tokens()
+    pipeline(folder).prepare()
     (folder / "a.jsonl").write_text((folder / "a.jsonl").read_text() + "\n" + '{"text": "One more.", "score": 1}')
     lines: list[str] = []
     changed = Pipeline(load_recipe(folder / "recipe.yaml", [override]), folder / "runs", report=lines.append)
     with pytest.raises(UserError, match=message):
-        changed.tokens()
+        changed.prepare()
     assert not lines

@@ -17,7 +17,6 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import CONFIG_NAME
 
 from nanophi.configuration_nanophi import NanoPhiConfig
-from nanophi.core.bases import final_checkpoint
 from nanophi.core.errors import UserError, user_errors
 from nanophi.core.files import read_json, sha256_of_file, sha256_of_tree, write_json
 from nanophi.core.names import local, resolve, split_revision, step_folders, step_name, step_of
@@ -222,7 +221,8 @@ def base_file(base: str) -> Path:
 
         with user_errors(f"base: {base} cannot be read"):
             folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=BASE_FILES))
-    folder = final_checkpoint(folder, base) or folder
+    named = resolve(base, "base")
+    folder = named.model() if named.is_run else folder
     for name in (CONFIG_NAME, WEIGHTS):
         if not (folder / name).is_file():
             raise UserError(f"base: {base} holds no {name}")

@@ -54,7 +54,7 @@ def main() -> None:
         rows = []
         for seed in range(RUNS):
             pipeline = Pipeline(arm_of(recipe, plan, "random", seed, 0.003), folder / "runs")
-            pipeline.evaluation()
+            pipeline.make("evaluation")
             result = read_result(pipeline.path / "evals" / run_result_name(step_name(STEPS), HELDOUT))
             values = item_values(result, HELDOUT, "bits_per_byte")
             rows.append([[round(values[item][0], 2), values[item][1]] for item in sorted(values)])

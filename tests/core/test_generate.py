@@ -12,8 +12,9 @@ def model(tmp_path):
     return make_base(tmp_path / "base") / "checkpoints/step-000001"
 
 
-def test_a_prompt_is_continued_and_bytes_that_are_no_text_are_refused(model):
-    assert generate(str(model), "A ü", 4, 0, 0).startswith("A ü")
+def test_a_prompt_is_continued_and_bytes_that_are_no_text_are_refused(model, capsys):
+    generate(str(model), "A ü", 4, 0, 0)
+    assert capsys.readouterr().out.startswith("A ü")
     with pytest.raises(UserError, match=r"^the prompt is not valid UTF-8$"):
         generate(str(model), b"\xff\xfe".decode(errors="surrogateescape"), 4, 0, 0)
 

@@ -9,8 +9,9 @@ import pytest
 
 from nanophi.core.recipe import Recipe
 from nanophi.core.run import RunDirectory
+from nanophi.core.stages import Runner
 from nanophi.data import scorers, tokenizer
-from nanophi.data.stages import PREPARE, DataStages
+from nanophi.data.stages import PREPARE, data_stages
 
 STAGES = set(PREPARE) - {"conversations"}  # of a recipe that trains on documents
 
@@ -47,8 +48,8 @@ def keys(tmp_path: Path, **changes: Any) -> dict[str, str]:
 
     run.stage = stage  # type: ignore[method-assign]
     run.stage_key = lambda name: found[name]  # type: ignore[method-assign]
-    stages = DataStages(Recipe.model_validate(recipe | changes), run, PREPARE, write=True)
-    stages.tokens()
+    parsed = Recipe.model_validate(recipe | changes)
+    Runner(parsed, run, data_stages(parsed), PREPARE).make("tokens")
     return found
 
 

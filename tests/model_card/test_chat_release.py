@@ -15,6 +15,7 @@ from nanophi.core.recipe import load_recipe
 from nanophi.data.conversations import TEMPLATE
 from nanophi.model_card import gguf, reproduce, verify
 from nanophi.model_card.records import read_records
+from nanophi.pipeline import compare_runs
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +28,8 @@ def run(finished_run, tmp_path_factory):
     rows = [{"messages": talk(number)[:2]} for number in range(8)]
     training = {"steps": 2, "save_steps": 2, "batch_size": 2}
     run = pipeline(runs, rows, training=training, evaluation={"suites": []}, lora={"rank": 2})
-    run.comparison([run])
-    run.release()
+    compare_runs([run])
+    run.make("release")
     return run
 
 

@@ -41,7 +41,7 @@ def runs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def sft(runs):
     run = pipeline(runs, ROWS)
-    run.training()
+    run.make("training")
     return run.path
 
 
@@ -92,7 +92,7 @@ def test_sft_has_the_losses_of_plain_trl(runs, sft, tmp_path, monkeypatch):
 def test_dpo_has_the_losses_of_plain_trl(runs, tmp_path, monkeypatch):
     monkeypatch.setenv("CI", "1")
     run = pipeline(runs, PAIRS, "dpo", method="dpo", beta=0.5)
-    run.training()
+    run.make("training")
     expected = plain(runs, trl.DPOTrainer, trl.DPOConfig, PAIRS, tmp_path, MARKED, beta=0.5)
     assert losses(run.path) == pytest.approx(expected, abs=1e-5)
     assert expected[-1] < expected[0]
@@ -103,7 +103,7 @@ def test_a_killed_run_ends_as_one_that_was_not_killed(runs, sft, lora, monkeypat
     name = "lora" if lora else "again"
     if lora:
         whole = pipeline(runs, ROWS, "whole", lora=lora)
-        whole.training()
+        whole.make("training")
         sft = whole.path
     steps, step = iter(range(5)), trl.SFTTrainer.training_step
 
@@ -114,10 +114,10 @@ def test_a_killed_run_ends_as_one_that_was_not_killed(runs, sft, lora, monkeypat
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(trl.SFTTrainer, "training_step", dying_step)
-        pipeline(runs, ROWS, name, lora=lora).training()
+        pipeline(runs, ROWS, name, lora=lora).make("training")
     assert [path.name for path in (runs / name / "checkpoints").iterdir()] == ["step-000003"]
     resumed = pipeline(runs, ROWS, name, lora=lora)
-    resumed.training()
+    resumed.make("training")
     weights = [load_file(run / "checkpoints/step-000006/model.safetensors") for run in (sft, resumed.path)]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
     assert losses(sft) == losses(resumed.path)
@@ -140,7 +140,7 @@ def test_tokens_and_epochs_are_those_that_were_read(runs, method, monkeypatch):
     monkeypatch.setattr(chat, "fit", lambda trainer, *a: lengths.append(len(trainer.train_dataset)) or fit(trainer, *a))
     stated = {"steps": 5, "save_steps": 3, "batch_size": 8}
     run = pipeline(runs, rows, f"{method}-tokens", method=method, training=stated)
-    summary = run.training()
+    summary = run.make("training")
     assert lengths[0] % 8 and len(read) == 5
     assert summary["epochs"] == 5 / -(-lengths[0] // 8)
     assert summary["tokens_seen"] == sum(read)
@@ -162,7 +162,7 @@ def test_a_checkpoint_is_a_whole_model_with_the_template(runs, sft):
 
 def test_adapters_are_merged_into_every_checkpoint(runs):
     run = pipeline(runs, ROWS, "merged", lora={"rank": 4}, training={"steps": 3})
-    run.training()
+    run.make("training")
     merged = AutoModelForCausalLM.from_pretrained(run.path / "checkpoints/step-000003")
     base = AutoModelForCausalLM.from_pretrained(runs / "base/checkpoints/step-000001")
     ids = torch.arange(1, 60)[None]
@@ -175,4 +175,4 @@ def test_adapters_are_merged_into_every_checkpoint(runs):
 def test_trl_is_asked_for_before_work(runs, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "trl", None)
     with pytest.raises(UserError, match=r"need TRL: pip install 'nanophi\[chat\]'"):
-        pipeline(runs, ROWS, "none").check()
+        pipeline(runs, ROWS, "none").check("verification")

@@ -63,8 +63,7 @@ def pipeline(runs: Path, restart=False, lines=None, **changes) -> Pipeline:
 
 def train(runs: Path, lines=None, restart=False, **changes) -> dict:
     pipe = pipeline(runs, restart, lines, **changes)
-    pipe.check()
-    return pipe.training()
+    return pipe.make("training")
 
 
 def stop_at(step: int, how, monkeypatch, runs, **changes) -> None:
@@ -167,7 +166,7 @@ def test_other_tokens_are_other_data_and_the_same_tokens_the_same(runs, monkeypa
     pipe = pipeline(runs)
     before = sha256_of_tree(runs / "run/checkpoints")
     with pytest.raises(UserError, match=r"data.train_sha256 a1 -> c3"):
-        pipe.training()
+        pipe.make("training")
     assert sha256_of_tree(runs / "run/checkpoints") == before
     write_json(tokens, {**contents, "made": "elsewhere"})
     os.utime(runs / "run/data/tokens")
@@ -330,7 +329,7 @@ def test_a_run_is_a_base_once_it_is_finished(runs):
     shutil.copytree(runs / "run/data", runs / "second/data")
     stated = {"name": "second", "base": str(runs / "run"), "learning_rate": 1e-3}
     write_json(runs / "run/record.json", {"stages": {}})
-    with pytest.raises(UserError, match=r"base: the run .*run has not finished"):
+    with pytest.raises(UserError, match=r"base: .*run is a run that has not finished"):
         train(runs, **stated)
     (runs / "run/record.json").unlink()
     train(runs)
@@ -376,8 +375,9 @@ def test_a_prepared_run_needs_tokens_not_sources(runs):
     write_json(runs / "run/record.json", record)
     with pytest.raises(UserError, match=r"prepared with another recipe \(quality: threshold 0.3 -> 0.2\)"):
         train(runs)
+    write_json(runs / "run/record.json", {"stages": {}})
     shutil.rmtree(runs / "run/data/tokens")
-    with pytest.raises(UserError, match=r"tokens.json is missing; run `nanophi prepare`"):
+    with pytest.raises(UserError, match=r"data/tokens is missing; run `nanophi prepare`"):
         train(runs)
 
 

@@ -1,0 +1,58 @@
+"""What this process runs on: versions, commit, processor and devices, as `record.json` keeps them."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from nanophi.core.version import __version__
+
+PACKAGES = (
+    *("torch", "transformers", "huggingface_hub", "tokenizers", "accelerate", "datasets", "lm_eval", "evaluate"),
+    "matplotlib",
+)
+
+
+def git_commit() -> str | None:
+    """The checkout's commit, with `+changes` if the tree differs from it; None outside a checkout."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+        changes = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"], cwd=root, capture_output=True, text=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
+
+
+def environment() -> dict[str, Any]:
+    """What this process runs on: versions of Python and the packages that matter, commit, processor, devices."""
+    import torch
+
+    versions = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    processor = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                processor = line.split(":", 1)[1].strip()
+                break
+    return {
+        "nanophi": __version__,
+        "commit": git_commit(),
+        "python": platform.python_version(),
+        "platform": platform.system().lower() + "-" + platform.machine(),
+        "packages": versions,
+        "processor": processor,
+        "cpu_threads": torch.get_num_threads(),
+        "devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+    }

@@ -1,0 +1,191 @@
+"""What a stage is, and the runner that makes a recipe's stages in its run directory.
+
+A stage is declared: what it needs, the values its outputs depend on, what it writes, whether weights depend on it. Its
+key, its order, "up to date", what an outdated input does and the refusal to replace weights follow from that. What the
+stages of nanophi are is declared in `data/stages.py` and `pipeline.py`; how one is built and renamed into place is in
+`run.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Collection, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nanophi.core.errors import UserError, user_errors
+from nanophi.core.files import write_text
+from nanophi.core.inputs import Inputs
+from nanophi.core.recipe import Recipe
+from nanophi.core.run import RunDirectory, differences
+
+Summary = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One stage of a recipe.
+
+    Attributes:
+        name: in `record.json` and on screen.
+        outputs: paths below the run directory.
+        build: gets the runner and the folder to write in, writes every output there and returns a JSON-able summary.
+        needs: stages that come first, and whose keys are part of this one's key, by their names.
+        after: stages that come first, and that `values` or `outside` account for.
+        values: what of the recipe the outputs depend on.
+        outside: what else they depend on, such as hashes of the user's files. On a machine that only trains, these
+            need not be there: if the stage may not run, only `values` are compared with the record.
+        check: refuses, before anything is made, what would stop the stage later. Raises `UserError`.
+        changed: what of the new outputs (in the folder given) differs from what weights of this run were trained on.
+        parts: stages that this one consists of, in place of `build`.
+        shared: take the outputs of a sibling run with the same key instead of building them again.
+        in_place: `build` writes in the run directory itself, as training does, whose checkpoints appear as they come.
+        failure: what a library's error means here.
+    """
+
+    name: str
+    outputs: tuple[str, ...] = ()
+    build: Callable[[Runner, Path], Summary] | None = None
+    needs: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+    values: dict[str, Any] = dataclasses.field(default_factory=dict)
+    outside: Callable[[Runner], dict[str, Any]] | None = None
+    check: Callable[[Runner], None] | None = None
+    changed: Callable[[RunDirectory, Path], list[str]] | None = None
+    parts: Callable[[Runner], Iterable[Stage]] | None = None
+    shared: bool = True
+    in_place: bool = False
+    failure: str | None = None
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that writes, among those that `accelerate launch` or `torchrun` started."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+class Runner:
+    """A recipe's stages in its run directory. Each is made once per process, after those before it.
+
+    Args:
+        recipe: the resolved recipe.
+        run: its directory.
+        stages: in any order; their `needs` and `after` say which comes first.
+        build: names of the stages that may run; the others must be up to date already.
+        restart: weights that the recipe cannot continue from may be removed.
+    """
+
+    def __init__(
+        self, recipe: Recipe, run: RunDirectory, stages: Sequence[Stage], build: Collection[str], restart: bool = False
+    ) -> None:
+        self.recipe = recipe
+        self.run = run
+        self.path = run.path
+        self.report = run.report
+        self.stages = {stage.name: stage for stage in stages}
+        self.allowed = frozenset(build)
+        self.restart = restart
+        self.inputs = Inputs(run, write=is_main_process())
+        self._done: dict[str, Summary] = {}
+        self._checked = False
+
+    def make(self, name: str) -> Summary:
+        """A stage's summary; the stages before it and it itself run unless they are up to date."""
+        if name in self._done:
+            return self._done[name]
+        self.check(name)
+        for stage in self.chain(name):
+            if stage.name not in self._done:
+                self._done[stage.name] = self._one(stage, stage.name in self.allowed)
+        return self._done[name]
+
+    def check(self, name: str) -> None:
+        """Refuse, before anything is made or replaced, what would stop the way to a stage. Raises `UserError`."""
+        if not self._checked and is_main_process():
+            self._checked = True
+            for stage in self.chain(name):
+                if stage.check is not None and stage.name in self.allowed:
+                    stage.check(self)
+
+    def chain(self, name: str) -> list[Stage]:
+        """The stages that come before a stage, and it itself, in the order in which they run."""
+        chain: dict[str, Stage] = {}
+        stage = self.stages[name]
+        for before in (*stage.after, *stage.needs):
+            chain |= {other.name: other for other in self.chain(before)}
+        return [*chain.values(), stage]
+
+    def key(self, name: str) -> str:
+        """Key of a finished stage. Raises `UserError` if it has not run."""
+        return self.run.stage_key(name)
+
+    def write_recipe(self) -> None:
+        """`recipe.yaml`: the resolved recipe, every default written out."""
+        write_text(self.path / "recipe.yaml", yaml.safe_dump(self.recipe.dump(), sort_keys=False, allow_unicode=True))
+
+    def inputs_of(self, stage: Stage) -> dict[str, Any]:
+        """Everything that a stage's outputs depend on, as JSON: its hash is the stage's key."""
+        outside = stage.outside(self) if stage.outside else {}
+        return {**stage.values, **{name: self.key(name) for name in stage.needs}, **outside}
+
+    def make_stage(self, stage: Stage) -> Summary:
+        """A stage that is not on the list, such as one that several runs share."""
+        return self._one(stage, stage.name in self.allowed)
+
+    def _one(self, stage: Stage, allowed: bool) -> Summary:
+        if stage.parts is not None:
+            return {part.outputs[0]: self._one(part, allowed) for part in stage.parts(self)}
+        assert stage.build is not None
+        build, changed = stage.build, stage.changed
+        if not is_main_process():
+            # The others train along, but only if the main process does: it alone would not come to the rendezvous.
+            done = not stage.in_place or self.run.up_to_date(stage.name, self.inputs_of(stage), stage.outputs)
+            return {} if done else build(self, self.path)
+        if not allowed and stage.outside is not None and not stage.in_place:
+            return self._require(stage)
+
+        def accept(work: Path) -> None:
+            if changed is not None and not self.restart and (new := changed(self.run, work)):
+                raise self.run.keeps_weights(f"the recipe gives other data ({', '.join(new)})")
+
+        def make() -> Summary:
+            inputs = self.inputs_of(stage)
+            self.inputs.save()
+            return self.run.stage(
+                stage.name,
+                inputs,
+                stage.outputs,
+                (lambda work: build(self, work)) if allowed else None,
+                in_place=stage.in_place,
+                shared=stage.shared,
+                accept=accept,
+            )
+
+        if stage.failure is None:
+            return make()
+        with user_errors(f"{stage.failure}; --debug shows where it stopped"):
+            return make()
+
+    def _require(self, stage: Stage) -> Summary:
+        """The summary of a stage that may not run here, if its outputs belong to the recipe.
+
+        Raises:
+            UserError: if something is missing, or was made with other values of the recipe.
+        """
+        allowed = [other for other in self.stages.values() if other.name in self.allowed]
+        needed = any(stage.name in (*other.needs, *other.after) for other in allowed)
+        for output in stage.outputs if needed else ():
+            if not (self.path / output).exists():
+                raise UserError(f"{self.path / output} is missing; run `nanophi prepare` on the recipe")
+        then = self.run.inputs_of(stage.name)
+        if then is None:
+            return {}  # copied without its record; the rows' length is checked when they are read
+        for line in differences({key: then.get(key) for key in stage.values}, stage.values):
+            if ".path " not in line:  # on another machine the same file may have another name
+                problem = f"{self.path / 'data'} was prepared with another recipe ({stage.name}: {line})"
+                if self.run.weights():
+                    raise self.run.keeps_weights(problem)
+                raise UserError(f"{problem}; run `nanophi prepare`")
+        return self.run.record["stages"].get(stage.name, {}).get("summary", {})
