@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from nanophi.core import inputs, run
+from nanophi.core import inputs
 from nanophi.core.files import write_json
 from nanophi.core.recipe import load_recipe
 from nanophi.data import installed_docs, sources
@@ -32,16 +32,6 @@ TOKENIZER = {
 
 def stages_of(name: str, runs: Path, patch: pytest.MonkeyPatch) -> dict[str, dict[str, object]]:
     """Name of each stage up to the evaluation -> its key and inputs, with fixed contents of all that is read."""
-    stages: dict[str, dict[str, object]] = {}
-
-    def stage(self, stage, inputs, outputs, build, *, kind=None, **others):
-        key = self._key(stage, inputs, kind)
-        stages[stage] = {"key": key, "inputs": json.loads(json.dumps(inputs))}
-        entry = {"key": key, "format": 1, "inputs": inputs, "summary": {"checkpoint": "checkpoints"}}
-        self.update_record(stages={**self.record["stages"], stage: entry})
-        return entry["summary"]
-
-    patch.setattr(run.RunDirectory, "stage", stage)
     patch.setattr(installed_docs, "inputs", lambda: {"python": "3.11", "packages": "a" * 64})
     for module in (inputs, sources):
         patch.setattr(module, "resolve_commit", lambda repo_id, revision, kind: "c" * 40)
@@ -51,11 +41,13 @@ def stages_of(name: str, runs: Path, patch: pytest.MonkeyPatch) -> dict[str, dic
     write_json(data / "tokenizer/tokenizer.json", TOKENIZER)
     special = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<eos>", "eos_token": "<eos>"}
     write_json(data / "tokenizer/tokenizer_config.json", special)
-    write_json(runs / name / "training.json", {"log": []})
-    Pipeline(recipe, runs, ("tokens",), report=str).tokens()
-    pipeline = Pipeline(recipe, runs, (), report=str)
-    pipeline.sample()
-    pipeline.evaluation()
+    pipeline = Pipeline(recipe, runs, report=str)
+    stages: dict[str, dict[str, object]] = {}
+    for stage in (*pipeline.chain("sample"), pipeline.stages["evaluation"]):
+        for part in stage.parts(pipeline) if stage.parts else [stage]:
+            values = json.loads(json.dumps(pipeline.inputs_of(part)))
+            stages[part.name] = {"key": pipeline.run._key(part.name, values), "inputs": values}
+            pipeline.run.update_record(stages=stages)
     return stages
 
 
