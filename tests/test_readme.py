@@ -23,6 +23,7 @@ from readme import README, ROOT, blocks, commands
 
 from nanophi.cli import HIDDEN, main
 from nanophi.cli import VERBS as TABLE
+from nanophi.core import formatting
 from nanophi.core.files import read_json
 from nanophi.core.recipe import load_recipe
 from nanophi.core.recipe_file import RECIPES
@@ -227,7 +228,7 @@ def test_the_experiment_says_what_the_readme_says(tmp_path):
     quoted = " ".join(README[README.index("### Does the filter help?") :].split("\n## ")[0].split())
     for name in ("quality", "repetition", "check"):
         for one in primary[name]["learning_rates"].values():
-            assert ablation_render.difference(one) in quoted
+            assert formatting.difference(one, "bits_per_byte") in quoted
     for target, verdict in ((kept, "better"), (dropped, "worse")):
         quality = target["contrasts"]["quality"]
         assert quality["verdict"] == verdict
