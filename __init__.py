@@ -5,6 +5,8 @@ from here or from its own module, registers NanoPhi with transformers' Auto clas
 `AutoModelForCausalLM.from_config(NanoPhiConfig())` works without remote code.
 """
 
+import importlib
+import importlib.util
 import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,28 @@ if TYPE_CHECKING:
     from nanophi.modeling_nanophi import NanoPhiForCausalLM, NanoPhiModel
 
 __all__ = ["NanoPhiConfig", "NanoPhiForCausalLM", "NanoPhiModel", "__version__"]
+
+_MOVED = {name: f"nanophi.core.{name}" for name in ("files", "formatting", "inputs", "jobs", "recipe", "run")}
+_MOVED |= {"model_card.shipped": "nanophi.model_card.records"}
+"""Modules that had another place in 0.1; their old names still import."""
+
+
+class _Moved:
+    """Finds `nanophi.recipe` where it is now."""
+
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: Any = None) -> Any:
+        loader: Any = _Moved()
+        old = name.removeprefix("nanophi.")
+        return importlib.util.spec_from_loader(name, loader, origin=_MOVED[old]) if old in _MOVED else None
+
+    def create_module(self, spec: Any) -> ModuleType:
+        module = importlib.import_module(spec.origin)
+        self.spec = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = self.spec  # the import system has replaced it by the old name's
 
 
 def _register() -> None:
@@ -47,6 +71,8 @@ class _Package(ModuleType):
             _register()
 
     def __getattr__(self, name: str) -> Any:
+        if name in _MOVED:
+            return importlib.import_module(_MOVED[name])
         if name not in __all__:
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
         from nanophi import configuration_nanophi, modeling_nanophi
@@ -58,3 +84,5 @@ class _Package(ModuleType):
 
 
 sys.modules[__name__].__class__ = _Package
+if not any(isinstance(finder, type) and finder.__name__ == "_Moved" for finder in sys.meta_path):
+    sys.meta_path.append(_Moved)

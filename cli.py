@@ -10,12 +10,14 @@ import ast
 import importlib
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from nanophi.core.errors import UserError, is_disk_full, one_line
+from nanophi.core.errors import UserError, is_disk_full, one_line, printable
+from nanophi.core.surroundings import settle
 from nanophi.core.version import __version__
 
 VERBS = {
@@ -118,14 +120,25 @@ def _prepare_environment(debug: bool) -> None:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    for stream in (sys.stdout, sys.stderr):
-        # A sample or a sign such as ± must not stop a run where the output's encoding lacks it.
-        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+
+
+def _message(error: Exception) -> str:
+    """An error that nothing expected, in one line: what it is, and where it came from."""
+    if is_disk_full(error):
+        file = getattr(error, "filename", None)
+        return f"no disk space left{f' ({file})' if file else ''}: {one_line(error)}; free some and run it again"
+    if isinstance(error, OSError) and error.errno is not None:
+        return one_line(error)
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if Path(frame.filename).is_relative_to(Path(__file__).parent)] or frames
+    place = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}"
+    return f"{type(error).__name__} at {place}: {one_line(error)}; run it again with --debug to see all of it"
 
 
 def main() -> None:
-    """Entry point: a `UserError` becomes one line and exit status 1; `--debug` shows the traceback instead."""
+    """Entry point: an error becomes one line and exit status 1; `--debug` shows the traceback instead."""
     debug = "--debug" in sys.argv
+    settle()
     _prepare_environment(debug)
     try:
         app(args=[argument for argument in sys.argv[1:] if argument != "--debug"], prog_name="nanophi")
@@ -133,12 +146,10 @@ def main() -> None:
         if debug:
             raise
         sys.exit(f"nanophi: {error}")
-    except OSError as error:
-        if debug or error.errno is None:  # without one it is no error of the system's but a library's
+    except Exception as error:
+        if debug:
             raise
-        if is_disk_full(error):
-            sys.exit(f"nanophi: no disk space left ({error.filename or 'unknown file'}); free some and run it again")
-        sys.exit(f"nanophi: {one_line(error)}")
+        sys.exit(f"nanophi: {printable(_message(error))}")
     except (KeyboardInterrupt, SystemExit) as stop:
         if isinstance(stop, SystemExit) and stop.code != INTERRUPTED:
             raise

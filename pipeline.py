@@ -72,7 +72,7 @@ class Pipeline(Runner):
         run = RunDirectory(runs / recipe.name, report if is_main_process() else lambda line: None)
         super().__init__(recipe, run, stages_of(recipe), build, restart)
 
-    def prepare(self) -> Summary:
+    def tokens(self) -> Summary:
         """What a training reads, and `recipe.yaml` once nothing can refuse the recipe any more."""
         summary = self.make(data_stages(self.recipe)[-1].name)
         self.write_recipe()
@@ -406,7 +406,7 @@ def prepare(recipe: OneRecipe, restart: Restart = False, runs: Runs = Path("runs
     Example: nanophi prepare demo --set name=demo-06 --set quality.threshold=0.6
     """
     with _open(recipe, runs, overrides, PREPARE, restart) as pipeline:
-        pipeline.prepare()
+        pipeline.tokens()
 
 
 def train(recipe: OneRecipe, restart: Restart = False, runs: Runs = Path("runs"), overrides: Overrides = []) -> None:
@@ -486,7 +486,7 @@ def run_recipes(
     """
     from nanophi.eval import render
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         raise UserError(
             "only `nanophi train` runs on several processes: use `nanophi prepare`, then `accelerate launch -m nanophi "
             "train` (or torchrun), then `nanophi run`, each on the recipe"
@@ -505,7 +505,7 @@ def run_recipes(
         for pipeline in pipelines:
             locks.enter_context(pipeline.run.lock())
         for pipeline in pipelines:
-            pipeline.prepare()
+            pipeline.tokens()
             for stage in ("training", "sample", "evaluation"):
                 pipeline.make(stage)
         compare_runs(pipelines)
@@ -539,7 +539,7 @@ def train_side_by_side(
         for pipeline in pipelines:
             locks.enter_context(pipeline.run.lock())
         for pipeline in pipelines:
-            pipeline.prepare()
+            pipeline.tokens()
     if jobs == 1:
         for pipeline in pipelines:
             with pipeline.run.lock():

@@ -53,12 +53,15 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if isinstance(error, LookupError) or not text else text
 
 
+DISK_FULL = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed", "unexpected pos")
+
+
 def is_disk_full(error: BaseException | None) -> bool:
-    """Whether the system refused to write, also where safetensors or torch wrap its error in their own."""
+    """Whether the system refused to write, also where safetensors, torch or shutil report it in their own words."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
-        if "No space left on device" in str(error) or "Disk quota exceeded" in str(error):
+        if any(words in str(error) for words in DISK_FULL):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -68,7 +68,8 @@ def permit(path: Path) -> None:
     """Give a file the permissions of one that was opened normally: safetensors makes files for the owner alone."""
     mask = os.umask(0)
     os.umask(mask)
-    path.chmod(0o666 & ~mask)
+    with contextlib.suppress(OSError):  # some mounts refuse every chmod, and decide permissions themselves
+        path.chmod(0o666 & ~mask)
 
 
 def replace_tree(source: Path, target: Path) -> None:
@@ -108,7 +109,7 @@ def link_or_copy(source: str, target: str) -> str:
     try:
         os.link(source, target)
     except OSError:
-        shutil.copy2(source, target)
+        shutil.copyfile(source, target)
     return target
 
 

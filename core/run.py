@@ -13,17 +13,15 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from nanophi.core.errors import UserError
-from nanophi.core.files import copy_tree, read_json, replace_tree, sha256_of, write_json, write_text
+from nanophi.core.files import copy_tree, read_json, replace_tree, sha256_of, write_json
+from nanophi.core.lock import HeldError, hold
 from nanophi.core.names import step_folders
 
 FORMATS = {"documents": 2, "conversations": 2, "comparison": 2, "card": 2}
@@ -95,23 +93,16 @@ class RunDirectory:
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the directory for writing. Raises `UserError` at once if another process holds it."""
-        holder = self.path / ".lock.pid"
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.path / ".lock", timeout=0)
-            lock.acquire()
-            write_text(holder, str(os.getpid()))
-        except Timeout:
-            pid = holder.read_text(encoding="utf-8") if holder.exists() else "unknown"
-            raise UserError(
-                f"{self.path} is being written by another process (pid {pid}); wait for it or use another name"
-            ) from None
-        except OSError as error:
-            raise UserError(f"{self.path} cannot be written ({error.strerror}); choose another --runs") from None
-        try:
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(hold(self.path))
+            except HeldError as held:
+                raise UserError(
+                    f"{self.path} is being written by another process ({held}); wait for it or use another name"
+                ) from None
+            except OSError as error:
+                raise UserError(f"{self.path} cannot be written ({error.strerror}); choose another --runs") from None
             yield
-        finally:
-            lock.release()
 
     def weights(self) -> list[str]:
         """The steps whose weights or states it holds: `["step-000010", "step-000020"]`."""

@@ -63,7 +63,7 @@ class Stage:
 
 def is_main_process() -> bool:
     """Whether this is the process that writes, among those that `accelerate launch` or `torchrun` started."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return int(os.environ.get("RANK") or 0) == 0
 
 
 class Runner:

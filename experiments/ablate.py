@@ -246,7 +246,7 @@ class Ablation:
         for arm in ablation.ARMS:
             pipeline = Pipeline(arm_of(recipe, plan, arm, seed, rate), self.runs, report=quiet)
             with pipeline.run.lock():
-                counts = pipeline.prepare()
+                counts = pipeline.tokens()
                 kept = pipeline.make("quality")["kept_bytes"]
             available[arm] = int(SAFETY * kept / counts["train"]["bytes_per_token"])
             if arm == "best":

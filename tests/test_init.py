@@ -40,3 +40,14 @@ def test_the_package_shows_its_names():
     assert nanophi.NanoPhiModel is nanophi.modeling_nanophi.NanoPhiModel
     with pytest.raises(AttributeError, match="module 'nanophi' has no attribute 'NanoPhy'"):
         nanophi.NanoPhy  # noqa: B018
+
+
+def test_the_root_modules_of_earlier_versions_are_the_same_objects():
+    script = (
+        "from nanophi.recipe import load_recipe; from nanophi.files import UserError; from nanophi import run\n"
+        "import nanophi.core.errors as errors, nanophi.core.recipe as recipe, nanophi.core.run, sys\n"
+        "assert load_recipe is recipe.load_recipe and UserError is errors.UserError and run is nanophi.core.run\n"
+        "assert recipe.__spec__.name == 'nanophi.core.recipe' and 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -100,7 +100,7 @@ def test_a_change_runs_again_what_depends_on_it(finished, recipe):
     def stages(*overrides):
         lines: list[str] = []
         pipe = pipeline.Pipeline(load_recipe(recipe, ["name=changing", *overrides]), runs, report=lines.append)
-        pipe.prepare()
+        pipe.tokens()
         return ran(lines)
 
     assert stages() == []  # all of it is shared with the finished run
@@ -230,5 +230,5 @@ def test_a_stage_alone_wants_those_before_it(recipe, tmp_path):
 def test_a_threshold_that_keeps_nothing(recipe, tmp_path):
     pipe = pipeline.Pipeline(load_recipe(recipe, ["quality.threshold=1.0"]), tmp_path, report=lambda line: None)
     with pytest.raises(UserError, match="threshold"):
-        pipe.prepare()
+        pipe.tokens()
     assert not (tmp_path / "small/data/quality").exists()

@@ -97,10 +97,10 @@ def test_a_restart_that_cannot_begin_removes_nothing(folder: Path) -> None:
     ],
 )
 def test_a_name_that_is_nothing_before_the_documents_are_read_again(folder: Path, override: str, message: str) -> None:
-    pipeline(folder).prepare()
+    pipeline(folder).tokens()
     (folder / "a.jsonl").write_text((folder / "a.jsonl").read_text() + "\n" + '{"text": "One more.", "score": 1}')
     lines: list[str] = []
     changed = Pipeline(load_recipe(folder / "recipe.yaml", [override]), folder / "runs", report=lines.append)
     with pytest.raises(UserError, match=message):
-        changed.prepare()
+        changed.tokens()
     assert not lines

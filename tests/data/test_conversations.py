@@ -61,7 +61,7 @@ def recipe_on_base(runs, name, **fields):
 def test_a_row_that_is_no_conversation_is_named_before_work(runs, row, method, message):
     good = {"prompt": "A", "completion": "B", "chosen": "B", "rejected": "C"}
     with pytest.raises(UserError, match=message):
-        pipeline(runs, [good, good, row], "bad", method=method).prepare()
+        pipeline(runs, [good, good, row], "bad", method=method).tokens()
     assert not (runs / "bad/data").exists()
 
 
@@ -139,7 +139,7 @@ def test_a_release_is_a_base_too(runs):
     for name in ("documents", "quality", "tokens"):
         shutil.copyfile(runs / f"base/data/{name}/{name}.json", release / f"records/{name}.json")
     run = pipeline(runs, ROWS, "on-release", base=str(release))
-    summary = run.prepare()
+    summary = run.tokens()
     assert (summary["base"], summary["answers_in_base_text"]) == ("base", None)
     assert run.suites() == ["answers"]
     heavier = run.recipe.model_copy(update={"model": {**run.recipe.model, "num_hidden_layers": 3}})
@@ -151,7 +151,7 @@ def test_only_answers_are_learned_and_whole_turns_fit(runs):
     long = [user("Long?"), assistant("Yes."), user("x" * 200), assistant("y")]
     loud = [user(f"Say {END}"), assistant("No.")]
     run = pipeline(runs, [*ROWS, {"messages": long}, {"messages": loud}], "fits")
-    summary = run.prepare()
+    summary = run.tokens()
     assert summary["sources"][str(runs / "fits.jsonl")] == {"read": 6, "train": 5, "special_token": 1}
     tokenizer = AutoTokenizer.from_pretrained(run.path / "data/tokenizer")
     rows = pq.read_table(run.path / "data/conversations/train.parquet").to_pylist()
@@ -173,7 +173,7 @@ def test_a_conversation_that_begins_with_an_answer_is_left_out_and_counted(runs,
     else:
         rows = [{"prompt": f"Say {n}.", "chosen": f"It is {n}.", "rejected": "No."} for n in range(4)]
         rows.append({"prompt": greeting[:2], "chosen": "Hello.", "rejected": "No."})
-    summary = pipeline(runs, rows, f"greeted-{method}", method=method).prepare()
+    summary = pipeline(runs, rows, f"greeted-{method}", method=method).tokens()
     assert summary["sources"][str(runs / f"greeted-{method}.jsonl")] == {"read": 5, "train": 4, "nothing_asked": 1}
 
 
@@ -185,10 +185,10 @@ def test_an_empty_file_is_passed_over(runs, name, monkeypatch):
     (folder / name).write_bytes(gzip.compress(b"") if name.endswith(".gz") else b"")
     source = {"files": str(folder)}
     with pytest.raises(UserError, match=rf"^source {folder} holds no conversations$"):
-        Pipeline(recipe_on_base(runs, "empty", conversations=[source]), runs, report=lambda line: None).prepare()
+        Pipeline(recipe_on_base(runs, "empty", conversations=[source]), runs, report=lambda line: None).tokens()
     (folder / "full.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     recipe = recipe_on_base(runs, name, conversations=[source, {"embedded": "questions"}])
-    assert Pipeline(recipe, runs, report=lambda line: None).prepare()["sources"][str(folder)]["read"] == 4
+    assert Pipeline(recipe, runs, report=lambda line: None).tokens()["sources"][str(folder)]["read"] == 4
 
 
 def test_held_out_answers_are_in_no_text_that_was_read(runs):
@@ -203,7 +203,7 @@ def test_held_out_answers_are_in_no_text_that_was_read(runs):
     sources = [*run.recipe.conversations, run.recipe.conversations[0].model_copy(update={"files": str(file)})]
     sources[1] = sources[1].model_copy(update={"heldout": True})
     run.recipe = run.recipe.model_copy(update={"conversations": sources})
-    summary = run.prepare()
+    summary = run.tokens()
     (row,) = pq.read_table(run.path / "data/conversations/heldout.parquet").to_pylist()
     assert (row["answer"], row["prompt"]) == ("Nobody said this.", f"User:\nThree?{END}Assistant:\n")
     assert (summary["answers_in_base_text"], summary["train"]) == (1, 4)
@@ -217,7 +217,7 @@ def test_an_answer_of_several_lines_is_looked_for_in_the_base_text(runs):
     run = pipeline(runs, ROWS, "lines", base=str(runs / "reader"))
     held = [{"prompt": "Q1", "completion": said}, {"prompt": "Q2", "completion": "New."}]
     write_rows(runs / "lines-heldout.jsonl", held)
-    assert run.prepare()["answers_in_base_text"] == 1
+    assert run.tokens()["answers_in_base_text"] == 1
     assert [row["answer"] for row in conversations.heldout(run.path)] == ["New."]
 
 
@@ -227,9 +227,9 @@ def test_reading_that_was_interrupted_is_done_again(runs, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(conversations, "build", interrupted)
-        pipeline(runs, ROWS, "interrupted").prepare()
+        pipeline(runs, ROWS, "interrupted").tokens()
     assert list((runs / "interrupted/.work").iterdir())
-    assert pipeline(runs, ROWS, "interrupted").prepare()
+    assert pipeline(runs, ROWS, "interrupted").tokens()
 
 
 def test_a_template_that_the_base_has_is_kept(runs):
@@ -240,7 +240,7 @@ def test_a_template_that_the_base_has_is_kept(runs):
     write_json(config, {**content, "chat_template": template})
     try:
         run = pipeline(runs, ROWS, "kept")
-        assert run.prepare()["own_template"] is False
+        assert run.tokens()["own_template"] is False
         assert AutoTokenizer.from_pretrained(run.path / "data/tokenizer").chat_template == template
         prompt = pq.read_table(run.path / "data/conversations/heldout.parquet")["prompt"][0].as_py()
         assert prompt.endswith("<user>Again?" + END + "<assistant>")
@@ -282,7 +282,7 @@ def test_embedded_questions_are_a_source(runs, monkeypatch):
     run = Pipeline(recipe, runs, report=lambda line: None)
     with pytest.raises(UserError, match="is missing; run `nanophi prepare`"):
         Pipeline(recipe, runs, build=("training",), report=lambda line: None).make("training")
-    assert run.prepare()["sources"] == {"questions": {"read": 9, "train": 6, "heldout": 3}}
+    assert run.tokens()["sources"] == {"questions": {"read": 9, "train": 6, "heldout": 3}}
 
 
 def test_conversations_read_are_used_or_left_out_for_a_reason(runs, monkeypatch):
@@ -293,7 +293,7 @@ def test_conversations_read_are_used_or_left_out_for_a_reason(runs, monkeypatch)
     monkeypatch.setattr(conversations, "HELDOUT_MAXIMUM", 2)
     recipe = recipe_on_base(runs, "counted")
     lines: list[str] = []
-    count = Pipeline(recipe, runs, report=lines.append).prepare()["sources"]["questions"]
+    count = Pipeline(recipe, runs, report=lines.append).tokens()["sources"]["questions"]
     assert count["read"] == len(rows) == sum(count.values()) - count["read"]
     assert (count["heldout"], count["train"], count["too_long"], count["asked_twice"]) == (2, 1, 1, 1)
     assert count["special_token"] == 1 and count.get("answer_learned", 0) + count["not_needed"] == 3

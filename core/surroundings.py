@@ -1,0 +1,131 @@
+"""What a process finds around it, settled once at the start: streams, environment, folders for caches, limits.
+
+What cannot be had is worked around here, before a library reads it; nothing later asks again. Whether a run directory
+can be written is found out by its lock (`run.py`).
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import errno
+import io
+import os
+import resource
+import sys
+import tempfile
+from pathlib import Path
+
+SOCKET_ROOM = 70
+"""Longest temporary folder in which a socket's path (107 bytes on Linux) has room for what is made below it."""
+OPEN_FILES = 65_536
+COUNTS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+def settle() -> None:
+    """Make this process and those that it starts work where streams, a home, a cache or a short TMPDIR are missing."""
+    _streams()
+    for name in COUNTS:
+        if not os.environ.get(name, "").strip():
+            os.environ.pop(name, None)
+    _folders()
+    _short_temporary_folder()
+    with contextlib.suppress(ValueError, OSError):
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # every shard of tokens is mapped at once
+        wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+
+
+class Stream(io.TextIOWrapper):
+    """Standard output that outlives its reader: after a closed pipe or a terminal that hung up, it writes to nowhere.
+
+    A training must not stop because `| head` or a lost connection no longer reads its progress.
+    """
+
+    def write(self, text: str) -> int:
+        with self._survive():
+            return super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._survive():
+            super().flush()
+
+    @contextlib.contextmanager
+    def _survive(self):  # type: ignore[no-untyped-def]
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
+
+
+def _streams() -> None:
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # closed: the next file that is opened would take its number
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdin = sys.stdin or open(0, encoding="utf-8")  # noqa: SIM115
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
+        buffer = getattr(stream, "buffer", None) or (open(number, "wb") if stream is None else None)  # noqa: PTH123, SIM115
+        if buffer is not None and stream is getattr(sys, f"__{name}__"):
+            encoding, lines = getattr(stream, "encoding", "utf-8"), getattr(stream, "line_buffering", True)
+            # A sample or a sign such as ± must not stop a run where the output's encoding lacks it.
+            setattr(sys, name, Stream(buffer, encoding=encoding, errors="replace", line_buffering=lines))
+
+
+def _folders() -> None:
+    """A name for the user, a home, and folders for what libraries cache, where there are none that can be written."""
+    os.environ.setdefault("USER", f"uid-{os.getuid()}")  # torch asks for it, and an unknown uid has no name
+    home = os.environ.get("HOME", "")
+    if not home or not os.access(home, os.W_OK | os.X_OK):
+        with contextlib.suppress(KeyError):
+            import pwd
+
+            home = home or pwd.getpwuid(os.getuid()).pw_dir
+    hub = Path(
+        os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path(home) / ".cache") / "huggingface"
+    )
+    if home and _can_make(hub):
+        return
+    scratch = Path(tempfile.gettempdir()) / f"nanophi-{os.getuid()}"
+    with contextlib.suppress(OSError):
+        scratch.mkdir(mode=0o700, exist_ok=True)
+        if not os.environ.get("HOME") or not Path(os.environ["HOME"]).is_dir():
+            os.environ["HOME"] = str(scratch)
+        for name in ("HF_DATASETS_CACHE", "HF_MODULES_CACHE", "HF_EVALUATE_CACHE", "HF_XET_CACHE", "MPLCONFIGDIR"):
+            os.environ.setdefault(name, str(scratch / name.lower()))
+        if not (hub / "hub").is_dir():  # what was downloaded before can still be read
+            os.environ.setdefault("HF_HUB_CACHE", str(scratch / "hub"))
+
+
+def _can_make(path: Path) -> bool:
+    """Whether a folder is writable, or could be made."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return os.access(path, os.W_OK | os.X_OK)
+
+
+def _short_temporary_folder() -> None:
+    """A short link to a TMPDIR that is too long for sockets; the files stay where the user wants them."""
+    folder = tempfile.gettempdir()
+    if len(folder) <= SOCKET_ROOM:
+        return
+    with contextlib.suppress(OSError):
+        beside = tempfile.mkdtemp(prefix="nanophi-", dir="/tmp")
+        link = Path(beside) / "t"
+        link.symlink_to(folder)
+        os.environ["TMPDIR"] = tempfile.tempdir = str(link)
+
+        def remove(owner: int = os.getpid()) -> None:
+            if os.getpid() == owner:
+                with contextlib.suppress(OSError):
+                    link.unlink()
+                    link.parent.rmdir()
+
+        atexit.register(remove)
