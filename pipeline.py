@@ -158,7 +158,7 @@ def _training(run: Runner, work: Path) -> Summary:
 def _begin_training(run: Runner, config: NanoPhiConfig) -> Path | None:
     """The state to resume from. What would stop the card or the evaluation later is refused first."""
     from nanophi.core.environment import environment
-    from nanophi.model_card.release import sample_settings
+    from nanophi.core.sample import sample_settings
     from nanophi.training import continuation
 
     recipe, tokenizer, inputs = run.recipe, run.path / "data/tokenizer", _training_inputs(run)
@@ -196,9 +196,9 @@ def _prompt(run: Runner) -> Any:
 
 def _sample(run: Runner, work: Path) -> Summary:
     """What the model writes after the recipe's prompt, or answers to held-out questions."""
-    from nanophi.model_card import release
+    from nanophi.core.sample import write_sample
 
-    return release.write_sample(_checkpoint(run), _prompt(run), work / "sample.json", run.recipe.release.dtype)
+    return write_sample(_checkpoint(run), _prompt(run), work / "sample.json", run.recipe.release.dtype)
 
 
 def _checkpoint(run: Runner) -> Path:
@@ -377,10 +377,8 @@ def _verification(run: Runner, work: Path) -> Summary:
     """The release, loaded by both loaders in fresh processes and checked against its manifest."""
     from nanophi.model_card import verify
 
-    checks = verify.verify(str(run.path / "release"), echo=run.report)
-    failed = [check["name"] for check in checks if not check["passed"]]
-    if failed:
-        raise UserError(f"{run.path / 'release'} does not verify: {', '.join(failed)}")
+    checks = verify.check(str(run.path / "release"), report=run.report)
+    verify.demand_all(run.path / "release", checks)
     write_json(work / "verification.json", checks)
     return {"checks": len(checks)}
 

@@ -16,6 +16,19 @@ from pathlib import Path
 from nanophi.core.errors import UserError, printable, user_errors
 from nanophi.core.files import read_json
 
+CODE_FILES = ("configuration_nanophi.py", "modeling_nanophi.py")
+MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors")
+TOKENIZER_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+)
+"""The files of a model in a folder; of those of a tokenizer, the ones that it has."""
+
 _HUB_NAME = r"\w(?:[\w.-]{0,94}\w)?"
 _HUB_ID = re.compile(f"{_HUB_NAME}/{_HUB_NAME}", re.ASCII)
 

@@ -20,6 +20,7 @@ from nanophi.core.errors import UserError, user_errors
 from nanophi.core.files import sha256_of
 from nanophi.core.names import shown
 from nanophi.core.recipe import Source
+from nanophi.core.sample import ANSWER_TOKENS
 from nanophi.data import documents, formats, questions, sources
 
 TEMPLATE = """\
@@ -34,8 +35,6 @@ TEMPLATE = """\
 """Roles in words, and a turn ends with the end of text, so that no base needs a new token."""
 
 ROLES = ("system", "user", "assistant")
-ANSWER_TOKENS = 60
-"""Within which an answer should end, and room for which a held-out prompt leaves."""
 HELDOUT_SHARE, HELDOUT_MAXIMUM = 0.02, 400
 
 Messages = list[dict[str, str]]

@@ -57,8 +57,8 @@ def _load() -> dict[str, Task]:
 
 
 TASKS = _load()
-LEADERBOARD = tuple(name for name, task in TASKS.items() if task.leaderboard)
-"""The six tasks whose mean was the first Open LLM Leaderboard's score, in its order."""
+LEADERBOARD = {name: task.leaderboard.shots for name, task in TASKS.items() if task.leaderboard}
+"""The six tasks whose mean was the first Open LLM Leaderboard's score, in its order -> examples in their prompt."""
 CUT_APART = ("answers_bits_per_byte",)
 """Tasks whose prompt and answer are cut into tokens apart, as in a chat. lm-eval moves white space from the end of a
 prompt (the template's line end) to the answer, where it would be scored."""

@@ -24,7 +24,7 @@ import numpy as np
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, write_json, write_text
 from nanophi.eval import filter_parts, render, statistics
-from nanophi.eval.catalogue import LEADERBOARD, TASKS, position, references
+from nanophi.eval.catalogue import LEADERBOARD, position, references
 from nanophi.eval.models import fingerprint
 from nanophi.eval.results import ANSWER_METRIC, FORMAT, ItemKey, item_values, mean_figures, read_result
 from nanophi.eval.statistics import Estimate, bits_per_byte, bits_per_byte_stderr, holm, mcnemar
@@ -131,7 +131,7 @@ def compare(
             answers[key], _ = _row(key, right, baseline, rng, [])
     held = rows.get("heldout_bits_per_byte", {})
     documents = {key for score in held.values() for key in score.sources}
-    if all(task in table and table[task]["num_fewshot"] == TASKS[task].leaderboard.shots for task in LEADERBOARD):  # type: ignore[union-attr]
+    if all(task in table and table[task]["num_fewshot"] == shots for task, shots in LEADERBOARD.items()):
         _add_average(table, found, labels, rng)
     _correct(table.values())
     _correct(answers.values())

@@ -7,6 +7,7 @@ and hashes of model and data.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -17,11 +18,16 @@ import numpy as np
 
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, sha256_of
+from nanophi.core.formatting import PERCENT_METRICS
 from nanophi.core.names import step_folders
+from nanophi.eval.catalogue import LEADERBOARD, TASKS, title
 from nanophi.eval.models import model_sha256
 
 FORMAT = 2
-"""Version of the `nanophi` key in result files. A reader refuses another one."""
+"""Version of the `nanophi` key in result files that are written."""
+
+READABLE = (2, 3)
+"""Versions that are read. Format 2 has a `headline` of figures, which are not read; format 3 has `lines` instead."""
 
 ANSWER_METRIC = "answer_bits_per_byte"
 """Bits per byte of the right answer: -log2 P(answer | prompt) / bytes of the answer, averaged over the items.
@@ -69,11 +75,12 @@ def read_result(path: Path) -> dict[str, Any]:
     """A result file's contents. Raises `UserError` if it is none of ours or of another format."""
     content = read_json(path)
     written = content.get("nanophi") if isinstance(content, dict) else None
-    if not isinstance(written, dict) or "headline" not in written:
+    if not isinstance(written, dict) or not {"headline", "lines"} & set(written):
         raise UserError(f"{path} is not a result of `nanophi eval`; run it again on that model")
-    if written.get("format") != FORMAT:
+    if written.get("format") not in READABLE:
+        formats = " and ".join(map(str, READABLE))
         raise UserError(
-            f"{path} has format {written.get('format')}, this version reads {FORMAT}; run `nanophi eval` again"
+            f"{path} has format {written.get('format')}, this version reads {formats}; run `nanophi eval` again"
         )
     return content
 
@@ -107,6 +114,142 @@ def final_results(run: Path) -> list[Path]:
                 f"{path} was measured on other weights than {checkpoints[-1]}; run `nanophi run` on the recipe again"
             )
     return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """One model's score on one task, or the unweighted mean of a group's; the only form that a score has in memory.
+
+    Attributes:
+        suite: what was asked for: a suite's name, or names of tasks.
+        task: lm-eval's name of the task or group; `average` for the mean of the leaderboard's six.
+        metric, filter: as lm-eval names them (`acc_norm`, `none`).
+        value, stderr: in the metric's own unit; a share is between 0 and 1. `stderr` is None where it is unknown.
+        items, of: how many items were scored, and how many the task has.
+        shots: examples in the prompt; None for a mean of tasks with different numbers.
+        chance: expected score of a guess; None where there is none.
+        leaves: the tasks that it is the mean of; the task itself where it is no group.
+    """
+
+    suite: str
+    task: str
+    metric: str
+    filter: str
+    value: float
+    stderr: float | None
+    items: int
+    of: int
+    shots: int | None
+    chance: float | None
+    higher_is_better: bool
+    leaves: tuple[str, ...]
+
+    @property
+    def title(self) -> str:
+        """The task's title with its shots: `HellaSwag (10-shot)`."""
+        return title(self.task, self.shots)
+
+    @property
+    def percent(self) -> bool:
+        """Whether it is shown in percent."""
+        return self.metric in PERCENT_METRICS
+
+
+def leading_scores(result: Mapping[str, Any]) -> list[Score]:
+    """The score that leads each line of the suite, in the suite's order.
+
+    Args:
+        result: contents of a result file, or what a release ships of one.
+    """
+    scores = (_score(result, task, line, _leading_metric(result, task, line)) for task, line in _lines(result).items())
+    return [score for score in scores if score]
+
+
+def answer_scores(result: Mapping[str, Any]) -> list[Score]:
+    """Bits per byte of the right answers (`ANSWER_METRIC`), of each line of the suite where all items have them."""
+    scores = (_score(result, task, line, f"{ANSWER_METRIC},none") for task, line in _lines(result).items())
+    return [dataclasses.replace(score, chance=None) for score in scores if score]
+
+
+def every_score(result: Mapping[str, Any]) -> list[Score]:
+    """Every metric of every leaf task, as lm-eval has them; their `chance` is None."""
+    return [
+        score
+        for task, metrics in result["results"].items()
+        if task not in result.get("groups", {})
+        for key in _metrics(metrics)
+        if (score := _score(result, task, {"tasks": [task], "chance": None}, key))
+    ]
+
+
+def average_score(scores: Sequence[Score]) -> Score | None:
+    """The mean of the first Open LLM Leaderboard's six tasks, if `scores` has them all at the board's shots."""
+    found = {score.task: score for score in scores}
+    six = [found[task] for task, shots in LEADERBOARD.items() if task in found and found[task].shots == shots]
+    if len(six) < len(LEADERBOARD):
+        return None
+    value, stderr = mean([score.value for score in six], [score.stderr for score in six])
+    items, of, leaves = sum(s.items for s in six), sum(s.of for s in six), tuple(s.task for s in six)
+    return Score(six[0].suite, "average", "mean of six", "none", value, stderr, items, of, None, None, True, leaves)
+
+
+def mean(values: Sequence[float], stderrs: Sequence[Any]) -> tuple[float, float | None]:
+    """The unweighted mean of some scores and its standard error, which is None if one of theirs is unknown."""
+    known = all(isinstance(stderr, float) for stderr in stderrs)  # lm-eval's is "N/A" for a single item
+    stderr = math.sqrt(sum(stderr**2 for stderr in stderrs)) / len(stderrs) if known else None
+    return float(np.mean(values)), stderr
+
+
+def _lines(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Each line of the suite -> its leaf `tasks`, and the `chance` of a guess: what lm-eval's own keys do not have.
+
+    Files of format 2 have them in their `headline`, beside copies of figures that are not read.
+    """
+    ours = result["nanophi"]
+    return ours["lines"] if "lines" in ours else {line["task"]: line for line in ours["headline"]}
+
+
+def _metrics(metrics: Mapping[str, Any]) -> list[str]:
+    """The keys `metric,filter` of a task's results that hold a number."""
+    return [
+        key for key, value in metrics.items() if "," in key and "_stderr," not in key and isinstance(value, int | float)
+    ]
+
+
+def _leading_metric(result: Mapping[str, Any], task: str, line: Mapping[str, Any]) -> str:
+    """The figure that leads, `metric,filter`: what `tasks.yaml` has, else the first that is no perplexity.
+
+    No difference of perplexities can be tested item by item; LAMBADA has an accuracy beside it, WikiText bits per byte.
+    """
+    if task in TASKS:
+        return TASKS[task].metric
+    metrics = _metrics(result["results"][line["tasks"][0]])
+    return next((key for key in metrics if "perplexity" not in key), metrics[0])
+
+
+def _score(result: Mapping[str, Any], task: str, line: Mapping[str, Any], key: str) -> Score | None:
+    """The score of a line of the suite; None if one of its leaf tasks lacks that metric."""
+    leaves, (metric, _, filter_name) = line["tasks"], key.partition(",")
+    results = [result["results"][leaf] for leaf in leaves]
+    if any(key not in found for found in results):
+        return None
+    stderrs = [found.get(f"{metric}_stderr,{filter_name}") for found in results]
+    value, stderr = mean([found[key] for found in results], stderrs)
+    counts = [result["n-samples"][leaf] for leaf in leaves]
+    return Score(
+        suite=result["nanophi"]["suite"],
+        task=task,
+        metric=metric,
+        filter=filter_name,
+        value=value,
+        stderr=stderr,
+        items=sum(count["effective"] for count in counts),
+        of=sum(count["original"] for count in counts),
+        shots=result["n-shot"].get(leaves[0]),
+        chance=line["chance"],
+        higher_is_better=bool(result["higher_is_better"][leaves[0]].get(metric, True)),
+        leaves=tuple(leaves),
+    )
 
 
 def headline(

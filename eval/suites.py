@@ -81,8 +81,8 @@ class Suite:
 
 OPEN_LLM_V1 = Suite(
     "open-llm-v1",
-    (*(Entry(task, TASKS[task].leaderboard.shots) for task in LEADERBOARD), Entry("arc_easy", 0)),  # type: ignore[union-attr]
-    average=LEADERBOARD,
+    (*(Entry(task, shots) for task, shots in LEADERBOARD.items()), Entry("arc_easy", 0)),
+    average=tuple(LEADERBOARD),
 )
 
 # Enough items to see that everything works and about how good a model is; not enough to rank two models.

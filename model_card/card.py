@@ -1,176 +1,145 @@
-"""The model card: README.md, rendered from the shipped records through `template.md`, with its figures.
+"""The model card: README.md, rendered from the shipped records, with its figures.
 
 The card is a pure function of the records that are shipped with it. Whoever has them can render it again and must get
-the same text: that is how `nanophi verify` checks it.
+the same text: that is how `nanophi verify` checks it. Its wording is in `card.md` and `sections/`, its YAML header in
+`metadata.py`.
 """
 
 from __future__ import annotations
 
 import functools
-import json
-import math
-import re
-import shlex
 import statistics
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
-from nanophi.core import formatting, markup
+from nanophi.core import formatting
 from nanophi.core.errors import UserError
 from nanophi.core.files import write_text
-from nanophi.core.names import is_hub_id
-from nanophi.eval import catalogue
-from nanophi.eval.results import ANSWER_METRIC
-from nanophi.model_card import figures, metadata
+from nanophi.core.names import final_checkpoint, is_hub_id
+from nanophi.eval import catalogue, results
+from nanophi.eval.results import ANSWER_METRIC, Score
+from nanophi.model_card import figures, metadata, pages, records
 from nanophi.model_card.consistency import contradictions
-from nanophi.model_card.records import (
-    ShippedRecords,
-    collect,
-    every_score,
-    final_checkpoint,
-    hardware,
-    leading_scores,
-    title,
-    training_sources,
-    write_records,
-)
+from nanophi.model_card.records import ShippedRecords
 
-TEMPLATE = Path(__file__).parent / "template.md"
+SECTIONS = (
+    *("summary", "use", "details", "data", "filter", "preprocessing", "training", "evaluation", "comparison"),
+    *("limits", "environment", "reproduce"),
+)
+"""The parts of the card in their order: each is a template, `sections/NAME.md`.
+
+It reads the records by their names (`training`, `quality`, ...; None if there is none), the settings at the top of
+`card.md`, and as `view` what `View` derives from the records.
+"""
+
+RECORDS = (
+    *("run", "model", "training", "checkpoint", "revisions", "documents", "quality", "tokens"),
+    *("comparison", "sample", "conversations"),
+)
 
 
 def build(run: Path, output: Path, checkpoint: Path | None = None, repo_id: str | None = None) -> dict[str, Any]:
-    """Write `README.md`, `figures/`, `records/` and, where the Hub takes them, `.eval_results/`.
+    """Write `README.md`, `figures/`, `records/` and, where the Hub takes them, `.eval_results/` of a run's checkpoint.
 
     Args:
         run: the run directory.
         output: folder to write in.
-        checkpoint: the checkpoint that the card describes; None: the last one.
-        repo_id: where it will be on the Hub; None: what the recipe says.
-
-    Returns:
-        `{"characters": length of the card, "figures": [names], "evaluations": number of metric rows}`.
+        checkpoint: None: the last one.
+        repo_id: where it will be on the Hub; None: what the recipe has.
 
     Raises:
         UserError: if a record is missing, records contradict each other, or the Hub would refuse the metadata.
     """
-    records = collect(run, checkpoint or final_checkpoint(run))
+    shipped = records.collect(run, checkpoint or final_checkpoint(run))
     if repo_id is not None:
-        records["run.json"] |= {"repo_id": repo_id, "folder": None}
-    wrong = contradictions(records)
-    if wrong:
+        shipped["run.json"] |= {"repo_id": repo_id, "folder": None}
+    if wrong := contradictions(shipped):
         raise UserError(f"{run}: the records contradict each other: {'; '.join(wrong)}")
-    text = render(records)
-    wrong = metadata.problems(text)
-    if wrong:
+    text = render(shipped)
+    if wrong := metadata.problems(text):
         raise UserError(f"{run}: the card is not fit to publish: {'; '.join(wrong)}")
     output.mkdir(parents=True, exist_ok=True)
-    write_records(records, output / "records")
-    names = figures.build(records, output / "figures")
+    records.write_records(shipped, output / "records")
+    names = figures.build(shipped, output / "figures")
     write_text(output / "README.md", text)
-    for name, content in metadata.eval_results_files(records).items():
+    for name, content in metadata.eval_results_files(shipped).items():
         write_text(output / ".eval_results" / name, content)
-    return {"characters": len(text), "figures": names, "evaluations": len(leading_scores(records))}
+    return {"characters": len(text), "figures": names, "evaluations": len(records.leading_scores(shipped))}
 
 
-@functools.cache
-def compile_template(text: str) -> jinja2.Template:
-    """A card's template, compiled: that takes longer than to render it, and a push renders several cards."""
-    environment = jinja2.Environment(
-        undefined=jinja2.StrictUndefined,
-        finalize=_present,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
+def render(shipped: ShippedRecords) -> str:
+    """README.md of a release. Raises `UserError` if a section asks for something that no record holds."""
+    return pages.render(
+        "card.md",
+        metadata=metadata.header(shipped).to_yaml(line_break="\n"),
+        sections=SECTIONS,
+        view=View(shipped),
+        recipe=shipped["recipe.yaml"],
+        **{name: shipped.get(f"{name}.json") for name in RECORDS},
     )
-    environment.filters.update({name: _demanding(function) for name, function in FILTERS.items()})
-    return environment.from_string(text)
 
 
-def render(records: ShippedRecords) -> str:
-    """README.md of a release. Raises `UserError` if the template asks for something that no record says."""
-    template = compile_template(TEMPLATE.read_text(encoding="utf-8"))
-    rows, every = leading_scores(records), every_score(records)
-    evaluations = [value for name, value in records.items() if name.startswith("evals/")]
-    utilisations = [entry["mfu"] for entry in records["training.json"]["log"] if entry["mfu"] is not None]
-    recipe, run = records["recipe.yaml"], records["run.json"]
-    published = is_hub_id(run["repo_id"])
-    try:
-        return template.render(
-            metadata=metadata.header(records).to_yaml(line_break="\n"),
-            datasets=metadata.public_datasets(recipe),
-            recipe=recipe,
-            run=run,
-            name=run["repo_id"].rpartition("/")[2],
-            published=published,
-            place=run["repo_id"] if published else run["folder"],
-            model=records["model.json"],
-            training=records["training.json"],
-            checkpoint=records["checkpoint.json"],
-            sources=training_sources(recipe),
-            revisions=records["revisions.json"],
-            documents=records.get("documents.json"),
-            quality=records.get("quality.json"),
-            tokens=records.get("tokens.json"),
-            comparison=records.get("comparison.json"),
-            differences=differences(records.get("comparison.json")),
-            sample=records.get("sample.json"),
-            chat=records.get("conversations.json"),
-            rows=rows,
-            tasks=[row for row in every if not row["task"].startswith("mmlu_")],
-            subjects=[row for row in every if row["task"].startswith("mmlu_")],
-            harness=", ".join(sorted({value["lm_eval_version"] for value in evaluations})),
-            heldout=next((value["nanophi"]["heldout"] for value in evaluations if "heldout" in value["nanophi"]), None),
-            leaderboard=leaderboard(records),
-            benchmarks=any(not row["task"].startswith(("answers_", "heldout_")) for row in rows),
-            by_source=by_source(records),
-            noise=noise(rows),
-            answers=right_answers(records),
-            mfu=statistics.median(utilisations) if utilisations else None,
-            hardware=hardware(records),
-            figures=figures.names(records),
-        )
-    except jinja2.UndefinedError as error:
-        raise UserError(f"the card needs a value that no record holds: {error.message}") from None
+class View:
+    """What the sections show that no record has as such."""
 
+    def __init__(self, shipped: ShippedRecords) -> None:
+        self._records = shipped
+        self._results = records.results(shipped)
+        self.datasets = metadata.public_datasets(shipped["recipe.yaml"])
+        self.sources = records.training_sources(shipped["recipe.yaml"])
+        self.published = is_hub_id(shipped["run.json"]["repo_id"])
+        self.hardware = records.hardware(shipped)
+        self.harness = ", ".join(sorted({result["lm_eval_version"] for result in self._results}))
+        self.figures = figures.names(shipped)
+        self.differences = differences(shipped.get("comparison.json"))
+        self.by_source = by_source(shipped)
 
-def leaderboard(records: ShippedRecords) -> dict[str, Any] | None:
-    """The six tasks of Open LLM Leaderboard v1 and their average; None unless all their items were run.
+    @functools.cached_property
+    def scores(self) -> list[Score]:
+        """The leading scores."""
+        return records.leading_scores(self._records)
 
-    Returns:
-        `{"average", "stderr", "scores": [(title on the board, score)]}`, shares of one.
-    """
-    for name, record in records.items():
-        if not name.startswith("evals/") or not record["nanophi"].get("average"):
-            continue
-        lines = {line["task"]: line for line in record["nanophi"]["headline"]}
-        if all(lines[task]["items"] == lines[task]["of"] for task in catalogue.LEADERBOARD):
-            scores = [
-                (entry.leaderboard.title, lines[task]["value"])
-                for task, entry in catalogue.TASKS.items()
-                if entry.leaderboard
-            ]
-            average = record["nanophi"]["average"]
-            return {"average": average["value"], "stderr": average["stderr"], "scores": scores}
-    return None
+    @property
+    def answers(self) -> list[Score]:
+        """Bits per byte of the right answers."""
+        return records.in_order(self._records, results.answer_scores)
 
+    @property
+    def every(self) -> list[Score]:
+        """Every metric of every leaf task; MMLU's subjects are among them."""
+        return records.in_order(self._records, results.every_score)
 
-def right_answers(records: ShippedRecords) -> list[dict[str, Any]]:
-    """Bits per byte of the right answers of every task that has some: title, value, stderr, items."""
-    lines = [
-        line
-        for name, record in records.items()
-        if name.startswith("evals/")
-        for line in record["nanophi"]["headline"]
-        if line.get(ANSWER_METRIC)
-    ]
-    lines.sort(key=lambda line: catalogue.position(line["task"]))
-    return [
-        {"title": catalogue.title(line["task"], line["num_fewshot"]), "items": line["items"], **line[ANSWER_METRIC]}
-        for line in lines
-    ]
+    @property
+    def heldout(self) -> dict[str, Any] | None:
+        """Bits per byte of the held-out text, by source and with bz2's beside them."""
+        return next((found["nanophi"]["heldout"] for found in self._results if found["nanophi"].get("heldout")), None)
+
+    @property
+    def leaderboard(self) -> dict[str, Any] | None:
+        """The six tasks of Open LLM Leaderboard v1, `[(title there, value)]`, and their mean; None unless complete."""
+        for result in self._results:
+            scores = {score.task: score for score in results.leading_scores(result)}
+            average = results.average_score(list(scores.values()))
+            if average is not None and all(scores[task].items == scores[task].of for task in catalogue.LEADERBOARD):
+                boards = {task: entry.leaderboard for task, entry in catalogue.TASKS.items() if entry.leaderboard}
+                titles = [(board.title, scores[task].value) for task, board in boards.items()]
+                return {"average": average.value, "stderr": average.stderr, "scores": titles}
+        return None
+
+    @property
+    def noise(self) -> dict[str, list[str]]:
+        """Tasks by whether guessing explains their score: `above` and `within` two standard errors of chance."""
+        tasks: dict[str, list[str]] = {"above": [], "within": []}
+        for score in self.scores:
+            if score.chance is not None and score.stderr:
+                tasks["above" if score.value - score.chance > 2 * score.stderr else "within"].append(score.title)
+        return tasks
+
+    @property
+    def mfu(self) -> float | None:
+        """Median utilisation of the device's arithmetic."""
+        known = [entry["mfu"] for entry in self._records["training.json"]["log"] if entry["mfu"] is not None]
+        return statistics.median(known) if known else None
 
 
 def differences(comparison: dict[str, Any] | None) -> dict[str, list[dict[str, Any]]] | None:
@@ -194,19 +163,19 @@ def differences(comparison: dict[str, Any] | None) -> dict[str, list[dict[str, A
     return rows
 
 
-def by_source(records: ShippedRecords) -> dict[str, Any] | None:
+def by_source(shipped: ShippedRecords) -> dict[str, Any] | None:
     """Held-out bits per byte of the compared models by source; None unless two or more were measured.
 
     Returns:
         `{"labels": names of the models, "rows": [{"source", "documents", "kept": share of the source's bytes that the
         filter kept, None if it is not trained on, "scores": cells in the order of the labels}]}`.
     """
-    comparison = records.get("comparison.json") or {}
+    comparison = shipped.get("comparison.json") or {}
     heldout = comparison.get("heldout") or {}
     labels = [label for label in comparison.get("labels", []) if label in heldout]
     if len(labels) < 2:
         return None
-    filtered, rows = records.get("quality.json", {}).get("sources", {}), []
+    filtered, rows = shipped.get("quality.json", {}).get("sources", {}), []
     for source in sorted({source for label in labels for source in heldout[label]["by_source"]}):
         parts = [heldout[label]["by_source"].get(source) for label in labels]
         trained = filtered.get(source)
@@ -215,94 +184,7 @@ def by_source(records: ShippedRecords) -> dict[str, Any] | None:
                 "source": source,
                 "documents": max(part["documents"] for part in parts if part is not None),
                 "kept": trained["kept_bytes"] / trained["bytes"] if trained and trained["bytes"] else None,
-                "scores": [bits_per_byte(part) or "-" for part in parts],
+                "scores": [pages.bits_per_byte(part) for part in parts],
             }
         )
     return {"labels": labels, "rows": rows}
-
-
-def bits_per_byte(part: dict[str, Any] | None) -> str:
-    """Bits per byte of a part of the held-out text, with the standard error if it is of several documents."""
-    if part is None:
-        return ""
-    stderr = part["bits_per_byte_stderr"] if part["documents"] > 1 else None
-    return formatting.score({"value": part["bits_per_byte"], "stderr": stderr}, "bits_per_byte")
-
-
-def noise(rows: Iterable[dict[str, Any]]) -> dict[str, list[str]]:
-    """Tasks by whether guessing explains their score: `above` and `within` two standard errors of chance."""
-    tasks: dict[str, list[str]] = {"above": [], "within": []}
-    for row in rows:
-        if row["chance"] is not None and row["stderr"]:
-            above = row["value"] - row["chance"] > 2 * row["stderr"]
-            tasks["above" if above else "within"].append(row["title"])
-    return tasks
-
-
-# Filters of the template
-
-
-def _present(value: Any) -> Any:
-    """What an expression of the template yields, unless that is nothing."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        raise jinja2.UndefinedError(f"an expression of {TEMPLATE.name} is {value}")
-    return value
-
-
-def _demanding(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The filter, but a missing value is reported instead of failing as a type."""
-
-    def call(value: Any, *arguments: Any) -> Any:
-        if isinstance(value, jinja2.Undefined):
-            str(value)  # StrictUndefined raises with the name.
-        return function(value if function in OPTIONAL else _present(value), *arguments)
-
-    return call
-
-
-def _verdicts(rows: list[dict[str, Any]]) -> str:
-    """`better on "a", "b"; worse on "c"`, what is empty left out; in quotes, as titles have commas of their own."""
-    parts = []
-    for verdict in ("better", "worse", "within noise"):
-        tasks = [f'"{row["title"]}"' for row in rows if row["verdict"] == verdict]
-        if tasks:
-            parts.append(f"{verdict} on {', '.join(tasks)}")
-    return "; ".join(parts)
-
-
-def _source_name(source: dict[str, Any]) -> str:
-    return source["name"] or source["hub"] or source["files"] or source["embedded"]
-
-
-def _cell(entry: dict[str, Any] | None, metric: str) -> str:
-    return formatting.score(entry, metric) or "-"
-
-
-FILTERS: dict[str, Any] = {
-    "bits_per_byte": bits_per_byte,
-    "code": markup.code,
-    "code_cell": lambda value: markup.code(value, cell=True),
-    "decimal": formatting.decimal,
-    "duration": formatting.duration,
-    "figure": formatting.figure,
-    "fenced": markup.fenced,
-    "integer": formatting.integer,
-    "literal": lambda text: json.dumps(text, ensure_ascii=False),
-    "metric": formatting.metric,
-    "metric_name": formatting.metric_name,
-    "on_hub": lambda source: source["hub"] is not None and is_hub_id(source["hub"]),
-    "percent": formatting.percent,
-    "plain": lambda text: re.sub(r"[{}\\`]", "", text),
-    "score": _cell,
-    "shell": shlex.quote,
-    "size": formatting.size,
-    "source_name": _source_name,
-    "text": markup.text,
-    "title": title,
-    "rows": catalogue.main_rows,
-    "row_title": catalogue.row_title,
-    "verdicts": _verdicts,
-}
-
-OPTIONAL = (formatting.metric, _cell)
-"""Filters for values that may be missing."""

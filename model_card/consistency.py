@@ -1,7 +1,8 @@
-"""What a release's records say of each other: statements of two of them that cannot both be true, one line each.
+"""Cross-checks a release's records: statements of two of them that cannot both be true, one line each.
 
-A score is said up to four times: by lm-eval's results, by the headline that the tables show, by the figures of the
-held-out text, and by the comparison. Whoever changes one of them must not get a card that passes.
+Scores are derived from lm-eval's results wherever they are shown, so what is compared with them here are the figures
+that others computed: the comparison, the held-out text by source, and what releases of an earlier format repeat.
+Files and weights are checked in `checks.py`.
 """
 
 from __future__ import annotations
@@ -11,95 +12,75 @@ from collections.abc import Iterator
 from typing import Any
 
 from nanophi.core.names import step_name
-from nanophi.eval.results import ANSWER_METRIC, mean_figures, mean_of
+from nanophi.eval import results
+from nanophi.eval.results import ANSWER_METRIC, Score
 from nanophi.model_card.records import ShippedRecords, leading_scores
 
 
 def contradictions(records: ShippedRecords) -> list[str]:
     """Statements of two records that cannot both be true, one line each."""
-    recipe, checkpoint = records["recipe.yaml"], records["checkpoint.json"]
-    training, run = recipe["training"], records["run.json"]
+    recipe, checkpoint, training = records["recipe.yaml"], records["checkpoint.json"], records["training.json"]
+    config, quality = records["model.json"]["config"], records.get("quality.json")
+    step, batch, context = checkpoint["step"], recipe["training"]["batch_size"], config["max_position_embeddings"]
     wrong = []
-    if run["final"] and checkpoint["step"] != training["steps"]:
-        wrong.append(f"checkpoint.json says step {checkpoint['step']}, recipe.yaml says {training['steps']} steps")
-    if step_name(checkpoint["step"]) != run["revision"]:
-        wrong.append(f"checkpoint.json says step {checkpoint['step']}, its folder is {run['revision']}")
-    for key, said in recipe["model"].items():
-        has = records["model.json"]["config"].get(key, said)
-        if has != said and not (key == "vocab_size" and recipe["tokenizer"]["path"] is None):
-            wrong.append(f"config.json says {key} {has}, recipe.yaml says {said}")
-    context = records["model.json"]["config"]["max_position_embeddings"]
-    expected = checkpoint["step"] * training["batch_size"] * context
-    if checkpoint["tokens_seen"] != expected and not recipe.get("conversations"):
-        wrong.append(
-            f"checkpoint.json says {checkpoint['tokens_seen']} tokens seen, "
-            f"{checkpoint['step']} steps of {training['batch_size']} x {context} are {expected}"
-        )
-    quality = records.get("quality.json")
-    for key in ("threshold", "share"):
-        if quality is not None and quality[key] != recipe["quality"][key]:
-            wrong.append(f"quality.json has {key} {quality[key]}, recipe.yaml says {recipe['quality'][key]}")
-    for name, record in records.items():
-        if name.startswith("evals/"):
-            wrong += _evaluation(name, record)
-    if "comparison.json" in records:
-        wrong += _comparison(records)
-    said, has = records["training.json"]["summary"]["parameters"], records["model.json"]["parameters"]
-    if said != has:
-        wrong.append(f"training.json says {said} parameters, the weights have {has}")
-    for evaluation in records["training.json"]["evaluations"]:
-        same = evaluation["step"] == checkpoint["step"] and checkpoint.get("eval_loss") is not None
-        if same and not math.isclose(evaluation["loss"], checkpoint["eval_loss"], rel_tol=1e-6):
+
+    def differ(first: str, value: Any, second: str, other: Any) -> None:
+        if not _same(value, other):
+            wrong.append(f"{first} {value}, {second} {other}")
+
+    if records["run.json"]["final"]:
+        differ("checkpoint.json has step", step, "recipe.yaml has steps", recipe["training"]["steps"])
+    differ("checkpoint.json is of", step_name(step), "its folder is", records["run.json"]["revision"])
+    for key, value in recipe["model"].items():
+        if key != "vocab_size" or recipe["tokenizer"]["path"] is not None:
+            differ(f"config.json has {key}", config.get(key, value), "recipe.yaml has", value)
+    if not recipe.get("conversations"):
+        tokens = f"{step} steps of {batch} x {context} are"
+        differ("checkpoint.json has tokens seen:", checkpoint["tokens_seen"], tokens, step * batch * context)
+    for key in ("threshold", "share") if quality is not None else ():
+        differ(f"quality.json has {key}", quality[key], "recipe.yaml has", recipe["quality"][key])
+    parameters = training["summary"]["parameters"], records["model.json"]["parameters"]
+    differ("training.json has parameters:", parameters[0], "the weights have", parameters[1])
+    for evaluation in training["evaluations"]:
+        loss = checkpoint.get("eval_loss")
+        if evaluation["step"] == step and loss is not None and not math.isclose(evaluation["loss"], loss, rel_tol=1e-6):
             wrong.append(
-                f"training.json says evaluation loss {evaluation['loss']} at step {checkpoint['step']}, "
-                f"checkpoint.json says {checkpoint['eval_loss']}"
+                f"training.json has evaluation loss {evaluation['loss']} at step {step}, checkpoint.json has {loss}"
             )
-    return wrong
+    for name, record in records.items():
+        wrong += _evaluation(name, record) if name.startswith("evals/") else []
+    return wrong + (list(_comparison(records)) if "comparison.json" in records else [])
 
 
 def _evaluation(name: str, record: dict[str, Any]) -> Iterator[str]:
-    """Of one suite: its headline against lm-eval's results, the average and the held-out figures against both."""
-    lines = {line["task"]: line for line in record["nanophi"]["headline"]}
-    for task, line in lines.items():
-        leaves = line["tasks"]
-        counts = [record["n-samples"][leaf] for leaf in leaves]
-        found = _mean(record, leaves, f"{line['metric']},{line['filter']}")
-        expected = {
-            "value": found.get("value"),
-            "stderr": found.get("stderr"),
-            "items": sum(count["effective"] for count in counts),
-            "of": sum(count["original"] for count in counts),
-            "higher_is_better": record["higher_is_better"][leaves[0]].get(line["metric"], True),
-        }
-        for key, value in expected.items():
-            if not _same(line[key], value):
-                yield f"{name} says {task} {key} {line[key]}, its results say {value}"
-        answers = _mean(record, leaves, f"{ANSWER_METRIC},none")
-        for key, value in (line.get(ANSWER_METRIC) or {}).items():
-            if not _same(value, answers.get(key)):
-                yield f"{name} says {task} {ANSWER_METRIC} {key} {value}, its results say {answers.get(key)}"
-    if average := record["nanophi"].get("average"):
-        expected = mean_figures([lines[task] for task in average["tasks"]])
-        for key, value in expected.items():
-            if not _same(average[key], value):
-                yield f"{name} says an average {key} of {average[key]}, its tasks say {value}"
-    heldout, whole = record["nanophi"].get("heldout"), lines.get("heldout_bits_per_byte")
-    if heldout is not None and whole is not None:
-        keys = {"bits_per_byte": "value", "bits_per_byte_stderr": "stderr", "documents": "items"}
-        for key, headline in keys.items():
-            if not _same(heldout[key], whole[headline]):
-                yield f"{name} says {key} {heldout[key]} of the held-out text, its headline says {whole[headline]}"
+    """Of one suite: what it repeats of lm-eval's results, and the held-out figures by source."""
+    scores = {score.task: score for score in results.leading_scores(record)}
+    ours, whole = record["nanophi"], scores.get("heldout_bits_per_byte")
+    for line in ours.get("headline", []):  # of format 2
+        yield from _repeated(f"{name} has {line['task']}", line, scores[line["task"]])
+    for score in results.answer_scores(record):
+        line = next((line for line in ours.get("headline", []) if line["task"] == score.task), {})
+        yield from _repeated(f"{name} has {score.task} {ANSWER_METRIC}", line.get(ANSWER_METRIC) or {}, score)
+    if (average := ours.get("average")) and (mean := results.average_score(list(scores.values()))):
+        yield from _repeated(f"{name} has an average", average, mean)
+    if (heldout := ours.get("heldout")) and whole is not None:
         parts = list(heldout["by_source"].values())
         bits = sum(part["bits_per_byte"] * part["bytes"] for part in parts) / sum(part["bytes"] for part in parts)
+        said = {
+            "value": heldout["bits_per_byte"],
+            "stderr": heldout["bits_per_byte_stderr"],
+            "items": heldout["documents"],
+        }
+        yield from _repeated(f"{name} has held-out bits per byte:", said, whole)
         if not _same(heldout["bits_per_byte"], bits):
-            yield f"{name} says bits_per_byte {heldout['bits_per_byte']} of the held-out text, its sources say {bits}"
+            yield f"{name} has {heldout['bits_per_byte']} bits per byte of the held-out text, its sources give {bits}"
 
 
-def _mean(record: dict[str, Any], leaves: list[str], key: str) -> dict[str, Any]:
-    """`value` and `stderr` of some tasks' mean in lm-eval's results; nothing where one has no number."""
-    if any(record["results"][leaf].get(key) is None for leaf in leaves):
-        return {}
-    return mean_of(record["results"], leaves, key) or {}
+def _repeated(what: str, copy: dict[str, Any], score: Score) -> Iterator[str]:
+    """Where a copy of a score is not the score."""
+    for key in ("metric", "filter", "value", "stderr", "items", "of", "chance", "higher_is_better"):
+        if key in copy and not _same(copy[key], getattr(score, key)):
+            yield f"{what} {key} {copy[key]}, the results give {getattr(score, key)}"
 
 
 def _comparison(records: ShippedRecords) -> Iterator[str]:
@@ -107,22 +88,20 @@ def _comparison(records: ShippedRecords) -> Iterator[str]:
     from nanophi.eval.statistics import verdict
 
     comparison, ours = records["comparison.json"], records["recipe.yaml"]["name"]
-    for row in leading_scores(records):
-        compared = comparison["tasks"].get(row["task"], {"scores": {}})
-        score = compared["scores"].get(ours)
+    for score in leading_scores(records):
+        compared = comparison["tasks"].get(score.task, {"scores": {}})
+        copy = compared["scores"].get(ours)
         # Of two suites with the same task, the comparison has the one with more items.
-        if score is None or score["items"] != row["items"]:
-            continue
-        for key, said in {**compared, **score}.items():
-            if key in ("value", "stderr", "chance", "higher_is_better") and not _same(said, row[key]):
-                yield f"comparison.json says {row['task']} {key} {said}, evals/{row['suite']}.json says {row[key]}"
+        if copy is not None and copy["items"] == score.items:
+            both = {key: compared[key] for key in ("chance", "higher_is_better")} | copy
+            yield from _repeated(f"comparison.json has {score.task}", both, score)
+    parts = (comparison.get("heldout") or {}).get(ours, {}).get("by_source", {})
     for name, record in records.items():
-        own = record["nanophi"].get("heldout", {}) if name.startswith("evals/") else {}
-        parts = (comparison.get("heldout") or {}).get(ours, {}).get("by_source", {})
+        own = (record["nanophi"].get("heldout") or {}).get("by_source", {}) if name.startswith("evals/") else {}
         for source, part in parts.items() if own else ():
-            said, has = part["bits_per_byte"], own["by_source"].get(source, {}).get("bits_per_byte")
-            if not _same(said, has):
-                yield f"comparison.json says {said} bits per byte of {source}, {name} says {has}"
+            here, there = part["bits_per_byte"], own.get(source, {}).get("bits_per_byte")
+            if not _same(here, there):
+                yield f"comparison.json has {here} bits per byte of {source}, {name} has {there}"
     tables = [comparison.get(table) or {} for table in ("tasks", "answers", "filter", "sources")]
     for table in [*tables, *(comparison.get("subjects") or {}).values()]:
         for task, row in table.items():
@@ -135,8 +114,8 @@ def _comparison(records: ShippedRecords) -> Iterator[str]:
                     )
 
 
-def _same(said: Any, has: Any) -> bool:
+def _same(value: Any, other: Any) -> bool:
     """Equal, but for the rounding of sums that other versions add up in another order."""
-    if isinstance(said, float) and isinstance(has, float):
-        return math.isclose(said, has, rel_tol=1e-9, abs_tol=1e-12)
-    return bool(said == has)
+    if isinstance(value, float) and isinstance(other, float):
+        return math.isclose(value, other, rel_tol=1e-9, abs_tol=1e-12)
+    return bool(value == other)

@@ -23,20 +23,11 @@ from nanophi.core.files import read_json
 from nanophi.core.recipe import Recipe
 from nanophi.data import documents, quality_report, sources
 from nanophi.model_card import secrets
-from nanophi.model_card.scorer_page import license_of, write_page
+from nanophi.model_card.companions import Source, write_filter_page
+from nanophi.model_card.scorer_page import license_of
 
-SHARD_BYTES = 256 << 20
-"""Text of a file, uncompressed."""
-
-SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("source", pa.string()),
-        ("split", pa.string()),
-        ("quality_score", pa.float32()),
-        ("kept", pa.bool_()),
-    ]
-)
+_COLUMNS = {"id": pa.string(), "source": pa.string(), "split": pa.string(), "quality_score": pa.float32()}
+SCHEMA = pa.schema({**_COLUMNS, "kept": pa.bool_()})
 
 SIZES = (("n<1K", 1e3), ("1K<n<10K", 1e4), ("10K<n<100K", 1e5), ("100K<n<1M", 1e6), ("1M<n<10M", 1e7))
 """The Hub's names of sizes, and the number of rows below which each one holds."""
@@ -52,43 +43,30 @@ def check_licenses(recipe: Recipe) -> None:
         )
 
 
-def build(
-    run: Path, recipe: Recipe, repo_id: str, model_id: str, links: dict[str, str], text: bool, output: Path
-) -> None:
-    """Write the folder that becomes the data set's repository.
-
-    Args:
-        run: the run directory.
-        recipe: its recipe.
-        repo_id: of the data set, `ORG/NAME-data`.
-        model_id: of the model that was trained on what the filter kept.
-        links: what else is published (`scorer`), by Hub id.
-        text: publish the text too.
-        output: folder to create.
+def build(source: Source, repo_id: str, folder: Path) -> None:
+    """Write the folder that becomes `ORG/NAME-data`.
 
     Raises:
         UserError: if the text is to be published and a source has no licence, or a document is not as it was scored.
     """
+    run, recipe, text = source.run, source.recipe, source.asked["data"] == "text"
     if text:
         check_licenses(recipe)
     portable = secrets.PathRemover(run)
     schema = SCHEMA.append(pa.field("text", pa.string())) if text else SCHEMA
-    (output / "data").mkdir(parents=True)
-    counts = {split: _write_split(run, split, schema, portable, output / "data") for split in documents.SPLITS}
+    (folder / "data").mkdir(parents=True)
+    counts = {split: _write_split(run, split, schema, portable, folder / "data") for split in documents.SPLITS}
     summary = read_json(run / "data" / "documents" / "documents.json")
     rows = [
         {"source": portable(name), "license": recipe.data.sources[entry["origin"]].license, **entry}
         for name, entry in summary["sources"].items()
     ]
-    write_page(
-        run,
-        output,
+    write_filter_page(
+        source,
+        repo_id,
+        folder,
         "data.md",
-        _metadata(recipe, schema, counts, text, output),
-        recipe=recipe,
-        repo_id=repo_id,
-        model_id=model_id,
-        links=links,
+        _metadata(recipe, schema, counts, text, folder),
         text=text,
         documents=summary,
         sources=rows,
@@ -98,41 +76,29 @@ def build(
 
 
 def _write_split(
-    run: Path, split: str, schema: pa.Schema, portable: secrets.PathRemover, output: Path
+    run: Path, split: str, schema: pa.Schema, portable: secrets.PathRemover, folder: Path
 ) -> dict[str, int]:
-    """Write the shards of a split, a few MB at a time; returns its `num_examples` and `num_bytes`."""
+    """Write a file for each of the run's files of a split; returns the split's `num_examples` and `num_bytes`."""
     scores = _scores(run, split)
-    examples = total = start = 0
-    writer: pq.ParquetWriter | None = None
-    number = room = 0
-    try:
-        paths = documents.shards(run / "data" / "documents", split)
-        for batch in documents.batches(paths, ["id", "text", "source"], None):
-            rows = scores.slice(start, len(batch))
-            start += len(batch)
-            if rows["id"].to_pylist() != batch["id"].to_pylist():
-                raise UserError(f"{run}: its scores are not those of its documents; run `nanophi release` again")
-            texts = batch["text"].cast(pa.binary()).to_pylist()
-            columns: dict[str, Any] = {
-                "id": pa.array([hashlib.sha256(value).hexdigest() for value in texts], pa.string()),
-                "source": pa.array([portable(name) for name in batch["source"].to_pylist()], pa.string()),
-                "split": pa.array([split] * len(batch), pa.string()),
-                "quality_score": rows["quality_score"],
-                "kept": rows["kept"],
-                "text": batch["text"],
-            }
-            table = pa.table([columns[name] for name in schema.names], schema=schema)
-            if writer is None or room <= 0:
-                if writer is not None:
-                    writer.close()
-                writer = pq.ParquetWriter(output / f"{split}-{number:05d}.parquet", schema, compression="zstd")
-                number, room = number + 1, SHARD_BYTES
-            writer.write_table(table)
-            room -= batch.nbytes
-            examples, total = examples + len(table), total + table.nbytes
-    finally:
-        if writer is not None:
-            writer.close()
+    examples = total = 0
+    for number, path in enumerate(documents.shards(run / "data" / "documents", split)):
+        with pq.ParquetWriter(folder / f"{split}-{number:05d}.parquet", schema, compression="zstd") as writer:
+            for batch in documents.batches([path], ["id", "text", "source"], None):
+                rows = scores.slice(examples, len(batch))
+                if rows["id"].to_pylist() != batch["id"].to_pylist():
+                    raise UserError(f"{run}: its scores are not those of its documents; run `nanophi release` again")
+                texts = batch["text"].cast(pa.binary()).to_pylist()
+                columns: dict[str, Any] = {
+                    "id": pa.array([hashlib.sha256(value).hexdigest() for value in texts], pa.string()),
+                    "source": pa.array([portable(name) for name in batch["source"].to_pylist()], pa.string()),
+                    "split": pa.array([split] * len(batch), pa.string()),
+                    "quality_score": rows["quality_score"],
+                    "kept": rows["kept"],
+                    "text": batch["text"],
+                }
+                table = pa.table([columns[name] for name in schema.names], schema=schema)
+                writer.write_table(table)
+                examples, total = examples + len(table), total + table.nbytes
     return {"num_examples": examples, "num_bytes": total}
 
 

@@ -5,35 +5,17 @@ from __future__ import annotations
 import importlib.metadata
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from nanophi.core import plots
 from nanophi.core.formatting import percent
+from nanophi.core.plots import BLUE, DARK, GREY, ORANGE
 from nanophi.core.version import __version__
+from nanophi.eval.results import Score
 from nanophi.model_card.records import ShippedRecords, leading_scores
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-BLUE, ORANGE, GREY, DARK = "#2f6db3", "#d9772b", "#b8bec6", "#30363d"
-STYLE: Any = {
-    "axes.edgecolor": GREY,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.labelcolor": DARK,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlepad": 10,
-    "font.family": "DejaVu Sans",
-    "font.size": 10.5,
-    "grid.color": "#e6e9ed",
-    "legend.frameon": False,
-    "figure.constrained_layout.use": True,
-    "savefig.dpi": 150,
-    "svg.hashsalt": "nanophi",
-    "text.color": DARK,
-    "xtick.color": DARK,
-    "ytick.color": DARK,
-}
 
 UNLIKE = 0.05
 """Share of differing pixels from which on a figure shows something else; machines set text a little differently."""
@@ -45,24 +27,14 @@ def names(records: ShippedRecords) -> list[str]:
 
 
 def build(records: ShippedRecords, output: Path) -> list[str]:
-    """Draw every figure as PNG (150 dots per inch, no date or version inside). Returns the file names."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    """Draw every figure as PNG. Returns the file names."""
     draw = {"loss": _loss, "quality": _quality, "evaluation": _evaluation}
-    output.mkdir(parents=True, exist_ok=True)
-    written = []
-    for name in names(records):
+    drawn = names(records)
+    for name in drawn:
         height = 4.0 if name != "evaluation" else 1.3 + 0.42 * len(_bars(records))
-        with plt.rc_context({**plt.rcParamsDefault, **STYLE}):
-            figure, axes = plt.subplots(figsize=(9.0, height))
-            draw[name](records, axes)
-            figure.savefig(output / f"{name}.png", metadata={"Software": None})
-            plt.close(figure)
-        written.append(f"{name}.png")
-    return written
+        with plots.picture(output / f"{name}.png", 9.0, height) as figure:
+            draw[name](records, figure.subplots())
+    return [f"{name}.png" for name in drawn]
 
 
 def drawn_alike(records: ShippedRecords) -> bool:
@@ -85,11 +57,11 @@ def problems(records: ShippedRecords, folder: Path) -> list[str]:
         build(records, Path(scratch))
         for name in sorted(expected & there):
             try:
-                said, found = imread(folder / name), imread(Path(scratch) / name)
+                pixels, drawn = imread(folder / name), imread(Path(scratch) / name)
             except (OSError, ValueError, SyntaxError) as error:  # the image library raises all of these
                 wrong.append(f"figures/{name} is not an image ({type(error).__name__})")
                 continue
-            if said.shape != found.shape or (np.abs(said - found).max(-1) > 0.1).mean() > UNLIKE:
+            if pixels.shape != drawn.shape or (np.abs(pixels - drawn).max(-1) > 0.1).mean() > UNLIKE:
                 wrong.append(f"figures/{name} does not show the records")
     return wrong
 
@@ -152,30 +124,27 @@ def _square_root_ticks(highest: int) -> list[int]:
     return ticks
 
 
-def _bars(records: ShippedRecords) -> list[dict[str, Any]]:
-    return [row for row in leading_scores(records) if row["percent"]]
+def _bars(records: ShippedRecords) -> list[Score]:
+    return [score for score in leading_scores(records) if score.percent]
 
 
 def _evaluation(records: ShippedRecords, axes: Axes) -> None:
-    rows = _bars(records)[::-1]
-    chance = False
-    for position, row in enumerate(rows):
-        error = 1.96 * row["stderr"] if row["stderr"] else 0
-        axes.barh(position, row["value"], color=BLUE, height=0.55)
-        axes.errorbar(row["value"], position, xerr=error, color=DARK, capsize=3, lw=1.2)
-        ends = [row["value"] + error]
-        if row["chance"] is not None:
-            line = [row["chance"]] * 2, [position - 0.4, position + 0.4]
-            axes.plot(*line, color=ORANGE, lw=2, label=None if chance else "chance")
-            chance = True
-            ends.append(row["chance"])
-        axes.text(max(ends) + 0.015, position, percent(row["value"]), va="center")
-    axes.set_yticks(range(len(rows)), [row["title"] for row in rows])
+    scores = _bars(records)[::-1]
+    for position, score in enumerate(scores):
+        error = 1.96 * score.stderr if score.stderr else 0
+        axes.barh(position, score.value, color=BLUE, height=0.55)
+        axes.errorbar(score.value, position, xerr=error, color=DARK, capsize=3, lw=1.2)
+        if score.chance is not None:
+            axes.plot([score.chance] * 2, [position - 0.4, position + 0.4], color=ORANGE, lw=2)
+        end = max(score.value + error, score.chance or 0)
+        axes.text(end + 0.015, position, percent(score.value), va="center")
+    axes.set_yticks(range(len(scores)), [score.title for score in scores])
     axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}")
     axes.set_xlim(0, 1)
-    axes.set_ylim(-0.6, len(rows) - 0.4)
+    axes.set_ylim(-0.6, len(scores) - 0.4)
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("percent, with 95 % confidence intervals")
-    if chance:
+    chances = [line for line in axes.lines if line.get_color() == ORANGE]
+    if chances:
         # Above the plot: inside it would hide a bar.
-        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
+        axes.legend(chances[:1], ["chance"], loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)

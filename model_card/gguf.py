@@ -13,18 +13,16 @@ The files are the same, byte for byte, whenever and wherever they are built from
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanophi.configuration_nanophi import NanoPhiConfig
-from nanophi.core import markup
 from nanophi.core.errors import UserError
-from nanophi.core.files import atomic_folder, read_json, sha256_of_file, write_text
+from nanophi.core.files import atomic_folder, read_json, sha256_of_file
 from nanophi.core.names import is_hub_id
-from nanophi.core.version import __version__
-from nanophi.model_card import release as releases
+from nanophi.model_card.companions import Source
+from nanophi.model_card.pages import write_page
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,6 +35,11 @@ TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
 """transformers' names of the one activation that llama.cpp's phi2 computes."""
 
 
+def build(source: Source, _: str, folder: Path) -> None:
+    """`export` of what `main` will be: only there do the records name the repository that the files come from."""
+    export(source.release, source.asked["gguf"], folder)
+
+
 def export(release: Path, kinds: Sequence[str], output: Path) -> list[dict[str, Any]]:
     """Write a folder ready to be a Hub repository; an earlier one is replaced once the new one is complete.
 
@@ -47,42 +50,45 @@ def export(release: Path, kinds: Sequence[str], output: Path) -> list[dict[str, 
 
     Returns:
         per kind what `write` returns, and `"path"`, the file's.
-
-    Raises:
-        UserError: for an unknown kind, or a release that llama.cpp's phi2 cannot express.
     """
-    for kind in kinds:
-        check_kind(kind)
+    from huggingface_hub import CardData
+
+    parse_kinds(",".join(kinds))
     if output.resolve().is_relative_to(release.resolve()):
         raise UserError(f"{output} lies inside the release {release}, which must stay as it is; choose another folder")
-    repo_id = _repo_id(release)
-    name = repo_id.split("/")[-1]
-    results = []
+    repo_id, header = _repo_id(release), _front_matter(release)
+    name, on_hub = repo_id.split("/")[-1], is_hub_id(repo_id)
+    metadata = {key: header[key] for key in ("license", "language", "pipeline_tag", "datasets") if key in header}
+    metadata |= {"base_model": repo_id, "base_model_relation": "quantized"} if on_hub else {}
+    metadata |= {"library_name": "gguf", "tags": ["gguf", "phi"]}
     with atomic_folder(output) as work:
-        for kind in kinds:
-            file = f"{name}-{kind}.gguf"
-            results.append({**write(release, work / file, kind), "path": str(output / file)})
-        write_text(work / "README.md", _card(release, repo_id, results))
-        weights = sha256_of_file(release / "model.safetensors")
-        releases.write_manifest(work, {"nanophi": __version__, "model": repo_id, "weights_sha256": weights})
-    return results
+        names = [f"{name}-{kind}.gguf" for kind in kinds]
+        results = [write(release, work / file, kind) for file, kind in zip(names, kinds, strict=True)]
+        write_page(
+            work,
+            "gguf.md",
+            CardData(**dict(sorted(metadata.items()))),
+            {"model": repo_id, "weights_sha256": sha256_of_file(release / "model.safetensors")},
+            name=name,
+            repo_id=repo_id,
+            on_hub=on_hub,
+            files=[{"name": file, **result} for file, result in zip(names, results, strict=True)],
+            chat=_chat_template(release) is not None,
+        )
+    return [{**result, "path": str(output / file)} for file, result in zip(names, results, strict=True)]
 
 
 def write(release: Path, output: Path, kind: str) -> dict[str, Any]:
-    """Write one GGUF file.
+    """Write one GGUF file of a kind in `KINDS`, whole or not at all, from a release's config, weights and tokenizer.
 
-    Args:
-        release: folder with config.json, model.safetensors and tokenizer.json.
-        output: the file; replaced when the new one is complete.
-        kind: of `KINDS`. A matrix whose rows are no multiple of 32 long stays float16 under `q8_0`.
+    A matrix whose rows are no multiple of 32 long stays float16 under `q8_0`.
 
     Returns:
         `{"kind", "tensors": count, "bytes", "sha256"}`.
 
     Raises:
-        UserError: for an unknown kind, a release that is incomplete or that llama.cpp's phi2 cannot express.
+        UserError: for a release that is incomplete or that llama.cpp's phi2 cannot express.
     """
-    check_kind(kind)
     gguf = _library()
     for file in ("config.json", "model.safetensors", "tokenizer.json"):
         if not (release / file).is_file():
@@ -91,10 +97,10 @@ def write(release: Path, output: Path, kind: str) -> dict[str, Any]:
         config = NanoPhiConfig.from_pretrained(release)
     except ValueError as error:
         raise UserError(f"{release / 'config.json'}: {error}") from None
-    bos, eos = _check_expressible(release, config)
+    _check_expressible(release, config)
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.PHI2])
     _add_metadata(writer, release, config, kind)
-    _add_tokenizer(writer, release, config.vocab_size, bos, eos)
+    _add_tokenizer(writer, release, config)
     tensors = _tensors(release, config, kind)
     for name, (data, raw_dtype) in tensors.items():
         writer.add_tensor(name, data, raw_dtype=raw_dtype)
@@ -109,12 +115,8 @@ def write(release: Path, output: Path, kind: str) -> dict[str, Any]:
     finally:
         writer.close()
         partial.unlink(missing_ok=True)
-    return {
-        "kind": kind,
-        "tensors": len(tensors),
-        "bytes": output.stat().st_size,
-        "sha256": sha256_of_file(output),
-    }
+    size, sha256 = output.stat().st_size, sha256_of_file(output)
+    return {"kind": kind, "tensors": len(tensors), "bytes": size, "sha256": sha256}
 
 
 def _library() -> Any:
@@ -128,19 +130,13 @@ def _library() -> Any:
 def parse_kinds(text: str | None) -> list[str]:
     """`f16, q8_0` as a list, each once. Raises `UserError` for an unknown kind."""
     kinds = list(dict.fromkeys(kind.strip() for kind in (text or "").split(",") if kind.strip()))
-    for kind in kinds:
-        check_kind(kind)
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
+        raise UserError(f"unknown GGUF kind {unknown[0]!r}; allowed: {', '.join(KINDS)}")
     return kinds
 
 
-def check_kind(kind: str) -> None:
-    """Raise `UserError` for a kind that is not in `KINDS`."""
-    if kind not in KINDS:
-        raise UserError(f"unknown GGUF kind {kind!r}; allowed: {', '.join(KINDS)}")
-
-
-def _check_expressible(release: Path, config: NanoPhiConfig) -> tuple[int, int]:
-    """Refuse what llama.cpp's phi2 would silently leave out; returns the ids of the first and last token."""
+def _check_expressible(release: Path, config: NanoPhiConfig) -> None:
+    """Refuse what llama.cpp's phi2 would silently leave out."""
     where = release / "config.json"
     if config.qk_layernorm:
         raise UserError(f"{where}: llama.cpp's phi2 has no LayerNorm on queries and keys; qk_layernorm must be false")
@@ -148,7 +144,6 @@ def _check_expressible(release: Path, config: NanoPhiConfig) -> tuple[int, int]:
         raise UserError(f"{where}: llama.cpp's phi2 computes {TANH_GELU[0]}, not hidden_act {config.hidden_act!r}")
     if not isinstance(config.bos_token_id, int) or not isinstance(config.eos_token_id, int):
         raise UserError(f"{where}: a GGUF file needs one bos_token_id and one eos_token_id")
-    return config.bos_token_id, config.eos_token_id
 
 
 def _add_metadata(writer: GGUFWriter, release: Path, config: NanoPhiConfig, kind: str) -> None:
@@ -164,21 +159,25 @@ def _add_metadata(writer: GGUFWriter, release: Path, config: NanoPhiConfig, kind
         writer.add_base_model_repo_url(0, f"https://huggingface.co/{repo_id}")
     if license_name := _front_matter(release).get("license"):
         writer.add_license(license_name)
-    writer.add_file_type(gguf.LlamaFileType[KINDS[kind]])
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_eps(config.layer_norm_eps)
-    writer.add_rope_dimension_count(config.rotary_ndims)
-    writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
+    values = {
+        "file_type": gguf.LlamaFileType[KINDS[kind]],
+        "quantization_version": gguf.GGML_QUANT_VERSION,
+        "vocab_size": config.vocab_size,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "block_count": config.num_hidden_layers,
+        "head_count": config.num_attention_heads,
+        "head_count_kv": config.num_key_value_heads,
+        "layer_norm_eps": config.layer_norm_eps,
+        "rope_dimension_count": config.rotary_ndims,
+        "rope_freq_base": float(config.rope_parameters["rope_theta"]),
+    }
+    for key, value in values.items():
+        getattr(writer, f"add_{key}")(value)
 
 
-def _add_tokenizer(writer: GGUFWriter, release: Path, vocab_size: int, bos: int, eos: int) -> None:
+def _add_tokenizer(writer: GGUFWriter, release: Path, config: NanoPhiConfig) -> None:
     """GPT-2's byte-level BPE, which llama.cpp implements; with any other tokenizer its tokens would differ."""
     from tokenizers import Tokenizer
 
@@ -196,13 +195,13 @@ def _add_tokenizer(writer: GGUFWriter, release: Path, vocab_size: int, bos: int,
         )
     if any(token[key] for token in content["added_tokens"] for key in ("single_word", "lstrip", "rstrip")):
         raise UserError(f"{path}: llama.cpp knows no added tokens that strip spaces or match whole words only")
-    backend = Tokenizer.from_file(str(path))
-    around = [
-        token for token in backend.encode("a").ids if token not in backend.encode("a", add_special_tokens=False).ids
-    ]
+    backend, bos = Tokenizer.from_file(str(path)), config.bos_token_id
+    bare = backend.encode("a", add_special_tokens=False).ids
+    around = [token for token in backend.encode("a").ids if token not in bare]
     if around not in ([], [bos]):
         raise UserError(f"{path}: adds the tokens {around} to a text; llama.cpp adds bos_token_id or nothing")
 
+    vocab_size = config.vocab_size
     ids = {**model["vocab"], **{token["content"]: token["id"] for token in content["added_tokens"]}}
     if max(ids.values()) >= vocab_size:
         raise UserError(f"{path}: token {max(ids.values())} has no row in the model (vocab_size {vocab_size})")
@@ -219,7 +218,7 @@ def _add_tokenizer(writer: GGUFWriter, release: Path, vocab_size: int, bos: int,
     writer.add_token_types(types)
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]])
     writer.add_bos_token_id(bos)
-    writer.add_eos_token_id(eos)
+    writer.add_eos_token_id(config.eos_token_id)
     writer.add_add_bos_token(bool(around))
     writer.add_add_eos_token(False)
     if template := _chat_template(release):
@@ -275,32 +274,3 @@ def _front_matter(release: Path) -> dict[str, Any]:
 
     path = release / "README.md"
     return ModelCard.load(path).data.to_dict() if path.is_file() else {}
-
-
-def _card(release: Path, repo_id: str, files: list[dict[str, Any]]) -> str:
-    """The folder's README: what the files are made from, and how to run them."""
-    import yaml
-
-    kept = _front_matter(release)
-    metadata: dict[str, Any] = {
-        key: kept[key] for key in ("license", "language", "pipeline_tag", "datasets") if key in kept
-    }
-    if is_hub_id(repo_id):
-        metadata |= {"base_model": repo_id, "base_model_relation": "quantized"}
-    metadata |= {"library_name": "gguf", "tags": ["gguf", "phi"]}
-    name = repo_id.split("/")[-1]
-    origin = f"[{repo_id}](https://huggingface.co/{repo_id})" if is_hub_id(repo_id) else markup.text(repo_id)
-    names = [Path(file["path"]).name for file in files]
-    rows = "".join(
-        f"| {markup.code(file_name, cell=True)} | {file['kind']} | {file['bytes']:,} |\n"
-        for file_name, file in zip(names, files, strict=True)
-    )
-    chat = _chat_template(release) is not None
-    command, options = ("llama-server", "--jinja") if chat else ("llama-completion", "-p 'The ' -n 50")
-    return (
-        f"---\n{yaml.safe_dump(metadata, sort_keys=True, allow_unicode=True)}---\n\n# {markup.text(name)}-GGUF\n\n"
-        f"{origin} for llama.cpp and the programs built on it. Its model card says how the model was made "
-        "and measured, and what it is not fit for.\n\n"
-        f"| file | matrices | bytes |\n|---|---|---:|\n{rows}\n"
-        f"```sh\n{command} -m {shlex.quote(names[0])} {options}\n```\n"
-    )

@@ -1,12 +1,13 @@
-"""What the Hub holds and what it answers: files of a revision, retries, and errors in one line with their remedy."""
+"""Hub reads, retries, and error messages in one line with their remedy. What is sent is decided in `upload.py`."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from huggingface_hub import HfApi, RepoFile
 from huggingface_hub.errors import (
@@ -33,7 +34,7 @@ RESUME = "run the same command to resume"
 
 @contextlib.contextmanager
 def one_line_errors(repo_id: str) -> Iterator[None]:
-    """Errors of the client and the connection become a `UserError`: what the Hub said, and the remedy."""
+    """Errors of the client and the connection become a `UserError`: what the Hub answered, and the remedy."""
     from httpx2 import HTTPError
 
     try:
@@ -54,46 +55,52 @@ def one_line_errors(repo_id: str) -> Iterator[None]:
 
 
 def _explain(error: HfHubHTTPError) -> str:
-    status = error.response.status_code
-    said = " ".join(str(error).split())
-    if status == 401:
-        return "the Hub does not accept the token, or does not show this repository to it; run `hf auth login`"
-    if status == 403:
-        return f"the Hub refuses: {said}"
-    if status == 412:
-        return f"somebody else committed there at the same time; look at the repository, then {RESUME}"
+    status, text = error.response.status_code, " ".join(str(error).split())
     if _is_temporary(status):
-        return f"the Hub is busy ({status}: {error.server_message or said}); {RESUME}"
-    return f"the Hub answered: {said}"
+        return f"the Hub is busy ({status}: {error.server_message or text}); {RESUME}"
+    return {
+        401: "the Hub does not accept the token, or does not show this repository to it; run `hf auth login`",
+        403: f"the Hub refuses: {text}",
+        412: f"somebody else committed there at the same time; look at the repository, then {RESUME}",
+    }.get(status, f"the Hub answered: {text}")
 
 
 def _is_temporary(status: int) -> bool:
     return status == 429 or status >= 500
 
 
-def patiently(call: Callable[[], Result], echo: Callable[[str], None]) -> Result:
-    """The result of a call to the Hub, made again after the time that a busy server asks for (429 and 5xx)."""
+def with_retries(call: Callable[[], Result], report: Callable[[str], None]) -> Result:
+    """The result of a call to the Hub, made again after the time that a busy server asks for (429 and 5xx).
+
+    The client has retries of its own for lists and for the upload of large files, but for nothing else.
+    """
     for attempt in range(ATTEMPTS):
         try:
             return call()
         except HfHubHTTPError as error:
-            status = error.response.status_code
-            wait = _wait(error, attempt)
+            status, headers = error.response.status_code, error.response.headers
+            limit = parse_ratelimit_headers(headers) if status == 429 else None
+            wait = limit.reset_in_seconds + 1 if limit else 2**attempt
+            wait = int(asked) if (asked := headers.get("Retry-After", "")).isdigit() else wait
             if not _is_temporary(status) or attempt == ATTEMPTS - 1 or wait > LONGEST_WAIT:
                 raise
-            echo(f"the Hub is busy ({status}); trying again in {wait} s")
+            report(f"the Hub is busy ({status}); trying again in {wait} s")
         time.sleep(wait)
     raise AssertionError("unreachable")
 
 
-def _wait(error: HfHubHTTPError, attempt: int) -> int:
-    """Seconds that the server asks for, else twice as long at each attempt."""
-    headers = error.response.headers
-    asked = headers.get("Retry-After", "")
-    if asked.isdigit():
-        return int(asked)
-    limit = parse_ratelimit_headers(headers)
-    return limit.reset_in_seconds + 1 if limit and error.response.status_code == 429 else 2**attempt
+class RetryingApi(HfApi):
+    """The client, with retries for what it sends and for single objects that it asks for."""
+
+    def __init__(self, report: Callable[[str], None]) -> None:
+        super().__init__()
+        self._report = report
+
+    def __getattribute__(self, name: str) -> Any:
+        found = super().__getattribute__(name)
+        if not name.startswith(("create_", "add_", "update_", "get_")):
+            return found
+        return lambda *args, **options: with_retries(functools.partial(found, *args, **options), self._report)
 
 
 def branches_and_tags(api: HfApi, repo_id: str, kind: Kind = "model") -> tuple[dict[str, str], dict[str, str]] | None:

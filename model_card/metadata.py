@@ -37,16 +37,14 @@ def header(records: ShippedRecords) -> ModelCardData:
     links = records["run.json"].get("links", {})
     extra: dict[str, Any] = {"widget": [{"text": card["prompt"]}]}
     extra |= {key: links[part] for part, key in LINKS.items() if part in links}
-    chat, origin = records.get("conversations.json"), "pretrained-from-scratch"
+    chat, origin, base = records.get("conversations.json"), "pretrained-from-scratch", None
     if chat is not None:
-        origin = recipe["method"]
+        origin, base = recipe["method"], chat["repo_id"]
         extra["widget"] = [{"messages": records["sample.json"]["prompt"]}]
-        if chat["repo_id"]:
-            extra |= {"base_model": chat["repo_id"], "base_model_relation": "finetune"}
     elif recipe.get("base"):
         origin, (base, _) = "continued-pretraining", split_revision(recipe["base"])
-        if is_hub_id(base):
-            extra |= {"base_model": base, "base_model_relation": "finetune"}
+    if base and is_hub_id(base):
+        extra |= {"base_model": base, "base_model_relation": "finetune"}
     if summary.get("co2_grams") is not None:
         emissions = {
             "emissions": float(f"{summary['co2_grams']:.4g}"),
@@ -56,7 +54,7 @@ def header(records: ShippedRecords) -> ModelCardData:
             "hardware_used": hardware(records),
         }
         extra["co2_eq_emissions"] = {key: value for key, value in emissions.items() if value is not None}
-    metrics = {HUB_METRICS[row["metric"]] for row in leading_scores(records) if row["metric"] in HUB_METRICS}
+    metrics = {HUB_METRICS[score.metric] for score in leading_scores(records) if score.metric in HUB_METRICS}
     return ModelCardData(
         language="en",
         license=card["license"],
@@ -86,23 +84,23 @@ def _model_index(records: ShippedRecords) -> list[EvalResult]:
     could look up.
     """
     results = []
-    for row in leading_scores(records):
-        hub = TASKS[row["task"]].hub if row["task"] in TASKS else None
-        if hub is None or row["items"] != row["of"]:
+    for score in leading_scores(records):
+        hub = TASKS[score.task].hub if score.task in TASKS else None
+        if hub is None or score.items != score.of:
             continue
-        factor, places = scale(row["metric"])
+        factor, places = scale(score.metric)
         results.append(
             EvalResult(
                 task_type="text-generation",
                 task_name="Text Generation",
                 dataset_type=hub.id,
-                dataset_name=hub.name if row["shots"] is None else f"{hub.name} ({row['shots']}-Shot)",
+                dataset_name=hub.name if score.shots is None else f"{hub.name} ({score.shots}-Shot)",
                 dataset_config=hub.config,
                 dataset_split=hub.split,
-                dataset_args={"num_few_shot": row["shots"]} if row["shots"] is not None else None,
-                metric_type=row["metric"],
+                dataset_args={"num_few_shot": score.shots} if score.shots is not None else None,
+                metric_type=score.metric,
                 metric_name=hub.metric,
-                metric_value=round(factor * row["value"], places),
+                metric_value=round(factor * score.value, places),
             )
         )
     return results
@@ -111,14 +109,10 @@ def _model_index(records: ShippedRecords) -> list[EvalResult]:
 def eval_results_files(records: ShippedRecords) -> dict[str, str]:
     """`.eval_results/*.yaml` for the benchmarks that the Hub takes there: file name -> YAML."""
     files = {}
-    for row in leading_scores(records):
-        if row["task"] == "gsm8k" and row["items"] == row["of"]:
-            entry = EvalResultEntry(
-                dataset_id="openai/gsm8k",
-                task_id="gsm8k",
-                value=round(100 * row["value"], 2),
-                notes=f"{row['shots']}-shot, {row['filter']}, lm-evaluation-harness",
-            )
+    for score in leading_scores(records):
+        if score.task == "gsm8k" and score.items == score.of:
+            notes = f"{score.shots}-shot, {score.filter}, lm-evaluation-harness"
+            entry = EvalResultEntry("openai/gsm8k", "gsm8k", round(100 * score.value, 2), notes=notes)
             files["gsm8k.yaml"] = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
     return files
 
@@ -138,16 +132,18 @@ def problems(text: str) -> list[str]:
     wrong = [f"metadata key '{key}' is missing" for key in required if not metadata.get(key)]
     licence = license_problem(metadata.get("license"), metadata.get("license_name"), metadata.get("license_link"))
     wrong += [licence] if licence else []
-    for dataset in metadata.get("datasets", []):
-        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(dataset)):
-            wrong.append(f"dataset {dataset!r} is not a Hub id")
-    for model in metadata.get("model-index", []):
-        for result in model["results"]:
-            wrong.extend(
-                f"model-index: {result['dataset']['name']}: value {metric['value']!r} is not a number"
-                for metric in result["metrics"]
-                if not isinstance(metric["value"], int | float) or not math.isfinite(metric["value"])
-            )
+    wrong += [
+        f"dataset {dataset!r} is not a Hub id"
+        for dataset in metadata.get("datasets", [])
+        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(dataset))
+    ]
+    wrong += [
+        f"model-index: {result['dataset']['name']}: value {metric['value']!r} is not a number"
+        for model in metadata.get("model-index", [])
+        for result in model["results"]
+        for metric in result["metrics"]
+        if not isinstance(metric["value"], int | float) or not math.isfinite(metric["value"])
+    ]
     if len(parts[2]) < MINIMUM_CHARACTERS:
         wrong.append(f"the text is shorter than the {MINIMUM_CHARACTERS} characters that a leaderboard asks for")
     return wrong

@@ -1,27 +1,29 @@
 """The records that are shipped with a release: what the card, the figures and `nanophi verify` are made from.
 
 `collect` reduces a run's records to what a stranger needs: no paths of this machine, and of the documents only a few
-short held-out ones. Whoever has the shipped records can render the card again and must get the same text.
+short held-out ones. Whoever has the shipped records can render the card again and must get the same text. What they
+contradict each other in is found in `consistency.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
-import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from nanophi.core.errors import UserError
+from nanophi.core.errors import UserError, user_errors
 from nanophi.core.files import read_json, write_json, write_text
-from nanophi.core.formatting import PERCENT_METRICS
-from nanophi.core.names import step_folders
+from nanophi.core.names import final_checkpoint, step_folders
 from nanophi.data import documents
 from nanophi.eval import catalogue
+from nanophi.eval import results as evaluation
+from nanophi.eval.results import Score, run_result_name
 from nanophi.model_card import secrets
 
 LATER_STAGES = ("comparison", "report", "card", "release", "verification")
@@ -48,44 +50,35 @@ CONFIG_KEYS = (
     "tie_word_embeddings",
 )
 
+KEPT_RESULTS = (
+    *("results", "groups", "group_subtasks", "versions", "n-shot", "n-samples", "higher_is_better", "task_hashes"),
+    *("lm_eval_version", "transformers_version"),
+)
+KEPT_OF_OURS = ("format", "suite", "lines", "headline", "average", "heldout", "data")
+"""Keys of lm-eval's results, and of our part of them, that are shipped: no samples, machine details and paths."""
+
+OF_DATA = ("documents.json", "quality.json", "tokens.json", "conversations.json")
+IF_THERE = ("documents.json", "quality.json", "tokens.json", "sample.json", "conversations.json", "comparison.json")
+REQUIRED = (
+    *("recipe.yaml", "run.json", "model.json", "training.json", "checkpoint.json", "revisions.json"),
+    *("documents.json", "quality.json", "tokens.json"),
+)
+"""Records that every release has."""
+
 ShippedRecords = dict[str, Any]
 """Relative file name under `records/` -> contents."""
 
 
-def final_checkpoint(run: Path) -> Path:
-    """The checkpoint of the highest step. Raises `UserError` if there is none."""
-    checkpoints = step_folders(run / "checkpoints")
-    if not checkpoints:
-        raise UserError(f"{run} has no checkpoints; run `nanophi train` on its recipe first")
-    return checkpoints[-1]
-
-
-def release_folder(run: Path) -> str:
-    """How the card calls the release before it is on the Hub: `runs/demo/release`.
-
-    Of another folder of runs than the default one nothing is said: where things lie is private.
-    """
-    return f"{'runs/' if run.resolve().parent.name == 'runs' else ''}{run.name}/release"
-
-
 def collect(run: Path, checkpoint: Path) -> ShippedRecords:
-    """The records of one checkpoint in the form in which they are shipped.
-
-    Args:
-        run: the run directory.
-        checkpoint: a folder under `run/checkpoints/`.
+    """The records of one checkpoint, a folder under `run/checkpoints/`, in the form in which they are shipped.
 
     Raises:
         UserError: naming a record that is missing or damaged.
     """
     portable = secrets.PathRemover(run)
-    record = read_json(run / "record.json")
-    if "training" not in record["stages"]:
-        raise UserError(f"{run}: the training has not finished; run `nanophi run` on its recipe")
-    try:
+    final, record = final_checkpoint(run), read_json(run / "record.json")
+    with user_errors(f"{run / 'recipe.yaml'} cannot be read; run `nanophi run` on its recipe"):
         recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{run / 'recipe.yaml'} is missing; run `nanophi run` on its recipe") from None
     training = read_json(run / "training.json")
     if "samples" in training:
         training["samples"] = [entry for entry in training["samples"] if not secrets.found_in(entry["text"])]
@@ -94,9 +87,10 @@ def collect(run: Path, checkpoint: Path) -> ShippedRecords:
         "run.json": {
             "repo_id": recipe["card"]["repo_id"] or recipe["name"],
             "revision": checkpoint.name,
-            "folder": release_folder(run),
+            # Of another folder of runs than the default one nothing is told: local paths are private.
+            "folder": f"{'runs/' if run.resolve().parent.name == 'runs' else ''}{run.name}/release",
             "tag": recipe["card"]["version"],
-            "final": checkpoint.name == final_checkpoint(run).name,
+            "final": checkpoint.name == final.name,
             "finished": record["stages"]["training"]["finished"],
             "environment": portable(record["environment"]),
             "seconds": {name: stage["seconds"] for name, stage in record["stages"].items() if name not in LATER_STAGES},
@@ -106,32 +100,18 @@ def collect(run: Path, checkpoint: Path) -> ShippedRecords:
         "checkpoint.json": portable(read_json(checkpoint / "checkpoint.json")),
         "revisions.json": revisions(run),
     }
-    optional = {
-        "documents.json": run / "data" / "documents" / "documents.json",
-        "quality.json": run / "data" / "quality" / "quality.json",
-        "tokens.json": run / "data" / "tokens" / "tokens.json",
-        "sample.json": run / "sample.json",
-        "conversations.json": run / "data" / "conversations" / "conversations.json",
-    }
-    if records["run.json"]["final"]:
-        optional["comparison.json"] = run / "comparison.json"  # It compares finished models.
-    for name, path in optional.items():
-        if path.exists():
-            content = read_json(path)
-            records[name] = portable({key: value for key, value in content.items() if key not in PRIVATE_KEYS})
+    for name in IF_THERE:
+        path = run / (f"data/{Path(name).stem}/{name}" if name in OF_DATA else name)
+        # A comparison is one of finished models.
+        if path.exists() and (name != "comparison.json" or records["run.json"]["final"]):
+            records[name] = portable({key: value for key, value in read_json(path).items() if key not in PRIVATE_KEYS})
     if "sample.json" in records:
         sample = records["sample.json"]
         sample["text"] = sample.get("checkpoints", {}).get(checkpoint.name, sample["text"])
-    for suite, results in evaluations(run, checkpoint.name).items():
-        records[f"evals/{suite}.json"] = portable(results)
+    records |= portable(evaluations(run, checkpoint.name))
     if measures_heldout(records):
-        records["heldout.json"] = _heldout_items(run, checkpoint.name)
+        records["heldout.json"] = list(itertools.islice(_heldout_items(run, checkpoint.name), HELDOUT_ITEMS))
     return records
-
-
-def measures_heldout(records: ShippedRecords) -> bool:
-    """Whether held-out documents were scored, so that `heldout.json` must be there, though none may fit into it."""
-    return any(row["task"] == "heldout_bits_per_byte" for row in leading_scores(records))
 
 
 def revisions(run: Path) -> list[dict[str, Any]]:
@@ -139,80 +119,54 @@ def revisions(run: Path) -> list[dict[str, Any]]:
     entries = []
     for checkpoint in step_folders(run / "checkpoints"):
         state = read_json(checkpoint / "checkpoint.json")
-        keys = ("step", "tokens_seen", "train_loss", "eval_loss")
-        entry = {"revision": checkpoint.name} | {key: state[key] for key in keys}
+        entry = {"revision": checkpoint.name}
+        entry |= {key: state[key] for key in ("step", "tokens_seen", "train_loss", "eval_loss")}
         if state.get("eval_step", state["step"]) != state["step"]:
             entry["eval_loss"] = None  # Measured at an earlier step.
-        rows = leading_scores(
-            {f"evals/{name}.json": value for name, value in evaluations(run, checkpoint.name).items()}
-        )
-        entries.append(entry | {"scores": {f"{row['task']}/{row['metric']}": row["value"] for row in rows}})
+        scores = leading_scores(evaluations(run, checkpoint.name))
+        entries.append(entry | {"scores": {f"{score.task}/{score.metric}": score.value for score in scores}})
     return entries
 
 
 def evaluations(run: Path, checkpoint: str) -> dict[str, dict[str, Any]]:
-    """Suite name -> lm-eval's results for a checkpoint, reduced to what is shipped.
+    """The records `evals/SUITE.json`: lm-eval's results for a checkpoint, reduced to what is shipped.
 
     Results of other weights, which a run that was trained again may still hold, are passed over.
     """
     from nanophi.eval.models import model_sha256
 
-    prefix, found = f"{checkpoint}-", {}
+    prefix = f"{checkpoint}-"
     files = sorted((run / "evals").glob(f"{prefix}*.json"))
     contents = {path.stem.removeprefix(prefix): read_json(path) for path in files}
     measured = {name: content["nanophi"]["model"].get("sha256") for name, content in contents.items()}
     current = model_sha256(run / "checkpoints" / checkpoint) if any(measured.values()) else None
-    for name, content in contents.items():
-        if measured[name] in (None, current):
-            found[name] = _reduce_results(content)
-    return found
-
-
-def _reduce_results(results: dict[str, Any]) -> dict[str, Any]:
-    """lm-eval's result dict without per-item samples, machine details and paths."""
-    keys = (
-        "results",
-        "groups",
-        "group_subtasks",
-        "versions",
-        "n-shot",
-        "n-samples",
-        "higher_is_better",
-        "task_hashes",
-        "lm_eval_version",
-        "transformers_version",
-    )
-    kept = {key: results[key] for key in keys if key in results}
-    kept["config"] = {
-        key: value for key, value in results["config"].items() if key not in ("model", "model_args", "device")
+    return {
+        f"evals/{name}.json": {
+            **{key: content[key] for key in KEPT_RESULTS if key in content},
+            "config": {
+                key: value for key, value in content["config"].items() if key not in ("model", "model_args", "device")
+            },
+            "nanophi": {key: content["nanophi"][key] for key in KEPT_OF_OURS if key in content["nanophi"]},
+        }
+        for name, content in contents.items()
+        if measured[name] in (None, current)
     }
-    kept["nanophi"] = {
-        key: results["nanophi"][key]
-        for key in ("format", "suite", "headline", "average", "heldout", "data")
-        if key in results["nanophi"]
-    }
-    return kept
 
 
-def _heldout_items(run: Path, checkpoint: str) -> list[dict[str, Any]]:
-    """A few short held-out documents with their recorded log-likelihoods, so that a stranger can score them again.
+def _heldout_items(run: Path, checkpoint: str) -> Iterator[dict[str, Any]]:
+    """Short held-out documents with their recorded log-likelihoods, so that a stranger can score them again.
 
     Documents that hold something like a secret, or a path of this machine, are left out: the records are public.
     """
-    path = run / "evals" / f"{checkpoint}-heldout.json"
+    path = run / "evals" / run_result_name(checkpoint, "heldout")
     if not path.exists():
-        return []
+        return
     texts = [row["text"] for row in documents.heldout(run / "data" / "documents", ["text"])]
-    items: list[dict[str, Any]] = []
     for sample in read_json(path)["samples"]["heldout_bits_per_byte"]:
         log_likelihood, size = sample["bits_per_byte"]
         text = texts[sample["doc_id"]] if sample["doc_id"] < len(texts) else ""
-        short = size == len(text.encode()) <= HELDOUT_ITEM_BYTES
-        if short and not secrets.found_in(text, [run]):
-            items.append({"text": text, "log_likelihood": log_likelihood})
-        if len(items) == HELDOUT_ITEMS:
-            break
-    return items
+        if size == len(text.encode()) <= HELDOUT_ITEM_BYTES and not secrets.found_in(text, [run]):
+            yield {"text": text, "log_likelihood": log_likelihood}
 
 
 def write_records(records: ShippedRecords, folder: Path) -> None:
@@ -222,13 +176,6 @@ def write_records(records: ShippedRecords, folder: Path) -> None:
             write_text(folder / name, yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100))
         else:
             write_json(folder / name, value)
-
-
-REQUIRED = (
-    *("recipe.yaml", "run.json", "model.json", "training.json", "checkpoint.json", "revisions.json"),
-    *("documents.json", "quality.json", "tokens.json"),
-)
-"""Records that every release has."""
 
 
 def read_records(folder: Path) -> ShippedRecords:
@@ -261,89 +208,50 @@ def complete_records() -> Iterator[None]:
         raise UserError(f"the records are not complete ({detail})") from error
 
 
-def weight_shapes(path: Path) -> dict[str, list[int]]:
-    """Tensor name -> shape, from a safetensors header (8 bytes of length, then JSON); no weight is read."""
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-    return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
-
-
 def model_record(checkpoint: Path) -> dict[str, Any]:
-    """What `model.json` says of a folder with a model: its architecture and its numbers of parameters."""
+    """`model.json` of a folder with a model: its architecture and its numbers of parameters."""
+    from safetensors import safe_open
     from transformers import AutoConfig
 
     # config.json leaves out what equals the library's defaults; the class knows them.
     config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False).to_dict()
     config.update(config["rope_parameters"])
-    shapes: dict[str, list[int]] = {}
-    for shard in sorted(checkpoint.glob("*.safetensors")):
-        shapes.update(weight_shapes(shard))
-    if not shapes:
+    sizes: dict[str, int] = {}
+    for shard in checkpoint.glob("*.safetensors"):
+        with safe_open(shard, "np") as file:
+            sizes |= {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    if not sizes:
         raise UserError(f"{checkpoint} has no .safetensors file; the checkpoint is incomplete, train it again")
-    embedding = math.prod(shapes["model.embed_tokens.weight"])
-    head = math.prod(shapes["lm_head.weight"]) if "lm_head.weight" in shapes else 0
-    total = sum(math.prod(shape) for shape in shapes.values())
+    total = sum(sizes.values())
     return {
         "config": {key: config[key] for key in CONFIG_KEYS},
         "parameters": total,
-        "parameters_without_embeddings": total - embedding - head,
+        "parameters_without_embeddings": total - sizes["model.embed_tokens.weight"] - sizes.get("lm_head.weight", 0),
     }
 
 
-# What the records say, in the form in which card, figures, report page and reproduction use it
+# What the records hold, in the form in which card, figures, report page and reproduction use it
 
 
-def leading_scores(records: ShippedRecords) -> list[dict[str, Any]]:
-    """The leading score of every task, in the order of `eval/tasks.yaml`.
-
-    Returns:
-        dicts of suite, task, shots, metric, filter, value, stderr (None where there is none), chance (None if
-        guessing has no expected score), items, of (items in the whole task), higher_is_better, percent, title.
-    """
-    rows = []
-    for name, record in _evaluation_records(records):
-        for line in record["nanophi"]["headline"]:
-            keys = ("task", "metric", "filter", "value", "stderr", "chance", "items", "of", "higher_is_better")
-            row = {key: line[key] for key in keys} | {"suite": name, "shots": line["num_fewshot"]}
-            rows.append(row | {"percent": row["metric"] in PERCENT_METRICS, "title": title(row)})
-    return sorted(rows, key=lambda row: catalogue.position(row["task"]))
+def results(records: ShippedRecords) -> list[dict[str, Any]]:
+    """What is shipped of lm-eval's results, one dict per suite."""
+    return [record for name, record in records.items() if name.startswith("evals/")]
 
 
-def every_score(records: ShippedRecords) -> list[dict[str, Any]]:
-    """One row per leaf task and metric, from the shipped lm-eval results; the keys of `leading_scores` but chance."""
-    rows = []
-    for name, record in _evaluation_records(records):
-        for task, metrics in record["results"].items():
-            if task in record.get("groups", {}):
-                continue
-            for key, value in metrics.items():
-                metric, _, filter_name = key.partition(",")
-                if not filter_name or metric.endswith("_stderr") or not isinstance(value, int | float):
-                    continue
-                stderr = metrics.get(f"{metric}_stderr,{filter_name}")
-                rows.append(
-                    {
-                        "suite": name,
-                        "task": task,
-                        "shots": record["n-shot"].get(task),
-                        "metric": metric,
-                        "filter": filter_name,
-                        "value": value,
-                        "stderr": stderr if isinstance(stderr, int | float) else None,
-                        "items": record["n-samples"][task]["effective"],
-                    }
-                )
-    return sorted(rows, key=lambda row: catalogue.position(row["task"]))
+def leading_scores(records: ShippedRecords) -> list[Score]:
+    """The leading score of every task, in the order of `eval/tasks.yaml`."""
+    return in_order(records, evaluation.leading_scores)
 
 
-def _evaluation_records(records: ShippedRecords) -> Iterable[tuple[str, dict[str, Any]]]:
-    return ((Path(name).stem, record) for name, record in records.items() if name.startswith("evals/"))
+def in_order(records: ShippedRecords, derive: Callable[[dict[str, Any]], list[Score]]) -> list[Score]:
+    """Scores that `derive` finds in the results of each suite, in the order of `eval/tasks.yaml`."""
+    found = [score for result in results(records) for score in derive(result)]
+    return sorted(found, key=lambda score: catalogue.position(score.task))
 
 
-def title(row: dict[str, Any]) -> str:
-    """The title of a row's `task` with its `shots`."""
-    return catalogue.title(row["task"], row["shots"])
+def measures_heldout(records: ShippedRecords) -> bool:
+    """Whether held-out documents were scored, so that `heldout.json` must be there, though none may fit into it."""
+    return any(score.task == "heldout_bits_per_byte" for score in leading_scores(records))
 
 
 def training_sources(recipe: dict[str, Any]) -> list[dict[str, Any]]:

@@ -5,53 +5,26 @@ config.json  model.safetensors  ...      loads as PhiForCausalLM without remote 
 records/  .eval_results/                 what the card's numbers come from
 revisions.json                           the checkpoints that are published as branches
 MANIFEST.json                            SHA-256 of every file, and the provenance
+
+The card is made in `card.py`, and sent to the Hub in `push.py`.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nanophi.configuration_nanophi import AUTO_MAP
 from nanophi.core.errors import UserError
 from nanophi.core.files import link_or_copy, permit, read_json, sha256_of_file, write_json, write_text
-from nanophi.core.names import step_folders
+from nanophi.core.names import CODE_FILES, TOKENIZER_FILES
 from nanophi.core.version import __version__
-from nanophi.data.conversations import ANSWER_TOKENS
 from nanophi.model_card import card as model_card
+from nanophi.model_card.manifest import MANIFEST, write_manifest
 from nanophi.model_card.records import LATER_STAGES, ShippedRecords, read_records
-from nanophi.model_card.signature import SIGNATURE
-
-CODE_FILES = ("configuration_nanophi.py", "modeling_nanophi.py")
-TOKENIZER_FILES = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "merges.txt",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-)
-MANIFEST = "MANIFEST.json"
-
-_WHOLE = ("README.md", "LICENSE", "config.json", "generation_config.json", "model.safetensors", "revisions.json")
-FILES = re.compile(
-    "|".join(re.escape(name) for name in (*_WHOLE, MANIFEST, SIGNATURE, *CODE_FILES, *TOKENIZER_FILES))
-    + r"|figures/(loss|quality|evaluation)\.png|records/(evals/)?[^/]+\.(json|yaml)|\.eval_results/[^/]+\.yaml"
-)
-"""The names of all files that a release may have."""
-
-_LEFT_BEHIND = re.compile(
-    r"^\.git(attributes$|ignore$|/|$)|^\.cache/|(^|/)(\.DS_Store|\._[^/]*|Thumbs\.db|desktop\.ini)$"
-)
-
-SAMPLE_SETTINGS: dict[str, Any] = {"do_sample": False, "max_new_tokens": 50, "repetition_penalty": 10.0}
-"""Greedy, so that anyone can regenerate it. The penalty is the one of the nano-phi-115M-v0.1 card."""
 
 
 def build(run: Path, checkpoint: Path, card: Path, output: Path, dtype: str = "float32") -> dict[str, Any]:
@@ -64,9 +37,6 @@ def build(run: Path, checkpoint: Path, card: Path, output: Path, dtype: str = "f
         output: folder to write in.
         dtype: `float32` or `bfloat16`, the type of the released weights.
 
-    Returns:
-        `{"files": count, "bytes": total, "weights_sha256": hex}`.
-
     Raises:
         UserError: if the checkpoint is incomplete, or stock transformers could not load it.
     """
@@ -74,22 +44,16 @@ def build(run: Path, checkpoint: Path, card: Path, output: Path, dtype: str = "f
     for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", *CODE_FILES):
         if not (checkpoint / name).is_file():
             raise UserError(f"{checkpoint / name} is missing; the checkpoint is incomplete, train it again")
-
     write_json(output / "config.json", _config(read_json(checkpoint / "config.json"), dtype, checkpoint))
     write_json(output / "generation_config.json", _generation_config(read_json(checkpoint / "generation_config.json")))
-    for name in TOKENIZER_FILES:
-        if (checkpoint / name).is_file():
-            shutil.copyfile(checkpoint / name, output / name)
-    _complete_tokenizer(output)
-    for name in CODE_FILES:
-        shutil.copyfile(checkpoint / name, output / name)
-    _write_weights(checkpoint, output / "model.safetensors", dtype)
-
-    for part in ("README.md", "figures", "records", ".eval_results"):
+    for source in (*(checkpoint / name for name in (*TOKENIZER_FILES, *CODE_FILES)), card / "README.md"):
+        if source.is_file():
+            shutil.copyfile(source, output / source.name)
+    for part in ("figures", "records", ".eval_results"):
         if (card / part).is_dir():
             shutil.copytree(card / part, output / part, dirs_exist_ok=True, copy_function=shutil.copyfile)
-        elif (card / part).is_file():
-            shutil.copyfile(card / part, output / part)
+    _complete_tokenizer(output)
+    _write_weights(checkpoint, output / "model.safetensors", dtype)
     write_json(output / "revisions.json", read_json(card / "records" / "revisions.json"))
     write_text(output / "LICENSE", license_text(read_records(output / "records")))
     write_manifest(output, _provenance(run, output))
@@ -101,144 +65,44 @@ def build(run: Path, checkpoint: Path, card: Path, output: Path, dtype: str = "f
     }
 
 
-def write_manifest(folder: Path, provenance: dict[str, Any]) -> None:
-    """Write `MANIFEST.json` over every other file in the folder but a signature, which signs the manifest too."""
-    files = {
-        name: {"sha256": sha256_of_file(folder / name), "size": (folder / name).stat().st_size}
-        for name in list_files(folder)
-        if name not in (MANIFEST, SIGNATURE)
-    }
-    write_json(folder / MANIFEST, {"format": 1, "provenance": provenance, "files": files})
+def copy_for_repo(
+    release: Path, repo_id: str, output: Path, links: Mapping[str, str] = types.MappingProxyType({})
+) -> None:
+    """Copy a release to a new folder as it will be on the Hub, its card naming `repo_id` in the snippets.
 
-
-def list_files(folder: Path) -> list[str]:
-    """Relative POSIX names of all files in a release, sorted.
-
-    What git, the Hub's client and the file managers of operating systems leave in a folder is not part of it.
-    """
-    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() or path.is_symlink())
-    return sorted(name for name in names if not _LEFT_BEHIND.search(name))
-
-
-def retarget(release: Path, repo_id: str, output: Path, links: Mapping[str, str] = types.MappingProxyType({})) -> None:
-    """Copy a release with its card naming `repo_id` in the snippets, as it will be on the Hub.
-
-    Args:
-        release: the folder.
-        repo_id: `ORG/NAME`.
-        output: folder to create.
-        links: Hub ids of its `data`, `scorer` and `control`, where they are published.
+    `links` are Hub ids of its `data`, `scorer` and `control`, where they are published.
     """
     shutil.copytree(release, output, copy_function=link_or_copy)
     records = read_records(output / "records")
     records["run.json"] |= {"repo_id": repo_id, "folder": None, **({"links": dict(links)} if links else {})}
-    for path in (output / "records" / "run.json", output / "README.md"):
-        path.unlink()  # The copy holds links: never write through one.
+    # The copy holds links, and these replace what they write.
     write_json(output / "records" / "run.json", records["run.json"])
-    (output / "README.md").write_text(model_card.render(records), encoding="utf-8")
-    provenance = read_json(output / MANIFEST)["provenance"]
-    (output / MANIFEST).unlink()
-    write_manifest(output, provenance)
-
-
-CHAT_SETTINGS: dict[str, Any] = {"do_sample": False, "max_new_tokens": ANSWER_TOKENS}
-
-
-def generate(checkpoint: Path, prompts: Iterable[Any], dtype: str = "float32") -> list[str]:
-    """Greedy continuations, each with its prompt in front, or answers to messages, on the CPU in float32.
-
-    Args:
-        checkpoint: a folder that `from_pretrained` loads without remote code.
-        prompts: where each text begins, under `SAMPLE_SETTINGS`; or messages, under `CHAT_SETTINGS`.
-        dtype: what the weights are rounded to first, as a release in that type has them.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
-
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype)).float()
-    generator = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
-    texts = []
-    for prompt in prompts:
-        context = model.config.max_position_embeddings
-        settings = sample_settings(checkpoint, prompt, context) if isinstance(prompt, str) else CHAT_SETTINGS
-        text = generator(prompt, **settings)[0]["generated_text"]
-        texts.append(text if isinstance(text, str) else text[-1]["content"])
-    return texts
-
-
-def sample_settings(tokenizer: Path, prompt: str, context: int) -> dict[str, Any]:
-    """`SAMPLE_SETTINGS`, with no more new tokens than fit into the context after the prompt.
-
-    Args:
-        tokenizer: folder with a tokenizer.json.
-        prompt: where the text begins.
-        context: tokens that the model can read.
-
-    Raises:
-        UserError: if none fits.
-    """
-    from tokenizers import Tokenizer
-
-    length = len(Tokenizer.from_file(str(tokenizer / "tokenizer.json")).encode(prompt).ids)
-    if length >= context:
-        raise UserError(f"card.prompt has {length} tokens, the model's context is {context}; shorten the prompt")
-    return {**SAMPLE_SETTINGS, "max_new_tokens": min(SAMPLE_SETTINGS["max_new_tokens"], context - length)}
-
-
-def write_sample(checkpoint: Path, prompt: Any, output: Path, dtype: str = "float32") -> dict[str, Any]:
-    """Write the sample texts that the card shows: `checkpoint`'s, and beside it those of the run's other checkpoints.
-
-    Args:
-        prompt: where the text begins; or conversations, `{"messages", "answer"}`, of which the first is the sample.
-
-    Returns:
-        what was written: `{"prompt", "text", "settings", "checkpoints": {"step-000200": text, ...}}`, and
-        `conversations` with each one's `text`.
-    """
-    chat = None if isinstance(prompt, str) else prompt
-    first = prompt if chat is None else chat[0]["messages"]
-    texts = {folder.name: generate(folder, [first], dtype)[0] for folder in step_folders(checkpoint.parent)}
-    text = texts[checkpoint.name] if checkpoint.name in texts else generate(checkpoint, [first], dtype)[0]
-    context = read_json(checkpoint / "config.json")["max_position_embeddings"]
-    settings = CHAT_SETTINGS if chat is not None else sample_settings(checkpoint, first, context)
-    sample = {"prompt": first, "text": text, "settings": settings, "checkpoints": texts}
-    if chat is not None:
-        answers = generate(checkpoint, [row["messages"] for row in chat], dtype)
-        sample["conversations"] = [{**row, "text": answer} for row, answer in zip(chat, answers, strict=True)]
-    write_json(output, sample)
-    return sample
+    write_text(output / "README.md", model_card.render(records))
+    write_manifest(output, read_json(output / MANIFEST)["provenance"])
 
 
 def _config(config: dict[str, Any], dtype: str, checkpoint: Path) -> dict[str, Any]:
-    """A config that transformers 4.37 to 5.x read alike: the older top-level keys stand beside `rope_parameters`."""
+    """A config that transformers 4.37 to 5.x read alike: the older top-level keys as well as `rope_parameters`."""
+    from nanophi.configuration_nanophi import AUTO_MAP
+
     rope = config.get("rope_parameters") or {}
     if config.get("model_type") != "phi":
         raise UserError(
             f"{checkpoint / 'config.json'}: model_type is {config.get('model_type')!r}, a release needs 'phi'"
         )
-    legacy = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
-    config = {
-        **config,
-        **legacy,
-        "architectures": ["PhiForCausalLM"],
-        "auto_map": dict(AUTO_MAP),
-        "dtype": dtype,
-        "torch_dtype": dtype,
-        "use_cache": True,
-    }
-    config.pop("_name_or_path", None)
-    return dict(sorted(config.items()))
+    config |= {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+    config |= {"architectures": ["PhiForCausalLM"], "auto_map": dict(AUTO_MAP), "use_cache": True}
+    config |= dict.fromkeys(("dtype", "torch_dtype"), dtype)
+    return {key: config[key] for key in sorted(config) if key != "_name_or_path"}
 
 
 def _generation_config(config: dict[str, Any]) -> dict[str, Any]:
     """Without lengths: lm-eval would take them over its own and truncate generated answers.
 
-    `do_sample` is said, not left open: `pipeline` would sample, `generate` would not, and the card's sample is greedy.
+    `do_sample` is set, not left open: `pipeline` would sample, `generate` would not, and the card's sample is greedy.
     """
     left_out = ("max_new_tokens", "max_length", "_from_model_config")
-    kept = {key: value for key, value in config.items() if key not in left_out}
-    return dict(sorted({**kept, "do_sample": False}.items()))
+    return {key: value for key, value in sorted({**config, "do_sample": False}.items()) if key not in left_out}
 
 
 def _complete_tokenizer(folder: Path) -> None:
@@ -259,25 +123,6 @@ def _complete_tokenizer(folder: Path) -> None:
         write_json(folder / "generation_config.json", {**generation, "pad_token_id": config["eos_token_id"]})
 
 
-MIT = """MIT License
-
-Copyright (c) {year} {holder}
-
-Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated
-documentation files (the "Software"), to deal in the Software without restriction, including without limitation the
-rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to permit
-persons to whom the Software is furnished to do so, subject to the following conditions:
-
-The above copyright notice and this permission notice shall be included in all copies or substantial portions of the
-Software.
-
-THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE
-WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR
-COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR
-OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
-"""
-
-
 def license_text(records: ShippedRecords) -> str:
     """The licence of the model, and that of the two Python files, which are nanophi's."""
     card = records["recipe.yaml"]["card"]
@@ -285,10 +130,10 @@ def license_text(records: ShippedRecords) -> str:
     if card["license"] == "apache-2.0":
         return code
     if card["license"] == "mit":
-        own = MIT.format(year=records["run.json"]["finished"][:4], holder=card["developers"])
+        own = (Path(__file__).parent / "mit.md").read_text(encoding="utf-8")
+        own = own.format(year=records["run.json"]["finished"][:4], holder=card["developers"])
     else:
-        named = f"{card.get('license_name')}: {card.get('license_link')}"
-        own = f"License: {named if card['license'] == 'other' else card['license']}\n"
+        own = license_line(card)
     rule = "-" * 80
     return (
         f"The model (weights, tokenizer, card and records)\n\n{own}\n{rule}\n\n"
@@ -296,18 +141,20 @@ def license_text(records: ShippedRecords) -> str:
     )
 
 
+def license_line(card: dict[str, Any]) -> str:
+    """A licence by its name, or where it is none of the Hub's by the recipe's name and link."""
+    named = f"{card.get('license_name')}: {card.get('license_link')}"
+    return f"License: {named if card['license'] == 'other' else card['license']}\n"
+
+
 def _write_weights(checkpoint: Path, target: Path, dtype: str) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
-    shards = sorted(checkpoint.glob("*.safetensors"))
-    if not shards:
+    tensors = {name: tensor for shard in checkpoint.glob("*.safetensors") for name, tensor in load_file(shard).items()}
+    if not tensors:
         raise UserError(f"{checkpoint} has no .safetensors file; the checkpoint is incomplete, train it again")
-    tensors = {}
-    for shard in shards:
-        tensors.update(load_file(shard))
-    kind = getattr(torch, dtype)
-    converted = {name: tensor.to(kind).contiguous() for name, tensor in sorted(tensors.items())}
+    converted = {name: tensor.to(getattr(torch, dtype)).contiguous() for name, tensor in sorted(tensors.items())}
     partial = target.with_name(f".{target.name}.{os.getpid()}.part")
     save_file(converted, partial, metadata={"format": "pt"})
     permit(partial)

@@ -13,8 +13,8 @@ from typing import Any
 from nanophi.core import formatting
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, write_text
-from nanophi.experiments import ablation_render
-from nanophi.model_card import records as shipped
+from nanophi.core.names import final_checkpoint
+from nanophi.model_card import records
 from nanophi.model_card.card import by_source, differences
 from nanophi.model_card.records import ShippedRecords
 
@@ -28,33 +28,26 @@ MAX_POINTS = 600
 
 
 def build(run: Path, output: Path) -> dict[str, Any]:
-    """Write the page.
-
-    Args:
-        run: the run directory.
-        output: the HTML file.
+    """Write the page of a run directory. Raises `UserError` if a record is missing.
 
     Returns:
         `{"bytes": size, "documents": number of documents in the filter explorer}`.
-
-    Raises:
-        UserError: if a record is missing.
     """
-    records = shipped.collect(run, shipped.final_checkpoint(run))
-    training, recipe = records["training.json"], records["recipe.yaml"]
+    shipped = records.collect(run, final_checkpoint(run))
+    training, recipe = shipped["training.json"], shipped["recipe.yaml"]
     quality = read_json(run / "data" / "quality" / "quality.json")
     # What a chat model's base was chosen from is not part of its run.
     documents = [] if recipe.get("conversations") else _documents(run, quality["histogram"]["edges"])
     data = {
         "run": recipe["name"],
         "name": recipe["card"]["title"] or recipe["name"],
-        "facts": _facts(records),
+        "facts": _facts(shipped),
         "log": _thinned(training["log"]),
         "evaluations": training["evaluations"],
-        "scores": _scores(run, records),
-        "baseline": _baseline(records),
-        "differences": differences(records.get("comparison.json")),
-        "by_source": by_source(records),
+        "scores": _scores(run, shipped),
+        "baseline": _baseline(shipped),
+        "differences": differences(shipped.get("comparison.json")),
+        "by_source": by_source(shipped),
         "ablation": _ablation(run / "ablation.json"),
         "written": training.get("samples", []),
         "samples": _samples(run / "sample.json"),
@@ -87,28 +80,25 @@ def _script_safe(value: Any) -> str:
     return re.sub("[<>&\u2028\u2029]", lambda match: f"\\u{ord(match.group()):04x}", text)
 
 
-def _scores(run: Path, records: ShippedRecords) -> list[dict[str, Any]]:
-    """The leading scores of every checkpoint."""
+def _scores(run: Path, shipped: ShippedRecords) -> list[dict[str, Any]]:
+    """The leading scores of every checkpoint, each with its title, the factor of its axis, and the score in words."""
     rows = []
-    for revision in (entry["revision"] for entry in records["revisions.json"]):
-        found = {f"evals/{suite}.json": result for suite, result in shipped.evaluations(run, revision).items()}
-        for row in shipped.leading_scores(found):
-            keys = ("task", "metric", "value", "stderr", "chance")
-            rows.append({key: row[key] for key in keys} | {"revision": revision} | _unit(row))
+    for revision in (entry["revision"] for entry in shipped["revisions.json"]):
+        for score in records.leading_scores(records.evaluations(run, revision)):
+            metric = formatting.metric_name(score.metric)
+            # Some tasks are called after their metric.
+            name = score.title if metric in score.title else f"{score.title}, {metric}"
+            row = {key: getattr(score, key) for key in ("task", "metric", "value", "stderr", "chance")}
+            rows.append(
+                row
+                | {
+                    "revision": revision,
+                    "title": name + (" (%)" if score.percent else ""),
+                    "factor": formatting.scale(score.metric)[0],
+                    "shown": formatting.score(row, score.metric),
+                }
+            )
     return rows
-
-
-def _unit(row: dict[str, Any]) -> dict[str, Any]:
-    """How a score is shown: its title, the factor of its axis, and the score in words."""
-    name, metric = row["title"], formatting.metric_name(row["metric"])
-    # Some tasks are called after their metric.
-    name = name if metric in name else f"{name}, {metric}"
-    factor = formatting.scale(row["metric"])[0]
-    return {
-        "title": name + (" (%)" if row["percent"] else ""),
-        "factor": factor,
-        "shown": formatting.score(row, row["metric"]),
-    }
 
 
 def _ablation(path: Path) -> dict[str, Any] | None:
@@ -117,19 +107,20 @@ def _ablation(path: Path) -> dict[str, Any] | None:
         return None
     result = read_json(path)
     target = next(entry for entry in result["targets"].values() if entry["primary"])
-    rows = [
-        [f"{name}: {' - '.join(found['arms'])}", f"{float(rate):g}", ablation_render.difference(one), found["verdict"]]
-        for name, found in {**target["contrasts"], "check": target["check"]}.items()
-        for rate, one in found["learning_rates"].items()
-        if one["value"] is not None
-    ]
-    return {"paragraph": ablation_render.paragraph(result), "rows": rows}
+    rows = []
+    for name, found in {**target["contrasts"], "check": target["check"]}.items():
+        for rate, one in found["learning_rates"].items():
+            if one["value"] is not None:
+                bare = f"{one['value']:+.4f}"
+                difference = formatting.difference(one, "bits_per_byte") if one["interval"] else bare
+                rows.append([f"{name}: {' - '.join(found['arms'])}", f"{float(rate):g}", difference, found["verdict"]])
+    return {"paragraph": result.get("paragraph", ""), "rows": rows}
 
 
-def _baseline(records: ShippedRecords) -> dict[str, Any] | None:
+def _baseline(shipped: ShippedRecords) -> dict[str, Any] | None:
     """The scores of the run's baseline, if it was compared with another run."""
-    comparison = records.get("comparison.json")
-    if comparison is None or comparison["baseline"] == records["recipe.yaml"]["name"]:
+    comparison = shipped.get("comparison.json")
+    if comparison is None or comparison["baseline"] == shipped["recipe.yaml"]["name"]:
         return None
     label, scores = comparison["baseline"], {}
     for task, row in comparison["tasks"].items():
@@ -140,17 +131,17 @@ def _baseline(records: ShippedRecords) -> dict[str, Any] | None:
     return {"label": label, "scores": scores}
 
 
-def _facts(records: ShippedRecords) -> list[list[str]]:
-    summary, recipe = records["training.json"]["summary"], records["recipe.yaml"]
+def _facts(shipped: ShippedRecords) -> list[list[str]]:
+    summary, recipe = shipped["training.json"]["summary"], shipped["recipe.yaml"]
     metered = {"energy": ("energy_kwh", "kWh"), "CO2e": ("co2_grams", "g"), "cost": ("cost_usd", "US dollars")}
     return [
-        ["parameters", formatting.integer(records["model.json"]["parameters"])],
+        ["parameters", formatting.integer(shipped["model.json"]["parameters"])],
         ["steps", formatting.integer(recipe["training"]["steps"])],
         ["tokens seen", formatting.integer(summary["tokens_seen"])],
         ["epochs", formatting.decimal(summary["epochs"], 2)],
         ["training time", formatting.duration(summary["seconds"])],
         ["speed", f"{formatting.integer(summary['tokens_per_second'])} tokens/s"],
-        ["hardware", shipped.hardware(records)],
+        ["hardware", records.hardware(shipped)],
         ["seed", str(recipe["seed"])],
         *(
             [name, f"{formatting.figure(summary[key])} {unit}"]
@@ -170,9 +161,8 @@ def _thinned(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _documents(run: Path, edges: list[float]) -> list[dict[str, Any]]:
     """A few training documents from each twentieth of the scores' scale: source, score, the text's beginning.
 
-    `edges` are those of the scores' histogram.
-
-    Taken in the order of their ids, which are hashes, so the choice is arbitrary and always the same.
+    `edges` are those of the scores' histogram. Documents are taken in the order of their ids, which are hashes, so the
+    choice is arbitrary and always the same.
     """
     import numpy as np
     import pyarrow as pa
@@ -183,15 +173,15 @@ def _documents(run: Path, edges: list[float]) -> list[dict[str, Any]]:
     path = run / "data" / "scores" / "scores.parquet"
     if not path.exists():
         raise UserError(f"{path} is missing; run `nanophi prepare` on its recipe")
-    table = pq.read_table(path, columns=["id", "source", "split", "quality_score"])
+    table = pq.read_table(path, columns=["id", "split", "quality_score"])
     train = np.asarray(table["split"].cast(pa.string()).to_numpy(zero_copy_only=False) == "train")
     ids, scores = table["id"].to_numpy(zero_copy_only=False), table["quality_score"].to_numpy()
     bins = np.minimum((BINS * (scores - edges[0]) / (edges[-1] - edges[0])).astype(int), BINS - 1)
-    chosen = {}
-    for number in range(BINS):
-        rows = np.flatnonzero(train & (bins == number))
-        for row in sorted(rows, key=lambda row: ids[row])[:DOCUMENTS_PER_BIN]:
-            chosen[str(ids[row])] = round(float(scores[row]), 4)
+    chosen = {
+        str(ids[row]): round(float(scores[row]), 4)
+        for number in range(BINS)
+        for row in sorted(np.flatnonzero(train & (bins == number)), key=lambda row: ids[row])[:DOCUMENTS_PER_BIN]
+    }
     found = find(run / "data" / "documents", chosen, ["source", "text"])
     return [
         {

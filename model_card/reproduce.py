@@ -21,10 +21,11 @@ import yaml
 from nanophi.core.bases import INHERITED
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, write_text
-from nanophi.core.names import is_hub_id
+from nanophi.core.names import final_checkpoint, is_hub_id
 from nanophi.core.version import __version__
-from nanophi.model_card import file_checks, release, verify
 from nanophi.model_card import records as shipped
+from nanophi.model_card import verify
+from nanophi.model_card.manifest import MANIFEST, file_problems
 
 Row = dict[str, Any]
 """`{"name", "published", "here", "agrees"}`; `agrees` is None where a difference means nothing by itself."""
@@ -53,11 +54,9 @@ def prepare(published: str, output: Path, revision: str | None = None, echo: Cal
     Raises:
         UserError: if there is no such release, or its recipe names data that was not published.
     """
-    folder = verify.locate(published, revision, ["MANIFEST.json", "records/*"])
-    if not (folder / release.MANIFEST).is_file():
-        raise UserError(f"{published} is not a release (no {release.MANIFEST}){verify.hint(folder)}")
-    fetched = ("records/", release.MANIFEST)
-    wrong = [line for line in file_checks.file_problems(folder, partial=True) if any(name in line for name in fetched)]
+    folder = verify.find_release(published, revision, ["MANIFEST.json", "records/*"])
+    fetched = ("records/", MANIFEST)
+    wrong = [line for line in file_problems(folder, partial=True) if any(name in line for name in fetched)]
     if wrong:
         raise UserError(f"{published}: the records are not those of the manifest: {'; '.join(wrong)}")
     records = shipped.read_records(folder / "records")
@@ -65,11 +64,11 @@ def prepare(published: str, output: Path, revision: str | None = None, echo: Cal
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", str(recipe.get("name"))):
         raise UserError(f"{published}: its recipe has the name {recipe.get('name')!r}, which no run can have")
     kept = output / "published"
-    if kept.exists() and not (kept / release.MANIFEST).is_file():
+    if kept.exists() and not (kept / MANIFEST).is_file():
         raise UserError(f"{kept} is in the way: it does not hold the records of a release; choose another --runs")
     shutil.rmtree(kept, ignore_errors=True)
     shutil.copytree(folder / "records", kept / "records", copy_function=shutil.copyfile)
-    shutil.copyfile(folder / release.MANIFEST, kept / release.MANIFEST)
+    shutil.copyfile(folder / MANIFEST, kept / MANIFEST)
     if recipe.get("conversations"):  # how the base was made is the base's to say, whose copy here may lie elsewhere
         for key in INHERITED:
             recipe.pop(key, None)
@@ -119,11 +118,11 @@ def compare(published: Path, run: Path, echo: Callable[[str], None] = print) -> 
     """
     theirs = shipped.read_records(published / "records")
     step = theirs["run.json"]["revision"]
-    checkpoint = shipped.final_checkpoint(run) if theirs["run.json"]["final"] else run / "checkpoints" / step
+    checkpoint = final_checkpoint(run) if theirs["run.json"]["final"] else run / "checkpoints" / step
     if not checkpoint.is_dir():
         raise UserError(f"{checkpoint} is missing: {published} describes {step}, which the new run did not keep")
     ours = shipped.collect(run, checkpoint)
-    manifest = read_json(published / release.MANIFEST)
+    manifest = read_json(published / MANIFEST)
     tokens = read_json(run / "data" / "tokens" / "tokens.json")
     rows = [
         _row(f"{split} tokens, SHA-256", sha256, tokens[split]["sha256"], sha256 == tokens[split]["sha256"])
@@ -147,16 +146,15 @@ def compare(published: Path, run: Path, echo: Callable[[str], None] = print) -> 
         name = "weights, SHA-256" if key == "weights_sha256" else key.replace("_", " ")
         if (there[key], here[key]) != (None, None):  # a chat model has no bits per byte of held-out text
             rows.append(_row(name, there[key], here[key], True if there[key] == here[key] else None))
-    found = {(row["suite"], row["task"], row["metric"]): row for row in shipped.leading_scores(ours)}
-    for row in shipped.leading_scores(theirs):
-        again = found.get((row["suite"], row["task"], row["metric"]))
-        name = f"{row['task']}, {row['metric']}"
+    found = {(score.suite, score.task, score.metric): score for score in shipped.leading_scores(ours)}
+    for score in shipped.leading_scores(theirs):
+        again = found.get((score.suite, score.task, score.metric))
+        name = f"{score.task}, {score.metric}"
         if again is None:
-            rows.append(_row(name, row["value"], None, False))
+            rows.append(_row(name, score.value, None, False))
             continue
-        noise = 2 * math.hypot(row["stderr"] or 0, again["stderr"] or 0)
-        agrees = abs(row["value"] - again["value"]) <= noise
-        rows.append(_row(name, row["value"], again["value"], agrees))
+        noise = 2 * math.hypot(score.stderr or 0, again.stderr or 0)
+        rows.append(_row(name, score.value, again.value, abs(score.value - again.value) <= noise))
     for row in rows:
         verdict = {True: "agrees", False: "DIFFERS", None: "may differ"}[row["agrees"]]
         echo(f"  {verdict:<11} {row['name']:<40} {_shown(row['published']):>14} {_shown(row['here']):>14}")

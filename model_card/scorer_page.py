@@ -9,20 +9,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from huggingface_hub import CardData, ModelCardData
+from huggingface_hub import ModelCardData
 
 from nanophi.core.errors import UserError
-from nanophi.core.files import read_json, write_json, write_text
+from nanophi.core.files import read_json, write_json
 from nanophi.core.recipe import Recipe
-from nanophi.core.version import __version__
-from nanophi.data import quality_report
 from nanophi.data.scorers import LinearScorer
-from nanophi.model_card import card, secrets
-from nanophi.model_card import release as releases
+from nanophi.model_card import secrets
+from nanophi.model_card.companions import Source, write_filter_page
 
 EXAMPLES = (
     "A module is a file that holds definitions. Another module imports it by name, and the first import runs its code "
@@ -32,20 +29,9 @@ EXAMPLES = (
 """What the card shows the scores of."""
 
 
-def build(run: Path, recipe: Recipe, repo_id: str, model_id: str, links: dict[str, str], output: Path) -> None:
-    """Write the folder that becomes the scorer's repository.
-
-    Args:
-        run: the run directory.
-        recipe: its recipe.
-        repo_id: of the scorer, `ORG/NAME-quality`.
-        model_id: of the model whose documents it selected.
-        links: what else is published (`data`), by Hub id.
-        output: folder to create.
-
-    Raises:
-        UserError: if the run has no scorer of its own.
-    """
+def build(source: Source, repo_id: str, folder: Path) -> None:
+    """Write the folder that becomes `ORG/NAME-quality`. Raises `UserError` if the run has no scorer of its own."""
+    run, recipe = source.run, source.recipe
     if recipe.quality.scorer != "linear":
         raise UserError(
             f"{run}: quality.scorer is '{recipe.quality.scorer}', so there is no scorer of this run to publish; "
@@ -53,29 +39,26 @@ def build(run: Path, recipe: Recipe, repo_id: str, model_id: str, links: dict[st
         )
     portable = secrets.PathRemover(run)
     report = portable(read_json(run / "data" / "scores" / "scorer.json"))
-    output.mkdir(parents=True)
-    shutil.copyfile(run / "data" / "scores" / "scorer.safetensors", output / "scorer.safetensors")
-    write_json(output / "scorer.json", report)
-    scorer = LinearScorer.load(output)
+    folder.mkdir(parents=True)
+    shutil.copyfile(run / "data" / "scores" / "scorer.safetensors", folder / "scorer.safetensors")
+    write_json(folder / "scorer.json", report)
+    scores = LinearScorer.load(folder).score([text.encode() for text in EXAMPLES]).tolist()
     metadata = ModelCardData(
         language="en",
         **license_of(recipe),
         library_name="nanophi",
         pipeline_tag="text-classification",
         tags=["quality-filter", "nanophi"],
-        datasets=[links["data"]] if "data" in links else None,
+        datasets=[source.links["data"]] if "data" in source.links else None,
     )
-    write_page(
-        run,
-        output,
+    write_filter_page(
+        source,
+        repo_id,
+        folder,
         "scorer.md",
         metadata,
-        recipe=recipe,
-        repo_id=repo_id,
-        model_id=model_id,
-        links=links,
         scorer=report,
-        examples=list(zip(EXAMPLES, scorer.score([text.encode() for text in EXAMPLES]).tolist(), strict=True)),
+        examples=list(zip(EXAMPLES, scores, strict=True)),
         labelled=_labelled(run, report, portable),
     )
 
@@ -86,55 +69,22 @@ def _labelled(run: Path, report: dict[str, Any], portable: secrets.PathRemover) 
     table = table.set_column(0, "source", table["source"].cast(pa.string()))
     table = table.append_column("above", pc.greater(table["quality_score"], 0.5))
     means = table.group_by("source").aggregate([("quality_score", "mean"), ("above", "mean"), ("above", "count")])
-    rows = []
-    for row in means.to_pylist():
-        source = portable(row["source"])
-        if source in report["high"] or source in report["low"]:
-            good = source in report["high"]
-            rows.append(
-                {
-                    "source": source,
-                    "label": "high quality" if good else "low quality",
-                    "documents": row["above_count"],
-                    "mean_score": row["quality_score_mean"],
-                    "wrong": 1 - row["above_mean"] if good else row["above_mean"],
-                }
-            )
+    rows = [
+        {
+            "source": source,
+            "label": f"{label} quality",
+            "documents": row["above_count"],
+            "mean_score": row["quality_score_mean"],
+            "wrong": 1 - row["above_mean"] if label == "high" else row["above_mean"],
+        }
+        for row in means.to_pylist()
+        for label in ("high", "low")
+        if (source := portable(row["source"])) in report[label]
+    ]
     return sorted(rows, key=lambda row: (-row["wrong"], row["source"]))
-
-
-# What the scorer's page and the data's share
 
 
 def license_of(recipe: Recipe) -> dict[str, Any]:
     """The card's licence, as the Hub's metadata has it."""
-    section = recipe.card
-    names = {"license": section.license, "license_name": section.license_name, "license_link": section.license_link}
-    return {key: value for key, value in names.items() if value is not None}
-
-
-def write_page(run: Path, output: Path, template: str, metadata: CardData, *, recipe: Recipe, **values: Any) -> None:
-    """Write README.md from a template beside this file, the filter's figure, the licence and the manifest."""
-    quality = secrets.PathRemover(run)(read_json(run / "data" / "quality" / "quality.json"))
-    quality_report.plot(quality, output / "quality.png")
-    page = card.compile_template((Path(__file__).parent / template).read_text(encoding="utf-8"))
-    record = read_json(run / "record.json")
-    try:
-        text = page.render(
-            metadata=metadata.to_yaml(line_break="\n"),
-            name=values["repo_id"].rpartition("/")[2],
-            recipe=recipe.model_dump(mode="json"),
-            tag=recipe.card.version,
-            quality=quality,
-            **values,
-        )
-    except jinja2.UndefinedError as error:
-        raise UserError(f"{template} needs a value that no record holds: {error.message}") from None
-    write_text(output / "README.md", text)
-    if recipe.card.license == "other":
-        license_text = f"{recipe.card.license_name}: {recipe.card.license_link}"
-    else:
-        license_text = recipe.card.license
-    write_text(output / "LICENSE", f"License: {license_text}\n")
-    stages = {name: record["stages"][name]["key"] for name in ("documents", "scores", "quality")}
-    releases.write_manifest(output, {"nanophi": __version__, "model": values["model_id"], "stages": stages})
+    keys = ("license", "license_name", "license_link")
+    return {key: value for key in keys if (value := getattr(recipe.card, key)) is not None}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -45,41 +46,44 @@ _INNER_PATH = r"(?<=[=\s:,(])(?:~|[A-Za-z]:)?[\\/](?=[^\s\\/])[^\"\n]*?[\\/][^\"
 """A path of two parts or more to the end of a longer string: `dir=/home/me/some where`."""
 
 
-def found_in(content: str | bytes, folders: Iterable[Path] = ()) -> list[str]:
+def found_in(content: str | bytes, folders: Iterable[Path] = (), document: bool = False) -> list[str]:
     """What in a text must not be published, in words: the kind of a secret, never the secret; or a path.
 
     Args:
         content: the text, or a file's bytes.
         folders: whose paths are private too, besides those of the user, the interpreter and the current folder.
+        document: it is somebody's text, not a file of ours. Documentation shows how a key begins and has folders that
+            many machines have: a key counts with its first characters, and a path below `/root` or `/tmp` if it leads
+            to something on this machine.
     """
     data = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
-    found = [kind for kind, pattern in SECRETS.items() if pattern.search(data)]
+    kinds = SECRETS | ({"a private key": _KEY_WITH_DATA} if document else {})
+    found = [kind for kind, pattern in kinds.items() if pattern.search(data)]
     if any(value in data for value in _environment_secrets()):
         found.append("a secret of this machine's environment")
-    path = _machine_paths(folders).search(data)
-    if path:
-        found.append(f"a path of this machine ({path.group().decode(errors='replace')})")
+    roots = _roots(folders, document)
+    for match in _machine_paths(roots, document).finditer(data):
+        path = match.group()
+        if not document or path in roots or (path.count(b"/") > 2 and os.path.exists(path)):  # noqa: PTH110 (bytes)
+            return [*found, f"a path of this machine ({path.decode(errors='replace')})"]
     return found
 
 
 def found_in_file(path: Path, folders: Iterable[Path] = ()) -> list[str]:
     """The same of a file: of weights the header, of parquet every text, with the document that must not be sent."""
     if path.suffix == ".parquet":
-        return _found_in_parquet(path, [Path.home(), Path.cwd(), *(folder.resolve().parent for folder in folders)])
+        return list(itertools.islice(_found_in_parquet(path, list(folders)), MOST_NAMED))
     with path.open("rb") as file:
         return found_in(
             file.read(int.from_bytes(file.read(8), "little")) if path.suffix == ".safetensors" else file.read(), folders
         )
 
 
-def _found_in_parquet(path: Path, roots: Iterable[Path]) -> list[str]:
-    roots = {root for root in roots if len(root.parts) > 1}
-    values = _environment_secrets()
+def _found_in_parquet(path: Path, folders: list[Path]) -> Iterator[str]:
     # RE2 reads a corpus as fast as it is decompressed, but knows no look-ahead: it finds what is worth a second look.
     simple = [re.sub(rb"\(\?=[^)]*\)|\\b", b"", pattern.pattern) for pattern in SECRETS.values()]
-    literal = [re.escape(value) for value in (*values, *map(os.fsencode, roots))]
+    literal = map(re.escape, (*_environment_secrets(), *_roots(folders, document=True)))
     suspect = b"|".join([*simple, *literal]).decode("utf-8", "replace")
-    found: list[str] = []
     with pq.ParquetFile(path) as file:
         for batch in file.iter_batches(batch_size=512):
             for column, name in zip(batch.columns, batch.schema.names, strict=True):
@@ -87,28 +91,8 @@ def _found_in_parquet(path: Path, roots: Iterable[Path]) -> list[str]:
                     continue
                 for row in np.flatnonzero(pc.match_substring_regex(column, suspect).to_numpy(zero_copy_only=False)):
                     where = batch["id"][int(row)].as_py()[:16] if "id" in batch.schema.names else str(row)
-                    what = _found_in_document(column[int(row)].as_py().encode(), roots)
-                    found += [f"{kind} in the {name} of document {where}" for kind in what]
-            if len(found) >= MOST_NAMED:
-                break
-    return found[:MOST_NAMED]
-
-
-def _found_in_document(data: bytes, roots: Iterable[Path]) -> list[str]:
-    """What in somebody's document must not be published.
-
-    Documentation shows how a key begins and has folders that many machines have: a key counts with its first
-    characters, and a path below `/root` or `/tmp` if it leads to something on this machine.
-    """
-    found = [kind for kind in found_in(data) if not kind.startswith(("a path", "a private key"))]
-    found += ["a private key"] * bool(_KEY_WITH_DATA.search(data))
-    for root in roots:
-        common = len(root.parts) < 3
-        end = rb"/[^\s\"'`<>()\[\]{},;:]+" if common else rb"(?![\w-])"
-        for match in re.finditer(re.escape(os.fsencode(root)) + end, data):
-            if not common or (match.group().count(b"/") > 2 and os.path.exists(match.group())):  # noqa: PTH110 (bytes)
-                return [*found, f"a path of this machine ({match.group().decode(errors='replace')})"]
-    return found
+                    for kind in found_in(column[int(row)].as_py(), folders, document=True):
+                        yield f"{kind} in the {name} of document {where}"
 
 
 def _environment_secrets() -> list[bytes]:
@@ -123,15 +107,21 @@ def _environment_secrets() -> list[bytes]:
     ]
 
 
-def _machine_paths(folders: Iterable[Path] = ()) -> re.Pattern[bytes]:
-    """Matches absolute paths that exist on this machine only by accident of who uses it."""
-    roots = {Path.home(), Path.cwd(), Path(sys.prefix), Path(__file__).parents[2]}
-    roots |= {folder.resolve().parent for folder in folders}
-    # One part (`/root`, `/tmp`) is too common a word of documentation to be called a leak without what follows it.
-    patterns = sorted(
-        re.escape(str(root)) + (r"/[\w.]" if len(root.parts) < 3 else "") for root in roots if len(root.parts) > 1
-    )
-    return re.compile("|".join(patterns).encode())
+def _roots(folders: Iterable[Path] = (), document: bool = False) -> set[bytes]:
+    """Folders that exist on this machine only by accident of who uses it; a document may name the interpreter's."""
+    roots = {Path.home(), Path.cwd(), *(folder.resolve().parent for folder in folders)}
+    roots |= set() if document else {Path(sys.prefix), Path(__file__).parents[2]}
+    return {os.fsencode(root) for root in roots if len(root.parts) > 1}
+
+
+def _machine_paths(roots: Iterable[bytes], document: bool = False) -> re.Pattern[bytes]:
+    """Matches the paths below these folders.
+
+    One part (`/root`, `/tmp`) is too common a word of documentation to be called a leak without what follows it.
+    """
+    common, rare = (rb"/[^\s\"'`<>()\[\]{},;:]+", rb"(?![\w-])") if document else (rb"/[\w.]", b"")
+    longest_first = sorted(roots, key=lambda root: (-root.count(b"/"), root))
+    return re.compile(b"|".join(re.escape(root) + (common if root.count(b"/") < 2 else rare) for root in longest_first))
 
 
 class PathRemover:
@@ -149,7 +139,7 @@ class PathRemover:
     """Keys whose values are texts, which stay as they are: a text may begin with a slash."""
 
     def __init__(self, run: Path) -> None:
-        self._within = re.compile(rf"{_INNER_PATH}|(?:{_machine_paths([run]).pattern.decode()})[^\s\"']*")
+        self._within = re.compile(rf"{_INNER_PATH}|(?:{os.fsdecode(_machine_paths(_roots([run])).pattern)})[^\s\"']*")
         self._names: dict[str, str] = {}
 
     def __call__(self, value: Any) -> Any:
@@ -176,10 +166,7 @@ class PathRemover:
         if path not in self._names:
             windows = "\\" in path and "/" not in path
             last = (PureWindowsPath(path) if windows else PurePosixPath(path)).name or "folder"
-            taken, number = set(self._names.values()), 1
-            name = last
-            while name in taken:
-                number += 1
-                name = f"{last} ({number})"
-            self._names[path] = name
+            taken = set(self._names.values())
+            names = itertools.chain([last], (f"{last} ({number})" for number in itertools.count(2)))
+            self._names[path] = next(name for name in names if name not in taken)
         return self._names[path]

@@ -10,23 +10,18 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from nanophi.core.errors import UserError
-
-SIGNATURE = "model.sig"
+from nanophi.core.errors import UserError, one_line
+from nanophi.model_card.manifest import SIGNATURE
 
 
 def sign(folder: Path, private_key: Path) -> None:
-    """Write `model.sig`, a signature over every other file of the folder.
-
-    Raises:
-        UserError: if the extra is not installed or the key cannot be read.
-    """
+    """Write `model.sig`, a signature over every other file of the folder. `UserError` without the extra or a key."""
     library = _library()
     (folder / SIGNATURE).unlink(missing_ok=True)
     try:
         config = library.signing.Config().use_elliptic_key_signer(private_key=private_key)
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{private_key} is not a private key in PEM form ({_first_line(error)})") from None
+        raise UserError(f"{private_key} is not a private key in PEM form ({one_line(error)})") from None
     config.set_hashing_config(_hashing(library, folder)).sign(folder, folder / SIGNATURE)
 
 
@@ -38,11 +33,11 @@ def problems(folder: Path, public_key: Path) -> list[str]:
     try:
         config = library.verifying.Config().use_elliptic_key_verifier(public_key=public_key)
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{public_key} is not a public key in PEM form ({_first_line(error)})") from None
+        raise UserError(f"{public_key} is not a public key in PEM form ({one_line(error)})") from None
     try:
         config.set_hashing_config(_hashing(library, folder)).verify(folder, folder / SIGNATURE)
     except Exception as error:  # The library raises ValueError, and those of cryptography and of JSON.
-        return [f"{SIGNATURE} is not this key's signature of these files ({_first_line(error)})"]
+        return [f"{SIGNATURE} is not this key's signature of these files ({one_line(error)})"]
     return []
 
 
@@ -57,7 +52,3 @@ def _hashing(library: Any, folder: Path) -> Any:
     ignored = [folder / SIGNATURE, folder / ".cache"]
     # The Hub's cache is made of links.
     return library.hashing.Config().set_ignored_paths(paths=ignored, ignore_git_paths=True).set_allow_symlinks(True)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,7 +1,8 @@
 """Bring a repository on the Hub to what folders here hold: what would change, what is not ours, and the commits.
 
 Every revision is one commit, so the Hub has it whole or not at all; large files are uploaded ahead of it and never
-twice. What was cut off is finished by doing it again.
+twice. What was cut off is finished by doing it again. What a repository holds, and when it is sent, is decided in
+`push.py`.
 """
 
 from __future__ import annotations
@@ -13,20 +14,19 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import yaml
 
 from nanophi.core.errors import UserError
 from nanophi.core.inputs import Kind, same_on_hub
 from nanophi.model_card import hub
-from nanophi.model_card.release import MANIFEST, list_files
-from nanophi.model_card.signature import SIGNATURE
+from nanophi.model_card.manifest import MANIFEST, SIGNATURE, list_files
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi, RepoFile
 
-Echo = Callable[[str], None]
+Report = Callable[[str], None]
 
 RECIPE = "records/recipe.yaml"
 
@@ -48,62 +48,73 @@ class Repository:
 class Change:
     """What a push does to one branch: names of files by what happens to them, and the commit that it starts from."""
 
-    head: str
+    head: str | None
+    """None where there is no repository yet."""
     new: list[str]
-    replaced: list[str]
-    deleted: list[str]
-    foreign: list[str]
+    replaced: list[str] = dataclasses.field(default_factory=list)
+    deleted: list[str] = dataclasses.field(default_factory=list)
+    foreign: list[str] = dataclasses.field(default_factory=list)
     """Of those that are replaced or deleted, the ones that no push put there, with what is known about them."""
     run: str = ""
     """The run whose release a push put there, if it is another one."""
 
-    def __bool__(self) -> bool:
-        return bool(self.new or self.replaced or self.deleted)
+    @property
+    def files(self) -> list[str]:
+        """All that it touches."""
+        return [*self.new, *self.replaced, *self.deleted]
 
 
-def plan(api: HfApi, repository: Repository, scratch: Path) -> dict[str, Change | None]:
-    """What would change on each branch, by comparing file by file; None where the repository does not exist yet.
+Plan = dict[str, Change]
+"""By branch."""
 
-    Raises:
-        UserError: if the tag is there for another release: tags are never moved.
-    """
+
+def everything(repository: Repository) -> Plan:
+    """The plan where there is no repository yet."""
+    return {branch: Change(None, list_files(folder)) for branch, folder in repository.revisions.items()}
+
+
+def plan(api: HfApi, repository: Repository, scratch: Path) -> Plan:
+    """What would change on each branch, file by file. `UserError` if another release has the tag: it is never moved."""
     name, kind, tag = repository.name, repository.kind, repository.tag
-    refs = hub.branches_and_tags(api, name, kind)
-    if refs is None:
-        return dict.fromkeys(repository.revisions)
+    if (refs := hub.branches_and_tags(api, name, kind)) is None:
+        return everything(repository)
     branches, tags = refs
-    # A branch starts at the empty first commit: one that was only begun must not show other weights.
-    first = api.list_repo_commits(name, repo_type=kind)[-1].commit_id
-    if tag in tags:
-        since = _change(api, repository, tags[tag], repository.revisions["main"])
-        if not LINKED.issuperset([*since.new, *since.replaced, *since.deleted]):
-            raise UserError(
-                f"{name} has a tag {tag} of another release; if it is to hold this model, raise card.version in the "
-                "recipe and run `nanophi release`; if not, choose another --repo-id"
-            )
+    if tag in tags and not LINKED.issuperset(_change(api, repository, tags[tag], repository.revisions["main"]).files):
+        raise UserError(
+            f"{name} has a tag {tag} of another release; if it is to hold this model, raise card.version in the "
+            "recipe and run `nanophi release`; if not, choose another --repo-id"
+        )
+    first = _first_commit(api, repository)
     return {
         branch: _change(api, repository, branches.get(branch, first), folder, scratch)
         for branch, folder in repository.revisions.items()
     }
 
 
+def _first_commit(api: HfApi, repository: Repository) -> str:
+    """The empty commit at which a branch starts: one that was only begun must not show other weights."""
+    return str(api.list_repo_commits(repository.name, repo_type=repository.kind)[-1].commit_id)
+
+
 def _change(api: HfApi, repository: Repository, commit: str, folder: Path, scratch: Path | None = None) -> Change:
     """From a commit on the Hub to a folder here. With `scratch`, also which of the files there are not ours."""
     there, here = hub.files_at(api, repository.name, commit, repository.kind), list_files(folder)
-    new = [name for name in here if name not in there]
-    replaced = [name for name in here if name in there and not same_on_hub(folder / name, there[name])]
-    deleted = sorted(set(there) - set(here))
-    if replaced == [SIGNATURE] and not new and not deleted:
-        replaced = []  # Two signatures of the same files differ.
-    foreign, run = [], ""
-    if scratch is not None and (replaced or deleted):
+    change = Change(
+        commit,
+        new=[name for name in here if name not in there],
+        replaced=[name for name in here if name in there and not same_on_hub(folder / name, there[name])],
+        deleted=sorted(set(there) - set(here)),
+    )
+    if change.files == [SIGNATURE] and change.replaced:
+        change.replaced = []  # Two signatures of the same files differ.
+    if scratch is not None and (change.replaced or change.deleted):
         read = functools.partial(
             hub.read_file, api, repository.name, revision=commit, folder=scratch, kind=repository.kind
         )
-        foreign = _foreign(read, {name: there[name] for name in (*replaced, *deleted)})
-        if RECIPE in replaced and (named := _run_name(read(RECIPE))) != _run_name((folder / RECIPE).read_bytes()):
-            run = named
-    return Change(commit, new, replaced, deleted, foreign, run)
+        change.foreign = _foreign(read, {name: there[name] for name in (*change.replaced, *change.deleted)})
+        if RECIPE in change.replaced and (run := _run_name(read(RECIPE))) != _run_name((folder / RECIPE).read_bytes()):
+            change.run = run
+    return change
 
 
 def _run_name(recipe: bytes | None) -> str:
@@ -133,112 +144,89 @@ def _foreign(read: Callable[[str], bytes | None], touched: dict[str, RepoFile]) 
             continue
         if name not in listed:
             wrong.append(f"{name} (added there)")
-        elif file.lfs is not None:
-            if file.lfs.sha256 != listed[name]:
-                wrong.append(f"{name} (changed there)")
-        elif hashlib.sha256(read(name) or b"").hexdigest() != listed[name]:
+        elif (file.lfs.sha256 if file.lfs else hashlib.sha256(read(name) or b"").hexdigest()) != listed[name]:
             wrong.append(f"{name} (changed there)")
     return wrong
 
 
-def announce(repository: Repository, changes: dict[str, Change | None], dry_run: bool, echo: Echo) -> dict[str, Any]:
-    """What is to happen to one repository, as `push` returns it, and on screen: in a dry run file by file."""
-    result: dict[str, Any] = {"repo_id": repository.name, "revisions": {}, "tag": repository.tag, "url": None}
-    for name, folder in repository.revisions.items():
-        sizes, change = {file: (folder / file).stat().st_size for file in list_files(folder)}, changes[name]
-        new, replaced, deleted = (change.new, change.replaced, change.deleted) if change else (list(sizes), [], [])
-        if change is not None and not change:
-            new = []
-        result["revisions"][name] = {
-            "files": len(sizes),
-            "bytes": sum(sizes.values()),
-            "commit": None,
-            "new": new,
-            "replaced": replaced,
-            "deleted": deleted,
-        }
-        if dry_run:
-            echo(
-                f"{repository.name} {name}: {len(sizes)} files, {sum(sizes.values()):,} bytes; {len(new)} new, "
-                f"{len(replaced)} replaced, {len(deleted)} deleted"
-            )
-            for file, size in sizes.items():
-                what = "new" if file in new else "replaced" if file in replaced else "same"
-                echo(f"    {size:>14,}  {what:<8}  {file}")
-            for file in deleted:
-                echo(f"    {'':>14}  deleted   {file}")
-        elif replaced or deleted:
-            parts = [f"{word} {', '.join(files)}" for word, files in (("replaces", replaced), ("deletes", deleted))]
-            echo(f"{name}: {'; '.join(part for part, files in zip(parts, (replaced, deleted), strict=True) if files)}")
-    return result
+def show(repository: Repository, changes: Plan, dry_run: bool, report: Report) -> None:
+    """Name the files that a push is about to replace and delete; in a dry run, all files with what happens to them."""
+    for branch, folder in repository.revisions.items():
+        change = changes[branch]
+        if not dry_run:
+            words = {"replaces": change.replaced, "deletes": change.deleted}
+            if losses := [f"{word} {', '.join(files)}" for word, files in words.items() if files]:
+                report(f"{branch}: {'; '.join(losses)}")
+            continue
+        sizes = {name: (folder / name).stat().st_size for name in list_files(folder)}
+        report(
+            f"{repository.name} {branch}: {len(sizes)} files, {sum(sizes.values()):,} bytes; {len(change.new)} new, "
+            f"{len(change.replaced)} replaced, {len(change.deleted)} deleted"
+        )
+        for name, size in sizes.items():
+            what = "new" if name in change.new else "replaced" if name in change.replaced else "same"
+            report(f"    {size:>14,}  {what:<8}  {name}")
+        for name in change.deleted:
+            report(f"    {'':>14}  deleted   {name}")
 
 
-def refuse_foreign(
-    repository: Repository, changes: dict[str, Change | None], force: bool, dry_run: bool, echo: Echo
-) -> None:
-    """Raise `UserError` if another run, or files that no push of ours put there, would go; a dry run tells them."""
-    wrong = [f"{name}: {', '.join(change.foreign)}" for name, change in changes.items() if change and change.foreign]
-    runs = sorted({change.run for change in changes.values() if change and change.run})
-    if not (wrong or runs) or force:
-        return
-    message = f"{repository.name} holds files that no push of ours put there: {'; '.join(wrong)}"
+def refusal(repository: Repository, changes: Plan) -> str | None:
+    """Why a push needs --force: the repository is another run's, or has files of no push of ours; None if neither."""
+    advice = "; choose another --repo-id, or {} with --force"
+    runs = sorted({change.run for change in changes.values() if change.run})
     if runs:
         ours = _run_name((repository.revisions["main"] / RECIPE).read_bytes())
-        message = f"{repository.name} holds the run '{', '.join(runs)}', this is '{ours}'"
-    if not dry_run:
-        what = "replace it" if runs else "replace and delete them"
-        raise UserError(f"{message}; choose another --repo-id, or {what} with --force")
-    echo(f"refused without --force: {message}")
+        return f"{repository.name} holds the run '{', '.join(runs)}', this is '{ours}'" + advice.format("replace it")
+    wrong = [f"{branch}: {', '.join(change.foreign)}" for branch, change in changes.items() if change.foreign]
+    if wrong:
+        message = f"{repository.name} holds files that no push of ours put there: {'; '.join(wrong)}"
+        return message + advice.format("replace and delete them")
+    return None
 
 
-def check_metadata(repository: Repository, echo: Echo) -> None:
+def check_metadata(repository: Repository, report: Report) -> None:
     """Ask the Hub whether it takes the cards, before there is a repository."""
     from huggingface_hub import RepoCard
 
     folders = repository.revisions.values()
     for text in {(folder / "README.md").read_text(encoding="utf-8") for folder in folders}:
-        card = RepoCard(text)
         try:
-            hub.patiently(functools.partial(card.validate, repo_type=repository.kind), echo)
+            hub.with_retries(functools.partial(RepoCard(text).validate, repo_type=repository.kind), report)
         except ValueError as error:
             raise UserError(
                 f"{repository.name}: the Hub refuses the card's metadata: {' '.join(str(error).split())}"
             ) from None
 
 
-def send(
-    api: HfApi, repository: Repository, changes: dict[str, Change | None], result: dict[str, Any], echo: Echo
-) -> None:
-    """Bring one repository to what its folders say; commits and url are added to `result`."""
+def send(api: HfApi, repository: Repository, changes: Plan, report: Report) -> str:
+    """Bring one repository to what its folders hold: the branches, `main` last, then the tag. Returns its URL."""
     name, kind, tag = repository.name, repository.kind, repository.tag
-    result["url"] = str(hub.patiently(lambda: api.create_repo(name, private=True, exist_ok=True, repo_type=kind), echo))
+    url = str(api.create_repo(name, private=True, exist_ok=True, repo_type=kind))
     branches, tags = hub.branches_and_tags(api, name, kind) or ({}, {})
-    first = api.list_repo_commits(name, repo_type=kind)[-1].commit_id
+    first, head = _first_commit(api, repository), ""
     for branch, folder in repository.revisions.items():
         if branch not in branches:
-            create = functools.partial(api.create_branch, name, branch=branch, revision=first, repo_type=kind)
-            hub.patiently(functools.partial(create, exist_ok=True), echo)
+            api.create_branch(name, branch=branch, revision=first, repo_type=kind, exist_ok=True)
         change = changes[branch]
-        if change is None:  # there was no repository when the changes were planned
+        if change.head is None:
             change = _change(api, repository, branches.get(branch, first), folder)
-        result["revisions"][branch]["commit"] = _commit(api, repository, branch, change, echo)
+        head = _commit(api, repository, branch, change, report)
     if tag not in tags:
-        head = result["revisions"]["main"]["commit"]
-        hub.patiently(lambda: api.create_tag(name, tag=tag, revision=head, exist_ok=True, repo_type=kind), echo)
-    echo(f"{result['url']}: {', '.join(result['revisions'])}, tag {tag}")
+        api.create_tag(name, tag=tag, revision=head, exist_ok=True, repo_type=kind)
+    report(f"{url}: {', '.join(repository.revisions)}, tag {tag}")
+    return url
 
 
-def _commit(api: HfApi, repository: Repository, branch: str, change: Change, echo: Echo) -> str:
+def _commit(api: HfApi, repository: Repository, branch: str, change: Change, report: Report) -> str:
     """Make a branch hold exactly its folder, in one commit; returns its hash."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
     from huggingface_hub.errors import HfHubHTTPError
 
     folder = repository.revisions[branch]
-    if not change:
-        echo(f"{branch}: up to date")
-        return change.head
-
-    def commit() -> str:
+    if not change.files:
+        report(f"{branch}: up to date")
+        return str(change.head)
+    try:
         made = api.create_commit(
             repository.name,
             [
@@ -250,44 +238,31 @@ def _commit(api: HfApi, repository: Repository, branch: str, change: Change, ech
             revision=branch,
             parent_commit=change.head,  # Somebody else's commit in between makes this one fail, not mix with it.
         )
-        return str(made.oid)
-
-    try:
-        oid = hub.patiently(commit, echo)
+        head = str(made.oid)
     except HfHubHTTPError as error:
         head = str(api.repo_info(repository.name, repo_type=repository.kind, revision=branch).sha)
-        # The commit may have been made although the answer said otherwise.
-        if error.response.status_code != 412 or _change(api, repository, head, folder):
+        # The commit may have been made although the answer was an error.
+        if error.response.status_code != 412 or _change(api, repository, head, folder).files:
             raise
-        oid = head
-    echo(f"{branch}: uploaded")
-    return oid
+    report(f"{branch}: uploaded")
+    return head
 
 
-def collect(api: HfApi, title: str, items: list[tuple[str, Kind, str]], public: bool, echo: Echo) -> str:
-    """Make a collection, or extend the one of that title; what is in it already stays.
+def collect(api: HfApi, title: str, items: list[tuple[str, Kind, str]], public: bool, report: Report) -> str:
+    """Make a collection, or extend the one of that title; what is in it already stays. Returns its URL.
 
-    Args:
-        api: the client.
-        title: of the collection; its owner is that of the first item.
-        items: Hub id, kind and note of each repository.
-        public: make it public; otherwise a new one is private, and one that exists stays as it is.
-        echo: called with a line for the collection.
-
-    Returns:
-        its URL.
+    `items` are Hub id, kind and note of each repository; the first one's owner is the collection's. Unless it is to be
+    public a new one is private, and one that exists stays as it is.
     """
     owner = items[0][0].partition("/")[0]
-    found = hub.patiently(lambda: [entry for entry in api.list_collections(owner=owner) if entry.title == title], echo)
-    make = functools.partial(api.create_collection, title, namespace=owner, private=not public, exists_ok=True)
-    slug = (found[0] if found else hub.patiently(make, echo)).slug
-    collection = hub.patiently(lambda: api.get_collection(slug), echo)
+    slug = next((entry.slug for entry in api.list_collections(owner=owner) if entry.title == title), None)
+    slug = slug or api.create_collection(title, namespace=owner, private=not public, exists_ok=True).slug
+    collection = api.get_collection(slug)
     there = {(item.item_type, item.item_id) for item in collection.items}
     for name, kind, note in items:
         if (kind, name) not in there:
-            add = functools.partial(api.add_collection_item, slug, name, kind, note=note, exists_ok=True)
-            hub.patiently(add, echo)
+            api.add_collection_item(slug, name, kind, note=note, exists_ok=True)
     if public and collection.private:
-        hub.patiently(lambda: api.update_collection_metadata(slug, private=False), echo)
-    echo(f"{collection.url}: {', '.join(name for name, _, _ in items)}")
+        api.update_collection_metadata(slug, private=False)
+    report(f"{collection.url}: {', '.join(name for name, _, _ in items)}")
     return str(collection.url)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nanophi.eval.catalogue import LEADERBOARD
+from nanophi.eval.catalogue import LEADERBOARD, TASKS
 
 
 def comparison(ours: str) -> dict[str, Any]:
@@ -68,39 +68,24 @@ def comparison(ours: str) -> dict[str, Any]:
     }
 
 
-def leaderboard_results() -> Any:
-    """A complete `open-llm-v1` result: five tasks and MMLU's 57 subjects."""
+def leaderboard_results(scored: int = 100) -> Any:
+    """An `open-llm-v1` result: five tasks and MMLU's 57 subjects, each with 100 items, of which `scored` were run."""
     subjects = [f"mmlu_subject_{number}" for number in range(57)]
-    leaves = {"arc_challenge": "acc_norm", "hellaswag": "acc_norm", "truthfulqa_mc2": "acc", "winogrande": "acc"}
-    results = {task: {f"{metric},none": 0.3, f"{metric}_stderr,none": 0.01} for task, metric in leaves.items()}
-    results["gsm8k"] = {"exact_match,strict-match": 0.0, "exact_match_stderr,strict-match": 0.0}
-    results |= {task: {"acc,none": 0.25, "acc_stderr,none": 0.03} for task in subjects}
-    metrics = {**leaves, "gsm8k": "exact_match", "mmlu": "acc"}
+    results = {task: {f"{TASKS[task].metric}": 0.3} for task in LEADERBOARD if task != "mmlu"}
+    results |= {"gsm8k": {TASKS["gsm8k"].metric: 0.0}} | {task: {"acc,none": 0.25} for task in subjects}
+    errors = {task: {key.replace(",", "_stderr,"): 0.01 for key in metrics} for task, metrics in results.items()}
     chance = {"arc_challenge": 0.25, "hellaswag": 0.25, "mmlu": 0.25, "winogrande": 0.5}
-    values = {"mmlu": 0.25, "gsm8k": 0.0}
-    headline = [
-        {
-            "task": task,
-            "metric": metrics[task],
-            "filter": "strict-match" if task == "gsm8k" else "none",
-            "num_fewshot": 5,
-            "value": values.get(task, 0.3),
-            "stderr": 0.01,
-            "chance": chance.get(task),
-            "higher_is_better": True,
-            "items": 100,
-            "of": 100,
-            "tasks": subjects if task == "mmlu" else [task],
-        }
-        for task in LEADERBOARD
-    ]
-    value = sum(values.get(task, 0.3) for task in LEADERBOARD) / 6
-    average = {"value": value, "stderr": 0.004, "tasks": list(LEADERBOARD)}
+    lines = {task: subjects if task == "mmlu" else [task] for task in LEADERBOARD}
     return {
-        "results": {**results, "mmlu": {"acc,none": 0.25}},
+        "results": {**{task: results[task] | errors[task] for task in results}, "mmlu": {"acc,none": 0.25}},
         "groups": {"mmlu": {"acc,none": 0.25}},
-        "n-shot": dict.fromkeys([*results, "mmlu"], 5),
-        "n-samples": {task: {"original": 100, "effective": 100} for task in results},
+        "n-shot": {**dict.fromkeys(subjects, 5), **LEADERBOARD},
+        "n-samples": {task: {"original": 100, "effective": scored} for task in results},
+        "higher_is_better": {task: {} for task in results},
         "lm_eval_version": "0.4.13",
-        "nanophi": {"format": 2, "suite": "open-llm-v1", "headline": headline, "average": average},
+        "nanophi": {
+            "format": 3,
+            "suite": "open-llm-v1",
+            "lines": {task: {"tasks": leaves, "chance": chance.get(task)} for task, leaves in lines.items()},
+        },
     }

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub.constants
 import huggingface_hub.utils._http
 import pytest
 from hub_server import Commit, HubServer  # type: ignore[import-not-found]
+
+from nanophi.model_card.push import Options, Report, publish
 
 
 def talk_to(server: HubServer, home: Path, patch: pytest.MonkeyPatch) -> None:
@@ -37,3 +40,9 @@ def is_whole(commit: Commit) -> bool:
 
 def silent(line: str) -> None:
     pass
+
+
+def push(release: Path, repo_id: str, report: Report = silent, **options: Any) -> list[str]:
+    """`nanophi push` with the options of the verb by their names."""
+    asked = {part: options.pop(part) for part in ("scorer", "data", "gguf") if part in options}
+    return publish(release, Options(repo_id, asked=asked, **options), report)

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset, Sampler, SequentialSampler
-from transformers import set_seed
+from transformers import AutoTokenizer, set_seed
 
 from nanophi.configuration_nanophi import NanoPhiConfig
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json
 from nanophi.core.recipe import Training
+from nanophi.core.sample import continue_prompt
 from nanophi.modeling_nanophi import NanoPhiForCausalLM
 from nanophi.training.arguments import accelerate_precision, decay_start, training_arguments, world_size
 from nanophi.training.attention import PACKED_DOCUMENTS
@@ -25,7 +26,7 @@ from nanophi.training.energy import open_meter
 from nanophi.training.loss import use_chunked_loss
 from nanophi.training.rows import PackedCollator, PackedRows
 from nanophi.training.run_trainer import RunTrainer, fit
-from nanophi.training.validation import HeldoutRows, SampleText, unchanged_random_state
+from nanophi.training.validation import HeldoutRows, unchanged_random_state
 
 
 class NanoPhiTrainer(RunTrainer):
@@ -42,7 +43,8 @@ class NanoPhiTrainer(RunTrainer):
 
     def __init__(self, *, bytes_per_token: float, prompt: str | None, eval_dataset: HeldoutRows, **kwargs: Any) -> None:
         super().__init__(eval_dataset=eval_dataset, compute_metrics=eval_dataset.metrics, **kwargs)
-        self.sampler = SampleText(self.run / "data/tokenizer", prompt) if prompt is not None else None
+        self.prompt = prompt
+        self.tokenizer = None if prompt is None else AutoTokenizer.from_pretrained(self.run / "data/tokenizer")
         self.bytes_per_token = bytes_per_token
 
     # Data: `PackedRows` is in order already.
@@ -73,9 +75,9 @@ class NanoPhiTrainer(RunTrainer):
             with unchanged_random_state():
                 metrics = super().evaluate(*args, **kwargs)
                 # A model that is divided among processes generates on all of them or not at all.
-                if self.sampler is not None and (self.is_fsdp_enabled or self.is_world_process_zero()):
-                    sample: dict[str, Any] = {"step": self.state.global_step, "sample": self.sampler(self.model)}
-                    self.state.log_history.append(sample)
+                if self.prompt is not None and (self.is_fsdp_enabled or self.is_world_process_zero()):
+                    text: Any = continue_prompt(self.model, self.tokenizer, self.prompt)
+                    self.state.log_history.append({"step": self.state.global_step, "sample": text})
         except StopRequestedError:
             self.control.should_training_stop = True
             return {}

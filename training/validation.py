@@ -1,4 +1,4 @@
-"""Validation during training: bits per byte by source on the held-out rows, and a text sample."""
+"""Validation during training: bits per byte by source on the held-out rows, without a trace in the random state."""
 
 from __future__ import annotations
 
@@ -7,17 +7,14 @@ import math
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from transformers import AutoTokenizer, EvalPrediction
+from transformers import EvalPrediction
 
-from nanophi.modeling_nanophi import NanoPhiForCausalLM
 from nanophi.training.rows import PackedRows
 
-SAMPLE_TOKENS = 40
 BY_SOURCE = "bits_per_byte/"
 
 
@@ -84,38 +81,6 @@ class HeldoutRows(PackedRows):
             if name and counts[code]
         }
         return {"mean_loss": float(nats.sum() / counts.sum()), **by_source}
-
-
-class SampleText:
-    """Text that the model in training generates from a prompt: greedy, so the random state does not change.
-
-    Args:
-        tokenizer: folder of the run's tokenizer.
-        prompt: the start of the text.
-    """
-
-    def __init__(self, tokenizer: Path, prompt: str) -> None:
-        self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
-        self.prompt_ids = self.tokenizer(prompt)["input_ids"] or [self.tokenizer.eos_token_id]
-
-    def __call__(self, model: NanoPhiForCausalLM) -> str:
-        """The prompt and up to `SAMPLE_TOKENS` generated tokens."""
-        input_ids = torch.tensor([self.prompt_ids], device=next(model.parameters()).device)
-        settings: dict[str, Any] = {
-            "do_sample": False,
-            "max_new_tokens": SAMPLE_TOKENS,
-            "pad_token_id": self.tokenizer.eos_token_id,
-        }
-        training = model.training
-        model.eval()
-        try:
-            with torch.no_grad():
-                output = model.generate(  # type: ignore[misc]  # transformers' own annotation of `self`
-                    input_ids, attention_mask=torch.ones_like(input_ids), **settings
-                )
-        finally:
-            model.train(training)
-        return str(self.tokenizer.decode(output[0], skip_special_tokens=True))
 
 
 @contextlib.contextmanager

@@ -408,11 +408,11 @@ def build_run(run: Path) -> None:
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run directory whose stages before the card are done. Do not change it: copy it."""
-    from nanophi.model_card import release
+    from nanophi.core import sample
 
     run = tmp_path_factory.mktemp("runs") / "tiny"
     build_run(run)
-    release.write_sample(run / "checkpoints" / f"step-{STEPS:06d}", "The module ", run / "sample.json")
+    sample.write_sample(run / "checkpoints" / f"step-{STEPS:06d}", "The module ", run / "sample.json")
     return run
 
 

@@ -7,13 +7,14 @@ import gguf as library
 import pytest
 import yaml
 from chat_run import pipeline, talk
+from forging import card_problems  # type: ignore[import-not-found]
 from huggingface_hub import ModelCard
 
 from nanophi.core import markup
 from nanophi.core.files import read_json, write_json
 from nanophi.core.recipe import load_recipe
 from nanophi.data.conversations import TEMPLATE
-from nanophi.model_card import gguf, reproduce, verify
+from nanophi.model_card import checks, gguf, reproduce
 from nanophi.model_card.records import read_records
 from nanophi.pipeline import compare_runs
 
@@ -35,7 +36,7 @@ def run(finished_run, tmp_path_factory):
 
 def test_the_card_says_what_a_chat_model_is(run):
     release = run.path / "release"
-    assert verify.card_problems(release, read_records(release / "records")) == []
+    assert card_problems(release) == []
     text = (release / "README.md").read_text()
     data = ModelCard(text).data
     assert (data.base_model, data.base_model_relation) == ("someone/base", "finetune")
@@ -63,13 +64,13 @@ def test_what_alignment_cost_is_paired_with_the_base(run):
 def test_the_template_travels(run, tmp_path):
     assert read_json(run.path / "release/tokenizer_config.json")["chat_template"] == TEMPLATE
     release, records = run.path / "release", read_records(run.path / "release/records")
-    assert verify._configuration(release, records) == []
+    assert checks.configuration(release, records) == []
     (tmp_path / "chat").mkdir()
     for file in filter(Path.is_file, release.iterdir()):
         shutil.copyfile(file, tmp_path / "chat" / file.name)
     settings = read_json(release / "tokenizer_config.json")
     write_json(tmp_path / "chat/tokenizer_config.json", settings | {"chat_template": TEMPLATE + "{{ 'Buy!' }}"})
-    assert verify._configuration(tmp_path / "chat", records) == ["the chat template is not the one that nanophi ships"]
+    assert checks.configuration(tmp_path / "chat", records) == ["the chat template is not the one that nanophi ships"]
     gguf.write(run.path / "release", tmp_path / "x.gguf", "f32")
     field = library.GGUFReader(tmp_path / "x.gguf").get_field("tokenizer.chat_template")
     assert field.contents() == TEMPLATE

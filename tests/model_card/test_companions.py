@@ -17,19 +17,20 @@ from typing import Any
 import pandas as pd
 import pytest
 import yaml
-from hub_client import is_whole, silent, talk_to  # type: ignore[import-not-found]
+from hub_client import is_whole, push, silent, talk_to  # type: ignore[import-not-found]
 from hub_server import HubServer  # type: ignore[import-not-found]
 
 from nanophi.core.errors import UserError
 from nanophi.core.recipe import Recipe, load_recipe
 from nanophi.data import gather, packing, quality, quality_join
 from nanophi.data.scorers import find_scorer
-from nanophi.model_card import file_checks
+from nanophi.model_card import companions
 from nanophi.model_card import push as pushing
 from nanophi.model_card import release as releases
-from nanophi.model_card.push import push
+from nanophi.model_card.manifest import file_problems, write_manifest
 
 DOCUMENTS = 60
+WRITTEN = {entry.part: entry.written for entry in companions.COMPANIONS}
 
 
 def write_texts(folder: Path) -> None:
@@ -78,7 +79,7 @@ def no_branches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Branches of checkpoints take seconds to build and are tested elsewhere."""
 
     def only_main(release: Path, repo_id: str, scratch: Path, echo: Any, links: dict[str, str]) -> dict[str, Path]:
-        releases.retarget(release, repo_id, scratch / "main", links)
+        releases.copy_for_repo(release, repo_id, scratch / "main", links)
         return {"main": scratch / "main"}
 
     monkeypatch.setattr(pushing, "_revisions", only_main)
@@ -93,7 +94,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
 
 
 def test_a_published_scorer_is_used_at_a_revision(scored: Path, hub: HubServer, tmp_path: Path) -> None:
-    push(scored, "org/demo", scorer=True, data="scores", control="org/control", echo=silent)
+    push(scored, "org/demo", scorer=True, data="scores", control="org/control")
     repository = hub.repositories["model", "org/demo-quality"]
     assert is_whole(repository.branches["main"]) and repository.tags["v1.0"] is repository.branches["main"]
     page = repository.branches["main"].files["README.md"].data.decode()
@@ -116,11 +117,11 @@ def test_a_published_scorer_is_used_at_a_revision(scored: Path, hub: HubServer, 
 
 
 def test_the_card_links_what_is_published_and_keeps_its_links(scored: Path, hub: HubServer) -> None:
-    push(scored, "org/demo", echo=silent)
+    push(scored, "org/demo")
     repository = hub.repositories["model", "org/demo"]
     assert b"org/demo-data" not in repository.branches["main"].files["README.md"].data
-    push(scored, "org/demo", data="scores", control="org/control", echo=silent)
-    push(scored, "org/demo", scorer=True, echo=silent)
+    push(scored, "org/demo", data="scores", control="org/control")
+    push(scored, "org/demo", scorer=True)
     head = repository.branches["main"].files["README.md"].data.decode()
     metadata = yaml.safe_load(head.split("---\n")[1])
     assert metadata["datasets"] == ["org/demo-data"]
@@ -132,12 +133,19 @@ def test_the_card_links_what_is_published_and_keeps_its_links(scored: Path, hub:
 
 
 def test_a_collection_is_made_and_extended(scored: Path, hub: HubServer) -> None:
-    push(scored, "org/control", collection="Nano", echo=silent)
+    push(scored, "org/control", collection="Nano")
     (collection,) = hub.collections.values()
     assert collection["private"]
     for _ in range(2):
-        push(scored, "org/demo", scorer=True, data="scores", control="org/control", collection="Nano", public=True,
-             echo=silent)  # fmt: skip
+        push(
+            scored,
+            "org/demo",
+            scorer=True,
+            data="scores",
+            control="org/control",
+            collection="Nano",
+            public=True,
+        )
     assert list(hub.collections) == [collection["slug"]] and not collection["private"]
     assert [(item["type"], item["id"]) for item in collection["items"]] == [
         ("model", "org/control"),
@@ -147,7 +155,7 @@ def test_a_collection_is_made_and_extended(scored: Path, hub: HubServer) -> None
     ]
     assert not any(hub.repositories[key].private for key in hub.repositories if key[1].startswith("org/demo"))
     with pytest.raises(UserError, match="1 to 59 characters"):
-        push(scored, "org/demo", collection="x" * 60, echo=silent)
+        push(scored, "org/demo", collection="x" * 60)
 
 
 LOAD = """
@@ -161,7 +169,7 @@ print(json.dumps([{name: rows.to_list() for name, rows in splits.items()}, [row[
 
 @pytest.mark.parametrize("kind", ["scores", "text"])
 def test_the_data_loads_and_streams(kind: Any, scored: Path, hub: HubServer, tmp_path: Path) -> None:
-    push(scored, "org/demo", data=kind, echo=silent)
+    push(scored, "org/demo", data=kind)
     repository = hub.repositories["dataset", "org/demo-data"]
     assert is_whole(repository.branches["main"]) and repository.tags["v1.0"] is repository.branches["main"]
     done = subprocess.run(
@@ -238,7 +246,7 @@ def test_a_recipe_over_the_published_data_gives_the_same_tokens(
     kind: Any, scored: Path, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = scored.parent
-    push(scored, "org/demo", data=kind, echo=silent)
+    push(scored, "org/demo", data=kind)
     published = download_data(hub, tmp_path)
     if kind == "scores":
         for _ in range(2):
@@ -252,7 +260,7 @@ def test_a_recipe_over_the_published_data_gives_the_same_tokens(
 
 
 def test_a_join_replaces_only_its_own_folder(scored: Path, hub: HubServer, tmp_path: Path) -> None:
-    push(scored, "org/demo", data="scores", echo=silent)
+    push(scored, "org/demo", data="scores")
     published = str(download_data(hub, tmp_path))
     (tmp_path / "joined" / "data").mkdir(parents=True)
     (tmp_path / "joined" / "README.md").write_text("Mine.")
@@ -267,23 +275,23 @@ def test_bad_input_is_one_line(scored: Path, hub: HubServer, tmp_path: Path) -> 
     run = Path(shutil.copytree(scored.parent, tmp_path / "runs" / "tiny"))
     prepare(run, scored.parents[2])
     with pytest.raises(UserError, match="no licence is stated for good, bad; state"):
-        push(run / "release", "org/demo", data="text", echo=silent)
+        push(run / "release", "org/demo", data="text")
     values = yaml.safe_load((run / "recipe.yaml").read_text())
     (run / "recipe.yaml").write_text(yaml.safe_dump({**values, "quality": {"scorer": "column:score"}}))
     with pytest.raises(UserError, match="is 'column:score', so there is no scorer"):
-        push(run / "release", "org/demo", scorer=True, echo=silent)
+        push(run / "release", "org/demo", scorer=True)
     hub.add_repository("dataset", "org/demo-data", {"data/train.parquet": b"somebody else's"})
     with pytest.raises(UserError, match="org/demo-data holds files that no push of ours put there: main: data/train"):
-        push(scored, "org/demo", data="scores", echo=silent)
+        push(scored, "org/demo", data="scores")
     assert ("model", "org/demo") not in hub.repositories
     away = Path(shutil.copytree(scored, tmp_path / "away"))
     with pytest.raises(UserError, match="is not in its run directory"):
-        push(away, "org/demo", scorer=True, echo=silent)
+        push(away, "org/demo", scorer=True)
     record = json.loads((run / "record.json").read_text())
     record["stages"]["scores"]["key"] = "0" * 64
     (run / "record.json").write_text(json.dumps(record))
     with pytest.raises(UserError, match="release; run `nanophi release` again"):
-        push(run / "release", "org/demo", data="scores", echo=silent)
+        push(run / "release", "org/demo", data="scores")
 
 
 @pytest.mark.parametrize(
@@ -304,8 +312,8 @@ def test_secrets_and_paths_in_the_data_are_refused(
     texts[555] = f"It says {planted.format(run=scored.parent)} somewhere"
     ids = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
     pd.DataFrame({"id": ids, "text": texts}).to_parquet(folder / "data" / "train-00000.parquet")
-    releases.write_manifest(folder, {"nanophi": "0"})
-    wrong = pushing.problems(folder, scored, pushing.FILES["data"])
+    write_manifest(folder, {"nanophi": "0"})
+    wrong = pushing.problems(folder, scored, WRITTEN["data"])
     assert len(wrong) == (named is not None)
     if named is not None:
         assert named in wrong[0] and ids[555][:16] in wrong[0] and "x1Y2" not in wrong[0]
@@ -316,14 +324,14 @@ def test_a_push_cut_at_any_request_is_finished_by_the_next(
     scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     everything: dict[str, Any] = {"scorer": True, "data": "scores", "collection": "Nano", "public": True}
-    build, built = pushing._build_companion, tmp_path / "built"
+    write, built = companions.Companion.write, tmp_path / "built"
 
-    def build_once(part: str, *values: Any) -> None:
-        if not (built / part).exists():
-            build(part, *values[:-1], built / part)
-        shutil.copytree(built / part, values[-1])
+    def write_once(entry: companions.Companion, source: companions.Source, name: str, folder: Path) -> None:
+        if not (built / entry.part).exists():
+            write(entry, source, name, built / entry.part)
+        shutil.copytree(built / entry.part, folder)
 
-    monkeypatch.setattr(pushing, "_build_companion", build_once)
+    monkeypatch.setattr(companions.Companion, "write", write_once)
     generator = random.Random(0)
     requests = 0
     for _ in range(11):  # The first one counts the requests of a whole push, the others are cut somewhere in it.
@@ -350,8 +358,8 @@ def test_a_companion_has_only_its_own_files(part: str, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     for name in ("README.md", own["data"], own["gguf"], "scorer.json", "data/install.bat"):
         (tmp_path / name).write_text("{}")
-    releases.write_manifest(tmp_path, {"nanophi": "0"})
+    write_manifest(tmp_path, {"nanophi": "0"})
     foreign = {"README.md", own["data"], own["gguf"], "scorer.json", "data/install.bat"} - {"README.md", own[part]}
     foreign -= {"scorer.json"} if part == "scorer" else set()
-    wrong = file_checks.file_problems(tmp_path, written=pushing.FILES[part])
+    wrong = file_problems(tmp_path, written=WRITTEN[part])
     assert set(wrong) == {f"{name} is not a file that nanophi writes" for name in foreign}

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from card_records import comparison, leaderboard_results  # type: ignore[import-not-found]
 
+from nanophi.core.names import final_checkpoint
 from nanophi.model_card import records as shipped
 from nanophi.model_card.consistency import contradictions
 from nanophi.model_card.records import ShippedRecords
@@ -17,7 +18,7 @@ from nanophi.model_card.records import ShippedRecords
 
 @pytest.fixture(scope="module")
 def records(finished_run: Path) -> ShippedRecords:
-    return shipped.collect(finished_run, shipped.final_checkpoint(finished_run))
+    return shipped.collect(finished_run, final_checkpoint(finished_run))
 
 
 def test_a_comparison_of_other_results_fails(records: ShippedRecords) -> None:

@@ -18,8 +18,8 @@ from transformers import AutoTokenizer
 from nanophi import NanoPhiConfig, NanoPhiForCausalLM
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, sha256_of_file
-from nanophi.model_card import file_checks, gguf
-from nanophi.model_card.release import list_files
+from nanophi.model_card import gguf
+from nanophi.model_card.manifest import checksums, list_files
 
 CONTEXT = 96
 TEXTS = [
@@ -168,7 +168,7 @@ def test_export_makes_a_repository(built_release, tmp_path):
     assert [Path(result["path"]).name for result in results] == ["tiny-f16.gguf", "tiny-q8_0.gguf"]
     folder = tmp_path / "gguf"
     assert list_files(folder) == ["MANIFEST.json", "README.md", "tiny-f16.gguf", "tiny-q8_0.gguf"]
-    assert not file_checks.checksums(folder, list_files(folder))
+    assert not checksums(folder, list_files(folder))
     card = (folder / "README.md").read_text()
     assert all(f"| `{Path(r['path']).name}` | {r['kind']} | {r['bytes']:,} |" in card for r in results)
     assert "base_model" not in card  # Its name is no id of the Hub.

@@ -10,6 +10,7 @@ import pytest
 from markdown_it import MarkdownIt
 
 from nanophi.core import markup
+from nanophi.core.names import final_checkpoint
 from nanophi.model_card import card
 from nanophi.model_card import records as shipped
 
@@ -78,7 +79,7 @@ def test_what_cannot_be_shown_is_replaced() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_names_of_sources_are_no_markup_in_the_card(finished_run: Path, name: str) -> None:
-    records = copy.deepcopy(shipped.collect(finished_run, shipped.final_checkpoint(finished_run)))
+    records = copy.deepcopy(shipped.collect(finished_run, final_checkpoint(finished_run)))
     before = read(card.render(records).split("---\n", 2)[2])[1]
     (source,) = records["recipe.yaml"]["data"]["sources"]
     source["name"] = records["recipe.yaml"]["card"]["title"] = records["recipe.yaml"]["card"]["developers"] = name

@@ -11,10 +11,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PhiForCausalLM
 
+from nanophi.core import sample
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, sha256_of_file, sha256_of_tree, write_json
 from nanophi.model_card import card, figures, release
 from nanophi.model_card import records as shipped
+from nanophi.model_card.manifest import list_files
 
 LAST = "checkpoints/step-000030"
 
@@ -27,7 +29,7 @@ def build(run: Path, output: Path, dtype: str = "float32") -> Path:
 
 def test_two_builds_are_byte_identical(built_release: Path, finished_run: Path, tmp_path: Path) -> None:
     again = build(finished_run, tmp_path)
-    assert release.list_files(again) == release.list_files(built_release)
+    assert list_files(again) == list_files(built_release)
     assert sha256_of_tree(again) == sha256_of_tree(built_release)
 
 
@@ -97,10 +99,10 @@ def test_tokenizer_knows_the_context(built_release: Path) -> None:
 def test_a_prompt_that_fills_the_context_is_refused_and_a_long_one_gets_fewer_tokens(finished_run: Path) -> None:
     tokenizer = finished_run / "data" / "tokenizer"
     length = len(AutoTokenizer.from_pretrained(tokenizer)("The quick brown fox " * 4).input_ids)
-    settings = release.sample_settings(tokenizer, "The quick brown fox " * 4, length + 7)
-    assert settings == {**release.SAMPLE_SETTINGS, "max_new_tokens": 7}
+    settings = sample.sample_settings(tokenizer, "The quick brown fox " * 4, length + 7)
+    assert settings == {**sample.SAMPLE_SETTINGS, "max_new_tokens": 7}
     with pytest.raises(UserError, match=rf"card.prompt has {length} tokens, the model's context is {length}; shorten"):
-        release.sample_settings(tokenizer, "The quick brown fox " * 4, length)
+        sample.sample_settings(tokenizer, "The quick brown fox " * 4, length)
 
 
 @pytest.mark.parametrize(
@@ -148,22 +150,20 @@ def test_sample_of_a_bfloat16_release_comes_from_rounded_weights(finished_run: P
     rounded = tmp_path / "rounded"
     shutil.copytree(finished_run / LAST, rounded)
     model.float().save_pretrained(rounded)
-    assert release.generate(finished_run / LAST, ["A package "], "bfloat16") == release.generate(
-        rounded, ["A package "]
-    )
+    assert sample.generate(finished_run / LAST, ["A package "], "bfloat16") == sample.generate(rounded, ["A package "])
 
 
 def test_sample_has_every_checkpoint(finished_run: Path) -> None:
-    sample = read_json(finished_run / "sample.json")
-    assert list(sample["checkpoints"]) == ["step-000010", "step-000020", "step-000030"]
-    assert sample["text"] == sample["checkpoints"]["step-000030"]
-    assert sample["text"].startswith("The module ")
-    assert len(set(sample["checkpoints"].values())) == 3
+    written = read_json(finished_run / "sample.json")
+    assert list(written["checkpoints"]) == ["step-000010", "step-000020", "step-000030"]
+    assert written["text"] == written["checkpoints"]["step-000030"]
+    assert written["text"].startswith("The module ")
+    assert len(set(written["checkpoints"].values())) == 3
 
 
 def test_manifest_lists_every_file_and_where_it_came_from(built_release: Path, finished_run: Path) -> None:
     manifest = read_json(built_release / "MANIFEST.json")
-    assert sorted([*manifest["files"], "MANIFEST.json"]) == release.list_files(built_release)
+    assert sorted([*manifest["files"], "MANIFEST.json"]) == list_files(built_release)
     for name, entry in manifest["files"].items():
         assert entry["sha256"] == sha256_of_file(built_release / name)
         assert (built_release / name).stat().st_mode == (
@@ -208,11 +208,11 @@ def built_card(run: Path, output: Path) -> Path:
 
 def test_retarget_changes_the_name_and_nothing_else(built_release: Path, tmp_path: Path) -> None:
     before = sha256_of_tree(built_release)
-    release.retarget(built_release, "org/demo", tmp_path / "there")
+    release.copy_for_repo(built_release, "org/demo", tmp_path / "there")
     assert sha256_of_tree(built_release) == before
     changed = [
         name
-        for name in release.list_files(built_release)
+        for name in list_files(built_release)
         if sha256_of_file(built_release / name) != sha256_of_file(tmp_path / "there" / name)
     ]
     assert changed == ["MANIFEST.json", "README.md", "records/run.json"]

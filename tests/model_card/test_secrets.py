@@ -11,8 +11,10 @@ import pandas as pd
 import pytest
 import yaml
 
+from nanophi.core.names import final_checkpoint
 from nanophi.model_card import card, release, secrets
 from nanophi.model_card import records as shipped
+from nanophi.model_card.manifest import list_files
 from nanophi.model_card.push import problems
 
 KEY = "-----BEGIN RSA PRIVATE KEY-----\nMIIEow"
@@ -53,7 +55,7 @@ def test_words_that_begin_like_a_secret_are_none(text: str) -> None:
 
 def test_held_out_documents_with_secrets_are_left_out(finished_run: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(finished_run, tmp_path / "tiny", ignore=shutil.ignore_patterns("release", "card")))
-    items = shipped.collect(run, shipped.final_checkpoint(run))["heldout.json"]
+    items = shipped.collect(run, final_checkpoint(run))["heldout.json"]
     shard = run / "data" / "documents" / "heldout-00000.parquet"
     documents = pd.read_parquet(shard)
     private = {items[0]["text"]: KEY, items[2]["text"]: f"{Path.home()}/notes.txt", items[3]["text"]: "AKIA" + "A1" * 8}
@@ -61,7 +63,7 @@ def test_held_out_documents_with_secrets_are_left_out(finished_run: Path, tmp_pa
     changed = {text: (leak + " " * 200)[: len(text)] for text, leak in private.items()}
     documents["text"] = [changed.get(text, text) for text in documents["text"]]
     documents.to_parquet(shard)
-    kept = [item["text"] for item in shipped.collect(run, shipped.final_checkpoint(run))["heldout.json"]]
+    kept = [item["text"] for item in shipped.collect(run, final_checkpoint(run))["heldout.json"]]
     assert len(kept) == shipped.HELDOUT_ITEMS
     assert kept[:2] == [items[1]["text"], items[4]["text"]] and not any(secrets.found_in(text) for text in kept)
 
@@ -75,7 +77,7 @@ def test_ordinary_words_in_data_do_not_block_a_release(finished_run: Path, tmp_p
     sample = json.loads((run / "sample.json").read_text())
     (run / "sample.json").write_text(json.dumps({**sample, "prompt": "Return None if the key is"}))
     card.build(run, run / "card")
-    release.build(run, shipped.final_checkpoint(run), run / "card", run / "release")
+    release.build(run, final_checkpoint(run), run / "card", run / "release")
     assert problems(run / "release") == []
 
 
@@ -95,8 +97,8 @@ def test_no_path_of_the_machine_is_in_a_release(finished_run: Path, tmp_path: Pa
     quality["sources"] = {private: quality["sources"]["topics"]}
     (run / "data/quality/quality.json").write_text(json.dumps(quality))
     card.build(run, run / "card")
-    release.build(run, shipped.final_checkpoint(run), run / "card", run / "release")
-    for name in release.list_files(run / "release"):
+    release.build(run, final_checkpoint(run), run / "card", run / "release")
+    for name in list_files(run / "release"):
         content = (run / "release" / name).read_bytes()
         assert "Jané".encode() not in content and "数据".encode() not in content and b"bench marks" not in content, name
     assert "local files `*.txt`" in (run / "release" / "README.md").read_text()

@@ -10,7 +10,8 @@ import pytest
 
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json
-from nanophi.model_card import release, signature, verify
+from nanophi.model_card import signature, verify
+from nanophi.model_card.manifest import SIGNATURE, write_manifest
 from nanophi.model_card.push import problems
 
 pytest.importorskip("model_signing", reason="the extra 'signing' is not installed")
@@ -42,14 +43,14 @@ def test_a_signed_release_is_sound_and_fit_to_publish(signed: Path, keys: Path) 
 
 def test_another_key_and_no_signature(signed: Path, keys: Path) -> None:
     assert "not this key's signature" in signature.problems(signed, keys / "theirs.pub")[0]
-    (signed / signature.SIGNATURE).unlink()
+    (signed / SIGNATURE).unlink()
     assert signature.problems(signed, keys / "ours.pub") == ["there is no model.sig"]
 
 
 def test_a_forged_manifest_does_not_fit_the_signature(signed: Path, keys: Path) -> None:
     (signed / "README.md").write_text((signed / "README.md").read_text() + "\nBetter than it is.\n")
-    release.write_manifest(signed, read_json(signed / "MANIFEST.json")["provenance"])
-    checks = verify.verify(str(signed), echo=lambda line: None, public_key=keys / "ours.pub")
+    write_manifest(signed, read_json(signed / "MANIFEST.json")["provenance"])
+    checks = verify.check(str(signed), report=lambda line: None, public_key=keys / "ours.pub")
     failed = [check["name"] for check in checks if not check["passed"]]
     assert failed == ["signature", "card", "loaders"]
 

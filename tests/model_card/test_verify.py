@@ -12,13 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from forging import failures, sign_again  # type: ignore[import-not-found]
+from forging import card_problems, failures, sign_again  # type: ignore[import-not-found]
 from safetensors.torch import load_file, save_file
 
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, write_json
-from nanophi.model_card import file_checks, loader, release, verify
+from nanophi.model_card import loader, verify
 from nanophi.model_card import records as shipped
+from nanophi.model_card.manifest import file_problems, list_files, write_manifest
 
 
 def test_a_sound_release_passes_every_check(
@@ -31,7 +32,7 @@ def test_a_sound_release_passes_every_check(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(loader, "subprocess", subprocess)  # processes of its own, as a user's are
     lines: list[str] = []
-    checks = verify.verify(relative, echo=lines.append)
+    checks = verify.check(relative, report=lines.append)
     assert [check["name"] for check in checks if not check["passed"]] == []
     assert {
         "checksums",
@@ -134,7 +135,7 @@ def test_a_result_for_the_hub_that_was_never_measured_is_named(copied: Path) -> 
     (copied / ".eval_results" / "gsm8k.yaml").write_text("- dataset: {id: openai/gsm8k}\n  value: 91.5\n")
     sign_again(copied)
     records = shipped.read_records(copied / "records")
-    assert verify.card_problems(copied, records) == [".eval_results/gsm8k.yaml is not what the records give"]
+    assert card_problems(copied, records) == [".eval_results/gsm8k.yaml is not what the records give"]
 
 
 def test_a_number_edited_in_the_card_is_named(copied: Path) -> None:
@@ -143,7 +144,7 @@ def test_a_number_edited_in_the_card_is_named(copied: Path) -> None:
     assert "| held-out continuation | accuracy, length-normalised | 41.00 |" in text
     card.write_text(text.replace("length-normalised | 41.00", "length-normalised | 61.00", 1))
     assert "README.md was changed" in failures(copied)["checksums"]
-    wrong = verify.card_problems(copied, shipped.read_records(copied / "records"))
+    wrong = card_problems(copied)
     assert len(wrong) == 1 and "61.00" in wrong[0] and "41.00" in wrong[0]
 
 
@@ -157,20 +158,20 @@ def test_a_card_of_another_version_is_checked_by_its_numbers(copied: Path) -> No
     records = shipped.read_records(copied / "records")
     records["run.json"] = run
     (copied / "README.md").write_text(text)
-    assert verify.card_problems(copied, records) == []
+    assert card_problems(copied, records) == []
     (copied / "README.md").write_text(text.replace("length-normalised | 41.00", "length-normalised | 61.37", 1))
-    assert "61.37" in verify.card_problems(copied, records)[0]
+    assert "61.37" in card_problems(copied, records)[0]
     # Numbers of the card in another place: two rows change theirs.
     one, two = "| Layers | 2 |", "| Hidden size | 32 |"
     swapped = text.replace(one, "| Layers | 32 |").replace(two, "| Hidden size | 2 |")
     assert one in text and two in text
     (copied / "README.md").write_text(swapped)
-    assert "'| Hidden size | 2 |'" in verify.card_problems(copied, records)[0]
+    assert "'| Hidden size | 2 |'" in card_problems(copied, records)[0]
     (copied / "README.md").write_text(text)
     shipped.write_records(records, copied / "records")
     provenance = read_json(copied / "MANIFEST.json")["provenance"]
-    release.write_manifest(copied, {**provenance, "environment": records["run.json"]["environment"]})
-    checks = {check["name"]: check for check in verify.verify(str(copied), echo=lambda line: None)}
+    write_manifest(copied, {**provenance, "environment": records["run.json"]["environment"]})
+    checks = {check["name"]: check for check in verify.check(str(copied), report=lambda line: None)}
     assert checks["card"]["passed"] and checks["provenance"]["passed"]
     assert checks["card"]["detail"].startswith("written by nanophi 0.0.9: only its numbers were compared, ")
 
@@ -235,12 +236,12 @@ def test_bad_manifest_is_one_line(copied: Path, manifest: str) -> None:
 @pytest.mark.parametrize("name", ["absent", "/absent/folder", "a/b/c", "../x/y"])
 def test_what_is_no_release_is_one_line(name: str) -> None:
     with pytest.raises(UserError, match="does not exist, and it is not a Hub id"):
-        verify.verify(name)
+        verify.check(name)
 
 
 def test_revision_of_a_folder_is_refused(built_release: Path) -> None:
     with pytest.raises(UserError, match="--revision"):
-        verify.verify(str(built_release), "main")
+        verify.check(str(built_release), "main")
 
 
 # What people have: clones, caches, folders that an operating system has looked into
@@ -250,7 +251,7 @@ def test_what_systems_leave_behind_is_not_part_of_a_release(copied: Path) -> Non
     for name in (".DS_Store", "figures/.DS_Store", "._README.md", "records/Thumbs.db", ".git/config", ".gitattributes"):
         (copied / name).parent.mkdir(exist_ok=True)
         (copied / name).write_text("left behind")
-    assert file_checks.file_problems(copied) == []
+    assert file_problems(copied) == []
 
 
 def test_a_clone_without_its_large_files_is_diagnosed(copied: Path) -> None:
@@ -264,20 +265,20 @@ def test_a_clone_without_its_large_files_is_diagnosed(copied: Path) -> None:
 def test_a_snapshot_in_the_hubs_cache_may_be_named_by_its_path(copied: Path, tmp_path: Path) -> None:
     cache = tmp_path / "models--org--demo"
     snapshot = cache / "snapshots" / ("0" * 40)
-    for number, name in enumerate(release.list_files(copied)):
+    for number, name in enumerate(list_files(copied)):
         blob, link = cache / "blobs" / str(number), snapshot / name
         for path in (blob, link):
             path.parent.mkdir(parents=True, exist_ok=True)
         blob.write_bytes((copied / name).read_bytes())
         link.symlink_to(os.path.relpath(blob, link.parent))
-    assert file_checks.file_problems(snapshot) == []
+    assert file_problems(snapshot) == []
     with pytest.raises(UserError, match=rf"this is the Hub's cache, name one of its snapshots: .*{'0' * 40}"):
-        verify.verify(str(cache))
+        verify.check(str(cache))
     (snapshot / "figures" / "loss.png").unlink()
     (snapshot / "figures" / "loss.png").symlink_to("/etc/hostname")
-    assert "figures/loss.png is a link" in file_checks.file_problems(snapshot)
+    assert "figures/loss.png is a link" in file_problems(snapshot)
 
 
 def test_a_run_directory_is_told_from_its_release(built_release: Path) -> None:
     with pytest.raises(UserError, match=rf"did you mean {built_release}\?"):
-        verify.verify(str(built_release.parent))
+        verify.check(str(built_release.parent))

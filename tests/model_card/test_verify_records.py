@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 from forging import failures, sign_again  # type: ignore[import-not-found]
+from hub_client import push  # type: ignore[import-not-found]
 
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, write_json
-from nanophi.model_card import card, figures, loader, release, reproduce, verify
+from nanophi.core.names import final_checkpoint
+from nanophi.model_card import card, checks, figures, loader, reproduce
 from nanophi.model_card import records as shipped
-from nanophi.model_card.push import push
+from nanophi.model_card.manifest import write_manifest
 
 
 def edit_json(name: str, **fields: Any) -> Callable[[Path], None]:
@@ -86,7 +88,7 @@ def test_a_tokenizer_from_elsewhere_may_bring_its_chat_template(copied: Path) ->
     edit_json("tokenizer_config.json", chat_template="Yes? {{ messages }}")(copied)
     records = shipped.read_records(copied / "records")
     records["recipe.yaml"]["tokenizer"]["path"] = "org/tokenizer"
-    assert verify._configuration(copied, records) == []
+    assert checks.configuration(copied, records) == []
 
 
 def edit_record(name: str, **fields: Any) -> Callable[[Path], None]:
@@ -95,7 +97,7 @@ def edit_record(name: str, **fields: Any) -> Callable[[Path], None]:
 
 def edit_provenance(**fields: Any) -> Callable[[Path], None]:
     def tamper(folder: Path) -> None:
-        release.write_manifest(folder, {**read_json(folder / "MANIFEST.json")["provenance"], **fields})
+        write_manifest(folder, {**read_json(folder / "MANIFEST.json")["provenance"], **fields})
 
     return tamper
 
@@ -118,7 +120,7 @@ def forge_weights_record(folder: Path) -> None:
 def test_what_manifest_records_and_files_say_differently_is_named(
     copied: Path, tamper: Callable[[Path], None], named: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verify, "_load", lambda *_: None)  # takes seconds, and is not reached
+    monkeypatch.setattr(checks, "computed", lambda *_: [])  # takes seconds, and is not reached
     tamper(copied)
     sign_again(copied)
     failed = failures(copied)
@@ -138,7 +140,7 @@ def test_a_sample_or_documents_that_were_taken_away_are_missed(copied: Path) -> 
 
 def test_held_out_documents_that_are_all_too_long_to_ship(finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shipped, "HELDOUT_ITEM_BYTES", 10)
-    records = shipped.collect(finished_run, shipped.final_checkpoint(finished_run))
+    records = shipped.collect(finished_run, final_checkpoint(finished_run))
     assert records["heldout.json"] == []
 
 
@@ -181,7 +183,7 @@ def test_records_that_are_not_complete_are_one_line(copied: Path, tamper: Callab
     assert not any("run the stage again" in detail for detail in failed.values())
     if "heldout.json" not in named and "TypeError" not in named:
         with pytest.raises(UserError, match=r"complete|records of a release|not valid JSON"):
-            push(copied, "org/demo", dry_run=True, echo=lambda line: None)
+            push(copied, "org/demo", dry_run=True)
 
 
 def test_a_published_run_without_its_environment_is_not_reproduced(copied: Path, tmp_path: Path) -> None:

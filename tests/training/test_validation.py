@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 from tiny_run import CONTEXT, DOCUMENTS, EOS, PROMPT, add_sources, make_run, train
+from transformers import AutoTokenizer
 
+from nanophi.core import sample
 from nanophi.core.files import read_json
 from nanophi.modeling_nanophi import NanoPhiForCausalLM
 from nanophi.training import trainer, validation
@@ -92,7 +94,7 @@ def test_samples_are_what_the_checkpoint_writes(runs):
     tokens = [int(word.removeprefix("w")) for word in samples[-1]["text"].split()]
     model = NanoPhiForCausalLM.from_pretrained(run / "checkpoints/step-000024").eval()
     expected = [7, 8]
-    while len(expected) < 2 + validation.SAMPLE_TOKENS:
+    while len(expected) < 2 + sample.TRAINING_TOKENS:
         with torch.no_grad():
             expected.append(int(model(torch.tensor([expected])).logits[0, -1].argmax()))
         if expected[-1] == EOS:
@@ -104,9 +106,9 @@ def test_samples_are_what_the_checkpoint_writes(runs):
 def test_a_sample_leaves_random_state_and_mode_alone(runs):
     model = NanoPhiForCausalLM.from_pretrained(runs[0] / "checkpoints/step-000024").train()
     before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
-    sampler = validation.SampleText(runs[0] / "data/tokenizer", PROMPT)
-    assert sampler(model).startswith(PROMPT)
-    assert validation.SampleText(runs[0] / "data/tokenizer", "").prompt_ids == [EOS]
+    tokenizer = AutoTokenizer.from_pretrained(runs[0] / "data/tokenizer")
+    assert sample.continue_prompt(model, tokenizer, PROMPT).startswith(PROMPT)
+    assert sample.continue_prompt(model, tokenizer, "") == sample.continue_prompt(model, tokenizer, "<eos>")
     assert model.training
     assert random.getstate() == before[0]
     assert np.array_equal(np.random.get_state()[1], before[1])

@@ -1,6 +1,7 @@
-"""The files of a release before anything is loaded: those of the manifest, and nothing but what nanophi writes.
+"""The files of a release: which it may have, their manifest, and what is wrong with them before anything is loaded.
 
 A list of what is allowed, not of what is harmful: code and pickles can have any name, or none of the usual endings.
+What the files say of each other is compared in `checks.py`.
 """
 
 from __future__ import annotations
@@ -8,20 +9,48 @@ from __future__ import annotations
 import contextlib
 import re
 from pathlib import Path
+from typing import Any
 
 from nanophi.core.errors import UserError
-from nanophi.core.files import read_json, sha256_of_file
-from nanophi.model_card import signature
-from nanophi.model_card.release import CODE_FILES, FILES, MANIFEST, list_files
+from nanophi.core.files import read_json, sha256_of_file, write_json
+from nanophi.core.names import CODE_FILES, MODEL_FILES, TOKENIZER_FILES
+
+MANIFEST = "MANIFEST.json"
+SIGNATURE = "model.sig"
+
+_WHOLE = ("README.md", "LICENSE", "revisions.json", MANIFEST, SIGNATURE, *MODEL_FILES, *CODE_FILES, *TOKENIZER_FILES)
+FILES = re.compile(
+    "|".join(map(re.escape, _WHOLE))
+    + r"|figures/(loss|quality|evaluation)\.png|records/(evals/)?[^/]+\.(json|yaml)|\.eval_results/[^/]+\.yaml"
+)
+"""The names of all files that a release may have."""
+
+_LEFT_BEHIND = re.compile(
+    r"^\.git(attributes$|ignore$|/|$)|^\.cache/|(^|/)(\.DS_Store|\._[^/]*|Thumbs\.db|desktop\.ini)$"
+)
+"""What git, the Hub's client and the file managers of operating systems leave in a folder: no part of it."""
+
+
+def list_files(folder: Path) -> list[str]:
+    """Relative POSIX names of all files in a release, sorted."""
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() or path.is_symlink())
+    return sorted(name for name in names if not _LEFT_BEHIND.search(name))
+
+
+def write_manifest(folder: Path, provenance: dict[str, Any]) -> None:
+    """Write `MANIFEST.json` over every other file in the folder but a signature, which signs the manifest too."""
+    files = {
+        name: {"sha256": sha256_of_file(folder / name), "size": (folder / name).stat().st_size}
+        for name in list_files(folder)
+        if name not in (MANIFEST, SIGNATURE)
+    }
+    write_json(folder / MANIFEST, {"format": 1, "provenance": provenance, "files": files})
 
 
 def file_problems(folder: Path, partial: bool = False, written: re.Pattern[str] = FILES) -> list[str]:
     """What is wrong with a release's files before anything is loaded: changed, foreign, or naming foreign code.
 
-    Args:
-        folder: the release.
-        partial: only a part of it was downloaded: what is there is checked.
-        written: names of the files that nanophi writes into such a folder.
+    Of a `partial` download what is there is checked; `written` are the names of files that such a folder may have.
     """
     files = list_files(folder)
     changed = [line for line in checksums(folder, files) if not (partial and line.endswith(" is missing"))]
@@ -37,9 +66,8 @@ def checksums(folder: Path, files: list[str]) -> list[str]:
         return [f"{MANIFEST} is not valid JSON"]
     except (KeyError, TypeError, AttributeError):
         return [f"{MANIFEST} does not list files with their sha256 and size"]
-    unlisted = (MANIFEST, signature.SIGNATURE)
     wrong = [f"{name} is missing" for name in sorted(set(expected) - set(files))]
-    wrong += [f"{name} is not in the manifest" for name in files if name not in {*expected, *unlisted}]
+    wrong += [f"{name} is not in the manifest" for name in files if name not in {*expected, MANIFEST, SIGNATURE}]
     for name in files:
         if name in expected:
             sha256, size = expected[name]
@@ -61,6 +89,8 @@ def _is_lfs_pointer(path: Path) -> bool:
 
 def foreign_files(folder: Path, files: list[str], written: re.Pattern[str] = FILES) -> list[str]:
     """Files that nanophi does not write, links to elsewhere, and weights that are not safetensors."""
+    from safetensors import SafetensorError, safe_open
+
     wrong = []
     # A snapshot in the Hub's cache is made of links to the blobs beside it.
     blobs = folder.resolve().parents[1] / "blobs" if folder.resolve().parent.name == "snapshots" else None
@@ -70,20 +100,13 @@ def foreign_files(folder: Path, files: list[str], written: re.Pattern[str] = FIL
             wrong.append(f"{name} is a link")
         elif not written.fullmatch(name):
             wrong.append(f"{name} is not a file that nanophi writes")
-        elif path.suffix == ".safetensors" and path.is_file() and not _is_lfs_pointer(path):  # The checksums say those.
-            wrong += _bad_safetensors(path, name)
+        elif path.suffix == ".safetensors" and path.is_file() and not _is_lfs_pointer(path):  # `checksums` names those
+            try:
+                with safe_open(path, "pt") as file:
+                    file.keys()
+            except SafetensorError as error:
+                wrong.append(f"{name} is not a valid safetensors file ({error})")
     return wrong
-
-
-def _bad_safetensors(path: Path, name: str) -> list[str]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            file.keys()
-    except SafetensorError as error:
-        return [f"{name} is not a valid safetensors file ({error})"]
-    return []
 
 
 def foreign_references(folder: Path) -> list[str]:
@@ -108,7 +131,9 @@ def foreign_references(folder: Path) -> list[str]:
             for reference in target if isinstance(target, list) else [target]:
                 if reference is not None and str(reference).rpartition(".")[0] not in modules:
                     wrong.append(f"{path.name}: auto_map names {reference}")
-        for key in ("custom_generate", "custom_pipelines", "trust_remote_code"):
-            if config.get(key):
-                wrong.append(f"{path.name}: has '{key}'")
+        wrong += [
+            f"{path.name}: has '{key}'"
+            for key in ("custom_generate", "custom_pipelines", "trust_remote_code")
+            if config.get(key)
+        ]
     return wrong

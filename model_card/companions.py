@@ -1,0 +1,130 @@
+"""What can be published beside a model, each in a repository of its own: its scorer, its data, its GGUF files.
+
+A new one is a line of `COMPANIONS` and a module that writes its folder. When they are sent is decided in `push.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nanophi.core.errors import UserError
+from nanophi.core.files import read_json, write_text
+from nanophi.core.inputs import Kind
+from nanophi.core.recipe import Recipe, load_recipe
+from nanophi.model_card.manifest import MANIFEST
+
+if TYPE_CHECKING:
+    from huggingface_hub import CardData
+
+
+@dataclasses.dataclass(frozen=True)
+class Companion:
+    """A repository beside a model's.
+
+    Attributes:
+        part: its name in `push.Options`, where a true value asks for it, and in the links of the model's card.
+        suffix: what its id ends in.
+        module: its `build`, called with a `Source`, the Hub id and a folder to create, writes what is sent.
+        files: pattern of the names of its own files, beside its page, licence, manifest and signature.
+        note: what a collection has beside it.
+        of_run: it is made from the run around the release, and the card links it.
+    """
+
+    part: str
+    suffix: str
+    module: str
+    files: str
+    note: str
+    kind: Kind = "model"
+    of_run: bool = True
+
+    @property
+    def written(self) -> re.Pattern[str]:
+        """The names of all files that its folder may have."""
+        return re.compile(rf"README\.md|LICENSE|MANIFEST\.json|model\.sig|{self.files}")
+
+    def write(self, source: Source, repo_id: str, folder: Path) -> None:
+        """Write its folder."""
+        importlib.import_module(f"nanophi.model_card.{self.module}").build(source, repo_id, folder)
+
+
+COMPANIONS = (
+    Companion(
+        "scorer",
+        "quality",
+        "scorer_page",
+        r"quality\.png|scorer\.(json|safetensors)",
+        "The quality filter that chose its text",
+    ),
+    Companion(
+        "data",
+        "data",
+        "data_page",
+        r"quality\.png|data/(train|heldout)-\d+\.parquet",
+        "The documents' quality scores",
+        kind="dataset",
+    ),
+    Companion("gguf", "GGUF", "gguf", r"[^/]+\.gguf", "The model for llama.cpp", of_run=False),
+)
+"""In the order in which they are sent, after the model."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What companions are made from: the release as it will be on `main`, and for those `of_run` the run around it.
+
+    `links` are Hub ids of what else is published, `asked` the values of the companions' options, both by part.
+    """
+
+    release: Path
+    run: Path
+    recipe: Recipe
+    model_id: str
+    links: dict[str, str]
+    asked: dict[str, Any]
+
+
+def recipe_of_run(release: Path) -> Recipe:
+    """The recipe of the run around a release. Raises `UserError` if the documents there are not the release's."""
+    run = release.resolve().parent
+    if not (run / "recipe.yaml").is_file():
+        raise UserError(f"{release} is not in its run directory, which holds what --scorer and --data publish")
+    made = read_json(release / MANIFEST)["provenance"]["stages"]
+    there = {name: stage["key"] for name, stage in read_json(run / "record.json")["stages"].items()}
+    if any(made.get(name) != there.get(name) for name in ("documents", "scores", "quality")):
+        raise UserError(f"{run}: its documents or scores are not those of {release}; run `nanophi release` again")
+    return load_recipe(run / "recipe.yaml")
+
+
+def write_filter_page(
+    source: Source, repo_id: str, folder: Path, template: str, metadata: CardData, **values: Any
+) -> None:
+    """Write the page of what belongs to the run's filter, the filter's figure, the licence and the manifest."""
+    from nanophi.data import quality_report
+    from nanophi.model_card import pages, secrets
+    from nanophi.model_card.release import license_line
+
+    recipe = source.recipe.model_dump(mode="json")
+    quality = secrets.PathRemover(source.run)(read_json(source.run / "data" / "quality" / "quality.json"))
+    quality_report.plot(quality, folder / "quality.png")
+    write_text(folder / "LICENSE", license_line(recipe["card"]))
+    stages = read_json(source.run / "record.json")["stages"]
+    keys = {name: stages[name]["key"] for name in ("documents", "scores", "quality")}
+    pages.write_page(
+        folder,
+        template,
+        metadata,
+        {"model": source.model_id, "stages": keys},
+        name=repo_id.rpartition("/")[2],
+        recipe=recipe,
+        tag=recipe["card"]["version"],
+        quality=quality,
+        repo_id=repo_id,
+        model_id=source.model_id,
+        links=source.links,
+        **values,
+    )
