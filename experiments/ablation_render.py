@@ -78,7 +78,7 @@ def paragraph(result: Mapping[str, Any]) -> str:
 def _sentence(entry: Mapping[str, Any]) -> str:
     (ours, theirs), verdict = (ARMS[arm] for arm in entry["arms"]), entry["verdict"]
     rates = {rate: one for rate, one in entry["learning_rates"].items() if one["value"] is not None}
-    values = ", ".join(f"{difference(one)} at learning rate {float(rate):g}" for rate, one in rates.items())
+    values = ", ".join(f"{_difference(one)} at learning rate {float(rate):g}" for rate, one in rates.items())
     if verdict in DIFFERENCES:
         p_value = formatting.p_value(entry["p_corrected"])
         p_value = p_value if p_value.startswith("<") else f"= {p_value}"
@@ -92,8 +92,7 @@ def _sentence(entry: Mapping[str, Any]) -> str:
     return f"{ours} and {theirs} are not compared yet ({verdict}{'; ' + values if values else ''})"
 
 
-def difference(one: Mapping[str, Any]) -> str:
-    """`-0.1029 [-0.1423, -0.0635]`: a contrast and its 95 % interval, if it has one."""
+def _difference(one: Mapping[str, Any]) -> str:
     return "" if one["value"] is None else formatting.difference(one, "bits_per_byte")
 
 
@@ -115,7 +114,7 @@ def _contrasts(target: Mapping[str, Any]) -> str:
             rows.append([
                 f"{name}: {' - '.join(found['arms'])}",
                 f"{float(rate):g}",
-                difference(one),
+                _difference(one),
                 ", ".join(f"{value:+.4f}" for value in one["by_seed"]),
                 part or "",
                 "" if one["p_value"] is None else formatting.p_value(one["p_value"]),
