@@ -108,6 +108,7 @@ def _training_inputs(run: Runner) -> dict[str, Any]:
 def _check_training(run: Runner) -> None:
     """Arguments that cannot be used here, a base of another shape, weights that the recipe cannot continue from."""
     from nanophi.training import arguments, chat, continuation
+    from nanophi.training.base import check_base
 
     recipe = run.recipe
     if recipe.conversations:
@@ -118,7 +119,7 @@ def _check_training(run: Runner) -> None:
         if changed := differences(base.recipe["model"], recipe.model):
             raise UserError(f"{recipe.name}: 'model' is not its base's ({changed[0]}); leave it out")
     elif recipe.base:
-        continuation.check_base(recipe.base, recipe.model_config_for(), None)
+        check_base(recipe.base, recipe.model_config_for(), None)
     # A machine that only trains may lack lm-eval; suites may change after the training.
     with contextlib.suppress(ImportError):
         if "evaluation" not in run.allowed and (problem := _evaluation_problem(recipe)):
@@ -131,7 +132,7 @@ def _check_training(run: Runner) -> None:
         inputs = _training_inputs(run) | {"data": recorded["data"]}  # data are compared once they are made
         if run.run.up_to_date("training", inputs, run.stages["training"].outputs):
             return
-    continuation.plan(run.path, recipe.training, recorded, inputs or {}, lambda line: None)
+    continuation.plan(run.run, recipe.training, recorded, inputs or {}, lambda line: None)
 
 
 def _training(run: Runner, work: Path) -> Summary:
@@ -147,7 +148,6 @@ def _training(run: Runner, work: Path) -> Summary:
         recipe.training,
         config,
         recipe.training_seed,
-        recipe.name,
         run.report,
         recipe.card.prompt,
         resume=resume,
@@ -160,6 +160,7 @@ def _begin_training(run: Runner, config: NanoPhiConfig) -> Path | None:
     from nanophi.core.environment import environment
     from nanophi.core.sample import sample_settings
     from nanophi.training import continuation
+    from nanophi.training.base import base_model
 
     recipe, tokenizer, inputs = run.recipe, run.path / "data/tokenizer", _training_inputs(run)
     recorded = run.run.inputs_of("training")
@@ -171,13 +172,13 @@ def _begin_training(run: Runner, config: NanoPhiConfig) -> Path | None:
         suites.check_heldout(_suites(run), run.path / "data/documents", tokenizer, config.max_position_embeddings)
     if run.restart:
         if recipe.base and not recipe.conversations:  # nothing is removed for a training that cannot begin
-            continuation.base_model(recipe.base, config, tokenizer)
+            base_model(recipe.base, config, tokenizer)
         run.run.forget("training")
         for path in (run.path / name for name in ("checkpoints", "training_state", "training.json")):
             if path.exists():
                 run.report(f"{recipe.name}: removing {path} (--restart)")
                 remove(path)
-    plan = continuation.plan(run.path, recipe.training, recorded, inputs, run.report)
+    plan = continuation.plan(run.run, recipe.training, recorded, inputs, run.report)
     continuation.carry_out(run.path, plan, recorded, run.report)
     run.run.begin("training", inputs)
     run.run.update_record(environment=environment())

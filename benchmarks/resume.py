@@ -92,8 +92,8 @@ def make_run(run: Path, rows: int, context_length: int) -> Path:
 
 def train(run: Path, settings: dict[str, Any], context_length: int) -> dict[str, Any]:
     config = NanoPhiConfig(**SHAPE, max_position_embeddings=context_length)
-    resume = checkpoints.last_whole(run)
-    return trainer.train(run, Training(**settings), config, seed=1, label=run.name, resume=resume)
+    resume = checkpoints.newest_valid_state(run)
+    return trainer.train(run, Training(**settings), config, seed=1, resume=resume)
 
 
 # Kills

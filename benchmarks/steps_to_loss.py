@@ -146,8 +146,7 @@ class Runs:
             (run / "data").symlink_to((self.work / "data").resolve())
             eos_token_id = read_json(self.work / "data/eos.json")
             config = NanoPhiConfig(**SHAPE, bos_token_id=eos_token_id, eos_token_id=eos_token_id)
-            label = f"run {len(self.result['runs']) + 1}"
-            summary = train(run, Training(**{**self.base, **changes}), config, seed, label)
+            summary = train(run, Training(**{**self.base, **changes}), config, seed)
             history = read_json(run / "training.json")
             self.result["runs"][name] = {
                 "settings": settings,

@@ -54,7 +54,7 @@ def work(precision: str, rows: int) -> None:
         run = Path(folder)
         estimate.write_random_tokens(run, config, 2 * rows)
         base = peak()
-        trainer.train(run, recipe.training.model_copy(update=update), config, 0, "memory")
+        trainer.train(run, recipe.training.model_copy(update=update), config, 0)
     print(json.dumps({"training_bytes": peaks[0] - base, "with_evaluation_bytes": peak() - base}))
 
 
@@ -68,7 +68,7 @@ def main() -> None:
     if arguments.work:
         work(arguments.work, arguments.rows)
         return
-    from nanophi.training import memory
+    from nanophi.training.budget import peak_bytes
 
     recipe = load_recipe("nano-phi-115m")
     result: dict[str, Any] = {"shape": f"{arguments.rows} x {recipe.model_config_for().max_position_embeddings} tokens"}
@@ -76,7 +76,7 @@ def main() -> None:
         result[precision] = {}
         command = [sys.executable, __file__, "--work", precision, "--rows", str(arguments.rows)]
         training = recipe.training.model_copy(update={"precision": precision, "batch_size": arguments.rows})
-        estimated = memory.peak_bytes(recipe.model_config_for(), training, arguments.rows, "cpu")
+        estimated = peak_bytes(recipe.model_config_for(), training, arguments.rows)
         for name, settings in (("as it is", {}), ("returned", RETURN_FREED)):
             environ = {**os.environ, **settings}
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environ).stdout

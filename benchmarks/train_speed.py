@@ -50,7 +50,7 @@ from nanophi.core.environment import environment
 from nanophi.core.files import read_json, write_json
 from nanophi.core.recipe import Recipe, load_recipe
 from nanophi.core.run import now
-from nanophi.training import trainer
+from nanophi.training import run_trainer, trainer
 from nanophi.training.arguments import has_bf16
 from nanophi.training.attention import PACKED_DOCUMENTS
 from nanophi.training.budget import DEVICES, flops_per_token, peak_flops
@@ -169,7 +169,7 @@ def work(name: str, arguments: argparse.Namespace) -> None:
             ).train()
     elif name == "nanophi":
         # The turns take the progress line's place, so that all else is what users run.
-        trainer.ProgressLine = lambda label: turns  # type: ignore[assignment,misc]
+        run_trainer.ProgressLine = lambda label: turns  # type: ignore[assignment,misc,return-value]
         with tempfile.TemporaryDirectory() as folder:
             run = Path(folder)
             (run / "data/tokens").mkdir(parents=True)
@@ -178,7 +178,7 @@ def work(name: str, arguments: argparse.Namespace) -> None:
             counts = {"bytes_per_token": 1.0, "sha256": "random"}
             write_json(run / "data/tokens/tokens.json", {"train": counts, "heldout": counts})
             (run / "data/tokenizer").mkdir()
-            trainer.train(run, training, config, 0, "nanophi")
+            trainer.train(run, training, config, 0)
     else:
         compiled = arguments.device == "cuda" if arguments.compile is None else arguments.compile
         step = bare_loop(config, arguments, data, training.isolate_documents, compiled)

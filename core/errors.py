@@ -53,7 +53,10 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if isinstance(error, LookupError) or not text else text
 
 
-DISK_FULL = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed", "unexpected pos")
+DISK_FULL = (
+    *("No space left on device", "Disk quota exceeded"),
+    *("PytorchStreamWriter failed", "unexpected pos", "basic_ios::clear: iostream error"),  # torch.save's
+)
 
 
 def is_disk_full(error: BaseException | None) -> bool:

@@ -9,6 +9,7 @@ from typer import Argument, Option
 
 from nanophi.core.errors import UserError, user_errors
 from nanophi.core.names import resolve
+from nanophi.core.sample import fitting_tokens
 
 
 def generate(
@@ -43,12 +44,10 @@ def generate(
         prompt = generator.tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
     length = len(generator.tokenizer(prompt).input_ids)
     context = getattr(generator.model.config, "max_position_embeddings", None) or length + max_new_tokens
-    if length >= context:
-        raise UserError(f"the prompt has {length} tokens, the model's context is {context}; shorten it")
-    if length + max_new_tokens > context:
-        max_new_tokens = context - length
-        typer.echo(f"only {max_new_tokens} more tokens fit into the model's context of {context}", err=True)
+    fitting = fitting_tokens(length, context, max_new_tokens)
+    if fitting < max_new_tokens:
+        typer.echo(f"only {fitting} more tokens fit into the model's context of {context}", err=True)
     set_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    text = generator(asked, max_new_tokens=max_new_tokens, **sampling)[0]["generated_text"]
+    text = generator(asked, max_new_tokens=fitting, **sampling)[0]["generated_text"]
     typer.echo(str(text[-1]["content"] if chat else text))

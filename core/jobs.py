@@ -92,11 +92,14 @@ def _read(name: str, process: subprocess.Popen[bytes], lines: SimpleQueue[tuple[
     lines.put((name, None))
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def devices(jobs: int) -> list[dict[str, str]]:
     """Environment variables of each of so many jobs, or of as many as there are GPUs or cores."""
     import torch
-
-    from nanophi.core.processes import cores
 
     if count := torch.cuda.device_count():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")

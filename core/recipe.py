@@ -16,6 +16,7 @@ from nanophi.core.bases import inherit
 from nanophi.core.errors import UserError, suggest
 from nanophi.core.licenses import card_problems, stated_license
 from nanophi.core.recipe_file import find_recipe, override, own, read
+from nanophi.core.registry import OPTIMIZERS
 
 if TYPE_CHECKING:
     from nanophi.configuration_nanophi import NanoPhiConfig
@@ -205,7 +206,8 @@ class Training(Section):
     """Rows of `max_position_embeddings` tokens per optimizer step."""
     micro_batch_size: int | None = pydantic.Field(default=None, gt=0)
     """Rows per device and forward pass; None: the whole batch, divided among the devices."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: str = "adamw"
+    """A name of `registry.OPTIMIZERS`."""
     learning_rate: float = pydantic.Field(gt=0)
     """Peak learning rate of AdamW's parameters."""
     muon_learning_rate: float = pydantic.Field(default=0.02, gt=0)
@@ -245,6 +247,13 @@ class Training(Section):
     that differ in it alone share documents, scores and tokenizer."""
     arguments: dict[str, Any] = {}
     """Other fields of `transformers.TrainingArguments`: those that were tried (`training.arguments.ALLOWED`)."""
+
+    @pydantic.field_validator("optimizer")
+    @classmethod
+    def registered(cls, optimizer: str) -> str:
+        if optimizer not in OPTIMIZERS:
+            raise ValueError(f"it should be {' or '.join(map(repr, OPTIMIZERS))}")
+        return optimizer
 
     @pydantic.model_validator(mode="after")
     def possible(self) -> Training:

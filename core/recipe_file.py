@@ -14,7 +14,15 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 
 
 class _Loader(yaml.SafeLoader):
-    """`yaml.SafeLoader` that refuses a key that is there twice, and reads `1e-5` as a number, as YAML 1.2 does."""
+    """`yaml.SafeLoader` with the numbers of YAML 1.2, which refuses a key that is there twice.
+
+    PyYAML follows YAML 1.1, where `0100` is 64, `1:30` is 90 and `1e-5` is text.
+    """
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":int", ":float"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: list[Any] = []
@@ -28,9 +36,14 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_NUMBER = re.compile(r"[-+]?(?:[0-9]+[eE][-+][0-9]+|(?:[0-9]+\.[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+)$")
+_INTEGER = re.compile(r"[-+]?[0-9][0-9_]*$")
+_NUMBER = re.compile(
+    r"[-+]?(?:[0-9]+[eE][-+][0-9]+|(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?)$|[-+]?\.(?:inf|Inf)$|\.(?:nan|NaN)$"
+)
 """Not `12e45`, which may be a commit."""
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+.0123456789"))
+for _tag, _pattern in (("int", _INTEGER), ("float", _NUMBER)):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _pattern, list("-+.0123456789"))
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(str(node.value)))
 
 
 def find_recipe(path: str | Path) -> Path:

@@ -112,8 +112,8 @@ class RunDirectory:
     def keeps_weights(self, problem: str, remedy: str = "put it back") -> UserError:
         """The refusal of whatever would replace weights, or leave them without what they were made from."""
         return UserError(
-            f"{self.path}: {problem}; the weights here ({', '.join(self.weights())}), trained on something else, "
-            f"are kept: {remedy}, use another name, or start over with --restart, which removes them"
+            f"{self.path}: {problem}; the weights here ({', '.join(self.weights())}) are kept: {remedy}, use another "
+            "name, or start over with --restart, which removes them"
         )
 
     def stage(

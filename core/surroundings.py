@@ -98,10 +98,11 @@ def _folders() -> None:
         scratch.mkdir(mode=0o700, exist_ok=True)
         if not os.environ.get("HOME") or not Path(os.environ["HOME"]).is_dir():
             os.environ["HOME"] = str(scratch)
-        for name in ("HF_DATASETS_CACHE", "HF_MODULES_CACHE", "HF_EVALUATE_CACHE", "HF_XET_CACHE", "MPLCONFIGDIR"):
-            os.environ.setdefault(name, str(scratch / name.lower()))
-        if not (hub / "hub").is_dir():  # what was downloaded before can still be read
-            os.environ.setdefault("HF_HUB_CACHE", str(scratch / "hub"))
+        os.environ["XDG_CACHE_HOME"], os.environ["MPLCONFIGDIR"] = str(scratch), str(scratch / "matplotlib")
+        os.environ["HF_HOME"] = str(scratch / "huggingface")
+        for name, place in (("HF_HUB_CACHE", hub / "hub"), ("HF_TOKEN_PATH", hub / "token")):
+            if os.access(place, os.R_OK):  # what was downloaded before can still be read
+                os.environ.setdefault(name, str(place))
 
 
 def _can_make(path: Path) -> bool:

@@ -23,9 +23,9 @@ from datatrove.executor.slurm import SlurmPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 from datatrove.utils.logging import logger
 
-from nanophi.core.errors import UserError
+from nanophi.core.errors import UserError, one_line
 from nanophi.core.files import read_json, write_json
-from nanophi.core.processes import Task, WorkerDiedError, in_processes
+from nanophi.data.parallel import Task, WorkerDiedError, in_processes
 
 POLL_SECONDS = 2.0
 SLURM_WORKERS = 16
@@ -56,29 +56,18 @@ class Parts(PipelineStep):
         yield from data or ()
 
 
-def on_cluster(tasks: Sequence[Task], engine: str, workers: int | None, folder: Path) -> Iterator[None]:
-    """Run the tasks; yields every few seconds while they run.
-
-    Args:
-        tasks: what to run.
-        engine: `ray` or `slurm`.
-        workers: tasks of the pipeline; None: one per core of the Ray cluster, `SLURM_WORKERS` under Slurm.
-        folder: for datatrove's logs and scripts; emptied first.
-
-    Raises:
-        UserError: from a task (the first one). WorkerDiedError: if a task ended without an answer.
-    """
+@contextlib.contextmanager
+def _step(tasks: Sequence[Task], folder: Path) -> Iterator[Parts]:
+    """The pipeline's one step, in an empty folder for its logs; raises what stopped a task (the first one)."""
     logger.disable("datatrove")
     job = folder / "job"
     if job.exists():  # of a run that was killed while its job kept running
         _cancel(job.read_text())
     shutil.rmtree(folder, ignore_errors=True)
-    failures = folder / "failures"
-    failures.mkdir(parents=True)
-    run = _ray if engine == "ray" else _slurm
-    yield from run(Parts(tasks, failures), workers, folder)
-    for path in sorted(failures.glob("*.json")):
-        failure = read_json(path)
+    step = Parts(tasks, folder / "failures")
+    step.failures.mkdir(parents=True)
+    yield step
+    for failure in map(read_json, sorted(step.failures.glob("*.json"))):
         if failure["kind"] == "WorkerDiedError":
             raise WorkerDiedError
         raise UserError(failure["text"]) if failure["kind"] else RuntimeError(failure["text"])
@@ -86,35 +75,33 @@ def on_cluster(tasks: Sequence[Task], engine: str, workers: int | None, folder: 
         raise WorkerDiedError
 
 
-def _ray(step: Parts, workers: int | None, folder: Path) -> Iterator[None]:
+def ray(tasks: Sequence[Task], workers: int | None, folder: Path) -> Iterator[None]:
+    """Run tasks on a Ray cluster, in `workers` tasks of the pipeline; None: one per core of the cluster."""
     import ray
 
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS")
-        ray.init(
-            address=address,
-            num_cpus=None if address else workers,
-            include_dashboard=False,
-            log_to_driver=False,
-            configure_logging=False,
-        )
-    count = min(len(step.tasks), workers or int(ray.cluster_resources()["CPU"]))
-    executor = RayPipelineExecutor([step], tasks=count, logging_dir=str(folder), ray_remote_kwargs={"max_restarts": 0})
+        quiet = {"include_dashboard": False, "log_to_driver": False, "configure_logging": False}
+        ray.init(address=address, num_cpus=None if address else workers, **quiet)
+    count = min(len(tasks), workers or int(ray.cluster_resources()["CPU"]))
     failed: list[BaseException] = []
 
-    def run() -> None:
+    def run(executor: RayPipelineExecutor) -> None:
         try:
             executor.run()
         except BaseException as error:
             failed.append(error)
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(POLL_SECONDS)
-        yield
-    if failed:
-        raise UserError(f"Ray: {(str(failed[0]).strip() or type(failed[0]).__name__).splitlines()[0]}")
+    with _step(tasks, folder) as step:
+        once = {"max_restarts": 0}
+        executor = RayPipelineExecutor([step], tasks=count, logging_dir=str(folder), ray_remote_kwargs=once)
+        thread = threading.Thread(target=run, args=(executor,), daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(POLL_SECONDS)
+            yield
+        if failed:
+            raise UserError(f"Ray: {one_line(failed[0])}")
 
 
 class _Slurm(SlurmPipelineExecutor):
@@ -127,48 +114,49 @@ class _Slurm(SlurmPipelineExecutor):
         """Submit no second job for datatrove's statistics: the parts' counts are checked here."""
 
 
-def _slurm(step: Parts, workers: int | None, folder: Path) -> Iterator[None]:
+def slurm(tasks: Sequence[Task], workers: int | None, folder: Path) -> Iterator[None]:
+    """Run tasks as a Slurm job array of at most `workers` jobs; None: of `SLURM_WORKERS`."""
     if "SLURM_ARRAY_TASK_ID" in os.environ:
         raise UserError("data.engine 'slurm' submits a job array: start nanophi outside of one, on a login node")
     for command in ("sbatch", "squeue", "scancel"):
         if shutil.which(command) is None:
             raise UserError(f"data.engine 'slurm' needs {command} on the PATH: start nanophi where jobs are submitted")
-    count = min(len(step.tasks), workers or SLURM_WORKERS)
     # The command that datatrove's script calls, in this very environment.
     launch = f'launch_pickled_pipeline() {{ "{sys.executable}" -m datatrove.tools.launch_pickled_pipeline "$@"; }}'
-    executor = _Slurm(
-        [step],
-        tasks=count,
-        time=os.environ.get("SBATCH_TIMELIMIT", "24:00:00"),
-        partition=os.environ.get("SBATCH_PARTITION"),  # None: Slurm's default
-        qos=os.environ.get("SBATCH_QOS"),
-        job_name="nanophi",
-        logging_dir=str(folder),
-        env_command=launch,
-        requeue=False,
-        requeue_signals=None,
-        with_srun=False,
-        max_array_size=-1,
-    )
-    try:
-        executor.run()
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise UserError(f"sbatch refused the job ({error})") from None
-    job = str(executor.job_id)
-    (folder / "job").write_text(job)
-    try:
-        while _is_queued(job):
-            yield
+    with _step(tasks, folder) as step:
+        executor = _Slurm(
+            [step],
+            tasks=min(len(tasks), workers or SLURM_WORKERS),
+            time=os.environ.get("SBATCH_TIMELIMIT", "24:00:00"),
+            partition=os.environ.get("SBATCH_PARTITION"),  # None: Slurm's default
+            qos=os.environ.get("SBATCH_QOS"),
+            job_name="nanophi",
+            logging_dir=str(folder),
+            env_command=launch,
+            requeue=False,
+            requeue_signals=None,
+            with_srun=False,
+            max_array_size=-1,
+        )
+        try:
+            executor.run()
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise UserError(f"sbatch refused the job ({error})") from None
+        job = str(executor.job_id)
+        (folder / "job").write_text(job)
+        try:
+            while _is_queued(job):
+                yield
+                time.sleep(POLL_SECONDS)
+        except BaseException:
+            _cancel(job)
+            raise
+        # A shared file system may show what another machine wrote a moment later.
+        for _ in range(5):
+            if len(executor.get_incomplete_ranks(skip_completed=True)) == 0 or any(step.failures.iterdir()):
+                break
             time.sleep(POLL_SECONDS)
-    except BaseException:
-        _cancel(job)
-        raise
-    # A shared file system may show what another machine wrote a moment later.
-    for _ in range(5):
-        if len(executor.get_incomplete_ranks(skip_completed=True)) == 0 or any(step.failures.iterdir()):
-            break
-        time.sleep(POLL_SECONDS)
-    (folder / "job").unlink()
+        (folder / "job").unlink()
 
 
 def _is_queued(job: str) -> bool:

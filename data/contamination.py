@@ -9,6 +9,7 @@ every form are counted as too short.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Iterator
@@ -17,9 +18,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-import yaml
 
-from nanophi.core.errors import UserError
+from nanophi.core.errors import UserError, user_errors
 from nanophi.core.names import walk
 from nanophi.data.ngrams import Words, hash_words, ngrams, ngrams_of_lengths
 
@@ -61,19 +61,15 @@ class BenchmarkIndex:
             result[length] = table, shift
         return result
 
-    @property
+    @functools.cached_property
     def starts(self) -> np.ndarray:
         return np.concatenate([[0], np.cumsum(self.items)])
 
     def save(self, path: Path) -> None:
         """Write to an `.npz` file (plain arrays)."""
-        arrays: dict[str, Any] = {
-            "names": np.array(self.names),
-            "items": np.array(self.items),
-            "too_short": np.array(self.too_short),
-        }
-        for length in self.grams:
-            arrays[f"grams-{length}"], arrays[f"owners-{length}"] = self.grams[length], self.owners[length]
+        arrays: dict[str, Any] = {name: np.array(getattr(self, name)) for name in ("names", "items", "too_short")}
+        arrays |= {f"grams-{length}": grams for length, grams in self.grams.items()}
+        arrays |= {f"owners-{length}": owners for length, owners in self.owners.items()}
         np.savez(path, **arrays)
 
     @classmethod
@@ -81,13 +77,8 @@ class BenchmarkIndex:
         """Read what `save` wrote."""
         with np.load(path, allow_pickle=False) as arrays:
             lengths = sorted(int(name.removeprefix("grams-")) for name in arrays if name.startswith("grams-"))
-            return cls(
-                arrays["names"].tolist(),
-                arrays["items"].tolist(),
-                arrays["too_short"].tolist(),
-                {length: arrays[f"grams-{length}"] for length in lengths},
-                {length: arrays[f"owners-{length}"] for length in lengths},
-            )
+            by_length = [{length: arrays[f"{kind}-{length}"] for length in lengths} for kind in ("grams", "owners")]
+            return cls(*(arrays[name].tolist() for name in ("names", "items", "too_short")), *by_length)
 
 
 def load_benchmarks(folder: Path, ngram: int) -> BenchmarkIndex:
@@ -100,41 +91,36 @@ def load_benchmarks(folder: Path, ngram: int) -> BenchmarkIndex:
     """
     if not folder.is_dir():
         raise UserError(f"data.decontamination.benchmarks: {folder} is not a folder")
-    names, items, too_short = [], [], []
-    grams: dict[int, list[np.ndarray]] = {}
-    owners: dict[int, list[np.ndarray]] = {}
+    index = BenchmarkIndex([], [], [], {}, {})
+    pairs: dict[int, list[tuple[np.ndarray, np.ndarray]]] = collections.defaultdict(list)
     first = 0
     for name, files in _benchmarks(folder):
-        names.append(name)
-        items.append(0)
-        too_short.append(0)
+        begin, too_short = first, 0
         for rows in (rows for file in files for rows in _rows(file)):
             renderings = [_renderings(row, ngram) for row in rows]
             item = np.repeat(np.arange(len(rows)), [len(texts) for texts in renderings])
             words = hash_words([text.encode() for texts in renderings for text in texts])
-            found = np.zeros(len(rows), bool)
             for length in range(min(SHORTEST, ngram), ngram + 1):
                 chosen = words.counts == length if length < ngram else words.counts >= length
                 hashed = ngrams(words.take(chosen), length)
-                grams.setdefault(length, []).append(hashed.hashes)
-                owners.setdefault(length, []).append(np.repeat(item[chosen] + first, hashed.counts).astype(np.uint32))
-                found[item[chosen]] = True
-            items[-1] += len(rows)
-            too_short[-1] += int((~found).sum())
+                pairs[length].append((hashed.hashes, np.repeat(item[chosen] + first, hashed.counts).astype(np.uint32)))
+            too_short += len(rows) - len(np.unique(item[words.counts >= min(SHORTEST, ngram)]))
             first += len(rows)
-    if not names:
+        index.names.append(name)
+        index.items.append(first - begin)
+        index.too_short.append(too_short)
+    if not index.names:
         raise UserError(
             f"data.decontamination.benchmarks: {folder} holds no dataset (folders with README.md and parquet)"
         )
-    index = BenchmarkIndex(names, items, too_short, {}, {})
-    for length in grams:
-        values, items_of = np.concatenate(grams[length]), np.concatenate(owners[length])
-        order = np.lexsort((items_of, values))
-        values, items_of = values[order], items_of[order]
+    for length, found in pairs.items():
+        values, owners = (np.concatenate(part) for part in zip(*found, strict=True))
+        order = np.lexsort((owners, values))
+        values, owners = values[order], owners[order]
         if len(values):
             # An n-gram of several items is there once for each.
-            new = np.append(True, (np.diff(values) != 0) | (np.diff(items_of) != 0))
-            index.grams[length], index.owners[length] = values[new], items_of[new]
+            new = np.append(True, (np.diff(values) != 0) | (np.diff(owners) != 0))
+            index.grams[length], index.owners[length] = values[new], owners[new]
     return index
 
 
@@ -155,81 +141,59 @@ def find(index: BenchmarkIndex, words: Words) -> list[list[int]]:
 
 
 def report(index: BenchmarkIndex, hits: list[tuple[str, str, list[int]]]) -> dict[str, Any]:
-    """Hits by benchmark.
+    """Hits by benchmark: `{name: {items, too_short, items_found, documents, examples}}`.
 
-    Args:
-        index: the items that were searched for.
-        hits: `(document id, source, items)` of every contaminated document.
-
-    Returns:
-        `{benchmark: {items, too_short, items_found, documents, examples}}`.
+    `hits` are `(document id, source, items)` of every contaminated document.
     """
-    starts = index.starts
-    result: dict[str, Any] = {}
-    found: list[dict[int, tuple[str, str]]] = [{} for _ in index.names]
+    found: list[dict[int, dict[str, Any]]] = [{} for _ in index.names]
     documents = [0] * len(index.names)
     for document, source, items in hits:
-        benchmarks = np.searchsorted(starts, items, side="right") - 1
-        for benchmark in set(benchmarks.tolist()):
+        benchmarks = (np.searchsorted(index.starts, items, side="right") - 1).tolist()
+        for benchmark in set(benchmarks):
             documents[benchmark] += 1
-        for benchmark, item in zip(benchmarks.tolist(), items, strict=True):
-            found[benchmark].setdefault(item - int(starts[benchmark]), (document, source))
-    for number, name in enumerate(index.names):
-        examples = [
-            {"item": item, "document": document, "source": source}
-            for item, (document, source) in sorted(found[number].items())[:20]
-        ]
-        result[name] = {
+        for benchmark, item in zip(benchmarks, items, strict=True):
+            number = item - int(index.starts[benchmark])
+            found[benchmark].setdefault(number, {"item": number, "document": document, "source": source})
+    return {
+        name: {
             "items": index.items[number],
             "too_short": index.too_short[number],
             "items_found": len(found[number]),
             "documents": documents[number],
-            "examples": examples,
+            "examples": [example for _, example in sorted(found[number].items())[:20]],
         }
-    return result
+        for number, name in enumerate(index.names)
+    }
 
 
 def _benchmarks(folder: Path) -> Iterator[tuple[str, list[Path]]]:
     """`(name, files of the splits that may be scored)` of every dataset config below a folder, sorted."""
+    from datasets.data_files import sanitize_patterns
+    from datasets.utils.metadata import MetadataConfigs
+    from huggingface_hub import metadata_load
+
     for readme in (path for path in walk(folder) if path.name == "README.md"):
         root = readme.parent
-        text = readme.read_text(encoding="utf-8")
-        parts = text.split("---", 2)
-        try:
-            card = yaml.safe_load(parts[1]) if text.startswith("---") and len(parts) == 3 else {}
-        except yaml.YAMLError:
-            raise UserError(f"{readme}: the metadata is not valid YAML") from None
-        configs = (card or {}).get("configs", [])
-        found: dict[str, list[Path]] = {}
-        for config in configs:
-            splits = {
-                entry["split"]: entry["path"] for entry in config.get("data_files", []) if isinstance(entry, dict)
-            }
+        with user_errors(f"{readme}: the metadata is not a dataset card's"):
+            configs = MetadataConfigs.from_dataset_card_data(metadata_load(readme) or {})
+        found: dict[str, list[Path]] = collections.defaultdict(list)
+        for config, fields in configs.items():
+            splits = sanitize_patterns(fields.get("data_files", {}))
             # Of HellaSwag, Winogrande and PIQA `test` has no answers, and `validation` is scored; BLiMP has one split.
-            scored = [name for name in ("test", "validation") if name in splits]
-            if len(splits) == 1:
-                scored = list(splits)
-            wanted = [splits[name] for name in scored]
-            patterns = [pattern for paths in wanted for pattern in (paths if isinstance(paths, list) else [paths])]
-            files = sorted(file for pattern in patterns for file in root.glob(pattern))
-            name = root.relative_to(folder).as_posix()
-            config_name = config.get("config_name", "default")
+            scored = splits if len(splits) == 1 else [split for split in ("test", "validation") if split in splits]
+            files = sorted(file for split in scored for pattern in splits[split] for file in root.glob(pattern))
             # Many configs are the subjects of one benchmark (MMLU), a few are different benchmarks (ARC).
-            if config_name != "default" and len(configs) <= 10:
-                name = f"{name}/{config_name}"
-            found.setdefault(name, []).extend(files)
+            inner = f"/{config}" if config != "default" and len(configs) <= 10 else ""
+            found[root.relative_to(folder).as_posix() + inner] += files
         yield from ((name, files) for name, files in found.items() if files)
 
 
 def _rows(file: Path) -> Iterator[list[dict[str, Any]]]:
     if file.suffix != ".parquet":
         raise UserError(f"{file}: benchmarks are read from parquet files")
-    try:
-        with pq.ParquetFile(file) as table:
-            for batch in table.iter_batches(batch_size=512):
-                yield batch.to_pylist()
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read as parquet ({error})") from None
+    with user_errors(f"{file} cannot be read as parquet"), pq.ParquetFile(file) as table:
+        for batch in table.iter_batches(batch_size=512):
+            yield batch.to_pylist()
 
 
 def _renderings(row: dict[str, Any], ngram: int) -> list[str]:
@@ -248,11 +212,7 @@ def _renderings(row: dict[str, Any], ngram: int) -> list[str]:
 def _strings(value: Any) -> Iterator[str]:
     """Texts in a value of a benchmark's column; labels (`A`, `1`) are no texts."""
     if isinstance(value, str):
-        if len(value) > 1:
-            yield value
-    elif isinstance(value, dict):
-        for entry in value.values():
-            yield from _strings(entry)
-    elif isinstance(value, list):
-        for entry in value:
+        yield from [value] if len(value) > 1 else []
+    elif isinstance(value, dict | list):
+        for entry in value.values() if isinstance(value, dict) else value:
             yield from _strings(entry)

@@ -232,14 +232,13 @@ def _rows(source: Source) -> Iterator[tuple[str, dict[str, Any], bool | None]]:
         return
     import datasets
 
-    kinds = {"parquet": "parquet", "arrow": "arrow", "lines": "json", "json": "json", "csv": "csv"}
     for file in sources.locate(source).files:
-        kind = formats.format_of(file)
-        if kind not in kinds:
+        reader = formats.reader_of(file)
+        if reader is None or reader.builder is None:
             raise UserError(f"source {shown(file)}: conversations are not read from text files")
         with user_errors(f"{shown(file)} cannot be read"):
             try:
-                rows = iter(datasets.load_dataset(kinds[kind], data_files=[file], split="train", streaming=True))
+                rows = iter(datasets.load_dataset(reader.builder, data_files=[file], split="train", streaming=True))
             except StopIteration:  # there is no first row to see columns in
                 continue
         for number in itertools.count(1):

@@ -30,22 +30,14 @@ def signatures(words: Words) -> np.ndarray:
     A document of fewer than five words is one n-gram; one without any word gets a signature of zeros, which
     `near_duplicates` matches with nothing.
     """
-    grams = ngrams(words, NGRAM)
-    hashes, offsets = grams.hashes, grams.offsets
-    short = np.flatnonzero((grams.counts == 0) & (words.counts > 0))
-    if len(short):
-        whole = []
-        for document in short:
-            value = 0
-            for word in words.hashes[words.offsets[document] : words.offsets[document + 1]].tolist():
-                value = (value * 0x100000001B3 + word) % (1 << 64)
-            whole.append(value)
-        hashes = np.insert(hashes, offsets[short], np.array(whole, np.uint64))
-        counts = grams.counts
-        counts[short] = 1
-        offsets = np.concatenate([[0], np.cumsum(counts)])
-    if len(offsets) == 1:
+    if len(words.counts) == 0:
         return np.zeros((0, PERMUTATIONS), np.uint32)
+    grams, whole = ngrams(words, NGRAM), np.zeros(len(words.counts), np.uint64)
+    for length in range(1, NGRAM):
+        whole[words.counts == length] = ngrams(words.take(words.counts == length), length).hashes
+    short = (words.counts > 0) & (words.counts < NGRAM)
+    hashes = np.insert(grams.hashes, grams.offsets[:-1][short], whole[short])
+    offsets = np.concatenate([[0], np.cumsum(grams.counts + short)])
     matrix = RMinHash.digest_matrix_from_flat_token_hashes(
         np.ascontiguousarray(hashes), offsets.astype(np.uint64), num_perm=PERMUTATIONS, seed=_SEED
     )

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from nanophi.core.errors import UserError
+from nanophi.core.errors import UserError, one_line
 
 SPLITS = ("train", "heldout")
 
@@ -55,8 +55,7 @@ def batches(paths: Path | Sequence[Path], columns: Sequence[str], rows: int | No
                     table = file.read_row_group(group, columns=list(columns))
                     yield from table.combine_chunks().to_batches()
         except (OSError, pa.ArrowException) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"{path} cannot be read ({reason}); run `nanophi prepare` again") from None
+            raise UserError(f"{path} cannot be read ({one_line(error)}); run `nanophi prepare` again") from None
 
 
 def text_bytes(paths: Iterable[Path]) -> int:
@@ -65,18 +64,27 @@ def text_bytes(paths: Iterable[Path]) -> int:
     return sum(file.row_group(index).total_byte_size for file in metadata for index in range(file.num_row_groups))
 
 
-def keys(ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
+def id_of(text: str | bytes) -> str:
+    """A document's id: the first 16 hex digits of its text's SHA-256."""
+    return hashlib.sha256(text.encode() if isinstance(text, str) else text).hexdigest()[:16]
+
+
+def ids_to_uint64(ids: pa.Array | pa.ChunkedArray | Iterable[str]) -> np.ndarray:
     """Ids as numbers, uint64 `[documents]`."""
-    return np.array([int(value, 16) for value in ids.to_pylist()], np.uint64)
+    values = ids.to_pylist() if isinstance(ids, pa.Array | pa.ChunkedArray) else ids
+    return np.array([int(value, 16) for value in values], np.uint64)
 
 
-def draw(ids: pa.Array, seed: int) -> np.ndarray:
-    """A number in [0, 1) for each document that depends on its id and the seed alone, float64 `[documents]`.
+def uniform_from_id(ids: np.ndarray | pa.Array | Iterable[str], seed: int | None = None) -> np.ndarray:
+    """The draw by hash: a number in [0, 1) for each id that depends on it and the seed alone, float64 `[documents]`.
 
     The documents whose number is below a share are a sample of about that share which the corpus's order cannot skew.
+    Without a seed the numbers are in the order of the ids.
     """
-    mixer = np.uint64((2 * seed + 1) * 0x9E3779B97F4A7C15 % 2**64)
-    return np.asarray((keys(ids) * mixer) / 2.0**64)
+    numbers = ids if isinstance(ids, np.ndarray) else ids_to_uint64(ids)
+    if seed is not None:
+        numbers = numbers * np.uint64((2 * seed + 1) * 0x9E3779B97F4A7C15 % 2**64)
+    return np.asarray(numbers / 2.0**64)
 
 
 def find(documents: Path, wanted: Collection[str], columns: Sequence[str], split: str = "train") -> dict[str, Any]:
@@ -99,4 +107,4 @@ def heldout(documents: Path, columns: Sequence[str] = ("id", "source", "text")) 
     paths = shards(documents, "heldout")
     names = list(dict.fromkeys(["id", *columns]))
     rows = [row for batch in batches(paths, names, None) for row in batch.select(names).to_pylist()]
-    return sorted(rows, key=lambda row: hashlib.sha256(row["id"].encode()).digest())
+    return sorted(rows, key=lambda row: id_of(row["id"]))

@@ -1,59 +1,50 @@
-"""Rows of one file, in every format that a source may have: Parquet, Arrow, JSON, JSON lines, CSV and plain text.
+"""Readers: a class for each format that a source's files may have, which yields the file's rows.
 
-Every row of the file is handed on, also one without a text, so that the caller can count it.
+`READERS`, at the end, maps the endings of file names to the classes: a new format is a class here and a line there.
+Texts are decoded, cleaned and checked here and nowhere else. A row without a usable text is yielded as well: what is
+read, kept and dropped is counted in `sources.py`, which also chooses the files.
 """
 
 from __future__ import annotations
 
-import codecs
+import bz2
 import collections
+import contextlib
 import csv
+import decimal
+import gzip
 import io
+import itertools
 import json
+import lzma
+import math
 import re
-import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanophi.core.errors import UserError
+from nanophi.core.errors import UserError, printable, user_errors
 from nanophi.core.names import shown
 from nanophi.core.recipe import Source
-from nanophi.data.compression import open_file, open_plain, suffixes
 
 MAXIMUM_DOCUMENT_BYTES = 10_000_000
-_FORMATS = {
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".jsonl": "lines",
-    ".ndjson": "lines",
-    ".json": "json",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".txt": "text",
-    ".md": "text",
-}
-KNOWN = ".parquet, .arrow, .jsonl, .json, .csv, .tsv, .txt or .md, the last six also as .gz, .bz2, .xz or .zst"
+PART_BYTES = 16 << 20
+"""About how much one process reads at a time."""
 _CHUNK = 1 << 20
 _BATCH_ROWS = 256
-_MARKS = (
-    (codecs.BOM_UTF8, "utf-8"),
-    (codecs.BOM_UTF32_LE, "utf-32-le"),
-    (codecs.BOM_UTF32_BE, "utf-32-be"),
-    (codecs.BOM_UTF16_LE, "utf-16-le"),
-    (codecs.BOM_UTF16_BE, "utf-16-be"),
-)
-_END_OF_DOCUMENT = re.compile(rb"^[ \t]*(<\|\w{1,40}\|>|</s>|<eos>)[ \t]*\r?$", re.MULTILINE)
+_MAGIC = {b"\x1f\x8b": ".gz", b"BZh91AY": ".bz2", b"\xfd7zXZ": ".xz", b"\x28\xb5\x2f\xfd": ".zst", b"PAR1": ".parquet"}
+_MARKS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+_END_OF_DOCUMENT = re.compile(r"^[ \t]*(<\|\w{1,40}\|>|</s>|<eos>)[ \t]*$", re.MULTILINE | re.ASCII)
 
 
 class Unusable(NamedTuple):
     """Stands for a document's text where the source holds none.
 
     `reason` is one of `no_text` (no such column, or null), `not_text` (another type), `not_json`, `malformed` (a row
-    with more fields than columns), `invalid_utf8` and `oversize`; `found` is what was there instead.
+    with more fields than columns), `invalid_utf8`, `empty` and `oversize`; `found` is what was there instead.
     """
 
     reason: str
@@ -61,95 +52,99 @@ class Unusable(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One document as the file has it.
-
-    `where` names it; `text` is str, bytes, or `Unusable`; `label` is the value of the source's `source_column`;
-    `score` that of the quality column.
-    """
+    """One document: where it is, its clean UTF-8 text, its value in the `source_column`, its quality score."""
 
     where: str
-    text: Any
+    text: bytes | Unusable
     label: Any = None
-    score: Any = None
+    score: float | None = None
 
 
-def format_of(name: str) -> str | None:
-    """Format of a file by its name: parquet, arrow, lines, json, csv or text; None for anything else."""
-    suffix = suffixes(name)[0]
-    return _FORMATS.get(suffix)
-
-
-# Text
-
-
-def encoding_of(start: bytes) -> tuple[str, int]:
-    """Encoding that a text's first bytes say by their mark (UTF-8 without one), and the length of the mark."""
-    for mark, encoding in _MARKS:
-        if start.startswith(mark):
-            return encoding, len(mark)
-    return "utf-8", 0
-
-
-def decode(raw: bytes) -> str | Unusable:
-    """Text of bytes, by their mark or as UTF-8."""
-    encoding, mark = encoding_of(raw[:4])
+def clean(text: Any) -> bytes | Unusable:
+    r"""A document as UTF-8: line ends are `\n`; NUL, byte-order marks and space around it are gone."""
+    if isinstance(text, bytes):
+        if len(text) > MAXIMUM_DOCUMENT_BYTES:
+            return Unusable("oversize")
+        text = text.decode(errors="surrogateescape")
+    if isinstance(text, Unusable):
+        return text
+    cleaned = text.replace("\r\n", "\n").replace("\r", "\n").replace("\0", "").replace("\ufeff", "").strip()
     try:
-        return raw[mark:].decode(encoding)
-    except UnicodeDecodeError:
-        return Unusable("invalid_utf8", raw[:40])
+        encoded = cleaned.encode()
+    except UnicodeEncodeError:  # lone surrogates: bytes that are no UTF-8, or spelled out in JSON
+        return Unusable("invalid_utf8", text)
+    if not encoded:
+        return Unusable("empty")
+    return Unusable("oversize") if len(encoded) > MAXIMUM_DOCUMENT_BYTES else encoded
 
 
-def text_rows(location: str, separator: str | None) -> Iterator[Row]:
-    """The documents of a text file: the whole of it, or what lies between separators.
+# Files
+
+
+def open_file(location: str) -> Any:
+    """A file on disk or, for `hf://...`, on the Hub, opened to read bytes."""
+    if not location.startswith("hf://"):
+        return Path(location).open("rb")
+    from huggingface_hub import HfFileSystem
+
+    return io.BufferedReader(HfFileSystem().open(location, "rb"), _CHUNK)
+
+
+def open_text(location: str, newline: str | None) -> io.TextIOWrapper:
+    """A text file, decompressed and decoded by its byte-order mark; bytes that are no UTF-8 become lone surrogates.
 
     Raises:
-        UserError: if there is no separator and lines such as `<|endoftext|>` show that one is needed.
+        UserError: if the file is compressed, or a table, and its name does not show it.
     """
-    name = shown(location)
-    with closing(open_plain(location)) as file:
-        if separator:
-            yield from _separated(name, file, separator)
-            return
-        # Characters of UTF-32 take four bytes.
-        raw = file.read(4 * MAXIMUM_DOCUMENT_BYTES + 1)
-    text = decode(raw)
-    if separator is None:
-        marks = _END_OF_DOCUMENT.findall(text.encode(errors="replace") if isinstance(text, str) else raw)
-        if marks:
-            mark, count = collections.Counter(marks).most_common(1)[0]
-            if count > 1:
-                raise UserError(
-                    f"{name} holds many documents: {count} lines are {mark.decode()}; set the source's separator to "
-                    f'"{mark.decode()}", or to "" if the file is one document'
-                )
-    yield Row(name, Unusable("oversize") if len(raw) > 4 * MAXIMUM_DOCUMENT_BYTES else text)
+    file: Any = open_file(location)
+    suffix = Path(location.lower()).suffix
+    if suffix in _DECOMPRESSED:
+        file = _DECOMPRESSED[suffix](file)
+    else:
+        for magic in (magic for magic in _MAGIC if file.peek(8).startswith(magic)):
+            raise UserError(f"{shown(location)} is {_MAGIC[magic]} data; rename it to end in {_MAGIC[magic]}")
+    start = file.peek(4)
+    encoding = next((encoding for mark, encoding in _MARKS.items() if start.startswith(mark)), "utf-8-sig")
+    errors = "surrogateescape" if encoding == "utf-8-sig" else "replace"
+    return io.TextIOWrapper(file, encoding, errors=errors, newline=newline)
 
 
-def _separated(name: str, file: Any, separator: str) -> Iterator[Row]:
-    encoding, mark = encoding_of(file.peek(4)[:4])
-    file.read(mark)
-    # Bytes that are no text become lone surrogates, so that only the document that holds them is dropped.
-    bytewise = codecs.getincrementaldecoder(encoding)(errors="surrogateescape" if encoding == "utf-8" else "replace")
-    decoder = io.IncrementalNewlineDecoder(bytewise, translate=True)
-    number, pending, oversize = 0, "", False
-    while True:
-        chunk = file.read(_CHUNK)
-        *whole, pending = (pending + decoder.decode(chunk, final=not chunk)).split(separator)
-        if not chunk:
-            whole.append(pending)
-        for text in whole:
-            number += 1
-            # What follows the last separator is a document only if there is something.
-            if number == 1 or chunk or oversize or text.strip():
-                yield Row(f"{name}:{number}", Unusable("oversize") if oversize else text)
-            oversize = False
-        if not chunk:
-            return
-        if len(pending) > MAXIMUM_DOCUMENT_BYTES:
-            oversize, pending = True, pending[-len(separator) :]
+class _Streams(io.RawIOBase):
+    """All streams of a .bz2 or .xz file: Python's own readers take a damaged later one for the end of the file."""
+
+    def __init__(self, file: Any, new_stream: Any) -> None:
+        self.chunks, self.pending = self._decompress(file, new_stream), b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self.pending = self.pending or next(filter(None, self.chunks), b"")
+        data, self.pending = self.pending[: len(buffer)], self.pending[len(buffer) :]
+        buffer[: len(data)] = data
+        return len(data)
+
+    @staticmethod
+    def _decompress(file: Any, new_stream: Any) -> Iterator[bytes]:
+        stream = None
+        while raw := file.read(_CHUNK):
+            while raw := raw if stream else raw.lstrip(b"\0"):  # streams may be padded
+                stream = stream or new_stream()
+                yield stream.decompress(raw)
+                raw, stream = (stream.unused_data, None) if stream.eof else (b"", stream)
+        if stream is not None:
+            raise EOFError("the file ends before its end-of-stream mark")
 
 
-# Tables
+_DECOMPRESSED = {
+    ".gz": lambda file: gzip.GzipFile(fileobj=file),
+    ".bz2": lambda file: io.BufferedReader(_Streams(file, bz2.BZ2Decompressor), _CHUNK),
+    ".xz": lambda file: io.BufferedReader(_Streams(file, lzma.LZMADecompressor), _CHUNK),
+    ".zst": lambda file: io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(file, "r"), "zstd"), _CHUNK),
+}
+
+
+# Columns
 
 
 class TextColumn:
@@ -163,113 +158,180 @@ class TextColumn:
         self.path = path
         self.steps = [step for step in path.replace("[]", ".[]").split(".") if step]
 
-    def root(self, names: Iterable[str]) -> str | None:
-        """Which of a table's columns has to be read; None if it has no such column."""
-        names = set(names)
-        return self.path if self.path in names else self.steps[0] if self.steps[0] in names else None
+    def root(self, names: Iterable[str]) -> str:
+        """The column of a table that has to be read; it may not be there."""
+        return self.path if self.path in names or not self.steps else self.steps[0]
 
-    def of(self, row: dict[str, Any]) -> Any:
-        """The text of a row: str, bytes, or `Unusable`."""
-        value = row.get(self.path)
-        if value is None and self.path not in row and len(self.steps) > 1:
-            value = _walk(row, self.steps)
-        if isinstance(value, str | bytes):
-            return value
-        return Unusable("no_text", row) if value is None else Unusable("not_text", value)
+    def of(self, row: dict[str, Any]) -> str | bytes | Unusable:
+        """The text of a row."""
+        found = [row[self.path]] if self.path in row else _leaves(row, self.steps)
+        found = [value for value in found if value is not None]
+        if len(found) == 1 and isinstance(found[0], bytes):
+            return found[0]
+        wrong = [value for value in found if not isinstance(value, str)]
+        if wrong or not found:
+            return Unusable("not_text", wrong[0]) if wrong else Unusable("no_text", row)
+        return "\n\n".join(text for text in found if text.strip())
 
     def remedy(self, bad: Unusable) -> str:
-        """What to do about a row without a text, in a few words; empty if there is nothing to say."""
-        if bad.reason == "no_text" and isinstance(bad.found, dict):
-            if self.path in bad.found:
-                return f"its '{self.path}' is null"
-            return f"it has no '{self.path}' but {_list_of(bad.found)}; set text_column, or raise data.max_dropped"
+        """What to do about a row without a text, in a few words; empty if there is nothing to do."""
+        if bad.reason == "no_text" and self.path in bad.found:
+            return f"its '{self.path}' is null"
+        if bad.reason == "no_text":
+            return f"it has no '{self.path}' but {_listed(bad.found)}; set text_column, or raise data.max_dropped"
         if bad.reason == "not_text":
-            inner = _path_to_text(bad.found)
-            kind = (
-                "an object"
-                if isinstance(bad.found, dict)
-                else "a list"
-                if isinstance(bad.found, list)
-                else "a value that is no text"
-            )
-            return f"'{self.path}' holds {kind}" + (f"; try text_column: {self.path}{inner}" if inner else "")
+            kind = "an object" if isinstance(bad.found, dict) else "a list" if isinstance(bad.found, list) else ""
+            path = "; text_column may be a path, as meta.text or messages[].content" if kind else ""
+            return f"'{self.path}' holds {kind or 'a value that is no text'}{path}"
         if bad.reason == "invalid_utf8":
-            encoding = "utf-16" if isinstance(bad.found, bytes) and b"\0" in bad.found else "latin1"
+            encoding = "utf-16" if "\0" in bad.found else "latin1"
             return f"convert it to UTF-8, for example by iconv -f {encoding} -t utf-8"
         if bad.reason == "oversize":
             return f"a document has at most {MAXIMUM_DOCUMENT_BYTES // 10**6} MB; a text file is split by separator"
         return ""
 
 
-def _list_of(names: Iterable[Any]) -> str:
+def _listed(names: Iterable[Any]) -> str:
     listed = [str(name) for name in names]
     return ", ".join(listed[:12]) + (", ..." if len(listed) > 12 else "")
 
 
-def _walk(value: Any, steps: Sequence[str]) -> Any:
-    for number, step in enumerate(steps):
-        if step == "[]":
-            if not isinstance(value, list):
-                return value
-            found = [_walk(entry, steps[number + 1 :]) for entry in value]
-            texts = [entry for entry in found if entry is not None]
-            if not texts:
-                return None
-            wrong = [entry for entry in texts if not isinstance(entry, str)]
-            return wrong[0] if wrong else "\n\n".join(text for text in texts if text.strip())
-        if not isinstance(value, dict):
-            return value
-        value = value.get(step)
-    return value
+def _leaves(value: Any, steps: Sequence[str]) -> list[Any]:
+    """What lies at the end of a path, or where it leads no further."""
+    if steps and steps[0] == "[]" and isinstance(value, list):
+        return [leaf for entry in value for leaf in _leaves(entry, steps[1:])]
+    if steps and steps[0] != "[]" and isinstance(value, dict):
+        return _leaves(value.get(steps[0]), steps[1:])
+    return [value]
 
 
-def _path_to_text(value: Any) -> str:
-    """A path below a value that leads to text: `[].content` of a list of messages; empty if none does."""
-    if isinstance(value, list) and value:
-        if isinstance(value[0], str):
-            return "[]"
-        inner = _path_to_text(value[0])
-        return f"[]{inner}" if inner else ""
-    if isinstance(value, dict):
-        texts = [key for key, entry in value.items() if isinstance(entry, str)]
-        for key in ("content", "text", "value"):
-            if key in texts:
-                return f".{key}"
-        return f".{texts[-1]}" if texts else ""
-    return ""
+class Reader:
+    """Reads one file of a source; a subclass says how its format holds records.
 
+    Args:
+        location: path or `hf://` address.
+        source: the recipe's entry, which names the columns.
+        score: the column with a quality score, if one is used.
+    """
 
-def check_columns(name: str, names: Sequence[str], source: Source, score: str | None) -> list[str]:
-    """The columns of a table that have to be read. Raises `UserError` naming one that it lacks."""
-    root = TextColumn(source.text_column).root(names)
-    wanted = [root or source.text_column, source.source_column, score]
-    for column in wanted:
-        if column is not None and column not in names:
-            raise UserError(f"{name} has no column '{column}'; it has {_list_of(names)}")
-    return list(dict.fromkeys(column for column in wanted if column is not None))
+    compressed: ClassVar[bool] = True
+    """Whether the format is also read as .gz, .bz2, .xz or .zst."""
+    one_document: ClassVar[bool] = False
+    """Whether a file is one document, unless the source has a separator."""
+    builder: ClassVar[str | None] = None
+    """The builder of `datasets` that reads the format as rows of several columns."""
 
+    def __init__(self, location: str, source: Source, score: str | None = None) -> None:
+        self.location, self.source, self.score = location, source, score
+        self.name = shown(location)
+        self.text = TextColumn(source.text_column)
 
-def table_rows(
-    name: str, batches: Iterable[pa.RecordBatch], source: Source, score: str | None, first: int | str
-) -> Iterator[Row]:
-    """The rows of an Arrow or Parquet table's batches, numbered after `first`."""
-    text_column, number = TextColumn(source.text_column), 0
-    for batch in batches:
-        names = batch.schema.names
-        root = text_column.root(names)
-        assert root is not None  # by check_columns
-        texts = _as_bytes(batch.column(root)).to_pylist()
-        if root != source.text_column:
-            texts = [text_column.of({root: value}) for value in texts]
-        labels = _as_bytes(batch.column(source.source_column)).to_pylist() if source.source_column else None
-        scores = batch.column(score).to_pylist() if score else None
-        for row, text in enumerate(texts):
-            if not isinstance(text, bytes | Unusable):
-                text = text_column.of({source.text_column: text})
-            yield Row(
-                f"{name}:{first}:{number}", text, labels[row] if labels else None, scores[row] if scores else None
+    def pieces(self) -> list[Any]:
+        """Pieces that different processes may read, picklable. Raises `UserError` for a file that cannot be read."""
+        return [None]
+
+    def records(self, piece: Any) -> Iterator[tuple[str, Any]]:
+        """Where each record is, and the record: columns by name, a text by itself, or `Unusable`."""
+        raise NotImplementedError
+
+    def rows(self, piece: Any = None) -> Iterator[Row]:
+        """The rows of a piece. Raises `UserError` if no record has the text's column, or one that is kept no score."""
+        found, last = False, None
+        for where, record in self.records(piece):
+            label, score = None, None
+            if isinstance(record, dict):
+                found, last = found or self.text.root(record) in record, record
+                text = clean(self.text.of(record))
+                label = record.get(self.source.source_column) if self.source.source_column else None
+            else:
+                found = found or isinstance(record, str)
+                text = clean(record if isinstance(record, str | Unusable) else Unusable("not_json", record))
+            if self.score is not None and isinstance(text, bytes):
+                score = self._number(where, record if isinstance(record, dict) else {self.score: None})
+            yield Row(where, text, label, score)
+        if last is not None and not found:
+            raise UserError(
+                f"{self.name} has no row with a column '{self.source.text_column}'; the last has {_listed(last)}"
             )
-            number += 1
+
+    def check_columns(self, names: Sequence[str]) -> list[str]:
+        """The columns of a table that have to be read. Raises `UserError` naming one that it lacks."""
+        root = self.text.root(names)
+        wanted = [column for column in dict.fromkeys((root, self.source.source_column, self.score)) if column]
+        for column in (column for column in wanted if column not in names):
+            lacking = self.source.text_column if column == root else column
+            raise UserError(f"{self.name} has no column '{lacking}'; it has {_listed(names)}")
+        return wanted
+
+    def _number(self, where: str, record: dict[str, Any]) -> float:
+        """A record's score. Raises `UserError` for anything that is no finite number."""
+        if self.score not in record:
+            raise UserError(f"{where} has no column '{self.score}'; it has {_listed(record)}")
+        value = record[self.score]
+        with contextlib.suppress(OverflowError):  # an integer of hundreds of digits
+            if isinstance(value, int | float | decimal.Decimal) and math.isfinite(value):
+                return float(value)
+        what = printable(json.dumps(value, default=str, ensure_ascii=False))[:40]
+        raise UserError(f"{where} has no quality score: column '{self.score}' holds {what}; a score is a number")
+
+
+# Tables
+
+
+class Parquet(Reader):
+    compressed = False
+    builder = "parquet"
+
+    def pieces(self) -> list[Any]:
+        with user_errors(f"{self.name} is not a whole parquet file"), pq.ParquetFile(open_file(self.location)) as table:
+            self.check_columns(table.schema_arrow.names)
+            sizes = [table.metadata.row_group(group).total_byte_size for group in range(table.num_row_groups)]
+        pieces, first, size = [], 0, 0
+        for group, bytes_of_group in enumerate(sizes):
+            size += bytes_of_group
+            if size >= PART_BYTES or group == len(sizes) - 1:
+                pieces.append((first, group + 1))
+                first, size = group + 1, 0
+        return pieces
+
+    def records(self, piece: Any) -> Iterator[tuple[str, Any]]:
+        with contextlib.closing(open_file(self.location)) as raw, pq.ParquetFile(raw) as file:
+            columns = self.check_columns(file.schema_arrow.names)
+            batches = file.iter_batches(batch_size=_BATCH_ROWS, row_groups=list(range(*piece)), columns=columns)
+            yield from self.records_of(batches, columns, piece[0])
+
+    def records_of(
+        self, batches: Iterable[pa.RecordBatch], columns: Sequence[str], first: int
+    ) -> Iterator[tuple[str, Any]]:
+        """The records of a table's batches, numbered after `first`."""
+        numbers = itertools.count()
+        for batch in batches:
+            values = [batch.column(name) if name == self.score else _as_bytes(batch.column(name)) for name in columns]
+            for row in zip(*(value.to_pylist() for value in values), strict=True):
+                yield f"{self.name}:{first}:{next(numbers)}", dict(zip(columns, row, strict=True))
+
+
+class Arrow(Parquet):
+    """As `datasets` saves it (a stream), or with an index."""
+
+    builder = "arrow"
+
+    def pieces(self) -> list[Any]:
+        return [None]
+
+    def records(self, piece: Any) -> Iterator[tuple[str, Any]]:
+        with contextlib.closing(open_file(self.location)) as raw:
+            if raw.read(6) == b"ARROW1":
+                file = pa.ipc.open_file(pa.PythonFile(raw, "r"))
+                batches = (file.get_batch(index) for index in range(file.num_record_batches))
+            else:
+                raw.seek(0)
+                batches = file = pa.ipc.open_stream(raw)
+            columns = self.check_columns(file.schema.names)
+            small = (
+                batch.slice(start, _BATCH_ROWS) for batch in batches for start in range(0, len(batch), _BATCH_ROWS)
+            )
+            yield from self.records_of((batch.select(columns) for batch in small), columns, 0)
 
 
 def _as_bytes(column: pa.Array) -> pa.Array:
@@ -281,138 +343,130 @@ def _as_bytes(column: pa.Array) -> pa.Array:
     return column
 
 
-def parquet_rows(location: str, groups: Sequence[int], source: Source, score: str | None) -> Iterator[Row]:
-    """The rows of some row groups of a Parquet file."""
-    name = shown(location)
-    with closing(open_file(location)) as raw, pq.ParquetFile(raw) as file:
-        columns = check_columns(name, file.schema_arrow.names, source, score)
-        batches = file.iter_batches(batch_size=_BATCH_ROWS, row_groups=list(groups), columns=columns)
-        yield from table_rows(name, batches, source, score, groups[0])
+class Csv(Reader):
+    """With a header."""
+
+    builder = "csv"
+    delimiter = ","
+
+    def records(self, piece: Any) -> Iterator[tuple[str, Any]]:
+        csv.field_size_limit((1 << 31) - 1)
+        with open_text(self.location, "") as lines:
+            # A field that is opened and never closed would swallow the rest of the file.
+            reader = csv.reader(lines, delimiter=self.delimiter, strict=True)
+            columns = next((fields for fields in reader if any(field.strip() for field in fields)), None)
+            if columns is None:
+                return
+            self.check_columns(columns)
+            for fields in filter(None, reader):
+                record: Any = dict(zip(columns, fields, strict=False))
+                if len(fields) > len(columns):  # a comma too many is one that belongs to the text
+                    record = Unusable("malformed", fields)
+                elif self.score in record:
+                    with contextlib.suppress(ValueError):
+                        record[self.score] = float(record[self.score])
+                yield f"{self.name}:{reader.line_num}", record
 
 
-def arrow_rows(location: str, source: Source, score: str | None) -> Iterator[Row]:
-    """The rows of an Arrow file, as `datasets` saves them (a stream) or with an index."""
-    name = shown(location)
-    with closing(open_file(location)) as raw:
-        if raw.read(6) == b"ARROW1":
-            file = pa.ipc.open_file(pa.PythonFile(raw, "r"))
-            batches = (file.get_batch(index) for index in range(file.num_record_batches))
+class Tsv(Csv):
+    delimiter = "\t"
+
+
+# JSON and text
+
+
+class JsonLines(Reader):
+    """An object, or a text, on each line."""
+
+    builder = "json"
+
+    def records(self, piece: Any) -> Iterator[tuple[str, Any]]:
+        with open_text(self.location, "\n") as lines:
+            yield from self.records_of(lines)
+
+    def records_of(self, lines: Iterable[str]) -> Iterator[tuple[str, Any]]:
+        """The records of some lines, blank ones apart."""
+        return ((f"{self.name}:{number}", _parse(line)) for number, line in enumerate(lines, 1) if line.strip())
+
+
+class Json(JsonLines):
+    """An array of objects or of texts, one object, or an object per line."""
+
+    def records(self, piece: Any) -> Iterator[tuple[str, Any]]:
+        with open_text(self.location, "\n") as file:
+            text = file.read()
+        value = _parse(text)
+        if isinstance(value, dict | list):
+            entries = value if isinstance(value, list) else [value]
+            yield from ((f"{self.name}:{number}", entry) for number, entry in enumerate(entries, 1))
         else:
-            raw.seek(0)
-            batches = file = pa.ipc.open_stream(raw)
-        columns = check_columns(name, file.schema.names, source, score)
-        small = (batch.slice(start, _BATCH_ROWS) for batch in batches for start in range(0, len(batch), _BATCH_ROWS))
-        yield from table_rows(name, (batch.select(columns) for batch in small), source, score, 0)
+            yield from self.records_of(io.StringIO(text, newline="\n"))
 
 
-# JSON and CSV
-
-
-def line_rows(location: str, source: Source, score: str | None) -> Iterator[Row]:
-    """The rows of a file with one JSON object per line."""
-    with closing(open_plain(location)) as file:
-        yield from _lines(shown(location), file, source, score)
-
-
-def _lines(name: str, file: Any, source: Source, score: str | None) -> Iterator[Row]:
-    encoding, mark = encoding_of(file.peek(4)[:4])
-    if encoding == "utf-8":
-        file.read(mark)
-    else:
-        # Each line ends in the same character, but not in the same byte.
-        file = io.TextIOWrapper(file, encoding.rpartition("-")[0], errors="replace", newline="\n")
-    rows = ((f"{name}:{number}", _parse(line)) for number, line in enumerate(file, start=1) if line.strip())
-    yield from _object_rows(name, rows, source, score)
-
-
-def _parse(line: bytes | str) -> Any:
-    """The value of a line, or `Unusable`."""
+def _parse(text: str) -> Any:
     try:
-        return json.loads(line)
-    except UnicodeDecodeError:
-        return Unusable("invalid_utf8", line[:40])
+        return json.loads(text)
     except (ValueError, RecursionError):
-        try:
-            # Python refuses integers of more than 4,300 digits, which is no reason to lose the text beside one.
-            return json.loads(line, parse_int=float)
-        except (ValueError, RecursionError):
-            return Unusable("not_json", line[:40])
+        return Unusable("not_json", text[:40])
 
 
-def json_rows(location: str, source: Source, score: str | None) -> Iterator[Row]:
-    """The documents of a .json file: an array of objects or of texts, one object, or one object per line."""
-    name = shown(location)
-    with closing(open_plain(location)) as file:
-        raw = file.read()
-    text = decode(raw)
-    value = text if isinstance(text, Unusable) else _parse(text)
-    if isinstance(value, dict):
-        lists = [
-            key for key, entry in value.items() if isinstance(entry, list) and entry and isinstance(entry[0], dict)
-        ]
-        if len(lists) == 1 and TextColumn(source.text_column).root(value) is None:
-            raise UserError(
-                f"{name} is one object, not an array of documents; save the array under its key '{lists[0]}' by itself"
-            )
-        value = [value]
-    if isinstance(value, list):
-        rows = ((f"{name}:{number}", entry) for number, entry in enumerate(value, start=1))
-        yield from _object_rows(name, rows, source, score)
-    else:
-        yield from _lines(name, io.BufferedReader(io.BytesIO(raw)), source, score)
+class Text(Reader):
+    """One document, or what lies between the source's separators."""
+
+    one_document = True
+
+    def pieces(self) -> list[Any]:
+        if column := self.score or self.source.source_column:
+            raise UserError(f"{self.name} is a text file, which has no column '{column}'")
+        return [None]
+
+    def records(self, piece: Any) -> Iterator[tuple[str, Any]]:
+        with open_text(self.location, None) as file:
+            if self.source.separator:
+                yield from self._separated(file, self.source.separator)
+                return
+            text = file.read(4 * MAXIMUM_DOCUMENT_BYTES + 1)
+        marks = collections.Counter(_END_OF_DOCUMENT.findall(text) if self.source.separator is None else ())
+        for mark, count in marks.most_common(1):
+            if count > 1:
+                raise UserError(
+                    f"{self.name} holds many documents: {count} lines are {mark}; set the source's separator to "
+                    f'"{mark}", or to "" if the file is one document'
+                )
+        yield self.name, text if len(text) <= 4 * MAXIMUM_DOCUMENT_BYTES else Unusable("oversize")
+
+    def _separated(self, file: io.TextIOWrapper, separator: str) -> Iterator[tuple[str, Any]]:
+        number, pending, oversize, chunk = 0, "", False, "begin"
+        while chunk:
+            chunk = file.read(_CHUNK)
+            *whole, pending = (pending + chunk).split(separator)
+            for text in whole if chunk else [*whole, pending]:
+                number += 1
+                # What follows the last separator is a document only if there is something.
+                if number == 1 or chunk or oversize or text.strip():
+                    yield f"{self.name}:{number}", Unusable("oversize") if oversize else text
+                oversize = False
+            if len(pending) > MAXIMUM_DOCUMENT_BYTES:
+                oversize, pending = True, pending[-len(separator) :]
 
 
-def csv_rows(location: str, source: Source, score: str | None) -> Iterator[Row]:
-    """The rows of a .csv or .tsv file with a header."""
-    name = shown(location)
-    csv.field_size_limit(sys.maxsize)
-    with closing(open_plain(location)) as file:
-        encoding, mark = encoding_of(file.peek(4)[:4])
-        file.read(mark)
-        errors = "surrogateescape" if encoding == "utf-8" else "replace"
-        lines = io.TextIOWrapper(file, encoding, errors=errors, newline="")
-        header, above = lines.readline(), 1
-        while header and not header.strip():
-            header, above = lines.readline(), above + 1
-        present = [character for character in ("\t", ",", ";") if character in header]
-        delimiter = "\t" if suffixes(location)[0] == ".tsv" or present == ["\t"] else ";" if present == [";"] else ","
-        columns = next(csv.reader([header], delimiter=delimiter), [])
-        if not columns:
-            return
-        # A field that was opened and never closed would swallow the rest of the file.
-        reader = csv.DictReader(lines, columns, delimiter=delimiter, strict=True)
-        check_columns(name, columns, source, score)
-        # A comma too many is one that belongs to the text.
-        rows = (
-            (f"{name}:{reader.line_num + above}", Unusable("malformed", row[None]) if None in row else row)
-            for row in reader
-        )
-        for row in _object_rows(name, rows, source, score):
-            yield row._replace(score=_number(row.score))
+READERS: dict[str, type[Reader]] = {
+    ".parquet": Parquet,
+    ".arrow": Arrow,
+    ".jsonl": JsonLines,
+    ".ndjson": JsonLines,
+    ".json": Json,
+    ".csv": Csv,
+    ".tsv": Tsv,
+    ".txt": Text,
+    ".md": Text,
+}
+KNOWN = f"{', '.join(READERS)} (all but tables also as {', '.join(_DECOMPRESSED)})"
 
 
-def _number(text: Any) -> Any:
-    try:
-        return float(text)
-    except (TypeError, ValueError):
-        return text
-
-
-def _object_rows(name: str, rows: Iterable[tuple[str, Any]], source: Source, score: str | None) -> Iterator[Row]:
-    text_column, seen, last = TextColumn(source.text_column), False, None
-    for where, row in rows:
-        last = row
-        if isinstance(row, str):
-            seen = True
-            yield Row(where, row)
-        elif isinstance(row, dict):
-            if score is not None and score not in row:
-                raise UserError(f"{where} has no column '{score}'; it has {_list_of(row)}")
-            text = text_column.of(row)
-            seen = seen or not (isinstance(text, Unusable) and text.reason == "no_text")
-            label = row.get(source.source_column) if source.source_column else None
-            yield Row(where, text, label, row[score] if score is not None else None)
-        else:
-            yield Row(where, row if isinstance(row, Unusable) else Unusable("not_json", row))
-    if isinstance(last, dict) and not seen:
-        raise UserError(f"{name} has no row with a column '{source.text_column}'; the last has {_list_of(last)}")
+def reader_of(name: str) -> type[Reader] | None:
+    """The class that reads a file, by its name; None for anything else."""
+    path = Path(name.lower())
+    compressed = path.suffix in _DECOMPRESSED
+    reader = READERS.get(Path(path.stem).suffix if compressed else path.suffix)
+    return None if reader is None or (compressed and not reader.compressed) else reader

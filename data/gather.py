@@ -17,7 +17,7 @@ import functools
 import hashlib
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +31,11 @@ from nanophi.core.formatting import integer
 from nanophi.core.names import local
 from nanophi.core.recipe import Data, Source
 from nanophi.data import contamination, deduplication, sources
+from nanophi.data.decisions import CONTAMINATED, EXACT, HELDOUT, NEAR, TRAIN, Counts, decide, dropped
 from nanophi.data.ngrams import hash_words
 from nanophi.data.parallel import run_parts
 
 BATCH_BYTES = 4 << 20
-TRAIN, HELDOUT, EXACT, NEAR, CONTAMINATED, HELDOUT_NEAR = range(6)
-REASONS = {
-    EXACT: "exact_duplicate",
-    NEAR: "near_duplicate",
-    CONTAMINATED: "contaminated",
-    HELDOUT_NEAR: "heldout_near_train",
-}
-
 SCORE = "score"
 """The documents' column with the number that came with the data (quality.scorer `column:...`), float64."""
 
@@ -65,8 +58,8 @@ def gather(
     done = output / "documents.json"
     if done.exists():
         return read_json(done)
-    output.mkdir(parents=True, exist_ok=True)
     work = output / ".parts"
+    work.mkdir(parents=True, exist_ok=True)
     parts: list[tuple[int, Source, sources.Part]] = []
     for number, source in enumerate(data.sources):
         planned, others = sources.plan(source, score)
@@ -76,45 +69,42 @@ def gather(
             report(f"{sources.name_of(source)}: {len(others)} other files are not read: {names}")
     _benchmark_index.cache_clear()  # this folder may have held another one
     benchmarks = _index_benchmarks(data, work)
-    read = run_parts(
-        _read_part,
-        [(*part, score, benchmarks) for part in parts],
-        work / "read",
-        "reading documents",
-        data.workers,
-        data.engine,
+    run = functools.partial(run_parts, workers=data.workers, engine=data.engine)
+    read = run(_read_part, [(*part, score, benchmarks) for part in parts], work / "read", "reading documents")
+    counts = Counts(read)
+    _check_read(data, read, counts)
+    documents = _Documents(work, read)
+    undivided = {sources.name_of(source) for _, source, part in parts if sources.is_undivided(source, part)}
+    decisions, leaders = decide(
+        data,
+        documents.ids,
+        documents.signatures,
+        documents.contaminated,
+        np.array([source.heldout for source in data.sources])[documents.origins],
+        f"; set the separator of {', '.join(sorted(undivided))} to split a text file into documents" * bool(undivided),
     )
-    _check_read(data, read)
-    documents = _Documents(work, [part["documents"] for part in read])
-    held = [data.sources[part["origin"]].heldout for part in read]
-    held_sources = np.repeat(held, [part["documents"] for part in read])
-    whole = {sources.name_of(source) for _, source, part in parts if part[0] == "text" and source.separator is None}
-    remedy = f"; set the separator of {', '.join(sorted(whole))} to split a text file into documents" if whole else ""
-    decisions, leaders, contaminated = _decide(data, documents, held_sources, remedy)
-    _report_sources(data, read, decisions, report)
-    if not (decisions == TRAIN).any():
-        raise UserError(f"no document is left to train on: {_describe(decisions)}")
+    counts.add(documents.origins, documents.codes, documents.names, decisions)
+    _report_sources(data, counts, report)
     np.save(work / "decisions.npy", decisions)
-    starts = np.cumsum([0] + [part["documents"] for part in read])
-    written = run_parts(
-        _write_part,
-        [(work / "read" / f"{index:05d}.parquet", int(starts[index]), output, index) for index in range(len(parts))],
-        work / "written",
-        "writing documents",
-        data.workers,
-        data.engine,
-    )
-    summary = _summary(read, documents, decisions, leaders)
+    starts = np.cumsum([0] + [part["documents"] for part in read]).tolist()
+    to_write = [(work / "read" / f"{index:05d}.parquet", starts[index], output, index) for index in range(len(parts))]
+    written = run(_write_part, to_write, work / "written", "writing documents")
+    summary = _summary(counts, leaders, [entry for part in read for entry in part["refused"]])
     kept = summary["train"] + summary["heldout"]
-    if sum(part["train"] + part["heldout"] for part in written) != kept or summary["read"] != kept + sum(
-        summary["dropped"].values()
+    if (
+        not sum(part["train"] + part["heldout"] for part in written)
+        == kept
+        == summary["read"] - sum(summary["dropped"].values())
     ):
         raise UserError(f"{output}: documents were lost between reading and writing; delete the run's .work folder")
     _write_duplicates(output / "duplicates.parquet", documents, decisions, leaders)
     if benchmarks is not None:
-        index = contamination.BenchmarkIndex.load(benchmarks)
-        hits = [(f"{documents.ids[row]:016x}", documents.source(row), items) for row, items in contaminated]
-        found = contamination.report(index, hits)
+        hits = [
+            (f"{documents.ids[row]:016x}", documents.source(row), items)
+            for row, items in documents.hits
+            if decisions[row] == CONTAMINATED
+        ]
+        found = contamination.report(contamination.BenchmarkIndex.load(benchmarks), hits)
         write_json(output / "contamination.json", found)
         summary["contamination"] = {
             name: {key: value for key, value in entry.items() if key != "examples"} for name, entry in found.items()
@@ -124,29 +114,26 @@ def gather(
     return summary
 
 
+# Reading
+
+
 def _read_part(
     number_of_source: int, source: Source, part: sources.Part, score: str | None, benchmarks: Path | None, path: Path
 ) -> dict[str, Any]:
     """Clean and hash one part. Writes `.parquet` (documents), `.ids` (uint64) and `.signatures` (uint32)."""
-    schema = pa.schema(
-        [("id", pa.string()), ("text", pa.string()), ("source", pa.string())]
-        + ([(SCORE, pa.float64())] if score else [])
-    )
+    schema = pa.schema([(name, pa.string()) for name in ("id", "text", "source")])
+    schema = schema.append(pa.field(SCORE, pa.float64())) if score else schema
     tally = sources.Tally()
     hits: list[list[Any]] = []
     documents = 0
-    batch: list[sources.Document] = []
     with (
         pq.ParquetWriter(path.with_suffix(".parquet"), schema, compression="zstd") as writer,
         path.with_suffix(".ids").open("wb") as ids,
         path.with_suffix(".signatures").open("wb") as signatures,
     ):
-
-        def flush() -> None:
-            nonlocal documents
+        for batch in _batches(sources.read(source, part, score, tally)):
             texts = [document.text for document in batch]
             digests = [hashlib.sha256(text).digest()[:8] for text in texts]
-            words = hash_words(texts)
             columns = [
                 pa.array([digest.hex() for digest in digests], pa.string()),
                 pa.array(texts, pa.binary()).cast(pa.string()),
@@ -156,23 +143,26 @@ def _read_part(
                 columns.append(pa.array([document.score for document in batch], pa.float64()))
             writer.write_table(pa.table(columns, schema=schema))
             ids.write(b"".join(digests))
+            words = hash_words(texts)
             signatures.write(deduplication.signatures(words).tobytes())
             if benchmarks is not None:
                 found = contamination.find(_benchmark_index(benchmarks), words)
                 hits.extend([documents + row, items] for row, items in enumerate(found) if items)
             documents += len(batch)
-            batch.clear()
-
-        pending = 0
-        for document in sources.read(source, part, score, tally):
-            batch.append(document)
-            pending += len(document.text)
-            if pending >= BATCH_BYTES:
-                flush()
-                pending = 0
-        if batch:
-            flush()
     return {"origin": number_of_source, "documents": documents, **tally.summary(), "contaminated": hits}
+
+
+def _batches(documents: Iterable[sources.Document]) -> Iterator[list[sources.Document]]:
+    batch: list[sources.Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def _index_benchmarks(data: Data, work: Path) -> Path | None:
@@ -181,7 +171,6 @@ def _index_benchmarks(data: Data, work: Path) -> Path | None:
     path = work / "benchmarks.npz"
     if not path.exists():
         index = contamination.load_benchmarks(local(data.decontamination.benchmarks), data.decontamination.ngram)
-        work.mkdir(parents=True, exist_ok=True)
         partial = work / "benchmarks.part.npz"
         index.save(partial)
         partial.replace(path)
@@ -193,68 +182,19 @@ def _benchmark_index(path: Path) -> contamination.BenchmarkIndex:
     return contamination.BenchmarkIndex.load(path)
 
 
-# What each source gave
-
-
-def _dropped_of(read: Sequence[dict[str, Any]], number: int) -> Counter[str]:
-    """Unusable documents of the recipe's source `number`, by reason."""
-    total: Counter[str] = Counter()
-    for part in read:
-        if part["origin"] == number:
-            for reasons in part["dropped"].values():
-                total.update(reasons)
-    return total
-
-
-def _origins(read: Sequence[dict[str, Any]]) -> dict[str, list[int]]:
-    """Every name with the numbers of the sources that give it."""
-    origins: dict[str, list[int]] = {}
-    for part in read:
-        for name in part["read"]:
-            if part["origin"] not in origins.setdefault(name, []):
-                origins[name].append(part["origin"])
-    return origins
-
-
-def _check_read(data: Data, read: Sequence[dict[str, Any]]) -> None:
-    """What stops the run before hours of work: names that stand for two sources, and sources that lose too much."""
-    sources.weights(data.sources, _origins(read))
-    for number, source in enumerate(data.sources):
-        mine = [part for part in read if part["origin"] == number]
-        total = sum(sum(part["read"].values()) for part in mine)
-        refused = [entry for part in mine for entry in part["refused"]]
-        sources.check_usable(sources.name_of(source), total, _dropped_of(read, number), refused, data.max_dropped)
-
-
-def _report_sources(
-    data: Data, read: Sequence[dict[str, Any]], decisions: np.ndarray, report: Callable[[str], None]
-) -> None:
-    """A line for each source. Raises `UserError` for one that keeps nothing."""
-    origins = np.repeat([part["origin"] for part in read], [part["documents"] for part in read])
-    for number, source in enumerate(data.sources):
-        mine = decisions[origins == number]
-        dropped = _dropped_of(read, number)
-        dropped.update({reason: int((mine == code).sum()) for code, reason in REASONS.items()})
-        kept = int(((mine == TRAIN) | (mine == HELDOUT)).sum())
-        total = kept + dropped.total()
-        line = f"{sources.name_of(source)}: {integer(total)} documents read, {integer(kept)} kept"
-        report(line + (f", {integer(dropped.total())} dropped ({sources.reasons(dropped)})" if dropped.total() else ""))
-        if kept == 0:
-            raise UserError(f"source {sources.name_of(source)} keeps nothing: {sources.reasons(dropped)}; leave it out")
-
-
-# Decisions over the whole corpus
-
-
 class _Documents:
-    """Hashes, signatures and sources of all parts' documents, in order."""
+    """Hashes, signatures and sources of all parts' documents, in order.
 
-    def __init__(self, work: Path, counts: Sequence[int]) -> None:
-        folder = work / "read"
-        paths = [folder / f"{index:05d}" for index in range(len(counts))]
+    `origins` are the numbers of their sources in the recipe, `codes` indices of their sources' names in `names`,
+    `hits` the rows that hold evaluation items, with these.
+    """
+
+    def __init__(self, work: Path, read: Sequence[dict[str, Any]]) -> None:
+        paths = [work / "read" / f"{index:05d}" for index in range(len(read))]
+        counts = [part["documents"] for part in read]
         self.ids = np.concatenate([np.fromfile(path.with_suffix(".ids"), ">u8") for path in paths]).astype(np.uint64)
         if len(self.ids) != sum(counts):
-            raise UserError(f"{folder} is incomplete; delete it and run again")
+            raise UserError(f"{work / 'read'} is incomplete; delete it and run again")
         joined = work / "signatures.bin"
         with joined.open("wb") as file:
             for path in paths:
@@ -264,87 +204,72 @@ class _Documents:
         self.signatures = (
             np.memmap(joined, np.uint32, "r", shape=shape) if len(self.ids) else np.zeros(shape, np.uint32)
         )
-        self.sources: list[str] = []
-        codes = []
-        self.bytes = np.zeros(len(self.ids), np.int64)
-        self.hits: list[tuple[int, list[int]]] = []
-        start = 0
         known: dict[str, int] = {}
-        for path, count in zip(paths, counts, strict=True):
+        codes = [np.zeros(0, np.int32)]
+        for path in paths:
             with pq.ParquetFile(path.with_suffix(".parquet"), read_dictionary=["source"]) as file:
                 for batch in file.iter_batches(columns=["source"]):
                     column = batch.column("source")
                     names = column.dictionary.to_pylist()
                     mapping = np.array([known.setdefault(name, len(known)) for name in names], np.int32)
                     codes.append(mapping[column.indices.to_numpy(zero_copy_only=False)])
-            self.hits.extend(
-                (start + row, items) for row, items in read_json(path.with_suffix(".json"))["contaminated"]
-            )
-            start += count
-        self.sources = list(known)
-        self.codes = np.concatenate(codes) if codes else np.zeros(0, np.int32)
+        self.codes, self.names = np.concatenate(codes), list(known)
+        self.origins = np.repeat(np.array([part["origin"] for part in read], np.int64), counts)
+        starts = np.cumsum([0, *counts]).tolist()
+        self.hits = [
+            (start + row, items)
+            for start, part in zip(starts, read, strict=False)
+            for row, items in part["contaminated"]
+        ]
+        self.contaminated = np.zeros(len(self.ids), bool)
+        self.contaminated[[row for row, _ in self.hits]] = True
 
     def source(self, row: int) -> str:
-        return self.sources[int(self.codes[row])]
+        return self.names[int(self.codes[row])]
 
 
-def _decide(
-    data: Data, documents: _Documents, held_sources: np.ndarray, remedy: str
-) -> tuple[np.ndarray, np.ndarray, list[tuple[int, list[int]]]]:
-    """For each document what becomes of it, uint8; the index of the one it repeats (or its own); contaminated ones.
-
-    `held_sources`, bool `[documents]`, says which documents are of sources that are held out as a whole; `remedy` is
-    what to do if there are too few.
-    """
-    count = len(documents.ids)
-    decisions = np.full(count, TRAIN, np.uint8)
-    leaders = np.arange(count)
-    first = deduplication.exact_duplicates(documents.ids)
-    unique = first == leaders
-    if data.deduplication.exact:
-        decisions[~unique] = EXACT
-        leaders = first
-    # Also without near-duplicate removal: held-out documents must not have near-duplicates among those trained on.
-    near = deduplication.near_duplicates(documents.signatures, unique, data.deduplication.similarity)
-    if data.deduplication.near:
-        repeated = unique & (near != np.arange(count))
-        decisions[repeated] = NEAR
-        leaders = np.where(repeated, near, leaders)
-    contaminated = [(row, items) for row, items in documents.hits if decisions[row] == TRAIN]
-    decisions[[row for row, _ in contaminated]] = CONTAMINATED
-    candidates = np.flatnonzero(decisions == TRAIN)
-    if len(candidates) < 2:
-        dropped = sources.reasons(Counter({reason: int((decisions == code).sum()) for code, reason in REASONS.items()}))
-        raise UserError(
-            f"{len(candidates)} of {count} documents are left, too few to hold one out"
-            + (f" (dropped: {dropped})" if dropped else "")
-            + remedy
-        )
-    if held_sources.any():
-        heldout = candidates[held_sources[candidates]]
-        if len(heldout) in (0, len(candidates)):
-            where = "repeat the other sources" if len(heldout) == 0 else "are all that is left"
-            raise UserError(f"the documents of the held-out sources {where}: {_describe(decisions)}")
-    else:
-        # By hash: the same document is held out in every run, whatever else the corpus holds.
-        order = candidates[np.argsort(documents.ids[candidates], kind="stable")]
-        chosen = int((documents.ids[order] < np.uint64(data.heldout_fraction * 2**64)).sum())
-        heldout = order[: max(1, min(chosen, data.heldout_max_documents))]
-    decisions[heldout] = HELDOUT
-    if not (data.deduplication.near and data.deduplication.exact):
-        cluster = near[first]
-        trained = np.zeros(count, bool)
-        trained[cluster[decisions == TRAIN]] = True
-        decisions[heldout[trained[cluster[heldout]]]] = HELDOUT_NEAR
-        if not (decisions == HELDOUT).any():
-            raise UserError(
-                "every held-out document has a near-duplicate among the others; set deduplication.near: true"
-            )
-    return decisions, leaders, contaminated
+# What each source gave
 
 
-def _describe(decisions: np.ndarray) -> str:
-    return ", ".join(f"{reason} {int((decisions == code).sum())}" for code, reason in REASONS.items())
+def _check_read(data: Data, read: Sequence[dict[str, Any]], counts: Counts) -> None:
+    """What stops the run before hours of work: names that stand for two sources, and sources that lose too much."""
+    sources.weights(data.sources, counts.origins())
+    by_source = counts.by_source()
+    for number, source in enumerate(data.sources):
+        refused = [entry for part in read if part["origin"] == number for entry in part["refused"]]
+        mine = by_source.get(number, Counter())
+        sources.check_usable(sources.name_of(source), mine["read"], dropped(mine), refused, data.max_dropped)
+
+
+def _report_sources(data: Data, counts: Counts, report: Callable[[str], None]) -> None:
+    """A line for each source. Raises `UserError` for one that keeps nothing."""
+    for number, mine in sorted(counts.by_source().items()):
+        name, lost, kept = sources.name_of(data.sources[number]), dropped(mine), mine["train"] + mine["heldout"]
+        line = f"{name}: {integer(mine['read'])} documents read, {integer(kept)} kept"
+        report(line + (f", {integer(lost.total())} dropped ({sources.reasons(lost)})" if lost.total() else ""))
+        if kept == 0:
+            raise UserError(f"source {name} keeps nothing: {sources.reasons(lost)}; leave it out")
+
+
+def _summary(counts: Counts, leaders: np.ndarray, refused: list[dict[str, str]]) -> dict[str, Any]:
+    origins = counts.origins()
+    entries = {
+        name: {
+            "origin": origins[name][0],
+            "origins": origins[name],
+            **{what: mine[what] for what in ("read", "bytes", "train", "heldout")},
+            "dropped": dict(sorted(dropped(mine).items())),
+        }
+        for name, mine in counts.by_name().items()
+    }
+    total = sum(counts.by_name().values(), Counter())
+    return {
+        **{what: total[what] for what in ("read", "bytes", "train", "heldout")},
+        "dropped": dict(sorted(dropped(total).items())),
+        "duplicates": deduplication.cluster_counts(leaders),
+        "sources": entries,
+        "refused": refused[:100],
+    }
 
 
 # Writing
@@ -387,39 +312,3 @@ def _write_duplicates(path: Path, documents: _Documents, decisions: np.ndarray, 
         }
     )
     pq.write_table(table, path, compression="zstd")
-
-
-def _summary(
-    read: Sequence[dict[str, Any]], documents: _Documents, decisions: np.ndarray, leaders: np.ndarray
-) -> dict[str, Any]:
-    names = sorted({name for part in read for name in part["read"]})
-    codes = {name: code for code, name in enumerate(documents.sources)}
-    origins = _origins(read)
-    entries: dict[str, Any] = {}
-    for name in names:
-        mine = decisions[documents.codes == codes[name]] if name in codes else decisions[:0]
-        dropped = Counter({reason: int((mine == code).sum()) for code, reason in REASONS.items()})
-        for part in read:
-            dropped.update(part["dropped"].get(name, {}))
-        entries[name] = {
-            "origin": origins[name][0],
-            "origins": origins[name],
-            "read": sum(part["read"].get(name, 0) for part in read),
-            "bytes": sum(part["bytes"].get(name, 0) for part in read),
-            "train": int((mine == TRAIN).sum()),
-            "heldout": int((mine == HELDOUT).sum()),
-            "dropped": {reason: count for reason, count in sorted(dropped.items()) if count},
-        }
-    total: Counter[str] = Counter()
-    for source in entries.values():
-        total.update(source["dropped"])
-    return {
-        "read": sum(source["read"] for source in entries.values()),
-        "bytes": sum(source["bytes"] for source in entries.values()),
-        "train": int((decisions == TRAIN).sum()),
-        "heldout": int((decisions == HELDOUT).sum()),
-        "dropped": dict(sorted(total.items())),
-        "duplicates": deduplication.cluster_counts(leaders),
-        "sources": entries,
-        "refused": [entry for part in read for entry in part["refused"]][:100],
-    }

@@ -14,7 +14,7 @@ Modules are parsed, not imported. The same installed versions always give the sa
 from __future__ import annotations
 
 import ast
-import gc
+import contextlib
 import hashlib
 import importlib.metadata
 import inspect
@@ -26,6 +26,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from nanophi.data.documents import id_of
+
 HIGH = ("python-docs", "stdlib-docstrings")
 """Sources that serve as examples of good text for the linear scorer."""
 LOW = ("licences", "changelogs", "parameter-lists")
@@ -35,7 +37,7 @@ MINIMUM_CHARACTERS = 300
 _MAXIMUM_CHARACTERS = 20_000
 # A few packages have tens of megabytes of near-identical docstrings; without a cap they would be the corpus.
 _PACKAGE_BYTES = 1_000_000
-TESTS = re.compile(r"(^|/)(tests?|testing|_?test_[^/]*|idlelib|lib2to3)(/|\.py$)")
+_TESTS = re.compile(r"(^|/)(tests?|testing|_?test_[^/]*|idlelib|lib2to3)(/|\.py$)")
 _PARAMETERS = re.compile(
     r"^\s*(Parameters|Args|Arguments|Attributes|Returns?|Raises|Yields|Keyword [Aa]rguments|Other Parameters|Options)"
     r"\s*:?\s*$|^\s*:(param|type|returns?|rtype|raises)\b|^\s*Args:",
@@ -91,11 +93,8 @@ def _python() -> Iterator[tuple[str, str]]:
 
     for key in sorted(topics.topics):
         yield "python-docs", topics.topics[key]
-    library = Path(sysconfig.get_path("stdlib"))
-    for path in sorted(library.rglob("*.py")):
-        relative = path.relative_to(library).as_posix()
-        if "site-packages" not in relative and "dist-packages" not in relative and not TESTS.search(relative):
-            yield from _docstrings(path, "stdlib-docstrings")
+    for path in python_files("python").values():
+        yield from _docstrings(path, "stdlib-docstrings")
 
 
 def _package(name: str) -> Iterator[tuple[str, str]]:
@@ -108,21 +107,28 @@ def _package(name: str) -> Iterator[tuple[str, str]]:
         elif lower.startswith(("change", "history", "news", "release")) and lower.endswith((".md", ".rst", ".txt")):
             yield "changelogs", read(Path(str(file.locate())))
     # In pseudo-random order, so that the cap leaves a cross-section.
-    sources = sorted(python_files(name), key=lambda file: hashlib.sha256(str(file).encode()).digest())
     size = 0
-    for file in sources:
+    for _, path in sorted(python_files(name).items(), key=lambda item: id_of(item[0])):
         if size > _PACKAGE_BYTES:
             break
-        if not TESTS.search(str(file)):
-            for source, text in _docstrings(Path(str(file.locate())), "package-docstrings"):
-                size += len(text)
-                yield source, text
+        for source, text in _docstrings(path, "package-docstrings"):
+            size += len(text)
+            yield source, text
 
 
-def python_files(name: str) -> list[importlib.metadata.PackagePath]:
-    """The Python files of an installed distribution, sorted."""
-    files = importlib.metadata.distribution(name).files or ()
-    return sorted((file for file in files if file.name.lower().endswith(".py")), key=str)
+def python_files(group: str) -> dict[str, Path]:
+    """The Python files of a group by relative name, in order, tests apart."""
+    if group == "python":
+        library = Path(sysconfig.get_path("stdlib"))
+        files = {path.relative_to(library).as_posix(): path for path in sorted(library.rglob("*.py"))}
+    else:
+        found = sorted(importlib.metadata.distribution(group).files or (), key=str)
+        files = {str(file): Path(str(file.locate())) for file in found if file.name.lower().endswith(".py")}
+    return {
+        name: path
+        for name, path in files.items()
+        if not _TESTS.search(name) and (group != "python" or "-packages/" not in name)
+    }
 
 
 def read(path: Path) -> str:
@@ -133,22 +139,23 @@ def read(path: Path) -> str:
         return ""
 
 
+def parse(text: str) -> ast.Module | None:
+    """The syntax tree of a module; None if it has none."""
+    with (
+        warnings.catch_warnings(action="ignore"),
+        contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError),
+    ):
+        return ast.parse(text)
+    return None
+
+
 def _docstrings(path: Path, source: str) -> Iterator[tuple[str, str]]:
     text = read(path)
     if text.count('"""') + text.count("'''") == 0:
         return
-    # A tree is many objects and none of them garbage; collecting while it grows doubles the time.
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tree = ast.parse(text)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+    tree = parse(text)
+    if tree is None:
         return
-    finally:
-        if collecting:
-            gc.enable()
     pending: list[ast.AST] = [tree]
     while pending:
         node = pending.pop()

@@ -21,15 +21,10 @@ _BASE = 0x9E3779B97F4A7C15
 _CHUNK_BYTES = 256 << 10
 
 
-def _character_table() -> np.ndarray:
-    table = np.zeros(256, np.uint8)
-    for code in range(256):
-        if code >= 128 or chr(code).isalnum():
-            table[code] = ord(chr(code).lower()) if code < 128 else code
-    return table
-
-
-_CHARACTERS = _character_table()
+_CHARACTERS = np.array(
+    [ord(chr(code).lower()) * chr(code).isalnum() if code < 128 else code for code in range(256)], np.uint8
+)
+"""Byte -> byte of a word in lower case; 0 for what separates words."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,44 +57,40 @@ def hash_words(texts: Sequence[bytes]) -> Words:
     The hash of a word is a polynomial in its bytes modulo 2**64, evaluated for all words by one cumulative product
     and one segmented sum, then mixed. It does not depend on the process, the platform or the batch.
     """
-    hashes, counts = [], []
-    start = 0
-    while start < len(texts):
-        size, stop = 0, start
-        while stop < len(texts) and (size == 0 or size + len(texts[stop]) <= _CHUNK_BYTES):
-            size += len(texts[stop])
-            stop += 1
-        chunk_hashes, chunk_counts = _hash_chunk(texts[start:stop])
-        hashes.append(chunk_hashes)
-        counts.append(chunk_counts)
-        start = stop
-    joined = np.concatenate(hashes) if hashes else np.zeros(0, np.uint64)
-    offsets = np.zeros(len(texts) + 1, np.int64)
-    if counts:
-        np.cumsum(np.concatenate(counts), out=offsets[1:])
-    return Words(joined, offsets)
+    hashes, counts = [np.zeros(0, np.uint64)], [np.zeros(1, np.int64)]
+    chunk: list[bytes] = []
+    size = 0
+    for number, text in enumerate(texts, 1):
+        chunk.append(text)
+        size += len(text)
+        if number == len(texts) or size + len(texts[number]) > _CHUNK_BYTES:
+            chunk_hashes, chunk_counts = _hash_chunk(chunk)
+            hashes.append(chunk_hashes)
+            counts.append(chunk_counts)
+            chunk, size = [], 0
+    return Words(np.concatenate(hashes), np.cumsum(np.concatenate(counts)))
+
+
+_PUNCTUATION = (
+    (0xE2, 0x80, 0x00, 0xFF),  # U+2000 to U+203F: spaces, dashes, quotes, ellipsis, marks without width
+    (0xE2, 0x81, 0x00, 0xAF),  # U+2040 to U+206F
+    (0xE2, 0x88, 0x92, 0x92),  # U+2212: minus
+    (0xE3, 0x80, 0x00, 0x83),  # U+3000 to U+3003
+    (0xEF, 0xBB, 0xBF, 0xBF),  # U+FEFF
+)
+"""UTF-8 of punctuation and spaces: first byte, second byte, lowest and highest third byte."""
 
 
 def _blank_punctuation(characters: np.ndarray, text: np.ndarray) -> None:
-    """Make non-ASCII punctuation and spaces separators (in place).
-
-    These are U+0080 to U+00BF (no-break space, angle quotes, signs), U+2000 to U+206F (spaces, dashes, quotes,
-    ellipsis, marks without width), U+2212 (minus), U+3000 to U+3003 and U+FEFF, as UTF-8.
-    """
+    """Make these, and U+0080 to U+00BF (no-break space, angle quotes, signs), separators (in place)."""
     pairs = np.flatnonzero(text[:-1] == 0xC2)
     characters[pairs] = characters[pairs + 1] = 0
-    # Any text may end in the first bytes of a character.
-    leads = np.flatnonzero(text[:-2] == 0xE2)
-    second, third = text[leads + 1], text[leads + 2]
-    other = ((second == 0x88) & (third == 0x92)) | ((second == 0x81) & (third < 0xB0))
-    leads = leads[(second == 0x80) | other]
-    wide = np.flatnonzero(text[:-2] == 0xE3)
-    wide = wide[(text[wide + 1] == 0x80) & (text[wide + 2] < 0x84)]
-    mark = np.flatnonzero(text[:-2] == 0xEF)
-    mark = mark[(text[mark + 1] == 0xBB) & (text[mark + 2] == 0xBF)]
-    starts = np.concatenate([leads, wide, mark])
-    for offset in range(3):
-        characters[starts + offset] = 0
+    for lead, second, lowest, highest in _PUNCTUATION:
+        starts = np.flatnonzero(text[:-2] == lead)  # any text may end in the first bytes of a character
+        last = text[starts + 2]
+        starts = starts[(text[starts + 1] == second) & (last >= lowest) & (last <= highest)]
+        for offset in range(3):
+            characters[starts + offset] = 0
 
 
 def _hash_chunk(texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:

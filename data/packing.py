@@ -26,7 +26,7 @@ from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, replace_tree, write_json
 from nanophi.core.recipe import Data
 from nanophi.data import sources
-from nanophi.data.documents import batches, draw, keys, shards
+from nanophi.data.documents import batches, ids_to_uint64, shards, uniform_from_id
 from nanophi.data.parallel import run_parts
 from nanophi.data.tokenizer import Encoder
 
@@ -103,7 +103,7 @@ def _encoder(tokenizer: Path) -> Encoder:
 
 @functools.lru_cache(maxsize=1)
 def _kept_ids(path: Path) -> np.ndarray:
-    return np.sort(keys(pq.read_table(path, columns=["id"])["id"]))
+    return np.sort(ids_to_uint64(pq.read_table(path, columns=["id"])["id"]))
 
 
 def _encode_shard(
@@ -120,7 +120,11 @@ def _encode_shard(
         for batch in batches(shard, ["id", "text", "source"], 128):
             if kept is not None:
                 ids = batch.column("id")
-                batch = batch.filter(pa.array(np.isin(keys(ids), _kept_ids(kept)) & (draw(ids, sample[1]) < sample[0])))
+                batch = batch.filter(
+                    pa.array(
+                        np.isin(ids_to_uint64(ids), _kept_ids(kept)) & (uniform_from_id(ids, sample[1]) < sample[0])
+                    )
+                )
             texts = batch.column("text").to_pylist()
             for ids_of_text in encoder.encode(texts):
                 tokens = np.append(ids_of_text, np.uint32(eos))

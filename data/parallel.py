@@ -2,21 +2,35 @@
 
 A part's function writes its files and returns its counts. The counts are written last, beside the files, and mark the
 part as finished. Parts are cut by size, never by the number of workers, and results keep the parts' order, so the
-outcome does not depend on the number of processes.
+outcome does not depend on the number of processes. What a part holds is not known here.
 """
 
 from __future__ import annotations
 
 import itertools
+import multiprocessing
+import os
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
+from nanophi.core import registry
 from nanophi.core.errors import UserError
-from nanophi.core.files import read_json
-from nanophi.core.processes import WorkerDiedError, cores, in_processes, run_task
+from nanophi.core.files import read_json, write_json
+from nanophi.core.jobs import cores
 from nanophi.core.progress import progress_bar
+
+Task = tuple[Callable[..., dict[str, Any]], tuple[Any, ...], Path]
+CLUSTERS = {"ray": "nanophi.data.cluster:ray", "slurm": "nanophi.data.cluster:slurm"}
+"""`data.engine` -> a function `(tasks, workers, folder)` that runs tasks and yields while they run."""
+
+
+class WorkerDiedError(Exception):
+    """A worker process died before it finished its task."""
 
 
 def run_parts(
@@ -34,7 +48,7 @@ def run_parts(
             those of a killed attempt, and returns JSON-able counts.
         parts: picklable arguments.
         folder: where the parts' files go. A part whose `NNNNN.json` is there already is not run again.
-        label: what the progress bar says.
+        label: of the progress bar.
         workers: processes; None: one per core (of the cluster).
         engine: `local`; or, through datatrove, `ray` (on the cluster that RAY_ADDRESS names, else on one started
             here) or `slurm` (submits a job array and waits for it).
@@ -44,41 +58,81 @@ def run_parts(
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{index:05d}" for index in range(len(parts))]
-    todo = [index for index, path in enumerate(paths) if not path.with_suffix(".json").exists()]
-    progress = progress_bar(len(parts), label, initial=len(parts) - len(todo))
+    marks = [path.with_suffix(".json") for path in paths]
+    todo = [index for index, mark in enumerate(marks) if not mark.exists()]
     tasks = [(function, parts[index], paths[index]) for index in todo]
-    with progress:
+    with progress_bar(len(parts), label, initial=len(parts) - len(tasks)) as progress:
         try:
-            finished: Iterable[None]
-            if engine != "local" and tasks:
-                finished = _cluster()(tasks, engine, workers, folder / "datatrove")
-            elif min(workers or cores(), len(todo)) <= 1:
-                finished = itertools.starmap(run_task, tasks)
-            else:
-                finished = in_processes(tasks, min(workers or cores(), len(todo)))
-            for _ in finished:
-                if engine == "local":  # once per finished part
-                    progress.update(1)
-                else:  # every few seconds
-                    done = len(parts) - sum(not path.with_suffix(".json").exists() for _, _, path in tasks)
-                    progress.update(done - progress.n)
+            for finished in _run(tasks, workers, engine, folder):
+                # A cluster is only seen to be at work: how far it is, the marks show.
+                progress.update(finished or sum(mark.exists() for mark in marks) - progress.n)
         except WorkerDiedError:
             raise UserError(
                 f"{label}: a worker process died (out of memory?); run again with fewer data.workers, "
                 "finished parts are not repeated"
             ) from None
     # Whatever the engine reports, every part must have written its counts.
-    return [read_json(path.with_suffix(".json")) for path in paths]
+    return [read_json(mark) for mark in marks]
 
 
-def _cluster() -> Callable[..., Iterator[None]]:
+def _run(tasks: Sequence[Task], workers: int | None, engine: str, folder: Path) -> Iterable[int | None]:
+    """Run tasks; yields 1 for each that is finished, or None from time to time."""
+    if engine == "local":
+        workers = min(workers or cores(), len(tasks))
+        return in_processes(tasks, workers) if workers > 1 else itertools.starmap(run_task, tasks)
+    if not tasks:
+        return ()
     try:
-        from nanophi.data.cluster import on_cluster
+        cluster = registry.find(CLUSTERS, engine, "data.engine")
     except ImportError as error:
         raise UserError(
             f"data.engine 'ray' and 'slurm' require optional dependencies: pip install 'nanophi[cluster]' ({error})"
         ) from None
-    return on_cluster
+    found: Iterable[None] = cluster(tasks, workers, folder / "datatrove")
+    return found
+
+
+def in_processes(tasks: Sequence[Task], workers: int) -> Iterator[int]:
+    """Run tasks in `workers` processes on this machine; yields 1 per finished task. Raises `WorkerDiedError`."""
+    # Not `fork`: the parent holds threads (torch, pyarrow, tokenizers) whose locks a forked child inherits.
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"  # Windows
+    context = multiprocessing.get_context(method)
+    context.set_forkserver_preload(["nanophi.data.parallel", *(sorted({task[0].__module__ for task in tasks}))])
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin) as pool:
+        futures = [pool.submit(run_task, *task) for task in tasks]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        except BrokenProcessPool:
+            raise WorkerDiedError from None
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def run_task(function: Callable[..., dict[str, Any]], part: tuple[Any, ...], path: Path) -> int:
+    """Call a part's function, then write the counts that mark the part as finished."""
+    counts = function(*part, path)
+    write_json(path.with_suffix(".json"), counts)
+    return 1
+
+
+def _begin() -> None:
+    """One thread per worker: the parts are the parallelism. A worker ends with the process that it works for."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    import pyarrow as pa
+
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    pa.set_cpu_count(1)
+    pa.set_io_thread_count(1)
+
+
+def _end_with_parent() -> None:
+    # Killed, the parent cannot stop its workers, which would keep writing beside those of the run that resumes.
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def discard_parts(folder: Path) -> None:

@@ -30,7 +30,7 @@ from nanophi.core.errors import UserError, user_errors
 from nanophi.core.files import atomic_folder, check_own_file, check_own_folder, read_json, write_json
 from nanophi.core.recipe import Data, Quality, Source
 from nanophi.data import installed_docs, quality_report, sources
-from nanophi.data.documents import SPLITS, batches, draw, find, keys, shards
+from nanophi.data.documents import SPLITS, batches, find, ids_to_uint64, shards, uniform_from_id
 from nanophi.data.gather import SCORE
 from nanophi.data.parallel import discard_parts, run_parts
 from nanophi.data.quality_report import EXCERPT, MADE_BY
@@ -72,7 +72,7 @@ def _fit_on(documents: Path, quality: Quality, data: Data, seed: int, output: Pa
             room[name] = min(1.0, FIT_BYTES / len(present) / max(1, sizes[name]))
     for batch in batches(shards(documents, "train"), ["id", "text", "source"]):
         names = batch.column("source").to_pylist()
-        for row, (name, number) in enumerate(zip(names, draw(batch.column("id"), seed), strict=True)):
+        for row, (name, number) in enumerate(zip(names, uniform_from_id(batch.column("id"), seed), strict=True)):
             if number < room.get(name, 0.0):
                 taken.append(batch.column("text")[row].as_py().encode()[:EXCERPT_BYTES])
                 good.append(name in high)
@@ -188,7 +188,7 @@ def select(documents: Path, scores: Path, quality: Quality, output: Path, seed: 
     values = table["quality_score"].to_numpy()
     train = np.asarray(table["split"].cast(pa.string()).to_numpy(zero_copy_only=False) == "train")
     sizes = table["bytes"].to_numpy()
-    selection = choose(values[train], sizes[train], keys(table["id"])[train], quality, seed)
+    selection = choose(values[train], sizes[train], ids_to_uint64(table["id"])[train], quality, seed)
     rows = np.flatnonzero(train)[selection.kept]
     pq.write_table(table.select(["id", "quality_score"]).take(rows), output / "kept.parquet", compression="zstd")
     held = np.flatnonzero(~train)

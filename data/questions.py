@@ -12,15 +12,12 @@ that they answer with is long enough for the embedded corpus, so that a base has
 from __future__ import annotations
 
 import ast
-import hashlib
 import inspect
 import re
-import sysconfig
-import warnings
 from collections.abc import Iterator
-from pathlib import Path
 
 from nanophi.data import installed_docs
+from nanophi.data.documents import id_of, uniform_from_id
 
 PACKAGE_OBJECTS = 150
 """Of one package (of the standard library ten times as many), so that no large one is most of the questions."""
@@ -39,7 +36,7 @@ def conversations() -> Iterator[tuple[bool, str, str]]:
             if sentence is None or name in seen:
                 continue
             seen.add(name)
-            held_out = _draw(sentence) < HELDOUT_SHARE
+            held_out = bool(uniform_from_id([id_of(sentence)])[0] < HELDOUT_SHARE)
             if held_out and len(documentation) >= installed_docs.MINIMUM_CHARACTERS:
                 continue  # the corpus may hold it
             verb = f"What does {name} do?" if kind in ("function", "method") else f"What is {name}?"
@@ -59,30 +56,17 @@ def first_sentence(documentation: str) -> str | None:
     return match.group() if match and not _NOT_PROSE.search(match.group()) else None
 
 
-def _draw(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64
-
-
 def _objects(group: str) -> Iterator[tuple[str, str, str, list[str] | None]]:
     """Public `(name, kind, docstring, arguments of a function)` of the standard library or of an installed package."""
-    if group == "python":
-        library = Path(sysconfig.get_path("stdlib"))
-        files = {path.relative_to(library).as_posix(): path for path in library.rglob("*.py")}
-        files = {name: path for name, path in files.items() if "-packages/" not in name}
-    else:
-        files = {str(file): Path(str(file.locate())) for file in installed_docs.python_files(group)}
+    files = installed_docs.python_files(group)
     left = PACKAGE_OBJECTS * (10 if group == "python" else 1)
     # In pseudo-random order, so that the limit leaves a cross-section.
-    for name in sorted(files, key=_draw):
+    for name in sorted(files, key=id_of):
         parts = name.removesuffix(".py").removesuffix("/__init__").split("/")
-        if installed_docs.TESTS.search(name) or any(part.startswith("_") or not part.isidentifier() for part in parts):
+        if any(part.startswith("_") or not part.isidentifier() for part in parts):
             continue
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                tree = ast.parse(installed_docs.read(files[name]))
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
+        tree = installed_docs.parse(installed_docs.read(files[name]))
+        if tree is None:
             continue
         for found in _of_tree(tree, "os.path" if name == "posixpath.py" else ".".join(parts), "module"):
             yield found

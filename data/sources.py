@@ -1,22 +1,18 @@
 """The sources of a recipe: which files one has, the parts they are cut into, and the documents of a part.
 
 A source is the embedded corpus, files (a path, a folder or a glob), or a dataset in Hub layout (a folder, one that
-`save_to_disk` wrote, or an id on the Hub). `datasets` says which files a split of the latter has; all files are read
-by `nanophi.data.formats`, so that a format is the same everywhere.
+`save_to_disk` wrote, or an id on the Hub). `datasets` lists the files of a split of the latter. What a file holds is
+read by `formats.py`, whichever source it is of.
 """
 
 from __future__ import annotations
 
-import datetime
 import glob
-import math
-import re
+import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import pyarrow.parquet as pq
 
 from nanophi.core.errors import UserError, one_line, printable, user_errors
 from nanophi.core.files import read_json, write_json
@@ -24,18 +20,15 @@ from nanophi.core.formatting import integer, percent
 from nanophi.core.inputs import Contents, resolve_commit
 from nanophi.core.names import is_hub_id, local, shown, walk
 from nanophi.core.recipe import Source
-from nanophi.data import formats, installed_docs
-from nanophi.data.compression import open_file
-from nanophi.data.formats import MAXIMUM_DOCUMENT_BYTES, Row, TextColumn, Unusable
+from nanophi.data import installed_docs
+from nanophi.data.formats import KNOWN, PART_BYTES, Reader, Row, TextColumn, Unusable, clean, reader_of
 
-PART_BYTES = 16 << 20
 _METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 REFUSED = 20
 """Unusable documents that a part names."""
 
-Part = tuple[Any, ...]
-"""What one process reads: `("embedded", groups)`, `("parquet", file, first row group, last)`, `(format, file)`,
-`("text", files)` or, of a source with `max_documents`, `("all", parts)`."""
+Part = tuple[tuple[str, Any], ...]
+"""What one process reads: files, each with the piece of it that its reader gave; or groups of the embedded corpus."""
 
 
 class Located(NamedTuple):
@@ -89,12 +82,7 @@ def check_usable(
 ) -> None:
     """Raise `UserError` for a source that has no usable document, or too many unusable ones (empty ones apart).
 
-    Args:
-        name: of the source.
-        total: documents read.
-        dropped: unusable ones by reason.
-        refused: the first of them, as `Tally` names them.
-        max_dropped: largest share of unusable ones.
+    `refused` are the first of them, as `Tally` names them; `max_dropped` is the largest share of unusable ones.
     """
     if total == 0:
         raise UserError(f"source {name} holds no documents")
@@ -104,16 +92,14 @@ def check_usable(
         return
     what = "none" if nothing else f"only {percent(1 - share)}"
     limit = "" if nothing else f" (data.max_dropped is {max_dropped:g})"
-    example = ""
-    if refused:
-        example = f"; the first is {refused[0]['document']}" + (refused[0]["remedy"] and f": {refused[0]['remedy']}")
+    example = "".join(f"; the first is {first['document']}: {first['remedy']}".rstrip(": ") for first in refused[:1])
     raise UserError(
         f"source {name}: {what} of {integer(total)} documents can be used{limit}: {reasons(dropped)}{example}"
     )
 
 
 def name_of(source: Source) -> str:
-    """What a source is called where its documents do not say."""
+    """A source's own name, which its documents have unless a column names another."""
     return shown(source.name or source.hub or source.files or "embedded")
 
 
@@ -140,31 +126,34 @@ def locate(source: Source) -> Located:
 
 def is_on_hub(source: Source) -> bool:
     """Whether a dataset is on the Hub, and not a folder here. Raises `UserError` if its name is neither."""
-    if local(str(source.hub)).is_dir():
+    path = local(str(source.hub))
+    if path.is_dir():
         if source.revision is not None:
             raise UserError(f"dataset {source.hub} is a folder here, which has no revisions; leave out 'revision'")
         return False
-    if local(str(source.hub)).exists():
-        raise UserError(f"dataset {source.hub} cannot be loaded: it is a file; name it by 'files'")
-    if not is_hub_id(str(source.hub)):
-        raise UserError(f"dataset {source.hub} cannot be loaded: no such folder, and not a Hub id like ORG/NAME")
+    if path.exists() or not is_hub_id(str(source.hub)):
+        problem = "it is a file; name it by 'files'" if path.exists() else "no such folder, and no Hub id like ORG/NAME"
+        raise UserError(f"dataset {source.hub} cannot be loaded: {problem}")
     return True
 
 
 def _locate_files(source: Source) -> Located:
-    pattern = str(local(str(source.files)))
-    paths = [Path(pattern)] if Path(pattern).exists() or Path(pattern).is_symlink() else _glob(pattern)
+    given = local(str(source.files))
+    found = [given]
+    if not given.exists() and not given.is_symlink():
+        found = [Path(path) for path in sorted(glob.glob(str(given), recursive=True))]  # noqa: PTH207 (may be absolute)
     files: dict[Path, None] = {}
     others: list[str] = []
-    for path in paths:
+    for path in found:
         if path.is_dir():
             saved = _locate_saved(source, path)
             inside = [Path(file) for file in saved.files] if saved else _files_below(path, others)
-            if path == Path(pattern) and not inside:
-                raise UserError(f"source {source.files}: the folder holds no {formats.KNOWN} file{_shown_some(others)}")
+            if path == given and not inside:
+                there = f", but {', '.join(others[:3])}{', ...' if len(others) > 3 else ''}" if others else ""
+                raise UserError(f"source {source.files}: the folder holds no {KNOWN} file{there}")
             files.update(dict.fromkeys(inside))
-        elif formats.format_of(path.name) is None:
-            raise UserError(f"source {shown(path)}: not a {formats.KNOWN} file")
+        elif reader_of(path.name) is None:
+            raise UserError(f"source {shown(path)}: not a {KNOWN} file")
         else:
             _check_file(path)
             files[path] = None
@@ -173,27 +162,19 @@ def _locate_files(source: Source) -> Located:
     return Located([str(path) for path in files], others)
 
 
-def _glob(pattern: str) -> list[Path]:
-    # `Path.glob` refuses absolute patterns.
-    found = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207
-    if not found and "[" in pattern:  # names have brackets more often than patterns do
-        found = sorted(glob.glob(re.sub(r"\[", "[[]", pattern), recursive=True))  # noqa: PTH207
-    return [Path(path) for path in found]
-
-
 def _files_below(folder: Path, others: list[str]) -> list[Path]:
     """Every file below a folder in a format that is read, sorted; the names of the rest go to `others`."""
-    found: list[Path] = []
+    found: dict[Path, Any] = {}
     for path in walk(folder):
         _check_file(path)
-        if formats.format_of(path.name) is not None and path.name not in _METADATA:
-            found.append(path)
+        reader = reader_of(path.name)
+        if reader is not None and path.name not in _METADATA:
+            found[path] = reader
         else:
             others.append(shown(path.name))
     # The card of a dataset is not one of its documents.
-    if any(formats.format_of(path.name) != "text" for path in found):
-        found = [path for path in found if path.name != "README.md"]
-    return found
+    has_card = not all(reader.one_document for reader in found.values())
+    return [path for path in found if not (has_card and path.name == "README.md")]
 
 
 def _check_file(path: Path) -> None:
@@ -204,17 +185,11 @@ def _check_file(path: Path) -> None:
         raise UserError(f"source {shown(path)} is not a regular file; remove it")
 
 
-def _shown_some(names: Sequence[str]) -> str:
-    return f", but {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}" if names else ""
-
-
 def _locate_saved(source: Source, folder: Path) -> Located | None:
     """The files of a folder that `save_to_disk` wrote (`datasets.Dataset`, or a `DatasetDict` of splits)."""
     splits = folder / "dataset_dict.json"
     if splits.exists():
-        names = read_json(splits).get("splits", [])
-        if source.split not in names:
-            raise UserError(f"dataset {shown(folder)} has no split '{source.split}'; it has {', '.join(names)}")
+        _check_split(source, folder, read_json(splits).get("splits", []))
         folder = folder / source.split
     state = folder / "state.json"
     if not state.exists() or "_data_files" not in read_json(state):
@@ -222,6 +197,12 @@ def _locate_saved(source: Source, folder: Path) -> Located | None:
     if source.config is not None:
         raise UserError(f"dataset {shown(folder)} was saved by `save_to_disk`, without configs; leave out 'config'")
     return Located([str(folder / entry["filename"]) for entry in read_json(state)["_data_files"]], [])
+
+
+def _check_split(source: Source, path: str | Path, splits: Collection[str]) -> None:
+    if source.split not in splits:
+        known = ", ".join(splits) or "no files"
+        raise UserError(f"dataset {shown(path)} has no split '{source.split}'; it has {known}")
 
 
 def _locate_split(source: Source, path: str) -> Located:
@@ -235,10 +216,7 @@ def _locate_split(source: Source, path: str) -> Located:
         except RuntimeError as error:
             raise UserError(f"{problem}: {one_line(error)}; name its data files by 'files'") from None
     splits = {str(split): files for split, files in (builder.config.data_files or {}).items()}
-    if source.split not in splits:
-        raise UserError(
-            f"dataset {shown(path)} has no split '{source.split}'; it has {', '.join(splits) or 'no files'}"
-        )
+    _check_split(source, path, splits)
     others = []
     if Path(path).is_dir() and source.config is None:
         # Of a folder with files in several formats it takes the ones that most have.
@@ -246,8 +224,8 @@ def _locate_split(source: Source, path: str) -> Located:
         others = [shown(file.name) for file in _files_below(Path(path), []) if str(file.resolve()) not in used]
     files = [str(file) for file in splits[source.split]]
     for file in files:
-        if formats.format_of(file) is None:
-            raise UserError(f"dataset {shown(path)}: {shown(Path(file).name)} is not a {formats.KNOWN} file")
+        if reader_of(file) is None:
+            raise UserError(f"dataset {shown(path)}: {shown(Path(file).name)} is not a {KNOWN} file")
     return Located(files, others)
 
 
@@ -277,55 +255,49 @@ def _locate_on_hub(source: Source) -> Located:
 def plan(source: Source, score: str | None) -> tuple[list[Part], list[str]]:
     """The parts of a source, and the names of files beside its own that are not read.
 
-    A source with `max_documents` is one part, whose reading stops there.
-
-    Args:
-        source: the recipe's entry.
-        score: the column that holds a quality score, if one is used.
+    A source with `max_documents` is one part, whose reading stops there. `score` is the column that holds a quality
+    score, if one is used.
     """
+    parts: list[Part] = []
     if source.embedded:
         if score:
             raise UserError(f"the embedded corpus has no column '{score}'; use quality.scorer 'linear' or 'model:'")
-        groups = installed_docs.groups()
-        step = len(groups) if source.max_documents else 16
-        return [("embedded", tuple(groups[start : start + step])) for start in range(0, len(groups), step)], []
-    located = locate(source)
-    parts: list[Part] = []
-    texts: list[str] = []
-    for file in located.files:
-        kind = str(formats.format_of(file))
-        if kind == "parquet":
-            parts.extend(_plan_parquet(file, source, score))
-        elif kind == "text" and not source.separator:
-            texts.append(file)
-            if sum(Path(text).stat().st_size for text in texts if not text.startswith("hf://")) >= PART_BYTES:
-                parts.append(("text", tuple(texts)))
-                texts = []
-        else:
-            parts.append((kind, (file,) if kind == "text" else file))
-    if texts:
-        parts.append(("text", tuple(texts)))
-    plain = any(part[0] == "text" for part in parts)
-    column = score or source.source_column
-    if plain and column:
-        raise UserError(f"source {name_of(source)}: text files have no column '{column}'")
-    if source.separator and not plain:
-        raise UserError(f"source {name_of(source)}: 'separator' is for text files (.txt, .md), and it has none")
-    return [("all", tuple(parts))] if source.max_documents and parts else parts, located.others
+        groups = [(group, None) for group in installed_docs.groups()]
+        parts = [tuple(groups[start : start + 16]) for start in range(0, len(groups), 16)]
+        others: list[str] = []
+    else:
+        files, others = locate(source)
+        whole: list[tuple[str, Any]] = []
+        size = 0
+        for file in files:
+            reader = _reader(source, file, score)
+            pieces = [(file, piece) for piece in reader.pieces()]
+            if not reader.one_document or source.separator:
+                parts += [(piece,) for piece in pieces]
+                continue
+            whole += pieces
+            size += 0 if file.startswith("hf://") else Path(file).stat().st_size
+            if size >= PART_BYTES:
+                parts.append(tuple(whole))
+                whole, size = [], 0
+        if whole:
+            parts.append(tuple(whole))
+        if source.separator and not any(_reader(source, file, score).one_document for file in files):
+            raise UserError(f"source {name_of(source)}: 'separator' is for text files (.txt, .md), and it has none")
+    if source.max_documents and parts:
+        parts = [tuple(piece for part in parts for piece in part)]
+    return parts, others
 
 
-def _plan_parquet(file: str, source: Source, score: str | None) -> list[Part]:
-    with user_errors(f"{shown(file)} is not a whole parquet file"), pq.ParquetFile(open_file(file)) as table:
-        formats.check_columns(shown(file), table.schema_arrow.names, source, score)
-        sizes = [table.metadata.row_group(group).total_byte_size for group in range(table.num_row_groups)]
-    parts: list[Part] = []
-    first, size = 0, 0
-    for group, bytes_of_group in enumerate(sizes):
-        size += bytes_of_group
-        if size >= PART_BYTES or group == len(sizes) - 1:
-            parts.append(("parquet", file, first, group + 1))
-            first, size = group + 1, 0
-    return parts
+def is_undivided(source: Source, part: Part) -> bool:
+    """Whether a part's text files are one document each because the source has no separator."""
+    return not source.embedded and source.separator is None and _reader(source, part[0][0], None).one_document
+
+
+def _reader(source: Source, file: str, score: str | None) -> Reader:
+    reader = reader_of(file)
+    assert reader is not None  # by locate
+    return reader(file, source, score)
 
 
 def fingerprint(source: Source, contents: Contents) -> Any:
@@ -345,104 +317,40 @@ def read(source: Source, part: Part, score: str | None, tally: Tally) -> Iterato
     """The usable documents of a part, in order; the others are counted in `tally`.
 
     Raises:
-        UserError: naming the file, for whatever a library says of a damaged one.
+        UserError: naming the file and the last row that could be read, for whatever a library raises.
     """
     column = TextColumn(source.text_column)
     default = _label(name_of(source))
-    for number, (file, row) in enumerate(_rows(source, part, score)):
-        if source.max_documents is not None and number >= source.max_documents:
-            break
+    for file, row in itertools.islice(_rows(source, part, score), source.max_documents):
         label = default if row.label is None else _label(row.label) or default
         tally.read[label] += 1
-        text = _clean(row.text)
-        if isinstance(text, Unusable):
-            tally.drop(label, row.where, text, column)
+        if isinstance(row.text, Unusable):
+            tally.drop(label, row.where, row.text, column)
             continue
-        tally.bytes[label] += len(text)
-        yield Document(file, label, text, None if score is None else _score(row, score))
+        tally.bytes[label] += len(row.text)
+        yield Document(shown(file), label, row.text, row.score)
 
 
 def _rows(source: Source, part: Part, score: str | None) -> Iterator[tuple[str, Row]]:
-    """The rows of a part, each with its file's name."""
-    kind, what = part[0], part[1]
-    if kind == "all":
-        for inner in what:
-            yield from _rows(source, inner, score)
-    elif kind == "embedded":
-        for group in what:
-            for number, (name, text) in enumerate(installed_docs.documents(group)):
-                yield group, Row(f"{group}:{number}", text, name)
-    else:
-        for file in what if kind == "text" else (what,):
-            last, shown_file = "its beginning", shown(file)
-            try:
-                for row in _rows_of_file(kind, file, part, source, score):
-                    last = row.where
-                    yield shown_file, row
-            except UserError:
-                raise
-            except Exception as error:  # of a damaged file a decoder raises anything
-                hint = "; compress it again without --long" if "requires too much memory" in str(error) else ""
-                message = f"{shown_file} cannot be read after {last} ({one_line(error)}){hint}"
-                raise UserError(message) from error
-
-
-def _rows_of_file(kind: str, file: str, part: Part, source: Source, score: str | None) -> Iterator[Row]:
-    if kind == "text":
-        return formats.text_rows(file, source.separator)
-    if kind == "parquet":
-        return formats.parquet_rows(file, range(part[2], part[3]), source, score)
-    rows = {"arrow": formats.arrow_rows, "lines": formats.line_rows, "json": formats.json_rows, "csv": formats.csv_rows}
-    return rows[kind](file, source, score)
+    """The rows of a part, each with its file."""
+    for file, piece in part:
+        if source.embedded:
+            for number, (name, text) in enumerate(installed_docs.documents(file)):
+                yield file, Row(f"{file}:{number}", clean(text), name)
+            continue
+        last = "its beginning"
+        try:
+            for row in _reader(source, file, score).rows(piece):
+                last = row.where
+                yield file, row
+        except UserError:
+            raise
+        except Exception as error:  # of a damaged file a decoder raises anything
+            hint = "; compress it again without --long" if "requires too much memory" in str(error) else ""
+            raise UserError(f"{shown(file)} cannot be read after {last} ({one_line(error)}){hint}") from error
 
 
 def _label(value: Any) -> str:
     """A source's name in one line of valid text."""
     text = value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)
     return printable(" ".join(text.split()))
-
-
-def _clean(text: Any) -> bytes | Unusable:
-    """A document as UTF-8: line ends are `\n`; NUL, byte-order marks and space around it are gone."""
-    if isinstance(text, bytes):
-        if len(text) > MAXIMUM_DOCUMENT_BYTES:
-            return Unusable("oversize")
-        try:
-            text = text.decode()
-        except UnicodeDecodeError:
-            return Unusable("invalid_utf8")
-    if isinstance(text, Unusable):
-        return text
-    text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\0", "").replace("\ufeff", "")
-    try:
-        encoded = text.strip().encode()
-    except UnicodeEncodeError:  # lone surrogates, which JSON can spell
-        return Unusable("invalid_utf8")
-    if not encoded:
-        return Unusable("empty")
-    return Unusable("oversize") if len(encoded) > MAXIMUM_DOCUMENT_BYTES else encoded
-
-
-def _score(row: Row, column: str) -> float:
-    """A score as a number. Raises `UserError` that calls anything else what it is."""
-    value = row.score
-    try:
-        if value is None:
-            problem = "is null"
-        elif isinstance(value, str):
-            problem = f"holds text ({value[:40]!r})"
-        elif isinstance(value, datetime.date | datetime.time | datetime.timedelta):
-            problem = f"holds a time ({value})"
-        elif isinstance(value, list | dict | bytes):
-            problem = (
-                f"holds {'an object' if isinstance(value, dict) else 'a list' if isinstance(value, list) else 'bytes'}"
-            )
-        elif math.isfinite(number := float(value)):
-            return number
-        else:
-            problem = f"is {number}"
-    except OverflowError:
-        problem = "is too large for a score"
-    except (TypeError, ValueError):
-        problem = f"holds {type(value).__name__}"
-    raise UserError(f"{row.where} has no quality score: column '{column}' {problem}; a score is a number")

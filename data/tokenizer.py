@@ -21,7 +21,7 @@ from nanophi.core.errors import UserError, user_errors
 from nanophi.core.files import read_json, write_json, write_text
 from nanophi.core.names import local
 from nanophi.core.recipe import Tokenizer
-from nanophi.data.documents import batches, draw, shards, text_bytes
+from nanophi.data.documents import batches, shards, text_bytes, uniform_from_id
 
 END_OF_TEXT = "<|endoftext|>"
 # BPE merges hardly change beyond this, and the trainer holds every distinct word in memory.
@@ -260,7 +260,7 @@ def _sample(documents: Path, seed: int) -> Iterator[list[str]]:
     paths = shards(documents, "train")
     share = min(1.0, TRAINING_BYTES / max(1, text_bytes(paths)))
     for batch in batches(paths, ["id", "text"]):
-        chosen = draw(batch.column("id"), seed) < share
+        chosen = uniform_from_id(batch.column("id"), seed) < share
         texts = batch.column("text").to_pylist()
         yield [_LONG_WORD.sub(_cut, text) for text, keep in zip(texts, chosen, strict=True) if keep]
 

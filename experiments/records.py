@@ -65,14 +65,14 @@ def estimate(recipe: Recipe, runs: int, vocab_size: int, jobs: int) -> dict[str,
     """What so many trainings of a recipe will take, from a few steps here with the threads that each will have."""
     import torch
 
-    from nanophi.core.processes import cores
+    from nanophi.core.jobs import cores
     from nanophi.training import estimate
 
     sized = Recipe(**{**recipe.dump(), "model": {**recipe.model, "vocab_size": vocab_size}})
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(max(1, min(threads, cores() // jobs)))
-        speed = estimate.measure(sized, report=lambda line: None)
+        speed = estimate.measured_speed(sized, report=lambda line: None)
     finally:
         torch.set_num_threads(threads)
     tokens = runs * tokens_seen(recipe)

@@ -113,7 +113,7 @@ def _scores(run: Path, split: str) -> pa.Table:
     chosen = pq.read_table(path)
     if "kept" in chosen.column_names:
         chosen = chosen.filter(chosen["kept"])
-    kept = np.isin(documents.keys(table["id"]), documents.keys(chosen["id"]))
+    kept = np.isin(documents.ids_to_uint64(table["id"]), documents.ids_to_uint64(chosen["id"]))
     return table.append_column("kept", pa.array(kept)).combine_chunks()
 
 

@@ -7,9 +7,9 @@ import sys
 PREAMBLE = """
 import os, signal, sys
 from pathlib import Path
-from nanophi.core import processes
+from nanophi.data import parallel
 
-write_json, marked = processes.write_json, []
+write_json, marked = parallel.write_json, []
 
 def mark_or_die(path, value):
     if len(marked) == int(sys.argv[1]):
@@ -17,7 +17,7 @@ def mark_or_die(path, value):
     marked.append(path)
     write_json(path, value)
 
-processes.write_json = mark_or_die
+parallel.write_json = mark_or_die
 arguments = sys.argv[2:]
 """
 

@@ -1,18 +1,23 @@
 """A tiny run that is ready to train, for the tests of training."""
 
+import contextlib
 import json
+import os
 import shutil
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from nanophi.configuration_nanophi import NanoPhiConfig
+from nanophi.core.errors import UserError
 from nanophi.core.recipe import Training
 from nanophi.training import checkpoints, trainer
 
@@ -91,5 +96,31 @@ def add_sources(run: Path) -> Path:
 
 def train(run: Path, prompt: str | None = None, **changes) -> dict:
     """Train, or resume from the last whole state."""
-    settings = {"seed": 1, "label": "test", "prompt": prompt, "resume": checkpoints.last_whole(run)}
+    settings = {"seed": 1, "prompt": prompt, "resume": checkpoints.newest_valid_state(run)}
     return trainer.train(run, Training(**{**TRAINING, **changes}), NanoPhiConfig(**CONFIG), **settings)
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)  # the process group's, passed on by a launcher
+
+
+@contextlib.contextmanager
+def ends_at(
+    step: int, event: Callable[[], None] = interrupt, method: str = "training_step", match: str | None = None
+) -> Iterator[None]:
+    """Let `event()` happen before a call of a trainer's method in a step, and find that it ends the training."""
+    plain, left = getattr(trainer.NanoPhiTrainer, method), [event]
+
+    def wrapped(self, *args, **kwargs):
+        if left and self.state.global_step == step:
+            left.pop()()
+        return plain(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises((KeyboardInterrupt, UserError), match=match):
+        patch.setattr(trainer.NanoPhiTrainer, method, wrapped)
+        yield

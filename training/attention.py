@@ -20,8 +20,7 @@ PACKED_DOCUMENTS = "packed_documents"
 def document_lengths(position_ids: torch.Tensor) -> list[int] | None:
     """Lengths of the documents that are packed into rows, row by row; None if every row is one document.
 
-    Args:
-        position_ids: [batch, tokens]; a document begins wherever they do not continue by one.
+    A document begins wherever `position_ids` [batch, tokens] do not continue by one.
     """
     batch, tokens = position_ids.shape
     starts = nn.functional.pad(position_ids.diff(dim=1) != 1, (1, 0), value=True).flatten().nonzero()[:, 0]
@@ -52,12 +51,8 @@ def packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each document; rows of one document, and masked ones, go to "sdpa".
 
-    Args:
-        query: [batch, heads, tokens, head_dim]; key, value: [batch, key_value_heads, tokens, head_dim].
-        position_ids: [batch, tokens] or [1, tokens]; they restart where a document begins.
-
-    Returns:
-        [batch, tokens, heads, head_dim], and None in place of the weights.
+    query [batch, heads, tokens, head_dim], key and value [batch, key_value_heads, tokens, head_dim], position_ids
+    [batch or 1, tokens] -> [batch, tokens, heads, head_dim], and None in place of the weights.
     """
     batch, heads, tokens, head_dim = query.shape
     lengths = None

@@ -1,44 +1,36 @@
-"""Devices, and what a model takes: parameters and FLOP."""
+"""What devices offer, and what training takes: parameters, FLOP and memory. Nothing heavy is imported here.
+
+`estimate.py` turns both into hours and dollars.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
+from typing import TYPE_CHECKING
 
-from nanophi.configuration_nanophi import NanoPhiConfig
-from nanophi.core.errors import UserError
+from nanophi.core.errors import UserError, suggest
 from nanophi.core.recipe import Training
+
+if TYPE_CHECKING:
+    from nanophi.configuration_nanophi import NanoPhiConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """One accelerator.
+    """One accelerator. Rates are peaks in FLOP/s, dense; a device without bf16 or TF32 has its float32 rate there."""
 
-    Attributes:
-        cuda_name: part of the name that CUDA gives it.
-        bf16_flops: peak dense bf16 rate with float32 accumulation, FLOP/s; of a device without bf16 its float32 rate,
-            at which it emulates that.
-        fp32_flops: peak float32 rate outside the tensor cores, which is what torch computes in by default.
-        tf32_flops: peak dense rate of float32 products in tensor cores (`uses_tf32`); of a device without TF32 its
-            float32 rate.
-        memory: bytes.
-        watts: board power.
-        dollars_per_hour: on-demand list price of one in a cloud.
-        price_source: whose price, and when it was read.
-    """
-
-    cuda_name: str
-    bf16_flops: float
-    fp32_flops: float
-    tf32_flops: float
-    memory: float
-    watts: float
-    dollars_per_hour: float
-    price_source: str
+    cuda_name: str  # part of the name that CUDA gives it
+    bf16_flops: float  # with float32 accumulation
+    fp32_flops: float  # outside the tensor cores, which is what torch computes in by default
+    tf32_flops: float  # of float32 products in tensor cores (`uses_tf32`)
+    memory: float  # bytes
+    watts: float  # of the board
+    dollars_per_hour: float  # on-demand list price of one in a cloud
+    price_source: str  # whose price, and when it was read
 
     def precision(self, training: Training) -> str:
-        """ "fp32" or "bf16": what a recipe trains in on this device, as `arguments.resolve_precision` says on it."""
+        """ "fp32" or "bf16": what a recipe trains in on this device, as `arguments.resolve_precision` decides on it."""
         if training.precision != "auto":
             return training.precision
         return "bf16" if self.bf16_flops > self.fp32_flops else "fp32"
@@ -62,6 +54,29 @@ DEVICES = {
     "a10g": Device("A10G", 70e12, 35e12, 35e12, 24e9, 300, 1.01, "AWS g5.xlarge, us-east-1, 2026-06-17"),
     "t4": Device("T4", 8.1e12, 8.1e12, 8.1e12, 16e9, 70, 0.59, "modal.com/pricing, 2026-05-07"),
 }
+FAMILIES = {"a100": "a100-40g"}
+"""Name of a family -> the device that it stands for: of the A100s, the one of the published run."""
+
+
+def find_device(name: str) -> str:
+    """A device's name in the table, from that or its family's. Raises `UserError` with the names that there are."""
+    found = FAMILIES.get(name.lower(), name.lower())
+    if found not in DEVICES:
+        nearest = suggest(name, DEVICES, most=2)
+        hint = "" if nearest.startswith("known:") else f"; {nearest}"
+        raise UserError(f"unknown device '{name}'; there are {', '.join(DEVICES)}{hint}")
+    return found
+
+
+def peak_flops(device_name: str, precision: str = "bf16", tf32: bool = False) -> float | None:
+    """Peak FLOP/s of a device by the name that CUDA gives it; None if it is not in the table."""
+    found = (device for device in DEVICES.values() if re.search(rf"\b{device.cuda_name}\b", device_name))
+    return next((device.peak(precision, tf32) for device in found), None)
+
+
+def uses_tf32(training: Training) -> bool:
+    """Whether float32 products are computed in TF32: if the recipe sets it, or as `Trainer` does when it compiles."""
+    return bool(training.arguments.get("tf32", training.compile))
 
 
 def parameter_count(config: NanoPhiConfig) -> int:
@@ -83,26 +98,31 @@ def flops_per_token(config: NanoPhiConfig, context_length: int) -> float:
     The formula of PaLM (https://arxiv.org/abs/2204.02311, appendix B). The embedding table is a lookup and does not
     count; the output head does. Attention counts the full square, not the causal half.
     """
-    lookup = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
     attention = 12 * config.num_hidden_layers * config.hidden_size * context_length
-    return 6 * (parameter_count(config) - lookup) + attention
+    return 6 * _multiplying(config) + attention
 
 
-def uses_tf32(training: Training) -> bool:
-    """Whether float32 products are computed in TF32: if the recipe says so, or as `Trainer` does when it compiles."""
-    return bool(training.arguments.get("tf32", training.compile))
+def _multiplying(config: NanoPhiConfig) -> int:
+    """Parameters that multiply: all but a table of embeddings that is not the head too."""
+    return parameter_count(config) - (0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size)
 
 
-def peak_flops(device_name: str, precision: str = "bf16", tf32: bool = False) -> float | None:
-    """Peak FLOP/s of a device by the name that CUDA gives it; None if it is not in the table."""
-    found = (device for device in DEVICES.values() if re.search(rf"\b{device.cuda_name}\b", device_name))
-    return next((device.peak(precision, tf32) for device in found), None)
+def peak_bytes(config: NanoPhiConfig, training: Training, rows: int) -> int:
+    """Bytes at the height of training with micro-batches of `rows`; an evaluation takes less.
 
+    Per parameter a weight, its gradient and two moments in float32 (Muon keeps fewer), and under autocast a bf16 copy
+    of those that multiply; what the backward pass needs of each layer; and the logits that the loss holds at a time.
+    It is 0.86 to 1.07 of the peaks in benchmarks/train_memory.json and train_speed.json.
+    """
+    from nanophi.training.loss import LOSS_CHUNK
 
-def find_device(name: str) -> Device:
-    """A device of the table. Raises `UserError` with the nearest names."""
-    if name.lower() in DEVICES:
-        return DEVICES[name.lower()]
-    near = difflib.get_close_matches(name.lower(), DEVICES, n=2, cutoff=0.4)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(DEVICES)}"
-    raise UserError(f"unknown device '{name}'; {hint}")
+    width, tokens = (4 if training.precision == "fp32" else 2), rows * config.max_position_embeddings
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    # The residual stream and its norm in float32; queries, keys, values, attention and both sides of the activation.
+    layer = 2 * 4 * hidden + width * (4 * hidden + 2 * config.intermediate_size)
+    if training.arguments.get("gradient_checkpointing") or training.arguments.get("activation_checkpointing"):
+        activations = tokens * (layers * 4 * hidden + layer)  # each layer's input, and one layer at a time
+    else:
+        activations = tokens * layers * layer
+    state = 16 * parameter_count(config) + (0 if width == 4 else 2 * _multiplying(config))
+    return state + activations + width * min(LOSS_CHUNK, tokens) * config.vocab_size

@@ -20,13 +20,11 @@ from transformers.utils.logging import disable_progress_bar
 from nanophi.configuration_nanophi import NanoPhiConfig
 from nanophi.core.errors import UserError
 from nanophi.core.recipe import Recipe
-from nanophi.training.arguments import accelerate_precision, decay_start, training_arguments, world_size
+from nanophi.training.arguments import accelerate_precision, training_arguments, world_size
 from nanophi.training.attention import PACKED_DOCUMENTS
-from nanophi.training.callbacks import ProgressLine, SaveAndStop
+from nanophi.training.base import base_model
 from nanophi.training.checkpoints import WEIGHTS
-from nanophi.training.continuation import base_model
-from nanophi.training.energy import open_meter
-from nanophi.training.run_trainer import RunTrainer, fit
+from nanophi.training.run_trainer import RunTrainer
 
 
 def trl() -> Any:
@@ -76,7 +74,7 @@ def settings(recipe: Recipe, run: Path, context: int) -> Any:
     """TRL's configuration for a recipe: its `training` section, and what makes it the recipe's method."""
     common: dict[str, Any] = {"max_length": context, "eval_strategy": "no", "gradient_checkpointing": False}
     if recipe.method == "sft":
-        # Packed rows are not padded, and have no mask that says so.
+        # Packed rows are not padded, and have no mask that shows it.
         common["include_num_input_tokens_seen"] = "all"
         kind, more = trl().SFTConfig, {"packing": True, "packing_strategy": "bfd"}
     else:
@@ -90,18 +88,7 @@ def settings(recipe: Recipe, run: Path, context: int) -> Any:
 def train(
     run: Path, recipe: Recipe, config: NanoPhiConfig, report: Callable[[str], None] = print, resume: Path | None = None
 ) -> dict[str, Any]:
-    """Train `data/base` on `data/conversations`, from the beginning or from a saved state.
-
-    Args:
-        run: the run directory; writes `checkpoints`, `training_state` and `training.json`.
-        recipe: with `conversations`.
-        config: the base's.
-        report: gets one line where something is worth telling.
-        resume: the state to resume from; None: the beginning.
-
-    Returns:
-        the summary of `run_trainer.fit`.
-    """
+    """Train `data/base`, whose configuration is given, on `data/conversations`, from the beginning or from a state."""
     datasets.disable_progress_bars()
     disable_progress_bar()
     training, arguments = recipe.training, settings(recipe, run, config.max_position_embeddings)
@@ -119,7 +106,6 @@ def train(
     elif recipe.method == "dpo":
         extra["ref_model"] = base_model(str(run / "data/base"), config)
     rows = datasets.Dataset.from_parquet(str(run / "data/conversations/train.parquet"), keep_in_memory=True)
-    stop = SaveAndStop({*training.keep_steps, *([decay_start(training)] if training.schedule == "wsd" else [])})
     pad = config.pad_token_id
     with accelerate_precision(training):
         trainer: Any = trainer_class(recipe.method)(
@@ -127,13 +113,11 @@ def train(
             training=training,
             base=run / "data/base" / WEIGHTS,
             tokens_per_step=None,
-            meter=open_meter(training, report),
-            stop=stop,
+            report=report,
             model=model,
             args=arguments,
             train_dataset=rows,
             processing_class=tokenizer,
-            callbacks=[ProgressLine(recipe.name), stop],
             **extra,
         )
     prepared = trainer.train_dataset
@@ -144,4 +128,4 @@ def train(
     trainer.processing_class = None  # every checkpoint gets the run's tokenizer
     epochs = training.steps / math.ceil(len(prepared) / training.batch_size)  # each ends with what rows are left
     report(f"{recipe.name}: {recipe.method} on {len(rows):,} conversations, {tokens:,} tokens")
-    return fit(trainer, recipe.name, epochs, report, resume)
+    return trainer.fit(epochs, resume)

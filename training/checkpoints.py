@@ -1,4 +1,6 @@
-"""Weights and states on disk: how they appear, which are kept, and whether they are whole.
+"""Weights and states on disk: how they appear, which are kept, whether they are whole, and whether there is room.
+
+What may be done with weights that are there already is decided in `continuation.py`.
 
     checkpoints/step-NNNNNN/      a model that loads by itself, and checkpoint.json
     training_state/step-NNNNNN/   all that a resumed run needs: optimizer, random state, log, and the same weights (a
@@ -9,15 +11,17 @@ Both appear whole or not at all.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from transformers.trainer import TRAINER_STATE_NAME
 
-from nanophi.core.errors import UserError
+from nanophi.core import formatting
+from nanophi.core.errors import UserError, is_disk_full
 from nanophi.core.files import copy_tree, link_or_copy, permit, read_json, remove, sha256_of_file, write_json
 from nanophi.core.names import step_folders, step_name, step_of
 
@@ -33,7 +37,7 @@ def states(run: Path) -> list[Path]:
     return step_folders(run / "training_state")
 
 
-def damage(state: Path) -> str | None:
+def find_corruption(state: Path) -> str | None:
     """What is wrong with a saved state, in a few words; None if it is whole."""
     try:
         manifest = read_json(state / _MANIFEST)
@@ -53,39 +57,34 @@ def damage(state: Path) -> str | None:
     return None
 
 
-def last_whole(run: Path, limit: int | None = None, report: Callable[[str], None] = print) -> Path | None:
+def newest_valid_state(run: Path, limit: int | None = None, report: Callable[[str], None] = print) -> Path | None:
     """The newest state up to step `limit` that is whole; damaged ones are named to `report`. None if there is none."""
     for state in reversed(states(run)):
         if limit is None or step_of(state) <= limit:
-            reason = damage(state)
+            reason = find_corruption(state)
             if reason is None:
                 return state
             report(f"{run.name}: training_state/{state.name} is damaged ({reason}); trying the one before")
     return None
 
 
-def store(
-    run: Path, saved: Path, facts: dict[str, Any], tokenizer: Path, kept: Collection[int], kept_states: Collection[int]
-) -> None:
+def store(run: Path, saved: Path, facts: dict[str, Any], kept: Collection[int], kept_states: Collection[int]) -> None:
     """Move what `Trainer` saved into the two folders of its step, and remove those that are not kept.
 
     Args:
-        run: the run directory.
-        saved: a private folder in it with everything that `Trainer` saved; it becomes the checkpoint.
+        saved: a private folder in the run directory with all that `Trainer` saved; it becomes the checkpoint.
         facts: `checkpoint.json`; `step` among them.
-        tokenizer: folder whose files the checkpoint gets.
-        kept: steps whose checkpoints stay, besides this one.
-        kept_states: steps whose states stay, besides this one.
+        kept, kept_states: steps whose checkpoints and states stay, besides this one.
     """
     step = facts["step"]
     state = saved / "training_state"
     state.mkdir()
     for file in list(saved.iterdir()):
         if file.name in _PICKLES:
-            file.unlink()  # the recipe and the weights say the same
+            file.unlink()  # the recipe and the weights hold the same
         elif file.name.startswith(_STATE_FILES):
             file.rename(state / file.name)
-    for file in sorted(tokenizer.iterdir()):
+    for file in sorted((run / "data/tokenizer").iterdir()):
         shutil.copyfile(file, saved / file.name)
     for file in saved.glob("*.safetensors"):
         permit(file)
@@ -106,14 +105,12 @@ def store(
                 remove(old)
 
 
-def set_aside(run: Path, steps: int, resumed: int) -> Path | None:
+def archive_old_schedule(run: Path, steps: int, resumed: int) -> Path | None:
     """Keep the weights of a schedule of `steps` steps that a run with other steps leaves at step `resumed`.
 
     Checkpoints beyond `resumed` move to `checkpoints-of-<steps>-steps/`; the last one of the schedule is copied there
     (by hard links) if the run passes it. States beyond `resumed` are removed: nothing resumes from them any more.
-
-    Returns:
-        the folder; None if there was nothing to keep.
+    Gives the folder; None if there was nothing to keep.
     """
     target = run / f"checkpoints-of-{steps}-steps"
     for old in step_folders(run / "checkpoints"):
@@ -131,6 +128,28 @@ def set_aside(run: Path, steps: int, resumed: int) -> Path | None:
     return target if target.exists() else None
 
 
-def free_space_needed(parameters: int) -> int:
-    """Bytes that a checkpoint takes: float32 weights and two moments."""
-    return int(FREE_SPACE_FACTOR * parameters * 4 * 3)
+def last_saved(run: Path) -> str:
+    """Where a run that stops now would resume, in words."""
+    saved = states(run)
+    return f"checkpoint {saved[-1].name}" if saved else "the beginning"
+
+
+@contextlib.contextmanager
+def disk_space(run: Path, step: int, parameters: int) -> Iterator[None]:
+    """Save within the body: a disk that lacks the room, or fills up meanwhile, is one line."""
+
+    def full(size: str = "") -> UserError:
+        return UserError(
+            f"no disk space left in {run} for the checkpoint of step {step}{size}; "
+            f"free some and run the same command to resume from {last_saved(run)}"
+        )
+
+    needed = int(FREE_SPACE_FACTOR * parameters * 4 * 3)  # float32 weights, and two moments of each
+    if shutil.disk_usage(run).free < needed:
+        raise full(f" ({formatting.file_size(needed)} needed)")
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or not is_disk_full(error):
+            raise
+        raise full() from error

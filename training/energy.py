@@ -1,4 +1,8 @@
-"""Energy and emissions of a training run, metered by codecarbon without a network."""
+"""Energy and emissions of a training run, metered by codecarbon without a network.
+
+codecarbon (https://mlco2.github.io/codecarbon/) reads GPUs through NVML and processors through RAPL where the system
+allows, and otherwise estimates from the processor's rated power. Nothing is written or sent.
+"""
 
 from __future__ import annotations
 
@@ -13,66 +17,59 @@ ENERGY_SOURCE = "codecarbon, mean grid intensity of the country"
 
 
 class EnergyMeter:
-    """This machine's energy since `start`, and the emissions of that much of a country's electricity.
-
-    codecarbon (https://mlco2.github.io/codecarbon/) reads GPUs through NVML and processors through RAPL where the
-    system allows, and otherwise estimates from the processor's rated power. Nothing is written or sent.
-
-    Args:
-        country_iso_code: three letters; the country whose mean grid intensity counts.
+    """This machine's energy within a `with` block; nothing, where the recipe does not ask or another process meters.
 
     Raises:
-        ImportError: if codecarbon is not installed.
-        UserError: for a country that codecarbon does not know.
+        UserError: for a country that codecarbon does not know. Without codecarbon there is one line to `report`.
     """
 
-    def __init__(self, country_iso_code: str) -> None:
-        import codecarbon
-        from codecarbon.input import DataSource
-        from codecarbon.output_methods.base_output import BaseOutput
-
-        if country_iso_code not in DataSource().get_global_energy_mix_data():
+    def __init__(self, training: Training, report: Callable[[str], None]) -> None:
+        self._tracker: Any = None
+        self._total: Any = None
+        self.region = training.country_iso_code
+        if not training.track_energy or int(os.environ.get("LOCAL_RANK", "0")):
+            return
+        try:
+            import codecarbon
+            from codecarbon.input import DataSource
+            from codecarbon.output_methods.base_output import BaseOutput
+        except ImportError:
+            report("energy is not metered, because codecarbon is not installed: pip install 'nanophi[energy]'")
+            return
+        if self.region not in DataSource().get_global_energy_mix_data():
             raise UserError(
-                f"training.country_iso_code: codecarbon does not know the country '{country_iso_code}'; give the "
+                f"training.country_iso_code: codecarbon does not know the country '{self.region}'; give the "
                 "three letters of ISO 3166, such as FRA or USA"
             )
 
         class Keep(BaseOutput):
-            total: Any = None
+            def out(_, total: Any, delta: Any) -> None:  # noqa: N805
+                self._total = total
 
-            def out(self, total: Any, delta: Any) -> None:
-                self.total = total
-
-        self._kept = Keep()
         self._tracker = codecarbon.OfflineEmissionsTracker(
-            country_iso_code=country_iso_code,
+            country_iso_code=self.region,
             output_methods=[],
-            output_handlers=[self._kept],
+            output_handlers=[Keep()],
             allow_multiple_runs=True,
             log_level="error",
         )
 
-    def start(self) -> None:
-        """Start counting."""
-        self._tracker.start()
+    def __enter__(self) -> EnergyMeter:
+        if self._tracker is not None:
+            self._tracker.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._tracker is not None:
+            self._tracker.stop()
 
     def read(self) -> tuple[float, float]:
-        """Energy (kWh) and emissions (grams of CO2 equivalent) since `start`."""
-        self._tracker.flush()
-        total = self._kept.total
-        return (total.energy_consumed, 1000 * total.emissions) if total is not None else (0.0, 0.0)
+        """Energy (kWh) and emissions (grams of CO2 equivalent) so far."""
+        if self._tracker is not None:
+            self._tracker.flush()
+        return (self._total.energy_consumed, 1000 * self._total.emissions) if self._total is not None else (0.0, 0.0)
 
-    def stop(self) -> None:
-        """Stop the measuring thread."""
-        self._tracker.stop()
-
-
-def open_meter(training: Training, report: Callable[[str], None]) -> EnergyMeter | None:
-    """A meter in one process per machine, where the recipe wants one; without codecarbon one line to `report`."""
-    if not training.track_energy or int(os.environ.get("LOCAL_RANK", "0")):
-        return None
-    try:
-        return EnergyMeter(str(training.country_iso_code))
-    except ImportError:
-        report("energy is not metered, because codecarbon is not installed: pip install 'nanophi[energy]'")
-        return None
+    def entry(self, step: int, energy_kwh: float, co2_grams: float) -> dict[str, Any]:
+        """A log entry with the energy of all machines so far."""
+        metered = {"energy_kwh": energy_kwh, "co2_grams": co2_grams}
+        return {"step": step, **metered, "co2_source": ENERGY_SOURCE, "co2_region": self.region}

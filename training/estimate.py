@@ -1,21 +1,27 @@
-"""What a run will take before any money is spent: time, memory, money, energy, emissions."""
+"""`nanophi estimate`: time, memory, money, energy and emissions of a run, before any money is spent.
+
+The table of devices and the formulas are in `budget.py`.
+"""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from nanophi.configuration_nanophi import NanoPhiConfig
+import typer
+from typer import Option
+
 from nanophi.core import formatting
 from nanophi.core.errors import UserError
 from nanophi.core.files import write_json
+from nanophi.core.options import OneRecipe, Overrides
 from nanophi.core.recipe import Recipe, load_recipe
-from nanophi.training.arguments import micro_batch_size
-from nanophi.training.budget import DEVICES, Device, flops_per_token, uses_tf32
-from nanophi.training.memory import peak_bytes
-from nanophi.training.trainer import train
+from nanophi.training.budget import DEVICES, Device, find_device, flops_per_token, peak_bytes, uses_tf32
+
+if TYPE_CHECKING:
+    from nanophi.configuration_nanophi import NanoPhiConfig
 
 ASSUMED_MFU = 0.40
 """Share of the peak that a run is taken to reach until it is measured: PaLM reached 0.46 at 540B parameters (Chowdhery
@@ -25,16 +31,40 @@ GRID_GRAMS_PER_KWH = 480.0
 USABLE_MEMORY = 0.92
 """Share of a device's memory that tensors get; the rest is the driver's context and the allocator's gaps."""
 MEASURED_STEPS = 6
-
-
 PUBLISHED_DEVICE, PUBLISHED_TOKENS, PUBLISHED_HOURS = "a100-40g", 14_000 * 512 * 1024, 52.0
 """The run of https://huggingface.co/kenhktsui/nano-phi-115M-v0.1, as its card gives it."""
 
 
 def estimate(
+    recipe: OneRecipe,
+    device: Annotated[str, Option(help="a100-40g, a100-80g, h100, h200, l40s, l4, rtx-4090, ...")] = "a100-40g",
+    devices: Annotated[int, Option(min=1, help="Number of devices.")] = 1,
+    mfu: Annotated[
+        float | None,
+        Option(min=0.01, max=1, help="Share of the device's peak that is reached (default: what is typical)."),
+    ] = None,
+    price: Annotated[float | None, Option(min=0, help="Dollars per device-hour (default: built-in table).")] = None,
+    grid: Annotated[float | None, Option(min=0, help="Grams of CO2e per kWh (default: world average).")] = None,
+    measure: Annotated[bool, Option("--measure", help="Time a few steps here; --device names this machine.")] = False,
+    overrides: Overrides = [],
+) -> None:
+    """Estimate time, cost, energy and memory of a training run.
+
+    The figures of the published run are shown beside them.
+
+    Example: nanophi estimate nano-phi-115m --device h100
+    """
+    resolved = load_recipe(recipe, overrides)
+    name = find_device(device)
+    speed = measured_speed(resolved) if measure else None
+    mfu = ASSUMED_MFU if mfu is None else mfu
+    result = predict(resolved, DEVICES[name], devices, mfu, speed, price, GRID_GRAMS_PER_KWH if grid is None else grid)
+    typer.echo(render(resolved, f"{devices} x {name}" if devices > 1 else name, result))
+
+
+def predict(
     recipe: Recipe,
     device: Device,
-    *,
     devices: int = 1,
     mfu: float = ASSUMED_MFU,
     tokens_per_second: float | None = None,
@@ -43,20 +73,14 @@ def estimate(
 ) -> dict[str, Any]:
     """What the recipe's training takes on so many of a device.
 
-    Args:
-        tokens_per_second: measured, of all devices; None: from `mfu` and the device's peak in the recipe's precision.
-        dollars_per_hour: of one device, in place of the table's.
-        grams_per_kwh: emissions of the electricity.
+    A measured speed, of all devices, comes before `mfu`; a price, of one device, before the table's. `kwh` and
+    `co2_grams` are of board power all the time, without host and cooling; `peak_bytes` is for one row and for
+    `micro_batch_size`, the largest divisor of a device's share of the batch that fits (0: none does).
 
-    Returns:
-        `tokens`, `tokens_per_second`, `mfu`, `hours`, `dollars`, `kwh` and `co2_grams` (board power all the time,
-        without host and cooling), `peak_bytes` (of training with evaluations, for one row and for
-        `micro_batch_size`), `micro_batch_size`: the largest divisor of a device's share of the batch that fits, 0 if
-        none does; `sources`: of speed and price.
-
-    Raises:
-        UserError: if the batch does not divide among the devices, or for a chat model's recipe.
+    Raises `UserError` if the batch does not divide among the devices, or for a chat model's recipe.
     """
+    from nanophi.training.arguments import micro_batch_size
+
     check(recipe)
     config, training = recipe.model_config_for(), recipe.training
     training = training.model_copy(update={"precision": device.precision(training)})
@@ -99,20 +123,9 @@ def check(recipe: Recipe) -> None:
 
 
 def published_run() -> dict[str, Any]:
-    """The published model's own run, in the terms of `estimate`."""
-    device, tokens, hours = DEVICES[PUBLISHED_DEVICE], PUBLISHED_TOKENS, PUBLISHED_HOURS
-    config = load_recipe("nano-phi-115m").model_config_for()
-    speed = tokens / hours / 3600
-    kwh = hours * device.watts / 1000
-    return {
-        "tokens": tokens,
-        "tokens_per_second": speed,
-        "mfu": speed * flops_per_token(config, config.max_position_embeddings) / device.bf16_flops,
-        "hours": hours,
-        "dollars": hours * device.dollars_per_hour,
-        "kwh": kwh,
-        "co2_grams": kwh * GRID_GRAMS_PER_KWH,
-    }
+    """The published model's own run, in the terms of `predict`."""
+    speed = PUBLISHED_TOKENS / PUBLISHED_HOURS / 3600
+    return predict(load_recipe("nano-phi-115m"), DEVICES[PUBLISHED_DEVICE], tokens_per_second=speed)
 
 
 def write_random_tokens(run: Path, config: NanoPhiConfig, rows: int) -> None:
@@ -132,8 +145,10 @@ def write_random_tokens(run: Path, config: NanoPhiConfig, rows: int) -> None:
     write_json(run / "data/tokenizer/tokenizer.json", {})
 
 
-def measure(recipe: Recipe, report: Callable[[str], None] = print) -> float:
+def measured_speed(recipe: Recipe, report: Callable[[str], None] = print) -> float:
     """Tokens per second of a few steps of `nanophi train` on this machine: one micro-batch each of random tokens."""
+    from nanophi.training.trainer import train
+
     check(recipe)
     config = recipe.model_config_for(eos_token_id=0, bos_token_id=0)
     rows = recipe.training.micro_batch_size or min(recipe.training.batch_size, 4)
@@ -151,14 +166,15 @@ def measure(recipe: Recipe, report: Callable[[str], None] = print) -> float:
         "spike_threshold": None,
     }
     with tempfile.TemporaryDirectory(prefix="nanophi-estimate-") as folder:
-        run = Path(folder)
+        run = Path(folder) / "measuring"
         write_random_tokens(run, config, rows * MEASURED_STEPS)
-        summary = train(run, recipe.training.model_copy(update=update), config, recipe.seed, "measuring", report)
+        summary = train(run, recipe.training.model_copy(update=update), config, recipe.seed, report)
     return float(summary["tokens_per_second"])
 
 
-def render(recipe: Recipe, name: str, result: dict[str, Any], published: dict[str, Any]) -> str:
-    """`estimate`'s result beside the published run, as plain text."""
+def render(recipe: Recipe, name: str, result: dict[str, Any]) -> str:
+    """`predict`'s result beside the published run, as plain text."""
+    published = published_run()
     lines = [f"{recipe.name} on {name}, beside the published run (A100-40GB)", ""]
     rows: list[tuple[str, str, Callable[[float], str]]] = [
         ("tokens", "tokens", formatting.size),

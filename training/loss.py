@@ -56,15 +56,10 @@ def chunked_loss(
     targets: torch.Tensor,
     num_items_in_batch: torch.Tensor | int | None = None,
 ) -> torch.Tensor:
-    """Cross entropy of `head(hidden_states)`, differentiable in the hidden states and the head.
+    """Cross entropy of `head(hidden_states)` as a float32 scalar, differentiable in the hidden states and the head.
 
-    Args:
-        hidden_states: [..., hidden_size].
-        targets: [...], int64; `IGNORED` where there is no loss.
-        num_items_in_batch: divide the summed loss by this; None: by the number of targets that count.
-
-    Returns:
-        float32 scalar. Under autocast the matrix products run in autocast's dtype.
+    hidden_states [..., hidden_size]; targets [...] int64, `IGNORED` where there is no loss. The sum is divided by
+    `num_items_in_batch`, or by the number of targets that count. Under autocast the products run in autocast's dtype.
     """
     targets = targets.flatten().to(hidden_states.device)
     dtype = _product_dtype(hidden_states, head)
@@ -91,12 +86,9 @@ def token_losses(hidden_states: torch.Tensor, head: nn.Linear, targets: torch.Te
             part = slice(start, start + LOSS_CHUNK // 4)
             logits = nn.functional.linear(rows[part].to(dtype), weight, bias)
             block = CPU_BLOCKS[0] if rows.device.type == "cpu" else len(logits)
-            losses[part] = torch.cat(
-                [
-                    nn.functional.cross_entropy(scores.float(), wanted, reduction="none", ignore_index=IGNORED)
-                    for scores, wanted in zip(logits.split(block), classes[part].split(block), strict=True)
-                ]
-            )
+            blocks = zip(losses[part].split(block), logits.split(block), classes[part].split(block), strict=True)
+            for into, scores, wanted in blocks:
+                into.copy_(nn.functional.cross_entropy(scores.float(), wanted, reduction="none", ignore_index=IGNORED))
     return losses.view(targets.shape)
 
 

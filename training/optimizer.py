@@ -1,14 +1,41 @@
-"""Optimizers: AdamW as `Trainer` makes it, or Muon for the hidden matrices with AdamW for everything else."""
+"""The optimizers that a recipe can name, each a function of the model and the recipe's `training` section.
+
+`core/registry.py` lists them. A parameter group may have a `kind`: the log calls its rate `<kind>_learning_rate`, and
+that of all other groups `learning_rate`. Schedule, clipping and accumulation are `Trainer`'s.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
+from nanophi.core.recipe import Training
+
 ADAM_EPS = 1e-8
+
+
+def adamw(model: nn.Module, training: Training) -> torch.optim.Optimizer:
+    """Fused AdamW; weight decay acts on matrices only."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices, vectors = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
+    return _adamw(matrices, vectors, training)
+
+
+def muon(model: nn.Module, training: Training) -> torch.optim.Optimizer:
+    """Muon for the weights between hidden layers, AdamW for everything else."""
+    return MuonAdamW(model, training)
+
+
+def _adamw(decayed: list[Any], others: list[Any], training: Training) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": training.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=training.learning_rate,
+        betas=(training.adam_beta1, training.adam_beta2),
+        eps=ADAM_EPS,
+        fused=True,
+    )
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -17,22 +44,9 @@ class MuonAdamW(torch.optim.Optimizer):
     Muon (https://kellerjordan.github.io/posts/muon/) orthogonalises the momentum of a matrix. It suits the weights
     between hidden layers; embeddings, the output head, biases and norms train with AdamW. Learning-rate schedulers,
     accelerate and checkpoints expect one object with one `param_groups` and one `state`.
-
-    Args:
-        model: the model; its parameters are assigned by name and shape.
-        muon_lr: peak learning rate of the matrices.
-        lr, betas, weight_decay: AdamW's; weight decay acts on matrices only.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        muon_lr: float,
-        lr: float,
-        betas: tuple[float, float],
-        weight_decay: float,
-    ) -> None:
+    def __init__(self, model: nn.Module, training: Training) -> None:
         matrices, tables, vectors = [], [], []
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
@@ -43,18 +57,12 @@ class MuonAdamW(torch.optim.Optimizer):
                 tables.append(parameter)
             else:
                 matrices.append(parameter)
-        muon = torch.optim.Muon(matrices, lr=muon_lr, weight_decay=weight_decay, momentum=0.95)
-        adamw = torch.optim.AdamW(
-            [{"params": tables, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-            lr=lr,
-            betas=betas,
-            eps=ADAM_EPS,
-            fused=True,
-        )
-        groups = [{**group, "kind": "muon"} for group in muon.param_groups]
-        groups += [{**group, "kind": "adamw"} for group in adamw.param_groups]
+        rate, decay = training.muon_learning_rate, training.weight_decay
+        self._muon = torch.optim.Muon(matrices, lr=rate, weight_decay=decay, momentum=0.95)
+        self._adamw = _adamw(tables, vectors, training)
+        groups = [{**group, "kind": "muon"} for group in self._muon.param_groups]
+        groups += [{**group, "kind": "adamw"} for group in self._adamw.param_groups]
         super().__init__(groups, defaults={})
-        self._muon, self._adamw = muon, adamw
         self._share()
 
     def _share(self) -> None:
@@ -64,17 +72,18 @@ class MuonAdamW(torch.optim.Optimizer):
             optimizer.state = self.state
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient; `Trainer` gives no closure."""
         self._muon.step()
         self._adamw.step()
-        return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore groups and state, in both inner optimizers too."""
         super().load_state_dict(state_dict)
         self._share()
+
+
+def rate_names(optimizer: torch.optim.Optimizer) -> list[str]:
+    """What the log calls the learning rate of each parameter group."""
+    kinds = [group.get("kind", "adamw") for group in optimizer.param_groups]
+    return ["learning_rate" if kind == "adamw" else f"{kind}_learning_rate" for kind in kinds]

@@ -17,12 +17,9 @@ class PackedRows(Dataset[dict[str, torch.Tensor]]):
     """The rows that training sees, in order: all epochs as one sequence, each epoch shuffled by its own seed.
 
     Row `i` of the sequence depends only on `i` and the seed, so a run that resumes, or divides its batches among
-    other devices, sees the same rows.
+    other devices, sees the same rows. Without a length (`rows`) each row comes once, in file order.
 
-    Args:
-        tokens: folder of `datasets.Dataset.save_to_disk` with a column `input_ids` of equally long rows.
-        rows: length of the sequence; None: each row once, in file order.
-        seed: of the shuffling.
+    `tokens` is a folder of `datasets.Dataset.save_to_disk` with a column `input_ids` of equally long rows.
     """
 
     def __init__(self, tokens: Path, rows: int | None = None, seed: int = 0) -> None:
@@ -57,7 +54,7 @@ class PackedRows(Dataset[dict[str, torch.Tensor]]):
         return int(self._order[offset])
 
     def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
-        return self.dataset[self.index(position)]
+        return self.__getitems__([position])[0]
 
     def __getitems__(self, positions: list[int]) -> list[dict[str, torch.Tensor]]:
         batch = self.dataset[[self.index(position) for position in positions]]["input_ids"]

@@ -1,4 +1,7 @@
-"""Pretraining with `transformers.Trainer` over memory-mapped packed tokens."""
+"""Pretraining with `transformers.Trainer` over memory-mapped packed tokens, and its evaluations.
+
+How a run directory is written and resumed is in `run_trainer.py`.
+"""
 
 from __future__ import annotations
 
@@ -18,34 +21,27 @@ from nanophi.core.files import read_json
 from nanophi.core.recipe import Training
 from nanophi.core.sample import continue_prompt
 from nanophi.modeling_nanophi import NanoPhiForCausalLM
-from nanophi.training.arguments import accelerate_precision, decay_start, training_arguments, world_size
+from nanophi.training.arguments import accelerate_precision, training_arguments, world_size
 from nanophi.training.attention import PACKED_DOCUMENTS
-from nanophi.training.callbacks import ProgressLine, SaveAndStop, StopRequestedError
-from nanophi.training.continuation import base_file, base_model
-from nanophi.training.energy import open_meter
+from nanophi.training.base import base_file, base_model
 from nanophi.training.loss import use_chunked_loss
 from nanophi.training.rows import PackedCollator, PackedRows
-from nanophi.training.run_trainer import RunTrainer, fit
+from nanophi.training.run_trainer import RunTrainer
+from nanophi.training.stopping import StopRequestedError
 from nanophi.training.validation import HeldoutRows, unchanged_random_state
 
 
 class NanoPhiTrainer(RunTrainer):
-    """`RunTrainer` over packed rows, which evaluates on held-out rows.
-
-    Args:
-        bytes_per_token: of the validation text, to turn its loss into bits per byte.
-        prompt: the start of the sample text at every evaluation; None: no samples.
-        **kwargs: `RunTrainer`'s own.
-    """
+    """`RunTrainer` over packed rows, which evaluates on held-out rows, and writes a sample if there is a `prompt`."""
 
     train_dataset: PackedRows
     eval_dataset: HeldoutRows
 
-    def __init__(self, *, bytes_per_token: float, prompt: str | None, eval_dataset: HeldoutRows, **kwargs: Any) -> None:
+    def __init__(self, *, prompt: str | None, eval_dataset: HeldoutRows, **kwargs: Any) -> None:
         super().__init__(eval_dataset=eval_dataset, compute_metrics=eval_dataset.metrics, **kwargs)
         self.prompt = prompt
         self.tokenizer = None if prompt is None else AutoTokenizer.from_pretrained(self.run / "data/tokenizer")
-        self.bytes_per_token = bytes_per_token
+        self.bytes_per_token = read_json(self.run / "data/tokens/tokens.json")["heldout"]["bytes_per_token"]
 
     # Data: `PackedRows` is in order already.
 
@@ -64,7 +60,7 @@ class NanoPhiTrainer(RunTrainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Save, then evaluate and write a sample, without a trace in the random state or the training time."""
-        if self.is_in_train and self._saved_step != self.state.global_step:
+        if self.is_in_train and self.saved_step != self.state.global_step:
             self._save_checkpoint(self.model, None)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
             self.control.should_save = False
@@ -87,12 +83,8 @@ class NanoPhiTrainer(RunTrainer):
         return metrics
 
     def prediction_step(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Mean loss of a batch, and `HeldoutRows.sums` as prediction and label; no logits are kept."""
         if self.is_in_train and self.stop.agreed():
             raise StopRequestedError
@@ -102,12 +94,13 @@ class NanoPhiTrainer(RunTrainer):
             losses = model(**inputs, reduction="none").loss
         return losses[:, :-1].mean(), *self.eval_dataset.sums(losses, sources)
 
-    def evaluate_if_missing(self) -> None:
-        """The evaluation of the resumed step, if the process before was stopped between saving and evaluating."""
+    def begin(self) -> None:
+        """Evaluate the resumed step as well, if the process before was stopped between saving and evaluating."""
+        super().begin()
         step = self.state.global_step
-        evaluated = any(entry["step"] == step for entry in self.history()["evaluations"])
+        evaluated = any("eval_loss" in entry and entry["step"] == step for entry in self.state.log_history)
         if step and step % self.training.eval_steps == 0 and not evaluated:
-            self._saved_step = step
+            self.saved_step = step
             self.evaluate()
 
 
@@ -116,7 +109,6 @@ def train(
     training: Training,
     config: NanoPhiConfig,
     seed: int,
-    label: str,
     report: Callable[[str], None] = print,
     prompt: str | None = None,
     resume: Path | None = None,
@@ -127,45 +119,32 @@ def train(
     Args:
         run: the run directory; reads `data/tokens` and `data/tokenizer`, writes `checkpoints`, `training_state` and
             `training.json`.
-        training: the recipe's section.
         config: the model's configuration, token ids included.
         seed: of initialisation, dropout and data order.
-        label: what progress lines begin with.
-        report: gets one line where something is worth telling.
         prompt: the start of the sample text at every evaluation; None: no samples.
         resume: the state to resume from; None: the beginning.
         base: folder, run directory or Hub id whose weights to begin with; None: random ones.
-
-    Returns:
-        JSON-able summary: steps, tokens, seconds, tokens/s, losses, parameter count, hash of the final weights.
     """
     arguments = training_arguments(training, run, seed, world_size())
     set_seed(seed)
-    eos_token_id = config.eos_token_id
-    if not isinstance(eos_token_id, int):
-        raise UserError(f"the tokenizer must have one end-of-text token, found {eos_token_id}")
+    if not isinstance(config.eos_token_id, int):
+        raise UserError(f"the tokenizer must have one end-of-text token, found {config.eos_token_id}")
     model = NanoPhiForCausalLM(config) if base is None else base_model(base, config, run / "data/tokenizer")
     use_chunked_loss(model)
     if arguments.device.type == "cpu" and not training.compile:
         model.set_attn_implementation(PACKED_DOCUMENTS)
-    tokens = read_json(run / "data" / "tokens" / "tokens.json")
-    stop = SaveAndStop({*training.keep_steps, *([decay_start(training)] if training.schedule == "wsd" else [])})
     with accelerate_precision(training):
         trainer = NanoPhiTrainer(
             run=run,
             training=training,
             base=None if base is None else base_file(base),
             tokens_per_step=training.batch_size * config.max_position_embeddings,
-            bytes_per_token=tokens["heldout"]["bytes_per_token"],
+            report=report,
+            prompt=prompt,
             model=model,
             args=arguments,
             train_dataset=PackedRows(run / "data/tokens/train", rows=training.steps * training.batch_size, seed=seed),
             eval_dataset=HeldoutRows(run / "data/tokens"),
-            prompt=prompt,
-            meter=open_meter(training, report),
-            stop=stop,
-            data_collator=PackedCollator(eos_token_id, training.isolate_documents),
-            callbacks=[ProgressLine(label), stop],
+            data_collator=PackedCollator(config.eos_token_id, training.isolate_documents),
         )
-    epochs = training.steps * training.batch_size / len(trainer.train_dataset.dataset)
-    return fit(trainer, label, epochs, report, resume)
+    return trainer.fit(training.steps * training.batch_size / len(trainer.train_dataset.dataset), resume)

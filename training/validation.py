@@ -21,8 +21,7 @@ BY_SOURCE = "bits_per_byte/"
 class HeldoutRows(PackedRows):
     """Held-out rows that know the source of every token.
 
-    Args:
-        tokens: the run's `data/tokens`. Without `heldout-documents.parquet` there is one unnamed source.
+    Without `heldout-documents.parquet` in the run's `data/tokens` there is one unnamed source.
     """
 
     def __init__(self, tokens: Path) -> None:
@@ -45,22 +44,15 @@ class HeldoutRows(PackedRows):
             table["bytes"].to_numpy()[names == source].sum() / lengths[names == source].sum() for source in self.sources
         ]
 
-    def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
-        return self.__getitems__([position])[0]
-
     def __getitems__(self, positions: list[int]) -> list[dict[str, torch.Tensor]]:
         rows = super().__getitems__(positions)
         return [{**row, "sources": self._codes[self.index(i)]} for row, i in zip(rows, positions, strict=True)]
 
     def sums(self, losses: torch.Tensor, sources: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Nats, and number of predicted tokens, by row and source.
+        """Nats, and number of predicted tokens: two float32 tensors (rows, number of sources).
 
-        Args:
-            losses: (rows, length), float32; position i holds the loss of predicting token i + 1.
-            sources: (rows, length), int64; of each token.
-
-        Returns:
-            two tensors (rows, sources), float32.
+        Both arguments are (rows, length): position i of `losses` holds the loss of predicting token i + 1, `sources`
+        the source of each token.
         """
         nats = torch.zeros(len(losses), len(self.sources), device=losses.device)
         counts = torch.zeros_like(nats)

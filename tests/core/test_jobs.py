@@ -70,7 +70,7 @@ def wait_for(condition):
 
 
 def test_a_gpu_each_and_no_more_jobs_than_there_are_devices(monkeypatch):
-    monkeypatch.setattr("nanophi.core.processes.cores", lambda: 5)
+    monkeypatch.setattr("nanophi.core.jobs.cores", lambda: 5)
     assert [device["OMP_NUM_THREADS"] for device in jobs.devices(2)] == ["2", "2"]
     assert len(jobs.devices(8)) == 5
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)

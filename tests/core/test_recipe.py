@@ -5,7 +5,7 @@ import yaml
 
 from nanophi.core.errors import UserError
 from nanophi.core.recipe import Recipe, load_recipe
-from nanophi.core.recipe_file import RECIPES
+from nanophi.core.recipe_file import RECIPES, override
 from nanophi.modeling_nanophi import NanoPhiForCausalLM
 from nanophi.training.budget import flops_per_token, parameter_count
 
@@ -134,7 +134,7 @@ def test_broken_files_are_named(write, tmp_path):
         load_recipe(write("b.yaml", text="extends: a.yaml"))
     with pytest.raises(UserError, match=r"not valid YAML \(key 'data' is there twice.* line 3"):
         load_recipe(write(text="data: {sources: [{files: a}]}\nname: x\ndata: {sources: [{files: b}]}"))
-    for value in ("2024-13-45", "0b_", "[" * 3000):
+    for value in ("2024-13-45", "[" * 3000):
         with pytest.raises(UserError, match="not valid YAML"):
             load_recipe(write(text=f"name: {value}"))
         with pytest.raises(UserError, match="not valid YAML"):
@@ -181,3 +181,20 @@ def test_a_card_may_say_what_people_say(tmp_path):
     other = {"license": "other", "license_name": "Mine", "license_link": "https://example.org/licence"}
     path.write_text(yaml.safe_dump({"extends": "demo", "card": card | other | {"repo_id": "org/name.v1_x-2"}}))
     assert load_recipe(path).card.prompt == card["prompt"]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("0300", 300), ("1_000", 1000), ("-007", -7), ("1e-3", 0.001), (".5", 0.5), ("2.", 2.0)],
+)
+def test_numbers_are_read_as_they_are_written(text, value):
+    values: dict = {}
+    override(values, f"a.b={text}")
+    assert values == {"a": {"b": value}} and type(values["a"]["b"]) is type(value)
+
+
+@pytest.mark.parametrize("text", ["1:30", "0o17", "0x1F", "0b_", "12e45", "190:20:30.15"])
+def test_what_is_no_decimal_number_is_text(text):
+    values: dict = {}
+    override(values, f"a={text}")
+    assert values == {"a": text}

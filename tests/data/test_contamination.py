@@ -17,13 +17,20 @@ from nanophi.data.ngrams import hash_words
 SHARED = Path(os.environ.get("NANOPHI_SHARED", Path(nanophi.__file__).parent.parent / "shared"))
 
 
-def write_benchmark(folder: Path, rows: list[dict[str, Any]], split: str = "test", config: str = "default") -> None:
-    (folder / config).mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows), folder / config / f"{split}-0.parquet")
-    (folder / "README.md").write_text(
-        "---\nconfigs:\n- config_name: " + config + "\n  data_files:\n"
-        f"  - split: {split}\n    path: {config}/{split}-*.parquet\n---\n# A benchmark\n"
-    )
+def write_benchmark(folder: Path, **configs: dict[str, list[dict[str, Any]]]) -> None:
+    """A dataset in Hub layout: rows by config and split."""
+    lines = []
+    for config, splits in configs.items():
+        (folder / config).mkdir(parents=True, exist_ok=True)
+        lines.append(f"- config_name: {config}\n  data_files:\n")
+        for split, rows in splits.items():
+            pq.write_table(pa.Table.from_pylist(rows), folder / config / f"{split}-0.parquet")
+            lines.append(f"  - split: {split}\n    path: {config}/{split}-*.parquet\n")
+    (folder / "README.md").write_text("---\nconfigs:\n" + "".join(lines) + "---\n# A benchmark\n")
+
+
+def words(name: str, count: int = 20) -> str:
+    return " ".join(f"{name}{number}" for number in range(count))
 
 
 def filler(generator: np.random.Generator, words: int) -> str:
@@ -46,7 +53,7 @@ def find(index: contamination.BenchmarkIndex, text: str) -> list[int]:
 
 
 def test_every_planted_item_is_found(tmp_path: Path, questions: list[dict[str, Any]]) -> None:
-    write_benchmark(tmp_path / "org" / "quiz", questions)
+    write_benchmark(tmp_path / "org" / "quiz", default={"test": questions})
     contamination.load_benchmarks(tmp_path, 13).save(tmp_path / "index.npz")
     index = contamination.BenchmarkIndex.load(tmp_path / "index.npz")
     assert index.names == ["org/quiz"]
@@ -63,7 +70,8 @@ def test_every_planted_item_is_found(tmp_path: Path, questions: list[dict[str, A
 
 
 def test_a_question_of_five_words_alone_is_not_an_item(tmp_path: Path) -> None:
-    write_benchmark(tmp_path / "quiz", [{"question": "Which of these is true?", "choices": ["yes", "no"]}])
+    row = {"question": "Which of these is true?", "choices": ["yes", "no"]}
+    write_benchmark(tmp_path / "quiz", default={"test": [row]})
     index = contamination.load_benchmarks(tmp_path, 13)
     assert index.too_short == [1]
     assert find(index, "I wonder which of these is true and which is not") == []
@@ -71,63 +79,47 @@ def test_a_question_of_five_words_alone_is_not_an_item(tmp_path: Path) -> None:
 
 def test_blanks_are_filled_in(tmp_path: Path) -> None:
     sentence = "The trophy does not fit into the brown suitcase because the _ is too large."
-    write_benchmark(tmp_path / "schema", [{"sentence": sentence, "option1": "trophy", "option2": "suitcase"}])
+    row = {"sentence": sentence, "option1": "trophy", "option2": "suitcase"}
+    write_benchmark(tmp_path / "schema", default={"test": [row]})
     index = contamination.load_benchmarks(tmp_path, 13)
     assert find(index, sentence.replace("_", "trophy")) == [0]
 
 
 def test_only_the_scored_split_is_looked_for_and_subjects_are_one_benchmark(tmp_path: Path) -> None:
-    folder = tmp_path / "org" / "subjects"
-    entries = []
-    for number in range(12):
-        name = f"subject{number}"
-        (folder / name).mkdir(parents=True)
-        for split in ("test", "dev"):
-            text = " ".join(f"{name}{split}{word}" for word in range(20))
-            pq.write_table(pa.table({"question": [text]}), folder / name / f"{split}-0.parquet")
-        entries.append(
-            f"- config_name: {name}\n  data_files:\n  - split: test\n    path: {name}/test-*.parquet\n"
-            f"  - split: dev\n    path: {name}/dev-*.parquet\n"
-        )
-    (folder / "README.md").write_text("---\nconfigs:\n" + "".join(entries) + "---\n")
+    names = [f"subject{number}" for number in range(12)]
+    configs = {name: {split: [{"question": words(f"{name}{split}")}] for split in ("test", "dev")} for name in names}
+    write_benchmark(tmp_path / "org" / "subjects", **configs)
     index = contamination.load_benchmarks(tmp_path, 13)
     assert (index.names, index.items) == (["org/subjects"], [12])
-    assert find(index, " ".join(f"subject3dev{word}" for word in range(20))) == []
-    hits = find(index, " ".join(f"subject3test{word}" for word in range(20)))
-    report = contamination.report(index, [("00ff", "books", hits)])
+    assert find(index, words("subject3dev")) == []
+    report = contamination.report(index, [("00ff", "books", find(index, words("subject3test")))])
     assert report["org/subjects"]["items_found"] == report["org/subjects"]["documents"] == 1
     assert report["org/subjects"]["examples"][0]["document"] == "00ff"
 
 
 def test_every_split_that_may_be_scored_is_looked_for(tmp_path: Path) -> None:
     """lm-eval scores the validation of HellaSwag, whose test has no answers, and the one split of BLiMP."""
-    entries = []
-    for split in ("train", "validation", "test"):
-        text = " ".join(f"{split}{word}" for word in range(20))
-        (tmp_path / "swag").mkdir(exist_ok=True)
-        pq.write_table(pa.table({"ctx": [text], "endings": [["one", "two"]]}), tmp_path / "swag" / f"{split}.parquet")
-        entries.append(f"  - split: {split}\n    path: {split}.parquet\n")
-    (tmp_path / "swag" / "README.md").write_text("---\nconfigs:\n- data_files:\n" + "".join(entries) + "---\n")
-    pair = {f"sentence_{kind}": f"{kind} " + " ".join(f"blimp{word}" for word in range(12)) for kind in ("good", "bad")}
-    write_benchmark(tmp_path / "pairs", [pair], split="train")
+    splits = {split: [{"ctx": words(split), "endings": ["one", "two"]}] for split in ("train", "validation", "test")}
+    write_benchmark(tmp_path / "swag", default=splits)
+    pair = {f"sentence_{kind}": f"{kind} {words('blimp', 12)}" for kind in ("good", "bad")}
+    write_benchmark(tmp_path / "pairs", default={"train": [pair]})
     index = contamination.load_benchmarks(tmp_path, 13)
     assert dict(zip(index.names, index.items, strict=True)) == {"swag": 2, "pairs": 1}
-    for split, hits in (("train", 0), ("validation", 1), ("test", 1)):
-        assert len(find(index, " ".join(f"{split}{word}" for word in range(20)))) == hits
+    assert [len(find(index, words(split))) for split in ("train", "validation", "test")] == [0, 1, 1]
     assert len(find(index, pair["sentence_good"])) == 1
 
 
 @pytest.mark.parametrize(
     "row",
     [
-        {"text": " ".join(f"w{word}" for word in range(70))},
+        {"text": words("w", 70)},
         {"question": "Which one of these is it?", "support": "", "correct_answer": " ".join("abcdefghi")},
         {"goal": "How to do it well", "sol1": " ".join("abcdefghi"), "sol2": " ".join("jklmnopqr")},
     ],
     ids=["lambada", "sciq", "piqa"],
 )
 def test_columns_of_the_suites_own_tasks_are_known(tmp_path: Path, row: dict[str, Any]) -> None:
-    write_benchmark(tmp_path / "task", [row])
+    write_benchmark(tmp_path / "task", default={"test": [row]})
     index = contamination.load_benchmarks(tmp_path, 13)
     assert index.too_short == [0]
     planted = row.get("text") or " ".join(value for key, value in row.items() if key not in ("support", "sol2"))
@@ -135,9 +127,9 @@ def test_columns_of_the_suites_own_tasks_are_known(tmp_path: Path, row: dict[str
 
 
 def test_an_item_of_two_benchmarks_counts_in_both(tmp_path: Path) -> None:
-    text = " ".join(f"word{number}" for number in range(30))
+    text = words("word", 30)
     for name in ("one", "two"):
-        write_benchmark(tmp_path / name, [{"question": text}, {"question": f"{name} {text}"}])
+        write_benchmark(tmp_path / name, default={"test": [{"question": text}, {"question": f"{name} {text}"}]})
     index = contamination.load_benchmarks(tmp_path, 13)
     found = find(index, text)
     assert found == [0, 1, 2, 3]
@@ -145,10 +137,17 @@ def test_an_item_of_two_benchmarks_counts_in_both(tmp_path: Path) -> None:
     assert [report[name]["items_found"] for name in ("one", "two")] == [2, 2]
 
 
-def test_missing_or_empty_folder_is_refused(tmp_path: Path) -> None:
+def test_what_is_no_benchmark_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a folder"):
         contamination.load_benchmarks(tmp_path / "nowhere", 13)
     with pytest.raises(UserError, match="holds no dataset"):
+        contamination.load_benchmarks(tmp_path, 13)
+    write_benchmark(tmp_path / "quiz", default={"test": [{"question": "x"}]})
+    (tmp_path / "quiz" / "default" / "test-0.parquet").write_text("no table")
+    with pytest.raises(UserError, match=r"test-0\.parquet cannot be read as parquet"):
+        contamination.load_benchmarks(tmp_path, 13)
+    (tmp_path / "quiz" / "README.md").write_text("---\nconfigs: [{\n---\n")
+    with pytest.raises(UserError, match=r"README\.md: the metadata is not a dataset card's"):
         contamination.load_benchmarks(tmp_path, 13)
 
 

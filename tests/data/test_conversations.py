@@ -266,7 +266,7 @@ def test_questions_are_split_by_object(monkeypatch, tmp_path):
         )
         (tmp_path / name).write_text(text)
     monkeypatch.setattr(questions.installed_docs, "groups", lambda: ["python"])
-    monkeypatch.setattr(questions.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(questions.installed_docs.sysconfig, "get_path", lambda name: str(tmp_path))
     rows = list(questions.conversations())
     assert rows == list(questions.conversations())
     held = {answer for out, question, answer in rows if out and question.startswith("What")}

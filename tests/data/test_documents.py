@@ -46,13 +46,13 @@ def test_problems_name_the_file(folder, tmp_path):
 def test_draw_depends_on_id_and_seed_alone(folder):
     batches = list(documents.batches(documents.shards(folder, "train"), ["id"]))
     ids = pa.concat_arrays([batch["id"] for batch in batches])
-    numbers = documents.draw(ids, 1)
+    numbers = documents.uniform_from_id(ids, 1)
     assert ((numbers >= 0) & (numbers < 1)).all() and len(set(numbers)) == 10
-    assert np.array_equal(documents.draw(ids[3:], 1), numbers[3:])
-    assert not np.array_equal(documents.draw(ids, 2), numbers)
+    assert np.array_equal(documents.uniform_from_id(ids[3:], 1), numbers[3:])
+    assert not np.array_equal(documents.uniform_from_id(ids, 2), numbers)
     many = pa.array([hashlib.sha256(str(n).encode()).hexdigest()[:16] for n in range(4000)])
-    assert np.mean(documents.draw(many, 5) < 0.25) == pytest.approx(0.25, abs=0.03)
-    assert documents.keys(pa.array(["00000000000000ff"])).tolist() == [255]
+    assert np.mean(documents.uniform_from_id(many, 5) < 0.25) == pytest.approx(0.25, abs=0.03)
+    assert documents.ids_to_uint64(pa.array(["00000000000000ff"])).tolist() == [255]
 
 
 def test_find_by_id(folder):

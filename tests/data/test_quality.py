@@ -206,7 +206,7 @@ def test_scores_that_are_no_scores_are_refused(tmp_path: Path, bad: float | None
         {"sources": [{"files": str(tmp_path / "in" / "*.parquet")}], "deduplication": {"near": False}, "workers": 1}
     )
     if bad is None or bad != bad:
-        with pytest.raises(UserError, match=r"a\.parquet:0:19 has no quality score: column 'score' is (nan|null)"):
+        with pytest.raises(UserError, match=r"a\.parquet:0:19 has no quality score: column 'score' holds (NaN|null)"):
             gather.gather(data, tmp_path / "documents", "score")
         return
     gather.gather(data, tmp_path / "documents", "score")

@@ -2,11 +2,13 @@
 
 import bz2
 import csv
+import datetime
 import gzip
 import io
 import json
 import lzma
 import os
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -19,8 +21,8 @@ import pytest
 from nanophi.core.errors import UserError
 from nanophi.core.inputs import Contents
 from nanophi.core.recipe import Data, Source
-from nanophi.data import compression, formats, gather, sources
-from nanophi.data.formats import TextColumn, Unusable, format_of
+from nanophi.data import formats, gather, sources
+from nanophi.data.formats import TextColumn, Unusable, reader_of
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="names in bytes, links and pipes as Linux has them")
 TEXTS = ["The first document.", 'A second one, with "quotes"; and\ncolumns', "Третий, naïve"]
@@ -31,6 +33,10 @@ def read(score: str | None = None, **fields: Any) -> tuple[list[str], sources.Ta
     source, tally = Source.model_validate(fields), sources.Tally()
     parts, _ = sources.plan(source, score)
     return [document.text.decode() for part in parts for document in sources.read(source, part, score, tally)], tally
+
+
+def zst(content: bytes) -> bytes:
+    return bytes(pa.compress(content, "zstd", asbytes=True))
 
 
 def csv_of(rows: list[dict[str, Any]], delimiter: str = ",") -> str:
@@ -53,7 +59,7 @@ FILES = {
     "g.json": LINES.encode(),
     "h.json": json.dumps(TEXTS).encode("utf-16"),
     "i.csv": csv_of(ROWS).encode("utf-8-sig"),
-    "j.csv": csv_of(ROWS, ";").encode("utf-16"),
+    "j.csv": csv_of(ROWS).encode("utf-16"),
     "k.tsv.gz": gzip.compress(csv_of(ROWS, "\t").encode()),
     "l.txt": "\n<|end|>\n".join(TEXTS).encode("utf-32"),
     "m.md.bz2": bz2.compress("<|end|>".join([*TEXTS, ""]).encode("utf-8-sig")),
@@ -107,7 +113,7 @@ def test_a_folder_stands_for_the_files_below_it(tmp_path: Path, monkeypatch: pyt
     (folder / "picture.png").write_bytes(b"\x89PNG")
     (folder / ".hidden.txt").write_text("not read")
     expected = ["Plain text.", *TEXTS]
-    for pattern in (tmp_path / "crawl [2024]", folder, tmp_path / "crawl [2024]" / "*", "~/crawl [2024]"):
+    for pattern in (tmp_path / "crawl [2024]", folder, tmp_path / "crawl*", "~/crawl [2024]"):
         found, _ = read(files=str(pattern))
         assert sorted(found) == sorted(expected)
     assert sources.plan(Source(files=str(folder)), None)[1] == ["picture.png"]
@@ -155,8 +161,7 @@ def test_shards_of_a_hub_folder_may_have_different_columns(tmp_path: Path, strea
     (tmp_path / "data" / "train-1.jsonl").write_text('{"text": "More.", "n": "a word", "extra": [1]}\n{"text": "cut o')
     (tmp_path / "data" / "test-0.jsonl").write_text('{"text": "Not this."}\n')
     found, tally = read(hub=str(tmp_path), streaming=streaming)
-    assert found == [*TEXTS, "More."]
-    assert tally.dropped_total() == {"not_json": 1}
+    assert (found, tally.dropped_total()) == ([*TEXTS, "More."], {"not_json": 1})
     (tmp_path / "data" / "notes.txt").write_text("In another format.")
     assert sources.plan(Source(hub=str(tmp_path)), None)[1] == ["notes.txt"]
 
@@ -170,7 +175,7 @@ def test_a_folder_with_a_script_and_a_name_that_is_nothing(tmp_path: Path) -> No
         read(hub=str(folder))
     (tmp_path / "file.jsonl").write_text("{}")
     for hub, message in (
-        ("../nowhere/at/all", "no such folder, and not a Hub id"),
+        ("../nowhere/at/all", "no such folder, and no Hub id"),
         (str(tmp_path / "file.jsonl"), "it is a file; name it by 'files'"),
     ):
         with pytest.raises(UserError, match=message):
@@ -206,7 +211,6 @@ def test_a_separator_splits_in_pieces_of_any_size(tmp_path: Path, monkeypatch: p
         assert found == ["one", "thé" + "ree"]
         assert (tally.read.total(), tally.dropped_total()) == (4, Counter(invalid_utf8=1, empty=1))
     monkeypatch.setattr(formats, "MAXIMUM_DOCUMENT_BYTES", 5)
-    monkeypatch.setattr(sources, "MAXIMUM_DOCUMENT_BYTES", 5)
     monkeypatch.setattr(formats, "_CHUNK", 4)
     (tmp_path / "b.txt").write_text("ok|" + "long" * 20 + "|fine")
     found, tally = read(files=str(tmp_path / "b.txt"), separator="|")
@@ -249,23 +253,22 @@ def test_text_may_lie_deeper_than_a_column(tmp_path: Path, suffix: str) -> None:
         assert found == [expected] and tally.dropped_total() == {"no_text": 1}
     _, tally = read(files=str(path), text_column="turns")
     assert tally.dropped_total() == {"not_text": 2}
-    assert tally.refused[0]["remedy"] == "'turns' holds a list; try text_column: turns[].content"
+    assert tally.refused[0]["remedy"].startswith("'turns' holds a list; text_column may be a path, as meta.text")
 
 
 def test_a_column_with_the_name_of_a_path_comes_first() -> None:
     assert TextColumn("a.b").of({"a.b": "named", "a": {"b": "inner"}}) == "named"
     assert TextColumn("a.b").of({"a": {"b": "inner"}}) == "inner"
     assert TextColumn("a").of({"b": 1}) == Unusable("no_text", {"b": 1})
-    assert format_of("x.parquet.gz") is None and format_of("x.TXT.zst") == "text" and format_of("x.pdf") is None
+    assert reader_of("x.parquet.gz") is None and reader_of("x.TXT.zst") is formats.Text and reader_of("x.pdf") is None
 
 
 # What a row may hold
 
 
 def test_rows_that_only_a_part_of_a_file_has(tmp_path: Path) -> None:
-    huge = "9" * 5000
     lines = [
-        '{"text": "A huge number beside it.", "n": ' + huge + "}",
+        '{"text": "A row."}',
         '{"text": "A label.", "site": "\\ud83d \\n  x|y"}',
         "[" * 100_000,
         '{"text": NaN}',
@@ -277,7 +280,7 @@ def test_rows_that_only_a_part_of_a_file_has(tmp_path: Path) -> None:
     (part,), _ = sources.plan(source, None)
     found = [(document.label, document.text.decode()) for document in sources.read(source, part, None, tally)]
     assert found == [
-        ("mine", "A huge number beside it."),
+        ("mine", "A row."),
         ("\\ud83d x|y", "A label."),
         ("mine", "A text by itself."),
         ("7", "Numbers as labels."),
@@ -300,31 +303,28 @@ def test_empty_row_groups_dictionaries_and_large_strings(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("value", "problem"),
     [
-        ('"high"', "holds text ('high')"),
-        ("null", "is null"),
-        ("1" * 400, "is too large"),
-        ("9" * 5000, "is inf"),
-        ("NaN", "is nan"),
-        ("[1]", "holds a list"),
-        ("{}", "holds an object"),
+        ('"high"', '"high"'),
+        ("null", "null"),
+        ("1" * 400, "1" * 40),
+        ("NaN", "NaN"),
+        ("1e999", "Infinity"),
+        ("[1]", "[1]"),
+        ("{}", "{}"),
     ],
 )
 def test_a_score_that_is_none_is_called_what_it_is(tmp_path: Path, value: str, problem: str) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "Fine.", "q": 0.5}\n{"text": "Bad.", "q": ' + value + "}\n")
     with pytest.raises(UserError) as caught:
         read("q", files=str(tmp_path / "a.jsonl"))
-    assert f"a.jsonl:2 has no quality score: column 'q' {problem}" in str(caught.value)
+    assert f"a.jsonl:2 has no quality score: column 'q' holds {problem}; a score is a number" in str(caught.value)
 
 
-def test_scores_of_times_and_of_csv(tmp_path: Path) -> None:
-    import datetime
-
-    table = pa.table({"text": ["x"], "q": [datetime.datetime(2024, 1, 1)]})
-    pq.write_table(table, tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=r"column 'q' holds a time \(2024-01-01 00:00:00\)"):
-        read("q", files=str(tmp_path / "a.parquet"))
-    pq.write_table(pa.table({"text": ["x"], "q": [b"0.5"]}), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=r"column 'q' holds bytes; a score is a number"):
+@pytest.mark.parametrize(
+    ("value", "shown"), [(datetime.datetime(2024, 1, 1), '"2024-01-01 00:00:00"'), (b"0.5", "\"b'0.5'\"")]
+)
+def test_scores_of_tables(tmp_path: Path, value: Any, shown: str) -> None:
+    pq.write_table(pa.table({"text": ["x"], "q": [value]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=f"column 'q' holds {shown}; a score is a number"):
         read("q", files=str(tmp_path / "a.parquet"))
     (tmp_path / "a.csv").write_text("text,q\nx,0.25\n")
     source, tally = Source(files=str(tmp_path / "a.csv")), sources.Tally()
@@ -336,13 +336,9 @@ def test_scores_of_times_and_of_csv(tmp_path: Path) -> None:
 def test_all_streams_of_a_compressed_file_are_read(
     tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compress = {
-        ".gz": gzip.compress,
-        ".bz2": bz2.compress,
-        ".xz": lambda data: lzma.compress(data) + bytes(8),
-        ".zst": lambda data: pa.compress(data, "zstd", asbytes=True),
-    }[suffix]
-    monkeypatch.setattr(compression, "_CHUNK", 61)
+    padded = {".xz": lambda content: lzma.compress(content) + bytes(8)}
+    compress = {".gz": gzip.compress, ".bz2": bz2.compress, ".zst": zst, **padded}[suffix]
+    monkeypatch.setattr(formats, "_CHUNK", 61)
     (tmp_path / f"a.jsonl{suffix}").write_bytes(compress(LINES.encode()) + compress(b"") + compress(LINES.encode()))
     assert read(files=str(tmp_path / f"a.jsonl{suffix}"))[0] == TEXTS + TEXTS
 
@@ -359,47 +355,38 @@ def test_a_row_with_a_comma_too_many_is_counted_and_blank_lines_before_the_heade
     assert read(files=str(tmp_path / "c.csv"))[0] == []
 
 
-BZ2, XZ = bz2.compress(b'{"text": "One."}\n'), lzma.compress(b'{"text": "One."}\n')
+BZ2, XZ, MANY = bz2.compress(b'{"text": "One."}\n'), lzma.compress(b'{"text": "One."}\n'), LINES.encode() * 50
+AFTER = "{0} cannot be read after "
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        (
-            "a.jsonl.gz",
-            gzip.compress(LINES.encode() * 50)[:-30],
-            r"a\.jsonl\.gz cannot be read after .*a\.jsonl\.gz:\d+ \(",
-        ),
-        ("a.jsonl.bz2", b"BZh9 this is not bzip2", r"a\.jsonl\.bz2 cannot be read after its beginning \("),
-        (
-            "a.jsonl.bz2",
-            BZ2 + b"X" + BZ2[1:],
-            r"a\.jsonl\.bz2 cannot be read after .*\(Invalid data stream",
-        ),
-        ("a.jsonl.xz", XZ + b"X" + XZ[1:] + XZ, r"a\.jsonl\.xz cannot be read after .*\("),
-        ("a.jsonl.xz", XZ + XZ[:-9], r"a\.jsonl\.xz cannot be read after .*\(the file ends before its end"),
-        ("a.jsonl.xz", b"\xfd7zXZ\0broken", r"a\.jsonl\.xz cannot be read after its beginning \("),
-        ("a.jsonl.zst", b"(\xb5/\xfd broken", r"a\.jsonl\.zst cannot be read after its beginning \("),
-        ("a.parquet", b"PAR1 broken PAR1", r"a\.parquet is not a whole parquet file \("),
-        ("a.arrow", b"ARROW1\0\0 broken", r"a\.arrow cannot be read after its beginning \("),
-        (
-            "a.csv",
-            b'text,n\n"never closed,1\nx,2\n',
-            r"a\.csv cannot be read after its beginning \(unexpected end of data",
-        ),
-        ("a.csv", b"body,n\nx,1\n", r"a\.csv has no column 'text'; it has body, n"),
-        ("a.json", b'{"data": [{"text": "x"}]}', r"a\.json is one object, .* save the array under its key 'data'"),
-        ("a.json", b'[{"body": "x"}]', r"a\.json has no row with a column 'text'; the last has body"),
-        ("a.jsonl", gzip.compress(LINES.encode()), r"a\.jsonl holds what \.gz files hold; rename it to end in \.gz"),
-        ("a.csv", bz2.compress(b"text"), r"a\.csv holds what \.bz2 files hold"),
-        ("a.json", lzma.compress(b"[]"), r"a\.json holds what \.xz files hold"),
-        ("a.txt", pa.compress(b"text", "zstd", asbytes=True), r"a\.txt holds what \.zst files hold"),
-        ("a.jsonl", b"PAR1 and so on", r"a\.jsonl holds what \.parquet files hold"),
+        ("a.jsonl.gz", gzip.compress(MANY)[:-30], AFTER + r".*{0}:\d+ \("),
+        ("a.jsonl.bz2", b"BZh9 this is not bzip2", AFTER + r"its beginning \("),
+        ("a.jsonl.bz2", BZ2 + b"X" + BZ2[1:], AFTER + r".*\(Invalid data stream"),
+        ("a.jsonl.xz", XZ + b"X" + XZ[1:] + XZ, AFTER + r".*\("),
+        ("a.jsonl.xz", XZ + XZ[:-9], AFTER + r".*\(the file ends before its end"),
+        ("a.jsonl.xz", b"\xfd7zXZ\0broken", AFTER + r"its beginning \("),
+        ("a.jsonl.zst", b"(\xb5/\xfd broken", AFTER + r"its beginning \("),
+        ("a.jsonl.zst", zst(MANY)[:-20], AFTER),
+        ("a.parquet", b"PAR1 broken PAR1", r"{0} is not a whole parquet file \("),
+        ("a.arrow", b"ARROW1\0\0 broken", AFTER + r"its beginning \("),
+        ("a.csv", b'text,n\n"never closed,1\nx,2\n', AFTER + r"its beginning \(unexpected end of data"),
+        ("a.csv", b"body,n\nx,1\n", "{0} has no column 'text'; it has body, n"),
+        ("a.csv", b"text;n\nx;1\n", "{0} has no column 'text'; it has text;n"),
+        ("a.json", b'{"data": [{"text": "x"}]}', "{0} has no row with a column 'text'; the last has data"),
+        ("a.json", b'[{"body": "x"}]', "{0} has no row with a column 'text'; the last has body"),
+        ("a.jsonl", gzip.compress(b""), r"{0} is \.gz data; rename it to end in \.gz"),
+        ("a.csv", BZ2, r"{0} is \.bz2 data"),
+        ("a.json", XZ, r"{0} is \.xz data"),
+        ("a.txt", zst(b"text"), r"{0} is \.zst data"),
+        ("a.jsonl", b"PAR1 and so on", r"{0} is \.parquet data"),
     ],
 )
 def test_a_damaged_file_gives_one_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=message) as caught:
+    with pytest.raises(UserError, match=message.replace("{0}", re.escape(name))) as caught:
         read(files=str(tmp_path / name))
     assert "\n" not in str(caught.value)
 

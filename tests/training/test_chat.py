@@ -13,9 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json
-from nanophi.training import chat
 from nanophi.training.optimizer import ADAM_EPS
-from nanophi.training.run_trainer import fit
+from nanophi.training.run_trainer import RunTrainer
 
 ROWS = [{"messages": talk(number)} for number in range(24)]
 PAIRS = [
@@ -137,7 +136,8 @@ def test_tokens_and_epochs_are_those_that_were_read(runs, method, monkeypatch):
 
     monkeypatch.setattr(trl.SFTTrainer if method == "sft" else trl.DPOTrainer, "training_step", counted_step)
     lengths = []
-    monkeypatch.setattr(chat, "fit", lambda trainer, *a: lengths.append(len(trainer.train_dataset)) or fit(trainer, *a))
+    fit = RunTrainer.fit
+    monkeypatch.setattr(RunTrainer, "fit", lambda self, *a: lengths.append(len(self.train_dataset)) or fit(self, *a))
     stated = {"steps": 5, "save_steps": 3, "batch_size": 8}
     run = pipeline(runs, rows, f"{method}-tokens", method=method, training=stated)
     summary = run.make("training")

@@ -1,26 +1,18 @@
 """Checkpoints and the data they were trained on: what is missing or has changed is named, and nothing is lost."""
 
 import pytest
-from tiny_run import make_run, train
+from tiny_run import ends_at, make_run, train
 
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, sha256_of_tree
-from nanophi.training import checkpoints, trainer
+from nanophi.training import checkpoints
 
 
 @pytest.fixture
-def stopped(tmp_path, monkeypatch):
+def stopped(tmp_path):
     """A run that died in its 13th step."""
     run = make_run(tmp_path / "run")
-    step = trainer.NanoPhiTrainer.training_step
-
-    def dying_step(self, *args, **kwargs):
-        if self.state.global_step == 12:
-            raise KeyboardInterrupt
-        return step(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(trainer.NanoPhiTrainer, "training_step", dying_step)
+    with ends_at(12):
         train(run)
     return run
 
@@ -67,7 +59,7 @@ def test_a_damaged_state_is_named_and_the_one_before_gives_the_same_weights(stop
         file.unlink()
         if damaged is not None:
             file.write_bytes(damaged)
-        assert checkpoints.last_whole(stopped).name == "step-000010"
+        assert checkpoints.newest_valid_state(stopped).name == "step-000010"
         line = capsys.readouterr().out.strip()
         assert "training_state/step-000012 is damaged" in line and name in line and "\n" not in line
         if damaged is None:

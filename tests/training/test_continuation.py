@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import CONFIG, TRAINING, VOCAB, add_sources, make_run
+from tiny_run import CONFIG, TRAINING, VOCAB, add_sources, ends_at, interrupt, make_run, terminate
 
 from nanophi.configuration_nanophi import NanoPhiConfig
 from nanophi.core.errors import UserError
@@ -18,7 +18,8 @@ from nanophi.core.recipe import Recipe
 from nanophi.core.run import FORMATS
 from nanophi.modeling_nanophi import NanoPhiForCausalLM
 from nanophi.pipeline import Pipeline
-from nanophi.training import checkpoints, continuation, trainer
+from nanophi.training import base as base_module
+from nanophi.training import checkpoints
 
 STEPS = 8
 SECTION = {
@@ -56,6 +57,14 @@ def runs(prepared, tmp_path) -> Path:
     return tmp_path / "runs"
 
 
+@pytest.fixture
+def stopped(runs) -> Path:
+    """Runs of which one was killed in its sixth step."""
+    with ends_at(5):
+        train(runs)
+    return runs
+
+
 def pipeline(runs: Path, restart=False, lines=None, **changes) -> Pipeline:
     report = (lambda line: None) if lines is None else lines.append
     return Pipeline(recipe(**changes), runs, ("training",), report, restart)
@@ -64,28 +73,6 @@ def pipeline(runs: Path, restart=False, lines=None, **changes) -> Pipeline:
 def train(runs: Path, lines=None, restart=False, **changes) -> dict:
     pipe = pipeline(runs, restart, lines, **changes)
     return pipe.make("training")
-
-
-def stop_at(step: int, how, monkeypatch, runs, **changes) -> None:
-    """Train until `how()` happens in a step, and find that it ends the training."""
-    plain = trainer.NanoPhiTrainer.training_step
-
-    def stopping_step(self, *args, **kwargs):
-        if self.state.global_step == step:
-            how()
-        return plain(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, UserError)):
-        patch.setattr(trainer.NanoPhiTrainer, "training_step", stopping_step)
-        train(runs, **changes)
-
-
-def interrupt():
-    raise KeyboardInterrupt
-
-
-def terminate():
-    os.kill(os.getpid(), 15)
 
 
 def refused(runs: Path, **changes) -> str:
@@ -127,7 +114,8 @@ def test_a_key_that_matters_is_named_with_both_values_and_nothing_is_lost(runs, 
     if finished:
         train(runs)
     else:
-        stop_at(5, interrupt, monkeypatch, runs)
+        with ends_at(5):
+            train(runs)
     line = refused(runs, learning_rate=1e-3, batch_size=8)
     assert "training.batch_size 4 -> 8" in line and "training.learning_rate 0.01 -> 0.001" in line
     assert "another name" in line and "--restart" in line
@@ -158,32 +146,30 @@ def test_restart_removes_the_weights_and_says_so(runs, undisturbed):
     assert not any("removing" in line for line in lines)
 
 
-def test_other_tokens_are_other_data_and_the_same_tokens_the_same(runs, monkeypatch, undisturbed):
-    stop_at(5, interrupt, monkeypatch, runs)
-    tokens = runs / "run/data/tokens/tokens.json"
+def test_other_tokens_are_other_data_and_the_same_tokens_the_same(stopped, undisturbed):
+    tokens = stopped / "run/data/tokens/tokens.json"
     contents = read_json(tokens)
     write_json(tokens, {**contents, "train": {"sha256": "c3"}})
-    pipe = pipeline(runs)
-    before = sha256_of_tree(runs / "run/checkpoints")
+    pipe = pipeline(stopped)
+    before = sha256_of_tree(stopped / "run/checkpoints")
     with pytest.raises(UserError, match=r"data.train_sha256 a1 -> c3"):
         pipe.make("training")
-    assert sha256_of_tree(runs / "run/checkpoints") == before
+    assert sha256_of_tree(stopped / "run/checkpoints") == before
     write_json(tokens, {**contents, "made": "elsewhere"})
-    os.utime(runs / "run/data/tokens")
-    assert train(runs)["weights_sha256"] == undisturbed()["weights_sha256"]
+    os.utime(stopped / "run/data/tokens")
+    assert train(stopped)["weights_sha256"] == undisturbed()["weights_sha256"]
 
 
-def test_a_run_of_an_earlier_version_is_refused_in_one_line(runs, monkeypatch):
+def test_a_run_of_an_earlier_version_is_refused_in_one_line(stopped):
     """Its record has no formats: keys of stages came from the package's version."""
-    stop_at(5, interrupt, monkeypatch, runs)
-    record = read_json(runs / "run/record.json")
-    write_json(runs / "run/record.json", {**record, "in_progress": {"training": "0123abcd"}})
-    line = refused(runs)
+    record = read_json(stopped / "run/record.json")
+    write_json(stopped / "run/record.json", {**record, "in_progress": {"training": "0123abcd"}})
+    line = refused(stopped)
     assert "earlier version" in line and "kept" in line and "--restart" in line
-    (runs / "run/record.json").unlink()
-    assert "record.json does not say" in refused(runs)
-    write_json(runs / "run/record.json", record)
-    assert train(runs)["steps"] == STEPS
+    (stopped / "run/record.json").unlink()
+    assert "record.json does not state" in refused(stopped)
+    write_json(stopped / "run/record.json", record)
+    assert train(stopped)["steps"] == STEPS
 
 
 # What is missing
@@ -205,10 +191,9 @@ def test_states_and_history_of_a_finished_run_may_be_missing(runs):
     assert train(runs)["precision"] == "fp32"
 
 
-def test_an_interrupted_run_without_states_keeps_its_weights(runs, monkeypatch):
-    stop_at(5, interrupt, monkeypatch, runs)
-    shutil.rmtree(runs / "run/training_state")
-    line = refused(runs)
+def test_an_interrupted_run_without_states_keeps_its_weights(stopped):
+    shutil.rmtree(stopped / "run/training_state")
+    line = refused(stopped)
     assert "training_state" in line and "base:" in line and "step-000004" in line
 
 
@@ -219,11 +204,10 @@ def test_a_final_checkpoint_that_was_removed_comes_back_from_its_state(runs, und
     NanoPhiForCausalLM.from_pretrained(runs / "run/checkpoints/step-000008")
 
 
-def test_every_state_damaged_is_one_line(runs, monkeypatch):
-    stop_at(5, interrupt, monkeypatch, runs)
-    for state in checkpoints.states(runs / "run"):
+def test_every_state_damaged_is_one_line(stopped):
+    for state in checkpoints.states(stopped / "run"):
         (state / "optimizer.pt").write_bytes(b"")
-    assert "is damaged (optimizer.pt has 0 of" in refused(runs)
+    assert "is damaged (optimizer.pt has 0 of" in refused(stopped)
 
 
 # Train longer
@@ -237,7 +221,8 @@ def test_more_steps_continue_as_if_they_had_been_asked_for_at_once(runs, monkeyp
     if finished:
         short = train(runs, **changes)
     else:
-        stop_at(7, terminate, monkeypatch, runs, **changes)
+        with ends_at(7, terminate):
+            train(runs, **changes)
     held = weights(runs / "run/checkpoints")
     lines: list[str] = []
     longer = train(runs, lines, **changes, steps=14)
@@ -305,15 +290,15 @@ def base(prepared, tmp_path) -> Path:
 )
 def test_a_base_that_computes_something_else_is_refused_though_its_tensors_fit(prepared, base, key, value, shown):
     config, tokenizer = NanoPhiConfig(**CONFIG), prepared / "data/tokenizer"
-    assert continuation.check_base(str(base), config, tokenizer) == base / "model.safetensors"
+    assert base_module.check_base(str(base), config, tokenizer) == base / "model.safetensors"
     NanoPhiConfig(**{**CONFIG, key: value}).save_pretrained(base)
     with pytest.raises(UserError, match=f"^base: .* has {shown}.*; set model.{key} to its base's$"):
-        continuation.base_model(str(base), config, tokenizer)
+        base_module.base_model(str(base), config, tokenizer)
     if key == "vocab_size":  # which the tokenizer decides
-        continuation.check_base(str(base), config, None)
+        base_module.check_base(str(base), config, None)
     else:
         with pytest.raises(UserError, match=f"has {key} "):
-            continuation.check_base(str(base), config, None)
+            base_module.check_base(str(base), config, None)
 
 
 def test_a_base_with_another_tokenizer_is_refused(runs, base):
@@ -322,7 +307,7 @@ def test_a_base_with_another_tokenizer_is_refused(runs, base):
     with pytest.raises(UserError, match=rf"has another tokenizer than the run; set tokenizer.path: {base}$"):
         train(runs, base=str(base))
     tokenizer.unlink()  # weights alone say nothing of tokens
-    continuation.check_base(str(base), NanoPhiConfig(**CONFIG), runs / "run/data/tokenizer")
+    base_module.check_base(str(base), NanoPhiConfig(**CONFIG), runs / "run/data/tokenizer")
 
 
 def test_a_run_is_a_base_once_it_is_finished(runs):
@@ -350,20 +335,20 @@ def test_a_base_on_the_hub_has_a_revision_and_a_missing_folder_is_not_looked_for
     write_json(tmp_path / "runs/demo/recipe.yaml", {})
     for missing in ("./nowhere/model", "runs/dmeo"):
         with pytest.raises(UserError, match=f"^base: folder {missing} does not exist"):
-            continuation.base_file(missing)
+            base_module.base_file(missing)
     assert not asked
-    assert continuation.base_file("someone/model@v2") == base / "model.safetensors"
+    assert base_module.base_file("someone/model@v2") == base / "model.safetensors"
     assert asked == [("someone/model", "v2")]
     (base / "config.json").unlink()
-    with pytest.raises(UserError, match=r"base: someone/model holds no config.json"):
-        continuation.base_file("someone/model")
+    with pytest.raises(UserError, match=r"base: someone/model is not a model \(no config.json\)"):
+        base_module.base_file("someone/model")
 
 
 def test_weights_that_are_cut_off_are_one_line(base):
     weights = base / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"base: .* cannot be loaded \(.*\)$"):
-        continuation.base_model(str(base), NanoPhiConfig(**CONFIG))
+        base_module.base_model(str(base), NanoPhiConfig(**CONFIG))
 
 
 # Prepared elsewhere
@@ -398,7 +383,8 @@ def test_no_sequence_of_events_loses_weights(runs, monkeypatch, undisturbed, see
         held, before = last(), weights(runs)
         if event in ("kill", "terminate") and held < steps:
             how = interrupt if event == "kill" else terminate
-            stop_at(choice.randrange(held, steps), how, monkeypatch, runs, steps=steps, **changes)
+            with ends_at(choice.randrange(held, steps), how):
+                train(runs, steps=steps, **changes)
         elif event == "train":
             finished.add(train(runs, steps=steps, **changes)["weights_sha256"])
         elif event == "allowed":

@@ -62,8 +62,8 @@ def dying_step(self, *args, **kwargs):
 
 def train():
     # Only the main process decides where to resume.
-    resume = checkpoints.last_whole(Path(RUN)) if os.environ["RANK"] == "0" else None
-    settings = {"seed": 1, "label": "test", "prompt": PROMPT, "resume": resume}
+    resume = checkpoints.newest_valid_state(Path(RUN)) if os.environ["RANK"] == "0" else None
+    settings = {"seed": 1, "prompt": PROMPT, "resume": resume}
     trainer.train(Path(RUN), Training(**CHANGES), NanoPhiConfig(**CONFIG), **settings)
 
 def saved():
@@ -119,7 +119,7 @@ def one(tmp_path_factory):
     for optimizer in ("adamw", "muon"):
         run = add_sources(make_run(tmp_path_factory.mktemp("runs") / optimizer))
         section = Training(**{**CHANGES, "optimizer": optimizer})
-        trainer.train(run, section, NanoPhiConfig(**CONFIG), seed=1, label="test", prompt=PROMPT)
+        trainer.train(run, section, NanoPhiConfig(**CONFIG), seed=1, prompt=PROMPT)
         runs[optimizer] = run
     return runs
 
@@ -154,7 +154,7 @@ def test_replicated_processes_stop_together_whoever_gets_the_signal(one, tmp_pat
     assert status != 0
     said = r"rank {}: stopped by (SIGTERM|a signal to another process) after saving step 12"
     assert all(re.search(said.format(rank), errors) for rank in (0, 1)), errors
-    assert checkpoints.damage(checkpoints.states(run)[-1]) is None
+    assert checkpoints.find_corruption(checkpoints.states(run)[-1]) is None
     assert 15 < step_of(checkpoints.states(run)[-1]) < STEPS, errors
     status, errors = finish(launch_on_two(run, changes))
     assert status == 0, errors[-3000:]
@@ -189,6 +189,4 @@ def test_divided_processes(one, tmp_path):
 
 def test_dividing_what_cannot_be_divided_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"training.arguments: fsdp divides a model among several accelerators"):
-        trainer.train(
-            make_run(tmp_path / "run"), Training(**{**CHANGES, **FSDP}), NanoPhiConfig(**CONFIG), seed=1, label="test"
-        )
+        trainer.train(make_run(tmp_path / "run"), Training(**{**CHANGES, **FSDP}), NanoPhiConfig(**CONFIG), seed=1)

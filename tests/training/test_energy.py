@@ -7,12 +7,11 @@ import types
 from pathlib import Path
 
 import pytest
-from tiny_run import TRAINING, make_run, train
+from tiny_run import TRAINING, ends_at, make_run, train
 
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json
 from nanophi.core.recipe import Training
-from nanophi.training import trainer
 
 METERED = {"track_energy": True, "country_iso_code": "FRA"}
 
@@ -60,21 +59,9 @@ def fake_codecarbon(monkeypatch):
     return log
 
 
-def die_at(step: int, monkeypatch):
-    real = trainer.NanoPhiTrainer.training_step
-
-    def dying_step(self, *args, **kwargs):
-        if self.state.global_step == step:
-            raise KeyboardInterrupt
-        return real(self, *args, **kwargs)
-
-    monkeypatch.setattr(trainer.NanoPhiTrainer, "training_step", dying_step)
-
-
-def test_energy_sums_over_the_processes_of_a_run(tmp_path, fake_codecarbon, monkeypatch):
+def test_energy_sums_over_the_processes_of_a_run(tmp_path, fake_codecarbon):
     run = make_run(tmp_path / "run")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        die_at(13, patch)
+    with ends_at(13):
         train(run, **METERED)  # saves at 6, 10 and 12: three readings
     assert fake_codecarbon == ["start", "stop"]
     summary = train(run, **METERED)  # at 18, 19 (before the decay) and 24: three more
@@ -124,21 +111,17 @@ def test_codecarbon_meters_without_network_or_files(tmp_path, monkeypatch):
     ]
 
 
-def test_cost_counts_hours_of_all_processes(tmp_path, monkeypatch, capsys):
+def test_cost_counts_hours_of_all_processes(tmp_path, capsys):
     run = make_run(tmp_path / "run")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        die_at(13, patch)
+    with ends_at(13):
         train(run, dollars_per_hour=3600.0)  # a dollar a second
     first = capsys.readouterr().err
     assert "$" in first
-    before = next(entry["cost_usd"] for entry in reversed(history(run)) if "cost_usd" in entry)
+    log = read_json(run / "training_state/step-000012/trainer_state.json")["log_history"]
+    before = next(entry["cost_usd"] for entry in reversed(log) if "cost_usd" in entry)
     summary = train(run, dollars_per_hour=3600.0)
     line = [line for line in capsys.readouterr().err.splitlines() if "train step" in line][-1]
     assert line.endswith(f"${summary['cost_usd']:.2f} of ${summary['cost_usd']:.2f}")
     # Evaluations and saving are paid for too, so it is at least the time that counts as training.
     assert summary["cost_usd"] > summary["seconds"] > 0
     assert summary["cost_usd"] > before
-
-
-def history(run):
-    return read_json(run / "training_state/step-000012/trainer_state.json")["log_history"]

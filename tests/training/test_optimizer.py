@@ -1,13 +1,20 @@
 """`MuonAdamW` takes the steps that torch's two optimizers take, and is one optimizer to schedulers and checkpoints."""
 
 import copy
+import sys
+import types
 
 import pytest
 import torch
+from tiny_run import make_run, train
+from transformers import Trainer, TrainingArguments
 
 from nanophi.configuration_nanophi import NanoPhiConfig
+from nanophi.core import registry
+from nanophi.core.files import read_json
+from nanophi.core.recipe import Training
 from nanophi.modeling_nanophi import NanoPhiForCausalLM
-from nanophi.training.optimizer import ADAM_EPS, MuonAdamW
+from nanophi.training.optimizer import ADAM_EPS, MuonAdamW, adamw, rate_names
 
 CONFIG = NanoPhiConfig(
     vocab_size=50,
@@ -20,7 +27,7 @@ CONFIG = NanoPhiConfig(
     bos_token_id=0,
     eos_token_id=0,
 )
-SETTINGS = {"muon_lr": 0.02, "lr": 3e-3, "betas": (0.9, 0.95), "weight_decay": 0.1}
+TRAINING = Training(steps=1, batch_size=1, learning_rate=3e-3)
 
 
 @pytest.fixture
@@ -46,7 +53,7 @@ def kinds(model: NanoPhiForCausalLM, optimizer: MuonAdamW) -> dict[str, tuple[st
 
 
 def test_the_matrices_between_layers_are_muons(model):
-    found = kinds(model, MuonAdamW(model, **SETTINGS))
+    found = kinds(model, MuonAdamW(model, TRAINING))
     assert found.keys() == dict(model.named_parameters()).keys()
     for name, kind in found.items():
         if name in ("model.embed_tokens.weight", "lm_head.weight"):
@@ -57,9 +64,24 @@ def test_the_matrices_between_layers_are_muons(model):
             assert kind == ("muon", 0.1), name
 
 
+def test_adamw_has_the_groups_of_trainers_own(model, tmp_path):
+    """So that states of either are states of the other."""
+    model = NanoPhiForCausalLM(NanoPhiConfig(**{**CONFIG.to_dict(), "qk_layernorm": True}))
+    theirs = Trainer(model, TrainingArguments(tmp_path, weight_decay=0.1, learning_rate=3e-3)).create_optimizer()
+    ours = adamw(model, TRAINING)
+    for group, other in zip(ours.param_groups, theirs.param_groups, strict=True):
+        assert list(map(id, group["params"])) == list(map(id, other["params"]))
+        assert {**group, "params": 0, "betas": 0} == {**other, "params": 0, "betas": 0}
+
+
+def test_rates_are_named_by_their_groups(model):
+    assert rate_names(adamw(model, TRAINING)) == ["learning_rate", "learning_rate"]
+    assert rate_names(MuonAdamW(model, TRAINING)) == ["muon_learning_rate", "learning_rate", "learning_rate"]
+
+
 def test_steps_are_those_of_torchs_two_optimizers(model):
     reference = copy.deepcopy(model)
-    ours = MuonAdamW(model, **SETTINGS)
+    ours = MuonAdamW(model, TRAINING)
     kind = kinds(model, ours)
     parameters = dict(reference.named_parameters())
     muon = torch.optim.Muon(
@@ -88,11 +110,11 @@ def test_steps_are_those_of_torchs_two_optimizers(model):
 
 
 def test_a_restored_optimizer_goes_on_as_if_nothing_had_happened(model):
-    ours = MuonAdamW(model, **SETTINGS)
+    ours = MuonAdamW(model, TRAINING)
     backward(model, 0)
     ours.step()
     restored_model = copy.deepcopy(model)
-    restored = MuonAdamW(restored_model, **SETTINGS)
+    restored = MuonAdamW(restored_model, TRAINING)
     restored.load_state_dict(copy.deepcopy(ours.state_dict()))
     for network, optimizer in ((model, ours), (restored_model, restored)):
         backward(network, 1)
@@ -102,7 +124,7 @@ def test_a_restored_optimizer_goes_on_as_if_nothing_had_happened(model):
 
 
 def test_a_schedule_moves_both(model):
-    optimizer = MuonAdamW(model, **SETTINGS)
+    optimizer = MuonAdamW(model, TRAINING)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0 if step else 1.0)
     backward(model, 0)
     optimizer.step()
@@ -111,3 +133,14 @@ def test_a_schedule_moves_both(model):
     backward(model, 1)
     optimizer.step()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_an_optimizer_is_a_function_and_a_line_of_the_registry(tmp_path, monkeypatch):
+    def sgd(model, training):
+        return torch.optim.SGD([{"params": list(model.parameters()), "kind": "sgd"}], lr=2 * training.learning_rate)
+
+    monkeypatch.setitem(sys.modules, "of_somebody_else", types.SimpleNamespace(sgd=sgd))
+    monkeypatch.setitem(registry.OPTIMIZERS, "sgd", "of_somebody_else:sgd")
+    train(make_run(tmp_path / "run"), optimizer="sgd", schedule="constant", steps=4, keep_steps=[], eval_steps=9)
+    last = read_json(tmp_path / "run/training.json")["log"][-1]
+    assert last["sgd_learning_rate"] == 2e-2

@@ -4,13 +4,13 @@ import os
 import signal
 
 import pytest
-from tiny_run import PROMPT, add_sources, make_run, train
+from tiny_run import PROMPT, add_sources, ends_at, make_run, terminate, train
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json
-from nanophi.training import arguments, checkpoints, monitor, trainer
+from nanophi.training import arguments, checkpoints, history, trainer
 
 STEPS = 8
 CHANGES = {"steps": STEPS, "save_steps": 3, "eval_steps": 4, "keep_steps": []}
@@ -28,27 +28,6 @@ def run(tmp_path):
     return add_sources(make_run(tmp_path / "run"))
 
 
-def once(monkeypatch, owner, name, event, when=lambda trainer: True):
-    """Let `event()` happen before one call of a function."""
-    plain, left = getattr(owner, name), [event]
-
-    def wrapped(*args, **kwargs):
-        if left and when(args[0] if args else None):
-            left.pop()()
-        return plain(*args, **kwargs)
-
-    monkeypatch.setattr(owner, name, wrapped)
-
-
-def terminate():
-    os.kill(os.getpid(), signal.SIGTERM)
-    os.kill(os.getpid(), signal.SIGTERM)  # the process group's, passed on by a launcher
-
-
-def interrupt():
-    raise KeyboardInterrupt
-
-
 def assert_resumes(run, undisturbed):
     resumed = train(run, PROMPT, **CHANGES)
     history = read_json(run / "training.json")
@@ -62,47 +41,42 @@ def assert_resumes(run, undisturbed):
 
 
 @pytest.mark.parametrize(
-    ("owner", "name", "step", "saved"),
+    ("method", "step", "saved"),
     [
-        (trainer.NanoPhiTrainer, "training_step", 5, 6),
-        (trainer.NanoPhiTrainer, "training_step", STEPS - 1, STEPS),
-        (trainer.NanoPhiTrainer, "prediction_step", 4, 4),
-        (trainer.NanoPhiTrainer, "prediction_step", STEPS, STEPS),
-        (trainer.NanoPhiTrainer, "_save_checkpoint", 3, 3),
-        (trainer.NanoPhiTrainer, "_save_checkpoint", 4, 4),
+        ("training_step", 5, 6),
+        ("training_step", STEPS - 1, STEPS),
+        ("prediction_step", 4, 4),
+        ("prediction_step", STEPS, STEPS),
+        ("_save_checkpoint", 3, 3),
+        ("_save_checkpoint", 4, 4),
     ],
     ids=["step", "last step", "evaluation", "last evaluation", "save", "save before an evaluation"],
 )
-def test_a_signal_is_one_save_and_the_next_run_resumes(run, undisturbed, monkeypatch, owner, name, step, saved):
+def test_a_signal_is_one_save_and_the_next_run_resumes(run, undisturbed, method, step, saved):
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    with monkeypatch.context() as patch:
-        once(patch, owner, name, terminate, lambda trainer: trainer.state.global_step == step)
-        with pytest.raises(UserError, match=f"stopped by SIGTERM after saving step {saved}; run the same command"):
-            train(run, PROMPT, **CHANGES)
+    with ends_at(step, terminate, method, f"stopped by SIGTERM after saving step {saved}; run the same command"):
+        train(run, PROMPT, **CHANGES)
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
     assert checkpoints.states(run)[-1].name == f"step-{saved:06d}"
     assert_resumes(run, undisturbed)
 
 
 @pytest.mark.parametrize("step", [4, STEPS])
-def test_a_process_killed_in_an_evaluation_has_saved_before(run, undisturbed, monkeypatch, step):
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        at = lambda trainer: trainer.state.global_step == step  # noqa: E731
-        once(patch, trainer.NanoPhiTrainer, "prediction_step", interrupt, at)
+def test_a_process_killed_in_an_evaluation_has_saved_before(run, undisturbed, step):
+    with ends_at(step, method="prediction_step"):
         train(run, PROMPT, **CHANGES)
-    assert checkpoints.last_whole(run).name == f"step-{step:06d}"
+    assert checkpoints.newest_valid_state(run).name == f"step-{step:06d}"
     assert_resumes(run, undisturbed)
 
 
 @pytest.mark.parametrize("step", [1, 3, 5])
-def test_an_interval_that_was_cut_off_is_logged_as_a_whole(run, tmp_path, monkeypatch, step):
+def test_an_interval_that_was_cut_off_is_logged_as_a_whole(run, tmp_path, step):
     """Stopped and resumed twice within one interval of four steps, too."""
     fields = {**CHANGES, "logging_steps": 4, "save_steps": 100, "eval_steps": 6}
     whole = add_sources(make_run(tmp_path / "whole"))
     train(whole, **fields)
     for at in (step, step + 1):
-        with monkeypatch.context() as patch, pytest.raises(UserError, match="stopped by SIGTERM"):
-            once(patch, trainer.NanoPhiTrainer, "training_step", terminate, lambda t, at=at: t.state.global_step == at)
+        with ends_at(at, terminate, match="stopped by SIGTERM"):
             train(run, **fields)
     train(run, **fields)
     entries = [[(e["step"], e["loss"]) for e in read_json(path / "training.json")["log"]] for path in (whole, run)]
@@ -175,9 +149,7 @@ def test_a_tracker_that_cannot_start_is_one_line_and_one_run_is_continued(run, m
         train(run, **fields)
     assert not (run / "checkpoints").exists()
     Tracker.broken = False
-    with monkeypatch.context() as patch, pytest.raises(UserError):
-        at = lambda trainer: trainer.state.global_step == 5  # noqa: E731
-        once(patch, trainer.NanoPhiTrainer, "training_step", terminate, at)
+    with ends_at(5, terminate):
         train(run, **fields)
     train(run, **fields)
     assert len(Tracker.seen) == 2 and len(set(Tracker.seen)) == 1 and Tracker.seen[0]
@@ -193,9 +165,9 @@ def test_history_sorts_the_log():
         {"step": 1, "sample": "text"},
         {"step": 1, "train_runtime": 3.0},
     ]
-    history = monitor.history(entries)
-    assert history["log"][0]["loss"] == 2.0
-    assert history["evaluations"] == [
+    known = history.from_log(entries)
+    assert known["log"][0]["loss"] == 2.0
+    assert known["evaluations"] == [
         {"step": 1, "tokens_seen": 4, "loss": 2.0, "bits_per_byte": 1.0, "by_source": {"web": 1.5}}
     ]
-    assert history["samples"] == [{"step": 1, "text": "text"}]
+    assert known["samples"] == [{"step": 1, "text": "text"}]

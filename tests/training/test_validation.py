@@ -12,12 +12,8 @@ from transformers import AutoTokenizer
 from nanophi.core import sample
 from nanophi.core.files import read_json
 from nanophi.modeling_nanophi import NanoPhiForCausalLM
-from nanophi.training import trainer, validation
+from nanophi.training import validation
 from nanophi.training.rows import PackedCollator
-
-
-def train_with_samples(run, **changes):
-    return train(run, PROMPT, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +23,7 @@ def runs(tmp_path_factory):
     with_sources, without = add_sources(make_run(folder / "with")), make_run(folder / "without")
     return (
         with_sources,
-        train_with_samples(with_sources, isolate_documents=False),
+        train(with_sources, PROMPT, isolate_documents=False),
         train(without, isolate_documents=False),
         without,
     )
@@ -113,21 +109,3 @@ def test_a_sample_leaves_random_state_and_mode_alone(runs):
     assert random.getstate() == before[0]
     assert np.array_equal(np.random.get_state()[1], before[1])
     assert torch.equal(torch.get_rng_state(), before[2])
-
-
-def test_killed_run_with_samples_goes_on_bit_by_bit(runs, tmp_path, monkeypatch):
-    run = add_sources(make_run(tmp_path / "killed"))
-    step = trainer.NanoPhiTrainer.training_step
-
-    def dying_step(self, *args, **kwargs):
-        if self.state.global_step == 14:
-            raise KeyboardInterrupt
-        return step(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(trainer.NanoPhiTrainer, "training_step", dying_step)
-        train_with_samples(run, isolate_documents=False)
-    assert train_with_samples(run, isolate_documents=False)["weights_sha256"] == runs[1]["weights_sha256"]
-    histories = [read_json(folder / "training.json") for folder in (run, runs[0])]
-    for key in ("evaluations", "samples"):
-        assert histories[0][key] == histories[1][key]

@@ -1,0 +1,83 @@
+"""A process in a place that is not the makers': streams, home, caches, TMPDIR, limits."""
+
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+RAN = "from nanophi.core import surroundings; surroundings.settle(); "
+STRANGER = "import os, getpass, pwd; from nanophi.core import surroundings; os.setuid(54321); surroundings.settle(); "
+
+
+def run(code: str, start: str = RAN, **options) -> subprocess.CompletedProcess:
+    environment = {**os.environ, **options.pop("env", {})}
+    environment = {name: value for name, value in environment.items() if value is not None}
+    return subprocess.run(
+        [sys.executable, "-c", start + code], env=environment, capture_output=True, text=True, **options
+    )
+
+
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
+def test_closed_streams_stop_nothing_and_their_numbers_go_to_no_file(tmp_path, closed):
+    code = f"print('x'); open({str(tmp_path / 'f')!r}, 'w').write('data'); print('y')"
+    done = run(code, preexec_fn=lambda: [os.close(number) for number in closed])
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    assert (tmp_path / "f").read_text() == "data"
+
+
+def test_a_reader_that_goes_away_stops_nothing(tmp_path):
+    read, write = os.pipe()
+    code = f"import sys\nfor n in range(9000): print('line', n, flush=True)\nopen({str(tmp_path / 'f')!r}, 'w').close()"
+    with subprocess.Popen([sys.executable, "-c", RAN + "\n" + code], stdout=write, stderr=subprocess.PIPE) as process:
+        os.close(write)
+        os.read(read, 10)
+        os.close(read)
+        assert process.stderr.read() == b""
+    assert process.returncode == 0 and (tmp_path / "f").exists()
+
+
+def test_empty_counts_of_a_launcher_are_no_counts():
+    assert (
+        run("from nanophi.core.stages import is_main_process; assert is_main_process()", env={"RANK": " "}).returncode
+        == 0
+    )
+
+
+def test_a_long_tmpdir_has_a_short_name_that_leads_to_it_and_is_removed(tmp_path):
+    long = tmp_path / ("scratch/" * 12)
+    long.mkdir(parents=True)
+    code = "import tempfile; print(tempfile.gettempdir()); print(tempfile.mkdtemp())"
+    short, made = run(code, env={"TMPDIR": str(long)}).stdout.split()
+    assert len(short) < 40 and not Path(short).exists()
+    assert (long / Path(made).name).is_dir()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs another user's rights")
+@pytest.mark.parametrize("home", [None, "/", "/nonexistent"])
+def test_without_a_home_caches_have_another_place(home):
+    code = "getpass.getuser(); print(os.environ['HF_HOME']); os.makedirs(os.environ['HF_HOME'])"
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o777)
+        strange = {
+            "HOME": home,
+            "TMPDIR": folder,
+            "HF_HOME": None,
+            "USER": None,
+            "LOGNAME": None,
+            "XDG_CACHE_HOME": None,
+        }
+        done = run(code, env=strange, start=STRANGER, cwd="/")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith(folder)
+
+
+def test_every_shard_can_be_open_at_once():
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    limit = (min(256, hard), hard)
+    code = "import resource; print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])"
+    done = run(code, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, limit))
+    assert int(done.stdout) > 256 or int(done.stdout) == hard

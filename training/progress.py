@@ -1,0 +1,91 @@
+"""What a training shows while it runs: the progress line, and the trackers of `training.report_to`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from transformers import TrainerCallback, TrainerState
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+from nanophi.core import formatting
+from nanophi.core.errors import UserError, one_line
+from nanophi.core.files import write_text
+
+INTERVAL = 15.0
+"""Seconds between progress lines where they cannot be rewritten in place."""
+
+
+class ProgressLine(TrainerCallback):
+    """One line with step, loss, speed, time left and, where a price is known, cost.
+
+    It is rewritten in place on a terminal; elsewhere one is written now and then.
+    """
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+        self.stream = sys.stderr
+        self._last = 0.0
+
+    def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Show the newest training log entry."""
+        logs = kwargs["logs"]
+        if not state.is_world_process_zero or "tokens_per_second" not in logs:
+            return
+        terminal, finished = self.stream.isatty(), state.global_step >= state.max_steps
+        if not terminal and not finished and time.monotonic() - self._last < INTERVAL:
+            return
+        self._last = time.monotonic()
+        left = logs["elapsed_seconds"] / state.global_step * (state.max_steps - state.global_step)
+        line = (
+            f"{self.label}: train step {state.global_step}/{state.max_steps}  loss {logs['loss']:.3f}"
+            f"  {formatting.integer(logs['tokens_per_second'])} tokens/s"
+        )
+        if logs.get("mfu") is not None:
+            line += f"  MFU {formatting.percent(logs['mfu'])}"
+        line += f"  {formatting.duration(left)} left"
+        if "cost_usd" in logs:
+            line += f"  ${logs['cost_usd']:.2f} of ${logs['cost_usd'] / state.global_step * state.max_steps:.2f}"
+        self.stream.write(f"\r\x1b[K{line}" if terminal else f"{line}\n")
+        if terminal and finished:
+            self.stream.write("\n")
+        self.stream.flush()
+
+
+@contextlib.contextmanager
+def trackers(trainer: Any) -> Iterator[None]:
+    """Log in to the trackers of `training.report_to` before the body's first step; a resumed run continues its own.
+
+    Raises:
+        UserError: in one line, if a tracker cannot start.
+    """
+    variables = {}
+    if trainer.training.report_to and trainer.is_world_process_zero():
+        name = trainer.run / "training_state" / "tracker"
+        if not name.exists():
+            write_text(name, secrets.token_hex(8))
+        variables = {
+            "WANDB_RUN_ID": name.read_text(encoding="utf-8"),
+            "WANDB_RESUME": "allow",
+            "TENSORBOARD_LOGGING_DIR": str(trainer.run / "tensorboard"),
+        }
+    variables = {key: value for key, value in variables.items() if key not in os.environ}
+    os.environ.update(variables)
+    kinds = tuple(kind for kind in INTEGRATION_TO_CALLBACK.values() if isinstance(kind, type))
+    try:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, kinds) and hasattr(callback, "setup"):
+                try:
+                    callback.setup(trainer.args, trainer.state, trainer.model)
+                except Exception as error:  # each tracker has errors of its own
+                    line = " ".join(str(error).split()) or one_line(error)
+                    raise UserError(f"training.report_to: {type(callback).__name__} cannot start: {line}") from error
+        yield
+    finally:
+        for variable in variables:
+            os.environ.pop(variable, None)
