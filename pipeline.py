@@ -167,9 +167,9 @@ def _begin_training(run: Runner, config: NanoPhiConfig) -> Path | None:
     if not recipe.conversations:
         sample_settings(tokenizer, recipe.card.prompt, config.max_position_embeddings)
     if "evaluation" in run.allowed:
-        from nanophi.eval import suites
+        from nanophi.eval.suites import check_heldout
 
-        suites.check_heldout(_suites(run), run.path / "data/documents", tokenizer, config.max_position_embeddings)
+        check_heldout(suites(run), run.path / "data/documents", tokenizer, config.max_position_embeddings)
     if run.restart:
         if recipe.base and not recipe.conversations:  # nothing is removed for a training that cannot begin
             base_model(recipe.base, config, tokenizer)
@@ -209,13 +209,13 @@ def _checkpoint(run: Runner) -> Path:
 # Evaluation
 
 
-def _suites(run: Runner) -> list[str]:
+def suites(run: Runner) -> list[str]:
     """The recipe's suites. A chat model has one more, and none on held-out text that its base does not bring."""
-    suites = run.recipe.evaluation.suites
+    named = run.recipe.evaluation.suites
     if not run.recipe.conversations:
-        return suites
+        return named
     text = list((run.path / "data/documents").glob("heldout-*.parquet"))
-    return ["answers", *(suite for suite in suites if text or "heldout" not in suite)]
+    return ["answers", *(suite for suite in named if text or "heldout" not in suite)]
 
 
 def _evaluation_problem(recipe: Recipe) -> str:
@@ -257,7 +257,7 @@ def _evaluations(run: Runner) -> Iterator[Stage]:
     if recipe.conversations:
         models["base"] = run.path / "data/base"
     for model, path in sorted(models.items()):
-        for suite in _suites(run):
+        for suite in suites(run):
             file = f"evals/{run_result_name(model, suite)}"
             yield _evaluation(run, model, path, suite, file)
 
@@ -298,7 +298,7 @@ def final_evaluations(run: Runner, model: str | None = None) -> list[Path]:
 
     run.make("evaluation")
     model = model or step_name(run.recipe.training.steps)
-    return [run.path / "evals" / run_result_name(model, suite) for suite in _suites(run)]
+    return [run.path / "evals" / run_result_name(model, suite) for suite in suites(run)]
 
 
 def compare_runs(runs: Sequence[Runner]) -> None:

@@ -83,7 +83,8 @@ def inherit(values: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
         return values
     recipe = find(name).recipe
     if other := differences(recipe, {key: own[key] for key in INHERITED if key in own}, whole=False):
-        raise UserError(f"the base has another {other[0]}; leave it out")
+        key, _, change = other[0].partition(" ")
+        raise UserError(f"'{key}' is its base's ({change}); leave it out")
     licence = {key: recipe["card"].get(key) for key in ("license", "license_name", "license_link")}
     suites = {key: recipe["evaluation"][key] for key in ("suites", "data", "limit")}
     inherited = {key: recipe[key] for key in INHERITED}

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from nanophi.core.errors import UserError, one_line
-from nanophi.core.files import read_json, sha256_of, sha256_of_file, write_json
+from nanophi.core.files import read_json, sha256_of, sha256_of_file, write_json, write_text
 from nanophi.core.names import is_hub_id, local, shown, walk
 from nanophi.core.run import RunDirectory
 
@@ -90,7 +90,7 @@ class Contents:
 def resolve_commit(repo_id: str, revision: str | None, kind: Kind) -> str:
     """The commit that a revision (None: `main`) of a repository on the Hub stands for.
 
-    Without a network it is the one that was last downloaded to this machine.
+    Without a network it is the one that was last seen on this machine.
 
     Raises:
         UserError: if the repository or revision does not exist, or cannot be asked for and was never downloaded.
@@ -102,8 +102,13 @@ def resolve_commit(repo_id: str, revision: str | None, kind: Kind) -> str:
     from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
+    # The Hub's own cache of what a revision is; a download of a commit does not write it.
+    reference = Path(HF_HUB_CACHE) / f"{kind}s--{repo_id.replace('/', '--')}" / "refs" / wanted
     try:
-        return str(huggingface_hub.HfApi().repo_info(repo_id, repo_type=kind, revision=revision).sha)
+        commit = str(huggingface_hub.HfApi().repo_info(repo_id, repo_type=kind, revision=revision).sha)
+        with contextlib.suppress(OSError):  # a cache that is read-only
+            write_text(reference, commit)
+        return commit
     except RepositoryNotFoundError:
         raise UserError(
             f"{kind} {repo_id} does not exist on the Hub, or is private: check the name, or log in by `hf auth login`"
@@ -111,11 +116,10 @@ def resolve_commit(repo_id: str, revision: str | None, kind: Kind) -> str:
     except RevisionNotFoundError:
         raise UserError(f"{kind} {repo_id} has no revision '{wanted}' on the Hub") from None
     except Exception as error:  # httpx's, huggingface_hub's and the system's errors of a network that is not there
-        reference = Path(HF_HUB_CACHE) / f"{kind}s--{repo_id.replace('/', '--')}" / "refs" / wanted
         if reference.is_file():
             return reference.read_text(encoding="utf-8").strip()
         raise UserError(
-            f"{kind} {repo_id} cannot be looked up on the Hub ({one_line(error)}) and was never downloaded"
+            f"{kind} {repo_id} cannot be looked up on the Hub ({one_line(error)}) and was never seen here"
         ) from None
 
 

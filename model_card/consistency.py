@@ -20,7 +20,7 @@ from nanophi.model_card.records import ShippedRecords, leading_scores
 def contradictions(records: ShippedRecords) -> list[str]:
     """Statements of two records that cannot both be true, one line each."""
     recipe, checkpoint, training = records["recipe.yaml"], records["checkpoint.json"], records["training.json"]
-    config, quality = records["model.json"]["config"], records.get("quality.json")
+    config, quality = records["model.json"]["config"], records.get("quality.json", {})
     step, batch, context = checkpoint["step"], recipe["training"]["batch_size"], config["max_position_embeddings"]
     wrong = []
 
@@ -37,7 +37,7 @@ def contradictions(records: ShippedRecords) -> list[str]:
     if not recipe.get("conversations"):
         tokens = f"{step} steps of {batch} x {context} are"
         differ("checkpoint.json has tokens seen:", checkpoint["tokens_seen"], tokens, step * batch * context)
-    for key in ("threshold", "share") if quality is not None else ():
+    for key in {"threshold", "share"} & set(quality):
         differ(f"quality.json has {key}", quality[key], "recipe.yaml has", recipe["quality"][key])
     parameters = training["summary"]["parameters"], records["model.json"]["parameters"]
     differ("training.json has parameters:", parameters[0], "the weights have", parameters[1])
@@ -59,8 +59,9 @@ def _evaluation(name: str, record: dict[str, Any]) -> Iterator[str]:
     for line in ours.get("headline", []):  # of format 2
         yield from _repeated(f"{name} has {line['task']}", line, scores[line["task"]])
     for score in results.answer_scores(record):
-        line = next((line for line in ours.get("headline", []) if line["task"] == score.task), {})
-        yield from _repeated(f"{name} has {score.task} {ANSWER_METRIC}", line.get(ANSWER_METRIC) or {}, score)
+        copies = [line.get(ANSWER_METRIC) or {} for line in ours.get("headline", []) if line["task"] == score.task]
+        for line in copies:
+            yield from _repeated(f"{name} has {score.task} {ANSWER_METRIC}", line, score)
     if (average := ours.get("average")) and (mean := results.average_score(list(scores.values()))):
         yield from _repeated(f"{name} has an average", average, mean)
     if (heldout := ours.get("heldout")) and whole is not None:

@@ -8,6 +8,7 @@ it was asked for. The rows are in the order of the run's documents, so that a re
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ from nanophi.data import documents, quality_report, sources
 from nanophi.model_card import secrets
 from nanophi.model_card.companions import Source, write_filter_page
 from nanophi.model_card.scorer_page import license_of
+
+FILE_BYTES = 256 << 20
+"""Text of a file, uncompressed."""
 
 _COLUMNS = {"id": pa.string(), "source": pa.string(), "split": pa.string(), "quality_score": pa.float32()}
 SCHEMA = pa.schema({**_COLUMNS, "kept": pa.bool_()})
@@ -78,27 +82,33 @@ def build(source: Source, repo_id: str, folder: Path) -> None:
 def _write_split(
     run: Path, split: str, schema: pa.Schema, portable: secrets.PathRemover, folder: Path
 ) -> dict[str, int]:
-    """Write a file for each of the run's files of a split; returns the split's `num_examples` and `num_bytes`."""
+    """Write the files of a split, a few MB at a time; returns its `num_examples` and `num_bytes`."""
     scores = _scores(run, split)
-    examples = total = 0
-    for number, path in enumerate(documents.shards(run / "data" / "documents", split)):
-        with pq.ParquetWriter(folder / f"{split}-{number:05d}.parquet", schema, compression="zstd") as writer:
-            for batch in documents.batches([path], ["id", "text", "source"], None):
-                rows = scores.slice(examples, len(batch))
-                if rows["id"].to_pylist() != batch["id"].to_pylist():
-                    raise UserError(f"{run}: its scores are not those of its documents; run `nanophi release` again")
-                texts = batch["text"].cast(pa.binary()).to_pylist()
-                columns: dict[str, Any] = {
-                    "id": pa.array([hashlib.sha256(value).hexdigest() for value in texts], pa.string()),
-                    "source": pa.array([portable(name) for name in batch["source"].to_pylist()], pa.string()),
-                    "split": pa.array([split] * len(batch), pa.string()),
-                    "quality_score": rows["quality_score"],
-                    "kept": rows["kept"],
-                    "text": batch["text"],
-                }
-                table = pa.table([columns[name] for name in schema.names], schema=schema)
-                writer.write_table(table)
-                examples, total = examples + len(table), total + table.nbytes
+    examples = total = number = room = 0
+    with contextlib.ExitStack() as stack:
+        paths = documents.shards(run / "data" / "documents", split)
+        for batch in documents.batches(paths, ["id", "text", "source"], None):
+            rows = scores.slice(examples, len(batch))
+            if rows["id"].to_pylist() != batch["id"].to_pylist():
+                raise UserError(f"{run}: its scores are not those of its documents; run `nanophi release` again")
+            texts = batch["text"].cast(pa.binary()).to_pylist()
+            columns: dict[str, Any] = {
+                "id": pa.array([hashlib.sha256(value).hexdigest() for value in texts], pa.string()),
+                "source": pa.array([portable(name) for name in batch["source"].to_pylist()], pa.string()),
+                "split": pa.array([split] * len(batch), pa.string()),
+                "quality_score": rows["quality_score"],
+                "kept": rows["kept"],
+                "text": batch["text"],
+            }
+            table = pa.table([columns[name] for name in schema.names], schema=schema)
+            if room <= 0:
+                stack.close()  # the file before
+                file = folder / f"{split}-{number:05d}.parquet"
+                writer = stack.enter_context(pq.ParquetWriter(file, schema, compression="zstd"))
+                number, room = number + 1, FILE_BYTES
+            writer.write_table(table)
+            room -= batch.nbytes
+            examples, total = examples + len(table), total + table.nbytes
     return {"num_examples": examples, "num_bytes": total}
 
 

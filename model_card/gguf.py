@@ -58,7 +58,9 @@ def export(release: Path, kinds: Sequence[str], output: Path) -> list[dict[str, 
         raise UserError(f"{output} lies inside the release {release}, which must stay as it is; choose another folder")
     repo_id, header = _repo_id(release), _front_matter(release)
     name, on_hub = repo_id.split("/")[-1], is_hub_id(repo_id)
-    metadata = {key: header[key] for key in ("license", "language", "pipeline_tag", "datasets") if key in header}
+    metadata: dict[str, Any] = {
+        key: header[key] for key in ("license", "language", "pipeline_tag", "datasets") if key in header
+    }
     metadata |= {"base_model": repo_id, "base_model_relation": "quantized"} if on_hub else {}
     metadata |= {"library_name": "gguf", "tags": ["gguf", "phi"]}
     with atomic_folder(output) as work:
@@ -97,10 +99,10 @@ def write(release: Path, output: Path, kind: str) -> dict[str, Any]:
         config = NanoPhiConfig.from_pretrained(release)
     except ValueError as error:
         raise UserError(f"{release / 'config.json'}: {error}") from None
-    _check_expressible(release, config)
+    bos, eos = _check_expressible(release, config)
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.PHI2])
     _add_metadata(writer, release, config, kind)
-    _add_tokenizer(writer, release, config)
+    _add_tokenizer(writer, release, config.vocab_size, bos, eos)
     tensors = _tensors(release, config, kind)
     for name, (data, raw_dtype) in tensors.items():
         writer.add_tensor(name, data, raw_dtype=raw_dtype)
@@ -135,8 +137,8 @@ def parse_kinds(text: str | None) -> list[str]:
     return kinds
 
 
-def _check_expressible(release: Path, config: NanoPhiConfig) -> None:
-    """Refuse what llama.cpp's phi2 would silently leave out."""
+def _check_expressible(release: Path, config: NanoPhiConfig) -> tuple[int, int]:
+    """Refuse what llama.cpp's phi2 would silently leave out; returns the ids of the first and last token."""
     where = release / "config.json"
     if config.qk_layernorm:
         raise UserError(f"{where}: llama.cpp's phi2 has no LayerNorm on queries and keys; qk_layernorm must be false")
@@ -144,6 +146,7 @@ def _check_expressible(release: Path, config: NanoPhiConfig) -> None:
         raise UserError(f"{where}: llama.cpp's phi2 computes {TANH_GELU[0]}, not hidden_act {config.hidden_act!r}")
     if not isinstance(config.bos_token_id, int) or not isinstance(config.eos_token_id, int):
         raise UserError(f"{where}: a GGUF file needs one bos_token_id and one eos_token_id")
+    return config.bos_token_id, config.eos_token_id
 
 
 def _add_metadata(writer: GGUFWriter, release: Path, config: NanoPhiConfig, kind: str) -> None:
@@ -177,7 +180,7 @@ def _add_metadata(writer: GGUFWriter, release: Path, config: NanoPhiConfig, kind
         getattr(writer, f"add_{key}")(value)
 
 
-def _add_tokenizer(writer: GGUFWriter, release: Path, config: NanoPhiConfig) -> None:
+def _add_tokenizer(writer: GGUFWriter, release: Path, vocab_size: int, bos: int, eos: int) -> None:
     """GPT-2's byte-level BPE, which llama.cpp implements; with any other tokenizer its tokens would differ."""
     from tokenizers import Tokenizer
 
@@ -195,13 +198,12 @@ def _add_tokenizer(writer: GGUFWriter, release: Path, config: NanoPhiConfig) -> 
         )
     if any(token[key] for token in content["added_tokens"] for key in ("single_word", "lstrip", "rstrip")):
         raise UserError(f"{path}: llama.cpp knows no added tokens that strip spaces or match whole words only")
-    backend, bos = Tokenizer.from_file(str(path)), config.bos_token_id
+    backend = Tokenizer.from_file(str(path))
     bare = backend.encode("a", add_special_tokens=False).ids
     around = [token for token in backend.encode("a").ids if token not in bare]
     if around not in ([], [bos]):
         raise UserError(f"{path}: adds the tokens {around} to a text; llama.cpp adds bos_token_id or nothing")
 
-    vocab_size = config.vocab_size
     ids = {**model["vocab"], **{token["content"]: token["id"] for token in content["added_tokens"]}}
     if max(ids.values()) >= vocab_size:
         raise UserError(f"{path}: token {max(ids.values())} has no row in the model (vocab_size {vocab_size})")
@@ -218,7 +220,7 @@ def _add_tokenizer(writer: GGUFWriter, release: Path, config: NanoPhiConfig) -> 
     writer.add_token_types(types)
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]])
     writer.add_bos_token_id(bos)
-    writer.add_eos_token_id(config.eos_token_id)
+    writer.add_eos_token_id(eos)
     writer.add_add_bos_token(bool(around))
     writer.add_add_eos_token(False)
     if template := _chat_template(release):

@@ -28,13 +28,13 @@ def main(request: dict[str, Any]) -> None:
             messages.append(record.getMessage())
 
     hub_logging.get_logger("transformers").addHandler(Collect(logging.WARNING))
-    warnings.showwarning = lambda message, *rest, **more: messages.append(str(message))  # type: ignore[assignment]
+    warnings.showwarning = lambda message, *rest, **more: messages.append(str(message))
     hub_logging.disable_progress_bar()
 
     path, trust = request["path"], request["trust"]
-    model, info = AutoModelForCausalLM.from_pretrained(
-        path, trust_remote_code=trust, dtype=torch.float32, output_loading_info=True
-    )
+    options = {"trust_remote_code": trust, "dtype": torch.float32, "output_loading_info": True}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(path, **options)
+    model, info = loaded
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
     generator = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
     text = generator(request["prompt"], **request["settings"])[0]["generated_text"]

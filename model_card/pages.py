@@ -56,7 +56,7 @@ def _present(value: Any) -> Any:
 class _Missing(jinja2.StrictUndefined):
     """A value that is not there; formatting it fails with its name, as every other use of it does."""
 
-    __abs__ = __format__ = __round__ = jinja2.StrictUndefined._fail_with_undefined_error  # type: ignore[assignment]
+    __abs__ = __format__ = __round__ = jinja2.StrictUndefined._fail_with_undefined_error
 
 
 def _of_value(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -35,19 +35,9 @@ PRIVATE_KEYS = ("examples", "refused")
 HELDOUT_ITEMS, HELDOUT_ITEM_BYTES = 12, 1500
 
 CONFIG_KEYS = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "intermediate_size",
-    "vocab_size",
-    "max_position_embeddings",
-    "partial_rotary_factor",
-    "rope_theta",
-    "hidden_act",
-    "layer_norm_eps",
-    "qk_layernorm",
-    "tie_word_embeddings",
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size"),
+    *("vocab_size", "max_position_embeddings", "partial_rotary_factor", "rope_theta", "hidden_act", "layer_norm_eps"),
+    *("qk_layernorm", "tie_word_embeddings"),
 )
 
 KEPT_RESULTS = (
@@ -57,12 +47,9 @@ KEPT_RESULTS = (
 KEPT_OF_OURS = ("format", "suite", "lines", "headline", "average", "heldout", "data")
 """Keys of lm-eval's results, and of our part of them, that are shipped: no samples, machine details and paths."""
 
-OF_DATA = ("documents.json", "quality.json", "tokens.json", "conversations.json")
-IF_THERE = ("documents.json", "quality.json", "tokens.json", "sample.json", "conversations.json", "comparison.json")
-REQUIRED = (
-    *("recipe.yaml", "run.json", "model.json", "training.json", "checkpoint.json", "revisions.json"),
-    *("documents.json", "quality.json", "tokens.json"),
-)
+OF_DATA = ("documents.json", "quality.json", "tokens.json")
+IF_THERE = (*OF_DATA, "sample.json", "conversations.json", "comparison.json")
+REQUIRED = ("recipe.yaml", "run.json", "model.json", "training.json", "checkpoint.json", "revisions.json", *OF_DATA)
 """Records that every release has."""
 
 ShippedRecords = dict[str, Any]
@@ -101,7 +88,7 @@ def collect(run: Path, checkpoint: Path) -> ShippedRecords:
         "revisions.json": revisions(run),
     }
     for name in IF_THERE:
-        path = run / (f"data/{Path(name).stem}/{name}" if name in OF_DATA else name)
+        path = run / (name if name in ("sample.json", "comparison.json") else f"data/{Path(name).stem}/{name}")
         # A comparison is one of finished models.
         if path.exists() and (name != "comparison.json" or records["run.json"]["final"]):
             records[name] = portable({key: value for key, value in read_json(path).items() if key not in PRIVATE_KEYS})
@@ -119,7 +106,7 @@ def revisions(run: Path) -> list[dict[str, Any]]:
     entries = []
     for checkpoint in step_folders(run / "checkpoints"):
         state = read_json(checkpoint / "checkpoint.json")
-        entry = {"revision": checkpoint.name}
+        entry: dict[str, Any] = {"revision": checkpoint.name}
         entry |= {key: state[key] for key in ("step", "tokens_seen", "train_loss", "eval_loss")}
         if state.get("eval_step", state["step"]) != state["step"]:
             entry["eval_loss"] = None  # Measured at an earlier step.
@@ -185,12 +172,9 @@ def read_records(folder: Path) -> ShippedRecords:
         name = path.relative_to(folder).as_posix()
         if path.suffix not in (".yaml", ".json"):
             continue
-        try:
+        with user_errors(f"{path} is not valid {path.suffix[1:].upper()}"):
             text = path.read_text(encoding="utf-8")
             records[name] = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
-        except (yaml.YAMLError, ValueError) as error:
-            kind = path.suffix[1:].upper()
-            raise UserError(f"{path} is not valid {kind} ({' '.join(str(error).split())})") from None
     for name in [*REQUIRED, *records]:
         if not isinstance(records.get(name), list if name in ("revisions.json", "heldout.json") else dict):
             what = "has another form than nanophi gives it" if name in records else "is missing"

@@ -7,6 +7,7 @@ the shipped results. The order is here, the checks are in `manifest.py` and `che
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from nanophi.core.errors import UserError
-from nanophi.core.names import resolve, split_revision
+from nanophi.core.names import resolve
 from nanophi.core.options import ReleaseOrId, Revision, Trust
 from nanophi.core.version import __version__
 from nanophi.model_card.manifest import MANIFEST, checksums, foreign_files, foreign_references, list_files
@@ -109,33 +110,13 @@ def find_release(release: str, revision: str | None = None, patterns: list[str] 
 
     Raises `UserError` if there is no such release.
     """
-    folder = resolve(release).folder
-    if folder is None:
-        folder = _download(release, revision, patterns)
-    elif revision is not None:
+    named = resolve(release)
+    if revision is not None and named.folder is not None:
         raise UserError(f"--revision is for a repository on the Hub; {release} is a folder")
+    folder = dataclasses.replace(named, revision=revision or named.revision).fetch(patterns)
     if not (folder / MANIFEST).is_file():
         raise UserError(f"{release} is not a release (no {MANIFEST}){hint(folder)}")
     return folder.resolve()
-
-
-def _download(release: str, revision: str | None, patterns: list[str] | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
-
-    from nanophi.model_card.hub import one_line_errors
-
-    repo_id, named = split_revision(release)
-    revision = revision or named
-    with one_line_errors(repo_id):
-        try:
-            return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
-        except RepositoryNotFoundError:
-            raise UserError(
-                f"{repo_id} is not on the Hub, or not visible with this token; check the name, or run `hf auth login`"
-            ) from None
-        except RevisionNotFoundError:
-            raise UserError(f"{repo_id} has no revision {revision}") from None
 
 
 def hint(folder: Path) -> str:

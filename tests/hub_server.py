@@ -26,6 +26,8 @@ from typing import Any
 
 import yaml
 
+from nanophi.core.licenses import HUB_LICENSES
+
 TOKEN = "hf_loopback"
 LFS_SUFFIXES = (".safetensors", ".parquet", ".png", ".arrow", ".bin", ".gguf", ".zip")
 LFS_SIZE = 10_000_000
@@ -262,10 +264,6 @@ class Request:
     def repository(self) -> Repository:
         return self.hub.repository(self.kind, self.name, self.authorized)
 
-    def demand_token(self) -> None:
-        if not self.authorized:
-            raise HubError(401, "", "Invalid username or password.")
-
 
 @dataclasses.dataclass
 class Answer:
@@ -278,6 +276,8 @@ class Answer:
 
 Route = Callable[[Request], Answer]
 ROUTES: list[tuple[str, re.Pattern[str], Route]] = []
+ANONYMOUS = re.compile(r"/api/validate-yaml|/lfs/.+|/api/.+/paths-info/.+")
+"""Paths that need no token, though the method is not GET."""
 NAMESPACE = r"(?P<name>[\w.-]+/[\w.-]+)"
 API = rf"/api/(?P<kind>model|dataset)s/{NAMESPACE}"
 
@@ -294,25 +294,10 @@ def route(method: str, pattern: str) -> Callable[[Route], Route]:
 
 @route("GET", "/api/whoami-v2")
 def whoami(request: Request) -> Answer:
-    request.demand_token()
+    if not request.authorized:
+        raise HubError(401, "", "Invalid username or password.")
     token = {"accessToken": {"displayName": "loopback", "role": "write"}, "type": "access_token"}
     return Answer({"type": "user", "name": "org", "fullname": "Loopback", "orgs": [], "auth": token})
-
-
-LICENSES = frozenset(
-    """
-    apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0
-    bigcode-openrail-m afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc
-    cc0-1.0 cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0
-    cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0
-    cdla-sharing-1.0 cdla-permissive-1.0 cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1
-    agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 isc lppl-1.3c ms-pl mpl-2.0 odc-by odbl openrail++
-    osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib pddl lgpl-lr deepfloyd-if-license llama2 llama3 llama3.1
-    llama3.2 llama3.3 llama4 gemma eupl-1.2 apple-ascl apple-amlr h-research intel-research openmdw-1.0
-    grok2-community fair-noncommercial-research-license unknown other
-    """.split()  # noqa: SIM905
-)
-"""https://huggingface.co/docs/hub/repositories-licenses"""
 
 
 def listed(value: Any) -> list[Any]:
@@ -331,10 +316,8 @@ def metadata_errors(content: str) -> list[str]:
         return [f"YAML: {error}"]
     if not isinstance(metadata, dict):
         return ["the metadata is not a mapping"]
-    errors = []
-    for license_id in listed(metadata.get("license", [])):
-        if license_id not in LICENSES:
-            errors.append(f'"license" {license_id!r} is not an identifier of the Hub')
+    licenses = set(listed(metadata.get("license", []))) - HUB_LICENSES
+    errors = [f'"license" {license_id!r} is not an identifier of the Hub' for license_id in licenses]
     sizes = {"n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "n>1T"}
     wrong = set(listed(metadata.get("size_categories", []))) - sizes
     errors += [f'"size_categories" must be one of {sorted(sizes)}, not {sorted(wrong)}'] if wrong else []
@@ -342,10 +325,8 @@ def metadata_errors(content: str) -> list[str]:
         if not config.get("config_name") or not config.get("data_files"):
             errors.append(f'"configs[{number}]" needs "config_name" and "data_files"')
     for key in ("datasets", "base_model"):
-        ids = metadata.get(key, [])
-        for name in ids if isinstance(ids, list) else [ids]:
-            if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)):
-                errors.append(f'"{key}" {name!r} is not a Hub id')
+        bad = [name for name in listed(metadata.get(key, [])) if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name))]
+        errors += [f'"{key}" {name!r} is not a Hub id' for name in bad]
     emissions = metadata.get("co2_eq_emissions", 0)
     grams = emissions.get("emissions") if isinstance(emissions, dict) else emissions
     if not isinstance(grams, int | float):
@@ -371,7 +352,6 @@ def validate_yaml(request: Request) -> Answer:
 
 @route("POST", "/api/repos/create")
 def create_repository(request: Request) -> Answer:
-    request.demand_token()
     body = request.json
     kind = body.get("type") or "model"
     name = f"{body.get('organization') or 'org'}/{body['name']}"
@@ -385,32 +365,28 @@ def create_repository(request: Request) -> Answer:
 
 @route("PUT", API + "/settings")
 def settings(request: Request) -> Answer:
-    request.demand_token()
     body = request.json
-    if "visibility" in body:
-        request.repository.private = body["visibility"] == "private"
-    if "private" in body:
-        request.repository.private = body["private"]
+    request.repository.private = body["visibility"] == "private" if "visibility" in body else body["private"]
     return Answer({})
 
 
 @route("POST", API + r"/preupload/(?P<revision>[^/]+)")
 def preupload(request: Request) -> Answer:
-    request.demand_token()
     files = request.repository.at(request.rest["revision"]).files
-    answers = []
-    for entry in request.json["files"]:
-        mode = "lfs" if is_lfs(entry["path"], entry["size"]) else "regular"
-        answer = {"path": entry["path"], "uploadMode": mode, "shouldIgnore": False}
-        if entry["path"] in files:
-            answer["oid"] = files[entry["path"]].etag
-        answers.append(answer)
+    answers = [
+        {
+            "path": entry["path"],
+            "uploadMode": "lfs" if is_lfs(entry["path"], entry["size"]) else "regular",
+            "shouldIgnore": False,
+            **({"oid": files[entry["path"]].etag} if entry["path"] in files else {}),
+        }
+        for entry in request.json["files"]
+    ]
     return Answer({"files": answers})
 
 
 @route("POST", rf"/(?:(?P<kind>model|dataset)s/)?{NAMESPACE}\.git/info/lfs/objects/batch")
 def lfs_batch(request: Request) -> Answer:
-    request.demand_token()
     objects = []
     for entry in request.json["objects"]:
         answer: dict[str, Any] = {"oid": entry["oid"], "size": entry["size"]}
@@ -439,7 +415,6 @@ def lfs_verify(request: Request) -> Answer:
 
 @route("POST", API + r"/commit/(?P<revision>[^/]+)")
 def commit(request: Request) -> Answer:
-    request.demand_token()
     repository, branch = request.repository, urllib.parse.unquote(request.rest["revision"])
     if branch not in repository.branches:
         raise HubError(404, "RevisionNotFound", f"Invalid rev id: {branch}")
@@ -471,7 +446,6 @@ def commit(request: Request) -> Answer:
 
 @route("POST", API + r"/branch/(?P<branch>.+)")
 def create_branch(request: Request) -> Answer:
-    request.demand_token()
     repository, branch = request.repository, urllib.parse.unquote(request.rest["branch"])
     if branch in repository.branches:
         raise HubError(409, "", f"Reference already exists: {branch}")
@@ -480,17 +454,8 @@ def create_branch(request: Request) -> Answer:
     return Answer({})
 
 
-@route("DELETE", API + r"/branch/(?P<branch>.+)")
-def delete_branch(request: Request) -> Answer:
-    request.demand_token()
-    if request.repository.branches.pop(urllib.parse.unquote(request.rest["branch"]), None) is None:
-        raise HubError(404, "RevisionNotFound")
-    return Answer({})
-
-
 @route("POST", API + r"/tag/(?P<revision>[^/]+)")
 def create_tag(request: Request) -> Answer:
-    request.demand_token()
     repository, tag = request.repository, request.json["tag"]
     if tag in repository.tags:
         raise HubError(409, "", f"Tag already exists: {tag}")
@@ -498,36 +463,13 @@ def create_tag(request: Request) -> Answer:
     return Answer({})
 
 
-@route("DELETE", API + r"/tag/(?P<tag>.+)")
-def delete_tag(request: Request) -> Answer:
-    request.demand_token()
-    if request.repository.tags.pop(urllib.parse.unquote(request.rest["tag"]), None) is None:
-        raise HubError(404, "RevisionNotFound")
-    return Answer({})
-
-
 @route("GET", API + r"(?:/revision/(?P<revision>[^/]+))?")
 def information(request: Request) -> Answer:
     repository = request.repository
     at = repository.at(request.rest.get("revision") or "main")
-    return Answer(
-        {
-            "_id": hashlib.md5(repository.name.encode()).hexdigest()[:24],
-            "id": repository.name,
-            "modelId": repository.name,
-            "author": repository.name.split("/")[0],
-            "sha": at.oid,
-            "private": repository.private,
-            "gated": False,
-            "disabled": False,
-            "downloads": 0,
-            "likes": 0,
-            "tags": [],
-            "createdAt": at.history()[-1].date,
-            "lastModified": at.date,
-            "siblings": [{"rfilename": path} for path in sorted(at.files)],
-        }
-    )
+    siblings = [{"rfilename": path} for path in sorted(at.files)]
+    found = {"id": repository.name, "sha": at.oid, "private": repository.private, "siblings": siblings}
+    return Answer({**found, "createdAt": at.history()[-1].date, "lastModified": at.date, "tags": []})
 
 
 @route("GET", API + "/refs")
@@ -567,23 +509,14 @@ def list_collections(request: Request) -> Answer:
 
 @route("POST", "/api/collections")
 def create_collection(request: Request) -> Answer:
-    request.demand_token()
     body, number = request.json, len(request.hub.collections)
     if not 0 < len(body["title"]) < 60:
         raise HubError(400, "", '"title" length must be less than 60 characters')
     slug = f"{body['namespace']}/{re.sub('[^a-z0-9]+', '-', body['title'].lower()).strip('-')}-{number:024x}"
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-    request.hub.collections[slug] = {
-        "slug": slug,
-        "title": body["title"],
-        "owner": {"name": body["namespace"], "type": "org"},
-        "items": [],
-        "lastUpdated": now,
-        "position": number,
-        "private": body["private"],
-        "theme": "green",
-        "upvotes": 0,
-    }
+    owner = {"name": body["namespace"], "type": "org"}
+    made = {"slug": slug, "title": body["title"], "owner": owner, "items": [], "private": body["private"]}
+    request.hub.collections[slug] = made | {"lastUpdated": now, "position": number, "theme": "green", "upvotes": 0}
     return Answer(request.hub.collections[slug])
 
 
@@ -605,7 +538,6 @@ def get_collection(request: Request) -> Answer:
 
 @route("PATCH", COLLECTION)
 def change_collection(request: Request) -> Answer:
-    request.demand_token()
     found = find_collection(request)
     found.update(request.json)
     return Answer({"success": True, "data": found})
@@ -613,7 +545,6 @@ def change_collection(request: Request) -> Answer:
 
 @route("POST", COLLECTION + "/items")
 def add_collection_item(request: Request) -> Answer:
-    request.demand_token()
     found, item = find_collection(request), request.json["item"]
     request.hub.repository(item["type"], item["id"], request.authorized)
     if any((item["type"], item["id"]) == (other["type"], other["id"]) for other in found["items"]):
@@ -632,6 +563,11 @@ def describe(path: str, file: File) -> dict[str, Any]:
     return entry
 
 
+def directory(path: str) -> dict[str, Any]:
+    """The same of a folder."""
+    return {"type": "directory", "path": path, "size": 0, "oid": hashlib.sha1(path.encode()).hexdigest()}
+
+
 @route("GET", API + r"/tree/(?P<revision>[^/]+)(?:/(?P<path>.*))?")
 def tree(request: Request) -> Answer:
     files = request.repository.at(request.rest["revision"]).files
@@ -646,12 +582,7 @@ def tree(request: Request) -> Answer:
         parts = path.removeprefix(prefix).split("/")
         for depth in range(1, len(parts) if recursive else min(2, len(parts))):
             parent = prefix + "/".join(parts[:depth])
-            entries[parent] = {
-                "type": "directory",
-                "path": parent,
-                "size": 0,
-                "oid": hashlib.sha1(parent.encode()).hexdigest(),
-            }
+            entries[parent] = directory(parent)
         if recursive or len(parts) == 1:
             entries[path] = describe(path, file)
     return Answer(list(entries.values()))
@@ -670,9 +601,7 @@ def paths_info(request: Request) -> Answer:
         if path in files:
             entries.append(describe(path, files[path]))
         elif any(name.startswith(f"{path}/") for name in files):
-            entries.append(
-                {"type": "directory", "path": path, "size": 0, "oid": hashlib.sha1(path.encode()).hexdigest()}
-            )
+            entries.append(directory(path))
     return Answer(entries)
 
 
@@ -744,6 +673,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 query = dict(urllib.parse.parse_qsl(url.query))
                 kind, name = rest.get("kind") or "model", rest.get("name") or ""
                 try:
+                    if not authorized and method != "GET" and not ANONYMOUS.fullmatch(url.path):
+                        raise HubError(401, "", "Invalid username or password.")
                     return function(Request(self.hub, query, body, authorized, kind, name, rest))
                 except HubError as error:
                     headers = {"X-Error-Code": error.code, "X-Error-Message": error.message} if error.code else {}

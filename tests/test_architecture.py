@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "data": ("core", *MODEL),
     "training": ("core", "data", *MODEL),
     "eval": ("core", "data", *MODEL),
-    "model_card": ("core", "data", "eval", "experiments", *MODEL),
+    "model_card": ("core", "data", "eval", *MODEL),
     "pipeline": ("core", "data", "training", "eval", "model_card", *MODEL),
     "experiments": ("core", "data", "training", "eval", "model_card", "pipeline", *MODEL),
     "cli": ("core",),

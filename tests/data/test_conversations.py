@@ -15,7 +15,7 @@ from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, write_json
 from nanophi.core.recipe import load_recipe
 from nanophi.data import conversations, questions
-from nanophi.pipeline import Pipeline
+from nanophi.pipeline import Pipeline, suites
 
 ROWS = [{"messages": talk(number)} for number in range(4)]
 
@@ -141,7 +141,7 @@ def test_a_release_is_a_base_too(runs):
     run = pipeline(runs, ROWS, "on-release", base=str(release))
     summary = run.tokens()
     assert (summary["base"], summary["answers_in_base_text"]) == ("base", None)
-    assert run.suites() == ["answers"]
+    assert suites(run) == ["answers"]
     heavier = run.recipe.model_copy(update={"model": {**run.recipe.model, "num_hidden_layers": 3}})
     with pytest.raises(UserError, match=r"'model' is not its base's \(num_hidden_layers 2 -> 3\); leave it out"):
         Pipeline(heavier, runs, report=lambda line: None).check("verification")

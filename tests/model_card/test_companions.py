@@ -14,15 +14,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pandas as pd
 import pytest
 import yaml
-from hub_client import is_whole, push, silent, talk_to  # type: ignore[import-not-found]
+from hub_client import is_whole, push, talk_to  # type: ignore[import-not-found]
 from hub_server import HubServer  # type: ignore[import-not-found]
 
 from nanophi.core.errors import UserError
 from nanophi.core.recipe import Recipe, load_recipe
-from nanophi.data import gather, packing, quality, quality_join
+from nanophi.data import gather, packing, quality
 from nanophi.data.scorers import find_scorer
 from nanophi.model_card import companions
 from nanophi.model_card import push as pushing
@@ -241,6 +242,20 @@ def download_data(hub: HubServer, folder: Path) -> Path:
     return folder / "org/demo-data"
 
 
+def join_by_the_card(hub: HubServer, published: Path, texts: Path) -> None:
+    """Runs the lines of the data's card that join the published scores with texts, from and to folders here."""
+    page = hub.repositories["dataset", "org/demo-data"].branches["main"].files["README.md"].data.decode()
+    (joining,) = re.findall(r"```python\n(import hashlib.*?)```", page, re.DOTALL)
+    Path("joined/data").mkdir(parents=True)
+    mine = datasets.load_dataset("json", data_files=f"{texts}/*.jsonl", split="train")
+
+    def load(name: str, split: str, revision: str) -> Any:
+        assert (name, revision) == ("org/demo-data", "v1.0")
+        return datasets.Dataset.from_parquet(str(published / "data" / f"{split}-00000.parquet"))
+
+    exec(joining, {"load_dataset": load, "mine": mine})
+
+
 @pytest.mark.parametrize("kind", ["scores", "text"])
 def test_a_recipe_over_the_published_data_gives_the_same_tokens(
     kind: Any, scored: Path, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -248,27 +263,13 @@ def test_a_recipe_over_the_published_data_gives_the_same_tokens(
     run = scored.parent
     push(scored, "org/demo", data=kind)
     published = download_data(hub, tmp_path)
-    if kind == "scores":
-        for _ in range(2):
-            summary = quality_join.join_files(f"{scored.parents[2]}/*.jsonl", str(published), tmp_path / "joined")
-            assert summary == {"joined": 2 * DOCUMENTS, "scored": 2 * DOCUMENTS, "unknown": 0}
     monkeypatch.chdir(tmp_path)
+    if kind == "scores":
+        join_by_the_card(hub, published, scored.parents[2])
     recipe = recipe_on_the_card(hub, load_recipe(run / "recipe.yaml"), tmp_path)
     tokenizer = run / "data" / "tokenizer"
     shutil.rmtree(run / "tokens", ignore_errors=True)
     assert packed(recipe, tmp_path / "again", tokenizer) == packed(load_recipe(run / "recipe.yaml"), run, tokenizer)
-
-
-def test_a_join_replaces_only_its_own_folder(scored: Path, hub: HubServer, tmp_path: Path) -> None:
-    push(scored, "org/demo", data="scores")
-    published = str(download_data(hub, tmp_path))
-    (tmp_path / "joined" / "data").mkdir(parents=True)
-    (tmp_path / "joined" / "README.md").write_text("Mine.")
-    with pytest.raises(UserError, match="did not write"):
-        quality_join.join_files(f"{scored.parents[2]}/*.jsonl", published, tmp_path / "joined")
-    (tmp_path / "other.txt").write_text("A text that nobody scored.")
-    with pytest.raises(UserError, match="none of the 1 texts"):
-        quality_join.join_files(str(tmp_path / "other.txt"), published, tmp_path / "new")
 
 
 def test_bad_input_is_one_line(scored: Path, hub: HubServer, tmp_path: Path) -> None:
@@ -340,12 +341,12 @@ def test_a_push_cut_at_any_request_is_finished_by_the_next(
             if requests:
                 hub.cut(generator.randrange(requests), generator.choice(["before", "during", "after"]))
                 with pytest.raises(UserError):
-                    push(scored, "org/demo", echo=silent, **everything)
+                    push(scored, "org/demo", **everything)
                 for repository in hub.repositories.values():
                     head = repository.branches["main"]
                     assert set(head.files) == {".gitattributes"} or is_whole(head)
                 hub.restore()
-            push(scored, "org/demo", echo=silent, **everything)
+            push(scored, "org/demo", **everything)
             requests = requests or len(hub.requests)
             assert len(hub.repositories) == 3
             assert all(is_whole(entry.branches["main"]) and not entry.private for entry in hub.repositories.values())
