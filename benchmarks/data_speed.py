@@ -38,7 +38,7 @@ import pyarrow.parquet as pq
 
 from nanophi.core.files import read_json, write_json
 from nanophi.core.recipe import Data, Quality, Tokenizer
-from nanophi.data import contamination, gather, packing, quality, scorers, tokenizer
+from nanophi.data import contamination, gather, linear, packing, scoring, tokenizer
 from nanophi.data.documents import shards
 
 HIGH = {"textbook", "reference", "encyclopedia"}
@@ -118,9 +118,9 @@ def prepare(args: argparse.Namespace, files: list[Path], work: Path) -> dict[str
         with step("gather"):
             documents = gather.gather(data, work / "documents")
         with step("score"):
-            quality.score(work / "documents", scorer, data, 0, work / "scores")
+            scoring.score(work / "documents", scorer, data, 0, work / "scores")
         with step("select"):
-            quality.select(
+            scoring.select(
                 work / "documents", work / "scores", scorer.model_copy(update={"threshold": None}), work / "kept"
             )
         with step("tokenizer"):
@@ -278,7 +278,7 @@ def unseen_sources(files: list[Path]) -> dict[str, Any]:
     def area(fitted: np.ndarray, tested: np.ndarray) -> tuple[float, float, float]:
         """ROC AUC, Brier score (each label weighing the same), seconds of the fit."""
         started = time.perf_counter()
-        scorer, _ = scorers.fit([texts[row] for row in fitted], labels[fitted], names[fitted].tolist(), 0)
+        scorer, _ = linear.fit([texts[row] for row in fitted], labels[fitted], names[fitted].tolist(), 0)
         seconds = time.perf_counter() - started
         scores, good = scorer.score([texts[row] for row in tested]), labels[tested]
         brier = ((scores[good] - 1) ** 2).mean() / 2 + (scores[~good] ** 2).mean() / 2

@@ -16,7 +16,7 @@ from nanophi.core.bases import inherit
 from nanophi.core.errors import UserError, suggest
 from nanophi.core.licenses import card_problems, stated_license
 from nanophi.core.recipe_file import find_recipe, override, own, read
-from nanophi.core.registry import OPTIMIZERS
+from nanophi.core.registry import OPTIMIZERS, SCORERS, choose, find
 
 if TYPE_CHECKING:
     from nanophi.configuration_nanophi import NanoPhiConfig
@@ -166,9 +166,7 @@ class Quality(Section):
     @pydantic.field_validator("scorer")
     @classmethod
     def known_scorer(cls, value: str) -> str:
-        kind, _, name = value.partition(":")
-        if value != "linear" and (kind not in ("column", "model") or not name):
-            raise ValueError("must be 'linear', 'column:<name>' or 'model:<hub id or folder>'")
+        choose(SCORERS, value)
         return value
 
     @pydantic.model_validator(mode="after")
@@ -176,14 +174,14 @@ class Quality(Section):
         low, high = self.scale or (0.0, 1.0)
         if not low < high:
             raise ValueError(f"scale [{low:g}, {high:g}] must go from a smaller to a larger number")
-        if self.label is not None and not self.scorer.startswith("model:"):
-            raise ValueError("label is for a scorer 'model:<hub id or folder>'")
-        if self.scale is not None and self.scorer == "linear":
-            raise ValueError("scale is for a scorer 'column:<name>' or 'model:<hub id or folder>'")
+        for key in ("label", "scale"):
+            if getattr(self, key) is not None and key not in choose(SCORERS, self.scorer)[0].keys:
+                takers = [kind for kind in (find(SCORERS, name, "scorer") for name in SCORERS) if key in kind.keys]
+                raise ValueError(f"{key} is for a scorer {' or '.join(repr(kind.form) for kind in takers)}")
         if self.scale is not None and "threshold" not in self.model_fields_set:
-            raise ValueError(f"with a scale, say the threshold between {low:g} and {high:g} (or null)")
+            raise ValueError(f"with a scale, state the threshold between {low:g} and {high:g} (or null)")
         if self.threshold is not None and not low <= self.threshold <= high:
-            hint = "" if self.scale else "; if they have another range, say it, for example scale: [0, 5]"
+            hint = "" if self.scale else "; if they have another range, state it, for example scale: [0, 5]"
             raise ValueError(
                 f"threshold {self.threshold:g} is outside the scale of the scores, {low:g} to {high:g}{hint}"
             )
@@ -363,9 +361,7 @@ class Recipe(Section):
 
     @pydantic.model_validator(mode="after")
     def has_labels(self) -> Recipe:
-        embedded = all(source.embedded for source in self.data.sources)
-        if self.quality.scorer == "linear" and not embedded and not (self.quality.high and self.quality.low):
-            raise ValueError("quality.scorer 'linear' needs quality.high and quality.low (names of sources)")
+        choose(SCORERS, self.quality.scorer)[0].check_section(self.quality, self.data)
         sources = self.data.sources
         if not any(source.embedded or source.source_column for source in sources):
             # Otherwise the documents say what their sources are called.

@@ -26,6 +26,21 @@ OPTIMIZERS = {
 """`training.optimizer` -> a function that makes a `torch.optim.Optimizer`."""
 
 
+def choose(table: dict[str, str], value: str) -> tuple[Any, str]:
+    """The class of `KIND` or `KIND:ARGUMENT`, and the argument ("" without one), as the class's `form` spells it.
+
+    Raises:
+        ValueError: naming the forms of all classes in the table.
+    """
+    kind, colon, argument = value.partition(":")
+    classes = {name: find(table, name, "kind") for name in table}
+    found = classes.get(kind)
+    if found is None or not bool(argument) == bool(colon) == (":" in found.form):
+        *most, last = [f"'{known.form}'" for known in classes.values()]
+        raise ValueError(f"must be {', '.join(most)} or {last}")
+    return found, argument
+
+
 def find(table: dict[str, str], name: str, what: str) -> Any:
     """The class or function registered under a name. Raises ValueError, with the nearest known name."""
     if name not in table:

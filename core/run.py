@@ -47,6 +47,7 @@ def differences(then: Any, now: Any, key: str = "", whole: bool = True) -> list[
         return []
     else:
         short = [value[:12] if isinstance(value, str) and len(value) == 64 else value for value in (then, now)]
+        short = [text if len(text := str(value)) <= 80 else f"{text[:60]}..." for value in short]
         return [f"{key} {short[0]} -> {short[1]}"]
     return [line for pair in pairs for line in differences(*pair, whole=whole)]
 

@@ -2,7 +2,8 @@
 
 train.parquet      input_ids and assistant_masks (sft), or prompt, chosen and rejected as messages (dpo)
 heldout.parquet    id, source, messages; the prompt as text, ending where an answer begins; the answer
-conversations.json what was read and dropped, by source
+
+Files are found by `sources.py`; the stage around this, with the base's files, is in `stages.py`.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ TEMPLATE = """\
 {{- message['content'] | trim + eos_token -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- 'Assistant:\\n' -}}{%- endif -%}"""
-"""Roles in words, and a turn ends with the end of text, so that no base needs a new token."""
+"""Roles in words, and a turn ends with the end of text, so that no base needs a new token. The stage is keyed by it."""
 
 ROLES = ("system", "user", "assistant")
 HELDOUT_SHARE, HELDOUT_MAXIMUM = 0.02, 400
@@ -51,94 +52,108 @@ def build(
         tokenizer: with the chat template.
         context: tokens that the model reads; turns beyond it are left out.
         base_text: `data/documents` of the base, whose training text must not hold a held-out answer; None: unknown.
-        output: folder to write in.
+        output: folder to create.
 
     Returns:
-        `{"train", "heldout": counts, "tokens", "sources": {name: Counter}, "answers_in_base_text": count or None}`.
+        `{"train", "heldout": counts, "tokens", "sources": {name: {outcome: count}}, "answers_in_base_text": count or
+        None, "train_sha256", "heldout_sha256"}`.
 
     Raises:
         UserError: naming the first row that is no conversation, or a source with nothing to train on.
     """
-    train: list[dict[str, Any]] = []
-    candidates: dict[str, dict[str, Any]] = {}
-    learned: set[str] = set()
+    rows = _Rows(method, tokenizer, context, split=not any(source.heldout for source in given))
     counts: dict[str, Counter[str]] = {}
-    own_split = any(source.heldout for source in given)
     for source in given:
         name = source.embedded or sources.name_of(source)
         count = counts.setdefault(name, Counter())
-        for where, row, held in itertools.islice(_rows(source), source.max_documents):
-            count["read"] += 1
-            prompt, chosen, rejected = conversation(row, where, method)
-            texts = [turn["content"] for turn in (*prompt, *chosen, *rejected)]
-            if any(token in text for token in tokenizer.all_special_tokens for text in texts):
-                count["special_token"] += 1  # it would end a turn in the middle of a text
-                continue
-            if (prompt + chosen)[0]["role"] == "assistant":
-                count["nothing_asked"] += 1  # no template begins with an answer
-                continue
-            with user_errors(f"{where} does not fit the base's chat template"):
-                ids, mask, whole = encode(tokenizer, prompt + chosen, context)
-                if rejected:  # the two have to be compared as they are
-                    whole &= encode(tokenizer, prompt + rejected, context)[2]
-            if not ids or (rejected and not whole):
-                count["too_long"] += 1
-                continue
-            turns, answer = (prompt + chosen)[:-1], chosen[-1]["content"].strip()
-            key = sha256_of(turns)
-            if held or (held is None and not own_split and int(key[:8], 16) / 2**32 < HELDOUT_SHARE):
-                text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-                if len(tokenizer(text).input_ids) + ANSWER_TOKENS >= context:
-                    count["too_long"] += 1
-                elif key in candidates:
-                    count["asked_twice"] += 1
-                else:
-                    row = {"id": key[:16], "source": name, "messages": turns}
-                    candidates[key] = row | {"prompt": text, "answer": answer}
-                continue
-            learned.update(turn["content"].strip() for turn in chosen if turn["role"] == "assistant")
-            if method == "dpo":
-                train.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
-            else:
-                train.append({"input_ids": ids, "assistant_masks": mask})
-            count["train"] += 1
+        for where, row, held in itertools.islice(_read(source), source.max_documents):
+            outcome = rows.add(name, where, row, held)
+            count.update(["read", *([outcome] if outcome else [])])
         if not count["read"]:
             raise UserError(f"source {name} holds no conversations")
-    if not train:
+    if not rows.train:
         total = ", ".join(f"{reason} {count}" for reason, count in sum(counts.values(), Counter()).items())
         raise UserError(f"no conversation is left to train on ({total})")
-    known = set() if base_text is None else _in_text(base_text, {row["answer"] for row in candidates.values()})
-    kept: list[dict[str, Any]] = []
-    for _, row in sorted(candidates.items()):
-        count = counts[row["source"]]
-        if len(kept) == HELDOUT_MAXIMUM:
-            count["not_needed"] += 1
-        elif row["answer"] in known:
-            count["answer_in_base_text"] += 1
-        elif row["answer"] in learned:
-            count["answer_learned"] += 1
+    kept = _hold_out(rows, base_text, counts)
+    output.mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(rows.train), output / "train.parquet")
+    pq.write_table(pa.Table.from_pylist(kept), output / "heldout.parquet")
+    found = sum(count["answer_in_base_text"] for count in counts.values())
+    return {
+        "train": len(rows.train),
+        "heldout": len(kept),
+        "tokens": sum(len(row.get("input_ids", ())) for row in rows.train) or None,
+        "sources": {name: dict(count) for name, count in counts.items()},
+        "answers_in_base_text": None if base_text is None else found,
+        "train_sha256": sha256_of(rows.train),
+        "heldout_sha256": sha256_of(kept),
+    }
+
+
+class _Rows:
+    """What becomes of the rows that are read; `split`: a hash decides which are held out."""
+
+    def __init__(self, method: str, tokenizer: Any, context: int, split: bool) -> None:
+        self.method, self.tokenizer, self.context, self.split = method, tokenizer, context, split
+        self.train: list[dict[str, Any]] = []
+        self.candidates: dict[str, dict[str, Any]] = {}  # to be held out, by the hash of what is asked
+        self.learned: set[str] = set()  # answers
+
+    def add(self, name: str, where: str, row: dict[str, Any], held: bool | None) -> str | None:
+        """`train`, or the reason why the row is left out; None while it may be held out."""
+        prompt, chosen, rejected = conversation(row, where, self.method)
+        texts = [turn["content"] for turn in (*prompt, *chosen, *rejected)]
+        if any(token in text for token in self.tokenizer.all_special_tokens for text in texts):
+            return "special_token"  # it would end a turn in the middle of a text
+        if (prompt + chosen)[0]["role"] == "assistant":
+            return "nothing_asked"  # no template begins with an answer
+        with user_errors(f"{where} does not fit the base's chat template"):
+            ids, mask, whole = encode(self.tokenizer, prompt + chosen, self.context)
+            if rejected:  # the two have to be compared as they are
+                whole &= encode(self.tokenizer, prompt + rejected, self.context)[2]
+        if not ids or (rejected and not whole):
+            return "too_long"
+        asked = (prompt + chosen)[:-1]
+        key = sha256_of(asked)
+        if held or (held is None and self.split and documents.uniform_from_id([key[:16]])[0] < HELDOUT_SHARE):
+            return self._candidate(key, name, asked, chosen[-1]["content"].strip())
+        self.learned.update(turn["content"].strip() for turn in chosen if turn["role"] == "assistant")
+        if self.method == "dpo":
+            self.train.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
         else:
-            count["heldout"] += 1
+            self.train.append({"input_ids": ids, "assistant_masks": mask})
+        return "train"
+
+    def _candidate(self, key: str, name: str, asked: Messages, answer: str) -> str | None:
+        text = self.tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        if len(self.tokenizer(text).input_ids) + ANSWER_TOKENS >= self.context:
+            return "too_long"
+        row = {"id": key[:16], "source": name, "messages": asked, "prompt": text, "answer": answer}
+        return None if self.candidates.setdefault(key, row) is row else "asked_twice"
+
+
+def _hold_out(rows: _Rows, base_text: Path | None, counts: dict[str, Counter[str]]) -> list[dict[str, Any]]:
+    """The candidates whose answers nobody has read, counted by source. Raises `UserError` if there are none."""
+    answers = {row["answer"] for row in rows.candidates.values()}
+    known = set() if base_text is None else _in_text(base_text, answers)
+    kept: list[dict[str, Any]] = []
+    for _, row in sorted(rows.candidates.items()):
+        if len(kept) == HELDOUT_MAXIMUM:
+            outcome = "not_needed"
+        elif row["answer"] in known:
+            outcome = "answer_in_base_text"
+        elif row["answer"] in rows.learned:
+            outcome = "answer_learned"
+        else:
+            outcome = "heldout"
             kept.append(row)
+        counts[row["source"]][outcome] += 1
     if not kept:
         raise UserError(
             "no conversation is left to be held out; add a source with heldout: true whose answers are not among those "
             "to train on"
         )
-    output.mkdir(parents=True)
-    pq.write_table(pa.Table.from_pylist(train), output / "train.parquet")
-    pq.write_table(pa.Table.from_pylist(kept), output / "heldout.parquet")
-    return {
-        "train": len(train),
-        "heldout": len(kept),
-        "tokens": sum(len(row.get("input_ids", ())) for row in train) or None,
-        "sources": {name: dict(count) for name, count in counts.items()},
-        "answers_in_base_text": None
-        if base_text is None
-        else sum(count["answer_in_base_text"] for count in counts.values()),
-        "train_sha256": sha256_of(train),
-        "heldout_sha256": sha256_of(kept),
-    }
+    return kept
 
 
 def heldout(run: Path, count: int = 5) -> list[dict[str, Any]]:
@@ -148,11 +163,7 @@ def heldout(run: Path, count: int = 5) -> list[dict[str, Any]]:
 
 
 def conversation(row: dict[str, Any], where: str, method: str) -> tuple[Messages, Messages, Messages]:
-    """A row's prompt, its (chosen) completion and, for `dpo`, its rejected one.
-
-    Raises:
-        UserError: saying what the row lacks.
-    """
+    """A row's prompt, its (chosen) completion and, for `dpo`, its rejected one. Raises `UserError` if it lacks any."""
     row = {key: value for key, value in row.items() if value is not None}
     if method == "dpo":
         if not {"chosen", "rejected"} <= set(row):
@@ -203,9 +214,7 @@ def encode(tokenizer: Any, messages: Messages, context: int) -> tuple[list[int],
     Returns:
         token ids; 1 where the assistant speaks, the end of its turn included; whether this is all of it.
     """
-    ids: list[int] = []
-    mask: list[int] = []
-    text = ""
+    ids, mask, text = list[int](), list[int](), ""
     for number, turn in enumerate(messages):
         if turn["role"] != "assistant":
             continue
@@ -217,14 +226,14 @@ def encode(tokenizer: Any, messages: Messages, context: int) -> tuple[list[int],
             tokenizer(part, add_special_tokens=False).input_ids for part in (before[len(text) :], after[len(before) :])
         ]
         if len(ids) + sum(map(len, parts)) > context:
-            break
+            return ids, mask, False
         ids += parts[0] + parts[1]
         mask += [0] * len(parts[0]) + [1] * len(parts[1])
         text = after
     return ids, mask, True
 
 
-def _rows(source: Source) -> Iterator[tuple[str, dict[str, Any], bool | None]]:
+def _read(source: Source) -> Iterator[tuple[str, dict[str, Any], bool | None]]:
     """Where a row is, the row, and whether it is held out (None: its hash decides, unless a whole source is)."""
     if source.embedded:
         for number, (held, question, answer) in enumerate(questions.conversations(), 1):
@@ -250,7 +259,7 @@ def _rows(source: Source) -> Iterator[tuple[str, dict[str, Any], bool | None]]:
 
 
 def _in_text(folder: Path, answers: Collection[str]) -> set[str]:
-    """Which answers stand in the training documents, white space apart; holds a few MB of them at a time."""
+    """Which answers are in the training documents, white space apart; holds a few MB of them at a time."""
     left = {answer: " ".join(answer.split()) for answer in answers}
     for batch in documents.batches(documents.shards(folder, "train"), ["text"], None):
         base = "\n".join(" ".join(text.split()) for text in batch.column("text").to_pylist())

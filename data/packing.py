@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import shutil
-from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,8 @@ from nanophi.data.documents import batches, ids_to_uint64, shards, uniform_from_
 from nanophi.data.parallel import run_parts
 from nanophi.data.tokenizer import Encoder
 
-_BATCH_BYTES = 1 << 20
 _WRITE_TOKENS = 1 << 20
+_DOCUMENTS = pa.schema([("source", pa.string()), ("tokens", pa.int64()), ("bytes", pa.int64())])
 LONGEST_TOKEN = 8
 """Bytes per token that no English text exceeds on average; how much text is tokenized for `data.max_tokens`."""
 
@@ -41,17 +41,14 @@ def pack(
 ) -> dict[str, Any]:
     """Tokenize and pack.
 
+    Of the training documents those in `kept`, the folder of `scoring.select`, are packed; held-out documents are all
+    packed, so that a filtered run and its control are measured on the same text. It resumes after a kill.
+
     Args:
-        documents: folder of `corpus.gather`.
-        kept: folder of `quality.select`; of the training documents only these are packed. Held-out documents are
-            all packed, so that a filtered run and its control are measured on the same text.
-        tokenizer: folder of `tokenizer.build`.
-        context_length: tokens per row.
         data: the recipe's section, for the sources' weights, the number of workers, and `max_tokens`: the training
             split then has that many tokens, in whole rows, if there are so many.
         seed: of the order of the training documents, of which of them make up `max_tokens`, and of which are repeated
             under a fractional weight.
-        output: folder to create; resumes where a killed attempt stopped.
 
     Returns:
         by split `{documents, bytes, tokens, rows, tail_tokens, tokens_by_source, bytes_per_token, sha256}`. `tokens`
@@ -75,18 +72,19 @@ def pack(
     weights = sources.weights(data.sources, origins)
     summary: dict[str, Any] = {"context_length": context_length}
     for split in ("train", "heldout"):
-        paths = shards(documents, split)
         train = split == "train"
-        limit = data.max_tokens if train else None
-        share = (
-            1.0 if limit is None else min(1.0, LONGEST_TOKEN * limit / read_json(kept / "quality.json")["kept_bytes"])
-        )
+        limit, share = data.max_tokens if train else None, 1.0
+        if limit is not None:
+            share = min(share, LONGEST_TOKEN * limit / read_json(kept / "quality.json")["kept_bytes"])
         while True:
-            parts = [(path, kept / "kept.parquet" if train else None, (share, seed), tokenizer) for path in paths]
-            folder = work / (split if share == 1 else f"{split}-part")
+            parts = [
+                (path, kept / "kept.parquet" if train else None, share, seed, tokenizer)
+                for path in shards(documents, split)
+            ]
+            folder = work / f"{split}-{'documents' if share == 1 else 'sample'}"
             counts = run_parts(_encode_shard, parts, folder, f"tokenizing {split}", data.workers, data.engine)
             stream = _Stream(folder, counts, weights if train else {}, seed, limit)
-            if share == 1 or stream.lengths[stream.order].sum() >= (limit or 0):
+            if share == 1 or stream.total >= (limit or 0):
                 break
             share = 1.0  # documents with few, long tokens, or with weights below one
         summary[split] = _write(stream, context_length, output / split, work, split, limit)
@@ -107,93 +105,70 @@ def _kept_ids(path: Path) -> np.ndarray:
 
 
 def _encode_shard(
-    shard: Path, kept: Path | None, sample: tuple[float, int], tokenizer: Path, path: Path
+    shard: Path, kept: Path | None, share: float, seed: int, tokenizer: Path, path: Path
 ) -> dict[str, Any]:
-    """Write `.tokens` (uint32, end-of-text after each document), `.lengths`, `.bytes` and `.codes`."""
+    """Write `.tokens` (uint32, end-of-text after each document) and `.parquet` (source, tokens, bytes of each)."""
     encoder = _encoder(tokenizer)
     eos = encoder.eos_token_id
-    names: dict[str, int] = {}
-    lengths: list[int] = []
-    sizes: list[int] = []
-    codes: list[int] = []
+    columns: dict[str, list[Any]] = {"source": [], "tokens": [], "bytes": []}
     with path.with_suffix(".tokens").open("wb") as output:
         for batch in batches(shard, ["id", "text", "source"], 128):
             if kept is not None:
                 ids = batch.column("id")
-                batch = batch.filter(
-                    pa.array(
-                        np.isin(ids_to_uint64(ids), _kept_ids(kept)) & (uniform_from_id(ids, sample[1]) < sample[0])
-                    )
-                )
+                chosen = np.isin(ids_to_uint64(ids), _kept_ids(kept)) & (uniform_from_id(ids, seed) < share)
+                batch = batch.filter(pa.array(chosen))
             texts = batch.column("text").to_pylist()
             for ids_of_text in encoder.encode(texts):
                 tokens = np.append(ids_of_text, np.uint32(eos))
                 if int((tokens == eos).sum()) != 1:
                     raise UserError(f"{tokenizer}: some text became the end-of-text token; mark that as special there")
                 output.write(tokens.tobytes())
-                lengths.append(len(tokens))
-            sizes.extend(len(text.encode()) for text in texts)
-            codes.extend(names.setdefault(name, len(names)) for name in batch.column("source").to_pylist())
-    np.array(lengths, np.int64).tofile(path.with_suffix(".lengths"))
-    np.array(sizes, np.int64).tofile(path.with_suffix(".bytes"))
-    np.array(codes, np.int64).tofile(path.with_suffix(".codes"))
-    return {"documents": len(lengths), "tokens": sum(lengths), "sources": list(names)}
+                columns["tokens"].append(len(tokens))
+            columns["bytes"].extend(len(text.encode()) for text in texts)
+            columns["source"].extend(batch.column("source").to_pylist())
+    pq.write_table(pa.table(columns, schema=_DOCUMENTS), path.with_suffix(".parquet"))
+    return {"documents": len(columns["tokens"]), "tokens": sum(columns["tokens"])}
 
 
 class _Stream:
-    """The documents of a split in the order in which they are packed."""
+    """The documents of a split in the order in which they are packed: source, tokens and bytes of each."""
 
     def __init__(
-        self,
-        folder: Path,
-        counts: list[dict[str, Any]],
-        weights: dict[str, float],
-        seed: int,
-        limit: int | None = None,
+        self, folder: Path, counts: list[dict[str, Any]], weights: dict[str, float], seed: int, limit: int | None
     ) -> None:
-        self.paths = [folder / f"{index:05d}" for index in range(len(counts))]
-        self.parts = np.repeat(np.arange(len(counts)), [part["documents"] for part in counts])
-        lengths = [np.fromfile(path.with_suffix(".lengths"), np.int64) for path in self.paths]
-        for path, part, length in zip(self.paths, counts, lengths, strict=True):
-            if len(length) != part["documents"] or path.with_suffix(".tokens").stat().st_size != 4 * part["tokens"]:
-                raise UserError(f"{path}.tokens is incomplete; delete the run's .work folder and run again")
-        self.lengths = np.concatenate(lengths)
-        self.starts = np.concatenate([np.cumsum(length) - length for length in lengths])
-        self.sizes = np.concatenate([np.fromfile(path.with_suffix(".bytes"), np.int64) for path in self.paths])
-        self.sources = sorted({name for part in counts for name in part["sources"]})
-        self.codes = np.concatenate(
-            [
-                np.array([self.sources.index(name) for name in part["sources"]] or [0], np.int64)[
-                    np.fromfile(path.with_suffix(".codes"), np.int64)
-                ]
-                for path, part in zip(self.paths, counts, strict=True)
-            ]
-        )
-        self.order = np.arange(len(self.lengths))
+        paths = [folder / f"{index:05d}" for index in range(len(counts))]
+        self._files = [path.with_suffix(".tokens") for path in paths]
+        for file, part in zip(self._files, counts, strict=True):
+            if file.stat().st_size != 4 * part["tokens"]:
+                raise UserError(f"{file} is incomplete; delete the run's .work folder and run again")
+        tables = [pq.read_table(path.with_suffix(".parquet"), read_dictionary=["source"]) for path in paths]
+        documents = pa.concat_tables(tables).unify_dictionaries()
+        order = np.arange(len(documents))
         if weights:
             generator = np.random.default_rng(seed)
-            weight = np.array([weights.get(name, 1.0) for name in self.sources])[self.codes]
+            source = documents["source"].combine_chunks()
+            weight = np.array([weights.get(name, 1.0) for name in source.dictionary.to_pylist()])[source.indices]
             times = np.floor(weight + generator.random(len(weight))).astype(np.int64)
-            self.order = generator.permutation(np.repeat(self.order, times))
+            order = generator.permutation(np.repeat(order, times))
         if limit is not None:
-            reached = np.cumsum(self.lengths[self.order])
-            self.order = self.order[: np.searchsorted(reached, limit) + 1]
+            reached = np.cumsum(documents["tokens"].to_numpy()[order])
+            order = order[: np.searchsorted(reached, limit) + 1]
+        self.documents = documents.take(order)
+        self.total = int(self.documents["tokens"].to_numpy().sum())
+        starts = [np.cumsum(tokens) - tokens for tokens in (table["tokens"].to_numpy() for table in tables)]
+        self._starts = np.concatenate(starts)[order]
+        self._parts = np.repeat(np.arange(len(tables)), [len(table) for table in tables])[order]
 
-    def blocks(self) -> Any:
+    def blocks(self) -> Iterator[np.ndarray]:
         """The token stream, int32, in blocks of about `_WRITE_TOKENS`."""
+        # An empty file cannot be mapped, and no document lies in it.
         tokens = [
-            np.memmap(path.with_suffix(".tokens"), np.uint32, "r")
-            if path.with_suffix(".tokens").stat().st_size
-            else None
-            for path in self.paths
+            np.memmap(file, np.uint32, "r") if file.stat().st_size else np.zeros(0, np.uint32) for file in self._files
         ]
         pending: list[np.ndarray] = []
         size = 0
-        for document in self.order:
-            start, length = self.starts[document], self.lengths[document]
-            part = tokens[self.parts[document]]
-            assert part is not None
-            pending.append(part[start : start + length])
+        for part, start, length in zip(self._parts, self._starts, self.documents["tokens"].to_numpy(), strict=True):
+            pending.append(tokens[part][start : start + length])
             size += int(length)
             if size >= _WRITE_TOKENS:
                 yield np.concatenate(pending).astype("<i4")
@@ -205,15 +180,11 @@ class _Stream:
 def _write(
     stream: _Stream, context_length: int, output: Path, work: Path, split: str, limit: int | None
 ) -> dict[str, Any]:
-    import datasets
-
-    total = int(stream.lengths[stream.order].sum())
+    """Cut the stream into rows; returns the split's counts (see `pack`)."""
+    total = stream.total
     if total < context_length:
-        remedy = (
-            "keep more (quality.threshold or quality.share) or add sources"
-            if split == "train"
-            else "raise data.heldout_fraction"
-        )
+        more = "keep more (quality.threshold or quality.share) or add sources"
+        remedy = more if split == "train" else "raise data.heldout_fraction"
         raise UserError(f"the {split} split has {total} tokens, less than one row of {context_length}; {remedy}")
     schema = pa.schema([("input_ids", pa.list_(pa.int32(), context_length))])
     digest = hashlib.sha256()
@@ -227,44 +198,45 @@ def _write(
             whole = min(len(block) // context_length, most - rows)
             rest = block[whole * context_length :]
             rows += whole
-            values = pa.array(block[: whole * context_length])
-            writer.write_batch(
-                pa.record_batch([pa.FixedSizeListArray.from_arrays(values, context_length)], schema=schema)
-            )
+            cut = pa.FixedSizeListArray.from_arrays(pa.array(block[: whole * context_length]), context_length)
+            writer.write_batch(pa.record_batch([cut], schema=schema))
     if rows * context_length + len(rest) != total:
         raise UserError(f"{split}: {total} tokens went in, {rows * context_length + len(rest)} came out")
-    saved = work / f"{split}-saved"
+    _save_dataset(flat, digest.hexdigest()[:16], work / f"{split}-saved", output)
+    documents = stream.documents
+    if split == "heldout":
+        pq.write_table(documents.cast(_DOCUMENTS), output.with_name("heldout-documents.parquet"))
+    by_source = dict.fromkeys(sorted(documents["source"].combine_chunks().dictionary.to_pylist()), 0)
+    for row in documents.group_by("source").aggregate([("tokens", "sum")]).to_pylist():
+        by_source[row["source"]] = row["tokens_sum"]
+    size = int(documents["bytes"].to_numpy().sum())
+    return {
+        "documents": len(documents),
+        "bytes": size,
+        "tokens": total,
+        "rows": rows,
+        "tail_tokens": len(rest),
+        "tokens_by_source": by_source,
+        "bytes_per_token": round(size / total, 4),
+        "sha256": digest.hexdigest(),
+    }
+
+
+def _save_dataset(flat: Path, fingerprint: str, saved: Path, output: Path) -> None:
+    """Make a `datasets` folder of an Arrow stream, which is removed.
+
+    By default the fingerprint follows from the file's time; this one makes equal tokens equal folders.
+    """
+    import datasets
+
     shutil.rmtree(saved, ignore_errors=True)
     shown = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
         table = datasets.table.MemoryMappedTable.from_file(str(flat))
-        # By default the fingerprint follows from the file's time; this one makes equal tokens equal folders.
-        datasets.Dataset(table, fingerprint=digest.hexdigest()[:16]).save_to_disk(str(saved))
+        datasets.Dataset(table, fingerprint=fingerprint).save_to_disk(str(saved))
     finally:
         if shown:
             datasets.enable_progress_bars()
     flat.unlink()
     replace_tree(saved, output)
-    if split == "heldout":
-        documents = {
-            "source": np.array(stream.sources)[stream.codes[stream.order]],
-            "tokens": stream.lengths[stream.order],
-            "bytes": stream.sizes[stream.order],
-        }
-        pq.write_table(pa.table(documents), output.with_name("heldout-documents.parquet"))
-    by_source: Counter[str] = Counter()
-    sums = np.bincount(stream.codes[stream.order], stream.lengths[stream.order], minlength=len(stream.sources))
-    for name, count in zip(stream.sources, sums.tolist(), strict=True):
-        by_source[name] = int(count)
-    size = int(stream.sizes[stream.order].sum())
-    return {
-        "documents": len(stream.order),
-        "bytes": size,
-        "tokens": total,
-        "rows": rows,
-        "tail_tokens": len(rest),
-        "tokens_by_source": dict(by_source),
-        "bytes_per_token": round(size / total, 4),
-        "sha256": digest.hexdigest(),
-    }

@@ -13,30 +13,20 @@ from nanophi.core.recipe import Quality
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """What is kept.
-
-    Attributes:
-        kept: bool, shape (documents,).
-        cutoff: the score of the last document that a share took, by which held-out documents are divided the same way;
-            None: the threshold divides them, or nothing does.
-    """
+    """What is kept: `kept`, bool `[documents]`."""
 
     kept: np.ndarray
     cutoff: float | None = None
+    """The score of the last document that a share took, by which held-out documents are divided the same way; None: the
+    threshold divides them, or nothing does."""
 
 
 def choose(scores: np.ndarray, sizes: np.ndarray, ids: np.ndarray, quality: Quality, seed: int) -> Selection:
-    """Choose training documents.
+    """Choose training documents, of which scores, sizes in bytes and distinct ids are given.
 
     A share is taken from the best, the worst or a random end of the documents until their bytes come nearest to it.
     Documents with equal scores come in random order, so that no source is favoured by its position in the corpus.
     What is chosen depends on the documents and the seed, not on their order.
-
-    Args:
-        scores, sizes: of the training documents, shape (documents,); sizes in bytes.
-        ids: their ids, distinct, shape (documents,).
-        quality: the recipe's section.
-        seed: of the random order.
 
     Raises:
         UserError: if nothing is kept, or all scores are equal where a best or worst share is asked for.
@@ -72,15 +62,9 @@ def choose(scores: np.ndarray, sizes: np.ndarray, ids: np.ndarray, quality: Qual
 
 
 def divide(scores: np.ndarray, quality: Quality, cutoff: float | None) -> np.ndarray | None:
-    """Which other documents the filter would keep, bool, shape (documents,).
+    """Which documents the filter would keep of those that it did not choose from, such as the held-out ones.
 
-    Args:
-        scores: of documents that it did not choose from, such as the held-out ones.
-        quality: the recipe's section.
-        cutoff: of `Selection`.
-
-    Returns:
-        None for a control or a random share, which treat no document as better than another.
+    None for a control or a random share, which treat no document as better than another.
     """
     if cutoff is not None:
         return scores >= cutoff if quality.select == "best" else scores <= cutoff

@@ -14,10 +14,10 @@ from typing import Any
 from nanophi.core import bases
 from nanophi.core.files import copy_tree, read_json, sha256_of_file, sha256_of_tree, write_json
 from nanophi.core.inputs import WEIGHTS
-from nanophi.core.names import split_revision
 from nanophi.core.recipe import Recipe, Source
 from nanophi.core.run import RunDirectory
 from nanophi.core.stages import Runner, Stage, Summary
+from nanophi.data import scorers
 
 PREPARE = ("documents", "scores", "quality", "tokenizer", "tokens", "conversations")
 
@@ -155,11 +155,6 @@ def _selects_otherwise(run: RunDirectory, work: Path) -> bool:
 # Documents
 
 
-def _column(recipe: Recipe) -> str | None:
-    kind, _, column = recipe.quality.scorer.partition(":")
-    return column if kind == "column" else None
-
-
 def _document_inputs(run: Runner) -> dict[str, Any]:
     from nanophi.data import sources
 
@@ -169,7 +164,7 @@ def _document_inputs(run: Runner) -> dict[str, Any]:
         "data": data.model_dump(mode="json", exclude=LATER),
         "sources": [sources.fingerprint(source, run.inputs.contents) for source in data.sources],
         "benchmarks": run.inputs.contents.of(benchmarks) if benchmarks else None,
-        "score": _column(run.recipe),
+        "score": scorers.of_section(run.recipe.quality).column,
     }
 
 
@@ -178,7 +173,8 @@ def _documents(run: Runner, work: Path) -> Summary:
     from nanophi.data import gather
 
     data = run.recipe.data.model_copy(update={"sources": pinned(run, run.recipe.data.sources)})
-    return gather.gather(data, work / "data/documents", _column(run.recipe), run.report)
+    column = scorers.of_section(run.recipe.quality).column
+    return gather.gather(data, work / "data/documents", column, run.report)
 
 
 # Scores and selection
@@ -187,41 +183,34 @@ def _documents(run: Runner, work: Path) -> Summary:
 def _score_inputs(run: Runner) -> dict[str, Any]:
     recipe = run.recipe
     section = recipe.quality.model_dump(mode="json", exclude={"threshold", "share", "select"})
-    inputs: dict[str, Any] = {"quality": section, "seed": recipe.seed}
-    kind, _, name = recipe.quality.scorer.partition(":")
-    if kind == "model":
-        repo_id, revision = split_revision(name)
-        inputs["scorer"] = run.inputs.model(repo_id, revision=revision)
-    return inputs
+    identity = scorers.of_section(recipe.quality).identity(run.inputs.model)
+    return {"quality": section, "seed": recipe.seed, **identity}
 
 
 def _check_scorer(run: Runner) -> None:
-    """A classifier that cannot be used is refused before the documents are read, unless it has scored them already."""
+    """A scorer that cannot be used is refused before the documents are read, unless it has scored them already."""
     inputs = _score_inputs(run)
     known = run.run.inputs_of("scores") or {}
-    if "scorer" in inputs and any(known.get(key) != inputs[key] for key in ("scorer", "quality")):
-        from nanophi.data import scorers
-
-        quality, commit = run.recipe.quality, inputs["scorer"].get("commit")
-        scorers.find_scorer(quality.scorer, quality.label, quality.scale, commit).check_choice()
+    if any(known.get(key) != value for key, value in inputs.items() if key != "seed"):
+        scorers.of_section(run.recipe.quality, inputs.get("scorer", {}).get("commit")).check()
 
 
 def _scores(run: Runner, work: Path) -> Summary:
     """A quality score for every document."""
-    from nanophi.data import quality
+    from nanophi.data import scoring
 
     recipe, commit = run.recipe, _score_inputs(run).get("scorer", {}).get("commit")
     folders = run.path / "data/documents", work / "data/scores"
-    return quality.score(folders[0], recipe.quality, recipe.data, recipe.seed, folders[1], revision=commit)
+    return scoring.score(folders[0], recipe.quality, recipe.data, recipe.seed, folders[1], revision=commit)
 
 
 def _quality(run: Runner, work: Path) -> Summary:
     """The documents that the filter keeps, and the report on it."""
-    from nanophi.data import quality
+    from nanophi.data import scoring
 
     data, recipe = run.path / "data", run.recipe
     output = work / "data/quality"
-    return quality.select(data / "documents", data / "scores", recipe.quality, output, recipe.training_seed)
+    return scoring.select(data / "documents", data / "scores", recipe.quality, output, recipe.training_seed)
 
 
 # Tokens

@@ -13,6 +13,7 @@ import jinja2
 
 from nanophi.core import formatting, markup, plots
 from nanophi.core.files import read_json, write_json, write_text
+from nanophi.eval import catalogue
 from nanophi.experiments import ablation, records
 
 ARMS = {
@@ -93,7 +94,7 @@ def _sentence(entry: Mapping[str, Any]) -> str:
 
 
 def _difference(one: Mapping[str, Any]) -> str:
-    return "" if one["value"] is None else formatting.difference(one, "bits_per_byte")
+    return "" if one["value"] is None else catalogue.difference(one, "bits_per_byte")
 
 
 def to_markdown(result: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ from huggingface_hub import ModelCardData
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, write_json
 from nanophi.core.recipe import Recipe
+from nanophi.data import scorers
 from nanophi.data.scorers import LinearScorer
 from nanophi.model_card import secrets
 from nanophi.model_card.companions import Source, write_filter_page
@@ -32,7 +33,8 @@ EXAMPLES = (
 def build(source: Source, repo_id: str, folder: Path) -> None:
     """Write the folder that becomes `ORG/NAME-quality`. Raises `UserError` if the run has no scorer of its own."""
     run, recipe = source.run, source.recipe
-    if recipe.quality.scorer != "linear":
+    weights = scorers.of_section(recipe.quality).weights
+    if weights is None:
         raise UserError(
             f"{run}: quality.scorer is '{recipe.quality.scorer}', so there is no scorer of this run to publish; "
             "leave out --scorer"
@@ -40,7 +42,7 @@ def build(source: Source, repo_id: str, folder: Path) -> None:
     portable = secrets.PathRemover(run)
     report = portable(read_json(run / "data" / "scores" / "scorer.json"))
     folder.mkdir(parents=True)
-    shutil.copyfile(run / "data" / "scores" / "scorer.safetensors", folder / "scorer.safetensors")
+    shutil.copyfile(run / "data" / "scores" / weights, folder / weights)
     write_json(folder / "scorer.json", report)
     scores = LinearScorer.load(folder).score([text.encode() for text in EXAMPLES]).tolist()
     metadata = ModelCardData(

@@ -23,11 +23,11 @@ from readme import README, ROOT, blocks, commands
 
 from nanophi.cli import HIDDEN, main
 from nanophi.cli import VERBS as TABLE
-from nanophi.core import formatting
 from nanophi.core.files import read_json
 from nanophi.core.recipe import load_recipe
 from nanophi.core.recipe_file import RECIPES
 from nanophi.data import quality
+from nanophi.eval import catalogue
 from nanophi.experiments import ablation_render
 
 COMMANDS = commands("The command")
@@ -125,7 +125,7 @@ def test_the_demo_prints_what_the_readme_shows(demo):
     assert filtered["train"]["tokens"] < control["train"]["tokens"]
 
 
-ON_THE_HUB = ("push", "submit", "quality join")
+ON_THE_HUB = ("push", "submit")
 OFFLINE = [line for line in COMMANDS if verb(line) not in ON_THE_HUB]
 
 
@@ -161,7 +161,6 @@ for arguments in json.loads(sys.argv.pop()):
             "step-000004",
             "step-000008",
         ]
-    assert len(list((folder / "joined" / "data").iterdir())) == 1
 
 
 def test_the_python_snippet_runs(demo):
@@ -228,7 +227,7 @@ def test_the_experiment_says_what_the_readme_says(tmp_path):
     quoted = " ".join(README[README.index("### Does the filter help?") :].split("\n## ")[0].split())
     for name in ("quality", "repetition", "check"):
         for one in primary[name]["learning_rates"].values():
-            assert formatting.difference(one, "bits_per_byte") in quoted
+            assert catalogue.difference(one, "bits_per_byte") in quoted
     for target, verdict in ((kept, "better"), (dropped, "worse")):
         quality = target["contrasts"]["quality"]
         assert quality["verdict"] == verdict

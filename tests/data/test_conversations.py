@@ -46,11 +46,7 @@ def recipe_on_base(runs, name, **fields):
     ("row", "method", "message"),
     [
         ({"messages": [user("Hi")]}, "sft", r"bad.jsonl:3: the conversation has no assistant's turn"),
-        (
-            {"messages": [{"role": "tool", "content": "x"}]},
-            "sft",
-            r"bad.jsonl:3: unknown role 'tool'; roles are system",
-        ),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "sft", "bad.jsonl:3: unknown role 'tool'; roles are system"),
         ({"messages": [user("Hi"), assistant(" ")]}, "sft", r"bad.jsonl:3: a turn of role 'assistant' has no text"),
         ({"text": "Hi"}, "sft", r"bad.jsonl:3: a row has 'messages', or 'prompt' and 'completion'; this one has text"),
         ({"prompt": "Hi", "chosen": "Hello"}, "dpo", r"bad.jsonl:3: a preference has 'chosen' and 'rejected'"),
@@ -163,6 +159,15 @@ def test_only_answers_are_learned_and_whole_turns_fit(runs):
         )
         whole = tokenizer.apply_chat_template(talked["messages"], tokenize=False)
         assert row["input_ids"] == tokenizer(whole).input_ids
+
+
+def test_a_preference_is_compared_whole_or_left_out(runs):
+    rows = [{"prompt": f"Say {n}.", "chosen": f"It is {n}.", "rejected": "No."} for n in range(4)]
+    rows += [{**rows[0], part: "x" * 200} for part in ("chosen", "rejected")]
+    turns = [user("Say x."), assistant("x")]
+    rows.append({"prompt": turns, "chosen": [user("And y?"), assistant("y" * 200)], "rejected": "No."})
+    summary = pipeline(runs, rows, "whole", method="dpo").tokens()
+    assert summary["sources"][str(runs / "whole.jsonl")] == {"read": 7, "train": 4, "too_long": 3}
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo"])

@@ -16,7 +16,7 @@ from killed import run_killed
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, write_json
 from nanophi.core.recipe import Data, Quality, Tokenizer
-from nanophi.data import gather, packing, quality, tokenizer
+from nanophi.data import gather, packing, scoring, tokenizer
 from nanophi.data.documents import shards
 
 CONTEXT = 64
@@ -29,15 +29,8 @@ def settings(
         {"files": str(folder / f"{name}*.parquet"), "name": name, "weight": weight}
         for name, weight in zip("ab", weights, strict=True)
     ]
-    return Data.model_validate(
-        {
-            "sources": sources,
-            "deduplication": {"near": False},
-            "heldout_fraction": 0.2,
-            "workers": workers,
-            "max_tokens": max_tokens,
-        }
-    )
+    values = {"sources": sources, "workers": workers, "max_tokens": max_tokens}
+    return Data.model_validate({**values, "deduplication": {"near": False}, "heldout_fraction": 0.2})
 
 
 @pytest.fixture(scope="module")
@@ -56,22 +49,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = settings(folder)
     gather.gather(data, folder / "documents", "score")
     scorer = Quality(scorer="column:score", threshold=0.3)
-    quality.score(folder / "documents", scorer, data, 0, folder / "scores")
-    quality.select(folder / "documents", folder / "scores", scorer, folder / "quality")
+    scoring.score(folder / "documents", scorer, data, 0, folder / "scores")
+    scoring.select(folder / "documents", folder / "scores", scorer, folder / "quality")
     tokenizer.build(folder / "documents", Tokenizer(vocab_size=300), 0, folder / "tokenizer")
     return folder
 
 
-def pack(folder: Path, output: Path, seed: int = 0, **kwargs: Any) -> dict[str, Any]:
-    return packing.pack(
-        folder / "documents",
-        folder / "quality",
-        folder / "tokenizer",
-        CONTEXT,
-        settings(folder, **kwargs),
-        seed,
-        output,
-    )
+def pack(folder: Path, output: Path, seed: int = 0, context: int = CONTEXT, **kwargs: Any) -> dict[str, Any]:
+    inputs = (folder / name for name in ("documents", "quality", "tokenizer"))
+    return packing.pack(*inputs, context, settings(folder, **kwargs), seed, output)
 
 
 def test_one_name_with_two_weights_is_refused_here_too(folder: Path, tmp_path: Path) -> None:
@@ -111,20 +97,13 @@ def test_rows_hold_exactly_the_kept_documents(folder: Path, tmp_path: Path, spli
     assert summary["tokens"] == sum(len(ids) + 1 for ids in encoded)
     assert summary["bytes_per_token"] == pytest.approx(summary["bytes"] / summary["tokens"], abs=1e-4)
     # Cut the stream at end-of-text: but for what the tail holds, the documents come back, each as often as it is there.
-    flat = stream.ravel().tolist()
-    pieces: list[list[int]] = [[]]
-    for token in flat:
-        if token == encoder.eos_token_id:
-            pieces.append([])
-        else:
-            pieces[-1].append(token)
-    whole = sorted(pieces[:-1])
-    known = sorted(encoded)
+    flat = stream.ravel()
+    pieces = np.split(flat, np.flatnonzero(flat == encoder.eos_token_id) + 1)
+    *whole, last = [piece[piece != encoder.eos_token_id].tolist() for piece in pieces]
     for piece in whole:
-        known.remove(piece)
-    missing = sum(len(ids) + 1 for ids in known)
-    assert missing - len(pieces[-1]) == summary["tail_tokens"]
-    assert any(ids[: len(pieces[-1])] == pieces[-1] for ids in [*known, []])
+        encoded.remove(piece)
+    assert sum(len(ids) + 1 for ids in encoded) - len(last) == summary["tail_tokens"]
+    assert any(ids[: len(last)] == last for ids in [*encoded, []])
 
 
 def test_heldout_documents_are_known_by_source_in_packed_order(folder: Path, tmp_path: Path) -> None:
@@ -160,11 +139,8 @@ def test_dataset_is_memory_mapped_rows_of_fixed_length(folder: Path, tmp_path: P
 
 
 def test_workers_change_nothing_and_the_seed_changes_the_order(folder: Path, tmp_path: Path) -> None:
-    one, three, other = (
-        pack(folder, tmp_path / "one"),
-        pack(folder, tmp_path / "three", workers=3),
-        pack(folder, tmp_path / "other", seed=1),
-    )
+    one, three = pack(folder, tmp_path / "one"), pack(folder, tmp_path / "three", workers=3)
+    other = pack(folder, tmp_path / "other", seed=1)
     assert one == three
     for path in (tmp_path / "one").rglob("*.arrow"):
         assert path.read_bytes() == (tmp_path / "three" / path.relative_to(tmp_path / "one")).read_bytes()
@@ -176,9 +152,8 @@ def test_workers_change_nothing_and_the_seed_changes_the_order(folder: Path, tmp
 def test_sha256_is_that_of_the_stream(folder: Path, tmp_path: Path) -> None:
     summary = pack(folder, tmp_path / "tokens")["heldout"]
     encoder = tokenizer.Encoder(folder / "tokenizer")
-    stream = [
-        token for ids in encoder.encode(expected_documents(folder, "heldout")) for token in (*ids, encoder.eos_token_id)
-    ]
+    texts = encoder.encode(expected_documents(folder, "heldout"))
+    stream = [token for ids in texts for token in (*ids, encoder.eos_token_id)]
     assert summary["sha256"] == hashlib.sha256(np.array(stream, "<i4").tobytes()).hexdigest()
     assert rows(tmp_path / "tokens", "heldout").ravel().tolist() == stream[: summary["rows"] * CONTEXT]
 
@@ -204,7 +179,7 @@ packing.pack(*inputs, 64, Data.model_validate_json(settings), 0, Path(output))
 def test_killed_and_started_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "tokens"
     run_killed(KILLED, folder, output, settings(folder).model_dump_json(), survive=2)
-    assert len(list((output / ".parts" / "train").glob("*.json"))) == 2
+    assert len(list((output / ".parts" / "train-documents").glob("*.json"))) == 2
     encoded: list[Path] = []
     encode = packing._encode_shard
 
@@ -222,9 +197,8 @@ def test_killed_and_started_again(folder: Path, tmp_path: Path, monkeypatch: pyt
 
 
 def test_too_few_tokens_are_refused(folder: Path, tmp_path: Path) -> None:
-    arguments = (folder / "documents", folder / "quality", folder / "tokenizer", 10_000_000, settings(folder), 0)
     with pytest.raises(UserError, match="less than one row of 10000000"):
-        packing.pack(*arguments, tmp_path / "tokens")
+        pack(folder, tmp_path / "tokens", context=10_000_000)
     assert not (tmp_path / "tokens" / "tokens.json").exists()
 
 

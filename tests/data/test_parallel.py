@@ -89,7 +89,7 @@ def test_a_cluster_gives_the_same_and_fails_alike(tmp_path: Path, engine: str) -
 
 def test_documents_and_tokens_are_the_same_on_a_cluster(tmp_path: Path, engine: str) -> None:
     from nanophi.core.recipe import Data, Quality, Tokenizer
-    from nanophi.data import gather, packing, quality, tokenizer
+    from nanophi.data import gather, packing, scoring, tokenizer
 
     generator = random.Random(0)
     for name in "abc":
@@ -101,8 +101,8 @@ def test_documents_and_tokens_are_the_same_on_a_cluster(tmp_path: Path, engine: 
         data = Data.model_validate({"sources": [source], "engine": where, "workers": 2, "heldout_fraction": 0.2})
         work, scorer = tmp_path / where, Quality(scorer="column:score")
         documents = gather.gather(data, work / "documents", "score")
-        quality.score(work / "documents", scorer, data, 0, work / "scores")
-        quality.select(work / "documents", work / "scores", scorer, work / "quality")
+        scoring.score(work / "documents", scorer, data, 0, work / "scores")
+        scoring.select(work / "documents", work / "scores", scorer, work / "quality")
         tokenizer.build(work / "documents", Tokenizer(vocab_size=300), 0, work / "tokenizer")
         folders = (work / "documents", work / "quality", work / "tokenizer")
         sums.append((documents, packing.pack(*folders, 64, data, 0, work / "tokens")))

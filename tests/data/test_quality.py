@@ -1,4 +1,4 @@
-"""Scorers separate what they should, thresholds keep what they say, and bad scores are refused."""
+"""Scorers separate what they should, thresholds keep what they state, and bad scores are refused."""
 
 import json
 from pathlib import Path
@@ -11,10 +11,13 @@ import pytest
 from killed import run_killed
 
 from nanophi.core.errors import UserError
+from nanophi.core.files import read_json
 from nanophi.core.recipe import Data, Quality
-from nanophi.data import gather, quality, quality_report, scorers
+from nanophi.data import gather, linear, quality, quality_report, scoring
 from nanophi.data.documents import shards
 from nanophi.data.ngrams import hash_words, ngrams
+from nanophi.data.scorers import LinearScorer
+from nanophi.data.selection import Selection
 
 GOOD = (
     "the a of in which that is are because however a language reason example people water energy system cell "
@@ -49,13 +52,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for kind, make in (("essay", essay), ("chat", chat)):
         for topic in ("x", "y", "z"):
             for _ in range(80):
-                rows.append(
-                    {
-                        "text": make(generator, topic),
-                        "source": f"{kind}-{topic}",
-                        "score": 0.9 if make is essay else 0.2,
-                    }
-                )
+                score = 0.9 if make is essay else 0.2
+                rows.append({"text": make(generator, topic), "source": f"{kind}-{topic}", "score": score})
     (folder / "in").mkdir()
     pq.write_table(pa.Table.from_pylist(rows), folder / "in" / "a.parquet", row_group_size=100)
     gather.gather(settings(folder), folder / "documents", "score")
@@ -77,7 +75,7 @@ def read_scores(folder: Path) -> pa.Table:
 def test_linear_scorer_separates_sources_it_never_saw(folder: Path, tmp_path: Path) -> None:
     from sklearn.metrics import roc_auc_score
 
-    summary = quality.score(folder / "documents", LINEAR, settings(folder), 0, tmp_path)
+    summary = scoring.score(folder / "documents", LINEAR, settings(folder), 0, tmp_path)
     assert summary["scored"] == 480
     assert summary["roc_auc"] > 0.95
     rows = [row for row in read_scores(tmp_path).to_pylist() if row["source"].endswith("-z")]
@@ -86,8 +84,8 @@ def test_linear_scorer_separates_sources_it_never_saw(folder: Path, tmp_path: Pa
 
 
 def test_scores_follow_the_documents_and_the_saved_scorer(folder: Path, tmp_path: Path) -> None:
-    quality.score(folder / "documents", LINEAR, settings(folder), 0, tmp_path / "one")
-    quality.score(folder / "documents", LINEAR, settings(folder, workers=2), 0, tmp_path / "two")
+    scoring.score(folder / "documents", LINEAR, settings(folder), 0, tmp_path / "one")
+    scoring.score(folder / "documents", LINEAR, settings(folder, workers=2), 0, tmp_path / "two")
     table = read_scores(tmp_path / "one")
     assert table.equals(read_scores(tmp_path / "two"))
     read = [
@@ -97,34 +95,34 @@ def test_scores_follow_the_documents_and_the_saved_scorer(folder: Path, tmp_path
     assert table["id"].to_pylist() == [key for _, shard in read for key in shard["id"].to_pylist()]
     assert table["split"].to_pylist() == [split for split, shard in read for _ in range(len(shard))]
     assert table["bytes"].to_pylist() == [len(text) for text in texts]
-    scorer = scorers.LinearScorer.load(tmp_path / "one")
+    scorer = LinearScorer.load(tmp_path / "one")
     assert np.allclose(table["quality_score"].to_numpy(), scorer.score(texts), atol=1e-6)
     saved = Quality(scorer=f"model:{tmp_path / 'one'}")
-    quality.score(folder / "documents", saved, settings(folder), 0, tmp_path / "three")
+    scoring.score(folder / "documents", saved, settings(folder), 0, tmp_path / "three")
     assert np.array_equal(read_scores(tmp_path / "three")["quality_score"], table["quality_score"])
 
 
 def test_features_are_counts_of_hashed_words_and_pairs() -> None:
     texts = [b"one two one two.", b"", b"Only\n{code} 42"]
-    hashed, statistics = scorers.features(texts)
+    hashed, statistics = linear.features(texts)
     words, pairs = hash_words(texts), ngrams(hash_words(texts), 2)
     for row in range(len(texts)):
         mine = [
             *words.hashes[slice(*words.offsets[row : row + 2])],
             *pairs.hashes[slice(*pairs.offsets[row : row + 2])],
         ]
-        expected = np.zeros(scorers.BUCKETS)
+        expected = np.zeros(linear.BUCKETS)
         for value in mine:
-            expected[int(value) % scorers.BUCKETS] += 1 / np.sqrt(len(mine))
+            expected[int(value) % linear.BUCKETS] += 1 / np.sqrt(len(mine))
         assert np.allclose(hashed[row].toarray()[0], expected)
-    lower = scorers._CLASSES.index("lower")
+    lower = list(linear._CLASSES).index("lower")
     assert statistics[0, lower] == pytest.approx(12 / 16)
-    assert statistics[1, : len(scorers._CLASSES)].sum() == 0
-    assert statistics[2, scorers._CLASSES.index("digit")] == pytest.approx(2 / 14)
+    assert statistics[1, : len(linear._CLASSES)].sum() == 0
+    assert statistics[2, list(linear._CLASSES).index("digit")] == pytest.approx(2 / 14)
 
 
 def test_fit_is_calibrated_on_what_it_left_out(folder: Path, tmp_path: Path) -> None:
-    quality.score(folder / "documents", LINEAR, settings(folder), 0, tmp_path)
+    scoring.score(folder / "documents", LINEAR, settings(folder), 0, tmp_path)
     report = json.loads((tmp_path / "scorer.json").read_text())
     assert sum(entry["documents"] for entry in report["calibration"]) == report["test_documents"]
     assert 0.1 < report["test_documents"] / (report["documents"] + report["test_documents"]) < 0.3
@@ -133,8 +131,8 @@ def test_fit_is_calibrated_on_what_it_left_out(folder: Path, tmp_path: Path) -> 
 
 def test_column_scores_and_threshold(folder: Path, tmp_path: Path) -> None:
     column = Quality(scorer="column:score", threshold=0.5)
-    quality.score(folder / "documents", column, settings(folder), 0, tmp_path / "scores")
-    report = quality.select(folder / "documents", tmp_path / "scores", column, tmp_path / "quality")
+    scoring.score(folder / "documents", column, settings(folder), 0, tmp_path / "scores")
+    report = scoring.select(folder / "documents", tmp_path / "scores", column, tmp_path / "quality")
     train = pa.concat_tables([pq.read_table(path) for path in shards(folder / "documents", "train")]).to_pylist()
     kept = pq.read_table(tmp_path / "quality" / "kept.parquet").to_pylist()
     assert [row["id"] for row in kept] == [row["id"] for row in train if row["score"] > 0.5]
@@ -159,11 +157,11 @@ def test_column_scores_and_threshold(folder: Path, tmp_path: Path) -> None:
 
 def test_a_document_at_the_threshold_is_dropped_and_a_control_keeps_all(folder: Path, tmp_path: Path) -> None:
     column = Quality(scorer="column:score", threshold=None)
-    quality.score(folder / "documents", column, settings(folder), 0, tmp_path / "scores")
-    control = quality.select(folder / "documents", tmp_path / "scores", column, tmp_path / "control")
+    scoring.score(folder / "documents", column, settings(folder), 0, tmp_path / "scores")
+    control = scoring.select(folder / "documents", tmp_path / "scores", column, tmp_path / "control")
     assert control["kept_documents"] == control["documents"] and control["kept_bytes_fraction"] == 1.0
     exactly = float(np.float32(0.2))
-    at = quality.select(
+    at = scoring.select(
         folder / "documents", tmp_path / "scores", column.model_copy(update={"threshold": exactly}), tmp_path / "at"
     )
     assert at["kept_documents"] == sum(
@@ -171,14 +169,14 @@ def test_a_document_at_the_threshold_is_dropped_and_a_control_keeps_all(folder: 
     )
     with pytest.raises(UserError, match=r"threshold 0\.95 keeps no document; the highest score is 0\.9000"):
         high = column.model_copy(update={"threshold": 0.95})
-        quality.select(folder / "documents", tmp_path / "scores", high, tmp_path / "none")
+        scoring.select(folder / "documents", tmp_path / "scores", high, tmp_path / "none")
 
 
 def test_a_share_is_kept_and_the_heldout_documents_are_divided_alike(folder: Path, tmp_path: Path) -> None:
     data, documents, scores = settings(folder), folder / "documents", tmp_path / "scores"
     column = Quality(scorer="column:score", share=0.25)  # less than the essays' part
-    quality.score(documents, column, data, 0, scores)
-    report = quality.select(documents, scores, column, tmp_path / "best", seed=1)
+    scoring.score(documents, column, data, 0, scores)
+    report = scoring.select(documents, scores, column, tmp_path / "best", seed=1)
     assert abs(report["kept_bytes_fraction"] - 0.25) < 0.01
     assert all(name.startswith("essay") for name, entry in report["sources"].items() if entry["kept_documents"])
     assert (report["rule"], report["threshold"]) == ("the best 25.0 % of the bytes", None)
@@ -189,10 +187,10 @@ def test_a_share_is_kept_and_the_heldout_documents_are_divided_alike(folder: Pat
     }
     assert all(row["kept"] == (row["quality_score"] > 0.5) for row in held)
     worst = column.model_copy(update={"select": "worst"})
-    report = quality.select(documents, scores, worst, tmp_path / "worst", seed=1)
+    report = scoring.select(documents, scores, worst, tmp_path / "worst", seed=1)
     assert not any(entry["kept_documents"] for name, entry in report["sources"].items() if name.startswith("essay"))
     random = column.model_copy(update={"select": "random"})
-    report = quality.select(documents, scores, random, tmp_path / "random", seed=1)
+    report = scoring.select(documents, scores, random, tmp_path / "random", seed=1)
     assert all(entry["kept_documents"] for entry in report["sources"].values())
     assert not (tmp_path / "random" / "heldout.parquet").exists()
 
@@ -211,17 +209,17 @@ def test_scores_that_are_no_scores_are_refused(tmp_path: Path, bad: float | None
         return
     gather.gather(data, tmp_path / "documents", "score")
     with pytest.raises(UserError, match=r"document [0-9a-f]{16} has quality score .* numbers from 0 to 1"):
-        quality.score(tmp_path / "documents", Quality(scorer="column:score"), data, 0, tmp_path / "scores")
+        scoring.score(tmp_path / "documents", Quality(scorer="column:score"), data, 0, tmp_path / "scores")
     assert not (tmp_path / "scores" / "scores.parquet").exists()
 
 
 KILLED = """
-from nanophi.data import quality
+from nanophi.data import scoring
 from nanophi.core.recipe import Data, Quality
 
 documents, output, settings, scorer = arguments
 scorer = Quality.model_validate_json(scorer)
-quality.score(Path(documents), scorer, Data.model_validate_json(settings), 0, Path(output))
+scoring.score(Path(documents), scorer, Data.model_validate_json(settings), 0, Path(output))
 """
 
 
@@ -245,97 +243,143 @@ def test_killed_and_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     before = {path: path.stat().st_mtime_ns for path in (*finished, *output.glob("scorer.*"))}
     assert len(before) == 8
     with monkeypatch.context() as patch:
-        patch.setattr(quality, "discard_parts", lambda folder: None)
-        resumed = quality.score(tmp_path / "documents", scorer, data, 0, output)
+        patch.setattr(scoring, "discard_parts", lambda folder: None)
+        resumed = scoring.score(tmp_path / "documents", scorer, data, 0, output)
     assert {path: path.stat().st_mtime_ns for path in before} == before, "what was finished is not done again"
-    assert resumed == quality.score(tmp_path / "documents", scorer, data, 0, whole)
+    assert resumed == scoring.score(tmp_path / "documents", scorer, data, 0, whole)
     for name in ("scores.parquet", "scorer.json", "scorer.safetensors"):
         assert (output / name).read_bytes() == (whole / name).read_bytes()
 
 
 def test_labels_must_name_sources(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="names source 'novel'; there is chat-x"):
-        quality.score(
+        scoring.score(
             folder / "documents", Quality(high=["novel"], low=["chat-x"]), settings(folder), 0, tmp_path / "a"
         )
 
 
-def test_a_transformers_classifier(folder: Path, tmp_path: Path) -> None:
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
-
-    words = ["[PAD]", "[UNK]", *sorted({*PROSE, *CHAT})]
-    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", model_max_length=64
+def test_a_column_with_another_scale_and_one_of_our_names(tmp_path: Path) -> None:
+    lines = [{"text": f"Document number {n} of those that are scored " * 5, "source": n % 6} for n in range(60)]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    section = Quality.model_validate({"scorer": "column:source", "scale": [0, 5], "threshold": 3})
+    data = Data.model_validate(
+        {
+            "sources": [{"files": str(tmp_path / "a.jsonl"), "name": "mine"}],
+            "deduplication": {"near": False},
+            "workers": 1,
+        }
     )
-    tokenizer.save_pretrained(tmp_path / "model")
-    torch.manual_seed(0)
-    model = BertForSequenceClassification(
-        BertConfig(
-            vocab_size=len(words),
-            hidden_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=16,
-            num_labels=2,
-        )
-    )
-    model.save_pretrained(tmp_path / "model")
-    scorer = Quality(scorer=f"model:{tmp_path / 'model'}", label="LABEL_1")
-    quality.score(folder / "documents", scorer, settings(folder), 0, tmp_path / "scores")
-    table = read_scores(tmp_path / "scores").slice(0, 20).to_pylist()
-    texts = {
-        row["id"]: row["text"]
-        for path in shards(folder / "documents", "train")
-        for row in pq.read_table(path).to_pylist()
-    }
-    model.eval()
-    for row in table:
-        inputs = tokenizer(texts[row["id"]], truncation=True, max_length=64, return_tensors="pt")
-        with torch.inference_mode():
-            expected = model(**inputs).logits.softmax(-1)[0, 1].item()
-        assert row["quality_score"] == pytest.approx(expected, abs=1e-5)
-    with pytest.raises(UserError, match=r"quality\.scorer: folder .*nothing does not exist"):
-        nothing = Quality(scorer=f"model:{tmp_path / 'nothing'}")
-        quality.score(folder / "documents", nothing, settings(folder), 0, tmp_path / "other")
+    gather.gather(data, tmp_path / "documents", "source")
+    scoring.score(tmp_path / "documents", section, data, 0, tmp_path / "scores")
+    report = scoring.select(tmp_path / "documents", tmp_path / "scores", section, tmp_path / "quality")
+    assert report["scale"] == [0, 5] and report["rule"] == "score > 3 on a scale from 0 to 5"
+    assert set(report["sources"]) == {"mine"}
+    assert report["histogram"]["edges"][-1] == 5 and sum(report["histogram"]["documents"]) == report["documents"]
+    assert {step["threshold"]: step["documents"] for step in report["sweep"]}[3.0] == report["kept_documents"]
+    with pytest.raises(UserError, match=r"scores must be numbers from 0 to 1; if they have another range"):
+        wrong = Quality.model_validate({"scorer": "column:source"})
+        scoring.score(tmp_path / "documents", wrong, data, 0, tmp_path / "other")
 
 
-def test_fit_score_and_report_on_files(tmp_path: Path) -> None:
+def test_report_of_a_run_counts_tokens(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    column: Any = Quality(scorer="column:score", threshold=0.5)
+    scoring.score(folder / "documents", column, settings(folder), 0, tmp_path / "data" / "scores")
+    scoring.select(folder / "documents", tmp_path / "data" / "scores", column, tmp_path / "data" / "quality")
+    quality.report(tmp_path)
+    assert "tokens" not in capsys.readouterr().out
+    (tmp_path / "data" / "tokens").mkdir()
+    (tmp_path / "data" / "tokens" / "tokens.json").write_text('{"train": {"bytes_per_token": 4.0}}')
+    quality.report(tmp_path)
+    assert "tokens, about" in capsys.readouterr().out
+    with pytest.raises(UserError, match="is not a run whose documents were selected"):
+        quality.report(tmp_path / "data")
+    with pytest.raises(UserError, match="a run has its own report"):
+        quality.report(tmp_path, output=tmp_path / "report")
+
+
+# On files
+
+
+def write_lines(folder: Path, **texts: Any) -> None:
     generator = np.random.default_rng(3)
-    for name, make in (("good", essay), ("poor", chat), ("mine", essay)):
+    for name, make in texts.items():
         lines = [json.dumps({"text": make(generator, name)}) for _ in range(60)]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
-    report = quality.fit_files([str(tmp_path / "good.jsonl")], [str(tmp_path / "poor.jsonl")], tmp_path / "scorer")
-    assert report["roc_auc"] > 0.95
-    quality.fit_files([str(tmp_path / "good.jsonl")], [str(tmp_path / "poor.jsonl")], tmp_path / "scorer")
-    scorer = scorers.find_scorer(str(tmp_path / "scorer"))
-    summary = quality.score_files(str(tmp_path / "mine.jsonl"), scorer, tmp_path / "scores.parquet")
-    assert summary["documents"] == 60 and summary["mean_score"] > 0.7
-    described = quality_report.report_files(tmp_path / "scores.parquet", 0.5, tmp_path / "report")
-    assert described["documents"] == 60 and described["kept_fraction"] > 0.9
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+
+
+def test_fit_score_and_report_on_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_lines(tmp_path, good=essay, poor=chat, mine=essay)
+    scorer, mine = tmp_path / "scorer", str(tmp_path / "mine.jsonl")
+    quality.fit(scorer, [str(tmp_path / "good.jsonl")], [str(tmp_path / "poor.jsonl")])
+    fitted = read_json(scorer / "scorer.json")
+    assert fitted["roc_auc"] > 0.95 and f"ROC curve {fitted['roc_auc']} on" in capsys.readouterr().out
+    scores = tmp_path / "scores.parquet"
+    quality.score(mine, f"model:{scorer}", scores)
+    assert capsys.readouterr().out == f"{scores}: 60 documents\n"
+    assert pq.read_table(scores)["quality_score"].to_numpy().mean() > 0.7
+    quality.report(scores, 0.5, tmp_path / "report")
+    report = read_json(tmp_path / "report" / "quality.json")
+    assert report["documents"] == 60 and report["kept_fraction"] > 0.9
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
-    with pytest.raises(UserError, match="was not written by"):
-        pq.write_table(pa.table({"a": [1]}), tmp_path / "other.parquet")
-        quality_report.report_files(tmp_path / "other.parquet", 0.5, tmp_path / "report")
-    with pytest.raises(UserError, match="cannot be read"):
-        (tmp_path / "broken.parquet").write_bytes(b"PAR1")
-        quality_report.report_files(tmp_path / "broken.parquet", 0.5, tmp_path / "report")
-    (tmp_path / "scorer" / "scorer.safetensors").write_bytes(b"nonsense")
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1")
+    pq.write_table(pa.table({"a": [1]}), tmp_path / "other.parquet")
+    for name, message in (("broken", "cannot be read"), ("other", "was not written by")):
+        with pytest.raises(UserError, match=message):
+            quality.report(tmp_path / f"{name}.parquet", 0.5, tmp_path / "report")
+    (scorer / "scorer.safetensors").write_bytes(b"nonsense")
     with pytest.raises(UserError, match="is not a linear scorer"):
-        quality.score_files(str(tmp_path / "mine.jsonl"), scorer, tmp_path / "again.parquet")
+        quality.score(mine, f"model:{scorer}", tmp_path / "again.parquet")
     assert not (tmp_path / "again.parquet").exists()
 
 
-def test_report_of_a_run_counts_tokens(folder: Path, tmp_path: Path) -> None:
-    column: Any = Quality(scorer="column:score", threshold=0.5)
-    quality.score(folder / "documents", column, settings(folder), 0, tmp_path / "data" / "scores")
-    quality.select(folder / "documents", tmp_path / "data" / "scores", column, tmp_path / "data" / "quality")
-    assert "tokens" not in quality_report.report_run(tmp_path)
-    (tmp_path / "data" / "tokens").mkdir()
-    (tmp_path / "data" / "tokens" / "tokens.json").write_text('{"train": {"bytes_per_token": 4.0}}')
-    assert "tokens, about" in quality_report.report_run(tmp_path)
-    with pytest.raises(UserError, match="is not a run whose documents were selected"):
-        quality_report.report_run(tmp_path / "nowhere")
+def test_commands_replace_only_what_they_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_lines(tmp_path, good=essay, poor=chat)
+    for name in ("mine", "report"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "quality.md").write_text("my own notes")
+    (tmp_path / "mine.parquet").write_bytes(b"mine")
+    for _ in range(2):
+        quality.fit(Path("scorer"), ["good.jsonl"], ["poor*"])
+        quality.score("good.jsonl", "scorer", Path("scores.parquet"))
+        quality.report(Path("scores.parquet"))
+    assert read_json(tmp_path / "quality" / "quality.json")["threshold"] == 0.5
+    refused: Any = [
+        (
+            quality.fit,
+            (Path("mine"), ["good.jsonl"], ["poor*"]),
+            r"mine holds quality\.md, which `nanophi quality fit` did",
+        ),
+        (quality.fit, (Path("good.jsonl"), ["good.jsonl"], ["poor*"]), "`nanophi quality fit` writes a folder"),
+        (quality.fit, (Path("scorer"), ["good.jsonl", "poor*"], ["poor*"]), r"poor\* is named as high and as low"),
+        (quality.score, ("poor*", "scorer", Path("mine.parquet")), "was not written by `nanophi quality score`"),
+        (quality.score, ("poor*", "scorer", Path("mine")), "`nanophi quality score` writes a file"),
+        (quality.report, (Path("scores.parquet"), None, Path("report")), r"report holds quality\.md, which `nanophi"),
+    ]
+    for verb, arguments, message in refused:
+        with pytest.raises(UserError, match=message):
+            verb(*arguments)
+    assert (tmp_path / "mine.parquet").read_bytes() == b"mine"
+
+
+def test_files_are_scored_by_a_column(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [json.dumps({"text": f"number {n}", "q": n / 2}) for n in range(10)]
+    (tmp_path / "10:30.jsonl").write_text("\n".join([*lines, '{"text": "", "q": 0}', "broken"]))
+    output = tmp_path / "scores.parquet"
+    quality.score(str(tmp_path / "*.jsonl"), "column:q", output, scale=(0, 5))
+    assert capsys.readouterr().out == f"{output}: 10 documents; dropped: empty 1, not_json 1\n"
+    assert pq.read_table(output)["quality_score"].to_pylist() == [n / 2 for n in range(10)]
+    quality.report(output, 2.0, tmp_path / "report")
+    report = read_json(tmp_path / "report" / "quality.json")
+    assert report["kept_documents"] == 5 and list(report["sources"]) == [str(tmp_path / "10:30.jsonl")]
+    with pytest.raises(UserError, match=r"--threshold 7 lies outside the scale of the scores, 0 to 5"):
+        quality.report(output, 7, tmp_path / "report")
+
+
+def test_names_and_texts_from_the_data_are_never_markup(folder: Path, tmp_path: Path) -> None:
+    table = pa.table({"id": ["0" * 16], "source": ["<img src=x>|`b`"], "bytes": [9], "quality_score": [0.7]})
+    table = table.set_column(1, "source", table["source"].combine_chunks().dictionary_encode())
+    everything = Selection(np.ones(1, bool))
+    quality_report.write(table, everything, Quality(), {"scorer": "column:`"}, lambda ids: {"0" * 16: "a`b"}, tmp_path)
+    page = (tmp_path / "quality.md").read_text()
+    assert r"| \<img src=x\>\|\`b\` |" in page and "``a`b``" in page and "`` column:` ``" in page

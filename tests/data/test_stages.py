@@ -25,7 +25,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         path.write_text("1")
     (tmp_path / "tok" / "model.safetensors").write_text("1")
     monkeypatch.setattr(tokenizer, "load", lambda *args: None)
-    monkeypatch.setattr(scorers, "label_values", lambda scorer: None)
+    monkeypatch.setattr(scorers, "output_values", lambda scorer: None)
     return tmp_path
 
 

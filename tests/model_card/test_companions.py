@@ -23,8 +23,8 @@ from hub_server import HubServer  # type: ignore[import-not-found]
 
 from nanophi.core.errors import UserError
 from nanophi.core.recipe import Recipe, load_recipe
-from nanophi.data import gather, packing, quality
-from nanophi.data.scorers import find_scorer
+from nanophi.data import gather, packing, quality, scoring
+from nanophi.data.scorers import LinearScorer, find_scorer
 from nanophi.model_card import companions
 from nanophi.model_card import push as pushing
 from nanophi.model_card import release as releases
@@ -60,8 +60,8 @@ def prepare(run: Path, texts: Path, **source: Any) -> Recipe:
     for part in ("documents", "scores", "quality"):
         shutil.rmtree(run / "data" / part)
     gather.gather(recipe.data, run / "data" / "documents")
-    quality.score(run / "data" / "documents", recipe.quality, recipe.data, 0, run / "data" / "scores")
-    quality.select(run / "data" / "documents", run / "data" / "scores", recipe.quality, run / "data" / "quality")
+    scoring.score(run / "data" / "documents", recipe.quality, recipe.data, 0, run / "data" / "scores")
+    scoring.select(run / "data" / "documents", run / "data" / "scores", recipe.quality, run / "data" / "quality")
     return recipe
 
 
@@ -103,8 +103,8 @@ def test_a_published_scorer_is_used_at_a_revision(scored: Path, hub: HubServer, 
     mine = pd.read_json(scored.parents[2] / "good.jsonl", lines=True)
     mine.to_parquet(tmp_path / "mine.parquet")
     scorer = find_scorer("model:org/demo-quality@v1.0")
-    assert scorer.kind == "linear"
-    quality.score_files(str(tmp_path / "mine.parquet"), scorer, tmp_path / "scores.parquet")
+    assert isinstance(scorer, LinearScorer)
+    quality.score(str(tmp_path / "mine.parquet"), "model:org/demo-quality@v1.0", tmp_path / "scores.parquet")
     found = pd.read_parquet(tmp_path / "scores.parquet")
     expected = pd.read_parquet(scored.parent / "data" / "scores" / "scores.parquet").set_index("id")["quality_score"]
     both = found[found["id"].isin(expected.index)]
@@ -114,7 +114,7 @@ def test_a_published_scorer_is_used_at_a_revision(scored: Path, hub: HubServer, 
     for text, score in re.findall(r'scorer.score\(\[(".*")\.encode\(\)\]\)  # ([\d.]+)', page):
         assert abs(scorer.score([json.loads(text).encode()])[0] - float(score)) < 0.001
     with pytest.raises(UserError, match="cannot be loaded as a text classifier"):
-        find_scorer("model:org/demo-quality@v9").check_choice()
+        find_scorer("model:org/demo-quality@v9").check()
 
 
 def test_the_card_links_what_is_published_and_keeps_its_links(scored: Path, hub: HubServer) -> None:
@@ -214,8 +214,8 @@ def packed(recipe: Recipe, run: Path, tokenizer: Path) -> dict[str, str]:
     score = recipe.quality.scorer.partition("column:")[2] or None
     if not (data / "documents").exists():
         gather.gather(recipe.data, data / "documents", score)
-        quality.score(data / "documents", recipe.quality, recipe.data, recipe.seed, data / "scores")
-        quality.select(data / "documents", data / "scores", recipe.quality, data / "quality", recipe.training_seed)
+        scoring.score(data / "documents", recipe.quality, recipe.data, recipe.seed, data / "scores")
+        scoring.select(data / "documents", data / "scores", recipe.quality, data / "quality", recipe.training_seed)
     tokens = packing.pack(
         data / "documents", data / "quality", tokenizer, 16, recipe.data, recipe.training_seed, run / "tokens"
     )
@@ -242,18 +242,14 @@ def download_data(hub: HubServer, folder: Path) -> Path:
     return folder / "org/demo-data"
 
 
-def join_by_the_card(hub: HubServer, published: Path, texts: Path) -> None:
-    """Runs the lines of the data's card that join the published scores with texts, from and to folders here."""
+def join_as_on_the_card(hub: HubServer, published: Path, texts: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs the lines of the data's card that join texts with the published scores."""
     page = hub.repositories["dataset", "org/demo-data"].branches["main"].files["README.md"].data.decode()
-    (joining,) = re.findall(r"```python\n(import hashlib.*?)```", page, re.DOTALL)
-    Path("joined/data").mkdir(parents=True)
-    mine = datasets.load_dataset("json", data_files=f"{texts}/*.jsonl", split="train")
-
-    def load(name: str, split: str, revision: str) -> Any:
-        assert (name, revision) == ("org/demo-data", "v1.0")
-        return datasets.Dataset.from_parquet(str(published / "data" / f"{split}-00000.parquet"))
-
-    exec(joining, {"load_dataset": load, "mine": mine})
+    (lines,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "joined" in block]
+    mine = datasets.load_dataset("json", data_files=texts, split="train")
+    load = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split, revision: load(str(published), split=split))
+    exec(lines, {"mine": mine})
 
 
 @pytest.mark.parametrize("kind", ["scores", "text"])
@@ -265,7 +261,7 @@ def test_a_recipe_over_the_published_data_gives_the_same_tokens(
     published = download_data(hub, tmp_path)
     monkeypatch.chdir(tmp_path)
     if kind == "scores":
-        join_by_the_card(hub, published, scored.parents[2])
+        join_as_on_the_card(hub, published, f"{scored.parents[2]}/*.jsonl", monkeypatch)
     recipe = recipe_on_the_card(hub, load_recipe(run / "recipe.yaml"), tmp_path)
     tokenizer = run / "data" / "tokenizer"
     shutil.rmtree(run / "tokens", ignore_errors=True)

@@ -1,0 +1,144 @@
+"""Two stages of a run: a quality score for every document, and which documents the filter keeps.
+
+    scores/scores.parquet     id, source, split, bytes, quality_score (float32), in the order of the documents
+    scores/scorer.json        what the scorer is, what it was fitted on, how well it separates what it did not see
+    scores/scorer.safetensors its weights (linear)
+    quality/kept.parquet      id, quality_score of the training documents that the filter keeps
+    quality/heldout.parquet   id, quality_score, kept of the held-out documents: whether the filter would keep them (not
+                              for a control or a random share, which treat all alike)
+    quality/quality.json|.md|.png   the report: histogram, sweep over thresholds, kept share by source, examples
+
+What gives a score is defined in `scorers.py`, the rule in `selection.py`, the report in `quality_report.py`; the filter
+on files without a run is `quality.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nanophi.core.files import read_json
+from nanophi.core.recipe import Data, Quality
+from nanophi.data import quality_report, scorers
+from nanophi.data.documents import SPLITS, batches, find, ids_to_uint64, shards
+from nanophi.data.gather import SCORE
+from nanophi.data.parallel import discard_parts, run_parts
+from nanophi.data.scorers import Scorer
+from nanophi.data.selection import choose, divide
+
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("source", pa.dictionary(pa.int32(), pa.string())),
+        ("split", pa.dictionary(pa.int32(), pa.string())),
+        ("bytes", pa.int64()),
+        ("quality_score", pa.float32()),
+    ]
+)
+
+
+def score(
+    documents: Path, quality: Quality, data: Data, seed: int, output: Path, revision: str | None = None
+) -> dict[str, Any]:
+    """Score every document, training and held-out (see the module for the files).
+
+    The threshold plays no part, so that a filtered run and its control share the scores. It resumes after a kill. The
+    seed chooses the sample that the linear scorer is fitted on; `revision` is that of a classifier on the Hub.
+
+    Returns:
+        `{scorer, scored, mean_score, ...}` with the fit's report for a linear scorer.
+
+    Raises:
+        UserError: for a scorer that cannot be used, or a score outside the scale, naming the document.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    scorer = scorers.of_section(quality, revision).prepare(documents, quality, data, seed, output)
+    scorers.forget()
+    work = output / ".parts"
+    parts = [(path, split, scorer) for split in SPLITS for path in shards(documents, split)]
+    workers = data.workers if scorer.parallel else 1
+    counts = run_parts(_score_shard, parts, work, "scoring documents", workers, data.engine)
+    partial = work / "scores.parquet"
+    with pq.ParquetWriter(partial, SCHEMA, compression="zstd") as writer:
+        for index in range(len(parts)):
+            writer.write_table(pq.read_table(work / f"{index:05d}.parquet", schema=SCHEMA))
+    partial.replace(output / "scores.parquet")
+    discard_parts(work)
+    total = sum(part["documents"] for part in counts)
+    mean = sum(part["sum"] for part in counts) / total
+    return {**read_json(output / "scorer.json"), "scored": total, "mean_score": round(mean, 4)}
+
+
+def _score_shard(shard: Path, split: str, scorer: Scorer, path: Path) -> dict[str, Any]:
+    columns = ["id", "text", "source", *([SCORE] if scorer.column else [])]
+    return write_scores(batches(shard, columns, None), scorer, split, path.with_suffix(".parquet"), SCHEMA)
+
+
+def write_scores(
+    documents: Iterable[pa.RecordBatch], scorer: Scorer, split: str, path: Path, schema: pa.Schema, excerpt: int = 0
+) -> dict[str, Any]:
+    """Score batches of documents (id, text, source and, for a column's scores, `SCORE`) and write what `schema` names.
+
+    A column `text` holds the first `excerpt` characters. Returns the number of `documents` and the `sum` of scores.
+
+    Raises:
+        UserError: for a score that is none.
+    """
+    total, number = 0.0, 0
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        for batch in documents:
+            texts = batch["text"].cast(pa.binary()).to_pylist()
+            scores = scorer.score(texts, batch[SCORE].to_pylist() if scorer.column else None)
+            scorer.check_scores(scores, batch["id"].to_pylist())
+            columns = {
+                "id": batch["id"],
+                "source": batch["source"].dictionary_encode(),
+                "split": pa.array([split] * len(batch), pa.string()).dictionary_encode(),
+                "bytes": pa.array([len(text) for text in texts], pa.int64()),
+                "quality_score": pa.array(scores, pa.float32(), from_pandas=False),
+            }
+            if "text" in schema.names:
+                starts = [text[: 4 * excerpt].decode(errors="ignore")[:excerpt] for text in texts]
+                columns["text"] = pa.array(starts, pa.string())
+            writer.write_table(pa.table({name: columns[name] for name in schema.names}).cast(schema))
+            total += float(scores.sum(dtype=np.float64))
+            number += len(batch)
+    return {"documents": number, "sum": total}
+
+
+def select(documents: Path, scores: Path, quality: Quality, output: Path, seed: int = 0) -> dict[str, Any]:
+    """Keep training documents by threshold or share, and write the report.
+
+    Returns:
+        `quality.json` without the examples.
+
+    Raises:
+        UserError: if nothing is kept, or a share cannot be chosen.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    table = pq.read_table(scores / "scores.parquet")
+    values, sizes = table["quality_score"].to_numpy(), table["bytes"].to_numpy()
+    train = np.asarray(table["split"].cast(pa.string()).to_numpy(zero_copy_only=False) == "train")
+    selection = choose(values[train], sizes[train], ids_to_uint64(table["id"])[train], quality, seed)
+    scored = table.select(["id", "quality_score"])
+    rows = np.flatnonzero(train)[selection.kept]
+    pq.write_table(scored.take(rows), output / "kept.parquet", compression="zstd")
+    held = np.flatnonzero(~train)
+    divided = divide(values[held], quality, selection.cutoff)
+    if divided is not None:
+        heldout = scored.take(held).append_column("kept", pa.array(divided))
+        pq.write_table(heldout, output / "heldout.parquet", compression="zstd")
+    report = quality_report.write(
+        table.filter(train),
+        selection,
+        quality,
+        read_json(scores / "scorer.json"),
+        lambda ids: {key: row["text"] for key, row in find(documents, ids, ["text"]).items()},
+        output,
+    )
+    return {key: value for key, value in report.items() if key != "examples"}
