@@ -37,15 +37,19 @@ class Base(NamedTuple):
     documents: Path | None
     repo_id: str | None
 
-    def learned(self) -> list[dict[str, Any]]:
-        """What a base that is a chat model learned from, and before it its own base, as the card states it."""
+    def history(self) -> dict[str, Any]:
+        """What the card of a chat model states of how this base came to be.
+
+        `bases`: for each chat model on the way, the nearest first, what it learned from; `origin`: whose weights the
+        pretraining began with, None for random ones.
+        """
         record = self.records["conversations"]
         if not record.is_file():
-            return []
+            return {"bases": [], "origin": self.recipe.get("base")}
         known = read_json(record)
-        own = {"name": self.recipe["name"], "method": self.recipe["method"], "base": known["base"]}
-        own |= {key: known[key] for key in ("repo_id", "train", "heldout", "sources")}
-        return [own, *known.get("bases", [])]
+        own = {"name": self.recipe["name"], "method": self.recipe["method"]}
+        own |= {key: known[key] for key in ("base", "repo_id", "train", "heldout", "sources")}
+        return {"bases": [own, *known.get("bases", [])], "origin": known.get("origin")}
 
     def tokenizer_files(self) -> list[Path]:
         """The tokenizer's files, by name."""

@@ -295,7 +295,7 @@ def _conversations(run: Runner, work: Path) -> Summary:
         line += f", {left.total():,} left out ({sources.reasons(left)})" if left else ""
         short = summary["shortened"].get(name)
         run.report(line + (f"; {short:,} trained on without their last turns, which do not fit" if short else ""))
-    summary |= {"base": base.recipe["name"], "repo_id": base.repo_id, "own_template": own, "bases": base.learned()}
+    summary |= {"base": base.recipe["name"], "repo_id": base.repo_id, "own_template": own, **base.history()}
     for file in (*base.model_files(), *folder.iterdir()):
         copy_tree(file, work / "data/base" / file.name)
     hashes = {"conversations": {key: summary.pop(f"{key}_sha256") for key in ("train", "heldout")}}
