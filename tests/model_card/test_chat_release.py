@@ -11,11 +11,14 @@ from forging import card_problems  # type: ignore[import-not-found]
 from huggingface_hub import ModelCard
 
 from nanophi.core import markup
+from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, write_json
 from nanophi.core.recipe import load_recipe
 from nanophi.data.conversations import TEMPLATE
 from nanophi.experiments import reproduce
 from nanophi.model_card import checks, gguf
+from nanophi.model_card.card import render
+from nanophi.model_card.companions import recipe_of_run
 from nanophi.model_card.records import read_records
 from nanophi.pipeline import compare_runs
 
@@ -51,6 +54,25 @@ def test_the_card_says_what_a_chat_model_is(run):
     ):
         assert part in text
     assert "trained from scratch on" not in text
+
+
+def test_a_release_on_a_chat_model_names_the_whole_chain(run, tmp_path):
+    shutil.copytree(run.path / "release/records", tmp_path / "records")
+    record = tmp_path / "records/conversations.json"
+    known = read_json(record)
+    base = {"name": "talker", "method": "sft", "base": "first", "repo_id": None, "train": 20, "heldout": 1}
+    base |= {"sources": {"talks": {"read": 21, "train": 20, "heldout": 1}}}
+    write_json(record, known | {"base": "talker", "repo_id": None, "bases": [base]})
+    text = render(read_records(tmp_path / "records"))
+    assert (
+        "- **Base:** talker, a chat model itself\n- **talker:** first after supervised fine-tuning on 20 conv" in text
+    )
+    assert "- **first:** trained from scratch\n" in text and "| talks | 21 | 20 | 1 |" in text
+
+
+def test_what_belongs_to_the_base_is_published_from_the_base(run):
+    with pytest.raises(UserError, match=r"documents and scorer are its base's; push --scorer or --data of that$"):
+        recipe_of_run(run.path / "release")
 
 
 def test_what_alignment_cost_is_paired_with_the_base(run):

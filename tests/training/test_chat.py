@@ -154,6 +154,14 @@ def test_a_checkpoint_is_a_whole_model_with_the_template(runs, sft):
     assert not list(checkpoint.glob("adapter*")) and not list(checkpoint.glob("*.bin"))
 
 
+def test_a_chat_model_is_a_base_and_the_record_names_what_it_learned_from(runs, sft):
+    second = pipeline(runs, PAIRS, "second", method="dpo", base=str(sft)).tokens()
+    (first,) = second["bases"]
+    assert (second["base"], second["origin"], second["own_template"]) == ("chat", None, False)
+    assert (first["name"], first["method"], first["base"], first["train"]) == ("chat", "sft", "base", 24)
+    assert str(runs / "chat.jsonl") in first["sources"]
+
+
 def test_adapters_are_merged_into_every_checkpoint(runs):
     run = pipeline(runs, ROWS, "merged", lora={"rank": 4}, training={"steps": 3})
     run.make("training")
