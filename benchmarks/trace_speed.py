@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -33,7 +34,7 @@ ROW, VOCABULARY, END = 1024, 50_295, 50_256
 def make(folder: Path, tokens: int) -> None:
     rng = np.random.default_rng(0)
 
-    def rows():
+    def rows() -> Iterator[dict[str, np.ndarray]]:
         for _ in range(tokens // ROW // 4096):
             block = (rng.zipf(1.2, 4096 * ROW) - 1) % VOCABULARY
             block[rng.random(len(block)) < 0.001] = END

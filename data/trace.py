@@ -183,7 +183,8 @@ def trace_text(run: Path, text: str, shortest: int = SHORTEST) -> list[dict[str,
     known = _Documents(run)
     rows = []
     for span in find_spans(stream, ids, len(tokenizer), shortest):
-        quoted, seen = [], set()
+        quoted: list[dict[str, Any]] = []
+        seen: set[int] = set()
         for place in span.places:
             first, document = stream.document(place)
             if first in seen or len(quoted) == EXAMPLES:
@@ -191,7 +192,7 @@ def trace_text(run: Path, text: str, shortest: int = SHORTEST) -> list[dict[str,
             seen.add(first)
             low, high = max(0, place - first - AROUND), place - first + span.length + AROUND
             context = tokenizer.decode(document[low:high])
-            quoted.append({**known.of(tokenizer.decode(document)), "context": context})
+            quoted.append({**known.of(str(tokenizer.decode(document))), "context": context})
         row = dataclasses.asdict(span) | {"text": tokenizer.decode(ids[span.start : span.start + span.length])}
         del row["places"]
         rows.append(row | {"examples": quoted})
