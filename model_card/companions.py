@@ -93,11 +93,16 @@ def recipe_of_run(release: Path) -> Recipe:
     run = release.resolve().parent
     if not (run / "recipe.yaml").is_file():
         raise UserError(f"{release} is not in its run directory, which holds what --scorer and --data publish")
+    recipe = load_recipe(run / "recipe.yaml")
+    if recipe.conversations:
+        raise UserError(
+            f"{release}: a chat model's documents and scorer are its base's; push --scorer or --data of that"
+        )
     made = read_json(release / MANIFEST)["provenance"]["stages"]
     there = {name: stage["key"] for name, stage in read_json(run / "record.json")["stages"].items()}
     if any(made.get(name) != there.get(name) for name in ("documents", "scores", "quality")):
         raise UserError(f"{run}: its documents or scores are not those of {release}; run `nanophi release` again")
-    return load_recipe(run / "recipe.yaml")
+    return recipe
 
 
 def write_filter_page(

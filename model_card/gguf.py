@@ -13,6 +13,7 @@ The files are the same, byte for byte, whenever and wherever they are built from
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -228,12 +229,12 @@ def _add_tokenizer(writer: GGUFWriter, release: Path, vocab_size: int, bos: int,
 
 
 def _chat_template(release: Path) -> str | None:
-    """The tokenizer's chat template, in whichever of its files it is."""
+    """The tokenizer's chat template, in whichever of its files it is, without marks that transformers alone reads."""
     file, config = release / "chat_template.jinja", release / "tokenizer_config.json"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
     template = read_json(config).get("chat_template") if config.is_file() else None
-    return template if isinstance(template, str) else None
+    if file.is_file():
+        template = file.read_text(encoding="utf-8")
+    return re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template) if isinstance(template, str) else None
 
 
 def _tensors(release: Path, config: NanoPhiConfig, kind: str) -> dict[str, tuple[np.ndarray, Any]]:
