@@ -93,6 +93,11 @@ def recipe_of_run(release: Path) -> Recipe:
     run = release.resolve().parent
     if not (run / "recipe.yaml").is_file():
         raise UserError(f"{release} is not in its run directory, which holds what --scorer and --data publish")
+    if not (run / "data" / "scores" / "scores.parquet").is_file():
+        raise UserError(
+            f"{run} has no scored documents, which --scorer and --data publish (those of a chat model are its base's); "
+            "leave them out"
+        )
     made = read_json(release / MANIFEST)["provenance"]["stages"]
     there = {name: stage["key"] for name, stage in read_json(run / "record.json")["stages"].items()}
     if any(made.get(name) != there.get(name) for name in ("documents", "scores", "quality")):
