@@ -41,13 +41,7 @@ def build(source: Source, _: str, folder: Path) -> None:
 def export(release: Path, kinds: Sequence[str], output: Path) -> list[dict[str, Any]]:
     """Write a folder ready to be a Hub repository; an earlier one is replaced once the new one is complete.
 
-    Args:
-        release: a release folder.
-        kinds: of `KINDS`, one file each.
-        output: the folder; not inside the release, whose manifest lists its files.
-
-    Returns:
-        per kind what `write` returns, and `"path"`, the file's.
+    It has a file of each of the `kinds`; returned is what `write` returns, and `"path"`, the file's.
     """
     from huggingface_hub import CardData
 
@@ -81,13 +75,8 @@ def export(release: Path, kinds: Sequence[str], output: Path) -> list[dict[str, 
 def write(release: Path, output: Path, kind: str) -> dict[str, Any]:
     """Write one GGUF file of a kind in `KINDS`, whole or not at all, from a release's config, weights and tokenizer.
 
-    A matrix whose rows are no multiple of 32 long stays float16 under `q8_0`.
-
-    Returns:
-        `{"kind", "tensors": count, "bytes", "sha256"}`.
-
-    Raises:
-        UserError: for a release that is incomplete or that llama.cpp's phi2 cannot express.
+    Returns `{"kind", "tensors": count, "bytes", "sha256"}`. `UserError`: the release is incomplete, or llama.cpp's phi2
+    cannot express it.
     """
     gguf = _library()
     for file in ("config.json", "model.safetensors", "tokenizer.json"):
@@ -116,8 +105,12 @@ def write(release: Path, output: Path, kind: str) -> dict[str, Any]:
     finally:
         writer.close()
         partial.unlink(missing_ok=True)
-    size, sha256 = output.stat().st_size, sha256_of_file(output)
-    return {"kind": kind, "tensors": len(tensors), "bytes": size, "sha256": sha256}
+    return {
+        "kind": kind,
+        "tensors": len(tensors),
+        "bytes": output.stat().st_size,
+        "sha256": sha256_of_file(output),
+    }
 
 
 def _library() -> Any:
@@ -226,10 +219,9 @@ def _chat_template(release: Path) -> str | None:
 
 
 def _tensors(release: Path, config: NanoPhiConfig, kind: str) -> dict[str, tuple[np.ndarray, Any]]:
-    """Arrays by GGUF name, with the type they are stored in.
+    """Arrays by GGUF name, with the type they are stored in; `q8_0` leaves rows of no multiple of 32 in float16.
 
-    Query, key and value stay apart, which every version of llama.cpp with phi2 reads. Nothing is permuted: llama.cpp
-    rotates phi2's halves as Phi does.
+    Query, key and value stay apart, which every llama.cpp with phi2 reads. Nothing is permuted: it rotates as Phi does.
     """
     from safetensors.torch import load_file
 

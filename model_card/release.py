@@ -29,17 +29,10 @@ from nanophi.model_card.records import LATER_STAGES, ShippedRecords, read_record
 
 
 def build(run: Path, checkpoint: Path, card: Path, output: Path, dtype: str = "float32") -> dict[str, Any]:
-    """Write the release folder of one checkpoint. Two builds from the same run are byte-identical.
+    """Write the release folder of a checkpoint, with what `card.build` wrote for it. Two builds are byte-identical.
 
-    Args:
-        run: the run directory.
-        checkpoint: the folder under `run/checkpoints/` whose weights are released.
-        card: the folder that `card.build` wrote for the same checkpoint.
-        output: folder to write in.
-        dtype: `float32` or `bfloat16`, the type of the released weights.
-
-    Raises:
-        UserError: if the checkpoint is incomplete, or stock transformers could not load it.
+    `dtype`: `float32` or `bfloat16`, the type of the released weights. `UserError`: the checkpoint is incomplete, or
+    stock transformers could not load it.
     """
     output.mkdir(parents=True, exist_ok=True)
     for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", *CODE_FILES):

@@ -234,7 +234,7 @@ STOPS = {"rope_theta": None}
 FIELDS: list[tuple[dict[str, Any], str, dict[str, Any], Any]] = [
     # field, oldest transformers, what its config.json has beside the default's, keys in GGUF or the reason of refusal
     ({"num_hidden_layers": 2}, "4.37.2", {}, {"block_count": 2}),
-    ({"hidden_size": 120}, "4.37.2", {}, {"embedding_length": 120}),
+    ({"hidden_size": 48}, "4.37.2", {}, {"embedding_length": 48}),
     ({"intermediate_size": 64}, "4.37.2", {}, {"feed_forward_length": 64}),
     ({"num_attention_heads": 12}, "4.37.2", {}, {"attention.head_count": 12, "rope.dimension_count": 6}),
     ({"num_key_value_heads": 3}, "4.37.2", {}, {"attention.head_count_kv": 3}),
