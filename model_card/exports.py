@@ -9,8 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 FIRST = "4.37.2"
-"""The first transformers whose Phi has grouped-query attention; each later feature below with the first that is known
-to compute it."""
+"""The first transformers whose Phi is promised to compute a release."""
 
 OLD_SCALING = ("linear", "dynamic")
 """Types of `rope_scaling` that every Phi computes; of the others versions before 5 compute something else."""
@@ -18,6 +17,7 @@ OLD_SCALING = ("linear", "dynamic")
 NOT_IN_PHI = ("proportional",)
 """Types that transformers' function for frequencies knows, but stock Phi, which rotates a part of a head, does not."""
 
+# By the first version that is known to have them.
 NEW_ACTIVATIONS = dict.fromkeys(("gelu_python_tanh", "prelu", "xielu"), "4.57")
 NEW_ACTIVATIONS |= dict.fromkeys(("hardswish", "sqrtsoftplus"), "5.23")
 
@@ -38,7 +38,8 @@ def older_keys(rope: dict[str, Any]) -> dict[str, Any]:
     Where those versions would compute something else they get no base for the frequencies, and stop with an error.
     Version 5 reads `rope_scaling` before `rope_parameters`.
     """
-    keys, scaled = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}, scaling(rope)
+    keys: dict[str, Any] = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+    scaled = scaling(rope)
     if not scaled:
         return keys
     if _is_old(scaled):
