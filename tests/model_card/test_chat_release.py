@@ -8,9 +8,11 @@ import pytest
 import yaml
 from chat_run import pipeline, talk
 from forging import card_problems  # type: ignore[import-not-found]
+from hub_client import push
 from huggingface_hub import ModelCard
 
 from nanophi.core import markup
+from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, write_json
 from nanophi.core.recipe import load_recipe
 from nanophi.data.conversations import TEMPLATE
@@ -51,6 +53,12 @@ def test_the_card_says_what_a_chat_model_is(run):
     ):
         assert part in text
     assert "trained from scratch on" not in text
+
+
+@pytest.mark.parametrize("part", ["scorer", "data"])
+def test_what_a_chat_run_has_not_is_not_published(run, part):
+    with pytest.raises(UserError, match=r"has no scored documents.*chat model.*leave them out"):
+        push(run.path / "release", "org/demo", dry_run=True, **{part: "scores"})
 
 
 def test_what_alignment_cost_is_paired_with_the_base(run):
