@@ -18,7 +18,7 @@ from nanophi.core.errors import UserError
 from nanophi.core.files import read_json
 from nanophi.eval.catalogue import LEADERBOARD, TASKS, references
 from nanophi.eval.compare import find_label, label_results
-from nanophi.eval.comparison import Measured, _paired, compare_models
+from nanophi.eval.compare import Measured, _paired, compare_models
 from nanophi.eval.models import model_sha256
 from nanophi.eval.render import to_text
 from nanophi.eval.results import ANSWER_METRIC, FORMAT
