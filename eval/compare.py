@@ -288,7 +288,8 @@ def _aligned(rows: Mapping[str, dict[str, Measured]]) -> tuple[dict[str, dict[st
     documents: list[str] = []
     for row, measured in rows.items():
         every: dict[str, dict[Any, int]] = {}
-        for one in measured.values():
+        # The largest first: what a bootstrap draws, in the result file and here, depends on the order of the items.
+        for one in sorted(measured.values(), key=lambda one: -one.score.items):
             for leaf, items in one.items.items():
                 places = every.setdefault(leaf, {})
                 for key in items:
@@ -329,7 +330,9 @@ def _stored(row: Mapping[str, Measured], parts: Mapping[str, set[int]]) -> dict[
     return stored
 
 
-def _restored(row: Mapping[str, Any], answers: Mapping[str, Any] | None, stored: Mapping[str, Any]) -> dict[str, Measured]:
+def _restored(
+    row: Mapping[str, Any], answers: Mapping[str, Any] | None, stored: Mapping[str, Any]
+) -> dict[str, Measured]:
     """The models of a row, from what `_stored` made of them."""
 
     def measured(facts: Mapping[str, Any], name: str, label: str) -> Measured:
@@ -349,8 +352,9 @@ def _restored(row: Mapping[str, Any], answers: Mapping[str, Any] | None, stored:
         return Measured(score, items, sources).part() or Measured(score, items)
 
     restored = {label: measured(row, "values", label) for label in row["scores"]}
-    for label in answers["scores"] if answers else ():
-        restored[label] = dataclasses.replace(restored[label], answers=measured(answers, "answers", label))
+    if answers is not None:
+        for label in answers["scores"]:
+            restored[label] = dataclasses.replace(restored[label], answers=measured(answers, "answers", label))
     return restored
 
 
@@ -607,20 +611,20 @@ def _correct(rows: Iterable[dict[str, Any]]) -> None:
         difference["p_corrected"] = p_value
         difference["verdict"] = statistics.verdict(difference["value"], p_value, row["higher_is_better"])
         share = is_percent(row["metric"])
-        difference["minimum_detectable_effect"] = _detectable(difference, len(entries), share)
+        effect = _detectable(difference, len(entries), share)
+        # Two shares differ by one at most: so few items cannot show any difference.
+        difference["minimum_detectable_effect"] = None if share and effect == 1 else effect
         if share and difference["interval"]:
             difference["interval"] = [min(max(bound, -1.0), 1.0) for bound in difference["interval"]]
 
 
 def _detectable(difference: dict[str, Any], tests: int, share: bool = False) -> float | None:
-    """The minimum detectable effect of a comparison like this one.
-
-    None if nothing varied from which to tell, or if no difference of two shares is large enough for so few items.
-    """
+    """The minimum detectable effect of a comparison like this one, of shares at most 1; None if it is unknown."""
     freedom = difference.pop("freedom")
     if freedom < 1:
         return None
     effect = statistics.minimum_detectable_effect(difference["stderr"], tests=tests, freedom=freedom)
     if "mcnemar" in difference:
         effect = max(effect, statistics.fewest_discordant(tests) / difference["items"])
-    return None if not effect or (effect > 1 and (share or "mcnemar" in difference)) else effect
+        share = True
+    return min(effect, 1.0 if share else math.inf) or None
