@@ -320,7 +320,7 @@ def compare_runs(runs: Sequence[Runner]) -> None:
         seed = run.recipe.seed
 
         def build(run: Runner, work: Path, seed: int = seed) -> Summary:
-            from nanophi.eval.comparison import compare_models
+            from nanophi.eval.compare import compare_models
 
             compare_models(files, work, baseline=baseline, seed=seed)
             return {"models": list(files), "baseline": baseline}
