@@ -5,6 +5,7 @@ The table of devices and the formulas are in `budget.py`.
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -139,7 +140,7 @@ def write_random_tokens(run: Path, config: NanoPhiConfig, rows: int) -> None:
     table = pa.table({"input_ids": pa.FixedSizeListArray.from_arrays(pa.array(tokens.ravel()), length)})
     for split in ("train", "heldout"):
         Dataset(table).save_to_disk(str(run / "data/tokens" / split))
-    counts = {"bytes_per_token": 4.0, "sha256": "random"}
+    counts = {"bytes_per_token": 4.0, "sha256": hashlib.sha256(tokens.tobytes()).hexdigest()}
     write_json(run / "data/tokens/tokens.json", {"train": counts, "heldout": counts})
     (run / "data/tokenizer").mkdir()
     write_json(run / "data/tokenizer/tokenizer.json", {})

@@ -21,7 +21,7 @@ from nanophi.core.files import remove, sha256_of_file, write_json
 from nanophi.core.names import step_name, step_of
 from nanophi.core.recipe import Training
 from nanophi.core.registry import OPTIMIZERS, find
-from nanophi.training import anomaly, history
+from nanophi.training import anomaly, history, receipt
 from nanophi.training.arguments import decay_start
 from nanophi.training.budget import flops_per_token, peak_flops, uses_tf32
 from nanophi.training.checkpoints import WEIGHTS, disk_space, last_saved, states, store
@@ -29,9 +29,11 @@ from nanophi.training.clock import Clock
 from nanophi.training.continuation import data_hashes
 from nanophi.training.energy import EnergyMeter
 from nanophi.training.fsdp import DividedTrainer
+from nanophi.training.loss import IGNORED
 from nanophi.training.optimizer import rate_names
 from nanophi.training.progress import ProgressLine, trackers
 from nanophi.training.stopping import SaveAndStop
+from nanophi.training.validation import unchanged_random_state
 
 UNLOGGED = "unlogged"
 """Key of the state that a run resumes from, among the callbacks': the sum of the losses since the last log entry."""
@@ -81,6 +83,7 @@ class RunTrainer(DividedTrainer):
             dollars_per_hour=None if price is None else price * devices,
         )
         self.saved_step: int | None = None
+        self.compared = bool(self.is_fsdp_enabled)  # see `receipt.py`
         self.remove_callback(PrinterCallback)
         for callback in (ProgressLine(run.name), self.stop, history.HistoryFile(run), _Begin(self)):
             self.add_callback(callback)
@@ -112,6 +115,38 @@ class RunTrainer(DividedTrainer):
         """Learning rate of each parameter group in the step after `step` steps."""
         for base, factor in zip(self.lr_scheduler.base_lrs, self.lr_scheduler.lr_lambdas, strict=True):
             yield float(base * factor(step))
+
+    # The receipt of the computation
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """`Trainer`'s; of the first batch it is counted how many tokens are predicted, in all processes."""
+        samples, items = super().get_batch_samples(*args, **kwargs)
+        if not self.compared:
+            labels = [batch["labels"][..., 1:] for batch in samples if "labels" in batch]
+            count = torch.tensor(sum(int((part != IGNORED).sum()) for part in labels), device=self.args.device)
+            self._predicted = int(self.accelerator.reduce(count, "sum"))
+        return samples, items
+
+    def document_starts(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor | None:
+        """Where in a batch documents begin, for the reference; None: it has no plain reference."""
+        return None
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """`Trainer`'s; the first micro-batch of a process is compared with a plain reference."""
+        starts = None if self.compared else self.document_starts(inputs)
+        self.compared = True
+        if starts is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        kind = "bf16" if self.args.bf16 else "tf32" if uses_tf32(self.training) else "fp32"
+        processes = self.args.world_size
+        average = processes > 1 and self.accelerator.sync_gradients
+        with receipt.without_dropout(self.model) as dropped, unchanged_random_state():
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            receipt.check(self.model, inputs, starts, self._predicted / processes, float(loss), kind, average)
+        if dropped:
+            model.zero_grad()
+            return super().training_step(model, inputs, num_items_in_batch)
+        return loss
 
     # Logging
 

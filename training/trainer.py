@@ -25,7 +25,7 @@ from nanophi.training.arguments import accelerate_precision, training_arguments,
 from nanophi.training.attention import PACKED_DOCUMENTS
 from nanophi.training.base import base_file, base_model
 from nanophi.training.loss import use_chunked_loss
-from nanophi.training.rows import PackedCollator, PackedRows
+from nanophi.training.rows import PackedCollator, PackedRows, check_tokens
 from nanophi.training.run_trainer import RunTrainer
 from nanophi.training.stopping import StopRequestedError
 from nanophi.training.validation import HeldoutRows, unchanged_random_state
@@ -47,6 +47,16 @@ class NanoPhiTrainer(RunTrainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
         return SequentialSampler(self.train_dataset)
+
+    def document_starts(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """From the tokens themselves."""
+        eos, isolated = self.model.config.eos_token_id, self.training.isolate_documents
+        return (inputs["input_ids"] == eos) if isolated else torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
+        """Tokens that a whole batch predicts: all of a row but its first, whichever of them `Trainer` would count."""
+        rows = self.training.batch_size
+        return torch.tensor(float(self.tokens_per_step - rows), device=device)
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         """An evaluation's entry gets its loss per token and bits per byte."""
@@ -127,6 +137,8 @@ def train(
     """
     arguments = training_arguments(training, run, seed, world_size())
     set_seed(seed)
+    rows, heldout = PackedRows(run / "data/tokens/train", training.steps * training.batch_size, seed), HeldoutRows(run / "data/tokens")
+    check_tokens(run / "data/tokens", train=rows, heldout=heldout)
     if not isinstance(config.eos_token_id, int):
         raise UserError(f"the tokenizer must have one end-of-text token, found {config.eos_token_id}")
     model = NanoPhiForCausalLM(config) if base is None else base_model(base, config, run / "data/tokenizer")
@@ -143,8 +155,8 @@ def train(
             prompt=prompt,
             model=model,
             args=arguments,
-            train_dataset=PackedRows(run / "data/tokens/train", rows=training.steps * training.batch_size, seed=seed),
-            eval_dataset=HeldoutRows(run / "data/tokens"),
+            train_dataset=rows,
+            eval_dataset=heldout,
             data_collator=PackedCollator(config.eos_token_id, training.isolate_documents),
         )
     return trainer.fit(training.steps * training.batch_size / len(trainer.train_dataset.dataset), resume)
