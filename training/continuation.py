@@ -88,10 +88,12 @@ def plan(
     if not run.weights():
         return Continuation()
     if recorded is None:
+        made = run.record.get("environment", {})
+        commit = made.get("commit")
+        old = f"nanophi {made['nanophi']}" + (f" at commit {commit}" if commit else "") if "nanophi" in made else ""
         raise run.keeps_weights(
-            "record.json does not state what its weights were trained with; they may be of an earlier version of "
-            "nanophi",
-            FROM_THEM,
+            "record.json does not state, in today's form, what its weights were trained with",
+            (f"finish them with {old}, which began them, " if old else "") + FROM_THEM,
         )
     if changed := [line for line in differences(recorded, now) if not line.startswith("training.steps ")]:
         raise run.keeps_weights(f"the recipe has changed ({'; '.join(changed)})")

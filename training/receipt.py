@@ -52,9 +52,10 @@ class Reference:
             edges = [0, *(begins[1:].nonzero()[:, 0] + 1).tolist(), len(ids)]
             for first, end in zip(edges, edges[1:], strict=False):
                 logits = self.model(input_ids=ids[None, first:end], use_cache=False).logits[0].float()
-                loss = nn.functional.cross_entropy(
-                    logits, targets[first:end], ignore_index=IGNORED, reduction="sum"
-                ) / count
+                loss = (
+                    nn.functional.cross_entropy(logits, targets[first:end], ignore_index=IGNORED, reduction="sum")
+                    / count
+                )
                 if torch.is_grad_enabled():
                     loss.backward()
                 total += loss.item()
@@ -81,7 +82,13 @@ class Reference:
 
 
 def check(
-    model: Any, inputs: dict[str, torch.Tensor], starts: torch.Tensor, count: float, loss: float, kind: str, average: bool
+    model: Any,
+    inputs: dict[str, torch.Tensor],
+    starts: torch.Tensor,
+    count: float,
+    loss: float,
+    kind: str,
+    average: bool,
 ) -> None:
     """Compare `loss`, and the gradients in `model`, with the reference's. Raises `UserError` that names the part.
 

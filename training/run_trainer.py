@@ -6,6 +6,7 @@ What it puts together has a module of its own: checkpoints, clock, anomaly, ener
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,14 +17,14 @@ import torch
 from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
-from nanophi.core.errors import UserError
+from nanophi.core.errors import UserError, one_line
 from nanophi.core.files import remove, sha256_of_file, write_json
 from nanophi.core.names import step_name, step_of
 from nanophi.core.recipe import Training
 from nanophi.core.registry import OPTIMIZERS, find
 from nanophi.training import anomaly, history, receipt
 from nanophi.training.arguments import decay_start
-from nanophi.training.budget import flops_per_token, peak_flops, uses_tf32
+from nanophi.training.budget import fitting_rows, flops_per_token, is_out_of_memory, peak_flops, uses_tf32
 from nanophi.training.checkpoints import WEIGHTS, disk_space, last_saved, states, store
 from nanophi.training.clock import Clock
 from nanophi.training.continuation import data_hashes
@@ -32,7 +33,7 @@ from nanophi.training.fsdp import DividedTrainer
 from nanophi.training.loss import IGNORED
 from nanophi.training.optimizer import rate_names
 from nanophi.training.progress import ProgressLine, trackers
-from nanophi.training.stopping import SaveAndStop
+from nanophi.training.stopping import SaveAndStop, ignore_in_worker
 from nanophi.training.validation import unchanged_random_state
 
 UNLOGGED = "unlogged"
@@ -179,7 +180,33 @@ class RunTrainer(DividedTrainer):
         step = self.state.global_step
         return UserError(f"{what} at step {step}; nothing was saved since {last_saved(self.run)}. {remedy}")
 
+    def _lost(self, error: Exception) -> UserError | None:
+        """What to do after a failure of the machine that can be put right; None: it is another one."""
+        resume = f"run the same command to resume from {last_saved(self.run)}"
+        if "DataLoader worker" in str(error):
+            return UserError(
+                f"a process that loads data has died, as for want of memory ({one_line(error)}); {resume}, or set "
+                "training.arguments.dataloader_num_workers to fewer"
+            )
+        if not is_out_of_memory(error):
+            return None
+        rows, share = self.args.per_device_train_batch_size, self.training.batch_size // self.args.world_size
+        fits = fitting_rows(self.model.config, self.training, [size for size in range(1, rows) if share % size == 0])
+        if fits:
+            return UserError(
+                f"out of memory with {rows} rows at a time; set training.micro_batch_size={fits} and {resume}"
+            )
+        return UserError(f"out of memory with one row at a time ({one_line(error)}); free some and {resume}")
+
     # Checkpoints
+
+    def get_train_dataloader(self) -> Any:
+        """`Trainer`'s, with workers that a signal to the process group does not end in the middle of a save."""
+        loader = super().get_train_dataloader()
+        inner = getattr(loader, "base_dataloader", loader)
+        if inner.num_workers:
+            inner.worker_init_fn = functools.partial(ignore_in_worker, inner.worker_init_fn)
+        return loader
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.run / "training_state" / ".saving")
@@ -263,6 +290,8 @@ class RunTrainer(DividedTrainer):
         with trackers(self), self.energy:
             try:
                 self.train(resume_from_checkpoint=str(resume) if resume else None)
+            except (RuntimeError, MemoryError) as error:
+                raise self._lost(error) or error from error
             finally:
                 self.stop.release()
         if self.stop.stopping:

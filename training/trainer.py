@@ -137,7 +137,10 @@ def train(
     """
     arguments = training_arguments(training, run, seed, world_size())
     set_seed(seed)
-    rows, heldout = PackedRows(run / "data/tokens/train", training.steps * training.batch_size, seed), HeldoutRows(run / "data/tokens")
+    rows, heldout = (
+        PackedRows(run / "data/tokens/train", training.steps * training.batch_size, seed),
+        HeldoutRows(run / "data/tokens"),
+    )
     check_tokens(run / "data/tokens", train=rows, heldout=heldout)
     if not isinstance(config.eos_token_id, int):
         raise UserError(f"the tokenizer must have one end-of-text token, found {config.eos_token_id}")
