@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
-from transformers.training_args import trainer_log_levels as TRAINER_LOG_LEVELS
+from transformers.training_args import trainer_log_levels
 
 from nanophi.core.errors import UserError, suggest
 from nanophi.core.recipe import Training
@@ -195,8 +195,8 @@ def training_arguments(
             made = kind(**{**ours, **more, **training.arguments})
             if made.dataloader_num_workers < 0:
                 raise ValueError("dataloader_num_workers must be at least 0")
-            if training.arguments.get("log_level", "passive") not in TRAINER_LOG_LEVELS:
-                raise ValueError(f"log_level must be one of {', '.join(TRAINER_LOG_LEVELS)}")
+            if training.arguments.get("log_level", "passive") not in trainer_log_levels:
+                raise ValueError(f"log_level must be one of {', '.join(trainer_log_levels)}")
             for name in KEYWORDS:
                 if not isinstance(getattr(made, name, None) or {}, dict):
                     raise ValueError(f"{name} must be a mapping")

@@ -55,10 +55,7 @@ class ProgressLine(TrainerCallback):
         if "cost_usd" in logs:
             total = logs["cost_usd"] / state.global_step * state.max_steps
             parts.append(f"${logs['cost_usd']:.2f} of ${total:.2f}")
-        if terminal:
-            line = fit(parts, shutil.get_terminal_size().columns - 1)
-        else:
-            line = "  ".join(parts)
+        line = fit(parts, shutil.get_terminal_size().columns - 1) if terminal else "  ".join(parts)
         self.stream.write(f"\r\x1b[K{line}" if terminal else f"{line}\n")
         if terminal and finished:
             self.stream.write("\n")

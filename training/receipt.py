@@ -9,6 +9,7 @@ form.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -50,7 +51,7 @@ class Reference:
         for ids, labels, begins in zip(inputs["input_ids"], inputs["labels"], starts, strict=True):
             ids, targets = ids.to(device), nn.functional.pad(labels[1:], (0, 1), value=IGNORED).to(device)
             edges = [0, *(begins[1:].nonzero()[:, 0] + 1).tolist(), len(ids)]
-            for first, end in zip(edges, edges[1:], strict=False):
+            for first, end in itertools.pairwise(edges):
                 logits = self.model(input_ids=ids[None, first:end], use_cache=False).logits[0].float()
                 loss = (
                     nn.functional.cross_entropy(logits, targets[first:end], ignore_index=IGNORED, reduction="sum")
