@@ -5,7 +5,7 @@ laid end to end; the stream is cut into rows. There is no padding. The tokens th
 End-of-text never stands for anything but a boundary, so training can find the documents in a row again.
 
     output/train, output/heldout   `datasets` folders; column `input_ids`, int32 `[context_length]`
-    output/train-rest.bin, output/heldout-rest.bin   the last tokens of each split, which filled no row, little-endian int32
+    output/train-rest.bin, output/heldout-rest.bin   the last tokens, which filled no row, as little-endian int32
     output/heldout-documents.parquet   source, tokens, bytes of each held-out document, in packed order
     output/tokens.json             counts, by split
 """
