@@ -22,7 +22,6 @@ from nanophi.training.loss import IGNORED
 
 TOLERANCE = {"fp32": (1e-4, 1e-3), "tf32": (2e-3, 3e-2), "bf16": (1e-2, 2e-1)}
 """Relative difference of the loss, and of all gradients as one vector (its norm by the reference's), per precision."""
-REMEDY = "nothing was trained; please report it with the versions of torch and transformers"
 
 
 class Reference:
@@ -42,7 +41,7 @@ class Reference:
         self.model.requires_grad_(True)
 
     def loss(self, inputs: dict[str, torch.Tensor], starts: torch.Tensor, count: float) -> float:
-        """Summed cross entropy of all labels, by `count`; its gradients are added up unless they are switched off.
+        """Summed cross entropy of all labels, by `count`; its gradients are added up.
 
         `starts` (rows, length) is true where a document begins. Its last token predicts the first of the next one.
         """
@@ -57,8 +56,7 @@ class Reference:
                     nn.functional.cross_entropy(logits, targets[first:end], ignore_index=IGNORED, reduction="sum")
                     / count
                 )
-                if torch.is_grad_enabled():
-                    loss.backward()
+                loss.backward()
                 total += loss.item()
         return total
 
@@ -95,22 +93,36 @@ def check(
 
     `count` divides the summed loss; `kind` is the precision, a key of `TOLERANCE`; `average` as above.
     """
-    allowed, allowed_gradient = TOLERANCE[kind]
     device = next(model.parameters()).device.type
     with torch.autocast(device, enabled=False), torch.enable_grad():
-        reference = Reference(model)
-        expected = reference.loss(inputs, starts, count)
-        if not abs(loss - expected) <= allowed * abs(expected):
-            part = f"the loss ({loss / expected:.5f} of the reference's)"
-            whole = torch.zeros_like(starts)
-            with torch.no_grad():
-                if starts.any() and abs(loss - reference.loss(inputs, whole, count)) <= allowed * abs(expected):
-                    part = "the documents' mask (the loss is that of whole rows)"
-            raise UserError(f"the first micro-batch differs from stock Phi in float32 in {part}; {REMEDY}")
-        apart, worst = reference.gradient_difference(model, average)
-    if not apart <= allowed_gradient:
-        part = f"the gradients (by {apart:.2g} of their norm, most in {worst})"
-        raise UserError(f"the first micro-batch differs from stock Phi in float32 in {part}; {REMEDY}")
+        part = _difference(model, inputs, starts, count, loss, TOLERANCE[kind], average)
+        if part is None:
+            return
+        whole = torch.zeros_like(starts)
+        if starts.any() and not average and not _difference(model, inputs, whole, count, loss, TOLERANCE[kind], False):
+            part = "the documents' mask (it agrees with that of whole rows)"
+    raise UserError(
+        f"the first micro-batch differs from stock Phi in float32 in {part}; nothing was trained; please report it "
+        "with the versions of torch and transformers"
+    )
+
+
+def _difference(
+    model: Any,
+    inputs: dict[str, torch.Tensor],
+    starts: torch.Tensor,
+    count: float,
+    loss: float,
+    allowed: tuple[float, float],
+    average: bool,
+) -> str | None:
+    """The part that differs by more than is allowed, and by how much; None: none does."""
+    reference = Reference(model)
+    expected = reference.loss(inputs, starts, count)
+    if not abs(loss - expected) <= allowed[0] * abs(expected):
+        return f"the loss ({loss / expected:.5f} of the reference's)"
+    apart, worst = reference.gradient_difference(model, average)
+    return None if apart <= allowed[1] else f"the gradients (by {apart:.2g} of their norm, most in {worst})"
 
 
 @contextlib.contextmanager

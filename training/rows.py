@@ -37,7 +37,6 @@ class PackedRows(Dataset[dict[str, torch.Tensor]]):
             raise UserError(
                 f"{tokens} holds no complete row, because the text is shorter than one context; add documents"
             )
-        self.fingerprint = dataset._fingerprint  # the beginning of the stream's hash: see `packing.py`
         self.dataset = dataset.with_format("torch", columns=["input_ids"])
         self.rows = rows
         self.seed = seed
@@ -78,7 +77,8 @@ def check_tokens(tokens: Path, **splits: PackedRows) -> None:
     for split, rows in splits.items():
         counts, rest = recorded[split], tokens / f"{split}-rest.bin"
         if counts.get("tail_tokens") and not rest.exists():  # packed by 0.1, which kept no rest
-            same = (len(rows.dataset), rows.fingerprint) == (counts["rows"], counts["sha256"][:16])
+            packed = read_json(tokens / split / "state.json")["_fingerprint"]
+            same = (len(rows.dataset), packed) == (counts["rows"], counts["sha256"][:16])
         else:
             same = rows.sha256(rest.read_bytes() if rest.exists() else b"") == counts["sha256"]
         if not same:
