@@ -146,12 +146,7 @@ def micro_batch_size(training: Training, devices: int) -> int:
 def training_arguments(
     training: Training, run: Path, seed: int, devices: int = 1, kind: type = TrainingArguments, **more: Any
 ) -> Any:
-    """The recipe's `training` section as `TrainingArguments`, or as a class derived from it with `more` fields.
-
-    Raises:
-        UserError: for a batch that does not divide among the devices, a precision that the environment contradicts,
-            a field in `arguments` with an impossible value, or a tracker that is unknown or not installed.
-    """
+    """The recipe's `training` section as `TrainingArguments`, or as a class derived from it with `more` fields."""
     check_names(training)
     rows = micro_batch_size(training, devices)
     decay = {"num_decay_steps": training.steps - decay_start(training), "decay_type": "linear"}

@@ -76,14 +76,9 @@ def plan(
     now: Mapping[str, Any],
     report: Callable[[str], None] = print,
 ) -> Continuation:
-    """What to do with the weights and states in a run directory; nothing is changed there.
+    """What to do with the weights and states in a run directory, or `UserError`; nothing is changed there.
 
-    Args:
-        recorded, now: `inputs` of the training that is there already (None: unknown), and of the recipe as it is.
-        report: gets a line about what is damaged or continued.
-
-    Raises:
-        UserError: in one line, with the keys that changed and both values, or with what is missing.
+    `recorded`, `now`: `inputs` of the training that is there already (None: unknown), and of the recipe as it is.
     """
     if not run.weights():
         return Continuation()

@@ -71,11 +71,7 @@ def fit(parts: list[str], width: int) -> str:
 
 @contextlib.contextmanager
 def trackers(trainer: Any) -> Iterator[None]:
-    """Log in to the trackers of `training.report_to` before the body's first step; a resumed run continues its own.
-
-    Raises:
-        UserError: in one line, if a tracker cannot start.
-    """
+    """Log in to the trackers of `training.report_to` before the body's first step; a resumed run continues its own."""
     variables = {}
     if trainer.training.report_to and trainer.is_world_process_zero():
         name = trainer.run / "training_state" / "tracker"

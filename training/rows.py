@@ -46,7 +46,7 @@ class PackedRows(Dataset[dict[str, torch.Tensor]]):
         """Of the packed stream, as `packing.py` defines it; `rest`: its end, which filled no row."""
         digest = hashlib.sha256()
         for chunk in self.dataset.data.column("input_ids").chunks:
-            digest.update(np.ascontiguousarray(chunk.flatten().to_numpy(), "<i4"))
+            digest.update(chunk.flatten().to_numpy().astype("<i4").tobytes())
         digest.update(rest)
         return digest.hexdigest()
 

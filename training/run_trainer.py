@@ -43,11 +43,8 @@ UNLOGGED = "unlogged"
 class RunTrainer(DividedTrainer):
     """`Trainer` that saves into a run directory and logs tokens, speed and MFU.
 
-    Args:
-        base: the weights' file that training began with; None: random ones.
-        tokens_per_step: of the whole batch; None: steps differ in tokens, and `Trainer` counts them.
-        report: gets one line where something is worth telling.
-        **kwargs: the next class's own.
+    `base` is the weights' file that training began with (None: random ones); `tokens_per_step` those of a whole batch
+    (None: steps differ, and `Trainer` counts them).
     """
 
     optimizer: torch.optim.Optimizer

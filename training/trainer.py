@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils.data import Dataset, Sampler, SequentialSampler
@@ -50,13 +50,13 @@ class NanoPhiTrainer(RunTrainer):
 
     def document_starts(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """From the tokens themselves."""
-        eos, isolated = self.model.config.eos_token_id, self.training.isolate_documents
-        return (inputs["input_ids"] == eos) if isolated else torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+        ids, eos = inputs["input_ids"], cast(int, self.model.config.eos_token_id)
+        return torch.eq(ids, eos) if self.training.isolate_documents else torch.zeros_like(ids, dtype=torch.bool)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
         """Tokens that a whole batch predicts: all of a row but its first, whichever of them `Trainer` would count."""
-        rows = self.training.batch_size
-        return torch.tensor(float(self.tokens_per_step - rows), device=device)
+        context = self.model.config.max_position_embeddings
+        return torch.tensor(float(self.training.batch_size * (context - 1)), device=device)
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         """An evaluation's entry gets its loss per token and bits per byte."""
@@ -124,16 +124,10 @@ def train(
     resume: Path | None = None,
     base: str | None = None,
 ) -> dict[str, Any]:
-    """Train a model, from the beginning or from a saved state.
+    """Train on `data/tokens` of a run directory, from the state `resume` (None: the beginning).
 
-    Args:
-        run: the run directory; reads `data/tokens` and `data/tokenizer`, writes `checkpoints`, `training_state` and
-            `training.json`.
-        config: the model's configuration, token ids included.
-        seed: of initialisation, dropout and data order.
-        prompt: the start of the sample text at every evaluation; None: no samples.
-        resume: the state to resume from; None: the beginning.
-        base: folder, run directory or Hub id whose weights to begin with; None: random ones.
+    `prompt` begins a sample text at every evaluation (None: no samples); `base` names the weights to begin with (None:
+    random ones).
     """
     arguments = training_arguments(training, run, seed, world_size())
     set_seed(seed)
