@@ -87,7 +87,8 @@ def plan(
         commit = made.get("commit")
         old = f"nanophi {made['nanophi']}" + (f" at commit {commit}" if commit else "") if "nanophi" in made else ""
         raise run.keeps_weights(
-            "record.json does not state, in today's form, what its weights were trained with",
+            "record.json does not state what its weights were trained with; they may be of an earlier version of "
+            "nanophi",
             (f"finish them with {old}, which began them, " if old else "") + FROM_THEM,
         )
     if changed := [line for line in differences(recorded, now) if not line.startswith("training.steps ")]:
