@@ -260,6 +260,10 @@ class Training(Section):
         late = [step for step in self.keep_steps if step > self.steps]
         if late:
             raise ValueError(f"keep_steps {late} are beyond the last step ({self.steps})")
+        if min(self.keep_steps, default=1) < 1:
+            raise ValueError(
+                f"keep_steps {self.keep_steps}: the first step is 1; the initial weights follow from the seed"
+            )
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"batch_size ({self.batch_size}) must be a multiple of micro_batch_size ({self.micro_batch_size})"
