@@ -152,10 +152,10 @@ class Quality(Section):
     @pydantic.model_validator(mode="before")
     @classmethod
     def share_replaces_default_threshold(cls, values: Any) -> Any:
-        if isinstance(values, dict) and "threshold" not in values:
-            if values.get("share") is not None or values.get("scorer") == "none":
-                return {**values, "threshold": None}
-        return values
+        if not isinstance(values, dict) or "threshold" in values:
+            return values
+        scores_count = values.get("share") is None and values.get("scorer") != "none"
+        return values if scores_count else {**values, "threshold": None}
 
     @pydantic.model_validator(mode="after")
     def one_rule(self) -> Quality:
@@ -445,7 +445,9 @@ def _has_no_examples(values: dict[str, Any]) -> bool:
     """
     quality, data = values.get("quality") or {}, values.get("data")
     sources = data.get("sources") if isinstance(data, dict) else None
-    own_files = isinstance(sources, list) and any(isinstance(entry, dict) and not entry.get("embedded") for entry in sources)
+    own_files = isinstance(sources, list) and any(
+        isinstance(entry, dict) and not entry.get("embedded") for entry in sources
+    )
     labelled = not isinstance(quality, dict) or quality.get("high") or quality.get("low") or quality.get("share")
     return own_files and not labelled and quality.get("scorer", "linear") == "linear"
 

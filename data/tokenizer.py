@@ -196,9 +196,12 @@ class Encoder:
         self.backend.add_special_tokens(sorted(special))
         self.backend.encode_special_tokens = True  # as text
         # A model that looks up whole pieces (Unigram, WordLevel, WordPiece, BPE with `ignore_merges`) finds special
-        # tokens in its vocabulary even so. What fills a row or stands for the unknown may be a word of the language.
-        own = special - ({names.get("pad_token"), names.get("unk_token")} - {self.eos_token})
-        reached = [name for name in own if self.backend.token_to_id(name) in self._ids_of(f"{name} x{name}y")]
+        # tokens in its vocabulary even so. A name of letters alone, or of one character, is a word of the language
+        # whatever its role (Llama 3's padding is often "!").
+        words = {name for name in special if name.lstrip("▁").isalpha() or len(name) == 1} - {self.eos_token}
+        reached = [
+            name for name in special - words if self.backend.token_to_id(name) in self._ids_of(f"{name} x{name}y")
+        ]
         self._found_in_text = _any_of(reached)
         added = [token for token in content["added_tokens"] if token["content"] not in special]
         self._added = _any_of([token["content"] for token in added])

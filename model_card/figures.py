@@ -23,7 +23,7 @@ UNLIKE = 0.05
 
 def names(records: ShippedRecords) -> list[str]:
     """File stems of the figures that these records allow, in the order of the card."""
-    scored = "histogram" in records["quality.json"]
+    scored = "histogram" in records.get("quality.json", {})
     return ["loss", *(["quality"] if scored else []), *(["evaluation"] if _bars(records) else [])]
 
 

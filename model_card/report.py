@@ -57,7 +57,9 @@ def build(run: Path, output: Path) -> dict[str, Any]:
         "written": training.get("samples", []),
         "samples": _samples(run / "sample.json"),
         # Not the shipped record: names of sources must be those of the documents.
-        "quality": {key: quality.get(key) for key in ("rule", "threshold", "documents", "bytes", "histogram", "sources")},
+        "quality": {
+            key: quality.get(key) for key in ("rule", "threshold", "documents", "bytes", "histogram", "sources")
+        },
         "documents": documents,
     }
     page = TEMPLATE.read_text(encoding="utf-8").replace(PLACE_OF_DATA, _script_safe(data))
