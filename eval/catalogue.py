@@ -171,7 +171,7 @@ def score(entry: Mapping[str, Any] | None, name: str) -> str:
 
 
 def difference(entry: Mapping[str, Any], name: str) -> str:
-    """`+0.1113 [+0.0850, +0.1380]`: a difference and its 95 % interval."""
+    """`+0.1113 [+0.0850, +0.1380]`: a difference and its 95 % interval, where it has one."""
     factor, places = scale(name)
-    low, high = (f"{factor * bound:+.{places}f}" for bound in entry["interval"])
-    return f"{factor * entry['value']:+.{places}f} [{low}, {high}]"
+    value, *bounds = (f"{factor * number:+.{places}f}" for number in (entry["value"], *(entry["interval"] or ())))
+    return value + (f" [{', '.join(bounds)}]" if bounds else "")
