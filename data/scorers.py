@@ -161,8 +161,8 @@ class LinearScorer(Scorer):
         """It is fitted on sources that the recipe names, or on those of the embedded corpus."""
         if not all(source.embedded for source in data.sources) and not (quality.high and quality.low):
             raise ValueError(
-                "quality.scorer 'linear' needs quality.high and quality.low (names of sources); to keep every document, "
-                "leave out 'quality'"
+                "quality.scorer 'linear' needs quality.high and quality.low (names of sources); to keep every "
+                "document, leave out 'quality'"
             )
 
     def prepare(self, documents: Path, quality: Quality, data: Data, seed: int, output: Path) -> Scorer:
