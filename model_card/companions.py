@@ -90,7 +90,12 @@ def recipe_of_run(release: Path) -> Recipe:
     there = {name: stage["key"] for name, stage in read_json(run / "record.json")["stages"].items()}
     if any(made.get(name) != there.get(name) for name in ("documents", "scores", "quality")):
         raise UserError(f"{run}: its documents or scores are not those of {release}; run `nanophi release` again")
-    return load_recipe(run / "recipe.yaml")
+    recipe = load_recipe(run / "recipe.yaml")
+    if recipe.quality.scorer == "none":
+        raise UserError(
+            f"{run}: no document was scored, so there are no scores to publish; leave out --scorer and --data"
+        )
+    return recipe
 
 
 def license_of(recipe: Recipe) -> dict[str, Any]:
