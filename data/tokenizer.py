@@ -117,7 +117,7 @@ def check(documents: Path, folder: Path, max_lost: float, report: Callable[[str]
                     f"{theirs.convert_ids_to_tokens(expected[at : at + 4])}"
                 )
         ids = [token for token in encoder.encode([text])[0].tolist() if token != encoder.unknown_id]
-        decoded = theirs.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        decoded = str(theirs.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
         count += 1
         before = _characters(text)
         sizes[source] += _bytes(before)

@@ -167,7 +167,9 @@ def _add_tokenizer(writer: GGUFWriter, release: Path, config: NanoPhiConfig) -> 
     """GPT-2's byte-level BPE, which llama.cpp implements; with any other tokenizer its tokens would differ."""
     from tokenizers import Tokenizer
 
-    gguf, vocab_size, bos = _library(), config.vocab_size, config.bos_token_id
+    gguf, vocab_size = _library(), config.vocab_size
+    bos: Any = config.bos_token_id
+    eos: Any = config.eos_token_id
     path = release / "tokenizer.json"
     content = read_json(path)
     model, splitter = content["model"], content["pre_tokenizer"] or {}
@@ -203,7 +205,7 @@ def _add_tokenizer(writer: GGUFWriter, release: Path, config: NanoPhiConfig) -> 
     writer.add_token_types(types)
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]])
     writer.add_bos_token_id(bos)
-    writer.add_eos_token_id(config.eos_token_id)
+    writer.add_eos_token_id(eos)
     writer.add_add_bos_token(bool(around))
     writer.add_add_eos_token(False)
     if template := _chat_template(release):
