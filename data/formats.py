@@ -258,9 +258,12 @@ class Reader:
         """The columns of a table that have to be read. Raises `UserError` naming one that it lacks."""
         root = self.text.root(names)
         wanted = [column for column in dict.fromkeys((root, self.source.source_column, self.score)) if column]
-        for column in (column for column in wanted if column not in names):
-            lacking = self.source.text_column if column == root else column
-            raise UserError(f"{self.name} has no column '{lacking}'; it has {_listed(names)}")
+        for column in wanted:
+            if column not in names:
+                lacking = self.source.text_column if column == root else column
+                raise UserError(f"{self.name} has no column '{lacking}'; it has {_listed(names)}")
+            if list(names).count(column) > 1:
+                raise UserError(f"{self.name} has the column '{column}' twice; rename one of them")
         return wanted
 
     def _number(self, where: str, record: dict[str, Any]) -> float:

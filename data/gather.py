@@ -246,8 +246,7 @@ def _summary(counts: Counts, leaders: np.ndarray, refused: list[dict[str, str]])
         **entry(sum(by_name.values(), Counter())),
         "duplicates": deduplication.cluster_counts(leaders),
         "sources": {
-            name: {"origin": origins[name][0], "origins": origins[name]} | entry(mine)
-            for name, mine in by_name.items()
+            name: {"origin": origins[name][0], "origins": origins[name]} | entry(mine) for name, mine in by_name.items()
         },
         "refused": refused,
     }
@@ -267,7 +266,9 @@ def _write_part(part: Path, start: int, output: Path, index: int, path: Path) ->
                 kept = table.filter(pa.array(codes == code))
                 if len(kept):
                     if split not in writers:
-                        shard = pq.ParquetWriter(output / f"{split}-{index:05d}.parquet", kept.schema, compression="zstd")
+                        shard = pq.ParquetWriter(
+                            output / f"{split}-{index:05d}.parquet", kept.schema, compression="zstd"
+                        )
                         writers[split] = stack.enter_context(shard)
                     writers[split].write_table(kept)
                     counts[split] += len(kept)

@@ -56,9 +56,7 @@ def run_parts(
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{index:05d}" for index in range(len(parts))]
     marks = [path.with_suffix(".json") for path in paths]
-    tasks = [
-        (function, part, path) for part, path, mark in zip(parts, paths, marks, strict=True) if not mark.exists()
-    ]
+    tasks = [(function, part, path) for part, path, mark in zip(parts, paths, marks, strict=True) if not mark.exists()]
     with progress_bar(len(parts), label, initial=len(parts) - len(tasks)) as progress:
         try:
             for finished in _run(tasks, workers, engine, folder):
