@@ -52,11 +52,11 @@ INTERRUPTED = 130
 
 
 def help_of(verb: str) -> str:
-    """The first line of a verb's docstring, without importing its module."""
+    """The first sentence of a verb's docstring, without importing its module."""
     module, _, name = verb.partition(":")
     tree = ast.parse(Path(__file__).parent.joinpath(*module.split(".")).with_suffix(".py").read_text(encoding="utf-8"))
     function = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
-    return str(ast.get_docstring(function)).splitlines()[0]
+    return str(ast.get_docstring(function)).splitlines()[0].partition(". ")[0].rstrip(".") + "."
 
 
 class Verbs(typer.core.TyperGroup):
@@ -70,7 +70,8 @@ class Verbs(typer.core.TyperGroup):
     def get_command(self, ctx: Any, name: str) -> Any:
         verb = self.table.get(name)
         if isinstance(verb, dict):
-            group = typer.Typer(cls=type("Group", (Verbs,), {"table": verb}), help=GROUPS[name], no_args_is_help=True)
+            below = type("Group", (Verbs,), {"table": verb})
+            group = typer.Typer(cls=below, help=GROUPS[name], no_args_is_help=True, **SETTINGS)
             group.callback()(lambda: None)
             command: Any = typer.main.get_command(group)
         elif verb is None:

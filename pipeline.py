@@ -26,6 +26,7 @@ from nanophi.core.recipe import Recipe, load_recipe
 from nanophi.core.run import RunDirectory, differences
 from nanophi.core.stages import Runner, Stage, Summary, is_main_process
 from nanophi.data.stages import PREPARE, data_stages
+from nanophi.eval.catalogue import made_from, suite_made_from
 
 if TYPE_CHECKING:
     from nanophi.configuration_nanophi import NanoPhiConfig
@@ -114,7 +115,7 @@ def _check_training(run: Runner) -> None:
     if recipe.conversations:
         chat.trl()
         base = bases.find(str(recipe.base))
-        if base.documents is None and any("heldout" in suite for suite in recipe.evaluation.suites):
+        if base.documents is None and any(suite_made_from(name, "documents") for name in recipe.evaluation.suites):
             run.report(f"{recipe.name}: suites on held-out text are left out, which only a run brings")
         if changed := differences(base.recipe["model"], recipe.model):
             raise UserError(f"{recipe.name}: 'model' is not its base's ({changed[0]}); leave it out")
@@ -215,7 +216,7 @@ def suites(run: Runner) -> list[str]:
     if not run.recipe.conversations:
         return named
     text = list((run.path / "data/documents").glob("heldout-*.parquet"))
-    return ["answers", *(suite for suite in named if text or "heldout" not in suite)]
+    return ["answers", *(suite for suite in named if text or not suite_made_from(suite, "documents"))]
 
 
 def _evaluation_problem(recipe: Recipe) -> str:
@@ -231,7 +232,7 @@ def _evaluation_problem(recipe: Recipe) -> str:
         return f"evaluation.data: folder {section.data} does not exist"
     for name in section.suites:
         suite = suites.find_suite(name)
-        entries = [entry for entry in suite.entries if not entry.task.startswith(("heldout_", "answers_"))]
+        entries = [entry for entry in suite.entries if not made_from(entry.task)]
         try:
             suites.find_data(dataclasses.replace(suite, entries=tuple(entries)), data=local(section.data))
         except UserError as error:
@@ -266,19 +267,15 @@ def _evaluation(run: Runner, model: str, path: Path, suite: str, file: str) -> S
     section = run.recipe.evaluation
 
     def build(run: Runner, work: Path) -> Summary:
-        from nanophi.eval import evaluate
+        from nanophi.eval.measure import Options, measure
 
-        result = evaluate.evaluate(
-            path,
-            suite,
-            work / file,
+        options = Options(
             data=local(section.data) if section.data else None,
             heldout=run.path / "data/documents",
             limit=section.limit,
             batch_size=section.batch_size,
-            seed=run.recipe.seed,
-            report=run.report,
         )
+        result = measure(path, suite, work / file, options, run.report)
         return {"results": result["results"]}
 
     values = {
@@ -323,9 +320,9 @@ def compare_runs(runs: Sequence[Runner]) -> None:
         seed = run.recipe.seed
 
         def build(run: Runner, work: Path, seed: int = seed) -> Summary:
-            from nanophi.eval import compare
+            from nanophi.eval.comparison import compare_models
 
-            compare.compare(files, work, baseline=baseline, seed=seed)
+            compare_models(files, work, baseline=baseline, seed=seed)
             return {"models": list(files), "baseline": baseline}
 
         run.make_stage(

@@ -237,11 +237,11 @@ def worker(job: dict[str, Any]) -> None:
     if job["do"] == "make":
         make(job)
     elif job["do"] == "quick":
-        from nanophi.eval.evaluate import evaluate
+        from nanophi.eval.measure import Options, measure
 
         started = time.monotonic()
         with contextlib.redirect_stdout(sys.stderr):
-            evaluate(job["model"], "quick", Path(job["output"]), data=Path(job["data"]))
+            measure(job["model"], "quick", Path(job["output"]), Options(data=Path(job["data"])))
         answer({"seconds": time.monotonic() - started})
     else:
         score(job)
@@ -336,10 +336,10 @@ def divide(instances: list[Any]) -> list[list[Any]]:
 
 def build(name: str, job: dict[str, Any]) -> tuple[list[Any], list[Any]]:
     """The requests of a fixed sample of a task's items, as lm-eval builds them."""
-    from nanophi.eval.evaluate import FEWSHOT_SEED
-    from nanophi.eval.suites import OPEN_LLM_V1, Suite, load_suite, quiet, sample_of_items
+    from nanophi.eval.measure import FEWSHOT_SEED
+    from nanophi.eval.suites import SUITES, Suite, load_suite, quiet, sample_of_items
 
-    entries = [entry for entry in OPEN_LLM_V1.entries if entry.task == name]
+    entries = [entry for entry in SUITES["open-llm-v1"].entries if entry.task == name]
     with quiet():
         loaded = load_suite(Suite(name, tuple(entries)), data=Path(job["data"]))
         tasks = [loaded.tasks[leaf] for leaf in loaded.tasks]

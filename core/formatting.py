@@ -1,32 +1,6 @@
-"""How numbers are written, on screen, in the card and on the report page: said once."""
+"""How numbers are written, on screen, in the card and on the report page. A metric and its unit: eval/catalogue.py."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-from typing import Any
-
-PERCENT_METRICS = frozenset(
-    ("acc", "acc_norm", "acc_bytes", "ended", "exact_match", "mc1", "mc2", "f1", "em", "mean of six", "average")
-)
-"""lm-eval metrics that are shares of one and are shown in percent; every other metric is shown as it is."""
-
-
-METRIC_NAMES = {
-    "acc": "accuracy",
-    "acc_norm": "accuracy, length-normalised",
-    "acc_bytes": "accuracy, byte-normalised",
-    "ended": "ended within 60 tokens",
-    "exact_match": "exact match",
-    "bits_per_byte": "bits per byte",
-    "byte_perplexity": "byte perplexity",
-    "word_perplexity": "word perplexity",
-    "answer_bits_per_byte": "right answer, bits per byte",
-}
-
-
-def metric_name(name: str) -> str:
-    """A metric in words: `accuracy, length-normalised`; lm-eval's name where there are none."""
-    return METRIC_NAMES.get(name, name)
 
 
 def duration(seconds: float) -> str:
@@ -78,32 +52,6 @@ def percent(value: float, places: int = 1) -> str:
 def figure(value: float) -> str:
     """Three significant digits, more before the point: `0.00987`, `51.2`, `1,460`."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
-def scale(metric: str) -> tuple[float, int]:
-    """Factor and decimals in which a metric is shown: shares in percent with two, the rest as they are with four."""
-    return (100.0, 2) if metric in PERCENT_METRICS else (1.0, 4)
-
-
-def metric(value: float | None, name: str) -> str:
-    """A metric's value, standard error or chance level in its unit; `-` where there is none."""
-    factor, places = scale(name)
-    return "-" if value is None else f"{factor * value:.{places}f}"
-
-
-def score(entry: Mapping[str, Any] | None, name: str) -> str:
-    """`39.84 ± 3.10`: an entry with `value` and `stderr` (or None) of metric `name`; empty without an entry."""
-    if entry is None:
-        return ""
-    error = "" if entry["stderr"] is None else f" ± {metric(entry['stderr'], name)}"
-    return metric(entry["value"], name) + error
-
-
-def difference(entry: Mapping[str, Any], name: str) -> str:
-    """`+0.1113 [+0.0850, +0.1380]`: a difference and its 95 % interval."""
-    factor, places = scale(name)
-    low, high = (f"{factor * bound:+.{places}f}" for bound in entry["interval"])
-    return f"{factor * entry['value']:+.{places}f} [{low}, {high}]"
 
 
 def p_value(value: float) -> str:

@@ -1,7 +1,7 @@
 """Runs several commands side by side, each on its own share of the cores or on its own GPU.
 
 On a processor several trainings with one thread each are faster than one after the other with all threads: a small
-model's matrix products are too small to divide well.
+model's matrix products are too small to divide well. What the commands do is not known here.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import signal
 import subprocess
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from queue import SimpleQueue
 
 from nanophi.core.errors import UserError
 
@@ -31,70 +31,65 @@ def side_by_side(
     (`OMP_NUM_THREADS`). A command's standard input is a pipe that nothing is written to: it ends when this process
     stops or dies, and the command should then stop too (`stop_with_parent`).
 
-    Args:
-        commands: by name. What a command prints is reported line by line, beginning with its name.
-        jobs: how many run at once.
-        report: gets those lines.
-        finished: called with the name of each command that ended with status 0.
+    What a command prints is reported line by line, beginning with its name; `finished` is called with the name of each
+    that ended with status 0.
 
     Raises:
         UserError: if some commands failed, naming them, after the others have ended.
     """
-    slots = devices(jobs)
-    if len(slots) < jobs:
-        report(f"--jobs {jobs}: {len(slots)} at once, one for each GPU or core here")
-    free = list(range(len(slots)))
-    waiting = list(commands)
-    running: dict[Future[int], tuple[str, int]] = {}
-    processes: dict[str, subprocess.Popen[bytes]] = {}
-    failed: list[str] = []
-    lock = threading.Lock()
+    free = devices(jobs)
+    if len(free) < jobs:
+        report(f"--jobs {jobs}: {len(free)} at once, one for each GPU or core here")
+    waiting, failed = list(commands), []
+    running: dict[str, tuple[subprocess.Popen[bytes], dict[str, str]]] = {}
+    lines: SimpleQueue[tuple[str, bytes | None]] = SimpleQueue()
 
-    def say(line: str) -> None:
-        with lock:
-            report(line)
+    def next_to_end() -> str:
+        """Report what the commands print until one has printed its last (None), and return its name."""
+        while True:
+            name, line = lines.get()
+            if line is None:
+                return name
+            if text := line.decode(errors="replace").rstrip().rpartition("\r")[2]:
+                report(text if text.startswith(f"{name}: ") else f"{name}: {text}")
 
-    with ThreadPoolExecutor(len(slots)) as threads:
-        try:
-            while waiting or running:
-                while waiting and free:
-                    name, slot = waiting.pop(0), free.pop(0)
-                    process = subprocess.Popen(
-                        commands[name],
-                        env={**os.environ, **slots[slot], **_QUIET},
-                        stdin=subprocess.PIPE,
-                        stdout=subprocess.PIPE,
-                        stderr=subprocess.STDOUT,
-                        # A signal from the terminal reaches this process alone, which then stops the others in order.
-                        start_new_session=True,
-                    )
-                    processes[name] = process
-                    running[threads.submit(_follow, name, process, say)] = (name, slot)
-                done, _ = wait(running, return_when=FIRST_COMPLETED)
-                for future in done:
-                    name, slot = running.pop(future)
-                    free.append(slot)
-                    if future.result() == 0:
-                        finished(name)
-                    else:
-                        failed.append(name)
-        finally:
-            for process in processes.values():
-                assert process.stdin is not None
-                with contextlib.suppress(OSError):
-                    process.stdin.close()
+    try:
+        while waiting or running:
+            while waiting and free:
+                name, device = waiting.pop(0), free.pop(0)
+                process = subprocess.Popen(
+                    commands[name],
+                    env={**os.environ, **device, **_QUIET},
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    # A signal from the terminal reaches this process alone, which then stops the others in order.
+                    start_new_session=True,
+                )
+                running[name] = process, device
+                threading.Thread(target=_read, args=(name, process, lines), daemon=True).start()
+            name = next_to_end()
+            process, device = running.pop(name)
+            free.append(device)
+            if process.wait() == 0:
+                finished(name)
+            else:
+                failed.append(name)
+    finally:
+        for process, _ in running.values():
+            assert process.stdin is not None
+            with contextlib.suppress(OSError):
+                process.stdin.close()
+        while running:
+            running.pop(next_to_end())[0].wait()
     if failed:
         raise UserError(f"{', '.join(failed)} failed, see above; run the same command to resume")
 
 
-def _follow(name: str, process: subprocess.Popen[bytes], say: Callable[[str], None]) -> int:
-    """Report what a process prints until it ends, and return its exit status."""
-    assert process.stdout is not None
-    for line in process.stdout:
-        text = line.decode(errors="replace").rstrip().rpartition("\r")[2]
-        if text:
-            say(text if text.startswith(f"{name}: ") else f"{name}: {text}")
-    return process.wait()
+def _read(name: str, process: subprocess.Popen[bytes], lines: SimpleQueue[tuple[str, bytes | None]]) -> None:
+    for line in process.stdout or ():
+        lines.put((name, line))
+    lines.put((name, None))
 
 
 def cores() -> int:
@@ -106,11 +101,10 @@ def devices(jobs: int) -> list[dict[str, str]]:
     """Environment variables of each of so many jobs, or of as many as there are GPUs or cores."""
     import torch
 
-    count = torch.cuda.device_count()
-    if count:
+    if count := torch.cuda.device_count():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        names = visible.split(",") if visible else [str(index) for index in range(count)]
-        return [{"CUDA_VISIBLE_DEVICES": name} for name in names[:jobs]]
+        names = visible.split(",") if visible else map(str, range(count))
+        return [{"CUDA_VISIBLE_DEVICES": name} for name in names][:jobs]
     jobs = min(jobs, cores())
     threads = str(cores() // jobs)
     return [{"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}] * jobs

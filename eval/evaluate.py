@@ -1,398 +1,107 @@
-"""Measure a model on a suite with lm-eval, and write everything that a reader needs to check or compare it.
+"""The verb `eval`: measure models on a suite, and draw the scores of checkpoints over the tokens seen.
 
-nanophi eval MODEL --suite open-llm-v1 --data benchmarks/
-nanophi eval runs/demo/checkpoints/step-000600 --suite heldout --heldout runs/demo/data/documents
+How one model is measured is in measure.py, which imports torch and lm-eval and so is only imported when it is used.
 """
 
 from __future__ import annotations
 
-import bz2
-import contextlib
-import math
-import random
-import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import lm_eval
-import lm_eval.evaluator
-import numpy as np
-import torch
-import transformers
-from lm_eval.api.task import Task
-from lm_eval.loggers.utils import add_tokenizer_info
-from lm_eval.utils import hash_string
+import typer
+from typer import Argument, Option
 
-from nanophi.core.environment import environment
-from nanophi.core.errors import UserError
-from nanophi.core.files import read_json, remove, sha256_of, sha256_of_file, sha256_of_tree, write_json
-from nanophi.core.formatting import duration, score
+from nanophi.core.files import sha256_of, write_json
 from nanophi.core.names import resolve
-from nanophi.eval.metrics import bits_figures, heldout_figures
-from nanophi.eval.models import load_model
-from nanophi.eval.results import ANSWER_METRIC, FORMAT, headline, mean_figures, mean_of, read_result, result_name
-from nanophi.eval.scorer import NotScorable, ScorerLM
-from nanophi.eval.statistics import mean_stderr
-from nanophi.eval.suites import LoadedSuite, find_data, find_suite, load_suite, quiet, sample_of_items
+from nanophi.core.options import Trust
+from nanophi.eval.models import checkpoints_of
+from nanophi.eval.results import ANSWER_METRIC, answer_scores, distinct, file_stem, leading_scores
 
-# lm-eval's own seeds (`simple_evaluate`). Other seeds would draw other few-shot examples, and scores could not be
-# compared.
-RANDOM_SEED, FEWSHOT_SEED = 0, 1234
-BOOTSTRAP_ITERATIONS = 100_000
+CURVE_FORMAT = 2
 
 
 def evaluate(
-    model: str | Path,
-    suite: str,
-    output: Path,
-    *,
-    data: Path | None = None,
-    heldout: Path | None = None,
-    limit: int | None = None,
-    num_fewshot: int | None = None,
-    batch_size: int = 16,
-    seed: int = 0,
-    dtype: str = "auto",
-    trust_remote_code: bool = False,
-    report: Callable[[str], None] = print,
-) -> dict[str, Any]:
-    """Measure a model on a suite and write the result file.
+    models: Annotated[
+        list[str], Argument(metavar="MODEL...", help="Folders, run directories, or Hub ids with optional @revision.")
+    ],
+    suite: Annotated[
+        str, Option(help="heldout, quick, signal, open-llm-v1, or lm-eval tasks: arc_easy,winogrande:5.")
+    ] = "quick",
+    data: Annotated[Path | None, Option(help="Benchmarks under their Hub ids (default: the Hub).")] = None,
+    heldout: Annotated[Path | None, Option(help="A run's data/documents, for the suite heldout.")] = None,
+    output: Annotated[Path, Option(help="Where the result files go.")] = Path("evals"),
+    limit: Annotated[int | None, Option(min=1, help="Items per task at most.")] = None,
+    num_fewshot: Annotated[
+        int | None, Option(min=0, help="Examples in the prompt of the named tasks (default: as lm-eval defines them).")
+    ] = None,
+    batch_size: Annotated[int, Option(min=1, help="Sequences per forward pass.")] = 16,
+    dtype: Annotated[str, Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Evaluate models with lm-eval. If interrupted, run the same command to resume.
 
-    Each task's results are kept as soon as it ends (in `.<file's name>.partial/`): killed and called again with the
-    same inputs, it resumes with the next task.
+    Example: nanophi eval runs/demo/release microsoft/phi-2 --suite arc_easy --limit 200
+    """
+    for model in models:
+        resolve(model)  # a mistyped name, before anything slow is imported
+    from nanophi.eval.measure import Options, measure
+
+    options = Options(data, heldout, limit, num_fewshot, batch_size, dtype, trust_remote_code)
+    expanded = [checkpoint for model in models for checkpoint in checkpoints_of(model)]
+    results = [measure(model, suite, output, options) for model in expanded]
+    typer.echo(f"results are in {output}")
+    if curve := write_curve(expanded, results, output):
+        typer.echo(curve)
+
+
+def write_curve(models: Sequence[str | Path], results: Sequence[dict[str, Any]], folder: Path) -> Path | None:
+    """Write `curve-<suite>-<hash>.json` and `.png`: scores over the tokens seen, each run a line of its own.
 
     Args:
-        model: folder or Hub id of any causal language model; `ORG/NAME@revision` for a branch, tag or commit.
-        suite: `heldout`, `quick`, `signal`, `open-llm-v1`, or names of lm-eval tasks and groups, separated by commas:
-            `arc_easy,winogrande:5`, where the number is the examples in the prompt.
-        output: the result file (`.json`), or a folder, in which the file is named after the model, the suite and
-            a hash of everything that the result depends on.
-        data: folder with the benchmarks under their Hub ids (`<data>/allenai/ai2_arc`); None: the Hub.
-        heldout: a run's `data/documents`; the suite `heldout` needs it.
-        limit: at most this many items per task: a fixed sample, the same for every model.
-        num_fewshot: examples in the prompt of tasks that are named without a number; None: as lm-eval defines them.
-        batch_size: sequences per forward pass, at most.
-        seed: of the bootstrap. Few-shot examples are always drawn with lm-eval's own seed.
-        dtype: `float32`, `bfloat16`, `float16`, or `auto`: bfloat16 on a GPU, float32 on a CPU.
-        trust_remote_code: run model code that comes with the model.
-        report: called with one line of progress at a time.
+        models: folders and Hub ids.
+        results: the result file's contents of each.
 
     Returns:
-        what was written.
-
-    Raises:
-        UserError: for an unknown suite, missing data, or something that is not a causal language model.
+        the JSON file; None if fewer than two of the models are checkpoints of a run.
     """
-    if resolve(model).folder is None:
-        report(f"{model}: there is no folder of that name, so it is looked for on the Hub")
-    chosen = find_suite(suite, num_fewshot)
-    find_data(chosen, data=data, heldout=heldout)  # before the model is loaded: a mistyped folder
-    with quiet():
-        network, tokenizer, identity = load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
-    loaded = load_suite(chosen, data=data, heldout=heldout)
-    with quiet():
-        lm = ScorerLM(network, tokenizer, batch_size)
-    if lm.unshared_because:
-        report(f"{identity['name']}: prefixes are not shared, since {lm.unshared_because}; slower, same results")
-    indices = {
-        name: sample_of_items(task, min(filter(None, (limit, loaded.entries[name].items)), default=None))
-        for name, task in loaded.tasks.items()
-    }
-    inputs = {
-        "format": FORMAT,
-        "model": identity,
-        "suite": [[name, task.config.num_fewshot, indices[name]] for name, task in loaded.tasks.items()],
-        "data": _data_hashes(loaded),
-        "environment": {key: value for key, value in environment().items() if key not in ("cpu_threads", "commit")},
-    }
-    key = sha256_of(inputs)
-    output = Path(output)
-    if output.suffix != ".json":
-        output /= result_name(identity["name"], loaded.suite.name, key)
-    if output.exists():
-        with contextlib.suppress(UserError):
-            earlier = read_result(output)
-            if earlier["nanophi"].get("key") == key:
-                report(f"{output.name} is up to date")
-                return earlier
-        report(f"{output.name} holds another measurement, which this one will replace")
-    for name, task in loaded.tasks.items():
-        tokens = (task.config.generation_kwargs or {}).get("max_gen_toks", lm.max_gen_toks)
-        if task.OUTPUT_TYPE == "generate_until" and lm.max_length <= tokens:
-            raise UserError(
-                f"task '{name}' generates {tokens} tokens, which leaves no room for the question in the "
-                f"{lm.max_length} tokens that {model} reads; choose other tasks (--suite)"
-            )
-    partial = _open_partial(output, key)
-    started = time.monotonic()
-    paths = {name: partial / f"{name}.json" for name in loaded.tasks}
-    waiting = {
-        name: _characters(task, indices[name]) for name, task in loaded.tasks.items() if not paths[name].exists()
-    }
-    if len(waiting) < len(paths):
-        report(f"{len(paths) - len(waiting)} of {len(paths)} tasks were finished before")
-    scored = 0
-    for name in list(waiting):
-        part = run_task(lm, name, loaded.tasks[name], indices[name])
-        write_json(paths[name], part)
-        scored += waiting.pop(name)
-        left = (time.monotonic() - started) * sum(waiting.values()) / scored
-        more = f"; about {duration(left)} left for {len(waiting)} more" if waiting else ""
-        report(_line(part, name) + more)
-    parts = {name: read_json(path) for name, path in paths.items()}
-    result = _merge(loaded, parts)
-    result["config"] = {
-        "model": identity["name"],
-        "model_num_parameters": identity["parameters"],
-        "model_dtype": identity["dtype"],
-        "batch_size": batch_size,
-        "device": str(network.device),
-        "limit": limit,
-        "bootstrap_iters": BOOTSTRAP_ITERATIONS,
-        "random_seed": RANDOM_SEED,
-        "fewshot_seed": FEWSHOT_SEED,
-    }
-    result["date"] = time.time()
-    result["lm_eval_version"], result["transformers_version"] = lm_eval.__version__, transformers.__version__
-    add_tokenizer_info(result, lm)
-    result["total_evaluation_time_seconds"] = str(sum(part["seconds"] for part in parts.values()))
-    result["nanophi"] = {
-        "format": FORMAT,
-        "key": key,
-        "model": identity,
-        **_summary(loaded, result, parts),
-        "data": inputs["data"],
-        "environment": environment(),
-        "seconds": {name: part["seconds"] for name, part in parts.items()},
-        "overflowing": {name: part["overflowing"] for name, part in parts.items() if part["overflowing"]},
-    }
-    write_json(output, result)
-    shutil.rmtree(partial)
-    report(f"{output.name} written, {duration(time.monotonic() - started)}")
-    return result
-
-
-def _characters(task: Task, indices: list[int] | None) -> int:
-    """Approximate number of prompt characters in a task's items, from a few of them: a measure of its cost."""
-    task.set_fewshot_seed(FEWSHOT_SEED)
-    docs = task.eval_docs
-    some = (indices or range(len(docs)))[:: max(1, len(indices or docs) // 4)]
-    prompts = [task.fewshot_context(docs[i], num_fewshot=task.config.num_fewshot) for i in some]
-    lengths = [len(prompt if isinstance(prompt, str) else prompt[0]) for prompt in prompts]
-    if task.OUTPUT_TYPE == "loglikelihood_rolling":
-        lengths = [len(task.doc_to_target(docs[i])) for i in some]
-    return 1 + sum(lengths) * len(indices or docs) // len(lengths)
-
-
-def run_task(lm: ScorerLM, name: str, task: Task, indices: list[int] | None) -> dict[str, Any]:
-    """Evaluate one task with lm-eval. Returns JSON-able data, with the samples reduced to what is worth keeping.
-
-    Each item also gets `ANSWER_METRIC` if it has a right answer that was scored.
-    """
-    started = time.monotonic()
-    overflowing = lm.overflowing
-    # What `lm_eval.simple_evaluate` does before it calls `evaluate`.
-    random.seed(RANDOM_SEED)
-    np.random.seed(FEWSHOT_SEED)
-    torch.manual_seed(FEWSHOT_SEED)
-    task.set_fewshot_seed(FEWSHOT_SEED)
-    try:
-        with quiet():
-            result: Any = lm_eval.evaluator.evaluate(
-                lm,
-                {"tasks": {name: task}},
-                samples=None if indices is None else {name: indices},
-                bootstrap_iters=BOOTSTRAP_ITERATIONS,
-            )
-    except NotScorable as error:
-        raise UserError(f"task '{name}': {error}; choose other tasks (--suite)") from error
-    samples = result["samples"][name]
-    if not all(math.isfinite(score) for sample in samples for score in _numbers(sample["filtered_resps"])):
-        raise UserError(f"task '{name}': the model's log-likelihoods are not finite numbers; its weights are damaged")
-    result["task_hashes"] = {
-        name: hash_string("".join(s["doc_hash"] + s["prompt_hash"] + s["target_hash"] for s in samples))
-    }
-    result["chance"] = _chance(samples)
-    for sample in samples:
-        bits = answer_bits_per_byte(task, sample)
-        if bits is not None:
-            sample[ANSWER_METRIC] = bits
-    values = np.array([sample[ANSWER_METRIC] for sample in samples if ANSWER_METRIC in sample])
-    if len(values) and len(values) == len(samples):
-        stderr = mean_stderr(values)
-        figures = {f"{ANSWER_METRIC},none": float(values.mean()), f"{ANSWER_METRIC}_stderr,none": stderr}
-        result["results"][name] |= {key: value for key, value in figures.items() if value is not None}
-        result["higher_is_better"][name][ANSWER_METRIC] = False
-    if name == "heldout_bits_per_byte":
-        text = "\n".join(sample["doc"]["text"] for sample in samples).encode()
-        result["bz2"] = {"bits_per_byte": 8 * len(bz2.compress(text, 9)) / len(text), "bytes": len(text)}
-    result["samples"] = {name: [_slim(sample) for sample in samples]}
-    result["overflowing"] = lm.overflowing - overflowing
-    result["seconds"] = round(time.monotonic() - started, 3)
-    return _plain(result)
-
-
-def _numbers(value: Any) -> Iterator[float]:
-    """The floating-point numbers in nested lists."""
-    if isinstance(value, list | tuple):
-        for item in value:
-            yield from _numbers(item)
-    elif isinstance(value, float):
-        yield value
-
-
-def _slim(sample: dict[str, Any]) -> dict[str, Any]:
-    """What pairs an item with another model's and shows how it was scored; prompts would take gigabytes."""
-    kept = (
-        ANSWER_METRIC,
-        "doc_id",
-        "filter",
-        "filtered_resps",
-        "metrics",
-        "doc_hash",
-        "prompt_hash",
-        "target_hash",
-        *sample["metrics"],
-    )
-    slim = {key: sample[key] for key in kept if key in sample}
-    if isinstance(sample["target"], int):
-        slim["target"] = sample["target"]
-    if isinstance(sample["doc"], dict) and "source" in sample["doc"]:
-        slim["source"] = sample["doc"]["source"]
-    return slim
-
-
-def answer_bits_per_byte(task: Task, sample: dict[str, Any]) -> float | None:
-    """-log2 P(right answer | prompt) / bytes of the right answer, for one of lm-eval's samples; None if it has none.
-
-    The answer is the text that lm-eval scored, without the delimiter between prompt and answer. If there are several
-    right answers, the likeliest counts. If the choices are prompts and one text follows them all (Winogrande), the
-    answer is that text after the right prompt.
-    """
-    if task.OUTPUT_TYPE not in ("multiple_choice", "loglikelihood"):
+    points = [
+        {
+            "run": _run_of(model),
+            **{key: result["nanophi"]["model"].get(key) for key in ("name", "sha256", "step", "tokens_seen")},
+            "scores": _scores(result),
+        }
+        for model, result in zip(models, results, strict=True)
+        if "tokens_seen" in result["nanophi"]["model"]
+    ]
+    if len(points) < 2:
         return None
-    scores = [score for score, _ in sample["filtered_resps"]]
-    if task.OUTPUT_TYPE == "loglikelihood":
-        right: Any = 0
-    else:
-        right = task.doc_to_text(sample["doc"]) if task.multiple_input else task.doc_to_target(sample["doc"])
-        choices = task.doc_to_choice(sample["doc"])
-        scores = scores[: len(choices)]
-        if isinstance(right, str):
-            right = choices.index(right) if right in choices else None
-    indices = [index for index in (right if isinstance(right, list) else [right]) if index in range(len(scores))]
-    if not indices:
-        return None
-    best = max(indices, key=lambda index: scores[index])
-    answer = sample["arguments"][best][1].removeprefix(task.config.target_delimiter)
-    return -scores[best] / math.log(2) / len(answer.encode()) if answer else None
+    from nanophi.eval.render import draw_curve
+
+    points.sort(key=lambda point: (point["run"], point["tokens_seen"]))
+    for point, run in zip(points, distinct([point["run"] for point in points]), strict=True):
+        point["run"] = run
+    name = results[0]["nanophi"]["suite"]
+    keys = sorted(result["nanophi"]["key"] for result in results)
+    path = folder / f"curve-{file_stem(name)}-{sha256_of(keys)[:8]}.json"
+    write_json(path, {"format": CURVE_FORMAT, "suite": name, "points": points})
+    draw_curve(points, path.with_suffix(".png"))
+    return path
 
 
-def _chance(samples: list[dict[str, Any]]) -> float | None:
-    """Expected score of a guess: the mean of 1 / choices; for mc2 the share of true answers; None for other tasks."""
-    scores = []
-    for sample in samples:
-        doc = sample["doc"]
-        if isinstance(doc, dict) and "mc2_targets" in doc and "acc_norm" not in sample["metrics"]:
-            labels = doc["mc2_targets"]["labels"]
-            if len(labels) == len(sample["arguments"]):
-                scores.append(sum(labels) / len(labels))
-                continue
-        if "acc" not in sample["metrics"] or len(sample["arguments"]) < 2:
-            return None
-        scores.append(1 / len(sample["arguments"]))
-    return float(np.mean(scores))
+def _scores(result: dict[str, Any]) -> dict[str, Any]:
+    answers = {score.task: {"value": score.value, "stderr": score.stderr} for score in answer_scores(result)}
+    keys = ("metric", "value", "stderr", "chance", "higher_is_better", "items")
+    return {
+        score.task: {key: getattr(score, key) for key in keys} | {ANSWER_METRIC: answers.get(score.task)}
+        for score in leading_scores(result)
+    }
 
 
-def _plain(value: Any) -> Any:
-    """A JSON-able copy: tuples and arrays become lists, numpy scalars Python's, anything else a string."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | np.ndarray):
-        return [_plain(item) for item in value]
-    if isinstance(value, np.generic):
-        return value.item()
-    return value if value is None or isinstance(value, str | int | float | bool) else str(value)
-
-
-def _open_partial(output: Path, key: str) -> Path:
-    """The folder for finished tasks, emptied if they were measured on other inputs."""
-    partial = output.with_name(f".{output.name}.partial")
-    if not (partial / "key").is_file() or (partial / "key").read_text() != key:
-        remove(partial)
-        partial.mkdir(parents=True)
-        (partial / "key").write_text(key)
-    return partial
-
-
-def _data_hashes(loaded: LoadedSuite) -> dict[str, Any]:
-    """SHA-256 of each dataset folder; datasets from the Hub are pinned by the per-item hashes in the samples."""
-    hashes: dict[str, Any] = {}
-    for dataset, folder in dict.fromkeys(loaded.datasets.values()):
-        if dataset == "heldout" and folder is not None:
-            found = {path.name: sha256_of_file(path) for path in folder.glob("heldout*.parquet")}
-            # Documents lie in shards, conversations in one file.
-            hashes["answers" if "heldout.parquet" in found else dataset] = sha256_of(found)
-        else:
-            hashes[dataset] = sha256_of_tree(folder) if folder is not None else None
-    return hashes
-
-
-def _merge(loaded: LoadedSuite, parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Merge the results of single tasks into one lm-eval result, with lm-eval's aggregates of groups."""
-    keys = ("results", "configs", "versions", "n-shot", "higher_is_better", "n-samples", "task_hashes", "samples")
-    merged: dict[str, Any] = {key: {} for key in keys}
-    for part in parts.values():
-        for key in keys:
-            merged[key].update(part[key])
-    for name in [name for name in loaded.tasks if "bits_per_byte,none" in merged["results"][name]]:
-        # lm-eval has no standard error for it.
-        stderr = bits_figures([sample["bits_per_byte"] for sample in merged["samples"][name]])["bits_per_byte_stderr"]
-        merged["results"][name]["bits_per_byte_stderr,none"] = stderr
-    if loaded.groups:
-        merged["group_subtasks"] = {name: group.child_names for name, group in loaded.groups.items()}
-        merged["groups"] = {}
-        for name, group in loaded.groups.items():
-            aggregate = _plain(group.aggregate(merged["results"]))
-            leaves = [task.task_name for task in group.get_all_tasks()]
-            if answers := mean_of(merged["results"], leaves, f"{ANSWER_METRIC},none"):
-                aggregate[f"{ANSWER_METRIC},none"] = answers["value"]
-                aggregate[f"{ANSWER_METRIC}_stderr,none"] = answers["stderr"]
-            merged["results"][name] = merged["groups"][name] = aggregate
-            merged["versions"][name] = group.version
-            shots = {merged["n-shot"][leaf] for leaf in leaves}
-            if len(shots) == 1:
-                merged["n-shot"][name] = shots.pop()
-    return merged
-
-
-def _summary(loaded: LoadedSuite, result: dict[str, Any], parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The suite's leading figures, their average, and the figures of the held-out documents by source."""
-    lines = []
-    for entry in loaded.suite.entries:
-        leaves = [name for name, other in loaded.entries.items() if other is entry]
-        lines.append(headline(entry.task, entry.metric, leaves, result, [parts[leaf]["chance"] for leaf in leaves]))
-    summary: dict[str, Any] = {"suite": loaded.suite.name, "headline": lines, "average": None}
-    averaged = [line for line in lines if line["task"] in loaded.suite.average]
-    if averaged:
-        summary["average"] = {**mean_figures(averaged), "tasks": [line["task"] for line in averaged]}
-    if "heldout_bits_per_byte" in loaded.tasks:
-        name = "heldout_bits_per_byte"
-        summary["heldout"] = heldout_figures(result["samples"][name], parts[name]["bz2"])
-    return summary
-
-
-def _line(part: dict[str, Any], name: str) -> str:
-    """A finished task in one line: `arc_easy: acc 31.20 ± 0.95, ... (2,376 items, 41 s)`."""
-    values = part["results"][name]
-    shown = []
-    for key, value in values.items():
-        if "," in key and "_stderr" not in key and isinstance(value, float):
-            metric, error = key.split(",")[0], values.get(key.replace(",", "_stderr,"))
-            figures = {"value": value, "stderr": error if isinstance(error, float) else None}
-            shown.append(f"{metric} {score(figures, metric)}")
-    prompts = part["overflowing"]
-    cut = f", {prompts} prompt{'s' * (prompts > 1)} cut to the context" if prompts else ""
-    return f"{name}: {', '.join(shown)} ({values['sample_len']} items{cut}, {duration(part['seconds'])})"
+def _run_of(model: str | Path) -> str:
+    """The run directory that a checkpoint belongs to, or the repository, or the folder that holds it."""
+    named = resolve(model)
+    if named.folder is None:
+        return str(named.repo_id)
+    folder = named.folder.resolve()
+    return str(folder.parent.parent if folder.parent.name == "checkpoints" else folder.parent)

@@ -17,12 +17,7 @@ from nanophi.eval.results import ItemKey
 
 
 def divide(results: Mapping[str, Sequence[Path]], items: Collection[ItemKey]) -> dict[str, set[ItemKey]]:
-    """The items of each part, by the filter of the first run that has one; empty if none has.
-
-    Args:
-        results: label of each model -> its result files; of those in a run directory's `evals/`, its filter counts.
-        items: of the held-out documents.
-    """
+    """The held-out `items` of each part, by the filter of the first run that any result file belongs to; else empty."""
     for label, files in results.items():
         for run in {Path(file).resolve().parent.parent for file in files}:
             scores = run / "data" / "quality" / "heldout.parquet"

@@ -1,10 +1,10 @@
 """Faster kernels for the same functions, while a model is measured in float32 on a CPU.
 
-oneDNN, which ships with torch, multiplies twice as fast as torch's linear layers (MKL) on AMD processors. For a few
-rows it is faster on every processor, and for many rows on Intel it is as fast. It also applies GELU to a product while
-that is still in the cache: torch's own GELU takes a quarter of the time of the product, and transformers' GPT-2 GELU
-makes eight passes over memory. The choice of kernel depends on the model only, never on timings, so a measurement
-repeats bit for bit. Results agree with torch's up to rounding.
+oneDNN, which ships with torch, multiplies faster than torch's linear layers (MKL) on AMD processors, and as fast on
+Intel. It also applies GELU to a product while that is still in the cache: torch's own GELU takes a quarter of the time
+of the product, and transformers' GPT-2 GELU makes eight passes over memory. Together a fifth of the time of an
+evaluation (benchmarks/LOG.md, 2026-11-30). The choice of kernel depends on the model only, never on timings, so a
+measurement repeats bit for bit. Results agree with torch's up to rounding.
 """
 
 from __future__ import annotations
@@ -33,11 +33,18 @@ class Kernels:
         fused = _before_gelu(network) if onednn else {}
         for module in network.modules():
             if type(module) is nn.Linear and onednn:
-                after: tuple[str, list[float], str] = ("gelu", [], "tanh") if module in fused else ("none", [], "")
-                bias = None if module.bias is None else module.bias.detach()
-                self.forwards.append((module, functools.partial(_linear, module.weight.detach(), bias, after)))
+                product = functools.partial(
+                    torch.ops.mkldnn._linear_pointwise,
+                    W=module.weight.detach(),
+                    B=None if module.bias is None else module.bias.detach(),
+                    attr="gelu" if module in fused else "none",
+                    scalars=[],
+                    algorithm="tanh" if module in fused else "",
+                )
+                self.forwards.append((module, product))
             elif type(module) in GELUS:
-                self.forwards.append((module, _identity if module in fused.values() else _gelu))
+                gelu = functools.partial(nn.functional.gelu, approximate="tanh")
+                self.forwards.append((module, nn.Identity().forward if module in fused.values() else gelu))
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
@@ -81,18 +88,6 @@ def _before_gelu(network: PreTrainedModel) -> dict[nn.Module, nn.Module]:
         for maker, gelu in pairs
         if maker is not gelu and makers.count(maker) == 1 and gelus.count(gelu) == 1
     }
-
-
-def _linear(weight: Tensor, bias: Tensor | None, after: tuple[str, list[float], str], values: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(values, weight, bias, *after)
-
-
-def _gelu(values: Tensor) -> Tensor:
-    return nn.functional.gelu(values, approximate="tanh")
-
-
-def _identity(values: Tensor) -> Tensor:
-    return values
 
 
 def trim() -> None:

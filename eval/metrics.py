@@ -40,16 +40,11 @@ class BitsPerByte(evaluate.Metric):
 
 
 def heldout_figures(samples: Sequence[Mapping[str, Any]], bz2: Mapping[str, Any]) -> dict[str, Any]:
-    """Bits per byte of the held-out documents, together and by source, beside what bz2 makes of the same text.
-
-    Args:
-        samples: with `bits_per_byte` (log-likelihood in nats, bytes) and `source`.
-        bz2: its `bits_per_byte` and `bytes`.
-    """
-    by_source: dict[str, list[Any]] = {}
-    for sample in samples:
-        by_source.setdefault(sample["source"], []).append(sample["bits_per_byte"])
-    figures = {source: bits_figures(by_source[source]) for source in sorted(by_source)}
+    """Bits per byte of the held-out documents, together and by source, beside what bz2 makes of the same text."""
+    figures = {
+        source: bits_figures([sample["bits_per_byte"] for sample in samples if sample["source"] == source])
+        for source in sorted({sample["source"] for sample in samples})
+    }
     whole = bits_figures([sample["bits_per_byte"] for sample in samples])
     return {**whole, "bz2": dict(bz2), "by_source": figures}
 

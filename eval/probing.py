@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from nanophi.eval.forest import Forest, PackedRow
+from nanophi.eval.prefix_tree import PackedRow, PrefixTree
 
 
 @torch.inference_mode()
@@ -34,7 +34,7 @@ def logits_are_the_heads(network: Any) -> bool:
 def why_not_shared(lm: Any) -> str:
     """Why prefixes cannot be shared, for a person; empty if the model computes the same with shared prefixes."""
     network: Any = lm.model
-    if not lm.slim:
+    if not lm.sparse_head:
         return "the model has no separate output layer"
     if window := _attention_window(network.config, lm.max_length):
         return f"its attention sees only {window} tokens back"
@@ -71,14 +71,14 @@ def _sequences(lm: Any) -> list[tuple[int, ...]]:
 def _probe(lm: Any, *, shared: bool) -> Tensor:
     """Logits of the last two positions of some sequences [6, vocabulary], the way they would be scored."""
     sequences = _sequences(lm)
-    forest = Forest([np.array(s) for s in sequences], [len(sequence) - 2 for sequence in sequences])
+    tree = PrefixTree([np.array(sequence) for sequence in sequences], [2] * len(sequences))
     if not shared:
-        rows = [PackedRow(forest, [(i, i + 1)], 0) for i in range(3)]
+        rows = [PackedRow(tree, [(i, i + 1)], 0) for i in range(3)]
         return lm.logits(torch.cat([lm.forward([row], None, [list(row.paths[i][-2:])]) for i, row in enumerate(rows)]))
-    prefix = forest.prefix(0, 3)
-    past = lm.extend(forest.sequences[0][: prefix - 3], 0, None)
-    past = lm.extend(forest.sequences[0][prefix - 3 : prefix], prefix - 3, past)
-    row = PackedRow(forest, [(0, 3)], prefix)
+    prefix = tree.prefix(0, 3)
+    past = lm.extend(tree.sequences[0][: prefix - 3], 0, None)
+    past = lm.extend(tree.sequences[0][prefix - 3 : prefix], prefix - 3, past)
+    row = PackedRow(tree, [(0, 3)], prefix)
     return lm.logits(lm.forward([row], past, [[place for i in range(3) for place in row.paths[i][-2:].tolist()]]))
 
 

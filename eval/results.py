@@ -1,8 +1,8 @@
-"""The result file that `nanophi eval` writes: its name, format and headline figures, and how to read it.
+"""The result file that `nanophi eval` writes: its name and format, and the scores that are derived from it on reading.
 
 It is lm-eval's result JSON (results, versions, n-shot, configs, samples, ...) with the log-likelihoods and metrics of
-every item, and one more key, `nanophi`: the suite's leading figures, the held-out figures by source, the environment,
-and hashes of model and data.
+every item, and one more key, `nanophi`: which tasks each line of the suite is made of and what a guess scores there,
+the held-out figures by source, the environment, and hashes of model and data. It holds no score twice.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, sha256_of
-from nanophi.core.formatting import PERCENT_METRICS
 from nanophi.core.names import step_folders
-from nanophi.eval.catalogue import LEADERBOARD, TASKS, title
+from nanophi.eval.catalogue import LEADERBOARD, TASKS, is_percent, title
 from nanophi.eval.models import model_sha256
 
-FORMAT = 2
+FORMAT = 3
 """Version of the `nanophi` key in result files that are written."""
 
 READABLE = (2, 3)
 """Versions that are read. Format 2 has a `headline` of figures, which are not read; format 3 has `lines` instead."""
+
+PROTOCOL = 2
+"""Version of how models are measured, part of an evaluation's key: raised when the same inputs give other figures."""
 
 ANSWER_METRIC = "answer_bits_per_byte"
 """Bits per byte of the right answer: -log2 P(answer | prompt) / bytes of the answer, averaged over the items.
@@ -97,6 +97,18 @@ def item_values(content: Mapping[str, Any], task: str, metric: str, filter_name:
     }
 
 
+def checkpoint_results(checkpoint: Path) -> dict[str, dict[str, Any]]:
+    """Suite, as it is in the file's name -> contents of a checkpoint's result files, in its run directory's `evals/`.
+
+    Results of other weights, which a run that was trained again may still hold, are passed over.
+    """
+    prefix, evals = f"{checkpoint.name}-", checkpoint.parent.parent / "evals"
+    found = {path.stem.removeprefix(prefix): read_result(path) for path in sorted(evals.glob(f"{prefix}*.json"))}
+    measured = {name: content["nanophi"]["model"].get("sha256") for name, content in found.items()}
+    current = model_sha256(checkpoint) if any(measured.values()) else None
+    return {name: content for name, content in found.items() if measured[name] in (None, current)}
+
+
 def final_results(run: Path) -> list[Path]:
     """Result files of a run directory's last checkpoint, in its `evals/`.
 
@@ -152,7 +164,7 @@ class Score:
     @property
     def percent(self) -> bool:
         """Whether it is shown in percent."""
-        return self.metric in PERCENT_METRICS
+        return is_percent(self.metric)
 
 
 def leading_scores(result: Mapping[str, Any]) -> list[Score]:
@@ -195,9 +207,19 @@ def average_score(scores: Sequence[Score]) -> Score | None:
 
 def mean(values: Sequence[float], stderrs: Sequence[Any]) -> tuple[float, float | None]:
     """The unweighted mean of some scores and its standard error, which is None if one of theirs is unknown."""
+    import numpy as np  # not for whoever only reads a file's name
+
     known = all(isinstance(stderr, float) for stderr in stderrs)  # lm-eval's is "N/A" for a single item
     stderr = math.sqrt(sum(stderr**2 for stderr in stderrs)) / len(stderrs) if known else None
     return float(np.mean(values)), stderr
+
+
+def mean_of(results: Mapping[str, Any], leaves: Sequence[str], key: str) -> tuple[float, float | None] | None:
+    """`mean` of a figure, `metric,filter`, over leaf tasks in lm-eval's results; None if one lacks it."""
+    if any(key not in results[leaf] for leaf in leaves):
+        return None
+    error = key.replace(",", "_stderr,")
+    return mean([results[leaf][key] for leaf in leaves], [results[leaf].get(error) for leaf in leaves])
 
 
 def _lines(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -230,19 +252,17 @@ def _leading_metric(result: Mapping[str, Any], task: str, line: Mapping[str, Any
 def _score(result: Mapping[str, Any], task: str, line: Mapping[str, Any], key: str) -> Score | None:
     """The score of a line of the suite; None if one of its leaf tasks lacks that metric."""
     leaves, (metric, _, filter_name) = line["tasks"], key.partition(",")
-    results = [result["results"][leaf] for leaf in leaves]
-    if any(key not in found for found in results):
+    found = mean_of(result["results"], leaves, key)
+    if found is None:
         return None
-    stderrs = [found.get(f"{metric}_stderr,{filter_name}") for found in results]
-    value, stderr = mean([found[key] for found in results], stderrs)
     counts = [result["n-samples"][leaf] for leaf in leaves]
     return Score(
         suite=result["nanophi"]["suite"],
         task=task,
         metric=metric,
         filter=filter_name,
-        value=value,
-        stderr=stderr,
+        value=found[0],
+        stderr=found[1],
         items=sum(count["effective"] for count in counts),
         of=sum(count["original"] for count in counts),
         shots=result["n-shot"].get(leaves[0]),
@@ -250,58 +270,3 @@ def _score(result: Mapping[str, Any], task: str, line: Mapping[str, Any], key: s
         higher_is_better=bool(result["higher_is_better"][leaves[0]].get(metric, True)),
         leaves=tuple(leaves),
     )
-
-
-def headline(
-    task: str,
-    metric: str | None,
-    leaves: Sequence[str],
-    result: Mapping[str, Any],
-    chances: Sequence[float | None],
-) -> dict[str, Any]:
-    """The headline figures of a task, or of a group of tasks: their unweighted mean.
-
-    Args:
-        task: name of the task or group.
-        metric: the leading figure, `metric,filter`; None: the first that is no perplexity, of which no difference can
-            be tested item by item (LAMBADA's accuracy, WikiText's bits per byte), or just the first.
-        leaves: the leaf tasks in it; itself, for a single task.
-        result: lm-eval's result.
-        chances: expected score of a guess on each leaf task.
-    """
-    first = result["results"][leaves[0]]
-    metrics = [key for key in first if "," in key and "_stderr" not in key]
-    metric = metric or next((key for key in metrics if "perplexity" not in key), metrics[0])
-    name, _, filter_name = metric.partition(",")
-    known = [chance for chance in chances if chance is not None]
-    return {
-        "task": task,
-        "metric": name,
-        "filter": filter_name,
-        "num_fewshot": result["n-shot"][leaves[0]],
-        **(mean_of(result["results"], leaves, metric) or {}),
-        "chance": float(np.mean(known)) if len(known) == len(leaves) else None,
-        "higher_is_better": bool(result["higher_is_better"][leaves[0]].get(name, True)),
-        "items": sum(result["n-samples"][leaf]["effective"] for leaf in leaves),
-        "of": sum(result["n-samples"][leaf]["original"] for leaf in leaves),
-        "tasks": list(leaves),
-        ANSWER_METRIC: mean_of(result["results"], leaves, f"{ANSWER_METRIC},none"),
-    }
-
-
-def mean_of(results: Mapping[str, Any], leaves: Sequence[str], metric: str) -> dict[str, Any] | None:
-    """`value` and `stderr` (None where unknown) of the unweighted mean over leaf tasks; None if one lacks `metric`."""
-    if any(metric not in results[leaf] for leaf in leaves):
-        return None
-    error = metric.replace(",", "_stderr,")
-    return mean_figures([{"value": results[leaf][metric], "stderr": results[leaf].get(error)} for leaf in leaves])
-
-
-def mean_figures(figures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """`value` and `stderr` of the unweighted mean of some scores; the standard error is None if one of theirs is."""
-    errors = [figure["stderr"] for figure in figures]
-    known = all(isinstance(error, float) for error in errors)  # lm-eval's is "N/A" for a single item
-    return {
-        "value": float(np.mean([figure["value"] for figure in figures])),
-        "stderr": math.sqrt(sum(error**2 for error in errors)) / len(errors) if known else None,
-    }

@@ -31,11 +31,10 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from nanophi.core.progress import progress_bar
-from nanophi.eval.caches import Complete, Past, PrefixCache
-from nanophi.eval.catalogue import CUT_APART
-from nanophi.eval.forest import ROW_TOKENS, Forest, PackedRow, Range, Row
+from nanophi.eval.catalogue import TASKS, too_long
 from nanophi.eval.generation import PreallocatedLayer, StopStrings, mark_not_ended
 from nanophi.eval.kernels import Kernels, trim
+from nanophi.eval.prefix_tree import ROW_TOKENS, PackedRow, Past, PrefixCache, PrefixTree, Range, RowPlan, StopForward
 from nanophi.eval.probing import logits_are_the_heads, same_logits, why_not_shared
 
 MAX_LOSS = 0.125
@@ -76,16 +75,13 @@ class ScorerLM(HFLM):
     """`HFLM` for a causal language model, faster.
 
     Args:
-        network: any causal language model of transformers, in evaluation mode, on its device.
-        tokenizer: its tokenizer.
         batch_size: rows per forward pass on a GPU. On a CPU one row of `ROW_TOKENS` keeps all cores busy, and
             more of them only take memory.
         share: whether to share prefixes; if not, every request is a row of its own.
-        progress: whether to show a bar while scoring.
 
     Attributes:
         unshared_because: why prefixes are not shared; empty if they are.
-        slim: whether the LM head runs only where a token is scored; otherwise everything is left to `HFLM`.
+        sparse_head: whether the LM head runs only where a token is scored; otherwise everything is left to `HFLM`.
         plain_head: whether the model's logits are what its LM head computes, with nothing done to them.
         overflowing: number of requests so far that were cut from the left to fit the context.
     """
@@ -104,11 +100,11 @@ class ScorerLM(HFLM):
         self.progress = progress
         self._encoded: dict[str, list[int]] = {}
         self._kernels = Kernels(network)
-        self.slim = network.get_output_embeddings() is not None
-        self.plain_head = self.slim and logits_are_the_heads(network)
+        self.sparse_head = network.get_output_embeddings() is not None
+        self.plain_head = self.sparse_head and logits_are_the_heads(network)
         self.unshared_because = why_not_shared(self) if share else "switched off"
-        if self.unshared_because and self.slim:
-            self.slim = same_logits(self, shared=False)
+        if self.unshared_because and self.sparse_head:
+            self.sparse_head = same_logits(self, shared=False)
 
     # Tokens
 
@@ -125,7 +121,8 @@ class ScorerLM(HFLM):
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Like `HFLM.loglikelihood`, but the texts are encoded together, each distinct one once."""
-        if all(getattr(request, "task_name", None) in CUT_APART for request in requests):
+        tasks = {getattr(request, "task_name", None) for request in requests}
+        if all(task in TASKS and TASKS[task].cut_apart for task in tasks):
             encoded = [(r.args, *(self.tok_encode(text, False) for text in r.args)) for r in requests]
             return self._loglikelihood_tokens(encoded, disable_tqdm)
         texts: dict[str, None] = {}
@@ -171,9 +168,9 @@ class ScorerLM(HFLM):
         for _, context, continuation in requests:
             if not context or not continuation:
                 raise NotScorable(f"the {'answer' if context else 'prompt'} of an item is empty")
-            if len(continuation) > self.max_length:
-                raise NotScorable(f"an answer of {len(continuation)} tokens does not fit the model's {self.max_length}")
-        if not self.slim:
+            if problem := too_long(f"an answer has {len(continuation)} tokens", len(continuation), self.max_length):
+                raise NotScorable(problem)
+        if not self.sparse_head:
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
         # Big-endian bytes sort like the tokens, and take a ninth of a list's memory.
         windows: dict[bytes, list[tuple[int, list[int]]]] = {}
@@ -186,13 +183,10 @@ class ScorerLM(HFLM):
         keys = sorted(windows)
         requests_of = [[Request(number, tokens) for number, tokens in windows[key]] for key in keys]
         sequences = [np.frombuffer(key, dtype=">i4") for key in keys]
-        scored = [
-            len(sequence) - max(len(request.tokens) for request in group)
-            for sequence, group in zip(sequences, requests_of, strict=True)
-        ]
+        scored = [max(len(request.tokens) for request in group) for group in requests_of]
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         bar = progress_bar(len(requests), "scoring", unit=" requests", disable=not self.progress)
-        for answers in self._score(Forest(sequences, scored), requests_of):
+        for answers in self._score(PrefixTree(sequences, scored, requests_of)):
             for number, answer in answers:
                 results[number] = answer
                 if requests[number][0] is not None:
@@ -201,12 +195,12 @@ class ScorerLM(HFLM):
         bar.close()
         return results
 
-    def _score(self, forest: Forest, requests_of: Sequence[Sequence[Request]]) -> Iterator[Answers]:
-        everything = (0, len(forest.sequences))
+    def _score(self, tree: PrefixTree) -> Iterator[Answers]:
+        count = len(tree.sequences)
         if self.unshared_because:
-            scored = self._run(forest, forest.rows([(i, i + 1) for i in range(everything[1])], 0), 0, None, requests_of)
+            scored = self._run(tree, tree.rows([(i, i + 1) for i in range(count)], 0), 0, None)
         else:
-            scored = self._descend(forest, [everything] if everything[1] else [], 0, None, requests_of)
+            scored = self._descend(tree, [(0, count)] if count else [], 0, None)
         waiting: list[Scored] = []
         for one in scored:
             waiting.append(one)
@@ -243,13 +237,11 @@ class ScorerLM(HFLM):
             largest = logits.amax(dim=-1)
             totals = logits.sub_(largest[:, None]).exp_().sum(dim=-1).log_().add_(largest)
             scores[chosen] = (values - totals[index[0]]).double().cpu().numpy()
-        answers = []
-        start = 0
-        for request, positions in requests:
-            end = start + len(positions)
-            answers.append((request.number, (float(scores[start:end].sum()), bool(hits[start:end].all()))))
-            start = end
-        return answers
+        ends = np.cumsum([len(positions) for _, positions in requests])[:-1]
+        return [
+            (request.number, (float(score.sum()), bool(hit.all())))
+            for (request, _), score, hit in zip(requests, np.split(scores, ends), np.split(hits, ends), strict=True)
+        ]
 
     @torch.inference_mode()
     def logits(self, states: Tensor) -> Tensor:
@@ -259,14 +251,7 @@ class ScorerLM(HFLM):
         with self._kernels():
             return self.model.get_output_embeddings()(states[None])[0].float()
 
-    def _descend(
-        self,
-        forest: Forest,
-        ranges: list[Range],
-        base: int,
-        past: Past | None,
-        requests_of: Sequence[Sequence[Request]],
-    ) -> Iterator[Scored]:
+    def _descend(self, tree: PrefixTree, ranges: list[Range], base: int, past: Past | None) -> Iterator[Scored]:
         """Score sequences that share their first `base` tokens, whose keys and values are `past`.
 
         If a range takes several rows and shares more tokens, those are computed and cached first. A range that shares
@@ -275,60 +260,50 @@ class ScorerLM(HFLM):
         small: list[Range] = []
         while ranges:
             low, high = ranges.pop()
-            prefix, rows = forest.prefix(low, high), len(forest.split(low, high, base))
+            prefix, rows = tree.prefix(low, high), len(tree.split(low, high, base))
             # A long unscored start needs no mask, and only keys and values of the last layer.
             stem = rows == 1 and self.device.type == "cpu" and prefix - base >= MIN_STEM
             if stem or (rows - 1) * (prefix - base) >= MIN_GAIN:
-                longer = self.extend(forest.sequences[low][base:prefix], base, past)
-                yield from self._descend(forest, [(low, high)], prefix, longer, requests_of)
+                longer = self.extend(tree.sequences[low][base:prefix], base, past)
+                yield from self._descend(tree, [(low, high)], prefix, longer)
                 continue
             if high - low == 1:
                 small.append((low, high))
                 continue
-            children = forest.children(low, high)
-            lost = (len(children) - 1) * (forest.shared[children[1][0]] - base)
-            if rows > 1 or lost < MAX_LOSS * forest.tokens(low, high, base):
+            children = tree.children(low, high)
+            lost = (len(children) - 1) * (tree.shared[children[1][0]] - base)
+            if rows > 1 or lost < MAX_LOSS * tree.tokens(low, high, base):
                 ranges += children
             else:
                 small.append((low, high))
-        yield from self._run(forest, forest.rows(small, base), base, past, requests_of)
+        yield from self._run(tree, tree.rows(small, base), base, past)
 
-    def _run(
-        self,
-        forest: Forest,
-        rows: list[Row],
-        base: int,
-        past: Past | None,
-        requests_of: Sequence[Sequence[Request]],
-    ) -> Iterator[Scored]:
+    def _run(self, tree: PrefixTree, rows: list[RowPlan], base: int, past: Past | None) -> Iterator[Scored]:
         """Forward passes over rows, which come longest first."""
         tokens = ROW_TOKENS * (1 if self.device.type == "cpu" else self.batch_size)
         while rows:
             count = max(1, tokens // rows[0].tokens)
-            batch = [PackedRow(forest, row.ranges, base) for row in rows[:count]]
+            batch = [PackedRow(tree, row.ranges, base) for row in rows[:count]]
             rows = rows[count:]
-            scored = []
-            for row in batch:
-                longest = {i: max(len(request.tokens) for request in requests_of[i]) for i in row.paths}
-                scored.append(sorted({j for i, path in row.paths.items() for j in path[-longest[i] :].tolist()}))
+            scored = [
+                sorted({j for i, path in row.paths.items() for j in path[-tree.scored[i] :].tolist()}) for row in batch
+            ]
             states = self.forward(batch, past, scored)
             for row, chosen, part in zip(batch, scored, states.split([len(c) for c in scored]), strict=True):
                 yield (
                     [
                         (request, np.searchsorted(chosen, path[-len(request.tokens) :]))
                         for i, path in row.paths.items()
-                        for request in requests_of[i]
+                        for request in tree.requests[i]
                     ],
                     part,
                 )
 
     @torch.inference_mode()
     def forward(self, batch: Sequence[PackedRow], past: Past | None, scored: Sequence[Sequence[int]]) -> Tensor:
-        """A forward pass over packed rows.
+        """A forward pass over packed rows of one tree, which share their first `base` tokens (`past`).
 
         Args:
-            batch: rows of one forest with the same `base`.
-            past: keys and values of the first `base` tokens, which all rows share.
             scored: for each row the indices of its tokens whose next token is scored.
 
         Returns:
@@ -343,10 +318,9 @@ class ScorerLM(HFLM):
         arguments: dict[str, Any] = {"input_ids": torch.from_numpy(ids).to(self.device), "use_cache": past is not None}
         if past is not None:
             # A cache of its own, which starts with the prefix in every row and leaves `past` unchanged.
-            repeated = [
-                (keys.expand(len(batch), -1, -1, -1), values.expand(len(batch), -1, -1, -1)) for keys, values in past
-            ]
-            arguments["past_key_values"] = DynamicCache(repeated)
+            arguments["past_key_values"] = DynamicCache(
+                [tuple(x.expand(len(batch), -1, -1, -1) for x in layer) for layer in past]
+            )
         if not all(row.chain for row in batch):
             # Rows are padded on the right, where causal attention does not look; only a tree needs a mask.
             dtype = self.model.dtype
@@ -364,14 +338,14 @@ class ScorerLM(HFLM):
         def select(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             states.append(inputs[0][indices[0], indices[1]])
             if self.plain_head:
-                raise Complete
+                raise StopForward
             return (states[0][None], *inputs[1:])
 
         handle = self.model.get_output_embeddings().register_forward_pre_hook(select)
         try:
             with self._kernels():
                 return self.model(**arguments).logits[0]
-        except Complete:
+        except StopForward:
             return states[0]
         finally:
             handle.remove()
@@ -382,7 +356,7 @@ class ScorerLM(HFLM):
         cache = PrefixCache(past, last_layer=self.model.config.num_hidden_layers - 1)
         ids = np.zeros((1, self._padded(len(tokens), base)), dtype=np.int64)
         ids[0, : len(tokens)] = tokens
-        with contextlib.suppress(Complete), self._kernels():
+        with contextlib.suppress(StopForward), self._kernels():
             self.model(input_ids=torch.from_numpy(ids).to(self.device), past_key_values=cache, use_cache=True)
         end = base + len(tokens)
         return [(keys[:, :, :end], values[:, :, :end]) for keys, values, _ in cache]

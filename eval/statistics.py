@@ -63,8 +63,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def mcnemar(ours: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:
     """McNemar's exact test (1947, Psychometrika 12) of two 0/1 arrays over the same items.
 
-    Returns:
-        `gained` and `lost`, the items that only `ours` or only `theirs` got right, and `p_value`.
+    `gained` and `lost` are the items that only `ours` or only `theirs` got right.
     """
     gained, lost = int(((ours == 1) & (theirs == 0)).sum()), int(((ours == 0) & (theirs == 1)).sum())
     p_value = float(scipy.stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
@@ -84,19 +83,9 @@ def bootstrap_mean(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def bootstrap_ratio(numerators: np.ndarray, denominators: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Ratios of sums, such as bits per byte, over bootstrap resamples of the items.
-
-    Args:
-        numerators, denominators: each of shape (items,).
-
-    Returns:
-        shape (RESAMPLES,).
-    """
-    ratios = []
-    for _ in range(RESAMPLES // 100):
-        drawn = rng.integers(0, len(numerators), (100, len(numerators)))
-        ratios.append(numerators[drawn].sum(1) / denominators[drawn].sum(1))
-    return np.concatenate(ratios)
+    """Ratios of sums of (items,), such as bits per byte, over bootstrap resamples of the items: shape (RESAMPLES,)."""
+    draws = (rng.integers(0, len(numerators), (100, len(numerators))) for _ in range(RESAMPLES // 100))
+    return np.concatenate([numerators[drawn].sum(1) / denominators[drawn].sum(1) for drawn in draws])
 
 
 def effective_items(sizes: np.ndarray) -> float:
@@ -105,14 +94,10 @@ def effective_items(sizes: np.ndarray) -> float:
 
 
 class Estimate(NamedTuple):
-    """An estimated difference.
+    """A difference, estimated from `items`, with bootstrap `draws` of it (resamples,).
 
-    Attributes:
-        value: the difference.
-        stderr: its standard error; 0.0 where nothing varied from which to tell.
-        freedom: degrees of freedom of `stderr`; 0 or less: it is unknown.
-        items: number of items behind it.
-        draws: bootstrap draws of it (resamples,).
+    Its `stderr` is 0.0 where nothing varied from which to tell, and has so many degrees of `freedom`; 0 or less: it is
+    unknown.
     """
 
     value: float
@@ -130,12 +115,9 @@ class Estimate(NamedTuple):
 def estimate(differences: np.ndarray, sizes: np.ndarray | None, rng: np.random.Generator) -> Estimate:
     """`differences.sum() / sizes.sum()`, with `jackknife`'s standard error.
 
-    Resampling n items gives (n - 1) / n of their variance, far too little where many parts of few items each are put
-    together; so the draws are spread by that.
-
-    Args:
-        differences: per item, of the quantity that is summed (log-likelihoods, or scores).
-        sizes: per item, of what it is divided by (bytes); None: ones, for a mean.
+    The differences are of what is summed per item (log-likelihoods, or scores), the sizes of what it is divided by
+    (bytes; None: ones, for a mean). Resampling n items gives (n - 1) / n of their variance, far too little where many
+    parts of few items each are put together; so the draws are spread by that.
     """
     value, stderr, freedom = jackknife(differences, sizes)
     draws = bootstrap_mean(differences, rng) if sizes is None else bootstrap_ratio(differences, sizes, rng)
@@ -161,13 +143,11 @@ def mean_estimate(parts: Sequence[Estimate], rng: np.random.Generator) -> Estima
 
 
 def jackknife(differences: np.ndarray, sizes: np.ndarray | None = None) -> tuple[float, float, float]:
-    """A ratio of sums, its standard error by the jackknife, and that one's degrees of freedom.
+    """A ratio of sums, as in `estimate`, its standard error by the jackknife, and its degrees of freedom.
 
     The degrees of freedom are those of Kish's effective number of items: with few of them, or few that make up most
     of the bytes, the bootstrap alone is overconfident. For items of equal size these are the figures of the paired
     t test.
-
-    Args: those of `estimate`.
     """
     sizes = np.ones(len(differences)) if sizes is None else sizes
     count, total = len(sizes), sizes.sum()
@@ -201,23 +181,13 @@ def bootstrap_p_value(draws: np.ndarray) -> float:
 def minimum_detectable_effect(stderr: float, *, tests: int = 1, freedom: float = math.inf) -> float:
     """The smallest true difference that a test detects with probability `POWER` (Bloom 1995, Evaluation Review 19).
 
-    Args:
-        stderr: standard error of the estimated difference.
-        tests: size of the family that is corrected together. The effect must then pass Holm's first and hardest
-            step, `SIGNIFICANCE / tests`, so that it is detected whatever the others show.
-        freedom: degrees of freedom of `stderr`; infinite: the normal distribution.
-
-    Returns:
-        in the unit of `stderr`.
+    Of `tests` that are corrected together, it must pass Holm's first and hardest step, `SIGNIFICANCE / tests`, so that
+    it is detected whatever the others show. `freedom` is that of `stderr`; infinite: the normal distribution.
     """
     distribution = scipy.stats.t(freedom)
     return float(stderr * (distribution.isf(SIGNIFICANCE / tests / 2) + distribution.isf(1 - POWER)))
 
 
 def fewest_discordant(tests: int = 1) -> int:
-    """The fewest items that must change, all in one direction, before McNemar's exact test finds a difference.
-
-    Args:
-        tests: size of the family that is corrected together.
-    """
+    """The fewest items that must change, all in one direction, before one of `tests` by McNemar finds a difference."""
     return math.floor(1 - math.log2(SIGNIFICANCE / tests)) + 1

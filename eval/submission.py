@@ -1,42 +1,46 @@
-"""The Open LLM Leaderboard's own checks of a submission, in its order, and the request file.
+"""`nanophi submit`: the Open LLM Leaderboard's own checks of a submission, in its order, and the request files.
 
-    nanophi submit runs/nano-phi-115m/release --repo-id ORG/nano-phi-115M
-
-The boards are closed (v1 since June 2024, v2 since March 2025). A well-formed release still passes their checks, and
-mirrors of the boards read the same request files.
+The boards are closed (v1 since June 2024, v2 since March 2025), so nothing is sent. A well-formed release still passes
+their checks, and mirrors of the boards read the same request files.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
-import huggingface_hub
-import safetensors
-import transformers
+import typer
 import yaml
-from huggingface_hub import HfApi, ModelCard
-from huggingface_hub.hf_api import RepoFile
+from typer import Option
 
-from nanophi.core.errors import UserError
+from nanophi.core.errors import UserError, one_line
 from nanophi.core.files import read_json, write_json
 from nanophi.core.inputs import same_on_hub
 from nanophi.core.names import is_hub_id, resolve, split_revision
+from nanophi.core.options import ReleaseOrId, Revision
 from nanophi.core.run import now
 
-MODEL_TYPES = ("pretrained", "continuously pretrained", "fine-tuned", "chat", "merge")
 WITHOUT_CHAT = ("pretrained", "continuously pretrained")
-"""Those that have learned no conversation."""
+"""Those model types that have learned no conversation."""
+MODEL_TYPES = (*WITHOUT_CHAT, "fine-tuned", "chat", "merge")
 PRECISIONS = ("float16", "bfloat16", "float32")
 MIN_CARD_CHARACTERS = 200
+FIRST = "model base_model revision private precision weight_type status submitted_time model_type likes params license"
+SECOND = (
+    "model base_model revision precision params architectures weight_type status submitted_time model_type "
+    "job_id job_start_time use_chat_template sender"
+)
+"""Keys of a board's requests."""
+SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "README.md", "records/*"]
+"""What is downloaded of a repository: everything but the weights."""
+Found = tuple[bool, str] | tuple[bool, str, str]
+"""Whether a check passed, what was found, and a remedy in place of the check's own."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Check:
+class Check(NamedTuple):
     """One check: its name, whether it passed, what was found, and what to do if it failed."""
 
     name: str
@@ -45,342 +49,264 @@ class Check:
     remedy: str
 
 
-def check(
-    model: str | Path,
-    *,
-    repo_id: str | None = None,
-    revision: str | None = None,
-    model_type: str | None = None,
-    precision: str = "bfloat16",
-    weight_type: str = "Original",
-    base_model: str | None = None,
-    requests: Path | None = None,
-) -> list[Check]:
-    """The board's checks, in order; each runs whether or not the ones before it passed.
-
-    Beside them stands one of ours: that a folder holds the model that is on the Hub, which is what a board would read.
-
-    Args:
-        model: release folder, or `ORG/NAME` or `ORG/NAME@revision` on the Hub. The contents of a folder are checked
-            there, and compared with those on the Hub.
-        repo_id: `ORG/NAME` that the folder is, or will be, pushed to; for a Hub id, itself.
-        revision: branch, tag or commit on the Hub; None: that of `model`, or main.
-        model_type: one of `MODEL_TYPES`; None: what the release's records say.
-        precision: the precision in which the board should run the model, one of `PRECISIONS`.
-        weight_type: `Original`, `Adapter` or `Delta`.
-        base_model: Hub id of what a model that is not pretrained from scratch began as; None: as the records say.
-        requests: folder of earlier requests; one that repeats them fails.
-    """
-    return _Submission(model, repo_id, revision, model_type, precision, weight_type, base_model, requests).checks()
-
-
 def submit(
-    model: str | Path,
-    output: Path,
-    *,
-    repo_id: str | None = None,
-    revision: str | None = None,
-    model_type: str | None = None,
-    precision: str = "bfloat16",
-    weight_type: str = "Original",
-    base_model: str | None = None,
-    sender: str = "",
-    report: Callable[[str], None] = print,
-) -> list[Path]:
-    """Run the checks and, if all pass, write the request file in the formats of both boards.
+    model: ReleaseOrId,
+    repo_id: Annotated[str | None, Option(metavar="ORG/NAME", help="Repository of a release folder.")] = None,
+    revision: Revision = None,
+    model_type: Annotated[
+        str | None, Option(help="pretrained, fine-tuned, chat, ... [default: as the release's records say]")
+    ] = None,
+    base_model: Annotated[
+        str | None, Option(metavar="ORG/NAME", help="What it was tuned from. [default: as the records say]")
+    ] = None,
+    precision: Annotated[str, Option(help="float16, bfloat16 or float32.")] = "bfloat16",
+    sender: Annotated[str, Option(help="Your user name on the Hub.")] = "",
+    output: Annotated[Path, Option(help="Where the request files go.")] = Path("requests"),
+) -> None:
+    """Check a model for the Open LLM Leaderboard.
 
-    Args: those of `check`, and:
-        output: folder for the requests: `v1/ORG/NAME_eval_request_False_bfloat16_Original.json`, and `v2/...`.
-        sender: user name on the Hub, for v2.
-        report: called with one line per check.
+    If all checks pass, the request file is written in both of its formats.
 
-    Returns:
-        the files written.
-
-    Raises:
-        UserError: if a check fails; then nothing is written.
+    Example: nanophi submit runs/demo/release --repo-id ORG/nano-phi-demo
     """
-    submission = _Submission(model, repo_id, revision, model_type, precision, weight_type, base_model, Path(output))
+    submission = Submission(model, repo_id or "", revision or "", model_type, base_model, precision, output)
     checks = submission.checks()
-    for line in render(checks).splitlines():
-        report(line)
-    failed = [entry.name for entry in checks if not entry.passed]
-    if failed:
+    for number, check in enumerate(checks, 1):
+        remedy = "" if check.passed else f"; {check.remedy}"
+        typer.echo(f"{number:2} {'passed' if check.passed else 'FAILED'}  {check.name}: {check.found}{remedy}")
+    if failed := [check.name for check in checks if not check.passed]:
         raise UserError(f"{len(failed)} of {len(checks)} checks failed ({', '.join(failed)}); no request written")
-    files = []
-    for board, request in (
-        ("v1", submission.request_v1()),
-        ("v2", submission.request_v2(sender)),
-    ):
-        path = Path(output) / board / f"{submission.repo_id}_eval_request_False_{precision}_{weight_type}.json"
+    for board, request in submission.formats(sender).items():
+        path = output / board / f"{submission.repo_id}_eval_request_False_{precision}_Original.json"
         write_json(path, request)
-        files.append(path)
-        report(f"written: {path}")
-    return files
+        typer.echo(f"written: {path}")
 
 
-def render(checks: Sequence[Check]) -> str:
-    """One line per check, the remedy with those that failed."""
-    lines = []
-    for number, entry in enumerate(checks, 1):
-        remedy = "" if entry.passed else f"; {entry.remedy}"
-        lines.append(f"{number:2} {'passed' if entry.passed else 'FAILED'}  {entry.name}: {entry.found}{remedy}")
-    return "\n".join(lines)
+CHECKS: list[tuple[str, str, Callable[[Submission], Found]]] = []
+"""The boards' checks, in their order: name, what to do if it fails, function."""
 
 
-class _Submission:
-    """A model to be submitted, and what is known about it."""
+def _check(name: str, remedy: str) -> Callable[[Callable[[Submission], Found]], Callable[[Submission], Found]]:
+    """Make a function the next one of `CHECKS`. What it raises is what was found; the remedy may name the model."""
 
-    def __init__(
-        self,
-        model: str | Path,
-        repo_id: str | None,
-        revision: str | None,
-        model_type: str | None,
-        precision: str,
-        weight_type: str,
-        base_model: str | None,
-        requests: Path | None,
-    ) -> None:
-        self.folder = resolve(model).folder
-        self.source, named = split_revision(str(model))
-        if repo_id is not None and not is_hub_id(repo_id):
-            raise UserError(f"'{repo_id}' is not a Hub id like ORG/NAME (--repo-id)")
-        self.repo_id = repo_id or ("" if self.folder else self.source)
-        self.revision = revision or named or "main"
-        self.model_type, self.precision, self.weight_type = model_type, precision, weight_type
-        self.base_model, self.requests = base_model, requests
-        self.template = False
+    def add(function: Callable[[Submission], Found]) -> Callable[[Submission], Found]:
+        CHECKS.append((name, remedy, function))
+        return function
+
+    return add
+
+
+@dataclasses.dataclass
+class Submission:
+    """A model to be submitted, and what its checks have found out about it.
+
+    Attributes:
+        model: release folder, or `ORG/NAME` or `ORG/NAME@revision` on the Hub. A folder's contents are checked where
+            they are, and compared with those on the Hub, which a board would read.
+        repo_id: `ORG/NAME` that the folder is, or will be, pushed to; for a Hub id, itself.
+        revision: branch, tag or commit on the Hub; empty: that of `model`, or main.
+        model_type: one of `MODEL_TYPES`; None: what the release's records state.
+        base_model: Hub id of what a model that is not pretrained from scratch began as; None: as the records state.
+        precision: the precision in which the board should run the model, one of `PRECISIONS`.
+        requests: folder of earlier requests; one that repeats them fails a check.
+    """
+
+    model: str | Path
+    repo_id: str = ""
+    revision: str = ""
+    model_type: str | None = None
+    base_model: str | None = None
+    precision: str = "bfloat16"
+    requests: Path = Path("requests")
+
+    def __post_init__(self) -> None:
+        named = resolve(self.model)
+        if self.repo_id and not is_hub_id(self.repo_id):
+            raise UserError(f"'{self.repo_id}' is not a Hub id like ORG/NAME (--repo-id)")
+        self.repo_id = self.repo_id or named.repo_id or ""
+        self.revision = self.revision or named.revision or "main"
+        self.release = named.folder or "RELEASE"
+        self.on_hub = named.folder is None
+        self.folder = dataclasses.replace(named, revision=self.revision).fetch(SMALL_FILES)
+        self.template, self.parameters, self.license = False, 0, ""
         self.info: Any = None
         self.config: Any = None
-        self.card: ModelCard | None = None
-        self.parameters: int | None = None
+        self.card: Any = None
 
     def checks(self) -> list[Check]:
-        return [
-            self._type(),
-            self._revision(),
-            self._config(),
-            self._tokenizer(),
-            self._reachable(),
-            self._license(),
-            self._card_text(),
-            self._safetensors(),
-            self._same_on_hub(),
-            self._not_twice(),
-            self._chat_template(),
-        ]
+        """The board's checks, in order; each runs whether or not the ones before it passed."""
+        found = []
+        for name, remedy, function in CHECKS:
+            try:
+                passed, text, *other = function(self)
+            except Exception as error:  # of the Hub, the network or a damaged file
+                passed, text, other = False, one_line(error)[:160], []
+            found.append(Check(name, passed, text, other[0] if other else remedy.format(self)))
+        return found
 
-    def request_v1(self) -> dict[str, Any]:
-        """The request of the first board (2023 to June 2024)."""
-        return {
+    def formats(self, sender: str) -> dict[str, dict[str, Any]]:
+        """The request in the format of each board; only the second one names a commit."""
+        fields = {
             "model": self.repo_id,
             "base_model": self.base_model or "",
             "revision": self.revision,
             "private": False,
             "precision": self.precision,
-            "weight_type": self.weight_type,
+            "params": round(self.parameters / 1e9, 3),
+            "architectures": ";".join(self.config.architectures or []),
+            "weight_type": "Original",
             "status": "PENDING",
             "submitted_time": now(),
             "model_type": self.model_type,
             "likes": getattr(self.info, "likes", 0) or 0,
-            "params": round((self.parameters or 0) / 1e9, 3),
-            "license": self._license_name(),
-        }
-
-    def request_v2(self, sender: str) -> dict[str, Any]:
-        """The request of the second board (June 2024 to March 2025), which names a commit."""
-        return {
-            "model": self.repo_id,
-            "base_model": self.base_model or "",
-            "revision": self.info.sha,
-            "precision": self.precision,
-            "params": round((self.parameters or 0) / 1e9, 3),
-            "architectures": ";".join(self.config.architectures or []),
-            "weight_type": self.weight_type,
-            "status": "PENDING",
-            "submitted_time": now(),
-            "model_type": self.model_type,
+            "license": self.license,
             "job_id": -1,
             "job_start_time": None,
             # The tokenizer of a base may bring a template that the model never learned.
             "use_chat_template": self.template and self.model_type not in WITHOUT_CHAT,
             "sender": sender,
         }
-
-    def _type(self) -> Check:
-        name = "model type"
-        recorded, base = self._origin()
-        self.model_type, self.base_model = self.model_type or recorded, self.base_model or base
-        if not self.model_type:
-            return Check(name, False, "there are no records of nanophi", "say what the model is: --model-type")
-        known = self.model_type in MODEL_TYPES and self.precision in PRECISIONS
-        remedy = f"model type is one of {', '.join(MODEL_TYPES)}; precision one of {', '.join(PRECISIONS)}"
-        if known and self.model_type != "pretrained" and not self.base_model:
-            known, remedy = False, "the base has no name on the Hub: publish it first, or name it: --base-model"
-        of_base = f" from {self.base_model}" if self.base_model else ""
-        return Check(name, known, f"{self.model_type}{of_base}, {self.precision}", remedy)
-
-    def _origin(self) -> tuple[str | None, str | None]:
-        """Model type and the base's Hub id, as the release's records have them; None where they do not say."""
-        try:
-            recipe = yaml.safe_load(self._read("records/recipe.yaml"))
-            if recipe["conversations"]:
-                base = json.loads(self._read("records/conversations.json"))["repo_id"]
-                return {"sft": "fine-tuned", "dpo": "chat"}[recipe["method"]], base
-            if not recipe["base"]:
-                return "pretrained", None
-            base = split_revision(recipe["base"])[0]
-            return "continuously pretrained", base if is_hub_id(base) else None
-        except Exception:  # of the Hub, the network or the file: they are not there, or not ours
-            return None, None
-
-    def _revision(self) -> Check:
-        remedy = f"push it first (nanophi push), and check that {self.revision} is a branch, tag or commit there"
-        if not self.repo_id:
-            return Check("revision", False, "no repository was named", "name it: --repo-id ORG/NAME")
-        try:
-            self.info = HfApi().model_info(self.repo_id, revision=self.revision)
-        except Exception as error:
-            return Check("revision", False, f"{self.repo_id}@{self.revision}: {_short(error)}", remedy)
-        return Check("revision", True, f"{self.revision} is {self.info.sha}", remedy)
-
-    def _config(self) -> Check:
-        remedy = "boards run no remote code: config.json must name a model_type that transformers knows"
-        try:
-            self.config = transformers.AutoConfig.from_pretrained(
-                self.source, trust_remote_code=False, **self._at_revision()
-            )
-        except Exception as error:
-            return Check("configuration without remote code", False, _short(error), remedy)
-        return Check("configuration without remote code", True, type(self.config).__name__, remedy)
-
-    def _tokenizer(self) -> Check:
-        remedy = "put tokenizer.json and tokenizer_config.json beside the weights"
-        try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
-                self.source, trust_remote_code=False, **self._at_revision()
-            )
-        except Exception as error:
-            return Check("tokenizer", False, _short(error), remedy)
-        self.template = bool(tokenizer.chat_template)
-        return Check("tokenizer", True, f"{type(tokenizer).__name__}, {len(tokenizer)} tokens", remedy)
-
-    def _reachable(self) -> Check:
-        if self.info is None:
-            return Check("model information", False, "the Hub returns none", "the repository must exist, and be public")
-        folder = self.folder or "RELEASE"
-        remedy = f"a board reads what is public: nanophi push {folder} --repo-id {self.repo_id} --public"
-        return Check("model information", not self.info.private, "private" if self.info.private else "public", remedy)
-
-    def _license(self) -> Check:
-        remedy = "set `license` in the card's metadata, or `license_name` and `license_link` where it is `other`"
-        problem = self._load_card()
-        if problem:
-            return Check("license", False, problem, remedy)
-        data = self.card.data.to_dict() if self.card else {}
-        named = bool(data.get("license_name") and data.get("license_link"))
-        passed = named or bool(data.get("license") and data["license"] != "other")
-        return Check("license", passed, self._license_name() or "none", remedy)
-
-    def _card_text(self) -> Check:
-        remedy = "describe in README.md what the model is and how it was made"
-        count = len(self.card.text.strip()) if self.card else 0
-        return Check("card", count >= MIN_CARD_CHARACTERS, f"{count} characters, {MIN_CARD_CHARACTERS} needed", remedy)
-
-    def _safetensors(self) -> Check:
-        remedy = "save the weights as safetensors"
-        try:
-            self.parameters = self._count_parameters()
-        except Exception as error:
-            return Check("safetensors", False, _short(error), remedy)
-        return Check("safetensors", self.parameters > 0, f"{self.parameters:,} parameters", remedy)
-
-    def _same_on_hub(self) -> Check:
-        """Whether the board, which reads the Hub, would get the model that was checked here."""
-        name, remedy = "same model on the Hub", f"push this folder to {self.repo_id} first, or name its own"
-        if self.folder is None:
-            return Check(name, True, "it was read from there", remedy)
-        if not self.repo_id:
-            return Check(name, False, "no repository was named", "name it: --repo-id ORG/NAME")
-        try:
-            tree = HfApi().list_repo_tree(self.repo_id, revision=self.revision)
-            there = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
-        except Exception as error:
-            return Check(name, False, _short(error), remedy)
-        here = [*self.folder.glob("*.safetensors"), *(self.folder / file for file in ("config.json", "tokenizer.json"))]
-        files = [path for path in sorted(here) if path.is_file()]
-        weights = {path.name for path in files} | {path for path in there if path.endswith(".safetensors")}
-        other = sorted(
-            weights - {path.name for path in files if path.name in there and same_on_hub(path, there[path.name])}
-        )
-        found = f"{', '.join(other)} differ from {self.repo_id}" if other else f"{len(files)} files are the same"
-        return Check(name, not other, found, remedy)
-
-    def _not_twice(self) -> Check:
-        remedy = "it is in the queue; submit another revision or precision"
-        sha = getattr(self.info, "sha", None)
-        for path in sorted(self.requests.glob("**/*_eval_request_*.json")) if self.requests else []:
-            request = read_json(path)
-            same = request.get("model") == self.repo_id and request.get("precision") == self.precision
-            if same and request.get("revision") in (self.revision, sha):
-                return Check("first of its kind", False, f"requested before: {path}", remedy)
-        return Check("first of its kind", True, "no earlier request", remedy)
-
-    def _chat_template(self) -> Check:
-        remedy = "v2 reads the chat template from tokenizer_config.json: move it there"
-        name = "chat template in tokenizer_config.json"
-        files = self._files()
-        if "chat_template.jinja" not in files and "chat_template.json" not in files:
-            return Check(name, True, "in tokenizer_config.json, or there is none", remedy)
-        try:
-            inside = "chat_template" in json.loads(self._read("tokenizer_config.json"))
-        except (OSError, ValueError) as error:
-            return Check(name, False, _short(error), remedy)
-        return Check(name, inside, "in both" if inside else "in a file of its own", remedy)
-
-    def _at_revision(self) -> dict[str, str]:
-        return {} if self.folder else {"revision": self.revision}
-
-    def _files(self) -> list[str]:
-        if self.folder:
-            return [path.name for path in self.folder.iterdir()]
-        return [sibling.rfilename for sibling in getattr(self.info, "siblings", None) or []]
-
-    def _read(self, name: str) -> str:
-        path = self.folder / name if self.folder else Path(self._download(name))
-        return path.read_text(encoding="utf-8")
-
-    def _download(self, name: str) -> str:
-        return huggingface_hub.hf_hub_download(self.repo_id, name, revision=self.revision)
-
-    def _load_card(self) -> str:
-        """Read the card. Returns what is wrong with it, or an empty string."""
-        try:
-            self.card = ModelCard(self._read("README.md"))
-        except FileNotFoundError:
-            return "there is no README.md"
-        except Exception as error:
-            return _short(error)
-        return ""
-
-    def _license_name(self) -> str:
-        data = self.card.data.to_dict() if self.card else {}
-        return str(data.get("license_name") or data.get("license") or "")
-
-    def _count_parameters(self) -> int:
-        if not self.folder:
-            return sum(HfApi().get_safetensors_metadata(self.repo_id, revision=self.revision).parameter_count.values())
-        files = sorted(self.folder.glob("*.safetensors"))
-        if not files:
-            raise UserError("there is no .safetensors file")
-        total = 0
-        for path in files:
-            with safetensors.safe_open(path, framework="pt") as tensors:
-                total += sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118
-        return total
+        first, second = ({key: fields[key] for key in keys.split()} for keys in (FIRST, SECOND))
+        return {"v1": first, "v2": second | {"revision": self.info.sha}}
 
 
-def _short(error: Exception) -> str:
-    """An error as one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
+@_check("model type", "say what the model is: --model-type")
+def _type(model: Submission) -> Found:
+    recorded, base = _origin(model)
+    model.model_type, model.base_model = model.model_type or recorded, model.base_model or base
+    if not model.model_type:
+        return False, "there are no records of nanophi"
+    found = model.model_type + (f" from {model.base_model}" if model.base_model else "") + f", {model.precision}"
+    if model.model_type not in MODEL_TYPES or model.precision not in PRECISIONS:
+        known = f"model type is one of {', '.join(MODEL_TYPES)}; precision one of {', '.join(PRECISIONS)}"
+        return False, found, known
+    if model.model_type != "pretrained" and not model.base_model:
+        return False, found, "the base has no name on the Hub: publish it first, or name it: --base-model"
+    return True, found
+
+
+def _origin(model: Submission) -> tuple[str | None, str | None]:
+    """Model type and the base's Hub id, as the release's records have them; None where they do not say."""
+    try:
+        recipe = yaml.safe_load((model.folder / "records/recipe.yaml").read_text(encoding="utf-8"))
+        if recipe["conversations"]:
+            base = read_json(model.folder / "records/conversations.json")["repo_id"]
+            return {"sft": "fine-tuned", "dpo": "chat"}[recipe["method"]], base
+        if not recipe["base"]:
+            return "pretrained", None
+        base = split_revision(recipe["base"])[0]
+        return "continuously pretrained", base if is_hub_id(base) else None
+    except Exception:  # of the Hub, the network or the file: they are not there, or not ours
+        return None, None
+
+
+@_check("revision", "push it first (nanophi push), and check that {0.revision} is a branch, tag or commit there")
+def _revision(model: Submission) -> Found:
+    from huggingface_hub import HfApi
+
+    if not model.repo_id:
+        return False, "no repository was named", "name it: --repo-id ORG/NAME"
+    model.info = HfApi().model_info(model.repo_id, revision=model.revision)
+    return True, f"{model.revision} is {model.info.sha}"
+
+
+@_check(
+    "configuration without remote code",
+    "boards run no remote code: config.json must name a model_type that transformers knows",
+)
+def _config(model: Submission) -> Found:
+    from transformers import AutoConfig
+
+    model.config = AutoConfig.from_pretrained(model.folder, trust_remote_code=False)
+    return True, type(model.config).__name__
+
+
+@_check("tokenizer", "put tokenizer.json and tokenizer_config.json beside the weights")
+def _tokenizer(model: Submission) -> Found:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model.folder, trust_remote_code=False)
+    model.template = bool(tokenizer.chat_template)
+    return True, f"{type(tokenizer).__name__}, {len(tokenizer)} tokens"
+
+
+@_check("model information", "a board reads what is public: nanophi push {0.release} --repo-id {0.repo_id} --public")
+def _reachable(model: Submission) -> Found:
+    if model.info is None:
+        return False, "the Hub returns none", "the repository must exist, and be public"
+    return not model.info.private, "private" if model.info.private else "public"
+
+
+@_check("license", "set `license` in the card's metadata, or `license_name` and `license_link` where it is `other`")
+def _license(model: Submission) -> Found:
+    from huggingface_hub import ModelCard
+
+    model.card = ModelCard((model.folder / "README.md").read_text(encoding="utf-8"))
+    data = model.card.data.to_dict()
+    model.license = str(data.get("license_name") or data.get("license") or "")
+    named = bool(data.get("license_name") and data.get("license_link"))
+    return named or data.get("license") not in (None, "", "other"), model.license or "none"
+
+
+@_check("card", "describe in README.md what the model is and how it was made")
+def _card_text(model: Submission) -> Found:
+    count = len(model.card.text.strip()) if model.card else 0
+    return count >= MIN_CARD_CHARACTERS, f"{count} characters, {MIN_CARD_CHARACTERS} needed"
+
+
+@_check("safetensors", "save the weights as safetensors")
+def _safetensors(model: Submission) -> Found:
+    """Weights in safetensors, by the counts in their headers."""
+    from huggingface_hub import HfApi
+    from safetensors import safe_open
+
+    if model.on_hub:
+        counts = HfApi().get_safetensors_metadata(model.repo_id, revision=model.revision).parameter_count
+        model.parameters = sum(counts.values())
+    for path in [] if model.on_hub else model.folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as tensors:
+            slices = (tensors.get_slice(key) for key in tensors.keys())  # noqa: SIM118
+            model.parameters += sum(math.prod(tensor.get_shape()) for tensor in slices)
+    return model.parameters > 0, f"{model.parameters:,} parameters"
+
+
+@_check("same model on the Hub", "push this folder to {0.repo_id} first, or name its own")
+def _same_on_hub(model: Submission) -> Found:
+    """Whether the board, which reads the Hub, would get the model that was checked here."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
+
+    if model.on_hub:
+        return True, "it was read from there"
+    if not model.repo_id:
+        return False, "no repository was named", "name it: --repo-id ORG/NAME"
+    tree = HfApi().list_repo_tree(model.repo_id, revision=model.revision)
+    there = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+    here = [*model.folder.glob("*.safetensors"), *(model.folder / file for file in ("config.json", "tokenizer.json"))]
+    files = {path.name: path for path in here if path.is_file()}
+    same = {name for name, path in files.items() if name in there and same_on_hub(path, there[name])}
+    other = sorted({*files, *(path for path in there if path.endswith(".safetensors"))} - same)
+    return (
+        not other,
+        f"{', '.join(other)} differ from {model.repo_id}" if other else f"{len(files)} files are the same",
+    )
+
+
+@_check("first of its kind", "it is in the queue; submit another revision or precision")
+def _not_twice(model: Submission) -> Found:
+    for path in sorted(model.requests.glob("**/*_eval_request_*.json")):
+        request = read_json(path)
+        same = request.get("model") == model.repo_id and request.get("precision") == model.precision
+        if same and request.get("revision") in (model.revision, getattr(model.info, "sha", None)):
+            return False, f"requested before: {path}"
+    return True, "no earlier request"
+
+
+@_check(
+    "chat template in tokenizer_config.json", "v2 reads the chat template from tokenizer_config.json: move it there"
+)
+def _chat_template(model: Submission) -> Found:
+    if not any((model.folder / f"chat_template.{suffix}").exists() for suffix in ("jinja", "json")):
+        return True, "in tokenizer_config.json, or there is none"
+    inside = "chat_template" in read_json(model.folder / "tokenizer_config.json")
+    return inside, "in both" if inside else "in a file of its own"

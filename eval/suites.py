@@ -1,20 +1,18 @@
-"""Suites: which lm-eval tasks are run, with how many examples in the prompt, and on which items.
+"""Loading the tasks of a suite: where lm-eval defines them, where their data is, which items are drawn.
 
-A suite is data. The task definitions are lm-eval's own, unmodified (and ours under `tasks/`, in lm-eval's format);
-only the location of the data and the number of shots are set here. `open-llm-v1` follows the first Open LLM
-Leaderboard (lm-eval group `openllm`): its six tasks, shots and metrics, beside ARC-Easy. A task that is named by
-itself runs as lm-eval defines it.
+The task definitions are lm-eval's own, unmodified (and ours under `tasks/`, in lm-eval's format); only the location of
+the data and the number of shots are set here. A task that is named by itself runs as lm-eval defines it. The suites
+themselves are entries of `tasks.yaml`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import functools
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,85 +27,12 @@ from lm_eval.api.task import Task
 from lm_eval.config.group import GroupConfig
 from lm_eval.tasks import TaskManager
 
-from nanophi.core.errors import UserError
-from nanophi.eval.catalogue import LEADERBOARD, TASKS
+from nanophi.core.errors import UserError, one_line, suggest
+from nanophi.eval.catalogue import SUITES, TASKS, Entry, Suite, made_from, too_long
 
 OUR_TASKS = Path(__file__).parent / "tasks"
-# TaskManager reads thousands of YAML files (several seconds); the suites' own tasks lie in these few folders.
-STOCK_FOLDERS = (
-    "arc",
-    "blimp",
-    "gsm8k",
-    "hellaswag",
-    "lambada",
-    "mmlu/default",
-    "piqa",
-    "sciq",
-    "truthfulqa",
-    "winogrande",
-)
 GENERATED_TOKENS = 256
 """Tokens that lm-eval generates for a task that does not say how many."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """One line of a suite.
-
-    Attributes:
-        task: lm-eval's name of a task or of a group, which counts as one line (`mmlu`: 57 subjects).
-        num_fewshot: examples in the prompt; None: what the task's definition says.
-        items: at most this many items of each task, drawn by hash; None: all of them.
-    """
-
-    task: str
-    num_fewshot: int | None = None
-    items: int | None = None
-
-    @property
-    def metric(self) -> str | None:
-        """The figure that leads, `metric,filter` as lm-eval names it; None: the task's first metric."""
-        return TASKS[self.task].metric if self.task in TASKS else None
-
-
-@dataclasses.dataclass(frozen=True)
-class Suite:
-    """A named list of entries; `average` names those whose mean is the suite's own figure (empty: it has none)."""
-
-    name: str
-    entries: tuple[Entry, ...]
-    average: tuple[str, ...] = ()
-
-
-OPEN_LLM_V1 = Suite(
-    "open-llm-v1",
-    (*(Entry(task, shots) for task, shots in LEADERBOARD.items()), Entry("arc_easy", 0)),
-    average=tuple(LEADERBOARD),
-)
-
-# Enough items to see that everything works and about how good a model is; not enough to rank two models.
-QUICK_ITEMS = {"arc_challenge": 40, "hellaswag": 40, "mmlu": 4, "truthfulqa_mc2": 40, "winogrande": 100, "gsm8k": 8}
-QUICK = Suite(
-    "quick",
-    tuple(dataclasses.replace(entry, items=QUICK_ITEMS.get(entry.task, 150)) for entry in OPEN_LLM_V1.entries),
-)
-
-# Tasks on which models of about 100M parameters are above chance, or whose right answers' bits per byte rank them.
-SIGNAL = Suite(
-    "signal",
-    tuple(
-        Entry(task) for task in ("arc_easy", "arc_challenge", "hellaswag", "sciq", "piqa", "lambada_openai", "blimp")
-    ),
-)
-
-HELDOUT = Suite(
-    "heldout",
-    (Entry("heldout_bits_per_byte", 0), Entry("heldout_continuation", 0), Entry("heldout_order", 0)),
-)
-
-ANSWERS = Suite("answers", (Entry("answers_bits_per_byte", 0), Entry("answers_ended", 0)))
-
-SUITES = {suite.name: suite for suite in (ANSWERS, HELDOUT, QUICK, SIGNAL, OPEN_LLM_V1)}
 
 
 @dataclasses.dataclass
@@ -130,51 +55,39 @@ class LoadedSuite:
 
 
 def find_suite(name: str, num_fewshot: int | None = None) -> Suite:
-    """The suite of that name, or one made of the lm-eval tasks that `name` lists.
+    """The suite of that name, or one of the suites, lm-eval tasks and groups that `name` lists with commas.
 
-    Args:
-        name: suites, lm-eval tasks and groups with commas; a task with its number of examples in the prompt where that
-            is to differ from the task's own definition: `winogrande:5,arc_easy`.
-        num_fewshot: examples in the prompt of every task that does not say otherwise.
-
-    Raises:
-        UserError: for a task that lm-eval does not know, with the nearest names; for a suite with `num_fewshot`.
+    A task may have its number of examples in the prompt, `winogrande:5,arc_easy`; any other has `num_fewshot`, or what
+    its definition has. Raises `UserError` for an unknown task, and for a suite with `num_fewshot`.
     """
+    if num_fewshot is not None and (fixed := [part for part in name.split(",") if part.strip() in SUITES]):
+        raise UserError(
+            f"suite '{fixed[0].strip()}' fixes its number of shots; name tasks instead, such as winogrande:5"
+        )
+    if name in SUITES:
+        return SUITES[name]
     entries: list[Entry] = []
     names: list[str] = []
     for part in (part.strip() for part in name.split(",")):
-        if part in SUITES and num_fewshot is not None:
-            raise UserError(f"suite '{part}' fixes its number of shots; name tasks instead, such as winogrande:5")
         found = SUITES[part].entries if part in SUITES else (_entry(part, num_fewshot),)
         entries += found
-        names += [part] if part in SUITES else [_spelled(entry) for entry in found]
-    if name in SUITES:
-        return SUITES[name]
-    manager = _manager(tuple(entry.task for entry in entries))
+        names += [part] if part in SUITES else [e.task + ("" if e.shots is None else f":{e.shots}") for e in found]
+    manager = _manager(entries)
     leaves = [leaf for entry in entries for leaf in _leaves(manager, entry.task)]
     if twice := {leaf for leaf in leaves if leaves.count(leaf) > 1}:
         raise UserError(f"task '{min(twice)}' is named twice in '{name}'; name it once per command")
     return Suite(",".join(names), tuple(entries))
 
 
-def _spelled(entry: Entry) -> str:
-    return entry.task + ("" if entry.num_fewshot is None else f":{entry.num_fewshot}")
-
-
 def _entry(text: str, num_fewshot: int | None) -> Entry:
     """An entry from `task` or `task:shots`."""
     task, colon, shots = text.partition(":")
-    if not colon:
-        return Entry(_known_name(task), num_fewshot)
-    if not shots.isdecimal():
+    if colon and not shots.isdecimal():
         raise UserError(f"'{text}' does not name a number of shots; write it like {task or 'winogrande'}:5")
-    return Entry(_known_name(task), int(shots))
-
-
-def _known_name(task: str) -> str:
-    """lm-eval's spelling of a task: `arc-easy` is `arc_easy`, unless there is a task with that very name."""
+    # lm-eval's spelling: `arc-easy` is `arc_easy`, unless there is a task with that very name.
     underscored = task.replace("-", "_")
-    return underscored if underscored in _common().task_index or task not in _everything().task_index else task
+    known = underscored in _common().task_index or task not in _everything().task_index
+    return Entry(underscored if known else task, int(shots) if colon else num_fewshot)
 
 
 def context_problem(suites: Sequence[str], max_position_embeddings: int) -> str:
@@ -182,48 +95,42 @@ def context_problem(suites: Sequence[str], max_position_embeddings: int) -> str:
 
     This reads the definitions of the tasks, not their data, so that it can be checked before a model is trained.
     Prompts that are too long are cut from the left, as in lm-eval; answers cannot be cut.
-
-    Raises:
-        UserError: for an unknown suite or task.
     """
     for name in suites:
         suite = find_suite(name)
-        manager = _manager(tuple(entry.task for entry in suite.entries))
+        manager = _manager(suite.entries)
         for entry in suite.entries:
             answer = TASKS[entry.task].answer_tokens if entry.task in TASKS else 1
             for leaf in _leaves(manager, entry.task):
-                config = manager.task_index[leaf].cfg or {}
-                if config.get("output_type") == "generate_until":
-                    tokens = (config.get("generation_kwargs") or {}).get("max_gen_toks", GENERATED_TOKENS)
-                    needed, what = tokens + 1, f"generates {tokens} tokens after a question"
-                else:
-                    needed, what = answer, f"has answers of about {answer} tokens"
-                if max_position_embeddings < needed:
-                    return (
-                        f"task '{leaf}' (suite '{name}') {what}, too many for a context of {max_position_embeddings} "
-                        "tokens; choose other suites or a larger max_position_embeddings"
-                    )
+                what, config = f"task '{leaf}' (suite '{name}')", manager.task_index[leaf].cfg or {}
+                problem = generation_problem(what, config, max_position_embeddings) or too_long(
+                    f"{what} has answers of about {answer} tokens", answer, max_position_embeddings
+                )
+                if problem:
+                    return f"{problem}; choose other suites or a larger max_position_embeddings"
     return ""
 
 
+def generation_problem(what: str, config: Mapping[str, Any], context: int) -> str:
+    """Why a task that generates text leaves no room for a question in a context; empty if it does, or scores text."""
+    if config.get("output_type") != "generate_until":
+        return ""
+    tokens = (config.get("generation_kwargs") or {}).get("max_gen_toks", GENERATED_TOKENS)
+    return too_long(f"{what} generates {tokens} tokens after a question", tokens + 1, context)
+
+
 def check_heldout(suites: Sequence[str], documents: Path, tokenizer: Path, max_position_embeddings: int) -> None:
-    """Whether a run can be measured on its held-out documents, before a model is trained on the others.
+    """Whether a run can be measured on its held-out `documents`, before a model is trained on the others.
 
-    Args:
-        suites: names; tasks of theirs on other data are not looked at.
-        documents: the run's `data/documents`.
-        tokenizer: folder of its tokenizer.
-        max_position_embeddings: the model's context in tokens.
-
-    Raises:
-        UserError: if a task cannot be made from these documents, or an answer is longer than the context.
+    Tasks of the suites on other data are not looked at. Raises `UserError` if a task cannot be made from these
+    documents, or an answer is longer than the context.
     """
-    found = (entry for name in suites for entry in find_suite(name).entries if entry.task.startswith("heldout_"))
-    entries = tuple(dict.fromkeys(found))
-    if not entries:
+    entries = (entry for name in suites for entry in find_suite(name).entries if made_from(entry.task) == "documents")
+    suite = Suite("heldout", tuple(dict.fromkeys(entries)))
+    if not suite.entries:
         return
     try:
-        loaded = load_suite(Suite("heldout", entries), heldout=documents)
+        loaded = load_suite(suite, heldout=documents)
     except UserError as error:
         raise UserError(f"evaluation.suites: {error}") from error
     encode = transformers.AutoTokenizer.from_pretrained(str(tokenizer))
@@ -235,10 +142,10 @@ def check_heldout(suites: Sequence[str], documents: Path, tokenizer: Path, max_p
         texts = list({text for prompt, answer in pairs for text in (prompt.rstrip(), prompt + answer)})
         tokens = dict(zip(texts, map(len, encode(texts, verbose=False)["input_ids"]), strict=True)) if texts else {}
         needed = max((tokens[prompt + answer] - tokens[prompt.rstrip()] for prompt, answer in pairs), default=0)
-        if needed > max_position_embeddings:
+        if problem := too_long(f"an answer of task '{name}' has {needed} tokens", needed, max_position_embeddings):
             raise UserError(
-                f"evaluation.suites: an answer of task '{name}' has {needed} tokens, too many for a context of "
-                f"{max_position_embeddings}; choose other evaluation.suites, or a larger model.max_position_embeddings"
+                f"evaluation.suites: {problem}; choose other evaluation.suites, or a larger "
+                "model.max_position_embeddings"
             )
 
 
@@ -247,12 +154,9 @@ def find_data(
 ) -> dict[str, tuple[str, Path | None]]:
     """Where the data of every leaf task is: the id of its dataset, and the folder (None: the Hub). Reads no data.
 
-    Args: those of `load_suite`.
-
-    Raises:
-        UserError: for data that is missing.
+    The arguments are those of `load_suite`. Raises `UserError` for data that is missing.
     """
-    manager = _manager(tuple(entry.task for entry in suite.entries))
+    manager = _manager(suite.entries)
     leaves = [leaf for entry in suite.entries for leaf in _leaves(manager, entry.task)]
     return {leaf: _origin(leaf, manager.task_index[leaf].cfg or {}, data, heldout) for leaf in leaves}
 
@@ -261,26 +165,19 @@ def load_suite(suite: Suite, *, data: Path | None = None, heldout: Path | None =
     """Build the suite's tasks and read their data.
 
     Args:
-        suite: from `find_suite`.
         data: folder with the datasets under their Hub ids (`<data>/allenai/ai2_arc`); None: the Hub.
         heldout: folder with `heldout-*.parquet`, for the tasks that are made from held-out documents.
-
-    Raises:
-        UserError: for an unknown task, or data that is missing.
     """
-    manager = _manager(tuple(entry.task for entry in suite.entries))
-    tasks: dict[str, Task] = {}
-    entries: dict[str, Entry] = {}
-    groups: dict[str, Group] = {}
-    origins = find_data(suite, data=data, heldout=heldout)
+    manager, origins = _manager(suite.entries), find_data(suite, data=data, heldout=heldout)
+    loaded = LoadedSuite(suite, {}, {}, {}, origins)
     for entry in suite.entries:
-        leaves = _leaves(manager, entry.task)
-        for leaf in leaves:
-            entries[leaf] = entry
-            tasks[leaf] = _load_task(manager, leaf, entry, *origins[leaf])
-        if leaves != [entry.task]:
-            _group(manager, entry.task, tasks, groups)
-    return LoadedSuite(suite, tasks, entries, groups, origins)
+        for leaf in _leaves(manager, entry.task):
+            loaded.entries[leaf] = entry
+            loaded.tasks[leaf] = _load_task(manager, leaf, entry, *origins[leaf])
+        for name in reversed(_below(manager, entry.task)):
+            if name in manager.all_groups:
+                loaded.groups[name] = _group(manager, name, loaded)
+    return loaded
 
 
 def sample_of_items(task: Task, items: int | None) -> list[int] | None:
@@ -298,89 +195,78 @@ def sample_of_items(task: Task, items: int | None) -> list[int] | None:
 
 @functools.cache
 def _everything() -> TaskManager:
+    """All of lm-eval's tasks: thousands of YAML files, several seconds."""
     return TaskManager(include_path=str(OUR_TASKS))
 
 
 @functools.cache
 def _common() -> TaskManager:
+    """The tasks of `tasks.yaml`, from the few folders that it names."""
     stock = Path(lm_eval.tasks.__file__).parent
-    return TaskManager(include_path=[*(stock / folder for folder in STOCK_FOLDERS), OUR_TASKS], include_defaults=False)
+    folders = sorted({task.folder for task in TASKS.values() if task.folder})
+    return TaskManager(include_path=[*(stock / folder for folder in folders), OUR_TASKS], include_defaults=False)
 
 
-def _manager(names: Sequence[str]) -> TaskManager:
-    """An index of tasks that has all `names`. Raises `UserError` for an unknown one, with the nearest names."""
-    if all(_is_whole(_common(), name) for name in names):
-        return _common()
+def _manager(entries: Sequence[Entry]) -> TaskManager:
+    """An index of tasks that has all of these. Raises `UserError` for an unknown one, with the nearest names."""
+    common, names = _common(), [entry.task for entry in entries]
+    # A group or tag in these folders may have more tasks elsewhere, unless tasks.yaml has it.
+    if all(name in common.task_index and (name in TASKS or name in common.all_subtasks) for name in names):
+        return common
     manager = _everything()
     for name in names:
         if name not in manager.task_index:
-            candidates = [*SUITES, *manager.all_tasks]
-            near = difflib.get_close_matches(name, candidates, n=3, cutoff=0.5)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"suites are {', '.join(SUITES)}"
+            near = suggest(name, [*SUITES, *manager.all_tasks], most=3)
+            hint = near if near.startswith("did you mean") else f"suites are {', '.join(SUITES)}"
             raise UserError(f"unknown suite or task '{name}'; {hint}")
     return manager
 
 
-def _is_whole(manager: TaskManager, name: str) -> bool:
-    """Whether an index of some folders knows all of a name: a tag may have more tasks elsewhere."""
-    entry = manager.task_index.get(name)
-    if entry is None or (entry.tags and entry.yaml_path is None):
-        return False
-    children = (entry.cfg or {}).get("task") if "group" in (entry.cfg or {}) else []
-    return all(isinstance(child, str) and _is_whole(manager, child) for child in children or [])
-
-
-def _children(manager: TaskManager, name: str) -> list[str] | None:
-    """Names of the tasks and groups directly in a group or tag; None for a task."""
+def _children(manager: TaskManager, name: str) -> list[str]:
+    """Names of the tasks and groups directly in a group or tag; empty for a task."""
     entry = manager.task_index[name]
-    if entry.tags and entry.yaml_path is None:
+    if name in manager.all_tags:
         return sorted(entry.tags)
-    config = entry.cfg or {}
-    if "group" not in config:
-        return None
-    children = [child if isinstance(child, str) else child.get("task", child.get("group")) for child in config["task"]]
+    members = (entry.cfg or {}).get("task", []) if name in manager.all_groups else []
+    children = [child if isinstance(child, str) else child.get("task", child.get("group")) for child in members]
     if any(not isinstance(child, str) or child not in manager.task_index for child in children):
         raise UserError(f"group '{name}' defines tasks inline; name its tasks one by one instead")
     return children
 
 
+def _below(manager: TaskManager, name: str) -> list[str]:
+    """A name with all tasks, groups and tags in it, each before its children."""
+    return [name, *(inner for child in _children(manager, name) for inner in _below(manager, child))]
+
+
 def _leaves(manager: TaskManager, name: str) -> list[str]:
-    children = _children(manager, name)
-    if children is None:
-        return [name]
-    return [leaf for child in children for leaf in _leaves(manager, child)]
+    return [inner for inner in _below(manager, name) if inner in manager.all_subtasks]
 
 
-def _group(manager: TaskManager, name: str, tasks: dict[str, Task], groups: dict[str, Group]) -> list[Task | Group]:
-    """`name` in lm-eval's tree: a task, a group with its children, or the tasks of a tag."""
-    children = _children(manager, name)
-    if children is None:
-        return [tasks[name]]
-    members = [member for child in children for member in _group(manager, child, tasks, groups)]
-    config = manager.task_index[name].cfg or {}
-    if "group" not in config:
-        return members
-    fields = {field.name for field in dataclasses.fields(GroupConfig)}
-    group = Group.from_config(GroupConfig(**{key: value for key, value in config.items() if key in fields}))
-    for member in members:
-        group.add(member)
-    groups[name] = group
-    return [group]
+def _group(manager: TaskManager, name: str, loaded: LoadedSuite) -> Group:
+    """lm-eval's group of that name, with its children, which are loaded."""
+    fields, config = dataclasses.fields(GroupConfig), manager.task_index[name].cfg or {}
+    group = Group.from_config({field.name: config[field.name] for field in fields if field.name in config})
+    for child in _children(manager, name):
+        members = [loaded.groups[child]] if child in loaded.groups else map(loaded.tasks.get, _leaves(manager, child))
+        for member in members:
+            group.add(member)
+    return group
 
 
 def _origin(task: str, config: dict[str, Any], data: Path | None, heldout: Path | None) -> tuple[str, Path | None]:
     """Dataset id and local folder of a task's data. Raises `UserError` if `data` does not contain it."""
-    if task.startswith("heldout_"):
+    if made_from(task) == "documents":
         if heldout is None:
             raise UserError(f"task '{task}' needs held-out documents; name a run's data/documents folder (--heldout)")
         if not list(Path(heldout).glob("heldout-*.parquet")):
             raise UserError(f"no heldout-*.parquet in {heldout}; name a run's data/documents folder (--heldout)")
         return "heldout", Path(heldout).resolve()
-    if task.startswith("answers_"):
+    if made_from(task) == "conversations":
         folder = Path(heldout).resolve().parent / "conversations" if heldout is not None else None
         if folder is None or not (folder / "heldout.parquet").is_file():
             raise UserError(f"task '{task}' needs the data/documents folder of a run with conversations (--heldout)")
-        return "heldout", folder
+        return "answers", folder
     dataset = str(config.get("dataset_path"))
     if data is None:
         return dataset, None
@@ -392,7 +278,7 @@ def _origin(task: str, config: dict[str, Any], data: Path | None, heldout: Path 
 
 def _load_task(manager: TaskManager, name: str, entry: Entry, dataset: str, folder: Path | None) -> Task:
     overrides: dict[str, Any] = {"task": name}
-    if dataset == "heldout":
+    if made_from(name):
         overrides["dataset_kwargs"] = {"heldout": str(folder)}
     elif folder is not None:
         overrides["dataset_path"] = str(folder)
@@ -404,36 +290,34 @@ def _load_task(manager: TaskManager, name: str, entry: Entry, dataset: str, fold
         raise
     except Exception as error:
         where = f"folder {folder}" if folder else f"dataset {dataset} on the Hub (use a local copy with --data)"
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"task '{name}': cannot load {where}: {type(error).__name__}: {reason}") from error
+        raise UserError(f"task '{name}': cannot load {where}: {one_line(error)}") from error
     defined = task.get_config("num_fewshot")
-    if defined == 0 and entry.num_fewshot:
+    if defined == 0 and entry.shots:
         raise UserError(f"task '{name}' is zero-shot by its definition; leave out the number of shots")
-    task.set_config("num_fewshot", (defined or 0) if entry.num_fewshot is None else entry.num_fewshot)
+    task.set_config("num_fewshot", (defined or 0) if entry.shots is None else entry.shots)
     return task
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silence the libraries' logging and progress bars, which would drown the lines about the evaluation itself."""
-    logger = logging.getLogger("lm_eval")
-    level, bar = logger.level, lm_eval.api.task.tqdm
-    bars_of_datasets = not datasets.are_progress_bars_disabled()
-    bars_of_transformers = transformers.utils.logging.is_progress_bar_enabled()
-    bars_of_hub = not huggingface_hub.utils.are_progress_bars_disabled()
-    logger.setLevel(logging.ERROR)
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    huggingface_hub.utils.disable_progress_bars()
-    lm_eval.api.task.tqdm = functools.partial(tqdm.tqdm, disable=True)
-    try:
+    bars = transformers.utils.logging
+    with contextlib.ExitStack() as stack:
+        for is_shown, hide, show in (
+            (bars.is_progress_bar_enabled(), bars.disable_progress_bar, bars.enable_progress_bar),
+            (not datasets.are_progress_bars_disabled(), datasets.disable_progress_bars, datasets.enable_progress_bars),
+            (
+                not huggingface_hub.utils.are_progress_bars_disabled(),
+                huggingface_hub.utils.disable_progress_bars,
+                huggingface_hub.utils.enable_progress_bars,
+            ),
+        ):
+            if is_shown:
+                hide()
+                stack.callback(show)
+        stack.callback(setattr, lm_eval.api.task, "tqdm", lm_eval.api.task.tqdm)
+        lm_eval.api.task.tqdm = functools.partial(tqdm.tqdm, disable=True)
+        logger = logging.getLogger("lm_eval")
+        stack.callback(logger.setLevel, logger.level)
+        logger.setLevel(logging.ERROR)
         yield
-    finally:
-        logger.setLevel(level)
-        lm_eval.api.task.tqdm = bar
-        if bars_of_datasets:
-            datasets.enable_progress_bars()
-        if bars_of_transformers:
-            transformers.utils.logging.enable_progress_bar()
-        if bars_of_hub:
-            huggingface_hub.utils.enable_progress_bars()

@@ -26,270 +26,280 @@ Called again it resumes. A plan is not changed: another question needs another O
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import math
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import pyarrow.parquet as pq
+import typer
+from typer import Option
 
 from nanophi.core import formatting
-from nanophi.core.environment import environment
 from nanophi.core.errors import UserError
-from nanophi.core.files import read_json, sha256_of, write_json, write_text
-from nanophi.core.recipe import Recipe
-from nanophi.core.run import now
-from nanophi.data.selection import describe_rule
-from nanophi.experiments import ablation_render
-from nanophi.pipeline import Pipeline, train_side_by_side
+from nanophi.core.files import read_json, write_json, write_text
+from nanophi.core.options import Jobs, OneRecipe, Overrides, Runs
+from nanophi.core.recipe import Recipe, load_recipe
+from nanophi.experiments import records
+from nanophi.experiments.records import FORMAT, Report
+from nanophi.pipeline import Pipeline
 
-FORMAT = 1
-"""Version of the plan, the items and the records."""
-TASKS = ("arc_easy", "hellaswag")
-"""Multiple-choice tasks whose right answers are the primary target."""
-HELDOUT = "heldout_bits_per_byte"
 LOWER_RATE = 0.2
 """The second learning rate, if none is named, in units of the recipe's."""
 SAMPLE_TOKENS = 200_000
 """Of each arm, from which its bytes per token are measured for the plan."""
 SAFETY = 0.98
 """Share of an arm's estimated tokens that the plan counts on."""
+MAX_SEED = (1 << 32) - 1
+
+Key = tuple[str, int, float]
+"""A run: arm, seed, learning rate."""
+
+
+def _seeds(values: list[int]) -> list[int]:
+    for value in values:
+        if value > MAX_SEED:
+            raise UserError(f"--seed {value} must be from 0 to {MAX_SEED}")
+    return _distinct("seed", values)
+
+
+def _rates(values: list[float]) -> list[float]:
+    return _distinct("learning rate", [_positive("--learning-rate", value) for value in values])
+
+
+def _positive(option: str, value: float) -> float:
+    if not 0 < value < math.inf:
+        raise UserError(f"{option} {value:g} must be a number above 0")
+    return value
+
+
+def _distinct(name: str, values: list[Any]) -> list[Any]:
+    if len(set(values)) < len(values):
+        raise UserError(f"a {name} is named twice; every run needs its own")
+    return values
 
 
 def ablate(
-    recipe: Recipe,
-    runs: Path,
-    output: Path,
-    *,
-    seeds: Sequence[int] = (0, 1, 2),
-    learning_rates: Sequence[float] = (),
-    epochs: float | None = None,
-    tasks: Sequence[str] = TASKS,
-    jobs: int = 1,
-    plan_only: bool = False,
-    report: Callable[[str], None] = print,
-) -> dict[str, Any] | None:
-    """Run the experiment, or what is left of it, and write the answer.
+    recipe: OneRecipe,
+    seed: Annotated[list[int], Option(min=0, callback=_seeds, help="Seed of the runs; repeatable.")] = [0, 1, 2],
+    learning_rate: Annotated[
+        list[float],
+        Option(callback=_rates, help="Peak learning rate; repeatable. Default: the recipe's and a fifth of it."),
+    ] = [],
+    epochs: Annotated[
+        float | None,
+        Option(
+            callback=lambda value: value if value is None else _positive("--epochs", value),
+            help="How often a share of the text is repeated. Default: as in the recipe's own run.",
+        ),
+    ] = None,
+    tasks: Annotated[
+        str, Option(help="Multiple-choice tasks whose right answers decide, or 'none': held-out text decides.")
+    ] = "arc_easy,hellaswag",
+    output: Annotated[
+        Path | None, Option(help="Where plan, records and answer go. [default: ablations/NAME]", show_default=False)
+    ] = None,
+    plan: Annotated[bool, Option("--plan", help="Write the plan and stop, before anything is trained.")] = False,
+    jobs: Jobs = 1,
+    runs: Runs = Path("runs"),
+    overrides: Overrides = [],
+) -> None:
+    """Measure whether the recipe's filter helps, with controls, seeds and error bars.
 
-    Args:
+    The best share of the text is compared with a random share, the worst share and all of it, at equal compute.
+
+    Example: nanophi ablate nano-phi-115m-fast --epochs 4 --seed 0 --seed 1 --seed 2
+    """
+    resolved = load_recipe(recipe, overrides)
+    output = Path("ablations") / resolved.name if output is None else output
+    names = [] if tasks == "none" else [task.strip() for task in tasks.split(",")]
+    experiment = Ablation(resolved, runs, output, seed, learning_rate, epochs, names, jobs)
+    planned = experiment.plan()
+    if plan:
+        typer.echo(output / "plan.json")
+    else:
+        typer.echo(f"\n{experiment.run(planned)['paragraph']}\n\n{output / 'ablation.md'}")
+
+
+@dataclasses.dataclass
+class Ablation:
+    """One experiment.
+
+    Attributes:
         recipe: with the filter in question: `quality.threshold`, or `quality.share` of the best.
-        runs: folder for the run directories.
-        output: folder for plan, records and answer.
-        seeds: of the runs; one alone gives no interval.
         learning_rates: peak rates of AdamW's parameters (Muon's follows in proportion); none: the recipe's, and
             `LOWER_RATE` times that.
-        epochs: how often a share is repeated; None: as often as the recipe's own run repeats what its filter keeps.
         tasks: lm-eval's multiple-choice tasks; none: all held-out text together is the primary target.
-        jobs: runs at once, each with one GPU or its share of the cores.
-        plan_only: write the plan and stop, so that it can be published first.
-        report: called with one line for each thing worth telling.
-
-    Returns:
-        what `ablation.json` holds; None with `plan_only`.
-
-    Raises:
-        UserError: for an experiment that cannot be run or that differs from the plan in `output`; for runs that fail,
-            after the others have ended.
     """
-    from nanophi.eval import suites
-    from nanophi.experiments import ablation
-    from nanophi.training import arguments
 
-    if recipe.conversations:
-        raise UserError(f"{recipe.name} trains on conversations, which no filter selects; name the recipe of its base")
-    if recipe.quality.threshold is None and (recipe.quality.share is None or recipe.quality.share == 1):
-        raise UserError(
-            f"{recipe.name} keeps everything; set quality.threshold or quality.share to what is in question"
-        )
-    if recipe.quality.select != "best":
-        raise UserError("quality.select must be 'best'; the other shares are arms of the experiment")
-    for name, values in (("seed", seeds), ("learning rate", learning_rates)):
-        if len(set(values)) < len(values):
-            raise UserError(f"a {name} is named twice; every run needs its own")
-    own = recipe.training.learning_rate
-    rates = list(learning_rates) or [own, float(f"{LOWER_RATE * own:.6g}")]
-    for seed in seeds:
-        if not 0 <= seed < 1 << 32:
-            raise UserError(f"--seed {seed} must be from 0 to {(1 << 32) - 1}")
-    for rate in rates:
-        if not 0 < rate < math.inf:
-            raise UserError(f"--learning-rate {rate:g} must be a number above 0")
-    if epochs is not None and not 0 < epochs < math.inf:
-        raise UserError(f"--epochs {epochs:g}: a share must be repeated more than 0 times")
-    if problem := suites.context_problem([_suite(tasks)], recipe.model_config_for().max_position_embeddings):
-        raise UserError(f"{recipe.name}: {problem}")
-    question = {
-        "recipe": recipe.dump(),
-        "seeds": list(seeds),
-        "learning_rates": rates,
-        "epochs_asked": epochs,
-        "tasks": list(tasks),
-    }
-    arguments.check(recipe.training, runs / recipe.name, recipe.training_seed)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{output} cannot be written ({error.strerror}); choose another --output") from None
-    plan = _plan(question, recipe, runs, output, jobs, report)
-    if plan_only:
-        return None
-    keys = [(arm, seed, rate) for seed in seeds for rate in rates for arm in ablation.ARMS]
-    pipelines = {}
-    for key in keys:
-        arm_recipe = arm_of(recipe, plan, *key)
-        pipelines[arm_recipe.name] = (key, Pipeline(arm_recipe, runs, report=_without_repetition(report)))
-    waiting = [name for name in pipelines if not _record_path(output, name).exists()]
-    if len(waiting) < len(pipelines):
-        report(f"{len(pipelines) - len(waiting)} of {len(pipelines)} runs were done before")
-    began, left = time.monotonic(), list(waiting)
+    recipe: Recipe
+    runs: Path
+    output: Path
+    seeds: Sequence[int] = (0, 1, 2)
+    learning_rates: Sequence[float] = ()
+    epochs: float | None = None
+    tasks: Sequence[str] = ("arc_easy", "hellaswag")
+    jobs: int = 1
+    report: Report = print
 
-    def finished(name: str) -> None:
-        key, pipeline = pipelines[name]
-        record(pipeline, key, plan, output)
-        left.remove(name)
-        ablation_render.write_answer(output)
-        done = len(waiting) - len(left)
-        seconds = (time.monotonic() - began) / done * len(left)
-        rest = f", about {formatting.duration(seconds)} left" if left else ""
-        report(f"{len(pipelines) - len(left)} of {len(pipelines)} runs done{rest}")
+    def plan(self) -> dict[str, Any]:
+        """The plan in `output`, written there if there is none yet.
 
-    if waiting:
-        train_side_by_side([pipelines[name][1] for name in waiting], jobs, finished)
-    result = ablation_render.write_answer(output)
-    if (runs / recipe.name / "record.json").exists():
-        write_json(runs / recipe.name / "ablation.json", result)
-    return result
+        Raises:
+            UserError: for an experiment that cannot be run, or that differs from the plan that is there.
+        """
+        self._check()
+        own = self.recipe.training.learning_rate
+        question = {
+            "recipe": self.recipe.dump(),
+            "seeds": list(self.seeds),
+            "learning_rates": list(self.learning_rates) or [own, float(f"{LOWER_RATE * own:.6g}")],
+            "epochs_asked": self.epochs,
+            "tasks": list(self.tasks),
+        }
+        plan = records.keep_plan(self.output, question, self._make_plan)
+        self.report(describe_plan(plan))
+        return plan
+
+    def run(self, plan: Mapping[str, Any]) -> dict[str, Any]:
+        """Make the runs that have no record yet, and return the answer: what `ablation.json` holds.
+
+        Raises:
+            UserError: for runs that fail, after the others have ended.
+        """
+        from nanophi.experiments import ablation_render
+
+        quiet = records.without_repetition(self.report)
+        keys = [(arm, seed, rate) for seed in plan["seeds"] for rate in plan["learning_rates"] for arm in plan["arms"]]
+        pipelines = {key: Pipeline(arm_of(self.recipe, plan, *key), self.runs, report=quiet) for key in keys}
+        named = {pipeline.recipe.name: (pipeline, key) for key, pipeline in pipelines.items()}
+
+        def finished(name: str) -> None:
+            self._record(*named[name], plan)
+            ablation_render.write_answer(self.output)
+
+        records.run_missing(list(pipelines.values()), self.output, self.jobs, finished, self.report)
+        result = ablation_render.write_answer(self.output)
+        if (self.runs / self.recipe.name / "record.json").exists():
+            write_json(self.runs / self.recipe.name / "ablation.json", result)
+        return result
+
+    def _check(self) -> None:
+        from nanophi.eval import suites
+        from nanophi.training import arguments
+
+        recipe, quality = self.recipe, self.recipe.quality
+        if recipe.conversations:
+            raise UserError(
+                f"{recipe.name} trains on conversations, which no filter selects; name the recipe of its base"
+            )
+        if quality.threshold is None and (quality.share is None or quality.share == 1):
+            raise UserError(
+                f"{recipe.name} keeps everything; set quality.threshold or quality.share to what is in question"
+            )
+        if quality.select != "best":
+            raise UserError("quality.select must be 'best'; the other shares are arms of the experiment")
+        context = recipe.model_config_for().max_position_embeddings
+        if problem := suites.context_problem([records.suite(self.tasks)], context):
+            raise UserError(f"{recipe.name}: {problem}")
+        arguments.check(recipe.training, self.runs / recipe.name, recipe.training_seed)
+
+    def _make_plan(self, question: Mapping[str, Any]) -> dict[str, Any]:
+        from nanophi.core.environment import environment
+        from nanophi.core.run import now
+        from nanophi.data.selection import describe_rule
+        from nanophi.experiments import ablation
+
+        recipe, seen = self.recipe, records.tokens_seen(self.recipe)
+        _check_tasks(recipe, self.tasks)
+        plan = {"format": FORMAT, **question, "share": recipe.quality.share, "tokens": {}}
+        available, vocab_size = self._measure_arms(plan)
+        plan["tokens"] = self._sizes(available, plan["share"], seen)
+        runs = len(ablation.ARMS) * len(plan["seeds"]) * len(plan["learning_rates"])
+        return plan | {
+            "rule": describe_rule(recipe.quality),
+            "arms": list(ablation.ARMS),
+            "tokens_seen": seen,
+            "epochs": {arm: seen / count for arm, count in plan["tokens"].items()},
+            "vocab_size": vocab_size,
+            "targets": _targets(recipe, self.tasks),
+            "contrasts": {name: " - ".join(arms) for name, arms in ablation.CONTRASTS.items()},
+            "test": str(ablation.__doc__).split("\n\n", 1)[1].strip(),
+            "planned": now(),
+            "environment": environment(),
+            "estimate": records.estimate(recipe, runs, vocab_size, self.jobs),
+        }
+
+    def _measure_arms(self, plan: dict[str, Any]) -> tuple[dict[str, int], int]:
+        """Different tokens of each arm, and the tokenizer's size; sets the plan's `share`, writes `items.json`."""
+        from nanophi.experiments import ablation
+
+        recipe, quiet = self.recipe, records.without_repetition(self.report)
+        seed, rate = plan["seeds"][0], plan["learning_rates"][0]
+        if plan["share"] is None:
+            own = Recipe(**{**recipe.dump(), "name": run_name(recipe, "all", seed, rate)})
+            pipeline = Pipeline(own, self.runs, report=quiet)
+            with pipeline.run.lock():
+                plan["share"] = pipeline.make("quality")["kept_bytes_fraction"]
+        plan["tokens"] = dict.fromkeys(ablation.ARMS, SAMPLE_TOKENS)
+        available = {}
+        for arm in ablation.ARMS:
+            pipeline = Pipeline(arm_of(recipe, plan, arm, seed, rate), self.runs, report=quiet)
+            with pipeline.run.lock():
+                counts = pipeline.tokens()
+                kept = pipeline.make("quality")["kept_bytes"]
+            available[arm] = int(SAFETY * kept / counts["train"]["bytes_per_token"])
+            if arm == "best":
+                _write_items(pipeline.path / "data", self.output / "items.json")
+        return available, counts["vocab_size"]
+
+    def _sizes(self, available: Mapping[str, int], share: float, seen: int) -> dict[str, int]:
+        """Different tokens of each arm's runs, in whole rows. Raises `UserError` if there is not enough text."""
+        length = self.recipe.model_config_for().max_position_embeddings
+        most = min(*(available[arm] for arm in ("best", "random", "worst")), available["all"] * share)
+        unique = min(most, available["best"]) if self.epochs is None else seen / self.epochs
+        if unique > most:
+            raise UserError(
+                f"--epochs {self.epochs:g} needs {unique:,.0f} different tokens in every share, but there are "
+                f"{most:,.0f}; ask for {seen / most:.2f} epochs or more"
+            )
+        unique = int(unique) // length * length
+        if unique < length:
+            raise UserError(f"every share has less than one row of {length} tokens; ask for fewer --epochs or add text")
+        return dict.fromkeys(available, unique) | {"all": int(unique / share) // length * length}
+
+    def _record(self, pipeline: Pipeline, key: Key, plan: Mapping[str, Any]) -> None:
+        arm, seed, rate = key
+        tokens = read_json(pipeline.path / "data/tokens/tokens.json")["train"]
+        limit = plan["tokens"][arm]
+        if tokens["rows"] * self.recipe.model_config_for().max_position_embeddings != limit:
+            raise UserError(
+                f"{pipeline.path} has {tokens['tokens']:,} different tokens instead of {limit:,}; ask for more "
+                "--epochs in another --output"
+            )
+        fields = {"arm": arm, "seed": seed, "learning_rate": rate, "unique_tokens": limit}
+        records.write_record(pipeline, plan["tasks"], self.output, **fields)
 
 
-def _suite(tasks: Sequence[str]) -> str:
-    return ",".join((HELDOUT, *tasks))
-
-
-def _without_repetition(report: Callable[[str], None]) -> Callable[[str], None]:
-    """`report`, without the lines that say of every run that what all share is there already."""
-    return lambda line: None if line.endswith("up to date") or " shared with " in line else report(line)
+def run_name(recipe: Recipe, arm: str, seed: int, rate: float) -> str:
+    """Name of a run of the experiment on a recipe."""
+    return f"{recipe.name}-{arm}-seed-{seed}-lr-{rate:g}"
 
 
 def arm_of(recipe: Recipe, plan: Mapping[str, Any], arm: str, seed: int, rate: float) -> Recipe:
-    """The recipe of one run.
-
-    Args:
-        recipe: of the experiment.
-        plan: of which `share`, `tokens` (by arm, None: not limited) and `tasks` count.
-        arm, seed, rate: which run.
-    """
+    """The recipe of one run. Of the plan `share`, `tokens` (by arm, None: not limited) and `tasks` count."""
     values = recipe.dump()
     training, steps = values["training"], recipe.training.steps
-    values["name"] = f"{recipe.name}-{arm}-seed-{seed}-lr-{rate:g}"
+    values["name"] = run_name(recipe, arm, seed, rate)
     values["data"]["max_tokens"] = plan["tokens"][arm]
     share = {"share": None, "select": "best"} if arm == "all" else {"share": plan["share"], "select": arm}
     values["quality"] |= {"threshold": None, **share}
     training["muon_learning_rate"] *= rate / training["learning_rate"]
     # Only the end is measured, and by the evaluation.
     training |= {"learning_rate": rate, "seed": seed, "keep_steps": [], "eval_steps": steps + 1}
-    values["evaluation"]["suites"] = [_suite(plan["tasks"])]
+    values["evaluation"]["suites"] = [records.suite(plan["tasks"])]
     values["card"]["title"] = None
     return Recipe(**values)
-
-
-# The plan
-
-
-def _plan(
-    question: dict[str, Any],
-    recipe: Recipe,
-    runs: Path,
-    output: Path,
-    jobs: int,
-    report: Callable[[str], None],
-) -> dict[str, Any]:
-    """The plan in `output`, written there if there is none yet."""
-    path = output / "plan.json"
-    if path.exists():
-        plan = read_json(path)
-        _check_same(plan, question, path)
-    else:
-        plan = _make_plan(question, recipe, runs, output, report)
-        plan["estimate"] = _estimate(recipe, plan, jobs)
-        write_json(path, plan)
-    report(describe_plan(plan))
-    return plan
-
-
-def _check_same(plan: Mapping[str, Any], question: Mapping[str, Any], path: Path) -> None:
-    """Refuse an experiment that differs from its plan: a plan that follows the results is none."""
-    if plan.get("format") != FORMAT:
-        raise UserError(f"{path} has format {plan.get('format')}, this version reads {FORMAT}; name another --output")
-    before, now_ = dict(plan), dict(question)
-    # A recipe that was written by an earlier version lacks keys that it has the default of.
-    before["recipe"] = Recipe(**plan["recipe"]).dump()
-    for key in ("workers", "engine"):
-        before["recipe"]["data"][key] = now_["recipe"]["data"][key]
-    for key, value in now_.items():
-        if before[key] != value:
-            where = key.replace("_", " ")
-            if key == "recipe":
-                sections = [section for section in value if before[key][section] != value[section]]
-                where = f"values in the recipe's {sections[0]}"
-            raise UserError(f"{path}: planned with other {where}; name another --output, or repeat what was planned")
-
-
-def _make_plan(
-    question: dict[str, Any], recipe: Recipe, runs: Path, output: Path, report: Callable[[str], None]
-) -> dict[str, Any]:
-    from nanophi.experiments import ablation
-
-    _check_tasks(recipe, question["tasks"])
-    config, training = recipe.model_config_for(), recipe.training
-    length = config.max_position_embeddings
-    seen = training.steps * training.batch_size * length
-    plan: dict[str, Any] = {"format": FORMAT, **question, "share": recipe.quality.share, "tokens": {}}
-    seed, rate = question["seeds"][0], question["learning_rates"][0]
-    quiet = _without_repetition(report)
-    if plan["share"] is None:
-        own = Pipeline(_renamed(recipe, f"{recipe.name}-all-seed-{seed}-lr-{rate:g}"), runs, report=quiet)
-        with own.run.lock():
-            plan["share"] = own.make("quality")["kept_bytes_fraction"]
-    available = {}
-    for arm in ablation.ARMS:
-        plan["tokens"] = dict.fromkeys(ablation.ARMS, SAMPLE_TOKENS)
-        pipeline = Pipeline(arm_of(recipe, plan, arm, seed, rate), runs, report=quiet)
-        with pipeline.run.lock():
-            pipeline.write_recipe()
-            counts = pipeline.tokens()
-            kept = pipeline.make("quality")["kept_bytes"]
-        available[arm] = int(SAFETY * kept / counts["train"]["bytes_per_token"])
-        if arm == "best":
-            _write_items(pipeline, plan, output)
-    most = min(*(available[arm] for arm in ("best", "random", "worst")), available["all"] * plan["share"])
-    asked = question["epochs_asked"]
-    unique = min(most, available["best"]) if asked is None else seen / asked
-    if unique > most:
-        raise UserError(
-            f"--epochs {asked:g} needs {unique:,.0f} different tokens in every share, but there are {most:,.0f}; "
-            f"ask for {seen / most:.2f} epochs or more"
-        )
-    unique = int(unique) // length * length
-    if unique < length:
-        raise UserError(f"every share has less than one row of {length} tokens; ask for fewer --epochs or add text")
-    tokens = dict.fromkeys(ablation.ARMS, unique)
-    tokens["all"] = int(unique / plan["share"]) // length * length
-    plan |= {
-        "rule": describe_rule(recipe.quality),
-        "arms": list(ablation.ARMS),
-        "tokens": tokens,
-        "tokens_seen": seen,
-        "epochs": {arm: seen / count for arm, count in tokens.items()},
-        "vocab_size": counts["vocab_size"],
-        "targets": _targets(recipe, question["tasks"]),
-        "contrasts": {name: " - ".join(arms) for name, arms in ablation.CONTRASTS.items()},
-        "test": str(ablation.__doc__).split("\n\n", 1)[1].strip(),
-        "planned": now(),
-        "environment": environment(),
-    }
-    return plan
 
 
 def _check_tasks(recipe: Recipe, tasks: Sequence[str]) -> None:
@@ -307,142 +317,46 @@ def _check_tasks(recipe: Recipe, tasks: Sequence[str]) -> None:
             raise UserError(f"--tasks {name} has no right answer whose likelihood is known; name other tasks")
 
 
-def _renamed(recipe: Recipe, name: str) -> Recipe:
-    return Recipe(**{**recipe.dump(), "name": name})
-
-
 def _targets(recipe: Recipe, tasks: Sequence[str]) -> dict[str, dict[str, Any]]:
     """What is measured, the primary target first: fixed before there is anything to measure."""
     from nanophi.eval import catalogue
 
-    targets: dict[str, dict[str, Any]] = {}
-    if tasks:
-        names = " and ".join(catalogue.title(task) for task in tasks)
-        targets["answers"] = {"title": f"right answers, {names}"}
-    targets["heldout"] = {"title": "held-out text, all"}
-    targets["kept"] = {"title": "held-out text that the filter keeps"}
-    targets["dropped"] = {"title": "held-out text that the filter drops"}
-    held = [source for source in recipe.data.sources if source.heldout]
-    for source in held:
-        if len(held) > 1:
-            name = source.name or source.hub or source.files
-            targets[f"source:{name}"] = {"title": f"held-out source {name}", "source": name}
+    answers = {"title": f"right answers, {' and '.join(catalogue.title(task) for task in tasks)}"}
+    targets: dict[str, dict[str, Any]] = {
+        **({"answers": answers} if tasks else {}),
+        "heldout": {"title": "held-out text, all"},
+        "kept": {"title": "held-out text that the filter keeps"},
+        "dropped": {"title": "held-out text that the filter drops"},
+    }
+    names = [source.name or source.hub or source.files for source in recipe.data.sources if source.heldout]
+    if len(names) > 1:
+        targets |= {f"source:{name}": {"title": f"held-out source {name}", "source": name} for name in names}
     return {name: {**target, "primary": number == 0} for number, (name, target) in enumerate(targets.items())}
 
 
-def _estimate(recipe: Recipe, plan: Mapping[str, Any], jobs: int) -> dict[str, Any]:
-    """What the trainings will take, from a few steps on this machine with the threads that a run will have."""
-    import torch
+def _write_items(data: Path, path: Path) -> None:
+    """The held-out documents of a run's data, and which of them the filter would keep."""
+    import pyarrow.parquet as pq
 
-    from nanophi.core.jobs import cores
-    from nanophi.training import estimate
+    from nanophi.data import documents
 
-    sized = Recipe(**{**recipe.dump(), "model": {**recipe.model, "vocab_size": plan["vocab_size"]}})
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(max(1, min(threads, cores() // jobs)))
-        speed = estimate.measured_speed(sized, report=lambda line: None)
-    finally:
-        torch.set_num_threads(threads)
-    runs = len(plan["arms"]) * len(plan["seeds"]) * len(plan["learning_rates"])
-    return {
-        "runs": runs,
-        "tokens": runs * plan["tokens_seen"],
-        "tokens_per_second": round(speed, 1),
-        "jobs": jobs,
-        "hours": round(runs * plan["tokens_seen"] / speed / jobs / 3600, 3),
-    }
+    keep = {row["id"]: bool(row["kept"]) for row in pq.read_table(data / "quality/heldout.parquet").to_pylist()}
+    rows = documents.heldout(data / "documents", ("id", "source"))
+    heldout = [{"id": row["id"], "source": row["source"], "kept": keep[row["id"]]} for row in rows]
+    write_text(path, records.compact({"format": FORMAT, "heldout": heldout}))
 
 
 def describe_plan(plan: Mapping[str, Any]) -> str:
     """The plan in a few lines, with what it will take."""
     epochs, estimate = plan["epochs"], plan["estimate"]
     size = {arm: formatting.size(count) for arm, count in plan["tokens"].items()}
-    return "\n".join(
-        [
-            f"filter: {plan['rule']} (share {formatting.percent(plan['share'])})",
-            f"each share: {size['best']} different tokens, {epochs['best']:.2f} epochs; "
-            f"all: {size['all']} and {epochs['all']:.2f}",
-            f"{estimate['runs']} runs of {formatting.size(plan['tokens_seen'])} tokens: "
-            f"arms {', '.join(plan['arms'])}; seeds {', '.join(map(str, plan['seeds']))}; "
-            f"learning rates {', '.join(f'{rate:g}' for rate in plan['learning_rates'])}",
-            f"training takes about {formatting.duration(3600 * estimate['hours'])} at "
-            f"{estimate['tokens_per_second']:,.0f} tokens/s a run, {estimate['jobs']} at once; evaluation comes on top",
-        ]
+    return (
+        f"filter: {plan['rule']} (share {formatting.percent(plan['share'])})\n"
+        f"each share: {size['best']} different tokens, {epochs['best']:.2f} epochs; "
+        f"all: {size['all']} and {epochs['all']:.2f}\n"
+        f"{estimate['runs']} runs of {formatting.size(plan['tokens_seen'])} tokens: "
+        f"arms {', '.join(plan['arms'])}; seeds {', '.join(map(str, plan['seeds']))}; "
+        f"learning rates {', '.join(f'{rate:g}' for rate in plan['learning_rates'])}\n"
+        f"training takes about {formatting.duration(3600 * estimate['hours'])} at "
+        f"{estimate['tokens_per_second']:,.0f} tokens/s a run, {estimate['jobs']} at once; evaluation comes on top"
     )
-
-
-# The records
-
-
-def _write_items(pipeline: Pipeline, plan: Mapping[str, Any], output: Path) -> None:
-    """`items.json`: the held-out documents, and which of them the filter would keep."""
-    from nanophi.data import documents
-
-    kept = pq.read_table(pipeline.path / "data/quality/heldout.parquet").to_pylist()
-    keep = {row["id"]: bool(row["kept"]) for row in kept}
-    rows = documents.heldout(pipeline.path / "data/documents", ("id", "source"))
-    items = {
-        "format": FORMAT,
-        "heldout": [{"id": row["id"], "source": row["source"], "kept": keep[row["id"]]} for row in rows],
-    }
-    write_text(output / "items.json", _compact(items))
-
-
-def record(pipeline: Pipeline, key: tuple[str, int, float], plan: Mapping[str, Any], output: Path) -> None:
-    """Write a finished run's record: what it was trained on, and every item's log-likelihood (nats) and size."""
-    from nanophi.core.names import step_name
-    from nanophi.eval.results import ANSWER_METRIC, item_values, read_result, run_result_name
-
-    recipe = pipeline.recipe
-    result = read_result(
-        pipeline.path / "evals" / run_result_name(step_name(recipe.training.steps), _suite(plan["tasks"]))
-    )
-    history = read_json(pipeline.path / "training.json")["summary"]
-    tokens = read_json(pipeline.path / "data/tokens/tokens.json")["train"]
-    limit = plan["tokens"][key[0]]
-    if tokens["rows"] * recipe.model_config_for().max_position_embeddings != limit:
-        raise UserError(
-            f"{pipeline.path} has {tokens['tokens']:,} different tokens instead of {limit:,}; ask for more --epochs in "
-            "another --output"
-        )
-    items: dict[str, Any] = {}
-    for task in (HELDOUT, *plan["tasks"]):
-        values = item_values(result, task, "bits_per_byte" if task == HELDOUT else ANSWER_METRIC)
-        if not values:
-            raise UserError(f"task '{task}' has no right answer whose likelihood is known; name other --tasks")
-        ordered = sorted(values)
-        items[task] = {
-            "numbers": [number for number, _ in ordered],
-            "sha256": sha256_of([hashed for _, hashed in ordered]),
-            "values": [_rounded(values[item]) for item in ordered],
-        }
-    arm, seed, rate = key
-    content = {
-        "format": FORMAT,
-        "run": recipe.name,
-        "arm": arm,
-        "seed": seed,
-        "learning_rate": rate,
-        "unique_tokens": limit,
-        "documents": tokens["documents"],
-        **{name: history[name] for name in ("tokens_seen", "epochs", "seconds", "final_loss", "weights_sha256")},
-        "shared": {stage: pipeline.run.stage_key(stage) for stage in ("documents", "scores", "tokenizer")},
-        "environment": environment(),
-        "items": items,
-    }
-    write_text(_record_path(output, recipe.name), _compact(content))
-
-
-def _rounded(value: Any) -> Any:
-    return [round(value[0], 4), int(value[1])] if isinstance(value, list | tuple) else round(value, 6)
-
-
-def _compact(value: Any) -> str:
-    """JSON with one line for each key of the first level, so that thousands of numbers do not fill as many lines."""
-    lines = [f"{json.dumps(key)}: {json.dumps(item, separators=(',', ':'))}" for key, item in value.items()]
-    return "{\n" + ",\n".join(lines) + "\n}\n"
-
-
-def _record_path(output: Path, name: str) -> Path:
-    return output / "records" / f"{name}.json"

@@ -12,8 +12,9 @@ At each learning rate a contrast is the mean over the seeds. Its error has two s
 draws both: the items, resampled with replacement and alike for all runs, since all are measured on the same ones; and
 the seeds, whose deviations are those of a table of arms by seeds without the means of its rows and columns (a seed's
 initialisation and order are common to all arms). The deviations are pooled over the arms, for three seeds alone give no
-usable variance, and what the items explain of them is taken out, lest it counts twice. The interval is Student's, with
-Satterthwaite's degrees of freedom (1946, Biometrics Bulletin 2): with few seeds a bootstrap's quantiles are too narrow.
+usable variance, and what the items explain of them is taken out, so that it is not counted twice. The interval is
+Student's, with Satterthwaite's degrees of freedom (1946, Biometrics Bulletin 2): with few seeds a bootstrap's quantiles
+are too narrow.
 
 A contrast is claimed only if its sign is the same at both learning rates and the larger of the two p-values, corrected
 by Holm's method for all contrasts of its family, is below 0.05. The primary target is one family; the others together
@@ -62,11 +63,7 @@ class Target:
 
 
 def analyse(targets: Mapping[str, Target], seed: int = 0) -> dict[str, Any]:
-    """All contrasts of all targets, with what may be claimed.
-
-    Args:
-        targets: by name.
-        seed: of the bootstrap.
+    """All contrasts of all targets, with what may be claimed. `seed` is the bootstrap's.
 
     Returns:
         per target `title`, `primary`, `items` (per set), `values` (per learning rate and arm, the mean over seeds),
@@ -76,43 +73,34 @@ def analyse(targets: Mapping[str, Target], seed: int = 0) -> dict[str, Any]:
     """
     result: dict[str, Any] = {}
     for name, target in targets.items():
+        tests = sum(other.primary == target.primary for other in targets.values()) * len(CONTRASTS)
         rates = sorted({rate for _, _, rate in target.runs}, reverse=True)
         sets = next(iter(target.runs.values()))
         draws = item_draws(sets, np.random.default_rng(seed))
-        entry: dict[str, Any] = {
-            "title": target.title,
-            "primary": target.primary,
-            "items": [len(sizes) for _, sizes in sets],
-            "values": {},
-            "contrasts": {},
-        }
+        values: dict[str, dict[str, float]] = {}
         for rate in rates:
             mine = {
                 arm: [value(items) for (a, _, r), items in target.runs.items() if (a, r) == (arm, rate)] for arm in ARMS
             }
-            entry["values"][str(rate)] = {arm: float(np.mean(values)) for arm, values in mine.items() if values}
-        for label, (ours, theirs) in {**CONTRASTS, "check": CHECK}.items():
-            count = sum(other.primary == target.primary for other in targets.values()) * len(CONTRASTS)
-            tests = 1 if label == "check" else count
-            by_rate = {str(rate): contrast(target.runs, ours, theirs, rate, draws, tests) for rate in rates}
-            found = {"arms": [ours, theirs], "learning_rates": by_rate, **_both(list(by_rate.values()))}
-            if label == "check":
-                entry["check"] = found
-            else:
-                entry["contrasts"][label] = found
-        result[name] = entry
+            values[str(rate)] = {arm: float(np.mean(of_seeds)) for arm, of_seeds in mine.items() if of_seeds}
+        found = {}
+        for label, arms in {**CONTRASTS, "check": CHECK}.items():
+            size = 1 if label == "check" else tests
+            by_rate = {str(rate): contrast(target.runs, *arms, rate, draws, size) for rate in rates}
+            found[label] = {"arms": list(arms), "learning_rates": by_rate, **_both(list(by_rate.values()))}
+        check = found.pop("check")
+        result[name] = {"title": target.title, "primary": target.primary, "items": [len(sizes) for _, sizes in sets]}
+        result[name] |= {"values": values, "contrasts": found, "check": check}
+        _correct([check])
     for primary in (True, False):
-        family = [c for entry in result.values() if entry["primary"] == primary for c in entry["contrasts"].values()]
-        _correct(family)
-    for entry in result.values():
-        _correct([entry["check"]])
+        _correct([c for entry in result.values() if entry["primary"] == primary for c in entry["contrasts"].values()])
     return result
 
 
 def targets(
     plan: Mapping[str, Any], items: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
 ) -> dict[str, Target]:
-    """The plan's targets, from the records of finished runs (`nanophi.experiments.ablate` says what these files hold).
+    """The plan's targets, from `items.json` and the records of finished runs (`ablate.py`).
 
     A target that has no item, such as text that the filter drops where no held-out document would be dropped, is left
     out.
@@ -120,44 +108,44 @@ def targets(
     Raises:
         UserError: if two runs were not trained on the same corpus, or not measured on the same items.
     """
-    documents = items["heldout"]
     runs: dict[str, dict[Key, list[Items]]] = {name: {} for name in plan["targets"]}
     for record in records:
-        key = record["arm"], record["seed"], record["learning_rate"]
-        if record.get("shared") != records[0].get("shared"):
-            raise UserError(
-                f"{record['run']} and {records[0]['run']} do not share documents, scores and tokenizer: the corpus, or "
-                "the code that reads it, has changed in between; name another --output"
-            )
-        for task, measured in record["items"].items():
-            first = records[0]["items"].get(task, {})
-            if (first.get("sha256"), first.get("numbers")) != (measured["sha256"], measured["numbers"]):
-                raise UserError(
-                    f"{record['run']} and {records[0]['run']} were not measured on the same items of {task}; "
-                    "evaluate one of them again"
-                )
+        _check_comparable(record, records[0])
+        heldout = record["items"]["heldout_bits_per_byte"]
+        documents = [items["heldout"][number] for number in heldout["numbers"]]
         for name, target in plan["targets"].items():
             if name == "answers":
                 answers = [np.array(record["items"][task]["values"], float) for task in plan["tasks"]]
-                runs[name][key] = [(-math.log(2) * bits, np.ones(len(bits))) for bits in answers]
-                continue
-            heldout = record["items"]["heldout_bits_per_byte"]
-            mine = [documents[number] for number in heldout["numbers"]]
-            rows = [
-                index
-                for index, document in enumerate(mine)
-                if name == "heldout"
-                or (name in ("kept", "dropped") and document["kept"] == (name == "kept"))
-                or document["source"] == target.get("source")
-            ]
-            if rows:
-                pairs = np.array(heldout["values"], float)[rows]
-                runs[name][key] = [(pairs[:, 0], pairs[:, 1])]
+                sets = [(-math.log(2) * bits, np.ones(len(bits))) for bits in answers]
+            else:
+                pairs = np.array(heldout["values"], float)[[_belongs(one, name, target) for one in documents]]
+                sets = [(pairs[:, 0], pairs[:, 1])] if len(pairs) else []
+            if sets:
+                runs[name][record["arm"], record["seed"], record["learning_rate"]] = sets
     return {
-        name: Target(target["title"], target["primary"], runs[name])
-        for name, target in plan["targets"].items()
-        if runs[name]
+        name: Target(each["title"], each["primary"], runs[name]) for name, each in plan["targets"].items() if runs[name]
     }
+
+
+def _belongs(document: Mapping[str, Any], name: str, target: Mapping[str, Any]) -> bool:
+    """Whether a held-out document is one of a target's."""
+    if name in ("kept", "dropped"):
+        return bool(document["kept"]) == (name == "kept")
+    return name == "heldout" or document["source"] == target["source"]
+
+
+def _check_comparable(record: Mapping[str, Any], first: Mapping[str, Any]) -> None:
+    if record.get("shared") != first.get("shared"):
+        raise UserError(
+            f"{record['run']} and {first['run']} do not share documents, scores and tokenizer: the corpus, or the code "
+            "that reads it, has changed in between; name another --output"
+        )
+    for task, measured in record["items"].items():
+        if any(first["items"].get(task, {}).get(key) != measured[key] for key in ("sha256", "numbers")):
+            raise UserError(
+                f"{record['run']} and {first['run']} were not measured on the same items of {task}; "
+                "evaluate one of them again"
+            )
 
 
 def value(sets: Sequence[Items]) -> float:
@@ -204,41 +192,43 @@ def contrast(
                               "minimum_detectable_effect": None}  # fmt: skip
     if ours not in arms or theirs not in arms or not seeds:
         return {**result, "no_test": "not measured yet"}
-    # (arms, seeds), and the same in every resample of the items: (RESAMPLES, arms, seeds).
+    # Figures of runs (arms, seeds), and the same in every resample of the items (RESAMPLES, arms, seeds).
     table = np.array([[value(runs[arm, s, rate]) for s in seeds] for arm in arms])
-    resampled = np.zeros((RESAMPLES, len(arms), len(seeds)))
-    sets = len(draws)
-    for index, drawn in enumerate(draws):
-        columns = [runs[arm, s, rate][index][0] for arm in arms for s in seeds]
-        sums = _product(drawn, np.stack([*columns, runs[arms[0], seeds[0], rate][index][1]], axis=1))
-        ratios = sums[:, :-1] / sums[:, -1:] / -math.log(2) / sets
-        resampled += ratios.reshape(RESAMPLES, len(arms), len(seeds))
+    sets = [[runs[arm, s, rate][index] for arm in arms for s in seeds] for index in range(len(draws))]
+    ratios = sum(_resampled(drawn, items) / len(draws) for drawn, items in zip(draws, sets, strict=True))
+    resampled = np.asarray(ratios).reshape(RESAMPLES, len(arms), len(seeds))
     plus, minus = arms.index(ours), arms.index(theirs)
     by_seed = table[plus] - table[minus]
-    mean = float(by_seed.mean())
-    result |= {"value": mean, "by_seed": by_seed.tolist()}
     item_variance = float((resampled[:, plus] - resampled[:, minus]).mean(axis=1).var())
-    result["item_stderr"] = math.sqrt(item_variance)
+    result |= {"value": float(by_seed.mean()), "by_seed": by_seed.tolist(), "item_stderr": math.sqrt(item_variance)}
     few = [draw.shape[1] for draw in draws if draw.shape[1] < MIN_ITEMS]
     if few:
         return {**result, "no_test": f"too few items: {few[0]} of the {MIN_ITEMS} that a test needs"}
     if len(seeds) < 2:
         return {**result, "no_test": "one seed: no interval over seeds exists"}
-    free = (len(arms) - 1) * (len(seeds) - 1)
+    items = max(1.0, sum(effective_items(runs_of_set[0][1]) - 1 for runs_of_set in sets))
+    return {**result, **_test(result["value"], table, resampled, item_variance, items, tests), "no_test": None}
+
+
+def _test(
+    mean: float, table: np.ndarray, resampled: np.ndarray, item_variance: float, items: float, tests: int
+) -> dict[str, Any]:
+    """Standard error, interval and p-value of a contrast, from the tables of `contrast` and the number of its items."""
+    arms, seeds = table.shape
+    free = (arms - 1) * (seeds - 1)
     # A contrast is a mean over seeds of the difference of two runs: twice a run's variance over the seeds' number.
-    factor = 2 / len(seeds)
+    factor = 2 / seeds
     spread = factor * float(np.square(_deviations(table)).sum()) / free
     noise = factor * float(np.square(_deviations(resampled - table)).sum(axis=(1, 2)).mean()) / free
     seed_variance = max(0.0, spread - noise)
     variance = seed_variance + item_variance
-    items = sum(effective_items(runs[arms[0], seeds[0], rate][index][1]) - 1 for index in range(sets))
     # How well the variance is known: the seeds' part from few deviations, the rest from many items.
-    scatter = spread**2 / free + item_variance**2 / max(1.0, items)
+    scatter = spread**2 / free + item_variance**2 / items
     freedom = variance**2 / scatter if scatter else math.inf
     stderr = math.sqrt(variance)
     distribution = scipy.stats.t(freedom)
     half = float(stderr * distribution.isf(SIGNIFICANCE / 2))
-    result |= {
+    return {
         "stderr": stderr,
         "seed_stderr": math.sqrt(seed_variance),
         "freedom": float(freedom),
@@ -246,14 +236,15 @@ def contrast(
         "p_value": float(2 * distribution.sf(abs(mean) / stderr)) if stderr else float(mean == 0),
         "minimum_detectable_effect": minimum_detectable_effect(stderr, tests=tests, freedom=freedom),
     }
-    return {**result, "no_test": None}
 
 
-def _product(drawn: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """`drawn @ columns` in blocks of rows, since the counts are small integers that must become float64 first."""
-    return np.concatenate(
-        [drawn[start : start + 100].astype(np.float64) @ columns for start in range(0, len(drawn), 100)]
-    )
+def _resampled(drawn: np.ndarray, runs: Sequence[Items]) -> np.ndarray:
+    """Bits per byte of each run on a set's items, in every resample: (RESAMPLES, runs)."""
+    columns = np.stack([*(nats for nats, _ in runs), runs[0][1]], axis=1)
+    # In blocks of rows, since the counts are small integers that must become float64 first.
+    blocks = [drawn[start : start + 100].astype(np.float64) @ columns for start in range(0, len(drawn), 100)]
+    sums = np.concatenate(blocks)
+    return sums[:, :-1] / sums[:, -1:] / -math.log(2)
 
 
 def _deviations(table: np.ndarray) -> np.ndarray:

@@ -149,13 +149,13 @@ def differences(comparison: dict[str, Any] | None) -> dict[str, list[dict[str, A
     rows: dict[str, list[dict[str, Any]]] = {}
     answers = [{"task": task, **row} for task, row in comparison.get("answers", {}).items()]
     for row in (*catalogue.main_rows(comparison), *answers):
-        answer = f" ({formatting.metric_name(ANSWER_METRIC)})" if row["metric"] == ANSWER_METRIC else ""
+        answer = f" ({catalogue.metric_name(ANSWER_METRIC)})" if row["metric"] == ANSWER_METRIC else ""
         for label, entry in row["differences"].items():
             rows.setdefault(label, []).append(
                 {
                     "title": catalogue.row_title(row) + answer,
-                    "difference": formatting.difference(entry, row["metric"]),
-                    "detectable": formatting.metric(entry.get("minimum_detectable_effect"), row["metric"]),
+                    "difference": catalogue.difference(entry, row["metric"]),
+                    "detectable": catalogue.metric(entry.get("minimum_detectable_effect"), row["metric"]),
                     "p": formatting.p_value(entry["p_corrected"]),
                     "verdict": entry["verdict"],
                 }

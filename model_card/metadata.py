@@ -12,10 +12,9 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 
-from nanophi.core.formatting import scale
 from nanophi.core.licenses import license_problem
 from nanophi.core.names import is_hub_id, split_revision
-from nanophi.eval.catalogue import TASKS
+from nanophi.eval.catalogue import TASKS, scale
 from nanophi.model_card.records import ShippedRecords, hardware, leading_scores, training_sources
 
 HUB_METRICS = {"acc": "accuracy", "acc_norm": "accuracy", "exact_match": "exact_match", "f1": "f1"}

@@ -68,7 +68,7 @@ def bits_per_byte(part: dict[str, Any] | None) -> str:
     if part is None:
         return "-"
     stderr = part["bits_per_byte_stderr"] if part["documents"] > 1 else None
-    return formatting.score({"value": part["bits_per_byte"], "stderr": stderr}, "bits_per_byte")
+    return catalogue.score({"value": part["bits_per_byte"], "stderr": stderr}, "bits_per_byte")
 
 
 def _verdicts(rows: list[dict[str, Any]]) -> str:
@@ -89,7 +89,7 @@ FILTERS: dict[str, Callable[..., Any]] = {
     "fenced": markup.fenced,
     "integer": formatting.integer,
     "literal": lambda text: json.dumps(text, ensure_ascii=False),
-    "metric_name": formatting.metric_name,
+    "metric_name": catalogue.metric_name,
     "on_hub": lambda source: source["hub"] is not None and is_hub_id(source["hub"]),
     "percent": formatting.percent,
     "plain": lambda text: re.sub(r"[{}\\`]", "", text),
@@ -115,6 +115,6 @@ _ENVIRONMENT.filters.update({name: _of_value(function) for name, function in FIL
 # Values that may be missing: `-` is shown.
 _ENVIRONMENT.filters |= {
     "bits_per_byte": bits_per_byte,
-    "metric": formatting.metric,
-    "score": lambda entry, metric: formatting.score(entry, metric) or "-",
+    "metric": catalogue.metric,
+    "score": lambda entry, metric: catalogue.score(entry, metric) or "-",
 }

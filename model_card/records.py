@@ -23,7 +23,7 @@ from nanophi.core.names import final_checkpoint, step_folders
 from nanophi.data import documents
 from nanophi.eval import catalogue
 from nanophi.eval import results as evaluation
-from nanophi.eval.results import Score, run_result_name
+from nanophi.eval.results import Score
 from nanophi.model_card import secrets
 
 LATER_STAGES = ("comparison", "report", "card", "release", "verification")
@@ -120,13 +120,6 @@ def evaluations(run: Path, checkpoint: str) -> dict[str, dict[str, Any]]:
 
     Results of other weights, which a run that was trained again may still hold, are passed over.
     """
-    from nanophi.eval.models import model_sha256
-
-    prefix = f"{checkpoint}-"
-    files = sorted((run / "evals").glob(f"{prefix}*.json"))
-    contents = {path.stem.removeprefix(prefix): read_json(path) for path in files}
-    measured = {name: content["nanophi"]["model"].get("sha256") for name, content in contents.items()}
-    current = model_sha256(run / "checkpoints" / checkpoint) if any(measured.values()) else None
     return {
         f"evals/{name}.json": {
             **{key: content[key] for key in KEPT_RESULTS if key in content},
@@ -135,8 +128,7 @@ def evaluations(run: Path, checkpoint: str) -> dict[str, dict[str, Any]]:
             },
             "nanophi": {key: content["nanophi"][key] for key in KEPT_OF_OURS if key in content["nanophi"]},
         }
-        for name, content in contents.items()
-        if measured[name] in (None, current)
+        for name, content in evaluation.checkpoint_results(run / "checkpoints" / checkpoint).items()
     }
 
 
@@ -145,11 +137,11 @@ def _heldout_items(run: Path, checkpoint: str) -> Iterator[dict[str, Any]]:
 
     Documents that hold something like a secret, or a path of this machine, are left out: the records are public.
     """
-    path = run / "evals" / run_result_name(checkpoint, "heldout")
-    if not path.exists():
-        return
-    texts = [row["text"] for row in documents.heldout(run / "data" / "documents", ["text"])]
-    for sample in read_json(path)["samples"]["heldout_bits_per_byte"]:
+    task = catalogue.HELDOUT_BITS
+    evaluated = evaluation.checkpoint_results(run / "checkpoints" / checkpoint).values()
+    samples: list[Any] = next((found["samples"][task] for found in evaluated if task in found["samples"]), [])
+    texts = [row["text"] for row in documents.heldout(run / "data" / "documents", ["text"])] if samples else []
+    for sample in samples:
         log_likelihood, size = sample["bits_per_byte"]
         text = texts[sample["doc_id"]] if sample["doc_id"] < len(texts) else ""
         if size == len(text.encode()) <= HELDOUT_ITEM_BYTES and not secrets.found_in(text, [run]):
@@ -235,7 +227,7 @@ def in_order(records: ShippedRecords, derive: Callable[[dict[str, Any]], list[Sc
 
 def measures_heldout(records: ShippedRecords) -> bool:
     """Whether held-out documents were scored, so that `heldout.json` must be there, though none may fit into it."""
-    return any(score.task == "heldout_bits_per_byte" for score in leading_scores(records))
+    return any(score.task == catalogue.HELDOUT_BITS for score in leading_scores(records))
 
 
 def training_sources(recipe: dict[str, Any]) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from nanophi.core import formatting
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, write_text
 from nanophi.core.names import final_checkpoint
+from nanophi.eval import catalogue
 from nanophi.model_card import records
 from nanophi.model_card.card import by_source, differences
 from nanophi.model_card.records import ShippedRecords
@@ -85,7 +86,7 @@ def _scores(run: Path, shipped: ShippedRecords) -> list[dict[str, Any]]:
     rows = []
     for revision in (entry["revision"] for entry in shipped["revisions.json"]):
         for score in records.leading_scores(records.evaluations(run, revision)):
-            metric = formatting.metric_name(score.metric)
+            metric = catalogue.metric_name(score.metric)
             # Some tasks are called after their metric.
             name = score.title if metric in score.title else f"{score.title}, {metric}"
             row = {key: getattr(score, key) for key in ("task", "metric", "value", "stderr", "chance")}
@@ -94,8 +95,8 @@ def _scores(run: Path, shipped: ShippedRecords) -> list[dict[str, Any]]:
                 | {
                     "revision": revision,
                     "title": name + (" (%)" if score.percent else ""),
-                    "factor": formatting.scale(score.metric)[0],
-                    "shown": formatting.score(row, score.metric),
+                    "factor": catalogue.scale(score.metric)[0],
+                    "shown": catalogue.score(row, score.metric),
                 }
             )
     return rows
@@ -112,7 +113,7 @@ def _ablation(path: Path) -> dict[str, Any] | None:
         for rate, one in found["learning_rates"].items():
             if one["value"] is not None:
                 bare = f"{one['value']:+.4f}"
-                difference = formatting.difference(one, "bits_per_byte") if one["interval"] else bare
+                difference = catalogue.difference(one, "bits_per_byte") if one["interval"] else bare
                 rows.append([f"{name}: {' - '.join(found['arms'])}", f"{float(rate):g}", difference, found["verdict"]])
     return {"paragraph": result.get("paragraph", ""), "rows": rows}
 
@@ -126,7 +127,7 @@ def _baseline(shipped: ShippedRecords) -> dict[str, Any] | None:
     for task, row in comparison["tasks"].items():
         if label in row["scores"]:
             entry = row["scores"][label]
-            shown = formatting.score(entry, row["metric"])
+            shown = catalogue.score(entry, row["metric"])
             scores[task] = {"value": entry["value"], "stderr": entry["stderr"], "shown": shown}
     return {"label": label, "scores": scores}
 

@@ -27,6 +27,7 @@ from nanophi.core.files import read_json
 from nanophi.core.recipe import load_recipe
 from nanophi.core.recipe_file import RECIPES
 from nanophi.data import quality
+from nanophi.eval import catalogue
 from nanophi.experiments import ablation_render
 
 COMMANDS = commands("The command")
@@ -226,7 +227,7 @@ def test_the_experiment_says_what_the_readme_says(tmp_path):
     quoted = " ".join(README[README.index("### Does the filter help?") :].split("\n## ")[0].split())
     for name in ("quality", "repetition", "check"):
         for one in primary[name]["learning_rates"].values():
-            assert ablation_render.difference(one) in quoted
+            assert catalogue.difference(one, "bits_per_byte") in quoted
     for target, verdict in ((kept, "better"), (dropped, "worse")):
         quality = target["contrasts"]["quality"]
         assert quality["verdict"] == verdict

@@ -7,8 +7,8 @@ import torch
 from chat_run import make_base
 from transformers import AutoTokenizer
 
-from nanophi.eval.evaluate import _data_hashes
 from nanophi.eval.generation import NOT_ENDED, mark_not_ended
+from nanophi.eval.measure import _data_hashes
 from nanophi.eval.models import load_model
 from nanophi.eval.scorer import ScorerLM
 from nanophi.eval.tasks import answers
@@ -43,7 +43,7 @@ def test_an_answer_costs_what_its_own_tokens_cost(tmp_path):
 
 def test_results_depend_on_the_conversations_and_on_the_documents(tmp_path):
     conversations, documents = tmp_path / "conversations", tmp_path / "documents"
-    datasets = {"heldout_order": ("heldout", documents), "answers_ended": ("heldout", conversations)}
+    datasets = {"heldout_order": ("heldout", documents), "answers_ended": ("answers", conversations)}
     for folder, name in ((conversations, "heldout.parquet"), (documents, "heldout-00000.parquet")):
         folder.mkdir()
         (folder / name).write_text("1")

@@ -20,16 +20,22 @@ from lm_eval.models.huggingface import HFLM
 import nanophi
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json
-from nanophi.eval import evaluate as evaluation
+from nanophi.eval import evaluate as verb
+from nanophi.eval import measure as measuring
 from nanophi.eval import suites
-from nanophi.eval.curve import evaluate_checkpoints
-from nanophi.eval.evaluate import evaluate
+from nanophi.eval.catalogue import LEADERBOARD, SUITES, Suite
 from nanophi.eval.metrics import BitsPerByte
-from nanophi.eval.models import load_model
+from nanophi.eval.models import checkpoints_of, load_model
+from nanophi.eval.results import (
+    answer_scores,
+    average_score,
+    checkpoint_results,
+    every_score,
+    leading_scores,
+    read_result,
+)
 from nanophi.eval.scorer import ScorerLM
 from nanophi.eval.suites import (
-    OPEN_LLM_V1,
-    Suite,
     check_heldout,
     context_problem,
     find_data,
@@ -37,6 +43,17 @@ from nanophi.eval.suites import (
     load_suite,
     sample_of_items,
 )
+
+
+def measure(model, suite, output, report=lambda line: None, **options):
+    return measuring.measure(model, suite, output, measuring.Options(**options), report)
+
+
+def measure_all(models, suite, folder, **options):
+    """What the verb does with several models."""
+    expanded = [checkpoint for model in models for checkpoint in checkpoints_of(model)]
+    results = [measure(model, suite, folder, **options) for model in expanded]
+    return results, verb.write_curve(expanded, results, folder)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +64,7 @@ def model(make_model):
 @pytest.fixture(scope="module")
 def result(model, heldout, tmp_path_factory):
     output = tmp_path_factory.mktemp("evals") / "model-heldout.json"
-    found = evaluate(model, "heldout", output, heldout=heldout, report=lambda line: None)
+    found = measure(model, "heldout", output, heldout=heldout)
     assert json.loads(output.read_text()) == found
     assert not list(output.parent.glob(".*"))
     return found
@@ -56,12 +73,13 @@ def result(model, heldout, tmp_path_factory):
 def test_result_is_lm_evals_and_ours(result, model, heldout):
     for key in ("results", "versions", "n-shot", "n-samples", "configs", "config", "samples", "lm_eval_version"):
         assert key in result
-    assert [line["task"] for line in result["nanophi"]["headline"]] == list(result["results"])
+    assert [score.task for score in leading_scores(result)] == list(result["results"])
+    assert "headline" not in result["nanophi"] and "average" not in result["nanophi"]
     assert result["nanophi"]["model"]["parameters"] == result["config"]["model_num_parameters"] > 0
     sample = result["samples"]["heldout_continuation"][0]
     assert len(sample["filtered_resps"]) == 4
     assert {"acc", "acc_norm", "doc_hash", "prompt_hash", "source", "target"} <= set(sample)
-    assert result["nanophi"]["headline"][1]["chance"] == 0.25
+    assert leading_scores(result)[1].chance == 0.25
 
 
 def test_bits_per_byte_is_the_models_loss_in_other_units(result, model, heldout):
@@ -92,8 +110,8 @@ def test_bits_per_byte_is_the_models_loss_in_other_units(result, model, heldout)
     assert held["bytes"] == total
     for source, (document, size) in by_source.items():
         assert held["by_source"][source]["bits_per_byte"] == pytest.approx(-document / size / math.log(2), rel=1e-4)
-    line = result["nanophi"]["headline"][0]
-    assert line["value"] == pytest.approx(held["bits_per_byte"]) and 0 < line["stderr"] < 0.5
+    score = leading_scores(result)[0]
+    assert score.value == pytest.approx(held["bits_per_byte"]) and 0 < score.stderr < 0.5
     assert 1 < held["bz2"]["bits_per_byte"] < 8
 
 
@@ -133,7 +151,7 @@ def answers_of_winogrande(sample):
 )
 def test_same_scores_as_stock_lm_eval(named, task, shots, answers, model, benchmarks, tmp_path):
     """A task that is named by itself runs as lm-eval defines it, a number of shots as `--num_fewshot` there."""
-    found = evaluate(model, named, tmp_path / "ours.json", data=benchmarks, report=lambda line: None)
+    found = measure(model, named, tmp_path / "ours.json", data=benchmarks)
     tasks = load_suite(find_suite(task), data=benchmarks).tasks
     tasks[task].set_config("num_fewshot", None)  # as in lm-eval's own file
     stock = lm_eval.simple_evaluate(
@@ -144,7 +162,7 @@ def test_same_scores_as_stock_lm_eval(named, task, shots, answers, model, benchm
         task_manager=lm_eval.tasks.TaskManager(include_path=str(tmp_path), include_defaults=False),
     )
     assert found["n-shot"][task] == stock["n-shot"][task] == (shots or 0)
-    for key in found["nanophi"]["headline"][0]["metric"], "acc":
+    for key in leading_scores(found)[0].metric, "acc":
         assert found["results"][task][f"{key},none"] == pytest.approx(stock["results"][task][f"{key},none"])
     bits = []
     for ours, theirs in zip(found["samples"][task], stock["samples"][task], strict=True):
@@ -155,7 +173,8 @@ def test_same_scores_as_stock_lm_eval(named, task, shots, answers, model, benchm
         bits.append(-log_likelihood / len(text.encode()) / math.log(2))
         assert ours["answer_bits_per_byte"] == pytest.approx(bits[-1], abs=1e-3)
     figures = {"value": np.mean(bits), "stderr": np.std(bits, ddof=1) / math.sqrt(len(bits))}
-    assert found["nanophi"]["headline"][0]["answer_bits_per_byte"] == pytest.approx(figures, abs=1e-4)
+    (score,) = answer_scores(found)
+    assert {"value": score.value, "stderr": score.stderr} == pytest.approx(figures, abs=1e-4)
     assert found["results"][task]["answer_bits_per_byte,none"] == pytest.approx(figures["value"], abs=1e-4)
 
 
@@ -177,38 +196,68 @@ def test_a_figure_that_can_be_compared_leads_before_a_perplexity(
     texts = [" ".join(rng.choices(["the", "of", "to", "and", "one", "two", "red"], k=9)) for _ in range(8)]
     splits = dict.fromkeys(("train", "validation", "test"), pyarrow.table({column: texts}))
     write_dataset(tmp_path / dataset, config, splits)
-    result = evaluate(model, task, tmp_path / "m.json", data=tmp_path, report=lambda line: None)
-    (line,) = result["nanophi"]["headline"]
-    assert line["metric"] == metric and line["value"] == result["results"][task][f"{metric},none"]
+    result = measure(model, task, tmp_path / "m.json", data=tmp_path)
+    (score,) = leading_scores(result)
+    assert score.metric == metric and score.value == result["results"][task][f"{metric},none"]
     if metric == "bits_per_byte":
         pairs = [sample["bits_per_byte"] for sample in result["samples"][task]]
-        assert line["value"] == pytest.approx(-sum(a for a, _ in pairs) / sum(b for _, b in pairs) / math.log(2))
-        assert not line["higher_is_better"] and 0 < line["stderr"] < 1
+        assert score.value == pytest.approx(-sum(a for a, _ in pairs) / sum(b for _, b in pairs) / math.log(2))
+        assert not score.higher_is_better and 0 < score.stderr < 1
 
 
-@pytest.mark.parametrize("limit", [1, 20])
-def test_a_suites_average_of_tasks_with_and_without_a_standard_error(limit, model, benchmarks, tmp_path, monkeypatch):
-    names = ("arc_easy", "winogrande")
-    suite = Suite("both", tuple(suites.Entry(name, 0) for name in names), average=names)
-    monkeypatch.setitem(suites.SUITES, "both", suite)
-    found = evaluate(model, "both", tmp_path / "m.json", data=benchmarks, limit=limit, report=lambda line: None)
-    average, scores = found["nanophi"]["average"], [found["results"][name] for name in names]
-    assert average["value"] == pytest.approx(np.mean([score["acc,none"] for score in scores]))
-    if limit == 1:
-        assert average["stderr"] is None
-    else:
-        assert average["stderr"] == pytest.approx(math.hypot(*(score["acc_stderr,none"] for score in scores)) / 2)
+@pytest.mark.parametrize("unknown", [None, "mmlu"])
+def test_the_leaderboards_average_of_tasks_with_and_without_a_standard_error(unknown, result):
+    def score(task, shots):
+        stderr = None if task == unknown else 0.03
+        return dataclasses.replace(
+            leading_scores(result)[1], task=task, shots=shots, value=0.1 * len(task), stderr=stderr, items=7, of=9
+        )
+
+    six = [score(task, shots) for task, shots in LEADERBOARD.items()]
+    average = average_score([*six, score("arc_easy", 0)])
+    assert average.value == pytest.approx(np.mean([score.value for score in six]))
+    assert average.stderr == (None if unknown else pytest.approx(0.03 / math.sqrt(6)))
+    assert (average.items, average.of, average.title, average.percent) == (42, 54, "average", True)
+    assert average_score(six[1:]) is None
+    assert average_score([score("arc_challenge", 5), *six[1:]]) is None, "not at the board's shots"
+
+
+def test_files_of_format_2_give_the_figures_of_their_headline(tmp_path):
+    """A file that an earlier version wrote: what it has twice is read once."""
+    path = Path(__file__).with_name("format_2.json")
+    old = read_result(path)
+    answers = {score.task: {"value": score.value, "stderr": score.stderr} for score in answer_scores(old)}
+    names = {"num_fewshot": "shots", "tasks": "leaves"}
+    for score, line in zip(leading_scores(old), old["nanophi"]["headline"], strict=True):
+        assert line.pop("answer_bits_per_byte") == answers.get(score.task)
+        assert {key: getattr(score, names.get(key, key)) for key in line} == line | {"tasks": tuple(line["tasks"])}
+    average = average_score(leading_scores(old))
+    assert (average.value, average.stderr) == tuple(old["nanophi"]["average"][key] for key in ("value", "stderr"))
+    subjects = [score for score in every_score(old) if score.task.startswith("mmlu_")]
+    assert len(subjects) == 2 * 3 and all(score.leaves == (score.task,) for score in subjects)
+
+
+def test_results_of_a_checkpoint_by_suite_whatever_its_name(make_model, heldout, tmp_path):
+    checkpoint_of(tmp_path / "run", make_model(4), 100)
+    checkpoint = tmp_path / "run/checkpoints/step-000100"
+    for name, sha256 in (("heldout_order", None), ("stale", "0" * 64)):
+        path = tmp_path / f"run/evals/step-000100-{name}.json"
+        found = measure(checkpoint, "heldout_order", path, heldout=heldout, limit=4)
+        if sha256:
+            found["nanophi"]["model"]["sha256"] = sha256
+            path.write_text(json.dumps(found))
+    assert list(checkpoint_results(checkpoint)) == ["heldout_order"]
 
 
 def test_number_of_shots(tmp_path):
     def entries(*arguments):
-        return [(entry.task, entry.num_fewshot) for entry in find_suite(*arguments).entries]
+        return [(entry.task, entry.shots) for entry in find_suite(*arguments).entries]
 
     assert entries("winogrande:5, arc-easy") == [("winogrande", 5), ("arc_easy", None)]
     assert entries("winogrande:0,arc_easy", 2) == [("winogrande", 0), ("arc_easy", 2)]
     assert find_suite("winogrande:5, arc-easy").name == "winogrande:5,arc_easy"
     assert entries("heldout,arc_easy")[-2:] == [("heldout_order", 0), ("arc_easy", None)]
-    shots = {entry.task: entry.num_fewshot for entry in OPEN_LLM_V1.entries}
+    shots = {entry.task: entry.shots for entry in SUITES["open-llm-v1"].entries}
     assert (shots["arc_challenge"], shots["hellaswag"], shots["truthfulqa_mc2"], shots["winogrande"]) == (25, 10, 0, 5)
     for name, count, problem in (
         ("quick", 5, "suite 'quick' fixes its number of shots"),
@@ -258,17 +307,18 @@ def test_signal_tasks_from_a_folder(model, write_dataset, tmp_path):
         write_dataset(tmp_path / "data" / dataset, config, dict.fromkeys(("train", "validation", "test"), table))
     tasks = "sciq,piqa,lambada_openai,blimp_causative"
     assert {"sciq", "piqa", "lambada_openai", "blimp"} <= {entry.task for entry in find_suite("signal").entries}
-    result = evaluate(model, tasks, tmp_path / "m.json", data=tmp_path / "data", report=lambda line: None)
-    lines = result["nanophi"]["headline"]
-    assert [(line["metric"], line["chance"]) for line in lines] == [("acc", x) for x in (0.25, 0.5, None, 0.5)]
-    for line in lines:
-        values = [sample["answer_bits_per_byte"] for sample in result["samples"][line["task"]]]
-        assert line["answer_bits_per_byte"]["value"] == pytest.approx(np.mean(values)) and len(values) == 6
+    result = measure(model, tasks, tmp_path / "m.json", data=tmp_path / "data")
+    scores = leading_scores(result)
+    assert [(score.metric, score.chance) for score in scores] == [("acc", x) for x in (0.25, 0.5, None, 0.5)]
+    answers = {score.task: score.value for score in answer_scores(result)}
+    for task in answers:
+        values = [sample["answer_bits_per_byte"] for sample in result["samples"][task]]
+        assert answers[task] == pytest.approx(np.mean(values)) and len(values) == 6
     # lambada's answer is the last word, without the space before it.
     texts = [words(7 * i + 1) for i in range(6)]
     scores = [sample["filtered_resps"][0][0] for sample in result["samples"]["lambada_openai"]]
     expected = [-score / math.log(2) / len(text.split()[-1]) for score, text in zip(scores, texts, strict=True)]
-    assert lines[2]["answer_bits_per_byte"]["value"] == pytest.approx(np.mean(expected))
+    assert answers["lambada_openai"] == pytest.approx(np.mean(expected)) and len(answers) == 4
 
 
 @pytest.mark.parametrize(
@@ -301,16 +351,18 @@ def test_held_out_answers_against_the_context_before_training(model, make_model,
         longest[task] = int(re.findall("[0-9]+", said)[0])
         check_heldout([task], heldout, model, longest[task])
         with pytest.raises(
-            UserError, match=f"has {longest[task]} tokens, too many for a context of {longest[task] - 1};"
+            UserError, match=f"has {longest[task]} tokens, too many for a context of {longest[task] - 1} tokens;"
         ):
             check_heldout(["arc_easy", task], heldout, model, longest[task] - 1)
     check_heldout(["heldout"], heldout, model, max(longest.values()))
     task, tokens = max(longest.items(), key=lambda item: item[1])
-    options = {"heldout": heldout, "report": lambda line: None}
+    options = {"heldout": heldout}
     fits, narrow = (make_model(12, max_position_embeddings=tokens - less) for less in (0, 1))
-    evaluate(fits, task, tmp_path / "fits.json", **options)
-    with pytest.raises(UserError, match=f"an answer of {tokens} tokens does not fit the model's {tokens - 1}"):
-        evaluate(narrow, task, tmp_path / "narrow.json", **options)
+    measure(fits, task, tmp_path / "fits.json", **options)
+    with pytest.raises(
+        UserError, match=f"an answer has {tokens} tokens, too many for a context of {tokens - 1} tokens"
+    ):
+        measure(narrow, task, tmp_path / "narrow.json", **options)
 
 
 def test_held_out_tasks_that_cannot_be_made_are_found_before_training(model, tmp_path):
@@ -340,8 +392,8 @@ def test_leaderboard_tasks_on_real_items(make_model, tmp_path):
         pytest.skip(f"no copy of the benchmarks in {data}")
     folder = make_model(0, max_position_embeddings=320)
     # One MMLU subject stands for the 57: they differ in nothing but the data.
-    entries = [entry for entry in OPEN_LLM_V1.entries if entry.task != "mmlu"]
-    entries.append(dataclasses.replace(OPEN_LLM_V1.entries[2], task="mmlu_anatomy"))
+    entries = [entry for entry in SUITES["open-llm-v1"].entries if entry.task != "mmlu"]
+    entries.append(dataclasses.replace(SUITES["open-llm-v1"].entries[2], task="mmlu_anatomy"))
     network, tokenizer, _ = load_model(folder)
     stock = HFLM(pretrained=network, tokenizer=tokenizer, batch_size=4)
     ours = ScorerLM(network, tokenizer, progress=False)
@@ -353,7 +405,7 @@ def test_leaderboard_tasks_on_real_items(make_model, tmp_path):
     assert shots["winogrande"] == shots["gsm8k"] == shots["mmlu_anatomy"] == 5
     for name, task in loaded.tasks.items():
         indices = sample_of_items(task, 1 if name == "gsm8k" else 3)
-        found, expected = (evaluation.run_task(lm, name, task, indices) for lm in (ours, Stock(stock)))
+        found, expected = (measuring.run_task(lm, name, task, indices) for lm in (ours, Stock(stock)))
         assert found["task_hashes"] == expected["task_hashes"]
         for a, b in zip(found["samples"][name], expected["samples"][name], strict=True):
             assert [a[metric] for metric in a["metrics"]] == pytest.approx(
@@ -374,7 +426,7 @@ class Stock:
 
 def test_killed_evaluation_goes_on(model, heldout, tmp_path, monkeypatch):
     output, ran = tmp_path / "evals/m-heldout.json", []
-    original = evaluation.run_task
+    original = measuring.run_task
 
     def dies_at_the_second(lm, name, *rest):
         if len(ran) == 1:
@@ -382,29 +434,29 @@ def test_killed_evaluation_goes_on(model, heldout, tmp_path, monkeypatch):
         ran.append(name)
         return original(lm, name, *rest)
 
-    monkeypatch.setattr(evaluation, "run_task", dies_at_the_second)
+    monkeypatch.setattr(measuring, "run_task", dies_at_the_second)
     with pytest.raises(KeyboardInterrupt):
-        evaluate(model, "heldout", output, heldout=heldout, limit=8, report=lambda line: None)
+        measure(model, "heldout", output, heldout=heldout, limit=8)
     assert not output.exists()
-    monkeypatch.setattr(evaluation, "run_task", lambda lm, name, *rest: ran.append(name) or original(lm, name, *rest))
+    monkeypatch.setattr(measuring, "run_task", lambda lm, name, *rest: ran.append(name) or original(lm, name, *rest))
     lines: list[str] = []
-    found = evaluate(model, "heldout", output, heldout=heldout, limit=8, report=lines.append)
+    found = measure(model, "heldout", output, heldout=heldout, limit=8, report=lines.append)
     assert ran == ["heldout_bits_per_byte", "heldout_continuation", "heldout_order"]
     assert "1 of 3 tasks were finished before" in lines
     monkeypatch.undo()
-    again = evaluate(model, "heldout", tmp_path / "again.json", heldout=heldout, limit=8, report=lambda line: None)
+    again = measure(model, "heldout", tmp_path / "again.json", heldout=heldout, limit=8)
     assert again["results"] == found["results"] and again["samples"] == found["samples"]
-    assert evaluate(model, "heldout", output, heldout=heldout, limit=8, report=lines.append) == found
+    assert measure(model, "heldout", output, heldout=heldout, limit=8, report=lines.append) == found
     assert lines[-1] == f"{output.name} is up to date"
 
 
 def test_other_limit_does_not_reuse_parts(model, heldout, tmp_path, monkeypatch):
     output = tmp_path / "m.json"
-    monkeypatch.setattr(evaluation, "_merge", lambda *_: 1 / 0)
+    monkeypatch.setattr(measuring, "_merge", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        evaluate(model, "heldout_order", output, heldout=heldout, limit=4, report=lambda line: None)
+        measure(model, "heldout_order", output, heldout=heldout, limit=4)
     monkeypatch.undo()
-    found = evaluate(model, "heldout_order", output, heldout=heldout, limit=6, report=lambda line: None)
+    found = measure(model, "heldout_order", output, heldout=heldout, limit=6)
     assert len(found["samples"]["heldout_order"]) == 6
 
 
@@ -431,16 +483,15 @@ def test_heldout_items_are_sound(heldout):
 
 def test_untrained_model_is_at_chance(make_model, heldout, benchmarks, tmp_path):
     model = make_model(5)
-    found = evaluate(
+    found = measure(
         model,
         "arc_easy,heldout_order,heldout_continuation",
         tmp_path / "m.json",
         heldout=heldout,
         data=benchmarks,
-        report=lambda line: None,
     )
-    for line in found["nanophi"]["headline"]:
-        assert abs(line["value"] - line["chance"]) < 3 * line["stderr"], line
+    for score in leading_scores(found):
+        assert abs(score.value - score.chance) < 3 * score.stderr, score
 
 
 def test_the_meter_moves(make_model, benchmarks, tmp_path):
@@ -466,9 +517,9 @@ def test_the_meter_moves(make_model, benchmarks, tmp_path):
     trained = tmp_path / "trained"
     network.save_pretrained(trained)
     tokenizer.save_pretrained(trained)
-    found = evaluate(trained, "arc_easy", tmp_path / "m.json", data=benchmarks, report=lambda line: None)
-    (line,) = found["nanophi"]["headline"]
-    assert line["value"] > 0.6 and line["value"] - 5 * line["stderr"] > line["chance"]
+    found = measure(trained, "arc_easy", tmp_path / "m.json", data=benchmarks)
+    (score,) = leading_scores(found)
+    assert score.value > 0.6 and score.value - 5 * score.stderr > score.chance
 
 
 def checkpoint_of(folder, model, step):
@@ -480,8 +531,8 @@ def checkpoint_of(folder, model, step):
 def test_curve_over_checkpoints_with_a_line_for_each_run(make_model, heldout, tmp_path):
     for step in (200, 100):
         checkpoint_of(tmp_path / "a/run", make_model(step), step)
-    options = {"heldout": heldout, "limit": 8, "report": lambda line: None}
-    results, path = evaluate_checkpoints([tmp_path / "a/run"], "heldout_order", tmp_path / "evals", **options)
+    options = {"heldout": heldout, "limit": 8}
+    results, path = measure_all([tmp_path / "a/run"], "heldout_order", tmp_path / "evals", **options)
     assert len(results) == 2 and path is not None
     curve = read_json(path)
     assert [(point["run"], point["tokens_seen"]) for point in curve["points"]] == [("run", 100_000), ("run", 200_000)]
@@ -489,7 +540,7 @@ def test_curve_over_checkpoints_with_a_line_for_each_run(make_model, heldout, tm
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     checkpoint_of(tmp_path / "b/run", make_model(7), 100)
     runs = [tmp_path / "a/run", tmp_path / "b/run"]
-    _, both = evaluate_checkpoints(runs, "heldout_order", tmp_path / "evals", **options)
+    _, both = measure_all(runs, "heldout_order", tmp_path / "evals", **options)
     assert both != path and path.exists()
     assert [point["run"] for point in read_json(both)["points"]] == ["a/run", "a/run", "b/run"]
 
@@ -502,11 +553,11 @@ def test_every_measurement_has_a_file_of_its_own(make_model, heldout, benchmarks
     options = {"heldout": heldout, "data": benchmarks, "report": lines.append}
     models = [tmp_path / "m1/release", tmp_path / "m2/release"]
     folder = tmp_path / "evals"
-    evaluate_checkpoints(models, "heldout_order", folder, limit=4, **options)
-    evaluate_checkpoints(models[:1], "heldout_order", folder, limit=5, **options)
-    evaluate_checkpoints(models[:1], "heldout_order", folder, limit=4, dtype="bfloat16", **options)
-    evaluate_checkpoints(models[:1], "arc_easy", folder, limit=4, **options)
-    evaluate_checkpoints(models[:1], "arc_easy:2", folder, limit=4, **options)
+    measure_all(models, "heldout_order", folder, limit=4, **options)
+    measure_all(models[:1], "heldout_order", folder, limit=5, **options)
+    measure_all(models[:1], "heldout_order", folder, limit=4, dtype="bfloat16", **options)
+    measure_all(models[:1], "arc_easy", folder, limit=4, **options)
+    measure_all(models[:1], "arc_easy:2", folder, limit=4, **options)
     files = sorted(path.name for path in folder.glob("*.json"))
     assert len(files) == 6
     assert sorted(re.sub("-[0-9a-f]{8}.json", "", name) for name in files) == [
@@ -517,14 +568,14 @@ def test_every_measurement_has_a_file_of_its_own(make_model, heldout, benchmarks
     ]
     assert str(tmp_path) not in "".join(path.read_text() for path in folder.glob("*.json"))
     again = len(lines)
-    evaluate_checkpoints(models[:1], "heldout_order", folder, limit=4, **options)
+    measure_all(models[:1], "heldout_order", folder, limit=4, **options)
     assert "is up to date" in "".join(lines[again:]) and len(list(folder.glob("*.json"))) == 6
 
 
 def test_a_named_file_that_holds_another_measurement_is_replaced_with_a_word(make_model, heldout, tmp_path):
     output, lines = tmp_path / "result.json", []
     for limit in (4, 5):
-        evaluate(make_model(1), "heldout_order", output, heldout=heldout, limit=limit, report=lines.append)
+        measure(make_model(1), "heldout_order", output, heldout=heldout, limit=limit, report=lines.append)
     assert [line for line in lines if "another measurement" in line] == [
         "result.json holds another measurement, which this one will replace"
     ]
@@ -533,8 +584,8 @@ def test_a_named_file_that_holds_another_measurement_is_replaced_with_a_word(mak
 @pytest.mark.parametrize(
     ("suite", "problem"),
     [
-        ("heldoot", r"unknown suite or task 'heldoot'; did you mean heldout"),
-        ("arc-easyy", r"unknown suite or task 'arc_easyy'; did you mean .*arc_easy"),
+        ("heldoot", r"unknown suite or task 'heldoot'; did you mean 'heldout'"),
+        ("arc-easyy", r"unknown suite or task 'arc_easyy'; did you mean .*'arc_easy'"),
         (
             "hellaswag",
             r"task 'hellaswag' needs the dataset Rowan/hellaswag, which is not in .*looked for .*Rowan/hellaswag",
@@ -544,14 +595,14 @@ def test_a_named_file_that_holds_another_measurement_is_replaced_with_a_word(mak
 )
 def test_bad_suites(suite, problem, model, benchmarks, tmp_path):
     with pytest.raises(UserError, match=problem):
-        evaluate(model, suite, tmp_path / "m.json", data=benchmarks, report=lambda line: None)
+        measure(model, suite, tmp_path / "m.json", data=benchmarks)
     assert not list(tmp_path.iterdir())
 
 
 def test_bad_models(model, make_model, benchmarks, heldout, tmp_path, tokenizer):
     def problem(broken, suite="arc_easy", **options):
         with pytest.raises(UserError) as error:
-            evaluate(broken, suite, tmp_path / "m.json", data=benchmarks, report=lambda line: None, **options)
+            measure(broken, suite, tmp_path / "m.json", data=benchmarks, **options)
         assert "\n" not in str(error.value)
         return str(error.value)
 
@@ -573,6 +624,6 @@ def test_bad_models(model, make_model, benchmarks, heldout, tmp_path, tokenizer)
     assert "not finite numbers; its weights are damaged" in problem(tmp_path / "damaged")
     assert "dtype 'float8' is not one of" in problem(model, dtype="float8")
     narrow = make_model(11, max_position_embeddings=24)
-    longest = "task 'heldout_continuation': an answer of [0-9]+ tokens does not fit the model's 24"
+    longest = "task 'heldout_continuation': an answer has [0-9]+ tokens, too many for a context of 24 tokens"
     assert re.match(longest, problem(narrow, "heldout_continuation", heldout=heldout))
     assert not (tmp_path / "m.json").exists()

@@ -10,7 +10,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from nanophi import NanoPhiConfig, NanoPhiForCausalLM
-from nanophi.eval import forest, scorer
+from nanophi.eval import prefix_tree, scorer
 from nanophi.eval.scorer import ScorerLM
 
 SIZES = {"vocab_size": 512, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 0}
@@ -86,8 +86,8 @@ def requests() -> list[Instance]:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_log_likelihoods_are_those_of_hflm(name, tokenizer, monkeypatch):
     monkeypatch.setattr(scorer, "ROW_TOKENS", 48)  # several rows and kept prefixes, also at this size
-    monkeypatch.setattr(forest, "ROW_TOKENS", 48)
-    monkeypatch.setattr(forest, "PACK_TOKENS", 32)
+    monkeypatch.setattr(prefix_tree, "ROW_TOKENS", 48)
+    monkeypatch.setattr(prefix_tree, "PACK_TOKENS", 32)
     monkeypatch.setattr(scorer, "MIN_GAIN", 24)
     monkeypatch.setattr(scorer, "MIN_STEM", 40)
     model = network(name)
@@ -130,8 +130,8 @@ def test_one_sequence_per_document_and_logits_only_where_scored(tokenizer, monke
 
 def test_a_subjects_examples_run_once(tokenizer, monkeypatch):
     monkeypatch.setattr(scorer, "ROW_TOKENS", 64)
-    monkeypatch.setattr(forest, "ROW_TOKENS", 64)
-    monkeypatch.setattr(forest, "PACK_TOKENS", 64)
+    monkeypatch.setattr(prefix_tree, "ROW_TOKENS", 64)
+    monkeypatch.setattr(prefix_tree, "PACK_TOKENS", 64)
     monkeypatch.setattr(scorer, "MIN_GAIN", 32)
     model = network("llama")
     ours = ScorerLM(model, tokenizer, progress=False)
@@ -196,7 +196,7 @@ def test_network_is_left_as_it_was(tokenizer):
 def test_what_cannot_be_scored_is_refused(name, tokenizer):
     ours = ScorerLM(network(name), tokenizer, progress=False)
     ours._max_length = 64
-    with pytest.raises(scorer.NotScorable, match="does not fit the model's 64"):
+    with pytest.raises(scorer.NotScorable, match=r"an answer has [0-9]+ tokens, too many for a context of 64 tokens"):
         ours.loglikelihood([Instance("loglikelihood", {}, ("a", " the" * 70), 0)])
     with pytest.raises(scorer.NotScorable, match="the answer of an item is empty"):
         ours.loglikelihood([Instance("loglikelihood", {}, ("a the", ""), 0)])

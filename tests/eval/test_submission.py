@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 import types
+from pathlib import Path
 
 import pytest
 from hub_client import talk_to
@@ -13,7 +14,7 @@ from huggingface_hub.hf_api import RepoFile
 
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json
-from nanophi.eval.submission import check, render, submit
+from nanophi.eval.submission import Submission, submit
 
 NAMES = [
     "model type",
@@ -72,16 +73,21 @@ def hub(monkeypatch, release):
     monkeypatch.setattr(HfApi, "list_repo_tree", list_repo_tree)
 
 
+def check(folder, **options):
+    return Submission(folder, **options).checks()
+
+
 def failed(checks):
     return [entry.name for entry in checks if not entry.passed]
 
 
-def test_sound_release_passes_in_order_and_both_requests_are_written(release, hub, tmp_path):
+def test_sound_release_passes_in_order_and_both_requests_are_written(release, hub, tmp_path, capsys):
     checks = check(release, repo_id="ORG/nano")
     assert [entry.name for entry in checks] == NAMES
     assert failed(checks) == []
-    lines: list[str] = []
-    files = submit(release, tmp_path / "requests", repo_id="ORG/nano", sender="me", report=lines.append)
+    submit(str(release), output=tmp_path / "requests", repo_id="ORG/nano", sender="me")
+    lines = capsys.readouterr().out.splitlines()
+    files = [Path(line.removeprefix("written: ")) for line in lines[-2:]]
     assert [path.relative_to(tmp_path / "requests").as_posix() for path in files] == [
         "v1/ORG/nano_eval_request_False_bfloat16_Original.json",
         "v2/ORG/nano_eval_request_False_bfloat16_Original.json",
@@ -101,10 +107,11 @@ def test_sound_release_passes_in_order_and_both_requests_are_written(release, hu
 
 
 def test_the_same_is_not_requested_twice(release, hub, tmp_path):
-    submit(release, tmp_path, repo_id="ORG/nano", report=lambda line: None)
+    submit(str(release), output=tmp_path, repo_id="ORG/nano")
     with pytest.raises(UserError, match=r"1 of 11 checks failed \(first of its kind\)"):
-        submit(release, tmp_path, repo_id="ORG/nano", report=lambda line: None)
-    assert len(submit(release, tmp_path, repo_id="ORG/nano", precision="float16", report=lambda line: None)) == 2
+        submit(str(release), output=tmp_path, repo_id="ORG/nano")
+    submit(str(release), output=tmp_path, repo_id="ORG/nano", precision="float16")
+    assert len(list(tmp_path.glob("v?/ORG/*.json"))) == 4
 
 
 @pytest.mark.parametrize(
@@ -119,14 +126,14 @@ def test_the_same_is_not_requested_twice(release, hub, tmp_path):
         (lambda folder: edit(folder / "config.json", model_type="nobody_knows"), "configuration without remote code"),
     ],
 )
-def test_each_fault_fails_its_check(damage, name, release, hub, tmp_path):
+def test_each_fault_fails_its_check(damage, name, release, hub, tmp_path, capsys):
     damage(release)
     checks = check(release, repo_id="ORG/nano")
     assert name in failed(checks) and set(failed(checks)) <= {name, "tokenizer", "same model on the Hub"}
-    line = next(line for line in render(checks).splitlines() if f"FAILED  {name}" in line)
-    assert next(entry for entry in checks if entry.name == name).remedy in line
     with pytest.raises(UserError, match="no request written"):
-        submit(release, tmp_path / "requests", repo_id="ORG/nano", report=lambda line: None)
+        submit(str(release), output=tmp_path / "requests", repo_id="ORG/nano")
+    line = next(line for line in capsys.readouterr().out.splitlines() if f"FAILED  {name}" in line)
+    assert next(entry for entry in checks if entry.name == name).remedy in line
     assert not (tmp_path / "requests").exists()
 
 
@@ -163,14 +170,14 @@ def test_a_folder_against_another_models_repository(change, release, hub, make_m
         return
     checks = check(release, repo_id="ORG/nano")
     assert failed(checks) == ["same model on the Hub"]
-    assert "differ from ORG/nano" in render(checks)
+    assert "differ from ORG/nano" in next(entry.found for entry in checks if not entry.passed)
     with pytest.raises(UserError, match="1 of 11 checks failed"):
-        submit(release, tmp_path / "requests", repo_id="ORG/nano", report=lambda line: None)
+        submit(str(release), output=tmp_path / "requests", repo_id="ORG/nano")
 
 
 def requests_of(folder, output, **options):
-    files = submit(folder, output, repo_id="ORG/nano", report=lambda line: None, **options)
-    return [read_json(path) for path in files]
+    submit(str(folder), output=output, repo_id="ORG/nano", **options)
+    return [read_json(path) for path in sorted(output.glob(f"v?/ORG/*_{options.get('precision', 'bfloat16')}_*.json"))]
 
 
 @pytest.mark.parametrize(("method", "said"), [("sft", "fine-tuned"), ("dpo", "chat")])
@@ -221,7 +228,8 @@ def test_every_check_of_a_repository_reads_the_revision_that_was_named(release, 
         server.add_repository("model", "ORG/nano", {"config.json": b"{}", "README.md": b"none"})
         for name, options in (("ORG/nano@step-000010", {}), ("ORG/nano", {"revision": "step-000010"})):
             checks = check(name, **options)
-            assert failed(checks) == [], render(checks)
-        first, _ = map(read_json, submit("ORG/nano@step-000010", tmp_path, report=lambda line: None))
+            assert failed(checks) == []
+        submit("ORG/nano@step-000010", output=tmp_path / "requests")
+        first = read_json(next(tmp_path.glob("requests/v1/ORG/*.json")))
         assert (first["model"], first["revision"], first["model_type"]) == ("ORG/nano", "step-000010", "pretrained")
         assert "configuration without remote code" in failed(check("ORG/nano"))

@@ -4,11 +4,13 @@ import json
 
 import numpy as np
 import pytest
+import typer
+from typer.testing import CliRunner
 
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, sha256_of_tree
 from nanophi.core.recipe import load_recipe
-from nanophi.experiments import ablate, ablation_render
+from nanophi.experiments.ablate import Ablation, ablate
 from nanophi.model_card import report
 from nanophi.training import trainer
 
@@ -71,11 +73,11 @@ def finished(recipe, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ablation")
     lines: list[str] = []
     paths = folder / "runs", folder / "output"
-    assert ablate.ablate(recipe, *paths, report=lines.append, plan_only=True, **OPTIONS) is None
+    experiment = Ablation(recipe, *paths, report=lines.append, **OPTIONS)
+    plan = experiment.plan()
     assert {path.name for path in paths[1].iterdir()} == {"plan.json", "items.json"}
     assert not list(paths[0].glob("*/checkpoints"))
-    result = ablate.ablate(recipe, *paths, report=lines.append, **OPTIONS)
-    return folder, result, lines
+    return folder, experiment.run(plan), lines
 
 
 def test_the_planted_truth_is_found(finished):
@@ -138,11 +140,12 @@ def test_killed_it_resumes_and_another_question_is_refused(finished, recipe, mon
     (folder / "runs/planted/record.json").write_text(
         '{"stages": {}}'
     )  # the recipe's own run, whose page shows the answer
-    again = ablate.ablate(recipe, folder / "runs", folder / "output", report=lines.append, **OPTIONS)
+    experiment = Ablation(recipe, folder / "runs", folder / "output", report=lines.append, **OPTIONS)
+    again = experiment.run(experiment.plan())
     assert record.read_text() == kept and again == result
     assert "15 of 16 runs were done before" in lines
     shown = report._ablation(folder / "runs/planted/ablation.json")
-    assert shown is not None and len(shown["rows"]) == 8 and shown["paragraph"] == ablation_render.paragraph(result)
+    assert shown is not None and len(shown["rows"]) == 8 and shown["paragraph"] == result["paragraph"]
     assert shown["rows"][0][0] == "quality: best - random" and shown["rows"][0][3] == "better"
     before = sha256_of_tree(folder / "output")
     for change, message in (
@@ -151,10 +154,10 @@ def test_killed_it_resumes_and_another_question_is_refused(finished, recipe, mon
         ({"learning_rates": (0.01,)}, "other learning rates"),
     ):
         with pytest.raises(UserError, match=f"planned with {message}; name another --output"):
-            ablate.ablate(recipe, folder / "runs", folder / "output", **{**OPTIONS, **change})
+            Ablation(recipe, folder / "runs", folder / "output", **{**OPTIONS, **change}).plan()
     other = load_recipe(folder / "runs/planted-all-seed-0-lr-0.01/recipe.yaml", ["quality.share=0.3", "name=planted"])
     with pytest.raises(UserError, match="planned with other values in the recipe's "):
-        ablate.ablate(other, folder / "runs", folder / "output", **OPTIONS)
+        Ablation(other, folder / "runs", folder / "output", **OPTIONS).plan()
     assert sha256_of_tree(folder / "output") == before
 
 
@@ -173,15 +176,9 @@ def test_the_answer_for_the_eye(finished):
         (["quality.share=null"], {}, "keeps everything; set quality.threshold or quality.share"),
         (["base=b", "conversations=[{files: a.jsonl}]"], {}, "trains on conversations, which no filter selects"),
         (["quality.select=worst"], {}, "quality.select must be 'best'"),
-        ([], {"seeds": (1, 1)}, "a seed is named twice"),
-        ([], {"learning_rates": (0.1, 0.1)}, "a learning rate is named twice"),
         ([], {"epochs": 0.5}, r"--epochs 0\.5 needs [\d,]+ different tokens in every share, but there are [\d,]+; ask"),
-        ([], {"epochs": 0}, "--epochs 0: a share must be repeated more than 0 times"),
         (["evaluation.data=/nowhere"], {"tasks": ("arc_easy",)}, "needs the dataset allenai/ai2_arc, which is not in"),
         ([], {"epochs": 1e6}, "every share has less than one row of 64 tokens; ask for fewer --epochs"),
-        ([], {"epochs": float("nan")}, "--epochs nan: a share must be repeated more than 0 times"),
-        ([], {"seeds": (0, 1 << 32)}, "--seed 4294967296 must be from 0 to 4294967295"),
-        ([], {"learning_rates": (0.1, -1.0)}, "--learning-rate -1 must be a number above 0"),
         (["training.arguments={nonsense: 1}"], {}, "training.arguments: 'nonsense' is unknown"),
     ],
 )
@@ -190,8 +187,26 @@ def test_experiments_that_cannot_be_run(finished, recipe, tmp_path, overrides, o
     path.write_text(json.dumps(recipe.dump()))
     changed = load_recipe(path, overrides)
     with pytest.raises(UserError, match=message):
-        ablate.ablate(changed, finished[0] / "others", tmp_path, report=str, **{**OPTIONS, **options})
+        Ablation(changed, finished[0] / "others", tmp_path, report=str, **{**OPTIONS, **options}).plan()
     assert not (tmp_path / "plan.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--seed 1 --seed 1", "a seed is named twice"),
+        ("--learning-rate 0.1 --learning-rate 0.1", "a learning rate is named twice"),
+        ("--epochs 0", "--epochs 0 must be a number above 0"),
+        ("--epochs nan", "--epochs nan must be a number above 0"),
+        ("--seed 4294967296", "--seed 4294967296 must be from 0 to 4294967295"),
+        ("--learning-rate 0.1 --learning-rate=-1", "--learning-rate -1 must be a number above 0"),
+    ],
+)
+def test_numbers_that_no_run_can_have(line, message):
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.command()(ablate)
+    error = CliRunner().invoke(app, ["nowhere", *line.split()]).exception
+    assert isinstance(error, UserError) and message in str(error)
 
 
 def test_a_scorer_that_gives_one_value(recipe, tmp_path):
@@ -202,4 +217,4 @@ def test_a_scorer_that_gives_one_value(recipe, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(json.dumps(values))
     with pytest.raises(UserError, match=r"every document has the score 0\.5000, so none is better than another"):
-        ablate.ablate(load_recipe(path), tmp_path / "runs", tmp_path / "output", report=str, **OPTIONS)
+        Ablation(load_recipe(path), tmp_path / "runs", tmp_path / "output", report=str, **OPTIONS).plan()

@@ -14,7 +14,8 @@ from nanophi.core import markup
 from nanophi.core.files import read_json, write_json
 from nanophi.core.recipe import load_recipe
 from nanophi.data.conversations import TEMPLATE
-from nanophi.model_card import checks, gguf, reproduce
+from nanophi.experiments import reproduce
+from nanophi.model_card import checks, gguf
 from nanophi.model_card.records import read_records
 from nanophi.pipeline import compare_runs
 
@@ -78,7 +79,7 @@ def test_the_template_travels(run, tmp_path):
 
 def test_a_reproduction_needs_its_base_and_conversations_and_says_so_at_once(run, tmp_path):
     lines = []
-    path = reproduce.prepare(str(run.path / "release"), tmp_path / "again", echo=lines.append)
+    path = reproduce.fetch_recipe(str(run.path / "release"), tmp_path / "again", report=lines.append)
     (line,) = [line for line in lines if "was not published" in line]
     assert "(base, chat.jsonl, chat-heldout.jsonl); name your copy with" in line
     assert line.endswith("--set base=someone/base --set 'conversations=[...]'")
@@ -90,15 +91,15 @@ def test_a_reproduction_needs_its_base_and_conversations_and_says_so_at_once(run
 
 
 def test_a_reproduction_is_compared_by_what_it_learned_from(run, tmp_path):
-    same = reproduce.compare(run.path / "release", run.path, echo=lambda line: None)
-    assert {row["agrees"] for row in same} == {True}
+    same = reproduce.compare_with_published(run.path / "release", run.path, report=lambda line: None)
+    assert {row.agrees for row in same} == {True}
     learned = ["base's weights", "conversations", "held-out conversations"]
-    assert [row["name"] for row in same[:3]] == [f"{name}, SHA-256" for name in learned]
-    assert all(row["published"] is not None for row in same)
+    assert [row.name for row in same[:3]] == [f"{name}, SHA-256" for name in learned]
+    assert all(row.published is not None for row in same)
     other = tmp_path / "chat"
     shutil.copytree(run.path, other, ignore=shutil.ignore_patterns("release", "card"))
     (checkpoint,) = other.glob("checkpoints/*/checkpoint.json")
     facts = read_json(checkpoint)
     write_json(checkpoint, {**facts, "base_sha256": "9" * 64, "chat_train_sha256": "8" * 64})
-    rows = reproduce.compare(run.path / "release", other, echo=lambda line: None)
-    assert [row["agrees"] for row in rows[:3]] == [False, False, True]
+    rows = reproduce.compare_with_published(run.path / "release", other, report=lambda line: None)
+    assert [row.agrees for row in rows[:3]] == [False, False, True]

@@ -13,7 +13,8 @@ from hub_client import push  # type: ignore[import-not-found]
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, write_json
 from nanophi.core.names import final_checkpoint
-from nanophi.model_card import card, checks, figures, loader, reproduce
+from nanophi.experiments import reproduce
+from nanophi.model_card import card, checks, figures, loader
 from nanophi.model_card import records as shipped
 from nanophi.model_card.manifest import write_manifest
 
@@ -190,14 +191,14 @@ def test_a_published_run_without_its_environment_is_not_reproduced(copied: Path,
     drop_key("run.json", "environment")(copied)
     sign_again(copied)
     with pytest.raises(UserError, match=r"the records are not complete \(KeyError: 'environment'\)"):
-        reproduce.prepare(str(copied), tmp_path / "again", echo=lambda line: None)
+        reproduce.fetch_recipe(str(copied), tmp_path / "again", report=lambda line: None)
 
 
 def test_a_published_run_without_its_losses_is_not_compared(copied: Path, finished_run: Path) -> None:
     drop_key("checkpoint.json", "train_loss")(copied)
     drop_key("training.json", "summary")(copied)
     with pytest.raises(UserError, match=r"the records are not complete \(KeyError: 'summary'\)"):
-        reproduce.compare(copied, finished_run, echo=lambda line: None)
+        reproduce.compare_with_published(copied, finished_run, report=lambda line: None)
 
 
 def test_an_emptied_config_is_somebody_elses(copied: Path) -> None:

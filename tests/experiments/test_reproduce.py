@@ -10,7 +10,8 @@ import pytest
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, write_json
 from nanophi.core.recipe import load_recipe
-from nanophi.model_card import card, release, reproduce
+from nanophi.experiments import reproduce
+from nanophi.model_card import card, release
 
 
 def silent(line: str) -> None:
@@ -19,7 +20,7 @@ def silent(line: str) -> None:
 
 def test_prepare_writes_a_recipe_that_loads(built_release: Path, finished_run: Path, tmp_path: Path) -> None:
     lines: list[str] = []
-    path = reproduce.prepare(str(built_release), tmp_path / "again", echo=lines.append)
+    path = reproduce.fetch_recipe(str(built_release), tmp_path / "again", report=lines.append)
     ours, theirs = load_recipe(path), load_recipe(finished_run / "recipe.yaml")
     assert ours.name == "tiny-reproduced"
     assert ours.model_copy(update={"name": theirs.name}) == theirs
@@ -33,7 +34,7 @@ def test_prepare_says_which_data_is_private(copied: Path, tmp_path: Path) -> Non
     recipe.write_text(text.replace("files: null", "files: mine.parquet", 1))
     release.write_manifest(copied, read_json(copied / "MANIFEST.json")["provenance"])
     lines: list[str] = []
-    reproduce.prepare(str(copied), tmp_path / "again", echo=lines.append)
+    reproduce.fetch_recipe(str(copied), tmp_path / "again", report=lines.append)
     assert any("mine.parquet" in line and "--set 'data.sources=[...]'" in line for line in lines)
 
 
@@ -41,7 +42,7 @@ def test_changed_records_are_refused(copied: Path, tmp_path: Path) -> None:
     recipe = copied / "records" / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace("seed: 7", "seed: 8"))
     with pytest.raises(UserError, match=r"records/recipe\.yaml was changed"):
-        reproduce.prepare(str(copied), tmp_path / "again")
+        reproduce.fetch_recipe(str(copied), tmp_path / "again")
     assert not (tmp_path / "again").exists()
 
 
@@ -50,38 +51,36 @@ def test_a_recipe_cannot_name_another_folder(copied: Path, tmp_path: Path) -> No
     recipe.write_text(recipe.read_text().replace("name: tiny", "name: ../../tiny", 1))
     release.write_manifest(copied, read_json(copied / "MANIFEST.json")["provenance"])
     with pytest.raises(UserError, match="which no run can have"):
-        reproduce.prepare(str(copied), tmp_path / "again")
+        reproduce.fetch_recipe(str(copied), tmp_path / "again")
 
 
 def test_the_same_run_agrees_with_itself(built_release: Path, finished_run: Path) -> None:
-    rows = reproduce.compare(built_release, finished_run, echo=silent)
-    assert {row["agrees"] for row in rows} == {True}
-    assert {"train tokens, SHA-256", "weights, SHA-256", "heldout_continuation, acc_norm"} <= {
-        row["name"] for row in rows
-    }
+    rows = reproduce.compare_with_published(built_release, finished_run, report=silent)
+    assert {row.agrees for row in rows} == {True}
+    assert {"train tokens, SHA-256", "weights, SHA-256", "heldout_continuation, acc_norm"} <= {row.name for row in rows}
 
 
 def test_an_earlier_checkpoint_is_compared_with_that_step(finished_run: Path, tmp_path: Path) -> None:
     checkpoint = finished_run / "checkpoints" / "step-000010"
     card.build(finished_run, tmp_path / "card", checkpoint)
     release.build(finished_run, checkpoint, tmp_path / "card", tmp_path / "release")
-    rows = reproduce.compare(tmp_path / "release", finished_run, echo=silent)
-    assert {row["agrees"] for row in rows} == {True}
-    found = {row["name"]: row["here"] for row in rows}
+    rows = reproduce.compare_with_published(tmp_path / "release", finished_run, report=silent)
+    assert {row.agrees for row in rows} == {True}
+    found = {row.name: row.here for row in rows}
     assert found["train loss"] == 5.2 and found["heldout_bits_per_byte, bits_per_byte"] == 2.65
     assert "weights, SHA-256" not in found  # The record has those of the last step.
     run = Path(
         shutil.copytree(finished_run, tmp_path / "tiny", ignore=shutil.ignore_patterns("step-000010", "release"))
     )
     with pytest.raises(UserError, match="step-000010 is missing"):
-        reproduce.compare(tmp_path / "release", run, echo=silent)
+        reproduce.compare_with_published(tmp_path / "release", run, report=silent)
 
 
 def test_a_folder_that_is_in_the_way_is_kept(built_release: Path, tmp_path: Path) -> None:
     (tmp_path / "again" / "published").mkdir(parents=True)
     (tmp_path / "again" / "published" / "thesis.tex").write_text("mine")
     with pytest.raises(UserError, match="published is in the way"):
-        reproduce.prepare(str(built_release), tmp_path / "again", echo=silent)
+        reproduce.fetch_recipe(str(built_release), tmp_path / "again", report=silent)
     assert (tmp_path / "again" / "published" / "thesis.tex").read_text() == "mine"
 
 
@@ -97,8 +96,8 @@ def test_differences_are_separated_from_noise(built_release: Path, finished_run:
     results["results"]["heldout_continuation"]["acc_norm,none"] += 0.05  # of 0.031 each: within two combined
     write_json(run / "evals" / "step-000030-heldout.json", results)
     lines: list[str] = []
-    rows = reproduce.compare(built_release, run, echo=lines.append)
-    verdicts = {row["name"]: row["agrees"] for row in rows}
+    rows = reproduce.compare_with_published(built_release, run, report=lines.append)
+    verdicts = {row.name: row.agrees for row in rows}
     assert verdicts["train tokens, SHA-256"] is False
     assert verdicts["heldout tokens, SHA-256"] is True
     assert verdicts["weights, SHA-256"] is None

@@ -1,17 +1,18 @@
-"""A prefix tree of token sequences, and how it is laid out in rows for the model.
+"""A prefix tree of token sequences, how it is laid out in rows for the model, and the keys and values of a prefix.
 
 A range of sequences runs as one row, in which every token attends to its own ancestors only, at its own position: what
-the sequences share is computed once.
+the sequences share is computed once. Running the model, and which range becomes a row, is up to scorer.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicCache
 
 ROW_TOKENS = 1024
 """About how many tokens a row has, and a forward pass on a CPU: enough to keep its cores busy."""
@@ -20,26 +21,27 @@ PACK_TOKENS = 512
 """Tokens of a row after a cached prefix. In longer rows too much attention is computed only to be masked."""
 
 Range = tuple[int, int]
-"""Sequences [low, high) of a forest."""
+"""Sequences [low, high) of a tree."""
 
 
-class Row(NamedTuple):
-    """Ranges of a forest that run as one sequence, and the number of their tokens."""
+class RowPlan(NamedTuple):
+    """Ranges of a tree that run as one sequence, and the number of their tokens."""
 
     tokens: int
     ranges: list[Range]
 
 
-class Forest:
+class PrefixTree:
     """Token sequences in lexicographic order, which is the order of a walk through their prefix tree.
 
     Args:
         sequences: each int [tokens], all different, in order.
-        scored: for each sequence the first position (index of an input token) that is scored.
+        scored: for each sequence the number of its last positions whose next token is scored.
+        requests: for each sequence what is asked at its end; for the scorer alone.
     """
 
-    def __init__(self, sequences: Sequence[np.ndarray], scored: Sequence[int]) -> None:
-        self.sequences, self.scored = sequences, scored
+    def __init__(self, sequences: Sequence[np.ndarray], scored: Sequence[int], requests: Sequence[Any] = ()) -> None:
+        self.sequences, self.scored, self.requests = sequences, scored, requests
         self.shared = [0] * len(sequences)
         """How many tokens each sequence shares with the previous one."""
         for i in range(1, len(sequences)):
@@ -50,7 +52,7 @@ class Forest:
     def prefix(self, low: int, high: int) -> int:
         """Number of leading tokens that sequences [low, high) share and of which none is scored."""
         tokens = min(self.shared[low + 1 : high], default=len(self.sequences[low]))
-        return min(tokens, *self.scored[low:high])
+        return min(tokens, *(len(self.sequences[i]) - self.scored[i] for i in range(low, high)))
 
     def new(self, i: int, low: int, base: int) -> int:
         """Number of tokens that sequence i adds to a row that starts with sequence `low`, after `base` tokens."""
@@ -80,17 +82,17 @@ class Forest:
         """Number of tokens of [low, high) as one row, after the first `base`."""
         return sum(self.new(i, low, base) for i in range(low, high))
 
-    def rows(self, ranges: Sequence[Range], base: int) -> list[Row]:
+    def rows(self, ranges: Sequence[Range], base: int) -> list[RowPlan]:
         """Ranges as rows, longest first.
 
         After a cached prefix, which is copied for every row of a pass, ranges are merged up to `PACK_TOKENS`.
         """
-        rows = [Row(self.tokens(low, high, base), [(low, high)]) for low, high in ranges]
+        rows = [RowPlan(self.tokens(low, high, base), [(low, high)]) for low, high in ranges]
         if base:
-            packed: list[Row] = []
+            packed: list[RowPlan] = []
             for row in rows:
                 if packed and packed[-1].tokens + row.tokens <= PACK_TOKENS:
-                    packed[-1] = Row(packed[-1].tokens + row.tokens, packed[-1].ranges + row.ranges)
+                    packed[-1] = RowPlan(packed[-1].tokens + row.tokens, packed[-1].ranges + row.ranges)
                 else:
                     packed.append(row)
             rows = packed
@@ -98,7 +100,7 @@ class Forest:
 
 
 class PackedRow:
-    """Ranges of a forest as one sequence, without the first `base` tokens of each.
+    """Ranges of a tree as one sequence, without the first `base` tokens of each.
 
     Attributes:
         tokens, positions: int64 [tokens of the row].
@@ -106,7 +108,7 @@ class PackedRow:
         chain: whether every token is the ancestor of the next, so that plain causal attention is correct.
     """
 
-    def __init__(self, forest: Forest, ranges: Sequence[Range], base: int) -> None:
+    def __init__(self, tree: PrefixTree, ranges: Sequence[Range], base: int) -> None:
         self.base = base
         self.paths: dict[int, np.ndarray] = {}
         tokens, positions = [], []
@@ -115,8 +117,8 @@ class PackedRow:
         for low, high in ranges:
             path = np.empty(0, dtype=np.int64)
             for i in range(low, high):
-                sequence = forest.sequences[i]
-                start = base if i == low else max(forest.shared[i], base)
+                sequence = tree.sequences[i]
+                start = base if i == low else max(tree.shared[i], base)
                 new = np.arange(length, length + len(sequence) - start)
                 path = np.concatenate([path[: start - base], new])
                 self.paths[i] = path
@@ -138,3 +140,27 @@ class PackedRow:
                 allowed[rows[0] : rows[-1] + 1, rows[0] : rows[-1] + 1] = np.tri(count, dtype=bool)
         where = torch.from_numpy(allowed).to(mask.device)
         mask[: len(self.tokens), self.base : self.base + len(self.tokens)].masked_fill_(where, 0)
+
+
+Past = list[tuple[Tensor, Tensor]]
+"""Keys and values of a prefix, per layer, each [1, key-value heads, tokens, head size]."""
+
+
+class StopForward(Exception):  # noqa: N818  # not an error
+    """Ends a forward pass once everything that is needed has been computed."""
+
+
+class PrefixCache(DynamicCache):
+    """Collects the keys and values of a prefix, and ends the pass there: the rest of the last layer is not needed."""
+
+    def __init__(self, past: Past | None, last_layer: int) -> None:
+        super().__init__(past)
+        self.last_layer = last_layer
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        result = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if layer_idx == self.last_layer:
+            raise StopForward
+        return result

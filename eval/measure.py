@@ -1,0 +1,399 @@
+"""Measure one model on one suite with lm-eval, and write everything that a reader needs to check or compare it.
+
+Which models, and what is drawn of several, is for evaluate.py; what the scores are, for results.py.
+"""
+
+from __future__ import annotations
+
+import bz2
+import contextlib
+import dataclasses
+import json
+import math
+import random
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import lm_eval.evaluator
+import numpy as np
+import torch
+import transformers
+from lm_eval.api.task import Task
+from lm_eval.loggers.utils import add_tokenizer_info
+from lm_eval.utils import hash_string
+
+from nanophi.core.environment import environment
+from nanophi.core.errors import UserError
+from nanophi.core.files import read_json, remove, sha256_of, sha256_of_file, sha256_of_tree, write_json
+from nanophi.core.formatting import duration
+from nanophi.core.names import resolve
+from nanophi.eval.catalogue import HELDOUT_BITS, Entry, score
+from nanophi.eval.metrics import bits_figures, heldout_figures
+from nanophi.eval.models import load_model
+from nanophi.eval.results import ANSWER_METRIC, FORMAT, PROTOCOL, mean_of, read_result, result_name
+from nanophi.eval.scorer import NotScorable, ScorerLM
+from nanophi.eval.statistics import mean_stderr
+from nanophi.eval.suites import (
+    LoadedSuite,
+    find_data,
+    find_suite,
+    generation_problem,
+    load_suite,
+    quiet,
+    sample_of_items,
+)
+
+# lm-eval's own seeds (`simple_evaluate`). Other seeds would draw other few-shot examples, and scores could not be
+# compared.
+RANDOM_SEED, FEWSHOT_SEED = 0, 1234
+BOOTSTRAP_ITERATIONS = 100_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How to measure; the options of the verb explain them. `limit` draws a fixed sample, the same for every model."""
+
+    data: Path | None = None
+    heldout: Path | None = None
+    limit: int | None = None
+    num_fewshot: int | None = None
+    batch_size: int = 16
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+
+
+def measure(
+    model: str | Path, suite: str, output: Path, options: Options, report: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """Measure a model on a suite and write the result file.
+
+    Each task's results are kept as soon as it ends (in `.<file's name>.partial/`): killed and called again with the
+    same inputs, it resumes with the next task.
+
+    Args:
+        model: folder or Hub id of any causal language model; `ORG/NAME@revision` for a branch, tag or commit.
+        suite: as for `find_suite`.
+        output: the result file (`.json`), or a folder, in which the file is named after the model, the suite and
+            a hash of everything that the result depends on.
+    """
+    if resolve(model).folder is None:
+        report(f"{model}: there is no folder of that name, so it is looked for on the Hub")
+    chosen = find_suite(suite, options.num_fewshot)
+    find_data(chosen, data=options.data, heldout=options.heldout)  # before the model is loaded: a mistyped folder
+    with quiet():
+        network, tokenizer, identity = load_model(
+            model, dtype=options.dtype, trust_remote_code=options.trust_remote_code
+        )
+    loaded = load_suite(chosen, data=options.data, heldout=options.heldout)
+    with quiet():
+        lm = ScorerLM(network, tokenizer, options.batch_size)
+    if lm.unshared_because:
+        report(f"{identity['name']}: prefixes are not shared, since {lm.unshared_because}; slower, same results")
+    indices = {
+        name: sample_of_items(task, min(filter(None, (options.limit, loaded.entries[name].items)), default=None))
+        for name, task in loaded.tasks.items()
+    }
+    inputs = {
+        "format": PROTOCOL,
+        "model": identity,
+        "suite": [[name, task.config.num_fewshot, indices[name]] for name, task in loaded.tasks.items()],
+        "data": _data_hashes(loaded),
+        "environment": {key: value for key, value in environment().items() if key not in ("cpu_threads", "commit")},
+    }
+    key = sha256_of(inputs)
+    output = Path(output)
+    if output.suffix != ".json":
+        output /= result_name(identity["name"], loaded.suite.name, key)
+    if output.exists():
+        with contextlib.suppress(UserError):
+            earlier = read_result(output)
+            if earlier["nanophi"].get("key") == key:
+                report(f"{output.name} is up to date")
+                return earlier
+        report(f"{output.name} holds another measurement, which this one will replace")
+    for name, task in loaded.tasks.items():
+        config = {"output_type": task.OUTPUT_TYPE, "generation_kwargs": task.config.generation_kwargs}
+        if problem := generation_problem(f"task '{name}'", config, lm.max_length):
+            raise UserError(f"{problem}, which {model} has; choose other tasks (--suite)")
+    partial, started = _open_partial(output, key), time.monotonic()
+    parts = _run_tasks(lm, loaded, indices, partial, report)
+    result = _merge(loaded, parts) | _described(lm, identity, options)
+    result["total_evaluation_time_seconds"] = str(sum(part["seconds"] for part in parts.values()))
+    result["nanophi"] = {
+        "format": FORMAT,
+        "key": key,
+        "model": identity,
+        "suite": loaded.suite.name,
+        "lines": {entry.task: _suite_line(loaded, entry, parts) for entry in loaded.suite.entries},
+    }
+    if HELDOUT_BITS in parts:
+        result["nanophi"]["heldout"] = heldout_figures(result["samples"][HELDOUT_BITS], parts[HELDOUT_BITS]["bz2"])
+    result["nanophi"] |= {
+        "data": inputs["data"],
+        "environment": environment(),
+        "seconds": {name: part["seconds"] for name, part in parts.items()},
+        "overflowing": {name: part["overflowing"] for name, part in parts.items() if part["overflowing"]},
+    }
+    write_json(output, result)
+    shutil.rmtree(partial)
+    report(f"{output.name} written, {duration(time.monotonic() - started)}")
+    return result
+
+
+def _described(lm: ScorerLM, identity: dict[str, Any], options: Options) -> dict[str, Any]:
+    """What lm-eval writes about a measurement as a whole."""
+    described: dict[str, Any] = {
+        "config": {
+            "model": identity["name"],
+            "model_num_parameters": identity["parameters"],
+            "model_dtype": identity["dtype"],
+            "batch_size": options.batch_size,
+            "device": str(lm.model.device),
+            "limit": options.limit,
+            "bootstrap_iters": BOOTSTRAP_ITERATIONS,
+            "random_seed": RANDOM_SEED,
+            "fewshot_seed": FEWSHOT_SEED,
+        },
+        "date": time.time(),
+        "lm_eval_version": lm_eval.__version__,
+        "transformers_version": transformers.__version__,
+    }
+    add_tokenizer_info(described, lm)
+    return described
+
+
+def _run_tasks(
+    lm: ScorerLM,
+    loaded: LoadedSuite,
+    indices: dict[str, list[int] | None],
+    partial: Path,
+    report: Callable[[str], None],
+) -> dict[str, dict[str, Any]]:
+    """What `run_task` returns for each task, from the folder `partial` where that is there already."""
+    started, scored = time.monotonic(), 0
+    paths = {name: partial / f"{name}.json" for name in loaded.tasks}
+    waiting = {
+        name: _characters(task, indices[name]) for name, task in loaded.tasks.items() if not paths[name].exists()
+    }
+    if len(waiting) < len(paths):
+        report(f"{len(paths) - len(waiting)} of {len(paths)} tasks were finished before")
+    for name in list(waiting):
+        part = run_task(lm, name, loaded.tasks[name], indices[name])
+        write_json(paths[name], part)
+        scored += waiting.pop(name)
+        left = (time.monotonic() - started) * sum(waiting.values()) / scored
+        more = f"; about {duration(left)} left for {len(waiting)} more" if waiting else ""
+        report(_line(part, name) + more)
+    return {name: read_json(path) for name, path in paths.items()}
+
+
+def _characters(task: Task, indices: list[int] | None) -> int:
+    """Approximate number of prompt characters in a task's items, from a few of them: a measure of its cost."""
+    task.set_fewshot_seed(FEWSHOT_SEED)
+    docs = task.eval_docs
+    some = (indices or range(len(docs)))[:: max(1, len(indices or docs) // 4)]
+    prompts = [task.fewshot_context(docs[i], num_fewshot=task.config.num_fewshot) for i in some]
+    lengths = [len(prompt if isinstance(prompt, str) else prompt[0]) for prompt in prompts]
+    if task.OUTPUT_TYPE == "loglikelihood_rolling":
+        lengths = [len(task.doc_to_target(docs[i])) for i in some]
+    return 1 + sum(lengths) * len(indices or docs) // len(lengths)
+
+
+def run_task(lm: ScorerLM, name: str, task: Task, indices: list[int] | None) -> dict[str, Any]:
+    """Evaluate one task with lm-eval. Returns JSON-able data, with the samples reduced to what is worth keeping.
+
+    Each item also gets `ANSWER_METRIC` if it has a right answer that was scored.
+    """
+    started = time.monotonic()
+    overflowing = lm.overflowing
+    # What `lm_eval.simple_evaluate` does before it calls `evaluate`.
+    random.seed(RANDOM_SEED)
+    np.random.seed(FEWSHOT_SEED)
+    torch.manual_seed(FEWSHOT_SEED)
+    task.set_fewshot_seed(FEWSHOT_SEED)
+    try:
+        with quiet():
+            result: Any = lm_eval.evaluator.evaluate(
+                lm,
+                {"tasks": {name: task}},
+                samples=None if indices is None else {name: indices},
+                bootstrap_iters=BOOTSTRAP_ITERATIONS,
+            )
+    except NotScorable as error:
+        raise UserError(f"task '{name}': {error}; choose other tasks (--suite)") from error
+    samples = result["samples"][name]
+    try:
+        json.dumps([sample["filtered_resps"] for sample in samples], allow_nan=False, default=str)
+    except ValueError:
+        raise UserError(
+            f"task '{name}': the model's log-likelihoods are not finite numbers; its weights are damaged"
+        ) from None
+    result["task_hashes"] = {
+        name: hash_string("".join(s["doc_hash"] + s["prompt_hash"] + s["target_hash"] for s in samples))
+    }
+    result["chance"] = _chance(samples)
+    _add_answers(task, samples, result["results"][name], result["higher_is_better"][name])
+    if name == HELDOUT_BITS:
+        text = "\n".join(sample["doc"]["text"] for sample in samples).encode()
+        result["bz2"] = {"bits_per_byte": 8 * len(bz2.compress(text, 9)) / len(text), "bytes": len(text)}
+    result["samples"] = {name: [_reduced(sample) for sample in samples]}
+    result["overflowing"] = lm.overflowing - overflowing
+    result["seconds"] = round(time.monotonic() - started, 3)
+    return _plain(result)
+
+
+def _add_answers(
+    task: Task, samples: list[dict[str, Any]], figures: dict[str, Any], higher_is_better: dict[str, bool]
+) -> None:
+    """Add `ANSWER_METRIC` to the samples that have it, and its mean to the task's figures if all have it."""
+    for sample in samples:
+        bits = answer_bits_per_byte(task, sample)
+        if bits is not None:
+            sample[ANSWER_METRIC] = bits
+    if not all(ANSWER_METRIC in sample for sample in samples):
+        return
+    values = np.array([sample[ANSWER_METRIC] for sample in samples])
+    figures[f"{ANSWER_METRIC},none"] = float(values.mean())
+    if (stderr := mean_stderr(values)) is not None:
+        figures[f"{ANSWER_METRIC}_stderr,none"] = stderr
+    higher_is_better[ANSWER_METRIC] = False
+
+
+def _reduced(sample: dict[str, Any]) -> dict[str, Any]:
+    """What pairs an item with another model's and shows how it was scored; prompts would take gigabytes."""
+    hashes = ("doc_hash", "prompt_hash", "target_hash")
+    kept = (ANSWER_METRIC, "doc_id", "filter", "filtered_resps", "metrics", *hashes, *sample["metrics"])
+    reduced = {key: sample[key] for key in kept if key in sample}
+    if isinstance(sample["target"], int):
+        reduced["target"] = sample["target"]
+    if isinstance(sample["doc"], dict) and "source" in sample["doc"]:
+        reduced["source"] = sample["doc"]["source"]
+    return reduced
+
+
+def answer_bits_per_byte(task: Task, sample: dict[str, Any]) -> float | None:
+    """-log2 P(right answer | prompt) / bytes of the right answer, for one of lm-eval's samples; None if it has none.
+
+    The answer is the text that lm-eval scored, without the delimiter between prompt and answer. If there are several
+    right answers, the likeliest counts. If the choices are prompts and one text follows them all (Winogrande), the
+    answer is that text after the right prompt.
+    """
+    if task.OUTPUT_TYPE not in ("multiple_choice", "loglikelihood"):
+        return None
+    scores = [score for score, _ in sample["filtered_resps"]]
+    if task.OUTPUT_TYPE == "loglikelihood":
+        right: Any = 0
+    else:
+        right = task.doc_to_text(sample["doc"]) if task.multiple_input else task.doc_to_target(sample["doc"])
+        choices = task.doc_to_choice(sample["doc"])
+        scores = scores[: len(choices)]
+        if isinstance(right, str):
+            right = choices.index(right) if right in choices else None
+    indices = [index for index in (right if isinstance(right, list) else [right]) if index in range(len(scores))]
+    if not indices:
+        return None
+    best = max(indices, key=lambda index: scores[index])
+    answer = sample["arguments"][best][1].removeprefix(task.config.target_delimiter)
+    return -scores[best] / math.log(2) / len(answer.encode()) if answer else None
+
+
+def _chance(samples: list[dict[str, Any]]) -> float | None:
+    """Expected score of a guess: the mean of 1 / choices; for mc2 the share of true answers; None for other tasks."""
+    scores = []
+    for sample in samples:
+        doc = sample["doc"]
+        if isinstance(doc, dict) and "mc2_targets" in doc and "acc_norm" not in sample["metrics"]:
+            labels = doc["mc2_targets"]["labels"]
+            if len(labels) == len(sample["arguments"]):
+                scores.append(sum(labels) / len(labels))
+                continue
+        if "acc" not in sample["metrics"] or len(sample["arguments"]) < 2:
+            return None
+        scores.append(1 / len(sample["arguments"]))
+    return float(np.mean(scores))
+
+
+def _plain(value: Any) -> Any:
+    """A JSON-able copy: tuples, sets and arrays become lists, numpy scalars Python's, anything else a string."""
+
+    def convert(item: Any) -> Any:
+        if isinstance(item, np.generic | np.ndarray):
+            return item.tolist()
+        return list(item) if isinstance(item, set) else str(item)
+
+    return json.loads(json.dumps(value, default=convert))
+
+
+def _open_partial(output: Path, key: str) -> Path:
+    """The folder for finished tasks, emptied if they were measured on other inputs."""
+    partial = output.with_name(f".{output.name}.partial")
+    if not (partial / "key").is_file() or (partial / "key").read_text() != key:
+        remove(partial)
+        partial.mkdir(parents=True)
+        (partial / "key").write_text(key)
+    return partial
+
+
+def _data_hashes(loaded: LoadedSuite) -> dict[str, Any]:
+    """SHA-256 of each dataset folder; datasets from the Hub are pinned by the per-item hashes in the samples."""
+    hashes: dict[str, Any] = {}
+    for dataset, folder in dict.fromkeys(loaded.datasets.values()):
+        if folder is None:
+            hashes[dataset] = None
+        elif dataset in ("heldout", "answers"):  # of what else a run has there, items do not depend on it
+            hashes[dataset] = sha256_of({path.name: sha256_of_file(path) for path in folder.glob("heldout*.parquet")})
+        else:
+            hashes[dataset] = sha256_of_tree(folder)
+    return hashes
+
+
+def _merge(loaded: LoadedSuite, parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Merge the results of single tasks into one lm-eval result, with lm-eval's aggregates of groups."""
+    keys = ("results", "configs", "versions", "n-shot", "higher_is_better", "n-samples", "task_hashes", "samples")
+    merged: dict[str, Any] = {key: {} for key in keys}
+    for part in parts.values():
+        for key in keys:
+            merged[key].update(part[key])
+    for name in [name for name in loaded.tasks if "bits_per_byte,none" in merged["results"][name]]:
+        # lm-eval has no standard error for it.
+        stderr = bits_figures([sample["bits_per_byte"] for sample in merged["samples"][name]])["bits_per_byte_stderr"]
+        merged["results"][name]["bits_per_byte_stderr,none"] = stderr
+    if loaded.groups:
+        merged["group_subtasks"] = {name: group.child_names for name, group in loaded.groups.items()}
+        merged["groups"] = {}
+        for name, group in loaded.groups.items():
+            aggregate = _plain(group.aggregate(merged["results"]))
+            leaves = [task.task_name for task in group.get_all_tasks()]
+            if answers := mean_of(merged["results"], leaves, f"{ANSWER_METRIC},none"):
+                aggregate[f"{ANSWER_METRIC},none"], aggregate[f"{ANSWER_METRIC}_stderr,none"] = answers
+            merged["results"][name] = merged["groups"][name] = aggregate
+            merged["versions"][name] = group.version
+            shots = {merged["n-shot"][leaf] for leaf in leaves}
+            if len(shots) == 1:
+                merged["n-shot"][name] = shots.pop()
+    return merged
+
+
+def _suite_line(loaded: LoadedSuite, entry: Entry, parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The leaf tasks of a line of the suite, and the expected score of a guess on them."""
+    leaves = [name for name, other in loaded.entries.items() if other is entry]
+    chances = [parts[leaf]["chance"] for leaf in leaves]
+    return {"tasks": leaves, "chance": None if None in chances else float(np.mean(chances))}
+
+
+def _line(part: dict[str, Any], name: str) -> str:
+    """A finished task in one line: `arc_easy: acc 31.20 ± 0.95, ... (2,376 items, 41 s)`."""
+    values = part["results"][name]
+    shown = []
+    for key, value in values.items():
+        if "," in key and "_stderr" not in key and isinstance(value, float):
+            metric, error = key.split(",")[0], values.get(key.replace(",", "_stderr,"))
+            figures = {"value": value, "stderr": error if isinstance(error, float) else None}
+            shown.append(f"{metric} {score(figures, metric)}")
+    prompts = part["overflowing"]
+    cut = f", {prompts} prompt{'s' * (prompts > 1)} cut to the context" if prompts else ""
+    return f"{name}: {', '.join(shown)} ({values['sample_len']} items{cut}, {duration(part['seconds'])})"
