@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanophi.core.errors import UserError
-from nanophi.core.files import read_json, write_json
+from nanophi.core.files import read_json, remove, sha256_of, write_json, write_text
 from nanophi.core.formatting import integer
 from nanophi.core.names import local
 from nanophi.core.recipe import Data, Source
@@ -64,6 +64,11 @@ def gather(
         if others:
             names = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
             report(f"{sources.name_of(source)}: {len(others)} other files are not read: {names}")
+    cut = sha256_of([[number, part] for number, _, part in parts])
+    if not (work / "plan.txt").exists() or (work / "plan.txt").read_text() != cut:
+        for left in (work / "read", work / "written"):  # of parts that were cut otherwise
+            remove(left)
+        write_text(work / "plan.txt", cut)
     _benchmark_index.cache_clear()  # this folder may have held another one
     benchmarks = _index_benchmarks(data, work)
     run = functools.partial(run_parts, workers=data.workers, engine=data.engine)

@@ -11,7 +11,7 @@ import errno
 import glob
 import itertools
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,12 +55,12 @@ class Tally:
     def __init__(self) -> None:
         self.read: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
-        self.dropped: dict[str, Counter[str]] = {}
+        self.dropped: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self.refused: list[dict[str, str]] = []
 
     def drop(self, label: str, where: str, bad: Unusable, column: TextColumn) -> None:
         """Count a document that cannot be used; the first ones are named."""
-        self.dropped.setdefault(label, Counter())[bad.reason] += 1
+        self.dropped[label][bad.reason] += 1
         if bad.reason != "empty" and len(self.refused) < REFUSED:
             self.refused.append({"document": where, "reason": bad.reason, "remedy": printable(column.remedy(bad))})
 
@@ -70,8 +70,7 @@ class Tally:
 
     def summary(self) -> dict[str, Any]:
         """JSON-able: read, bytes, dropped, refused."""
-        dropped = {label: dict(reasons) for label, reasons in self.dropped.items()}
-        return {"read": dict(self.read), "bytes": dict(self.bytes), "dropped": dropped, "refused": self.refused}
+        return {"read": self.read, "bytes": self.bytes, "dropped": self.dropped, "refused": self.refused}
 
 
 def reasons(counts: Counter[str]) -> str:
@@ -92,8 +91,9 @@ def check_usable(
     share = (dropped.total() - dropped["empty"]) / total
     if share <= max_dropped and not nothing:
         return
-    what = "none" if nothing else f"only {percent(1 - share)}"
-    limit = "" if nothing else f" (data.max_dropped is {max_dropped:g})"
+    what, limit = "none", ""
+    if not nothing:
+        what, limit = f"only {percent(1 - share)}", f" (data.max_dropped is {max_dropped:g})"
     example = "".join(f"; the first is {first['document']}: {first['remedy']}".rstrip(": ") for first in refused[:1])
     raise UserError(
         f"source {name}: {what} of {integer(total)} documents can be used{limit}: {reasons(dropped)}{example}"
@@ -335,8 +335,7 @@ def fingerprint(source: Source, contents: Contents) -> Any:
 def read(source: Source, part: Part, score: str | None, tally: Tally) -> Iterator[Document]:
     """The usable documents of a part, in order; the others are counted in `tally`.
 
-    Raises:
-        UserError: naming the file and the last row that could be read, for whatever a library raises.
+    Raises `UserError` with the file and the last row that could be read, for whatever a library raises.
     """
     column = TextColumn(source.text_column)
     default = _label(name_of(source))
