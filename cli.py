@@ -32,6 +32,7 @@ VERBS = {
     "card": "pipeline:card",
     "release": "pipeline:release",
     "generate": "core.generate:generate",
+    "trace": "data.trace:trace",
     "verify": "model_card.verify:verify",
     "push": "model_card.push:push",
     "reproduce": "experiments.reproduce:reproduce",

@@ -12,11 +12,14 @@ from typing import Any, NamedTuple
 import yaml
 
 from nanophi.core.errors import UserError, user_errors
+from nanophi.core.files import read_json
 from nanophi.core.names import local, resolve
 from nanophi.core.run import differences
 
 INHERITED = ("data", "quality", "tokenizer", "model")
 """Sections that state how the base was made. A chat model's recipe repeats them: its card is about the whole of it."""
+RECORDS = ("documents", "quality", "tokens")
+"""Of how a base was made. One that is a chat model itself has `conversations` too."""
 _TOKENIZER = re.compile(r"(tokenizer|special_tokens|added_tokens|vocab|merges|chat_template)[\w.]*")
 _MODEL = re.compile(r"(generation_)?config\.json|model\.safetensors|(configuration|modeling)_nanophi\.py")
 
@@ -33,6 +36,20 @@ class Base(NamedTuple):
     records: dict[str, Path]
     documents: Path | None
     repo_id: str | None
+
+    def history(self) -> dict[str, Any]:
+        """What the card of a chat model states of how this base came to be.
+
+        `bases`: for each chat model on the way, the nearest first, what it learned from; `origin`: whose weights the
+        pretraining began with, None for random ones.
+        """
+        record = self.records["conversations"]
+        if not record.is_file():
+            return {"bases": [], "origin": self.recipe.get("base")}
+        known = read_json(record)
+        own = {"name": self.recipe["name"], "method": self.recipe["method"]}
+        own |= {key: known[key] for key in ("base", "repo_id", "train", "heldout", "sources")}
+        return {"bases": [own, *known.get("bases", [])], "origin": known.get("origin")}
 
     def tokenizer_files(self) -> list[Path]:
         """The tokenizer's files, by name."""
@@ -59,7 +76,7 @@ def find(name: str) -> Base:
     with user_errors(f"base: {recipe_file} cannot be read"):
         recipe = yaml.safe_load(recipe_file.read_text(encoding="utf-8"))
         repo_id = named.repo_id or recipe["card"]["repo_id"]
-    records = {record: folder / pattern.format(record) for record in ("documents", "quality", "tokens")}
+    records = {record: folder / pattern.format(record) for record in (*RECORDS, "conversations")}
     documents = run / "data/documents"
     return Base(model, recipe, records, documents if any(documents.glob("heldout-*.parquet")) else None, repo_id)
 
@@ -67,14 +84,9 @@ def find(name: str) -> Base:
 def inherit(values: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """A chat recipe's mapping with what it leaves to its base: how that was made, its suites and its licence.
 
-    A recipe that states all of that, by `extends` or because a run wrote it, can be read where its base is not.
-
-    Args:
-        values: the whole mapping.
-        own: the part of it that is neither a default nor of a recipe that this one extends.
-
-    Raises:
-        UserError: if it contradicts its base.
+    A recipe that states all of that, by `extends` or because a run wrote it, can be read where its base is not. `own`
+    is the part of the mapping that is neither a default nor of a recipe that this one extends. Raises `UserError` if it
+    contradicts the base; `data.max_dropped` is its own, for it limits what conversations lose.
     """
     name = values.get("base")
     if not name or not isinstance(name, str):
@@ -82,12 +94,14 @@ def inherit(values: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     if not local(name).is_dir() and all(key in values for key in INHERITED):
         return values
     recipe = find(name).recipe
-    if other := differences(recipe, {key: own[key] for key in INHERITED if key in own}, whole=False):
+    inherited = {key: recipe[key] for key in INHERITED}
+    if isinstance(values.get("data"), dict) and "max_dropped" in values["data"]:
+        inherited["data"] = {**recipe["data"], "max_dropped": values["data"]["max_dropped"]}
+    if other := differences(inherited, {key: own[key] for key in INHERITED if key in own}, whole=False):
         key, _, change = other[0].partition(" ")
         raise UserError(f"'{key}' is its base's ({change}); leave it out")
     licence = {key: recipe["card"].get(key) for key in ("license", "license_name", "license_link")}
     suites = {key: recipe["evaluation"][key] for key in ("suites", "data", "limit")}
-    inherited = {key: recipe[key] for key in INHERITED}
     for key, theirs in (("evaluation", suites), ("card", licence)):
         given = values.get(key, {})
         # What is no mapping is refused by the recipe's own check.

@@ -32,7 +32,8 @@ def generate(
         raise UserError("the prompt is not valid UTF-8") from None
     named = resolve(model)  # a mistyped name, before anything slow is imported
     source = str(named.model()) if named.folder else named.repo_id
-    from transformers import pipeline, set_seed
+    import torch
+    from transformers import pipeline
 
     with user_errors(f"{model} cannot be loaded"):
         generator: Any = pipeline("text-generation", model=source, revision=named.revision)
@@ -47,7 +48,9 @@ def generate(
     fitting = fitting_tokens(length, context, max_new_tokens)
     if fitting < max_new_tokens:
         typer.echo(f"only {fitting} more tokens fit into the model's context of {context}", err=True)
-    set_seed(seed)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    with user_errors(f"--seed {seed} cannot be used"):
+        torch.manual_seed(seed)
+    # Logits divided by less may be infinite; the most likely token is drawn from there on, whatever the seed.
+    sampling = {"do_sample": True, "temperature": temperature} if temperature >= 1e-6 else {"do_sample": False}
     text = generator(asked, max_new_tokens=fitting, **sampling)[0]["generated_text"]
     typer.echo(str(text[-1]["content"] if chat else text))

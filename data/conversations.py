@@ -3,12 +3,14 @@
 train.parquet      input_ids and assistant_masks (sft), or prompt, chosen and rejected as messages (dpo)
 heldout.parquet    id, source, messages; the prompt as text, ending where an answer begins; the answer
 
-Files are found by `sources.py`; the stage around this, with the base's files, is in `stages.py`.
+Every row that is read is trained on, held out, or left out for a reason that is counted. Files are found by
+`sources.py` and read by `formats.py`; the stage around this, with the base's files, is in `stages.py`.
 """
 
 from __future__ import annotations
 
 import itertools
+import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -17,14 +19,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanophi.core.errors import UserError, user_errors
+from nanophi.core.errors import UserError, one_line
 from nanophi.core.files import sha256_of
 from nanophi.core.names import shown
 from nanophi.core.recipe import Source
 from nanophi.core.sample import ANSWER_TOKENS
 from nanophi.data import documents, formats, questions, sources
 
-TEMPLATE = """\
+TEXT_TEMPLATE = """\
 {%- for message in messages -%}
 {%- if message['role'] not in ['system', 'user', 'assistant'] -%}
 {{- raise_exception('unknown role: ' + message['role']) -}}
@@ -35,14 +37,46 @@ TEMPLATE = """\
 {%- if add_generation_prompt -%}{{- 'Assistant:\\n' -}}{%- endif -%}"""
 """Roles in words, and a turn ends with the end of text, so that no base needs a new token. The stage is keyed by it."""
 
+TEMPLATE = TEXT_TEMPLATE.replace(
+    "{{- message['content'] | trim + eos_token -}}",
+    """\
+{%- set content = message['content'] -%}
+{%- if content is not string -%}
+{%- if not content or content | rejectattr('type', 'equalto', 'text') | list -%}
+{{- raise_exception('a turn of role ' + message['role'] + ' has no text, or not text alone') -}}
+{%- endif -%}
+{%- set content = content | map(attribute='text') | join -%}
+{%- endif -%}
+{%- if message['role'] == 'assistant' -%}
+{% generation %}{{- content | trim + eos_token -}}{% endgeneration %}
+{%- else -%}{{- content | trim + eos_token -}}{%- endif -%}""",
+)
+"""What a run is given: it writes the same text, marks what the assistant learns, and joins a turn's content parts."""
+
 ROLES = ("system", "user", "assistant")
 HELDOUT_SHARE, HELDOUT_MAXIMUM = 0.02, 400
+_EDGE = r"(?:(?<!\w)|(?!\w))"
+"""Where a word may begin or end."""
 
 Messages = list[dict[str, str]]
 
 
+class UnusableError(Exception):
+    """A row that cannot be used: the reason under which it is counted, and what is wrong with it."""
+
+    def __init__(self, reason: str, problem: str) -> None:
+        super().__init__(problem)
+        self.reason = reason
+
+
 def build(
-    given: Sequence[Source], method: str, tokenizer: Any, context: int, base_text: Path | None, output: Path
+    given: Sequence[Source],
+    method: str,
+    tokenizer: Any,
+    context: int,
+    base_text: Path | None,
+    output: Path,
+    max_dropped: float = 0.2,
 ) -> dict[str, Any]:
     """Write the conversations of some sources to a folder.
 
@@ -53,27 +87,33 @@ def build(
         context: tokens that the model reads; turns beyond it are left out.
         base_text: `data/documents` of the base, whose training text must not hold a held-out answer; None: unknown.
         output: folder to create.
+        max_dropped: share of a source's rows that may be unusable.
 
     Returns:
-        `{"train", "heldout": counts, "tokens", "sources": {name: {outcome: count}}, "answers_in_base_text": count or
-        None, "train_sha256", "heldout_sha256"}`.
+        `{"train", "heldout": counts, "tokens", "sources": {name: {outcome: count}}, "shortened": {name: count},
+        "answers_in_base_text": count or None, "train_sha256", "heldout_sha256"}`.
 
     Raises:
-        UserError: naming the first row that is no conversation, or a source with nothing to train on.
+        UserError: for a source with too many rows that cannot be used, naming the first; with nothing to train on.
     """
     rows = _Rows(method, tokenizer, context, split=not any(source.heldout for source in given))
     counts: dict[str, Counter[str]] = {}
     for source in given:
         name = source.embedded or sources.name_of(source)
-        count = counts.setdefault(name, Counter())
+        count, dropped, first = counts.setdefault(name, Counter()), Counter[str](), list[dict[str, str]]()
+        read = 0
         for where, row, held in itertools.islice(_read(source), source.max_documents):
-            outcome = rows.add(name, where, row, held)
+            read += 1
+            try:
+                outcome = rows.add(name, row, held)
+            except UnusableError as problem:
+                outcome = problem.reason
+                dropped[outcome] += 1
+                first = first or [{"document": where, "remedy": str(problem)}]
             count.update(["read", *([outcome] if outcome else [])])
-        if not count["read"]:
-            raise UserError(f"source {name} holds no conversations")
+        sources.check_usable(name, read, dropped, first, max_dropped, "conversations")
     if not rows.train:
-        total = ", ".join(f"{reason} {count}" for reason, count in sum(counts.values(), Counter()).items())
-        raise UserError(f"no conversation is left to train on ({total})")
+        raise UserError(f"no conversation is left to train on ({sources.reasons(sum(counts.values(), Counter()))})")
     kept = _hold_out(rows, base_text, counts)
     output.mkdir(parents=True)
     pq.write_table(pa.Table.from_pylist(rows.train), output / "train.parquet")
@@ -84,6 +124,7 @@ def build(
         "heldout": len(kept),
         "tokens": sum(len(row.get("input_ids", ())) for row in rows.train) or None,
         "sources": {name: dict(count) for name, count in counts.items()},
+        "shortened": dict(rows.shortened),
         "answers_in_base_text": None if base_text is None else found,
         "train_sha256": sha256_of(rows.train),
         "heldout_sha256": sha256_of(kept),
@@ -98,21 +139,24 @@ class _Rows:
         self.train: list[dict[str, Any]] = []
         self.candidates: dict[str, dict[str, Any]] = {}  # to be held out, by the hash of what is asked
         self.learned: set[str] = set()  # answers
+        self.shortened: Counter[str] = Counter()  # conversations whose last turns do not fit, by source
 
-    def add(self, name: str, where: str, row: dict[str, Any], held: bool | None) -> str | None:
-        """`train`, or the reason why the row is left out; None while it may be held out."""
-        prompt, chosen, rejected = conversation(row, where, self.method)
+    def add(self, name: str, row: Any, held: bool | None) -> str | None:
+        """`train`, or why the row is left out; None while it may be held out. Raises `UnusableError`."""
+        prompt, chosen, rejected = conversation(row, self.method)
         texts = [turn["content"] for turn in (*prompt, *chosen, *rejected)]
-        if any(token in text for token in self.tokenizer.all_special_tokens for text in texts):
-            return "special_token"  # it would end a turn in the middle of a text
+        if special := [token for token in self.tokenizer.all_special_tokens if any(token in text for text in texts)]:
+            raise UnusableError("special_token", f"a text holds {special[0]}, which would end a turn")
         if (prompt + chosen)[0]["role"] == "assistant":
-            return "nothing_asked"  # no template begins with an answer
-        with user_errors(f"{where} does not fit the base's chat template"):
+            raise UnusableError("nothing_asked", "no template begins with an assistant's turn")
+        try:
             ids, mask, whole = encode(self.tokenizer, prompt + chosen, self.context)
             if rejected:  # the two have to be compared as they are
-                whole &= encode(self.tokenizer, prompt + rejected, self.context)[2]
+                whole = all(self._fits_whole(prompt + answer) for answer in (chosen, rejected))
+        except Exception as error:  # a template raises anything
+            raise UnusableError("template", f"it does not fit the base's chat template ({one_line(error)})") from error
         if not ids or (rejected and not whole):
-            return "too_long"
+            raise UnusableError("too_long", f"it does not fit into {self.context} tokens")
         asked = (prompt + chosen)[:-1]
         key = sha256_of(asked)
         if held or (held is None and self.split and documents.uniform_from_id([key[:16]])[0] < HELDOUT_SHARE):
@@ -122,12 +166,19 @@ class _Rows:
             self.train.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
         else:
             self.train.append({"input_ids": ids, "assistant_masks": mask})
+            self.shortened.update([] if whole else [name])
         return "train"
+
+    def _fits_whole(self, messages: Messages) -> bool:
+        """Whether TRL, which cuts a preference into tokens as one text, has to leave out none of them either."""
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False)
+        length = len(self.tokenizer(text, add_special_tokens=False).input_ids)
+        return length <= self.context and encode(self.tokenizer, messages, self.context)[2]
 
     def _candidate(self, key: str, name: str, asked: Messages, answer: str) -> str | None:
         text = self.tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
         if len(self.tokenizer(text).input_ids) + ANSWER_TOKENS >= self.context:
-            return "too_long"
+            raise UnusableError("too_long", f"its prompt leaves less than {ANSWER_TOKENS} of {self.context} tokens")
         row = {"id": key[:16], "source": name, "messages": asked, "prompt": text, "answer": answer}
         return None if self.candidates.setdefault(key, row) is row else "asked_twice"
 
@@ -137,6 +188,7 @@ def _hold_out(rows: _Rows, base_text: Path | None, counts: dict[str, Counter[str
     answers = {row["answer"] for row in rows.candidates.values()}
     known = set() if base_text is None else _in_text(base_text, answers)
     kept: list[dict[str, Any]] = []
+    found: Counter[str] = Counter()
     for _, row in sorted(rows.candidates.items()):
         if len(kept) == HELDOUT_MAXIMUM:
             outcome = "not_needed"
@@ -147,11 +199,13 @@ def _hold_out(rows: _Rows, base_text: Path | None, counts: dict[str, Counter[str
         else:
             outcome = "heldout"
             kept.append(row)
+        found[outcome] += 1
         counts[row["source"]][outcome] += 1
     if not kept:
+        why = f" ({sources.reasons(found)})" if found else ""
         raise UserError(
-            "no conversation is left to be held out; add a source with heldout: true whose answers are not among those "
-            "to train on"
+            f"no conversation is left to be held out{why}; add a source with heldout: true whose answers are neither "
+            "in the base's text nor among those to train on"
         )
     return kept
 
@@ -162,48 +216,103 @@ def heldout(run: Path, count: int = 5) -> list[dict[str, Any]]:
     return list(rows.slice(0, count).to_pylist())
 
 
-def conversation(row: dict[str, Any], where: str, method: str) -> tuple[Messages, Messages, Messages]:
-    """A row's prompt, its (chosen) completion and, for `dpo`, its rejected one. Raises `UserError` if it lacks any."""
-    row = {key: value for key, value in row.items() if value is not None}
-    if method == "dpo":
-        if not {"chosen", "rejected"} <= set(row):
-            raise UserError(f"{where}: a preference has 'chosen' and 'rejected'; the row has {', '.join(row)}")
-        prompt = _turns(row["prompt"], where, "user") if "prompt" in row else []
-        chosen, rejected = (_turns(row[key], where, "assistant") for key in ("chosen", "rejected"))
-        if not prompt:  # two whole conversations, which part ways somewhere
-            pairs = zip(chosen, rejected, strict=False)
-            shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-            prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
-        for name, turns in (("chosen", chosen), ("rejected", rejected)):
-            if not turns or turns[-1]["role"] != "assistant":
-                raise UserError(f"{where}: '{name}' does not end with an assistant's turn of its own")
-        if not prompt:
-            raise UserError(f"{where}: 'chosen' and 'rejected' have no prompt in common")
-        return prompt, chosen, rejected
+# Rows
+
+
+def conversation(row: Any, method: str) -> tuple[Messages, Messages, Messages]:
+    """A row's prompt, its (chosen) completion and, for `dpo`, its rejected one. Raises `UnusableError`.
+
+    `chosen`, `rejected` and `completion` may be whole conversations, with the prompt at their beginning; a prompt that
+    is given as a text beside them is then not read again.
+    """
+    if isinstance(row, formats.Unusable):
+        raise UnusableError(row.reason, "its line cannot be read")
+    row = {key: value for key, value in row.items() if value is not None} if isinstance(row, dict) else {}
+    return _preference(row) if method == "dpo" else _demonstration(row)
+
+
+def _preference(row: dict[str, Any]) -> tuple[Messages, Messages, Messages]:
+    if not {"chosen", "rejected"} <= set(row):
+        raise UnusableError("columns", f"a preference has 'chosen' and 'rejected'; the row has {', '.join(row)}")
+    prompt = _turns(row["prompt"], "user") if "prompt" in row else []
+    chosen, rejected = (_turns(row[key], "assistant") for key in ("chosen", "rejected"))
+    pairs = zip(chosen, rejected, strict=False)
+    shared = [one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
+    if _stripped(chosen) == _stripped(rejected):
+        raise UnusableError("same_answers", "'chosen' and 'rejected' are the same")
+    if not prompt or _begins(shared, prompt, row["prompt"]):
+        prompt, chosen, rejected = shared, chosen[len(shared) :], rejected[len(shared) :]
+    for name, turns in (("chosen", chosen), ("rejected", rejected)):
+        if not turns or turns[-1]["role"] != "assistant":
+            raise UnusableError("no_answer", f"'{name}' does not end with an assistant's turn of its own")
+        if not prompt or prompt[-1]["role"] == turns[0]["role"] == "user":
+            raise UnusableError("no_prompt", "'chosen' and 'rejected' have no prompt in common")
+    return prompt, chosen, rejected
+
+
+def _demonstration(row: dict[str, Any]) -> tuple[Messages, Messages, Messages]:
     if "messages" in row:
-        prompt, chosen = [], _turns(row["messages"], where, "user")
+        prompt, chosen = [], _turns(row["messages"], "user")
     elif {"prompt", "completion"} <= set(row):
-        prompt, chosen = _turns(row["prompt"], where, "user"), _turns(row["completion"], where, "assistant")
+        prompt, chosen = _turns(row["prompt"], "user"), _turns(row["completion"], "assistant")
+        if _begins(chosen, prompt, row["prompt"]):
+            prompt = []
     else:
-        raise UserError(f"{where}: a row has 'messages', or 'prompt' and 'completion'; this one has {', '.join(row)}")
+        problem = f"a row has 'messages', or 'prompt' and 'completion'; this one has {', '.join(row)}"
+        raise UnusableError("columns", problem)
     while chosen and chosen[-1]["role"] != "assistant":
         chosen.pop()  # nobody answers it
     if not chosen:
-        raise UserError(f"{where}: the conversation has no assistant's turn")
+        raise UnusableError("no_answer", "the conversation has no assistant's turn")
     return prompt, chosen, []
 
 
-def _turns(value: Any, where: str, role: str) -> Messages:
+def _begins(turns: Messages, prompt: Messages, given: Any) -> bool:
+    """Whether turns begin with the prompt: with its messages or, where a text was given, with anybody's question."""
+    return turns[: len(prompt)] == prompt if isinstance(given, list) else bool(turns) and turns[0]["role"] != ROLES[2]
+
+
+def _stripped(turns: Messages) -> list[tuple[str, str]]:
+    return [(turn["role"], turn["content"].strip()) for turn in turns]
+
+
+def _turns(value: Any, role: str) -> Messages:
     """Messages, from a list of them or from one text of `role`."""
-    turns = [{"role": role, "content": value}] if isinstance(value, str) else value
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise UserError(f"{where}: messages are a list of objects with 'role' and 'content'")
+    turns = value if isinstance(value, list) else [{"role": role, "content": value}]
+    if isinstance(value, dict) or not all(isinstance(turn, dict) for turn in turns):
+        raise UnusableError("not_messages", "messages are a list of objects with 'role' and 'content'")
     for turn in turns:
+        if turn.get("tool_calls") or turn.get("function_call"):
+            raise UnusableError("tool_call", "a turn calls a tool, which the chat template cannot write")
         if turn.get("role") not in ROLES:
-            raise UserError(f"{where}: unknown role {turn.get('role')!r}; roles are {', '.join(ROLES)}")
-        if not isinstance(turn.get("content"), str) or not turn["content"].strip():
-            raise UserError(f"{where}: a turn of role '{turn['role']}' has no text as its 'content'")
-    return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
+            problem = f"unknown role {str(turn.get('role'))[:40]!r}; roles are {', '.join(ROLES)}"
+            raise UnusableError("role", problem)
+    return [{"role": turn["role"], "content": _text(turn.get("content"), turn["role"])} for turn in turns]
+
+
+def _text(content: Any, role: str) -> str:
+    """A turn's text: a string, a number of a table, or content parts that are text."""
+    problem = f"a turn of role '{role}' has no text as its 'content'"
+    if isinstance(content, list):
+        parts = [part for part in content if isinstance(part, dict) and part.get("type", "text") == "text"]
+        if len(parts) < len(content) or not all(isinstance(part.get("text"), str) for part in parts):
+            raise UnusableError("not_text", problem)
+        content = "".join(part["text"] for part in content)
+    elif isinstance(content, bytes):
+        content = content.decode(errors="surrogateescape")
+    elif content is None or content != content:  # a table's number that is missing is not equal to itself
+        content = ""
+    elif isinstance(content, int | float) and not isinstance(content, bool):
+        content = str(content)
+    if not isinstance(content, str):
+        raise UnusableError("not_text", problem)
+    if not content.strip():
+        raise UnusableError("empty_turn", problem)
+    try:
+        content.encode()
+    except UnicodeEncodeError:
+        raise UnusableError("invalid_utf8", f"a turn of role '{role}' is no UTF-8") from None
+    return content
 
 
 def encode(tokenizer: Any, messages: Messages, context: int) -> tuple[list[int], list[int], bool]:
@@ -233,35 +342,40 @@ def encode(tokenizer: Any, messages: Messages, context: int) -> tuple[list[int],
     return ids, mask, True
 
 
-def _read(source: Source) -> Iterator[tuple[str, dict[str, Any], bool | None]]:
+# Files
+
+
+def _read(source: Source) -> Iterator[tuple[str, Any, bool | None]]:
     """Where a row is, the row, and whether it is held out (None: its hash decides, unless a whole source is)."""
     if source.embedded:
         for number, (held, question, answer) in enumerate(questions.conversations(), 1):
             yield f"questions:{number}", {"prompt": question, "completion": answer}, held
         return
-    import datasets
-
+    every_column = source.model_copy(update={"text_column": ""})
     for file in sources.locate(source).files:
         reader = formats.reader_of(file)
-        if reader is None or reader.builder is None:
+        if reader is None or reader.one_document:
             raise UserError(f"source {shown(file)}: conversations are not read from text files")
-        with user_errors(f"{shown(file)} cannot be read"):
-            try:
-                rows = iter(datasets.load_dataset(reader.builder, data_files=[file], split="train", streaming=True))
-            except StopIteration:  # there is no first row to see columns in
-                continue
-        for number in itertools.count(1):
-            with user_errors(f"{shown(file)} cannot be read after row {number - 1}"):
-                row = next(rows, None)
-            if row is None:
-                break
-            yield f"{shown(file)}:{number}", row, True if source.heldout else None
+        opened, last = reader(file, every_column), "its beginning"
+        try:
+            for piece in opened.pieces():
+                for where, row in opened.records(piece):
+                    last = where
+                    yield where, row, source.heldout or None
+        except UserError:
+            raise
+        except Exception as error:  # of a damaged file a decoder raises anything
+            raise UserError(f"{shown(file)} cannot be read after {last} ({one_line(error)})") from error
 
 
 def _in_text(folder: Path, answers: Collection[str]) -> set[str]:
-    """Which answers are in the training documents, white space apart; holds a few MB of them at a time."""
+    """Which answers are in the training documents as whole words, white space apart; holds a few MB at a time."""
     left = {answer: " ".join(answer.split()) for answer in answers}
     for batch in documents.batches(documents.shards(folder, "train"), ["text"], None):
         base = "\n".join(" ".join(text.split()) for text in batch.column("text").to_pylist())
-        left = {answer: squeezed for answer, squeezed in left.items() if squeezed not in base}
+        left = {
+            answer: words
+            for answer, words in left.items()
+            if words not in base or not re.search(_EDGE + re.escape(words) + _EDGE, base)
+        }
     return set(answers) - left.keys()

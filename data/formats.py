@@ -215,8 +215,6 @@ class Reader:
     """Whether the format is also read as .gz, .bz2, .xz or .zst."""
     one_document: ClassVar[bool] = False
     """Whether a file is one document, unless the source has a separator."""
-    builder: ClassVar[str | None] = None
-    """The builder of `datasets` that reads the format as rows of several columns."""
 
     def __init__(self, location: str, source: Source, score: str | None = None) -> None:
         self.location, self.source, self.score = location, source, score
@@ -252,6 +250,8 @@ class Reader:
 
     def check_columns(self, names: Sequence[str]) -> list[str]:
         """The columns of a table that have to be read. Raises `UserError` naming one that it lacks."""
+        if not self.text.path:  # a conversation is a whole row
+            return list(names)
         root = self.text.root(names)
         wanted = [column for column in dict.fromkeys((root, self.source.source_column, self.score)) if column]
         for column in wanted:
@@ -279,7 +279,6 @@ class Reader:
 
 class Parquet(Reader):
     compressed = False
-    builder = "parquet"
 
     def pieces(self) -> list[Any]:
         with user_errors(f"{self.name} is not a whole parquet file"), pq.ParquetFile(open_file(self.location)) as table:
@@ -313,8 +312,6 @@ class Parquet(Reader):
 class Arrow(Parquet):
     """As `datasets` saves it (a stream), or with an index."""
 
-    builder = "arrow"
-
     def pieces(self) -> list[Any]:
         return [None]
 
@@ -345,7 +342,6 @@ def _as_bytes(column: pa.Array) -> pa.Array:
 class Csv(Reader):
     """With a header."""
 
-    builder = "csv"
     delimiter = ","
 
     def records(self, piece: Any) -> Iterator[tuple[str, Any]]:
@@ -376,8 +372,6 @@ class Tsv(Csv):
 
 class JsonLines(Reader):
     """An object, or a text, on each line."""
-
-    builder = "json"
 
     def records(self, piece: Any) -> Iterator[tuple[str, Any]]:
         with open_text(self.location, "\n") as lines:

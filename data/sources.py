@@ -79,24 +79,28 @@ def reasons(counts: Counter[str]) -> str:
 
 
 def check_usable(
-    name: str, total: int, dropped: Counter[str], refused: Sequence[dict[str, str]], max_dropped: float
+    name: str,
+    total: int,
+    dropped: Counter[str],
+    refused: Sequence[dict[str, str]],
+    max_dropped: float,
+    what: str = "documents",
 ) -> None:
     """Raise `UserError` for a source that has no usable document, or too many unusable ones (empty ones apart).
 
     `refused` are the first of them, as `Tally` names them; `max_dropped` is the largest share of unusable ones.
     """
     if total == 0:
-        raise UserError(f"source {name} holds no documents")
+        raise UserError(f"source {name} holds no {what}")
     nothing = dropped.total() == total
     share = (dropped.total() - dropped["empty"]) / total
     if share <= max_dropped and not nothing:
         return
-    what, limit = "none", ""
-    if not nothing:
-        what, limit = f"only {percent(1 - share)}", f" (data.max_dropped is {max_dropped:g})"
+    usable = "none" if nothing else f"only {percent(1 - share)}"
+    limit = "" if nothing else f" (data.max_dropped is {max_dropped:g})"
     example = "".join(f"; the first is {first['document']}: {first['remedy']}".rstrip(": ") for first in refused[:1])
     raise UserError(
-        f"source {name}: {what} of {integer(total)} documents can be used{limit}: {reasons(dropped)}{example}"
+        f"source {name}: {usable} of {integer(total)} {what} can be used{limit}: {reasons(dropped)}{example}"
     )
 
 

@@ -262,7 +262,7 @@ def _conversation_inputs(run: Runner) -> dict[str, Any]:
         "conversations": [source.model_dump(mode="json") for source in chosen],
         "sources": [sources.fingerprint(source, run.inputs.contents) for source in chosen],
         "method": recipe.method,
-        "template": conversations.TEMPLATE,
+        "template": conversations.TEXT_TEMPLATE,  # what a conversation of texts becomes
     }
 
 
@@ -286,18 +286,22 @@ def _conversations(run: Runner, work: Path) -> Summary:
     context = read_json(base.model / "config.json")["max_position_embeddings"]
     read = base.documents if base.documents and any(base.documents.glob("train-*.parquet")) else None
     chosen = pinned(run, recipe.conversations)
-    summary = conversations.build(chosen, recipe.method, tokenizer, context, read, output)
+    limit = recipe.data.max_dropped
+    summary = conversations.build(chosen, recipe.method, tokenizer, context, read, output, limit)
     for name, count in summary["sources"].items():
         left = Counter(count)
         total, train, held = (left.pop(part, 0) for part in ("read", "train", "heldout"))
         line = f"{name}: {total:,} conversations read, {train:,} to train on, {held:,} held out"
-        run.report(line + (f", {left.total():,} left out ({sources.reasons(left)})" if left else ""))
-    summary |= {"base": base.recipe["name"], "repo_id": base.repo_id, "own_template": own}
+        line += f", {left.total():,} left out ({sources.reasons(left)})" if left else ""
+        short = summary["shortened"].get(name)
+        run.report(line + (f"; {short:,} trained on without their last turns, which do not fit" if short else ""))
+    summary |= {"base": base.recipe["name"], "repo_id": base.repo_id, "own_template": own, **base.history()}
     for file in (*base.model_files(), *folder.iterdir()):
         copy_tree(file, work / "data/base" / file.name)
     hashes = {"conversations": {key: summary.pop(f"{key}_sha256") for key in ("train", "heldout")}}
-    for name, record in base.records.items():
-        write_json(work / f"data/{name}/{name}.json", read_json(record) | (hashes if name == "tokens" else {}))
+    for name in bases.RECORDS:
+        record = read_json(base.records[name]) | (hashes if name == "tokens" else {})
+        write_json(work / f"data/{name}/{name}.json", record)
     for file in base.documents.glob("heldout-*.parquet") if base.documents else ():
         copy_tree(file, work / "data/documents" / file.name)
     write_json(output / "conversations.json", summary)

@@ -17,7 +17,7 @@ from nanophi.core.errors import UserError, one_line
 from nanophi.core.files import read_json, sha256_of_file
 from nanophi.core.names import CODE_FILES
 from nanophi.core.version import __version__
-from nanophi.data.conversations import TEMPLATE
+from nanophi.data.conversations import TEMPLATE, TEXT_TEMPLATE
 from nanophi.model_card import card as model_card
 from nanophi.model_card import figures, loader, metadata
 from nanophi.model_card.consistency import contradictions
@@ -191,7 +191,7 @@ def configuration(folder: Path, records: ShippedRecords) -> list[str]:
     templates = [settings.get("chat_template"), template.read_text(encoding="utf-8") if template.is_file() else None]
     chat = records.get("conversations.json", {"own_template": recipe["tokenizer"]["path"] is None})
     if chat["own_template"]:  # otherwise it is that of a tokenizer from elsewhere
-        ours = (TEMPLATE, None) if "conversations.json" in records else (None,)
+        ours = (TEMPLATE, TEXT_TEMPLATE, None) if "conversations.json" in records else (None,)
         wrong += ["the chat template is not the one that nanophi ships" for text in templates if text not in ours][:1]
     return wrong
 

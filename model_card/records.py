@@ -24,7 +24,7 @@ from nanophi.data import documents
 from nanophi.eval import catalogue
 from nanophi.eval import results as evaluation
 from nanophi.eval.results import Score
-from nanophi.model_card import secrets
+from nanophi.model_card import exports, secrets
 
 LATER_STAGES = ("comparison", "report", "card", "release", "verification")
 """Left out of the records: a second build must find the same ones as the first."""
@@ -192,6 +192,7 @@ def model_record(checkpoint: Path) -> dict[str, Any]:
     # config.json leaves out what equals the library's defaults; the class knows them.
     config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False).to_dict()
     config.update(config["rope_parameters"])
+    scaled = exports.scaling(config["rope_parameters"])
     sizes: dict[str, int] = {}
     for shard in checkpoint.glob("*.safetensors"):
         with safe_open(shard, "np") as file:
@@ -200,7 +201,7 @@ def model_record(checkpoint: Path) -> dict[str, Any]:
         raise UserError(f"{checkpoint} has no .safetensors file; the checkpoint is incomplete, train it again")
     total = sum(sizes.values())
     return {
-        "config": {key: config[key] for key in CONFIG_KEYS},
+        "config": {key: config[key] for key in CONFIG_KEYS} | ({"rope_scaling": scaled} if scaled else {}),
         "parameters": total,
         "parameters_without_embeddings": total - sizes["model.embed_tokens.weight"] - sizes.get("lm_head.weight", 0),
     }

@@ -1,7 +1,9 @@
 """Conversations are read, checked and split before any training; nobody has read the answers that are held out."""
 
 import gzip
+import hashlib
 import json
+import random
 import shutil
 
 import pyarrow as pa
@@ -10,6 +12,7 @@ import pytest
 import yaml
 from chat_run import END, TRAINING, make_base, pipeline, talk, write_rows
 from transformers import AutoTokenizer
+from trl.data_utils import apply_chat_template, maybe_extract_prompt
 
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, write_json
@@ -33,6 +36,21 @@ def user(text):
 
 def assistant(text):
     return {"role": "assistant", "content": text}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(runs):
+    tokenizer = AutoTokenizer.from_pretrained(runs / "base/checkpoints/step-000001")
+    tokenizer.chat_template = conversations.TEMPLATE
+    return tokenizer
+
+
+def counted(runs, rows, name, **fields):
+    """What became of the rows of a recipe's own source."""
+    held = [{"prompt": "Held out?", "completion": "So it is.", "chosen": "So it is.", "rejected": "It is not."}]
+    run = pipeline(runs, rows, name, **fields)
+    write_rows(runs / f"{name}-heldout.jsonl", held)
+    return run.tokens()["sources"][str(runs / f"{name}.jsonl")]
 
 
 def recipe_on_base(runs, name, **fields):
@@ -59,6 +77,149 @@ def test_a_row_that_is_no_conversation_is_named_before_work(runs, row, method, m
     with pytest.raises(UserError, match=message):
         pipeline(runs, [good, good, row], "bad", method=method).tokens()
     assert not (runs / "bad/data").exists()
+
+
+@pytest.mark.parametrize(
+    ("reason", "turns"),
+    [
+        ("empty_turn", [{"role": "system", "content": " "}, *talk(8)]),
+        ("empty_turn", [*talk(8), user("And?"), assistant(None)]),
+        ("role", [*talk(8), {"role": "tool", "content": "8"}, assistant("8.")]),
+        ("tool_call", [user("Hi"), {**assistant("One moment."), "tool_calls": [{"name": "f"}]}, *talk(8)]),
+        ("no_answer", [user("Hi")]),
+        ("not_text", [user([{"type": "image", "text": None}]), assistant("A cat.")]),
+        ("not_text", [user({"text": "Hi"}), assistant("Hello.")]),
+        ("invalid_utf8", [user("Hi"), assistant("\ud83d")]),
+        ("not_messages", ["Hi", "Hello"]),
+        ("special_token", [user("Hi"), assistant(f"So {END}")]),
+        ("too_long", [user("Hi"), assistant("x" * 200)]),
+    ],
+)
+def test_one_row_that_cannot_be_used_is_counted_and_stops_nothing(runs, reason, turns):
+    rows = [{"messages": talk(number)} for number in range(5)]
+    assert counted(runs, [*rows, {"messages": turns}], "one") == {"read": 6, "train": 5, reason: 1}
+    # The same share of rows is too large where the recipe says so.
+    with pytest.raises(
+        UserError, match=rf"only 83.3 % of 6 conv.*max_dropped is 0.1\): {reason} 1; the first is .*:6: "
+    ):
+        counted(runs, [*rows, {"messages": turns}], "two", data={"max_dropped": 0.1})
+
+
+def test_lines_that_are_no_rows_are_counted(runs):
+    run = pipeline(runs, ROWS, "lines")
+    with (runs / "lines.jsonl").open("a") as file:
+        file.write('{"messages": [\n')
+    assert run.tokens()["sources"][str(runs / "lines.jsonl")] == {"read": 5, "train": 4, "not_json": 1}
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_pair_without_a_preference_is_left_out(runs, whole):
+    asked = [user("Same?")] if whole else []
+    rows = [{"prompt": f"Say {n}.", "chosen": f"It is {n}.", "rejected": "No."} for n in range(4)]
+    rows.append({"prompt": "Same?", "chosen": [*asked, assistant("Same.")], "rejected": [*asked, assistant("Same. ")]})
+    assert counted(runs, rows, "same", method="dpo") == {"read": 5, "train": 4, "same_answers": 1}
+
+
+def test_a_question_beside_whole_conversations_is_read_once():
+    """As in data sets that repeat it in a column; a pair whose questions differ by a space has no common one."""
+    right, wrong = [user("Why?"), assistant("So.")], [user("Why?"), assistant("No.")]
+    split = ([user("Why?")], [assistant("So.")], [assistant("No.")])
+    for prompt in ({}, {"prompt": "Why?"}, {"prompt": [user("Why?")]}):
+        assert conversations.conversation({**prompt, "chosen": right, "rejected": wrong}, "dpo") == split
+    for prompt in ("Why?", [user("Why?")]):
+        prompt, chosen, _ = conversations.conversation({"prompt": prompt, "completion": right}, "sft")
+        assert prompt + chosen == right
+    system = {"role": "system", "content": "Be brief."}
+    row = {"prompt": "Why?", "chosen": [system, *right], "rejected": [system, *wrong]}
+    assert conversations.conversation(row, "dpo")[0] == [system, user("Why?")]
+    with pytest.raises(conversations.UnusableError, match="no prompt in common"):
+        row = {"prompt": "Why?", "chosen": right, "rejected": [user("Why? "), assistant("No.")]}
+        conversations.conversation(row, "dpo")
+
+
+def test_rows_become_the_text_that_trl_makes_of_them(tokenizer):
+    draw = random.Random(7)
+
+    def turn(role):
+        text = "".join(draw.choice(" \nabü.?8:") for _ in range(draw.randint(0, 12)))
+        return {"role": role, "content": f"{text}{draw.randint(0, 99)}" + draw.choice(["", " ", "\n"])}
+
+    def talked():
+        system = [turn("system")] * draw.randint(0, 1)
+        return system + [turn(role) for _ in range(draw.randint(1, 3)) for role in ("user", "assistant")]
+
+    for _ in range(100):
+        asked, answers = (
+            [*talked(), turn("user")],
+            ([turn("assistant")], [turn("assistant"), turn("user"), turn("assistant")]),
+        )
+        pair = {"chosen": [*asked, *answers[0]], "rejected": [*asked, *answers[1]]}
+        rows = [
+            ("sft", {"messages": talked()}),
+            ("sft", {"prompt": asked, "completion": answers[0]}),
+            ("dpo", pair),
+            ("dpo", {"prompt": asked[-1]["content"], **pair}),
+            ("dpo", {"prompt": asked, "chosen": answers[0], "rejected": answers[1]}),
+        ]
+        for method, row in rows:
+            theirs = apply_chat_template(maybe_extract_prompt(row), tokenizer)
+            prompt, chosen, rejected = conversations.conversation(row, method)
+            ours = [tokenizer.apply_chat_template(prompt + part, tokenize=False) for part in (chosen, rejected) if part]
+            if method == "dpo":
+                assert ours == [theirs["prompt"] + theirs[part] for part in ("chosen", "rejected")]
+                continue
+            assert ours == [theirs.get("text") or theirs["prompt"] + theirs["completion"]]
+            ids, mask, whole = conversations.encode(tokenizer, prompt + chosen, 10**6)
+            marked = {"return_dict": True, "return_assistant_tokens_mask": True}
+            expected = tokenizer.apply_chat_template(prompt + chosen, **marked)
+            assert (ids, mask, whole) == (expected["input_ids"], expected["assistant_masks"], True)
+
+
+def test_the_template_writes_what_it_wrote_before_and_joins_content_parts(tokenizer):
+    """The stage is keyed by the template without marks: chat models that were made with it stay up to date."""
+    before = conversations.TEXT_TEMPLATE
+    assert hashlib.sha256(before.encode()).hexdigest().startswith("1a4d1c87b0dffafb")
+    for add in (True, False):
+        ours, theirs = (
+            tokenizer.apply_chat_template(talk(3), chat_template=text, tokenize=False, add_generation_prompt=add)
+            for text in (conversations.TEMPLATE, before)
+        )
+        assert ours == theirs
+    parts = [{"type": "text", "text": "What is "}, {"type": "text", "text": "it?"}]
+    texts = [tokenizer.apply_chat_template([user(content)], tokenize=False) for content in (parts, "What is it?")]
+    assert texts[0] == texts[1]
+    assert conversations.conversation({"messages": [user(parts), assistant("8")]}, "sft")[1][0] == user("What is it?")
+    for content in (None, [], [{"type": "image", "url": "x"}]):
+        with pytest.raises(Exception, match="a turn of role user has no text"):
+            tokenizer.apply_chat_template([user(content)], tokenize=False)
+
+
+@pytest.mark.parametrize("name", ["table.csv", "table.tsv", "table.jsonl", "table.parquet", "table.arrow"])
+def test_answers_of_a_table_are_what_stands_in_it(runs, tokenizer, name):
+    answers = ["None", "NA", "1900.50", "7", "ja, oui", "null"]
+    file, asked = runs / name, [f"Ask, {number}?" for number in range(len(answers))]
+    if name.endswith("sv"):
+        mark = "," if name.endswith(".csv") else "\t"
+        lines = ["prompt" + mark + "completion", *(f'"{a}"{mark}"{b}"' for a, b in zip(asked, answers, strict=True))]
+        file.write_text("\n".join(lines) + "\n")
+    elif name.endswith("jsonl"):
+        answers = ["None", 7, 0.5, "NA"]
+        write_rows(file, [{"prompt": a, "completion": b} for a, b in zip(asked, answers, strict=False)])
+    else:
+        table = pa.table({"prompt": asked, "completion": answers})
+        if name.endswith("parquet"):
+            pq.write_table(table, file)
+        else:
+            with pa.ipc.new_file(file, table.schema) as sink:
+                sink.write_table(table)
+    held = write_rows(runs / "table-heldout.jsonl", [{"prompt": "Held?", "completion": "So it is."}])
+    sources = [{"files": str(file)}, {"files": str(held), "heldout": True}]
+    recipe = recipe_on_base(runs, f"of-{name}", conversations=sources)
+    run = Pipeline(recipe, runs, report=lambda line: None)
+    run.tokens()
+    rows = pq.read_table(run.path / "data/conversations/train.parquet").to_pylist()
+    learned = [[i for i, learn in zip(*row.values(), strict=True) if learn] for row in rows]
+    assert [tokenizer.decode(ids) for ids in learned] == [f"{answer}{END}" for answer in answers]
 
 
 def test_a_base_must_be_whole(runs):
@@ -146,8 +307,11 @@ def test_a_release_is_a_base_too(runs):
 def test_only_answers_are_learned_and_whole_turns_fit(runs):
     long = [user("Long?"), assistant("Yes."), user("x" * 200), assistant("y")]
     loud = [user(f"Say {END}"), assistant("No.")]
-    run = pipeline(runs, [*ROWS, {"messages": long}, {"messages": loud}], "fits")
+    run, lines = pipeline(runs, [*ROWS, {"messages": long}, {"messages": loud}], "fits"), list[str]()
+    run.report = lines.append
     summary = run.tokens()
+    assert summary["shortened"] == {str(runs / "fits.jsonl"): 1}
+    assert any("1 left out (special_token 1); 1 trained on without their last turns" in line for line in lines)
     assert summary["sources"][str(runs / "fits.jsonl")] == {"read": 6, "train": 5, "special_token": 1}
     tokenizer = AutoTokenizer.from_pretrained(run.path / "data/tokenizer")
     rows = pq.read_table(run.path / "data/conversations/train.parquet").to_pylist()
@@ -166,8 +330,10 @@ def test_a_preference_is_compared_whole_or_left_out(runs):
     rows += [{**rows[0], part: "x" * 200} for part in ("chosen", "rejected")]
     turns = [user("Say x."), assistant("x")]
     rows.append({"prompt": turns, "chosen": [user("And y?"), assistant("y" * 200)], "rejected": "No."})
-    summary = pipeline(runs, rows, "whole", method="dpo").tokens()
+    summary = pipeline(runs, rows, "whole", method="dpo", data={"max_dropped": 0.5}).tokens()
     assert summary["sources"][str(runs / "whole.jsonl")] == {"read": 7, "train": 4, "too_long": 3}
+    with pytest.raises(UserError, match=r"only 57.1 % of 7 .*: too_long 3; .*:5: it does not fit into 128 tokens"):
+        pipeline(runs, rows, "cut", method="dpo").tokens()
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo"])
@@ -214,16 +380,21 @@ def test_held_out_answers_are_in_no_text_that_was_read(runs):
     assert (summary["answers_in_base_text"], summary["train"]) == (1, 4)
 
 
-def test_an_answer_of_several_lines_is_looked_for_in_the_base_text(runs):
+def test_an_answer_is_looked_for_in_the_base_text_by_words(runs):
+    """Over line ends; one whose letters are part of other words is not there."""
     said = "The first line of it.\nThe second line of it."
     shutil.copytree(runs / "base", runs / "reader")
-    text = {"id": ["0" * 16], "source": ["web"], "text": [f"Intro.\n\n{said}  End."]}
+    text = {"id": ["0" * 16], "source": ["web"], "text": [f"Intro.\n\n{said}  Another 42 cats (all)."]}
     pq.write_table(pa.table(text), runs / "reader/data/documents/train-00000.parquet")
     run = pipeline(runs, ROWS, "lines", base=str(runs / "reader"))
-    held = [{"prompt": "Q1", "completion": said}, {"prompt": "Q2", "completion": "New."}]
+    answers = [said, "New.", "other", "2", "cat", "42", "(all)", "all"]
+    held = [{"prompt": f"Q{number}", "completion": answer} for number, answer in enumerate(answers)]
     write_rows(runs / "lines-heldout.jsonl", held)
-    assert run.tokens()["answers_in_base_text"] == 1
-    assert [row["answer"] for row in conversations.heldout(run.path)] == ["New."]
+    assert run.tokens()["answers_in_base_text"] == 4
+    assert {row["answer"] for row in conversations.heldout(run.path)} == {"New.", "other", "2", "cat"}
+    write_rows(runs / "lines-heldout.jsonl", held[-1:])
+    with pytest.raises(UserError, match=r"to be held out \(answer_in_base_text 1\); .* neither in the base's text nor"):
+        Pipeline(run.recipe, runs, report=lambda line: None).tokens()
 
 
 def test_reading_that_was_interrupted_is_done_again(runs, monkeypatch):
@@ -296,7 +467,7 @@ def test_conversations_read_are_used_or_left_out_for_a_reason(runs, monkeypatch)
     rows = [(False, "What?", "Known."), (False, f"Say {END}", "No."), *((True, *pair) for pair in held)]
     monkeypatch.setattr(questions, "conversations", lambda: iter(rows))
     monkeypatch.setattr(conversations, "HELDOUT_MAXIMUM", 2)
-    recipe = recipe_on_base(runs, "counted")
+    recipe = recipe_on_base(runs, "counted", data={"max_dropped": 0.3})
     lines: list[str] = []
     count = Pipeline(recipe, runs, report=lines.append).tokens()["sources"]["questions"]
     assert count["read"] == len(rows) == sum(count.values()) - count["read"]

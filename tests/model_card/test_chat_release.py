@@ -8,9 +8,11 @@ import pytest
 import yaml
 from chat_run import pipeline, talk
 from forging import card_problems  # type: ignore[import-not-found]
+from hub_client import push
 from huggingface_hub import ModelCard
 
 from nanophi.core import markup
+from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, write_json
 from nanophi.core.recipe import load_recipe
 from nanophi.data.conversations import TEMPLATE
@@ -53,6 +55,12 @@ def test_the_card_says_what_a_chat_model_is(run):
     assert "trained from scratch on" not in text
 
 
+@pytest.mark.parametrize("part", ["scorer", "data"])
+def test_what_a_chat_run_has_not_is_not_published(run, part):
+    with pytest.raises(UserError, match=r"has no scored documents.*chat model.*leave them out"):
+        push(run.path / "release", "org/demo", dry_run=True, **{part: "scores"})
+
+
 def test_what_alignment_cost_is_paired_with_the_base(run):
     comparison = read_json(run.path / "comparison.json")
     assert comparison["labels"] == ["chat", comparison["baseline"]]
@@ -74,7 +82,9 @@ def test_the_template_travels(run, tmp_path):
     assert checks.configuration(tmp_path / "chat", records) == ["the chat template is not the one that nanophi ships"]
     gguf.write(run.path / "release", tmp_path / "x.gguf", "f32")
     field = library.GGUFReader(tmp_path / "x.gguf").get_field("tokenizer.chat_template")
-    assert field.contents() == TEMPLATE
+    marks = "{% generation %}", "{% endgeneration %}"
+    assert all(mark in TEMPLATE for mark in marks)
+    assert field.contents() == TEMPLATE.replace(marks[0], "").replace(marks[1], "")
 
 
 def test_a_reproduction_needs_its_base_and_conversations_and_says_so_at_once(run, tmp_path):

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json
+from nanophi.data.conversations import TEMPLATE
 from nanophi.training.optimizer import ADAM_EPS
 from nanophi.training.run_trainer import RunTrainer
 
@@ -21,13 +22,6 @@ PAIRS = [
     {"prompt": talk(n)[:1], "chosen": talk(n)[1:2], "rejected": [{"role": "assistant", "content": "I do not know."}]}
     for n in range(12)
 ]
-# The template that the run stores, in TRL's spelling of which tokens are the assistant's.
-MARKED = (
-    "{% for m in messages %}{% if m.role == 'assistant' %}{{ 'Assistant:\n' }}"
-    "{% generation %}{{ m.content + '<|endoftext|>' }}{% endgeneration %}"
-    "{% else %}{{ 'User:\n' + m.content + '<|endoftext|>' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'Assistant:\n' }}{% endif %}"
-)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +77,7 @@ def losses(run):
 def test_sft_has_the_losses_of_plain_trl(runs, sft, tmp_path, monkeypatch):
     monkeypatch.setenv("CI", "1")
     options = {"packing": True, "assistant_only_loss": True}
-    expected = plain(runs, trl.SFTTrainer, trl.SFTConfig, ROWS, tmp_path, MARKED, **options)
+    expected = plain(runs, trl.SFTTrainer, trl.SFTConfig, ROWS, tmp_path, TEMPLATE, **options)
     assert losses(sft) == pytest.approx(expected, abs=1e-5)
     assert expected[-1] < expected[0]
 
@@ -92,7 +86,7 @@ def test_dpo_has_the_losses_of_plain_trl(runs, tmp_path, monkeypatch):
     monkeypatch.setenv("CI", "1")
     run = pipeline(runs, PAIRS, "dpo", method="dpo", beta=0.5)
     run.make("training")
-    expected = plain(runs, trl.DPOTrainer, trl.DPOConfig, PAIRS, tmp_path, MARKED, beta=0.5)
+    expected = plain(runs, trl.DPOTrainer, trl.DPOConfig, PAIRS, tmp_path, TEMPLATE, beta=0.5)
     assert losses(run.path) == pytest.approx(expected, abs=1e-5)
     assert expected[-1] < expected[0]
 
