@@ -415,7 +415,7 @@ AFTER = "{0} cannot be read after "
         ("a.csv", b"text;n\nx;1\n", "{0} has no column 'text'; it has text;n"),
         ("a.json", b'{"data": [{"text": "x"}]}', "{0} has no row with a column 'text'; the last has data"),
         ("a.json", b'[{"body": "x"}]', "{0} has no row with a column 'text'; the last has body"),
-        ("a.jsonl", gzip.compress(b""), r"{0} is \.gz data; rename it to end in \.gz"),
+        ("a.jsonl", gzip.compress(b"", mtime=0), r"{0} is \.gz data; rename it to end in \.gz"),
         ("a.csv", BZ2, r"{0} is \.bz2 data"),
         ("a.json", XZ, r"{0} is \.xz data"),
         ("a.txt", zst(b"text"), r"{0} is \.zst data"),
