@@ -77,10 +77,10 @@ def _as_recorded(published: Path) -> list[str]:
     """
     import torch
 
-    threads = read_json(published / "run.json")["environment"].get("cpu_threads")
+    threads = read_json(published / "records/run.json")["environment"].get("cpu_threads")
     if threads and not torch.cuda.is_available():
         torch.set_num_threads(threads)
-    precision = read_json(published / "training.json").get("summary", {}).get("precision")
+    precision = read_json(published / "records/training.json").get("summary", {}).get("precision")
     return [f"training.precision={precision}"] if precision in ("fp32", "bf16") else []
 
 
