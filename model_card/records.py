@@ -139,13 +139,17 @@ def _heldout_items(run: Path, checkpoint: str) -> Iterator[dict[str, Any]]:
     """
     task = catalogue.HELDOUT_BITS
     evaluated = evaluation.checkpoint_results(run / "checkpoints" / checkpoint).values()
-    samples: list[Any] = next((found["samples"][task] for found in evaluated if task in found["samples"]), [])
+    samples: list[Any] = next((one["samples"][task] for one in evaluated if task in one["samples"]), [])
     texts = [row["text"] for row in documents.heldout(run / "data" / "documents", ["text"])] if samples else []
+    found: list[tuple[int, dict[str, Any]]] = []
     for sample in samples:
         log_likelihood, size = sample["bits_per_byte"]
         text = texts[sample["doc_id"]] if sample["doc_id"] < len(texts) else ""
-        if size == len(text.encode()) <= HELDOUT_ITEM_BYTES and not secrets.found_in(text, [run]):
-            yield {"text": text, "log_likelihood": log_likelihood}
+        if size == len(text.encode()) and not secrets.found_in(text, [run]):
+            found.append((size, {"text": text, "log_likelihood": log_likelihood}))
+    short = [item for size, item in found if size <= HELDOUT_ITEM_BYTES]
+    # With none that is short, the shortest: a release whose figures nobody can check is none.
+    yield from short or [item for _, item in sorted(found, key=lambda entry: entry[0])[:1]]
 
 
 def write_records(records: ShippedRecords, folder: Path) -> None:

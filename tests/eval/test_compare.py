@@ -1,5 +1,6 @@
 """Comparison: tests against scipy and simulation, and no verdict where there is only noise."""
 
+import copy
 import hashlib
 import json
 import math
@@ -24,6 +25,7 @@ from nanophi.eval.results import ANSWER_METRIC, FORMAT
 from nanophi.eval.statistics import bits_per_byte_stderr, holm
 from nanophi.eval.tasks import heldout
 from nanophi.model_card.card import differences
+from nanophi.model_card.consistency import _underived
 
 
 def result(
@@ -162,6 +164,11 @@ def test_bits_per_byte_by_source(tmp_path):
     }
     comparison = compare_models(files, tmp_path)
     rows = comparison["sources"]
+    assert list(_underived(comparison)) == []
+    for table, task in (("sources", "manual"), ("tasks", "heldout_bits_per_byte")):
+        turned = copy.deepcopy(comparison)
+        turned[table][task]["differences"]["a"]["value"] *= -1
+        assert len(list(_underived(turned))) == 1, "a sign that was turned is not what the items give"
     assert {name: row["documents"] for name, row in rows.items()} == {
         "manual": 60,
         "code": 60,
