@@ -121,6 +121,15 @@ def _underived(comparison: dict[str, Any]) -> Iterator[str]:
     from nanophi.eval import compare
 
     derived = compare.recompute(comparison) or {}
+    for task, row in comparison["tasks"].items():
+        there = row["scores"].get(comparison["baseline"])
+        for label, entry in row["differences"].items():
+            here = row["scores"].get(label)
+            if here and there and here["items"] == there["items"]:
+                value = here["value"] - there["value"]
+                if not math.isclose(value, entry["value"], rel_tol=1e-6, abs_tol=1e-9):
+                    change = f"{label} {entry['value']:+.4f} on {task}"
+                    yield f"comparison.json has {change}, its scores differ by {value:+.4f}"
     for table in compare.TABLES if derived else ():
         groups = {"": comparison.get(table) or {}} if table != "subjects" else comparison.get(table) or {}
         again = {"": derived.get(table) or {}} if table != "subjects" else derived.get(table) or {}
