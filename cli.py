@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from nanophi.core.errors import UserError, is_disk_full, one_line, printable
+from nanophi.core.errors import UserError, is_disk_full, one_line, printable, suggest
 from nanophi.core.surroundings import settle
 from nanophi.core.version import __version__
 
@@ -32,6 +32,7 @@ VERBS = {
     "card": "pipeline:card",
     "release": "pipeline:release",
     "generate": "core.generate:generate",
+    "trace": "data.trace:trace",
     "verify": "model_card.verify:verify",
     "push": "model_card.push:push",
     "reproduce": "experiments.reproduce:reproduce",
@@ -66,6 +67,12 @@ class Verbs(typer.core.TyperGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:
         return [name for name in self.table if name not in HIDDEN]
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] not in self.table and not args[0].startswith("-"):
+            hint = suggest(args[0], self.list_commands(ctx))
+            ctx.fail(f"No such command '{args[0]}'. {hint[0].upper()}{hint[1:]}")
+        return super().resolve_command(ctx, args)
 
     def get_command(self, ctx: Any, name: str) -> Any:
         verb = self.table.get(name)

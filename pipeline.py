@@ -94,7 +94,7 @@ def _model_config(run: Runner) -> NanoPhiConfig:
         return NanoPhiConfig.from_pretrained(run.path / "data/base")
     tokenizer = AutoTokenizer.from_pretrained(run.path / "data/tokenizer")
     return recipe.model_config_for(
-        vocab_size=max(len(tokenizer), recipe.model.get("vocab_size", 0)),
+        vocab_size=max(*(number + 1 for number in tokenizer.get_vocab().values()), recipe.model.get("vocab_size", 0)),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
@@ -320,7 +320,7 @@ def compare_runs(runs: Sequence[Runner]) -> None:
         seed = run.recipe.seed
 
         def build(run: Runner, work: Path, seed: int = seed) -> Summary:
-            from nanophi.eval.comparison import compare_models
+            from nanophi.eval.compare import compare_models
 
             compare_models(files, work, baseline=baseline, seed=seed)
             return {"models": list(files), "baseline": baseline}

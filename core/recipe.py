@@ -109,6 +109,8 @@ class Data(Section):
     max_dropped: float = pydantic.Field(default=0.2, ge=0, le=1)
     """Stop if a larger share of a source's documents cannot be used (no text, not UTF-8, too large); empty documents
     and repeats do not count."""
+    max_lost: float = pydantic.Field(default=0.01, ge=0, le=1)
+    """Stop if the tokenizer has no token for a larger share of a source's bytes, by a sample."""
     deduplication: Deduplication = Deduplication()
     decontamination: Decontamination = Decontamination()
     engine: Literal["local", "ray", "slurm"] = "local"
@@ -129,7 +131,8 @@ class Quality(Section):
     """The filter: a threshold or a share. `threshold: null` without a share keeps everything (a control)."""
 
     scorer: str = "linear"
-    """`linear` (trained here), `column:<name>`, or `model:<hub id or folder>`."""
+    """`linear` (trained here), `column:<name>`, `model:<hub id or folder>`, or `none`: nothing is scored, which is also
+    what a recipe of one's own sources without a filter gets."""
     high: list[str] = []
     """For `linear`: sources whose documents are examples of high-quality text; empty: the installed documentation's."""
     low: list[str] = []
@@ -149,9 +152,10 @@ class Quality(Section):
     @pydantic.model_validator(mode="before")
     @classmethod
     def share_replaces_default_threshold(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("share") is not None and "threshold" not in values:
-            return {**values, "threshold": None}
-        return values
+        if not isinstance(values, dict) or "threshold" in values:
+            return values
+        scores_count = values.get("share") is None and values.get("scorer") != "none"
+        return values if scores_count else {**values, "threshold": None}
 
     @pydantic.model_validator(mode="after")
     def one_rule(self) -> Quality:
@@ -260,6 +264,10 @@ class Training(Section):
         late = [step for step in self.keep_steps if step > self.steps]
         if late:
             raise ValueError(f"keep_steps {late} are beyond the last step ({self.steps})")
+        if min(self.keep_steps, default=1) < 1:
+            raise ValueError(
+                f"keep_steps {self.keep_steps}: the first step is 1; the initial weights follow from the seed"
+            )
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"batch_size ({self.batch_size}) must be a multiple of micro_batch_size ({self.micro_batch_size})"
@@ -424,12 +432,28 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         override(said, assignment)
     if values.get("conversations"):
         values = inherit(values, said)
+    elif said.get("quality") in (None, {}, {"threshold": None}) and _has_no_examples(values):
+        values["quality"] = {"scorer": "none", "threshold": None}
     try:
         return Recipe(**values)
     except pydantic.ValidationError as error:
         raise UserError(f"{path}: {_explain(error)}") from None
     except TypeError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def _has_no_examples(values: dict[str, Any]) -> bool:
+    """Whether sources are the user's own, and the filter is the one that is fitted on examples, of which none is named.
+
+    Of a recipe that asks for no filter: what it extends may.
+    """
+    quality, data = values.get("quality") or {}, values.get("data")
+    sources = data.get("sources") if isinstance(data, dict) else None
+    own_files = isinstance(sources, list) and any(
+        isinstance(entry, dict) and not entry.get("embedded") for entry in sources
+    )
+    labelled = not isinstance(quality, dict) or quality.get("high") or quality.get("low") or quality.get("share")
+    return own_files and not labelled and quality.get("scorer", "linear") == "linear"
 
 
 def _explain(error: pydantic.ValidationError) -> str:

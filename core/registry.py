@@ -16,6 +16,7 @@ SCORERS = {
     "linear": "nanophi.data.scorers:LinearScorer",
     "column": "nanophi.data.scorers:ColumnScorer",
     "model": "nanophi.data.scorers:ModelScorer",
+    "none": "nanophi.data.scorers:NoScorer",
 }
 """Kind of `quality.scorer` (before the colon) -> a `Scorer`."""
 

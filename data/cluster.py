@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -72,6 +73,11 @@ def _step(tasks: Sequence[Task], folder: Path) -> Iterator[Parts]:
             raise WorkerDiedError
         raise UserError(failure["text"]) if failure["kind"] else RuntimeError(failure["text"])
     if not all(path.with_suffix(".json").exists() for _, _, path in tasks):
+        for log in sorted((folder / "slurm_logs").glob("*.out")):
+            rank = int(log.stem.rpartition("_")[2])
+            if not (folder / "completions" / f"{rank:05d}").exists():  # it did not begin, or Slurm ended it
+                last = next(filter(str.strip, reversed(log.read_text(errors="replace").splitlines())), "nothing")
+                raise UserError(f"a Slurm task ended before its parts were finished: {last} (its log is {log})")
         raise WorkerDiedError
 
 
@@ -108,7 +114,9 @@ class _Slurm(SlurmPipelineExecutor):
     """One job array. Set what your site needs in sbatch's own variables (SBATCH_PARTITION, SBATCH_ACCOUNT)."""
 
     def get_sbatch_args(self, max_array: int = 1) -> dict[str, Any]:
-        return {key: value for key, value in super().get_sbatch_args(max_array).items() if value is not None}
+        # sbatch reads its lines as a shell does.
+        given = {key: value for key, value in super().get_sbatch_args(max_array).items() if value is not None}
+        return {key: f'"{value}"' if key in ("output", "error") else value for key, value in given.items()}
 
     def launch_merge_stats(self) -> None:
         """Submit no second job for datatrove's statistics: the parts' counts are checked here."""
@@ -121,8 +129,10 @@ def slurm(tasks: Sequence[Task], workers: int | None, folder: Path) -> Iterator[
     for command in ("sbatch", "squeue", "scancel"):
         if shutil.which(command) is None:
             raise UserError(f"data.engine 'slurm' needs {command} on the PATH: start nanophi where jobs are submitted")
-    # The command that datatrove's script calls, in this very environment.
-    launch = f'launch_pickled_pipeline() {{ "{sys.executable}" -m datatrove.tools.launch_pickled_pipeline "$@"; }}'
+    # The command that datatrove's script calls, in this very environment; its argument there has no quotes.
+    launch = shlex.join(
+        [sys.executable, "-m", "datatrove.tools.launch_pickled_pipeline", f"{folder.absolute()}/executor.pik"]
+    )
     with _step(tasks, folder) as step:
         executor = _Slurm(
             [step],
@@ -132,7 +142,7 @@ def slurm(tasks: Sequence[Task], workers: int | None, folder: Path) -> Iterator[
             qos=os.environ.get("SBATCH_QOS"),
             job_name="nanophi",
             logging_dir=str(folder),
-            env_command=launch,
+            env_command=f"launch_pickled_pipeline() {{ {launch}; }}",
             requeue=False,
             requeue_signals=None,
             with_srun=False,

@@ -40,7 +40,6 @@ class BenchmarkIndex:
         items: items per benchmark; `too_short`: how many of these are too short to be found.
         grams: by n, sorted uint64 n-gram hashes.
         owners: by n, uint32 index of the item that each n-gram came from (over all benchmarks).
-        starts: int64 `[names + 1]`; benchmark `b` owns items `starts[b]:starts[b + 1]`.
     """
 
     names: list[str]
@@ -56,13 +55,13 @@ class BenchmarkIndex:
         for length, known in self.grams.items():
             bits = max(10, (16 * len(known)).bit_length())
             shift = np.uint64(64 - bits)
-            table = np.zeros(1 << bits, bool)
-            table[known >> shift] = True
-            result[length] = table, shift
+            result[length] = np.zeros(1 << bits, bool), shift
+            result[length][0][known >> shift] = True
         return result
 
     @functools.cached_property
     def starts(self) -> np.ndarray:
+        """Benchmark `b` owns items `starts[b]:starts[b + 1]`, int64 `[names + 1]`."""
         return np.concatenate([[0], np.cumsum(self.items)])
 
     def save(self, path: Path) -> None:
@@ -82,32 +81,30 @@ class BenchmarkIndex:
 
 
 def load_benchmarks(folder: Path, ngram: int) -> BenchmarkIndex:
-    """Read every benchmark in a folder of Hub-layout datasets and index the items of the splits that may be scored.
-
-    Those are `test` and `validation`, or the only one that the dataset has.
+    """Index the items of every benchmark in a folder of Hub-layout datasets, of the splits that may be scored.
 
     Raises:
         UserError: if the folder is missing or holds no benchmark.
     """
     if not folder.is_dir():
         raise UserError(f"data.decontamination.benchmarks: {folder} is not a folder")
-    index = BenchmarkIndex([], [], [], {}, {})
+    index, shortest = BenchmarkIndex([], [], [], {}, {}), min(SHORTEST, ngram)
     pairs: dict[int, list[tuple[np.ndarray, np.ndarray]]] = collections.defaultdict(list)
-    first = 0
     for name, files in _benchmarks(folder):
-        begin, too_short = first, 0
+        items, too_short = 0, 0
         for rows in (rows for file in files for rows in _rows(file)):
             renderings = [_renderings(row, ngram) for row in rows]
             item = np.repeat(np.arange(len(rows)), [len(texts) for texts in renderings])
             words = hash_words([text.encode() for texts in renderings for text in texts])
-            for length in range(min(SHORTEST, ngram), ngram + 1):
+            for length in range(shortest, ngram + 1):
                 chosen = words.counts == length if length < ngram else words.counts >= length
                 hashed = ngrams(words.take(chosen), length)
-                pairs[length].append((hashed.hashes, np.repeat(item[chosen] + first, hashed.counts).astype(np.uint32)))
-            too_short += len(rows) - len(np.unique(item[words.counts >= min(SHORTEST, ngram)]))
-            first += len(rows)
+                owners = np.repeat(item[chosen] + sum(index.items) + items, hashed.counts).astype(np.uint32)
+                pairs[length].append((hashed.hashes, owners))
+            too_short += len(rows) - len(np.unique(item[words.counts >= shortest]))
+            items += len(rows)
         index.names.append(name)
-        index.items.append(first - begin)
+        index.items.append(items)
         index.too_short.append(too_short)
     if not index.names:
         raise UserError(
@@ -146,11 +143,10 @@ def report(index: BenchmarkIndex, hits: list[tuple[str, str, list[int]]]) -> dic
     `hits` are `(document id, source, items)` of every contaminated document.
     """
     found: list[dict[int, dict[str, Any]]] = [{} for _ in index.names]
-    documents = [0] * len(index.names)
+    documents: collections.Counter[int] = collections.Counter()
     for document, source, items in hits:
         benchmarks = (np.searchsorted(index.starts, items, side="right") - 1).tolist()
-        for benchmark in set(benchmarks):
-            documents[benchmark] += 1
+        documents.update(set(benchmarks))
         for benchmark, item in zip(benchmarks, items, strict=True):
             number = item - int(index.starts[benchmark])
             found[benchmark].setdefault(number, {"item": number, "document": document, "source": source})

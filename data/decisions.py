@@ -1,6 +1,7 @@
 """What becomes of each document: trained on, held out, or dropped as a repeat or for an evaluation item; and how many.
 
-Decides by hashes alone, over the whole corpus at once: it reads no text and writes no file.
+Decides by hashes alone, over the whole corpus at once: it reads no text and writes no file. A document that is recorded
+as kept in place of others is kept, in whatever order they come and for whatever reason they are dropped.
 """
 
 from __future__ import annotations
@@ -13,30 +14,27 @@ import numpy as np
 
 from nanophi.core.errors import UserError
 from nanophi.core.recipe import Data
-from nanophi.data import deduplication
+from nanophi.data.deduplication import exact_duplicates, near_duplicates
 from nanophi.data.documents import uniform_from_id
 from nanophi.data.sources import reasons
 
 TRAIN, HELDOUT, EXACT, NEAR, CONTAMINATED, HELDOUT_NEAR = range(6)
 OUTCOMES = ("train", "heldout", "exact_duplicate", "near_duplicate", "contaminated", "heldout_near_train")
-_NOT_DROPPED = ("read", "bytes", "train", "heldout")
 
 
 class Counts:
-    """How many documents were read (and their bytes), trained on, held out and dropped, by source, name and reason.
+    """Documents read (and their bytes), trained on, held out and dropped, by number of the source, name and reason.
 
-    Args:
-        read: what the parts read, as `gather` stores it; `add` counts what became of their usable documents.
+    `read` is what the parts read, as `gather` stores it; `add` counts what became of their usable documents.
     """
 
     def __init__(self, read: Sequence[dict[str, Any]]) -> None:
         self.counts: Counter[tuple[int, str, str]] = Counter()
-        """By number of the source in the recipe, name that its documents have, and `read`, `bytes` or outcome."""
         for part in read:
-            for what in ("read", "bytes"):
-                self.counts.update({(part["origin"], name, what): count for name, count in part[what].items()})
-            for name, dropped in part["dropped"].items():
-                self.counts.update({(part["origin"], name, reason): count for reason, count in dropped.items()})
+            found = [(name, what, count) for what in ("read", "bytes") for name, count in part[what].items()]
+            found += [(name, why, count) for name, lost in part["dropped"].items() for why, count in lost.items()]
+            for name, what, count in found:
+                self.counts[part["origin"], name, what] += count
 
     def add(self, origins: np.ndarray, codes: np.ndarray, names: Sequence[str], decisions: np.ndarray) -> None:
         """Count decisions; per document: number of its source, index of its name in `names`, what becomes of it."""
@@ -47,12 +45,18 @@ class Counts:
             self.counts[origin, names[code], OUTCOMES[outcome]] += int(numbers[outcome, origin, code])
 
     def by_source(self) -> dict[int, Counter[str]]:
-        """Counts of each source of the recipe."""
+        """Counts of each source, by its number in the recipe."""
         return self._grouped(0)
 
     def by_name(self) -> dict[str, Counter[str]]:
-        """Counts of each name, sorted."""
-        return dict(sorted(self._grouped(1).items()))
+        """Counts of each name that documents have."""
+        return self._grouped(1)
+
+    def _grouped(self, position: int) -> dict[Any, Counter[str]]:
+        grouped: dict[Any, Counter[str]] = defaultdict(Counter)
+        for key, count in self.counts.items():
+            grouped[key[position]][key[2]] += count
+        return dict(sorted(grouped.items()))
 
     def origins(self) -> dict[str, list[int]]:
         """Every name with the numbers of the sources that give it."""
@@ -62,16 +66,10 @@ class Counts:
                 found[name].append(number)
         return found
 
-    def _grouped(self, position: int) -> dict[Any, Counter[str]]:
-        grouped: dict[Any, Counter[str]] = defaultdict(Counter)
-        for key, count in self.counts.items():
-            grouped[key[position]][key[2]] += count
-        return grouped
-
 
 def dropped(counts: Counter[str]) -> Counter[str]:
     """Why documents were dropped, of one group's counts."""
-    return Counter({reason: count for reason, count in counts.items() if reason not in _NOT_DROPPED})
+    return Counter({what: count for what, count in counts.items() if what not in ("read", "bytes", *OUTCOMES[:2])})
 
 
 def decide(
@@ -87,20 +85,21 @@ def decide(
         held_sources: bool `[documents]`: which are of sources that are held out as a whole.
         remedy: what to do if there are too few documents, for the message.
     """
-    own = np.arange(len(ids))
-    decisions, leaders = np.full(len(ids), TRAIN, np.uint8), own
-    first = deduplication.exact_duplicates(ids)
-    unique = first == own
-    if data.deduplication.exact:
-        decisions[~unique] = EXACT
-        leaders = first
+    settings, own = data.deduplication, np.arange(len(ids))
+    first = exact_duplicates(ids)
     # Also without near-duplicate removal: held-out documents must not have near-duplicates among those trained on.
-    near = deduplication.near_duplicates(signatures, unique, data.deduplication.similarity)
-    if data.deduplication.near:
-        repeated = unique & (near != own)
-        decisions[repeated] = NEAR
-        leaders = np.where(repeated, near, leaders)
-    decisions[contaminated & (decisions == TRAIN)] = CONTAMINATED
+    similar = near_duplicates(signatures, first == own, settings.similarity)[first]
+    clusters = similar if settings.near else first if settings.exact else own
+    # Of a cluster the first document without an evaluation item stays; of one that has none, the first stands for it.
+    clean = np.flatnonzero(~contaminated)
+    labels, positions = np.unique(clusters[clean], return_index=True)
+    keepers = own.copy()
+    keepers[labels] = clean[positions]
+    leaders = keepers[clusters]
+    if not settings.exact:
+        leaders = np.where(first == first[leaders], own, leaders)
+    decisions = np.where(leaders == own, TRAIN, np.where(settings.exact & (first != own), EXACT, NEAR)).astype(np.uint8)
+    decisions[contaminated] = CONTAMINATED
     candidates = np.flatnonzero(decisions == TRAIN)
     if len(candidates) < 2:
         left = f"{len(candidates)} of {len(ids)} documents are left, too few to hold one out"
@@ -116,11 +115,12 @@ def decide(
         chosen = int((uniform_from_id(ids[order]) < data.heldout_fraction).sum())
         heldout = order[: max(1, min(chosen, data.heldout_max_documents))]
     decisions[heldout] = HELDOUT
-    if not (data.deduplication.near and data.deduplication.exact):
-        cluster = near[first]
+    if not (settings.near and settings.exact):
         trained = np.zeros(len(ids), bool)
-        trained[cluster[decisions == TRAIN]] = True
-        decisions[heldout[trained[cluster[heldout]]]] = HELDOUT_NEAR
+        trained[similar[decisions == TRAIN]] = True
+        decisions[heldout[trained[similar[heldout]]]] = HELDOUT_NEAR
+        # The copies of such a document are dropped for the same reason: it does not stay in their place.
+        decisions[(decisions == EXACT) & (decisions[leaders] == HELDOUT_NEAR)] = HELDOUT_NEAR
         if not (decisions == HELDOUT).any():
             raise UserError(
                 "every held-out document has a near-duplicate among the others; set deduplication.near: true"

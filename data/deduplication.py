@@ -3,7 +3,7 @@
 A document's signature holds `PERMUTATIONS` minima over its word 5-grams; the share of equal minima estimates the
 Jaccard similarity of two documents (Broder, "On the resemblance and containment of documents", 1997). Documents that
 agree in all of one band's minima are candidates (locality-sensitive hashing), candidates are checked against the
-whole signature, and connected ones form a cluster, of which the first document stays.
+whole signature, and connected ones form a cluster. Which document of a cluster stays is decided in `decisions.py`.
 """
 
 from __future__ import annotations
@@ -55,49 +55,38 @@ def exact_duplicates(hashes: np.ndarray) -> np.ndarray:
 def near_duplicates(matrix: np.ndarray, candidates: np.ndarray, similarity: float) -> np.ndarray:
     """For each document the index of the first one of its cluster, int64 `[documents]`.
 
-    Works band by band, so that beside the signatures (which may be memory-mapped) it holds a few tens of bytes per
-    document.
-
-    Args:
-        matrix: signatures, uint32 `[documents, PERMUTATIONS]`.
-        candidates: bool `[documents]`; the others stay alone.
-        similarity: estimated Jaccard similarity from which two documents are the same.
+    `matrix` are the signatures, `candidates` (bool `[documents]`) those that are compared, the others stay alone, and
+    `similarity` is the estimate from which two documents are the same. It works band by band, so that beside the
+    signatures (which may be memory-mapped) it holds a few tens of bytes per document.
     """
-    documents = len(matrix)
     rows = np.flatnonzero(candidates)
     width = PERMUTATIONS // BANDS
-    left, right = [], []
+    left, right = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for band in range(BANDS):
         block = np.ascontiguousarray(matrix[rows, band * width : (band + 1) * width]).astype(np.uint64)
         keys = np.zeros(len(rows), np.uint64)
         for column in range(width):
             keys = (keys ^ block[:, column]) * np.uint64(0x9E3779B97F4A7C15)
             keys ^= keys >> np.uint64(29)
-        empty = np.asarray(block.sum(axis=1) == 0)
         order = np.argsort(keys, kind="stable")
         ordered = keys[order]
         begins = np.asarray(np.diff(ordered, prepend=~ordered[:1]) != 0)
+        wordless = np.asarray(block.sum(axis=1) == 0)[order]
         # Each member is compared with the first of its bucket and with its neighbour: linear, and over the bands
         # enough to connect a cluster.
         first = order[np.flatnonzero(begins)[np.cumsum(begins) - 1]] if len(rows) else order
-        previous = np.roll(order, 1)
-        for partner in (first, previous):
-            keep = ~begins & ~empty[order] & (partner != order)
+        for partner in (first, np.roll(order, 1)):
+            keep = ~begins & ~wordless & (partner != order)
             a, b = rows[partner[keep]], rows[order[keep]]
             for start in range(0, len(a), 4096):
-                stop = start + 4096
-                agreement = np.mean(matrix[a[start:stop]] == matrix[b[start:stop]], axis=1)
-                same = np.asarray(agreement >= similarity)
-                left.append(a[start:stop][same])
-                right.append(b[start:stop][same])
-    result = np.arange(documents)
-    if left:
-        edges = np.concatenate(left), np.concatenate(right)
-        graph = coo_matrix((np.ones(len(edges[0]), bool), edges), shape=(documents, documents))
-        _, labels = connected_components(graph, directed=False)
-        _, first_of = np.unique(labels, return_index=True)
-        result = first_of[labels]
-    return result
+                some = slice(start, start + 4096)
+                same = np.asarray(np.mean(matrix[a[some]] == matrix[b[some]], axis=1) >= similarity)
+                left.append(a[some][same])
+                right.append(b[some][same])
+    edges = np.concatenate(left), np.concatenate(right)
+    graph = coo_matrix((np.ones(len(edges[0]), bool), edges), shape=(len(matrix), len(matrix)))
+    labels = connected_components(graph, directed=False)[1] if len(matrix) else np.zeros(0, np.int64)
+    return exact_duplicates(labels)
 
 
 def cluster_counts(leaders: np.ndarray) -> dict[str, Any]:

@@ -32,15 +32,10 @@ def shards(documents: Path, split: str) -> list[Path]:
 
 
 def batches(paths: Path | Sequence[Path], columns: Sequence[str], rows: int | None = 256) -> Iterator[pa.RecordBatch]:
-    """The documents of some shards, in order.
+    """The documents of some shards, in order, with some columns in the file's order.
 
-    Args:
-        paths: one shard or several.
-        columns: which columns to read; a batch has them in the file's order.
-        rows: documents per batch; None: as they were written, about 4 MB of text at a time.
-
-    Raises:
-        UserError: naming a file that is missing or damaged, or a column that it lacks.
+    `rows` are documents per batch; None: as they were written, about 4 MB of text at a time. Raises `UserError` naming
+    a file that is missing or damaged, or a column that it lacks.
     """
     for path in [paths] if isinstance(paths, Path) else paths:
         try:
@@ -50,10 +45,8 @@ def batches(paths: Path | Sequence[Path], columns: Sequence[str], rows: int | No
                     raise UserError(f"{path} has no column '{absent[0]}'; it has {', '.join(file.schema_arrow.names)}")
                 if rows is not None:
                     yield from file.iter_batches(batch_size=rows, columns=list(columns))
-                    continue
-                for group in range(file.num_row_groups):
-                    table = file.read_row_group(group, columns=list(columns))
-                    yield from table.combine_chunks().to_batches()
+                for group in range(file.num_row_groups if rows is None else 0):
+                    yield from file.read_row_group(group, columns=list(columns)).combine_chunks().to_batches()
         except (OSError, pa.ArrowException) as error:
             raise UserError(f"{path} cannot be read ({one_line(error)}); run `nanophi prepare` again") from None
 

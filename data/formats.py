@@ -41,10 +41,10 @@ _END_OF_DOCUMENT = re.compile(r"^[ \t]*(<\|\w{1,40}\|>|</s>|<eos>)[ \t]*$", re.M
 
 
 class Unusable(NamedTuple):
-    """Stands for a document's text where the source holds none.
+    """Stands for a document's text where the source holds none; `found` is what was there instead.
 
-    `reason` is one of `no_text` (no such column, or null), `not_text` (another type), `not_json`, `malformed` (a row
-    with more fields than columns), `invalid_utf8`, `empty` and `oversize`; `found` is what was there instead.
+    `reason`: `no_text` (no such column, or null), `not_text` (another type), `not_json`, `malformed` (a row with more
+    fields than columns), `invalid_utf8`, `empty`, `oversize`.
     """
 
     reason: str
@@ -175,9 +175,9 @@ class TextColumn:
 
     def remedy(self, bad: Unusable) -> str:
         """What to do about a row without a text, in a few words; empty if there is nothing to do."""
-        if bad.reason == "no_text" and self.path in bad.found:
-            return f"its '{self.path}' is null"
         if bad.reason == "no_text":
+            if self.path in bad.found:
+                return f"its '{self.path}' is null"
             return f"it has no '{self.path}' but {_listed(bad.found)}; set text_column, or raise data.max_dropped"
         if bad.reason == "not_text":
             kind = "an object" if isinstance(bad.found, dict) else "a list" if isinstance(bad.found, list) else ""
@@ -206,12 +206,9 @@ def _leaves(value: Any, steps: Sequence[str]) -> list[Any]:
 
 
 class Reader:
-    """Reads one file of a source; a subclass says how its format holds records.
+    """Reads one file of a source (a path or an `hf://` address); a subclass knows how its format holds records.
 
-    Args:
-        location: path or `hf://` address.
-        source: the recipe's entry, which names the columns.
-        score: the column with a quality score, if one is used.
+    `source`, the recipe's entry, names the columns; `score` is the one with a quality score, if one is used.
     """
 
     compressed: ClassVar[bool] = True
@@ -234,19 +231,18 @@ class Reader:
 
     def rows(self, piece: Any = None) -> Iterator[Row]:
         """The rows of a piece. Raises `UserError` if no record has the text's column, or one that is kept no score."""
-        found, last = False, None
+        found, last, label_column = False, None, self.source.source_column
         for where, record in self.records(piece):
-            label, score = None, None
+            columns = record if isinstance(record, dict) else {}
             if isinstance(record, dict):
                 found, last = found or self.text.root(record) in record, record
                 text = clean(self.text.of(record))
-                label = record.get(self.source.source_column) if self.source.source_column else None
             else:
                 found = found or isinstance(record, str)
                 text = clean(record if isinstance(record, str | Unusable) else Unusable("not_json", record))
-            if self.score is not None and isinstance(text, bytes):
-                score = self._number(where, record if isinstance(record, dict) else {self.score: None})
-            yield Row(where, text, label, score)
+            wanted = self.score is not None and isinstance(text, bytes)
+            score = self._number(where, columns or {self.score: None}) if wanted else None
+            yield Row(where, text, columns.get(label_column) if label_column else None, score)
         if last is not None and not found:
             raise UserError(
                 f"{self.name} has no row with a column '{self.source.text_column}'; the last has {_listed(last)}"
@@ -258,9 +254,12 @@ class Reader:
             return list(names)
         root = self.text.root(names)
         wanted = [column for column in dict.fromkeys((root, self.source.source_column, self.score)) if column]
-        for column in (column for column in wanted if column not in names):
-            lacking = self.source.text_column if column == root else column
-            raise UserError(f"{self.name} has no column '{lacking}'; it has {_listed(names)}")
+        for column in wanted:
+            if column not in names:
+                lacking = self.source.text_column if column == root else column
+                raise UserError(f"{self.name} has no column '{lacking}'; it has {_listed(names)}")
+            if list(names).count(column) > 1:
+                raise UserError(f"{self.name} has the column '{column}' twice; rename one of them")
         return wanted
 
     def _number(self, where: str, record: dict[str, Any]) -> float:

@@ -8,11 +8,12 @@
 
 The corpus is cut into parts of about 16 MB, each of which is read and hashed by one process in small batches; only
 hashes are compared across the corpus. Memory therefore grows by 600 bytes per document only, most of them in a
-memory-mapped file.
+memory-mapped file. What becomes of a document is decided in `decisions.py`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import shutil
@@ -26,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanophi.core.errors import UserError
-from nanophi.core.files import read_json, write_json
+from nanophi.core.files import read_json, remove, sha256_of, write_json, write_text
 from nanophi.core.formatting import integer
 from nanophi.core.names import local
 from nanophi.core.recipe import Data, Source
@@ -45,20 +46,16 @@ def gather(
 ) -> dict[str, Any]:
     """Write the documents of `data` to `output` (see the module) and return the counts of `documents.json`.
 
-    Args:
-        data: the recipe's section. Which documents are held out depends on their text alone, so that runs with
-            different seeds are measured on the same ones.
-        output: folder to create; resumes where a killed attempt stopped.
-        score: column of the sources with a quality score, kept as `SCORE`.
-        report: called with a line for each source: documents read, kept, and dropped by reason.
+    Which documents are held out depends on their text alone, so that runs with different seeds are measured on the
+    same ones. It resumes where a killed attempt stopped. `score` is the column of the sources with a quality score,
+    kept as `SCORE`; `report` gets a line for each source.
 
     Raises:
         UserError: if a source cannot be read, keeps nothing, or has more than `data.max_dropped` unusable documents.
     """
-    done = output / "documents.json"
+    done, work = output / "documents.json", output / ".parts"
     if done.exists():
         return read_json(done)
-    work = output / ".parts"
     work.mkdir(parents=True, exist_ok=True)
     parts: list[tuple[int, Source, sources.Part]] = []
     for number, source in enumerate(data.sources):
@@ -67,12 +64,22 @@ def gather(
         if others:
             names = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
             report(f"{sources.name_of(source)}: {len(others)} other files are not read: {names}")
+    cut = sha256_of([[number, part] for number, _, part in parts])
+    if not (work / "plan.txt").exists() or (work / "plan.txt").read_text() != cut:
+        for left in (work / "read", work / "written"):  # of parts that were cut otherwise
+            remove(left)
+        write_text(work / "plan.txt", cut)
     _benchmark_index.cache_clear()  # this folder may have held another one
     benchmarks = _index_benchmarks(data, work)
     run = functools.partial(run_parts, workers=data.workers, engine=data.engine)
     read = run(_read_part, [(*part, score, benchmarks) for part in parts], work / "read", "reading documents")
+    refused = [(part["origin"], entry) for part in read for entry in part["refused"]]
     counts = Counts(read)
-    _check_read(data, read, counts)
+    sources.weights(data.sources, counts.origins())
+    by_source = counts.by_source()
+    for number, source in enumerate(data.sources):  # before hours of work
+        mine, bad = by_source.get(number, Counter()), [entry for origin, entry in refused if origin == number]
+        sources.check_usable(sources.name_of(source), mine["read"], dropped(mine), bad, data.max_dropped)
     documents = _Documents(work, read)
     undivided = {sources.name_of(source) for _, source, part in parts if sources.is_undivided(source, part)}
     decisions, leaders = decide(
@@ -84,12 +91,19 @@ def gather(
         f"; set the separator of {', '.join(sorted(undivided))} to split a text file into documents" * bool(undivided),
     )
     counts.add(documents.origins, documents.codes, documents.names, decisions)
-    _report_sources(data, counts, report)
+    for number, mine in counts.by_source().items():
+        name, lost, kept = sources.name_of(data.sources[number]), dropped(mine), mine["train"] + mine["heldout"]
+        line = f"{name}: {integer(mine['read'])} documents read, {integer(kept)} kept"
+        report(line + (f", {integer(lost.total())} dropped ({sources.reasons(lost)})" if lost.total() else ""))
+        if kept == 0:
+            raise UserError(f"source {name} keeps nothing: {sources.reasons(lost)}; leave it out")
     np.save(work / "decisions.npy", decisions)
-    starts = np.cumsum([0] + [part["documents"] for part in read]).tolist()
-    to_write = [(work / "read" / f"{index:05d}.parquet", starts[index], output, index) for index in range(len(parts))]
+    to_write = [
+        (work / "read" / f"{index:05d}.parquet", start, output, index)
+        for index, start in enumerate(documents.starts[:-1])
+    ]
     written = run(_write_part, to_write, work / "written", "writing documents")
-    summary = _summary(counts, leaders, [entry for part in read for entry in part["refused"]])
+    summary = _summary(counts, leaders, [entry for _, entry in refused[:100]])
     kept = summary["train"] + summary["heldout"]
     if (
         not sum(part["train"] + part["heldout"] for part in written)
@@ -168,11 +182,9 @@ def _batches(documents: Iterable[sources.Document]) -> Iterator[list[sources.Doc
 def _index_benchmarks(data: Data, work: Path) -> Path | None:
     if data.decontamination.benchmarks is None:
         return None
-    path = work / "benchmarks.npz"
+    path, partial = work / "benchmarks.npz", work / "benchmarks.part.npz"
     if not path.exists():
-        index = contamination.load_benchmarks(local(data.decontamination.benchmarks), data.decontamination.ngram)
-        partial = work / "benchmarks.part.npz"
-        index.save(partial)
+        contamination.load_benchmarks(local(data.decontamination.benchmarks), data.decontamination.ngram).save(partial)
         partial.replace(path)
     return path
 
@@ -186,39 +198,37 @@ class _Documents:
     """Hashes, signatures and sources of all parts' documents, in order.
 
     `origins` are the numbers of their sources in the recipe, `codes` indices of their sources' names in `names`,
-    `hits` the rows that hold evaluation items, with these.
+    `hits` the rows that hold evaluation items, with these; part `i` has the rows from `starts[i]` to `starts[i + 1]`.
     """
 
     def __init__(self, work: Path, read: Sequence[dict[str, Any]]) -> None:
         paths = [work / "read" / f"{index:05d}" for index in range(len(read))]
         counts = [part["documents"] for part in read]
+        self.starts = np.cumsum([0, *counts]).tolist()
         self.ids = np.concatenate([np.fromfile(path.with_suffix(".ids"), ">u8") for path in paths]).astype(np.uint64)
-        if len(self.ids) != sum(counts):
+        if len(self.ids) != self.starts[-1]:
             raise UserError(f"{work / 'read'} is incomplete; delete it and run again")
-        joined = work / "signatures.bin"
+        joined, shape = work / "signatures.bin", (len(self.ids), deduplication.PERMUTATIONS)
         with joined.open("wb") as file:
             for path in paths:
                 with path.with_suffix(".signatures").open("rb") as part:
                     shutil.copyfileobj(part, file, 1 << 20)
-        shape = (len(self.ids), deduplication.PERMUTATIONS)
-        self.signatures = (
-            np.memmap(joined, np.uint32, "r", shape=shape) if len(self.ids) else np.zeros(shape, np.uint32)
-        )
+        empty = np.zeros(shape, np.uint32)  # a file of no bytes cannot be mapped
+        self.signatures = np.memmap(joined, np.uint32, "r", shape=shape) if len(self.ids) else empty
         known: dict[str, int] = {}
         codes = [np.zeros(0, np.int32)]
         for path in paths:
-            with pq.ParquetFile(path.with_suffix(".parquet"), read_dictionary=["source"]) as file:
-                for batch in file.iter_batches(columns=["source"]):
+            with pq.ParquetFile(path.with_suffix(".parquet"), read_dictionary=["source"]) as table:
+                for batch in table.iter_batches(columns=["source"]):
                     column = batch.column("source")
                     names = column.dictionary.to_pylist()
                     mapping = np.array([known.setdefault(name, len(known)) for name in names], np.int32)
                     codes.append(mapping[column.indices.to_numpy(zero_copy_only=False)])
         self.codes, self.names = np.concatenate(codes), list(known)
         self.origins = np.repeat(np.array([part["origin"] for part in read], np.int64), counts)
-        starts = np.cumsum([0, *counts]).tolist()
         self.hits = [
             (start + row, items)
-            for start, part in zip(starts, read, strict=False)
+            for start, part in zip(self.starts, read, strict=False)
             for row, items in part["contaminated"]
         ]
         self.contaminated = np.zeros(len(self.ids), bool)
@@ -228,87 +238,56 @@ class _Documents:
         return self.names[int(self.codes[row])]
 
 
-# What each source gave
-
-
-def _check_read(data: Data, read: Sequence[dict[str, Any]], counts: Counts) -> None:
-    """What stops the run before hours of work: names that stand for two sources, and sources that lose too much."""
-    sources.weights(data.sources, counts.origins())
-    by_source = counts.by_source()
-    for number, source in enumerate(data.sources):
-        refused = [entry for part in read if part["origin"] == number for entry in part["refused"]]
-        mine = by_source.get(number, Counter())
-        sources.check_usable(sources.name_of(source), mine["read"], dropped(mine), refused, data.max_dropped)
-
-
-def _report_sources(data: Data, counts: Counts, report: Callable[[str], None]) -> None:
-    """A line for each source. Raises `UserError` for one that keeps nothing."""
-    for number, mine in sorted(counts.by_source().items()):
-        name, lost, kept = sources.name_of(data.sources[number]), dropped(mine), mine["train"] + mine["heldout"]
-        line = f"{name}: {integer(mine['read'])} documents read, {integer(kept)} kept"
-        report(line + (f", {integer(lost.total())} dropped ({sources.reasons(lost)})" if lost.total() else ""))
-        if kept == 0:
-            raise UserError(f"source {name} keeps nothing: {sources.reasons(lost)}; leave it out")
+# Writing
 
 
 def _summary(counts: Counts, leaders: np.ndarray, refused: list[dict[str, str]]) -> dict[str, Any]:
-    origins = counts.origins()
-    entries = {
-        name: {
-            "origin": origins[name][0],
-            "origins": origins[name],
-            **{what: mine[what] for what in ("read", "bytes", "train", "heldout")},
-            "dropped": dict(sorted(dropped(mine).items())),
-        }
-        for name, mine in counts.by_name().items()
-    }
-    total = sum(counts.by_name().values(), Counter())
+    def entry(mine: Counter[str]) -> dict[str, Any]:
+        totals = {what: mine[what] for what in ("read", "bytes", "train", "heldout")}
+        return totals | {"dropped": dict(sorted(dropped(mine).items()))}
+
+    origins, by_name = counts.origins(), counts.by_name()
     return {
-        **{what: total[what] for what in ("read", "bytes", "train", "heldout")},
-        "dropped": dict(sorted(dropped(total).items())),
+        **entry(sum(by_name.values(), Counter())),
         "duplicates": deduplication.cluster_counts(leaders),
-        "sources": entries,
-        "refused": refused[:100],
+        "sources": {
+            name: {"origin": origins[name][0], "origins": origins[name]} | entry(mine) for name, mine in by_name.items()
+        },
+        "refused": refused,
     }
-
-
-# Writing
 
 
 def _write_part(part: Path, start: int, output: Path, index: int, path: Path) -> dict[str, Any]:
     """Write the documents that stay of one part to its train and held-out shards."""
     counts = {"train": 0, "heldout": 0}
     decisions = np.load(output / ".parts" / "decisions.npy", mmap_mode="r")
-    writers: dict[str, pq.ParquetWriter] = {}
-    try:
-        with pq.ParquetFile(part) as file:
-            for group in range(file.num_row_groups):
-                table = file.read_row_group(group)
-                codes = np.asarray(decisions[start : start + len(table)])
-                start += len(table)
-                for split, code in (("train", TRAIN), ("heldout", HELDOUT)):
-                    kept = table.filter(pa.array(codes == code))
-                    if len(kept):
-                        if split not in writers:
-                            shard = output / f"{split}-{index:05d}.parquet"
-                            writers[split] = pq.ParquetWriter(shard, kept.schema, compression="zstd")
-                        writers[split].write_table(kept)
-                        counts[split] += len(kept)
-    finally:
-        for writer in writers.values():
-            writer.close()
+    with contextlib.ExitStack() as stack:
+        file, writers = stack.enter_context(pq.ParquetFile(part)), {}
+        for group in range(file.num_row_groups):
+            table = file.read_row_group(group)
+            codes = np.asarray(decisions[start : start + len(table)])
+            start += len(table)
+            for split, code in (("train", TRAIN), ("heldout", HELDOUT)):
+                kept = table.filter(pa.array(codes == code))
+                if len(kept):
+                    if split not in writers:
+                        shard = pq.ParquetWriter(
+                            output / f"{split}-{index:05d}.parquet", kept.schema, compression="zstd"
+                        )
+                        writers[split] = stack.enter_context(shard)
+                    writers[split].write_table(kept)
+                    counts[split] += len(kept)
     return counts
 
 
 def _write_duplicates(path: Path, documents: _Documents, decisions: np.ndarray, leaders: np.ndarray) -> None:
     rows = np.flatnonzero((decisions == EXACT) | (decisions == NEAR))
     rows = rows[np.lexsort((rows, leaders[rows]))]
-    table = pa.table(
-        {
-            "id": pa.array([f"{value:016x}" for value in documents.ids[rows].tolist()], pa.string()),
-            "source": pa.array([documents.source(row) for row in rows.tolist()], pa.string()),
-            "reason": pa.array(["exact" if decisions[row] == EXACT else "near" for row in rows], pa.string()),
-            "kept": pa.array([f"{value:016x}" for value in documents.ids[leaders[rows]].tolist()], pa.string()),
-        }
-    )
+    columns = {
+        "id": [f"{value:016x}" for value in documents.ids[rows].tolist()],
+        "source": [documents.source(row) for row in rows.tolist()],
+        "reason": ["exact" if decisions[row] == EXACT else "near" for row in rows],
+        "kept": [f"{value:016x}" for value in documents.ids[leaders[rows]].tolist()],
+    }
+    table = pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
     pq.write_table(table, path, compression="zstd")

@@ -14,7 +14,7 @@ Modules are parsed, not imported. The same installed versions always give the sa
 from __future__ import annotations
 
 import ast
-import contextlib
+import gc
 import hashlib
 import importlib.metadata
 import inspect
@@ -33,6 +33,7 @@ HIGH = ("python-docs", "stdlib-docstrings")
 LOW = ("licences", "changelogs", "parameter-lists")
 """Sources that serve as examples of low-quality text."""
 
+DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 MINIMUM_CHARACTERS = 300
 _MAXIMUM_CHARACTERS = 20_000
 # A few packages have tens of megabytes of near-identical docstrings; without a cap they would be the corpus.
@@ -46,12 +47,10 @@ _PARAMETERS = re.compile(
 _MARKUP_LINE = re.compile(
     r"^\s*(<[^>]*>\s*)+$|^\s*\[?!\[|^\s*\.\. (image|figure|raw|\||_)|^\s*:(target|alt|height|width):|<img "
 )
-_STOPWORDS = frozenset(
-    [
-        *("the", "of", "to", "and", "a", "in", "is", "that", "for", "it", "as", "be"),
-        *("on", "with", "are", "this", "by", "or", "an", "not", "if", "from", "can", "which"),
-    ]
-)
+_STOPWORDS = {
+    *("the", "of", "to", "and", "a", "in", "is", "that", "for", "it", "as", "be"),
+    *("on", "with", "are", "this", "by", "or", "an", "not", "if", "from", "can", "which"),
+}
 
 
 def inputs() -> dict[str, Any]:
@@ -70,11 +69,10 @@ def groups() -> list[str]:
 
 def documents(group: str) -> Iterator[tuple[str, str]]:
     """`(source, text)` of one part."""
-    texts = _python() if group == "python" else _package(group)
-    for source, text in texts:
-        text = _without_markup(text).strip()
-        if source in ("licences", "changelogs"):
-            text = text[:_MAXIMUM_CHARACTERS]
+    for source, text in _python() if group == "python" else _package(group):
+        # Without badges, images and lines that consist of tags.
+        text = "\n".join(line for line in text.splitlines() if not _MARKUP_LINE.search(line)).strip()
+        text = text[:_MAXIMUM_CHARACTERS] if source in ("licences", "changelogs") else text
         if len(text) >= MINIMUM_CHARACTERS and _is_english(text):
             yield source, text
 
@@ -121,14 +119,11 @@ def python_files(group: str) -> dict[str, Path]:
     if group == "python":
         library = Path(sysconfig.get_path("stdlib"))
         files = {path.relative_to(library).as_posix(): path for path in sorted(library.rglob("*.py"))}
+        files = {name: path for name, path in files.items() if "-packages/" not in name}
     else:
         found = sorted(importlib.metadata.distribution(group).files or (), key=str)
         files = {str(file): Path(str(file.locate())) for file in found if file.name.lower().endswith(".py")}
-    return {
-        name: path
-        for name, path in files.items()
-        if not _TESTS.search(name) and (group != "python" or "-packages/" not in name)
-    }
+    return {name: path for name, path in files.items() if not _TESTS.search(name)}
 
 
 def read(path: Path) -> str:
@@ -141,33 +136,26 @@ def read(path: Path) -> str:
 
 def parse(text: str) -> ast.Module | None:
     """The syntax tree of a module; None if it has none."""
-    with (
-        warnings.catch_warnings(action="ignore"),
-        contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError),
-    ):
-        return ast.parse(text)
-    return None
+    collecting = gc.isenabled()
+    gc.disable()  # a tree is many objects, none of them garbage: to collect while it grows doubles the time
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            return ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def _docstrings(path: Path, source: str) -> Iterator[tuple[str, str]]:
     text = read(path)
-    if text.count('"""') + text.count("'''") == 0:
-        return
-    tree = parse(text)
-    if tree is None:
-        return
-    pending: list[ast.AST] = [tree]
+    pending: list[Any] = [parse(text)] if '"""' in text or "'''" in text else []
     while pending:
         node = pending.pop()
         body = getattr(node, "body", [])
-        if not isinstance(body, list):
-            continue
         # Only definitions can hold docstrings; walking expressions would take most of the time.
-        pending.extend(
-            child
-            for child in reversed(body)
-            if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-        )
+        pending += [child for child in reversed(body) if isinstance(child, DEFINITIONS)]
         if body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
             value = body[0].value.value
             if isinstance(value, str) and len(value) >= MINIMUM_CHARACTERS:
@@ -179,11 +167,6 @@ def _parameter_share(text: str) -> float:
     """Share of the text that follows the first heading of a parameter list."""
     match = _PARAMETERS.search(text)
     return (len(text) - match.start()) / len(text) if match else 0.0
-
-
-def _without_markup(text: str) -> str:
-    """Without badges, images and lines that consist of tags."""
-    return "\n".join(line for line in text.splitlines() if not _MARKUP_LINE.search(line))
 
 
 def _is_english(text: str) -> bool:

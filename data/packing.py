@@ -5,6 +5,7 @@ laid end to end; the stream is cut into rows. There is no padding. The tokens th
 End-of-text never stands for anything but a boundary, so training can find the documents in a row again.
 
     output/train, output/heldout   `datasets` folders; column `input_ids`, int32 `[context_length]`
+    output/train-rest.bin, output/heldout-rest.bin   the last tokens, which filled no row, as little-endian int32
     output/heldout-documents.parquet   source, tokens, bytes of each held-out document, in packed order
     output/tokens.json             counts, by split
 """
@@ -203,6 +204,8 @@ def _write(
     if rows * context_length + len(rest) != total:
         raise UserError(f"{split}: {total} tokens went in, {rows * context_length + len(rest)} came out")
     _save_dataset(flat, digest.hexdigest()[:16], work / f"{split}-saved", output)
+    # What filled no row: with the rows, it is what `sha256` is of, so that a training can check what it reads.
+    output.with_name(f"{split}-rest.bin").write_bytes(rest.astype("<i4").tobytes())
     documents = stream.documents
     if split == "heldout":
         pq.write_table(documents.cast(_DOCUMENTS), output.with_name("heldout-documents.parquet"))

@@ -7,10 +7,12 @@ outcome does not depend on the number of processes. What a part holds is not kno
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import multiprocessing
 import os
 import shutil
+import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -43,15 +45,10 @@ def run_parts(
 ) -> list[dict[str, Any]]:
     """Call `function(*part, path)` for every part and return the counts in the order of the parts.
 
-    Args:
-        function: a module-level function. It writes files whose names begin with `path` (`folder/00007`), replacing
-            those of a killed attempt, and returns JSON-able counts.
-        parts: picklable arguments.
-        folder: where the parts' files go. A part whose `NNNNN.json` is there already is not run again.
-        label: of the progress bar.
-        workers: processes; None: one per core (of the cluster).
-        engine: `local`; or, through datatrove, `ray` (on the cluster that RAY_ADDRESS names, else on one started
-            here) or `slurm` (submits a job array and waits for it).
+    `function`, of a module's own, writes files whose names begin with `path` (`folder/00007`), replacing those of a
+    killed attempt, and returns JSON-able counts. A part whose `NNNNN.json` is there already is not run again.
+    `workers` are processes; None: one per core (of the cluster). `engine` is `local`; or, through datatrove, `ray` (on
+    the cluster that RAY_ADDRESS names, else on one started here) or `slurm` (submits a job array and waits for it).
 
     Raises:
         UserError: from a part (the first one), or if a worker died.
@@ -59,8 +56,7 @@ def run_parts(
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{index:05d}" for index in range(len(parts))]
     marks = [path.with_suffix(".json") for path in paths]
-    todo = [index for index, mark in enumerate(marks) if not mark.exists()]
-    tasks = [(function, parts[index], paths[index]) for index in todo]
+    tasks = [(function, part, path) for part, path, mark in zip(parts, paths, marks, strict=True) if not mark.exists()]
     with progress_bar(len(parts), label, initial=len(parts) - len(tasks)) as progress:
         try:
             for finished in _run(tasks, workers, engine, folder):
@@ -95,18 +91,21 @@ def _run(tasks: Sequence[Task], workers: int | None, engine: str, folder: Path) 
 def in_processes(tasks: Sequence[Task], workers: int) -> Iterator[int]:
     """Run tasks in `workers` processes on this machine; yields 1 per finished task. Raises `WorkerDiedError`."""
     # Not `fork`: the parent holds threads (torch, pyarrow, tokenizers) whose locks a forked child inherits.
-    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"  # Windows
-    context = multiprocessing.get_context(method)
+    context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["nanophi.data.parallel", *(sorted({task[0].__module__ for task in tasks}))])
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin) as pool:
-        futures = [pool.submit(run_task, *task) for task in tasks]
         try:
+            with _without_interrupts():
+                futures = [pool.submit(run_task, *task) for task in tasks]
             for future in as_completed(futures):
                 yield future.result()
         except BrokenProcessPool:
             raise WorkerDiedError from None
-        except BaseException:
+        except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
+            if not isinstance(error, Exception):  # nobody waits for what is begun
+                for worker in multiprocessing.active_children():
+                    worker.terminate()
             raise
 
 
@@ -115,6 +114,27 @@ def run_task(function: Callable[..., dict[str, Any]], part: tuple[Any, ...], pat
     counts = function(*part, path)
     write_json(path.with_suffix(".json"), counts)
     return 1
+
+
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Ctrl-C waits until the end; the processes started here never get it, as this one stops them.
+
+    A terminal sends it to all of them, and each would print a traceback. A blocked signal stays so in a new process.
+    """
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        yield  # only the main thread handles signals
+        return
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.signal(signal.SIGINT, before)
+    if came:
+        raise KeyboardInterrupt
 
 
 def _begin() -> None:

@@ -47,12 +47,8 @@ def fit(
     def examples() -> Iterator[tuple[bytes, bool, str]]:
         for patterns, is_good in ((high, True), (low, False)):
             for pattern in patterns:
-                room = linear.FIT_BYTES // len(patterns)
-                for document in _read(pattern, text_column):
-                    yield document.text, is_good, pattern
-                    room -= len(document.text[: linear.EXCERPT_BYTES])
-                    if room <= 0:
-                        break
+                for text in _spread(_read(pattern, text_column), linear.FIT_BYTES // len(patterns)):
+                    yield text, is_good, pattern
 
     with atomic_folder(output) as work:
         report = linear.fit_and_save(examples(), high, low, seed, work)
@@ -109,6 +105,26 @@ def _read(files: str, text_column: str, column: str | None = None, tally: Tally 
     for part in sources.plan(source, column)[0]:
         yield from sources.read(source, part, column, tally)
     sources.check_usable(files, tally.read.total(), tally.dropped_total(), tally.refused, 1.0)
+
+
+def _spread(documents: Iterator[Document], room: int) -> list[bytes]:
+    """Excerpts of at most about `room` bytes: of all documents if they fit, else of those with the lowest ids."""
+    from nanophi.data.documents import id_of
+    from nanophi.data.linear import EXCERPT_BYTES
+
+    chosen: dict[tuple[str, int], bytes] = {}
+    size, below = 0, ("g", 0)  # above every id
+    for number, document in enumerate(documents):
+        key = id_of(document.text), number
+        if key < below:
+            chosen[key] = document.text[:EXCERPT_BYTES]
+            size += len(chosen[key])
+        if size > room and len(chosen) > 1:
+            # A fifth at once, so that it is sorted rarely.
+            below = sorted(chosen)[len(chosen) * 4 // 5]
+            chosen = {key: text for key, text in chosen.items() if key < below}
+            size = sum(map(len, chosen.values()))
+    return list(chosen.values())
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[Any]:

@@ -49,6 +49,14 @@ def write(
     output.mkdir(parents=True, exist_ok=True)
     report = describe(table, selection, quality)
     report["scorer"] = scorer
+    if quality.scorer == "none":
+        for part in ("scale", "mean_score", "histogram", "sweep"):
+            del report[part]
+        for source in report["sources"].values():
+            del source["mean_score"]
+        write_json(output / "quality.json", report)
+        write_text(output / "quality.md", markdown(report))
+        return report
     cut = _cut(report)
     report["examples"] = _examples(table, sum(report["scale"]) / 2 if cut is None else cut, excerpts_of)
     write_json(output / "quality.json", report)
@@ -133,12 +141,13 @@ def markdown(report: dict[str, Any], bytes_per_token: float | None = None) -> st
     for name, entry in report["sources"].items():
         kept = percent(entry["kept_documents"] / entry["documents"])
         megabytes = [f"{entry[size] / 1e6:.2f}" for size in ("bytes", "kept_bytes")]
-        row = [markup.text(name), integer(entry["documents"]), kept, *megabytes, f"{entry['mean_score']:.3f}"]
-        by_source.append(row)
-    for step in report["sweep"]:
+        mean = [f"{entry['mean_score']:.3f}"] if "mean_score" in entry else []
+        by_source.append([markup.text(name), integer(entry["documents"]), kept, *megabytes, *mean])
+    for step in report.get("sweep", []):
         size, share = f"{step['bytes'] / 1e6:.2f}", percent(step["bytes"] / report["bytes"])
         tokens = [f"{step['bytes'] / bytes_per_token / 1e6:.2f} M"] if bytes_per_token else []
         by_threshold.append([f"{step['threshold']:.2f}", integer(step["documents"]), size, share, *tokens])
+    scored = ["mean score"] if "mean_score" in report else []
     heads = ["score >", "documents", "MB", "share of bytes", *(["tokens, about"] if bytes_per_token else [])]
     environment = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
@@ -148,7 +157,7 @@ def markdown(report: dict[str, Any], bytes_per_token: float | None = None) -> st
     template = environment.from_string(Path(__file__).with_name("quality.md").read_text(encoding="utf-8"))
     return template.render(
         report,
-        by_source=markup.table(["source", "documents", "kept", "MB", "MB kept", "mean score"], by_source),
+        by_source=markup.table(["source", "documents", "kept", "MB", "MB kept", *scored], by_source),
         by_threshold=markup.table(heads, by_threshold, left=0),
         titles=TITLES,
     )

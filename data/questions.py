@@ -15,6 +15,7 @@ import ast
 import inspect
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from nanophi.data import installed_docs
 from nanophi.data.documents import id_of, uniform_from_id
@@ -75,8 +76,7 @@ def _objects(group: str) -> Iterator[tuple[str, str, str, list[str] | None]]:
                 return
 
 
-def _of_tree(node: ast.AST, name: str, kind: str) -> Iterator[tuple[str, str, str, list[str] | None]]:
-    assert isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+def _of_tree(node: Any, name: str, kind: str) -> Iterator[tuple[str, str, str, list[str] | None]]:
     if documentation := ast.get_docstring(node):
         arguments = None
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -85,8 +85,7 @@ def _of_tree(node: ast.AST, name: str, kind: str) -> Iterator[tuple[str, str, st
             rest = (("*", node.args.vararg), ("**", node.args.kwarg))
             arguments = [*arguments, *(stars + argument.arg for stars, argument in rest if argument)][:8]
         yield name, kind, inspect.cleandoc(documentation), arguments
-    if isinstance(node, ast.Module | ast.ClassDef):
-        for child in node.body:
-            if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and child.name[0] != "_":
-                inner = "class" if isinstance(child, ast.ClassDef) else "method" if kind == "class" else "function"
-                yield from _of_tree(child, f"{name}.{child.name}", inner)
+    for child in node.body if kind in ("module", "class") else ():
+        if isinstance(child, installed_docs.DEFINITIONS) and child.name[0] != "_":
+            inner = "class" if isinstance(child, ast.ClassDef) else "method" if kind == "class" else "function"
+            yield from _of_tree(child, f"{name}.{child.name}", inner)

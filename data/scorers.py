@@ -160,7 +160,10 @@ class LinearScorer(Scorer):
     def check_section(cls, quality: Quality, data: Data) -> None:
         """It is fitted on sources that the recipe names, or on those of the embedded corpus."""
         if not all(source.embedded for source in data.sources) and not (quality.high and quality.low):
-            raise ValueError("quality.scorer 'linear' needs quality.high and quality.low (names of sources)")
+            raise ValueError(
+                "quality.scorer 'linear' needs quality.high and quality.low (names of sources); to keep every "
+                "document, leave out 'quality'"
+            )
 
     def prepare(self, documents: Path, quality: Quality, data: Data, seed: int, output: Path) -> Scorer:
         """Fit it on a share of the documents, unless that is done."""
@@ -178,6 +181,24 @@ class LinearScorer(Scorer):
         from nanophi.data.linear import LinearModel
 
         return LinearModel.load(Path(self.name))
+
+
+class NoScorer(Scorer):
+    """Nothing is scored: every document counts the same, and all of them are kept."""
+
+    form = "none"
+
+    @classmethod
+    def check_section(cls, quality: Quality, data: Data) -> None:
+        """Only what looks at no score can be asked for."""
+        if quality.threshold is not None or (quality.share is not None and quality.select != "random"):
+            raise ValueError("quality.scorer 'none' scores nothing: threshold must be null, and a share 'random'")
+
+    def score(self, texts: Sequence[bytes], values: Sequence[float] | None = None) -> np.ndarray:
+        """Zero for every document, float32."""
+        import numpy as np
+
+        return np.zeros(len(texts), np.float32)
 
 
 @dataclasses.dataclass(frozen=True)  # again, for __post_init__
@@ -250,7 +271,11 @@ class _Classifier:
             )
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.values = None if values is None else torch.tensor(values, device=self.device)
-        self.limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512), 512)
+        # RoBERTa and its like count positions from the padding's id on.
+        embeddings = [module for module in model.modules() if hasattr(module, "position_embeddings")]
+        first = max((module.padding_idx + 1 for module in embeddings if hasattr(module, "padding_idx")), default=0)
+        positions = getattr(model.config, "max_position_embeddings", 512) - first
+        self.limit = min(tokenizer.model_max_length, positions, 512)
         tokenizer.padding_side = "right"
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token

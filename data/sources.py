@@ -7,9 +7,11 @@ read by `formats.py`, whichever source it is of.
 
 from __future__ import annotations
 
+import errno
 import glob
 import itertools
-from collections import Counter
+import os
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,12 +55,12 @@ class Tally:
     def __init__(self) -> None:
         self.read: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
-        self.dropped: dict[str, Counter[str]] = {}
+        self.dropped: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self.refused: list[dict[str, str]] = []
 
     def drop(self, label: str, where: str, bad: Unusable, column: TextColumn) -> None:
         """Count a document that cannot be used; the first ones are named."""
-        self.dropped.setdefault(label, Counter())[bad.reason] += 1
+        self.dropped[label][bad.reason] += 1
         if bad.reason != "empty" and len(self.refused) < REFUSED:
             self.refused.append({"document": where, "reason": bad.reason, "remedy": printable(column.remedy(bad))})
 
@@ -68,8 +70,7 @@ class Tally:
 
     def summary(self) -> dict[str, Any]:
         """JSON-able: read, bytes, dropped, refused."""
-        dropped = {label: dict(reasons) for label, reasons in self.dropped.items()}
-        return {"read": dict(self.read), "bytes": dict(self.bytes), "dropped": dropped, "refused": self.refused}
+        return {"read": self.read, "bytes": self.bytes, "dropped": self.dropped, "refused": self.refused}
 
 
 def reasons(counts: Counter[str]) -> str:
@@ -146,7 +147,7 @@ def _locate_files(source: Source) -> Located:
     given = local(str(source.files))
     found = [given]
     if not given.exists() and not given.is_symlink():
-        found = [Path(path) for path in sorted(glob.glob(str(given), recursive=True))]  # noqa: PTH207 (may be absolute)
+        found = [Path(path) for path in sorted(_glob(given))]
     files: dict[Path, None] = {}
     others: list[str] = []
     for path in found:
@@ -165,6 +166,18 @@ def _locate_files(source: Source) -> Located:
     if not files:
         raise UserError(f"source {source.files}: no such file or folder")
     return Located([str(path) for path in files], others)
+
+
+def _glob(pattern: Path) -> list[str]:
+    """What a pattern stands for. Raises PermissionError for a folder that `glob` would pass over in silence."""
+    for depth in range(1, len(pattern.parts)):
+        above, needed = str(Path(*pattern.parts[:depth])), os.X_OK
+        if glob.has_magic(pattern.parts[depth]):
+            needed |= os.R_OK
+        for folder in glob.glob(above, recursive=True):  # noqa: PTH207 (may be absolute)
+            if Path(folder).is_dir() and not os.access(folder, needed):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), folder)
+    return glob.glob(str(pattern), recursive=True)  # noqa: PTH207
 
 
 def _files_below(folder: Path, others: list[str]) -> list[Path]:
@@ -260,38 +273,43 @@ def _locate_on_hub(source: Source) -> Located:
 def plan(source: Source, score: str | None) -> tuple[list[Part], list[str]]:
     """The parts of a source, and the names of files beside its own that are not read.
 
-    A source with `max_documents` is one part, whose reading stops there. `score` is the column that holds a quality
-    score, if one is used.
+    Small files share a part, so that the number of parts follows the bytes. A source with `max_documents` is one part,
+    whose reading stops there. `score` is the column that holds a quality score, if one is used.
     """
-    parts: list[Part] = []
     if source.embedded:
         if score:
             raise UserError(f"the embedded corpus has no column '{score}'; use quality.scorer 'linear' or 'model:'")
         groups = [(group, None) for group in installed_docs.groups()]
-        parts = [tuple(groups[start : start + 16]) for start in range(0, len(groups), 16)]
+        parts: list[Part] = [tuple(groups[start : start + 16]) for start in range(0, len(groups), 16)]
         others: list[str] = []
     else:
         files, others = locate(source)
-        whole: list[tuple[str, Any]] = []
-        size = 0
-        for file in files:
-            reader = _reader(source, file, score)
-            pieces = [(file, piece) for piece in reader.pieces()]
-            if not reader.one_document or source.separator:
-                parts += [(piece,) for piece in pieces]
-                continue
-            whole += pieces
-            size += 0 if file.startswith("hf://") else Path(file).stat().st_size
-            if size >= PART_BYTES:
-                parts.append(tuple(whole))
-                whole, size = [], 0
-        if whole:
-            parts.append(tuple(whole))
+        parts = _parts(source, files, score)
         if source.separator and not any(_reader(source, file, score).one_document for file in files):
             raise UserError(f"source {name_of(source)}: 'separator' is for text files (.txt, .md), and it has none")
     if source.max_documents and parts:
         parts = [tuple(piece for part in parts for piece in part)]
     return parts, others
+
+
+def _parts(source: Source, files: Sequence[str], score: str | None) -> list[Part]:
+    """The pieces of files in order, in parts of about `PART_BYTES`; text files of one document each by themselves."""
+    parts: list[Part] = []
+    begun: dict[bool, list[tuple[str, Any]]] = {False: [], True: []}
+    size = {False: 0, True: 0}
+    for file in files:
+        reader = _reader(source, file, score)
+        whole, pieces = reader.one_document and not source.separator, reader.pieces()
+        for piece in pieces:
+            begun[whole].append((file, piece))
+            if not file.startswith("hf://"):
+                size[whole] += Path(file).stat().st_size if len(pieces) == 1 else PART_BYTES
+            elif not whole:  # how large it is, only the Hub knows
+                size[whole] += PART_BYTES
+            if size[whole] >= PART_BYTES:
+                parts.append(tuple(begun[whole]))
+                begun[whole], size[whole] = [], 0
+    return parts + [tuple(pieces) for pieces in begun.values() if pieces]
 
 
 def is_undivided(source: Source, part: Part) -> bool:
@@ -321,8 +339,7 @@ def fingerprint(source: Source, contents: Contents) -> Any:
 def read(source: Source, part: Part, score: str | None, tally: Tally) -> Iterator[Document]:
     """The usable documents of a part, in order; the others are counted in `tally`.
 
-    Raises:
-        UserError: naming the file and the last row that could be read, for whatever a library raises.
+    Raises `UserError` with the file and the last row that could be read, for whatever a library raises.
     """
     column = TextColumn(source.text_column)
     default = _label(name_of(source))

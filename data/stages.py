@@ -22,7 +22,7 @@ from nanophi.data import scorers
 PREPARE = ("documents", "scores", "quality", "tokenizer", "tokens", "conversations")
 
 LATER: Any = {
-    **dict.fromkeys(("engine", "workers", "max_tokens", "max_dropped"), True),
+    **dict.fromkeys(("engine", "workers", "max_tokens", "max_dropped", "max_lost"), True),
     "sources": {"__all__": {"license", "streaming", "weight"}},
 }
 """Keys of `data` that do not change which documents there are."""
@@ -234,8 +234,9 @@ def _tokenizer(run: Runner, work: Path) -> Summary:
     from nanophi.data import tokenizer
 
     recipe, commit = run.recipe, _tokenizer_files(run).get("files", {}).get("commit")
-    folders = run.path / "data/documents", work / "data/tokenizer"
-    return tokenizer.build(folders[0], recipe.tokenizer, recipe.seed, folders[1], revision=commit, report=run.report)
+    documents, folder = run.path / "data/documents", work / "data/tokenizer"
+    made = tokenizer.build(documents, recipe.tokenizer, recipe.seed, folder, revision=commit, report=run.report)
+    return made | {"checked": tokenizer.check(documents, folder, recipe.data.max_lost, run.report)}
 
 
 def _tokens(run: Runner, work: Path) -> Summary:

@@ -7,8 +7,11 @@ transformers 4.37.2 and later.
 from __future__ import annotations
 
 import functools
+import heapq
 import json
 import re
+import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,15 +23,18 @@ from tokenizers import Tokenizer as BackendTokenizer
 
 from nanophi.core.errors import UserError, user_errors
 from nanophi.core.files import read_json, write_json, write_text
+from nanophi.core.formatting import percent
 from nanophi.core.names import local
 from nanophi.core.recipe import Tokenizer
-from nanophi.data.documents import batches, shards, text_bytes, uniform_from_id
+from nanophi.data.documents import SPLITS, batches, find, shards, text_bytes, uniform_from_id
 
 END_OF_TEXT = "<|endoftext|>"
 # BPE merges hardly change beyond this, and the trainer holds every distinct word in memory.
 TRAINING_BYTES = 100_000_000
 # Encoded data in one line is no word to learn from, and the trainer's time grows with a word's length times the merges.
 LONGEST_WORD = 1000
+_CHECKED_DOCUMENTS = 256
+_CHECKED_CHARACTERS = 5000
 _LONG_WORD = re.compile(rf"(\S{{{LONGEST_WORD}}})\S*|(\s{{{LONGEST_WORD}}})\s*")
 
 
@@ -80,6 +86,81 @@ def build(
     }
 
 
+def check(documents: Path, folder: Path, max_lost: float, report: Callable[[str], None]) -> dict[str, Any]:
+    """Compare `Encoder` with `AutoTokenizer` on a sample of every source, and the decoded tokens with the text.
+
+    A character is lost if it does not come back, but for its case, its compatibility form, and which white space it is.
+
+    Returns:
+        `{documents, bytes, lost, changed}`: the sample, the share of its bytes that is lost, and how many of its
+        documents come back as another text.
+
+    Raises:
+        UserError: for other ids, or if more than `max_lost` of a source's bytes is lost.
+    """
+    from transformers import AutoTokenizer
+
+    encoder, theirs = Encoder(folder), AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    special = _any_of(sorted({token.content for token in theirs.added_tokens_decoder.values() if token.special}))
+    sizes: Counter[str] = Counter()
+    missing: dict[str, Counter[str]] = {}
+    count = changed = 0
+    for source, text in _sample_of_sources(documents):
+        # What spells a special token is a special token there, and text here.
+        for part in special.split(text)[::2] if special else [text]:
+            ours, expected = encoder.encode([part])[0].tolist(), theirs(part, add_special_tokens=False)["input_ids"]
+            if ours != expected:
+                at = next((n for n, pair in enumerate(zip(ours, expected, strict=False)) if pair[0] != pair[1]), 0)
+                raise UserError(
+                    f"tokenizer: the run would be trained on other tokens than AutoTokenizer gives for {part[:40]!r}: "
+                    f"{theirs.convert_ids_to_tokens(ours[at : at + 4])}, not "
+                    f"{theirs.convert_ids_to_tokens(expected[at : at + 4])}"
+                )
+        ids = [token for token in encoder.encode([text])[0].tolist() if token != encoder.unknown_id]
+        decoded = str(theirs.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        count += 1
+        before = _characters(text)
+        sizes[source] += _bytes(before)
+        if decoded != text:
+            changed += 1
+            missing[source] = missing.get(source, Counter()) + (before - _characters(decoded))
+    total = sum(missing.values(), Counter())
+    result = {"documents": count, "bytes": sizes.total(), "lost": round(_bytes(total) / max(1, sizes.total()), 6)}
+    for source, characters in missing.items():
+        share = _bytes(characters) / sizes[source]
+        if characters:
+            often = ", ".join(repr(character) for character, _ in characters.most_common(3))
+            line = f"{percent(share, 2)} of the bytes of source '{source}' are in no token, such as {often}"
+            if share > max_lost:
+                raise UserError(
+                    f"tokenizer: {line}; the limit is data.max_lost, {percent(max_lost, 2)}: use a tokenizer that "
+                    "knows these characters, or raise the limit"
+                )
+            report(line)
+    return result | {"changed": changed}
+
+
+def _sample_of_sources(documents: Path) -> Iterator[tuple[str, str]]:
+    """Source and beginning of some documents of every source, chosen by their ids, of both splits."""
+    for split in SPLITS:
+        ids: dict[str, list[str]] = {}
+        for batch in batches(shards(documents, split), ["id", "source"], None):
+            for name, id_ in zip(batch["source"].to_pylist(), batch["id"].to_pylist(), strict=True):
+                ids.setdefault(name, []).append(id_)
+        each = max(1, _CHECKED_DOCUMENTS // len(ids))
+        wanted = [id_ for names in ids.values() for id_ in heapq.nsmallest(each, names)]
+        for row in find(documents, wanted, ["source", "text"], split).values():
+            yield row["source"], row["text"][:_CHECKED_CHARACTERS]
+
+
+def _characters(text: str) -> Counter[str]:
+    return Counter(re.sub(r"\s", " ", unicodedata.normalize("NFKD", text).casefold()))
+
+
+def _bytes(characters: Counter[str]) -> int:
+    return sum(len(character.encode()) * count for character, count in characters.items())
+
+
 class Encoder:
     """Text to token ids, for many documents, without special tokens.
 
@@ -88,8 +169,9 @@ class Encoder:
     pre-tokenizer the words are cut here and each distinct one is encoded once, which is 2.8 times as fast.
 
     Attributes:
-        vocab_size: number of tokens.
+        vocab_size: one more than the highest id.
         eos_token, eos_token_id: the end-of-text token.
+        unknown_id: the token that the model gives for what it does not know; None: it has none.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -97,7 +179,9 @@ class Encoder:
         self.backend = BackendTokenizer.from_file(str(folder / "tokenizer.json"))
         self.backend.no_truncation()
         self.backend.no_padding()
-        self.vocab_size = self.backend.get_vocab_size()
+        self.vocab_size = max(self.backend.get_vocab().values()) + 1
+        unknown = content["model"].get("unk_token")
+        self.unknown_id = content["model"].get("unk_id") if unknown is None else self.backend.token_to_id(unknown)
         roles = {
             key: value for key, value in config.items() if key.endswith("_token") and isinstance(value, str | dict)
         }
@@ -107,13 +191,17 @@ class Encoder:
         if eos_token_id is None:
             raise UserError(f"{folder}: the end-of-text token is not in the vocabulary")
         self.eos_token_id: int = eos_token_id
-        marked = {token["content"] for token in content["added_tokens"] if token["special"]}
-        special = marked | {name for name in names.values() if self.backend.token_to_id(name) is not None}
+        special = {token["content"] for token in content["added_tokens"] if token["special"]}
+        special |= {name for name in names.values() if self.backend.token_to_id(name) is not None}
         self.backend.add_special_tokens(sorted(special))
         self.backend.encode_special_tokens = True  # as text
         # A model that looks up whole pieces (Unigram, WordLevel, WordPiece, BPE with `ignore_merges`) finds special
-        # tokens in its vocabulary even so.
-        reached = [name for name in special if self.backend.token_to_id(name) in self._ids_of(f"{name} x{name}y")]
+        # tokens in its vocabulary even so. A name of letters alone, or of one character, is a word of the language
+        # whatever its role (Llama 3's padding is often "!").
+        words = {name for name in special if name.lstrip("▁").isalpha() or len(name) == 1} - {self.eos_token}
+        reached = [
+            name for name in special - words if self.backend.token_to_id(name) in self._ids_of(f"{name} x{name}y")
+        ]
         self._found_in_text = _any_of(reached)
         added = [token for token in content["added_tokens"] if token["content"] not in special]
         self._added = _any_of([token["content"] for token in added])

@@ -12,11 +12,11 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
-from nanophi.core.files import sha256_of, write_json
+from nanophi.core.files import check_own_file, sha256_of, write_json
 from nanophi.core.names import resolve
 from nanophi.core.options import Trust
-from nanophi.eval.models import checkpoints_of
-from nanophi.eval.results import ANSWER_METRIC, answer_scores, distinct, file_stem, leading_scores
+from nanophi.eval.models import checkpoints_of, model_name
+from nanophi.eval.results import ANSWER_METRIC, answer_scores, distinct, file_stem, is_result_of, leading_scores
 
 CURVE_FORMAT = 2
 
@@ -43,15 +43,17 @@ def evaluate(
 
     Example: nanophi eval runs/demo/release microsoft/phi-2 --suite arc_easy --limit 200
     """
-    for model in models:
-        resolve(model)  # a mistyped name, before anything slow is imported
+    named = [resolve(model) for model in models]  # a mistyped name, before anything slow is imported
+    if output.suffix == ".json":
+        check_own_file(output, lambda: is_result_of(output, [model_name(one) for one in named]), f"eval {models[0]}")
     from nanophi.eval.measure import Options, measure
 
     options = Options(data, heldout, limit, num_fewshot, batch_size, dtype, trust_remote_code)
     expanded = [checkpoint for model in models for checkpoint in checkpoints_of(model)]
-    results = [measure(model, suite, output, options) for model in expanded]
-    typer.echo(f"results are in {output}")
-    if curve := write_curve(expanded, results, output):
+    results = [measure(model, suite, output, options, shared=len(expanded) > 1) for model in expanded]
+    folder = output.parent if output.suffix == ".json" else output
+    typer.echo(f"results are in {output if len(expanded) == 1 else folder}")
+    if curve := write_curve(expanded, results, folder):
         typer.echo(curve)
 
 

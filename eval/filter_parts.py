@@ -7,26 +7,29 @@ filter helps; `nanophi ablate` measures that.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from nanophi.data import documents
-from nanophi.eval.results import ItemKey
+from nanophi.eval.tasks import heldout
 
 
-def divide(results: Mapping[str, Sequence[Path]], items: Collection[ItemKey]) -> dict[str, set[ItemKey]]:
-    """The held-out `items` of each part, by the filter of the first run that any result file belongs to; else empty."""
+def divide(results: Mapping[str, Sequence[Path]], documents: Sequence[str]) -> dict[str, set[int]]:
+    """Positions of the held-out `documents` (lm-eval's hashes) that the first run's filter keeps, and drops.
+
+    The first run with a filter that any result file belongs to; empty without one. Documents that are not that run's
+    are in neither part.
+    """
     for label, files in results.items():
         for run in {Path(file).resolve().parent.parent for file in files}:
             scores = run / "data" / "quality" / "heldout.parquet"
             if scores.exists() and (run / "data" / "documents").is_dir():
-                kept = {row["id"] for row in pq.read_table(scores).to_pylist() if row["kept"]}
-                ids = [row["id"] for row in documents.heldout(run / "data" / "documents", ["id"])]
-                keep = {item for item in items if item[0] < len(ids) and ids[item[0]] in kept}
+                kept = {row["id"]: bool(row["kept"]) for row in pq.read_table(scores).to_pylist()}
+                of = {heldout.doc_hash(row): kept[row["id"]] for row in heldout.texts(str(run / "data" / "documents"))}
+                parts = {f"held-out text, kept by {label}": True, f"held-out text, dropped by {label}": False}
                 return {
-                    f"held-out text, kept by {label}": keep,
-                    f"held-out text, dropped by {label}": set(items) - keep,
+                    name: {n for n, document in enumerate(documents) if of.get(document) is keep}
+                    for name, keep in parts.items()
                 }
     return {}

@@ -31,8 +31,10 @@ class Kernels:
             return
         onednn = torch.backends.mkldnn.is_available()
         fused = _before_gelu(network) if onednn else {}
+        fused = {linear: gelu for linear, gelu in fused.items() if type(linear.weight.data) is Tensor}
         for module in network.modules():
-            if type(module) is nn.Linear and onednn:
+            # Quantized weights are tensors of a class of their own, which multiply in their own way.
+            if type(module) is nn.Linear and onednn and type(module.weight.data) is Tensor:
                 product = functools.partial(
                     torch.ops.mkldnn._linear_pointwise,
                     W=module.weight.detach(),

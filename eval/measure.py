@@ -67,7 +67,13 @@ class Options:
 
 
 def measure(
-    model: str | Path, suite: str, output: Path, options: Options, report: Callable[[str], None] = print
+    model: str | Path,
+    suite: str,
+    output: Path,
+    options: Options,
+    report: Callable[[str], None] = print,
+    *,
+    shared: bool = False,
 ) -> dict[str, Any]:
     """Measure a model on a suite and write the result file.
 
@@ -79,6 +85,7 @@ def measure(
         suite: as for `find_suite`.
         output: the result file (`.json`), or a folder, in which the file is named after the model, the suite and
             a hash of everything that the result depends on.
+        shared: whether several models have this `output`: then a file's name is the beginning of each one's.
     """
     if resolve(model).folder is None:
         report(f"{model}: there is no folder of that name, so it is looked for on the Hub")
@@ -108,6 +115,8 @@ def measure(
     output = Path(output)
     if output.suffix != ".json":
         output /= result_name(identity["name"], loaded.suite.name, key)
+    elif shared:
+        output = output.with_name(result_name(output.stem, identity["name"], key))
     if output.exists():
         with contextlib.suppress(UserError):
             earlier = read_result(output)

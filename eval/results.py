@@ -35,6 +35,9 @@ ANSWER_METRIC = "answer_bits_per_byte"
 It uses the same log-likelihoods as accuracy, but improves smoothly while a small model's accuracy is at chance.
 """
 
+FEW_ITEMS = 30
+"""With fewer items a score's standard error is not taken at its word."""
+
 ItemKey = tuple[int, str]
 """What pairs an item with another model's: lm-eval's `doc_id` and `doc_hash`."""
 
@@ -83,6 +86,12 @@ def read_result(path: Path) -> dict[str, Any]:
             f"{path} has format {written.get('format')}, this version reads {formats}; run `nanophi eval` again"
         )
     return content
+
+
+def is_result_of(path: Path, names: Sequence[str]) -> bool:
+    """Whether a file is a result, of any format, of a model with one of these names."""
+    written = read_json(path)["nanophi"]
+    return bool({"headline", "lines"} & set(written)) and written["model"]["name"] in names
 
 
 def item_values(content: Mapping[str, Any], task: str, metric: str, filter_name: str = "none") -> dict[ItemKey, Any]:
@@ -165,6 +174,21 @@ class Score:
     def percent(self) -> bool:
         """Whether it is shown in percent."""
         return is_percent(self.metric)
+
+    @property
+    def against_chance(self) -> str | None:
+        """`above`, `below` or `within` two standard errors of chance; None where there is no level of chance.
+
+        Of few items the error is at least that of guessing: eight wrong answers have none of their own.
+        """
+        if self.chance is None:
+            return None
+        error = self.stderr or 0.0
+        if not error or self.items < FEW_ITEMS:
+            error = max(error, math.sqrt(self.chance * (1 - self.chance) / self.items))
+        if abs(self.value - self.chance) <= 2 * error:
+            return "within"
+        return "above" if (self.value > self.chance) == self.higher_is_better else "below"
 
 
 def leading_scores(result: Mapping[str, Any]) -> list[Score]:

@@ -86,29 +86,18 @@ CHECKS: list[tuple[str, str, Callable[[Submission], Found]]] = []
 """The boards' checks, in their order: name, what to do if it fails, function."""
 
 
-def _check(name: str, remedy: str) -> Callable[[Callable[[Submission], Found]], Callable[[Submission], Found]]:
+def _check(name: str, remedy: str) -> Callable[[Callable[[Submission], Found]], None]:
     """Make a function the next one of `CHECKS`. What it raises is what was found; the remedy may name the model."""
-
-    def add(function: Callable[[Submission], Found]) -> Callable[[Submission], Found]:
-        CHECKS.append((name, remedy, function))
-        return function
-
-    return add
+    return lambda function: CHECKS.append((name, remedy, function))
 
 
 @dataclasses.dataclass
 class Submission:
     """A model to be submitted, and what its checks have found out about it.
 
-    Attributes:
-        model: release folder, or `ORG/NAME` or `ORG/NAME@revision` on the Hub. A folder's contents are checked where
-            they are, and compared with those on the Hub, which a board would read.
-        repo_id: `ORG/NAME` that the folder is, or will be, pushed to; for a Hub id, itself.
-        revision: branch, tag or commit on the Hub; empty: that of `model`, or main.
-        model_type: one of `MODEL_TYPES`; None: what the release's records state.
-        base_model: Hub id of what a model that is not pretrained from scratch began as; None: as the records state.
-        precision: the precision in which the board should run the model, one of `PRECISIONS`.
-        requests: folder of earlier requests; one that repeats them fails a check.
+    A folder's contents are checked where they are, and compared with those of `repo_id` on the Hub, which a board would
+    read. What is not given is what the release's records state. A request that is in the folder `requests` already
+    fails a check.
     """
 
     model: str | Path

@@ -60,13 +60,28 @@ def reproduce(
     """
     from nanophi.pipeline import run_recipes
 
-    recipe = load_recipe(fetch_recipe(release, runs, revision), overrides)
+    file = fetch_recipe(release, runs, revision)
+    recipe = load_recipe(file, [*_as_recorded(runs / "published"), *overrides])
     run_recipes([recipe], runs)
     differing = [
         row.name for row in compare_with_published(runs / "published", runs / recipe.name) if row.agrees is False
     ]
     if differing:
         raise UserError(f"{release} was not reproduced: {', '.join(differing)}")
+
+
+def _as_recorded(published: Path) -> list[str]:
+    """Overrides that give a recipe its recorded precision; this process gets the recorded number of threads.
+
+    Sums depend on both in their last bits. With the same machine and packages the weights are then the same.
+    """
+    import torch
+
+    threads = read_json(published / "records/run.json")["environment"].get("cpu_threads")
+    if threads and not torch.cuda.is_available():
+        torch.set_num_threads(threads)
+    precision = read_json(published / "records/training.json").get("summary", {}).get("precision")
+    return [f"training.precision={precision}"] if precision in ("fp32", "bf16") else []
 
 
 def fetch_recipe(

@@ -23,24 +23,21 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Companion:
-    """A repository beside a model's.
-
-    Attributes:
-        part: its name in `push.Options`, where a true value asks for it, and in the links of the model's card.
-        suffix: what its id ends in.
-        module: its `build`, called with a `Source`, the Hub id and a folder to create, writes what is sent.
-        files: pattern of the names of its own files, beside its page, licence, manifest and signature.
-        note: what a collection has beside it.
-        of_run: it is made from the run around the release, and the card links it.
-    """
+    """A repository beside a model's."""
 
     part: str
+    """Its name in `push.Options`, where a true value asks for it, and in the links of the model's card."""
     suffix: str
+    """What its id ends in."""
     module: str
+    """Its `build`, called with a `Source`, the Hub id and a folder to create, writes what is sent."""
     files: str
+    """Pattern of the names of its own files, beside its page, licence, manifest and signature."""
     note: str
+    """What a collection has beside it."""
     kind: Kind = "model"
     of_run: bool = True
+    """It is made from the run around the release, and the card links it."""
 
     @property
     def written(self) -> re.Pattern[str]:
@@ -52,22 +49,13 @@ class Companion:
         importlib.import_module(f"nanophi.model_card.{self.module}").build(source, repo_id, folder)
 
 
+_SCORER_FILES, _DATA_FILES = (
+    r"quality\.png|scorer\.(json|safetensors)",
+    r"quality\.png|data/(train|heldout)-\d+\.parquet",
+)
 COMPANIONS = (
-    Companion(
-        "scorer",
-        "quality",
-        "scorer_page",
-        r"quality\.png|scorer\.(json|safetensors)",
-        "The quality filter that chose its text",
-    ),
-    Companion(
-        "data",
-        "data",
-        "data_page",
-        r"quality\.png|data/(train|heldout)-\d+\.parquet",
-        "The documents' quality scores",
-        kind="dataset",
-    ),
+    Companion("scorer", "quality", "scorer_page", _SCORER_FILES, "The quality filter that chose its text"),
+    Companion("data", "data", "data_page", _DATA_FILES, "The documents' quality scores", kind="dataset"),
     Companion("gguf", "GGUF", "gguf", r"[^/]+\.gguf", "The model for llama.cpp", of_run=False),
 )
 """In the order in which they are sent, after the model."""
@@ -93,16 +81,27 @@ def recipe_of_run(release: Path) -> Recipe:
     run = release.resolve().parent
     if not (run / "recipe.yaml").is_file():
         raise UserError(f"{release} is not in its run directory, which holds what --scorer and --data publish")
-    recipe = load_recipe(run / "recipe.yaml")
-    if recipe.conversations:
+    if not (run / "data" / "scores" / "scores.parquet").is_file():
         raise UserError(
-            f"{release}: a chat model's documents and scorer are its base's; push --scorer or --data of that"
+            f"{run} has no scored documents, which --scorer and --data publish (those of a chat model are its base's); "
+            "leave them out"
         )
     made = read_json(release / MANIFEST)["provenance"]["stages"]
     there = {name: stage["key"] for name, stage in read_json(run / "record.json")["stages"].items()}
     if any(made.get(name) != there.get(name) for name in ("documents", "scores", "quality")):
         raise UserError(f"{run}: its documents or scores are not those of {release}; run `nanophi release` again")
+    recipe = load_recipe(run / "recipe.yaml")
+    if recipe.quality.scorer == "none":
+        raise UserError(
+            f"{run}: no document was scored, so there are no scores to publish; leave out --scorer and --data"
+        )
     return recipe
+
+
+def license_of(recipe: Recipe) -> dict[str, Any]:
+    """The card's licence, as the Hub's metadata has it."""
+    keys = ("license", "license_name", "license_link")
+    return {key: value for key in keys if (value := getattr(recipe.card, key)) is not None}
 
 
 def write_filter_page(

@@ -103,6 +103,7 @@ def _comparison(records: ShippedRecords) -> Iterator[str]:
             here, there = part["bits_per_byte"], own.get(source, {}).get("bits_per_byte")
             if not _same(here, there):
                 yield f"comparison.json has {here} bits per byte of {source}, {name} has {there}"
+    yield from _underived(comparison)
     tables = [comparison.get(table) or {} for table in ("tasks", "answers", "filter", "sources")]
     for table in [*tables, *(comparison.get("subjects") or {}).values()]:
         for task, row in table.items():
@@ -113,6 +114,32 @@ def _comparison(records: ShippedRecords) -> Iterator[str]:
                         f"comparison.json calls {label} {entry['verdict']} on {task}, its difference of "
                         f"{entry['value']} with p {entry['p_corrected']} is {follows}"
                     )
+
+
+def _underived(comparison: dict[str, Any]) -> Iterator[str]:
+    """Differences that the items of the comparison do not give; a comparison of an earlier format holds no items."""
+    from nanophi.eval import compare
+
+    derived = compare.recompute(comparison) or {}
+    for task, row in comparison["tasks"].items():
+        there = row["scores"].get(comparison["baseline"])
+        for label, entry in row["differences"].items():
+            here = row["scores"].get(label)
+            if here and there and here["items"] == there["items"]:
+                value = here["value"] - there["value"]
+                if not math.isclose(value, entry["value"], rel_tol=1e-6, abs_tol=1e-9):
+                    change = f"{label} {entry['value']:+.4f} on {task}"
+                    yield f"comparison.json has {change}, its scores differ by {value:+.4f}"
+    for table in compare.TABLES if derived else ():
+        groups = {"": comparison.get(table) or {}} if table != "subjects" else comparison.get(table) or {}
+        again = {"": derived.get(table) or {}} if table != "subjects" else derived.get(table) or {}
+        for group, rows in groups.items():
+            for task, row in rows.items():
+                for label, entry in row["differences"].items():
+                    found = again.get(group, {}).get(task, {}).get("differences", {}).get(label)
+                    value = None if found is None else found["value"]
+                    if value is None or not math.isclose(value, entry["value"], rel_tol=1e-6, abs_tol=1e-9):
+                        yield f"comparison.json has {label} {entry['value']:+.4f} on {task}, its items give {value}"
 
 
 def _same(value: Any, other: Any) -> bool:

@@ -24,8 +24,7 @@ from nanophi.core.files import read_json
 from nanophi.core.recipe import Recipe
 from nanophi.data import documents, quality_report, sources
 from nanophi.model_card import secrets
-from nanophi.model_card.companions import Source, write_filter_page
-from nanophi.model_card.scorer_page import license_of
+from nanophi.model_card.companions import Source, license_of, write_filter_page
 
 FILE_BYTES = 256 << 20
 """Text of a file, uncompressed."""
@@ -37,25 +36,15 @@ SIZES = (("n<1K", 1e3), ("1K<n<10K", 1e4), ("10K<n<100K", 1e5), ("100K<n<1M", 1e
 """The Hub's names of sizes, and the number of rows below which each one holds."""
 
 
-def check_licenses(recipe: Recipe) -> None:
-    """Raise `UserError` naming the sources whose licence the recipe does not state: their text is not published."""
+def build(source: Source, repo_id: str, folder: Path) -> None:
+    """Write the folder that becomes `ORG/NAME-data`."""
+    run, recipe, text = source.run, source.recipe, source.asked["data"] == "text"
     missing = [sources.name_of(source) for source in recipe.data.sources if source.license is None]
-    if missing:
+    if text and missing:
         raise UserError(
             f"--data text: no licence is stated for {', '.join(missing)}; state data.sources[].license in the recipe "
             "and run `nanophi release`, or publish the scores alone with --data scores"
         )
-
-
-def build(source: Source, repo_id: str, folder: Path) -> None:
-    """Write the folder that becomes `ORG/NAME-data`.
-
-    Raises:
-        UserError: if the text is to be published and a source has no licence, or a document is not as it was scored.
-    """
-    run, recipe, text = source.run, source.recipe, source.asked["data"] == "text"
-    if text:
-        check_licenses(recipe)
     portable = secrets.PathRemover(run)
     schema = SCHEMA.append(pa.field("text", pa.string())) if text else SCHEMA
     (folder / "data").mkdir(parents=True)
@@ -93,9 +82,9 @@ def _write_split(
                 raise UserError(f"{run}: its scores are not those of its documents; run `nanophi release` again")
             texts = batch["text"].cast(pa.binary()).to_pylist()
             columns: dict[str, Any] = {
-                "id": pa.array([hashlib.sha256(value).hexdigest() for value in texts], pa.string()),
-                "source": pa.array([portable(name) for name in batch["source"].to_pylist()], pa.string()),
-                "split": pa.array([split] * len(batch), pa.string()),
+                "id": [hashlib.sha256(value).hexdigest() for value in texts],
+                "source": [portable(name) for name in batch["source"].to_pylist()],
+                "split": [split] * len(batch),
                 "quality_score": rows["quality_score"],
                 "kept": rows["kept"],
                 "text": batch["text"],

@@ -23,7 +23,8 @@ UNLIKE = 0.05
 
 def names(records: ShippedRecords) -> list[str]:
     """File stems of the figures that these records allow, in the order of the card."""
-    return ["loss", "quality", *(["evaluation"] if _bars(records) else [])]
+    scored = "histogram" in records.get("quality.json", {})
+    return ["loss", *(["quality"] if scored else []), *(["evaluation"] if _bars(records) else [])]
 
 
 def build(records: ShippedRecords, output: Path) -> list[str]:

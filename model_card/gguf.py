@@ -22,6 +22,7 @@ from nanophi.configuration_nanophi import NanoPhiConfig
 from nanophi.core.errors import UserError
 from nanophi.core.files import atomic_folder, read_json, sha256_of_file
 from nanophi.core.names import is_hub_id
+from nanophi.model_card import exports
 from nanophi.model_card.companions import Source
 from nanophi.model_card.pages import write_page
 
@@ -32,9 +33,6 @@ if TYPE_CHECKING:
 KINDS = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
 """What the matrices are stored in (vectors stay float32), and gguf's name for a file of that kind."""
 
-TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
-"""transformers' names of the one activation that llama.cpp's phi2 computes."""
-
 
 def build(source: Source, _: str, folder: Path) -> None:
     """`export` of what `main` will be: only there do the records name the repository that the files come from."""
@@ -44,13 +42,7 @@ def build(source: Source, _: str, folder: Path) -> None:
 def export(release: Path, kinds: Sequence[str], output: Path) -> list[dict[str, Any]]:
     """Write a folder ready to be a Hub repository; an earlier one is replaced once the new one is complete.
 
-    Args:
-        release: a release folder.
-        kinds: of `KINDS`, one file each.
-        output: the folder; not inside the release, whose manifest lists its files.
-
-    Returns:
-        per kind what `write` returns, and `"path"`, the file's.
+    It has a file of each of the `kinds`; returned is what `write` returns, and `"path"`, the file's.
     """
     from huggingface_hub import CardData
 
@@ -84,13 +76,8 @@ def export(release: Path, kinds: Sequence[str], output: Path) -> list[dict[str, 
 def write(release: Path, output: Path, kind: str) -> dict[str, Any]:
     """Write one GGUF file of a kind in `KINDS`, whole or not at all, from a release's config, weights and tokenizer.
 
-    A matrix whose rows are no multiple of 32 long stays float16 under `q8_0`.
-
-    Returns:
-        `{"kind", "tensors": count, "bytes", "sha256"}`.
-
-    Raises:
-        UserError: for a release that is incomplete or that llama.cpp's phi2 cannot express.
+    Returns `{"kind", "tensors": count, "bytes", "sha256"}`. `UserError`: the release is incomplete, or llama.cpp's phi2
+    cannot express it.
     """
     gguf = _library()
     for file in ("config.json", "model.safetensors", "tokenizer.json"):
@@ -100,10 +87,11 @@ def write(release: Path, output: Path, kind: str) -> dict[str, Any]:
         config = NanoPhiConfig.from_pretrained(release)
     except ValueError as error:
         raise UserError(f"{release / 'config.json'}: {error}") from None
-    bos, eos = _check_expressible(release, config)
+    if problem := exports.beyond_llama_cpp(config):
+        raise UserError(f"{release / 'config.json'}: {problem}")
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.PHI2])
     _add_metadata(writer, release, config, kind)
-    _add_tokenizer(writer, release, config.vocab_size, bos, eos)
+    _add_tokenizer(writer, release, config)
     tensors = _tensors(release, config, kind)
     for name, (data, raw_dtype) in tensors.items():
         writer.add_tensor(name, data, raw_dtype=raw_dtype)
@@ -118,8 +106,12 @@ def write(release: Path, output: Path, kind: str) -> dict[str, Any]:
     finally:
         writer.close()
         partial.unlink(missing_ok=True)
-    size, sha256 = output.stat().st_size, sha256_of_file(output)
-    return {"kind": kind, "tensors": len(tensors), "bytes": size, "sha256": sha256}
+    return {
+        "kind": kind,
+        "tensors": len(tensors),
+        "bytes": output.stat().st_size,
+        "sha256": sha256_of_file(output),
+    }
 
 
 def _library() -> Any:
@@ -136,18 +128,6 @@ def parse_kinds(text: str | None) -> list[str]:
     if unknown := [kind for kind in kinds if kind not in KINDS]:
         raise UserError(f"unknown GGUF kind {unknown[0]!r}; allowed: {', '.join(KINDS)}")
     return kinds
-
-
-def _check_expressible(release: Path, config: NanoPhiConfig) -> tuple[int, int]:
-    """Refuse what llama.cpp's phi2 would silently leave out; returns the ids of the first and last token."""
-    where = release / "config.json"
-    if config.qk_layernorm:
-        raise UserError(f"{where}: llama.cpp's phi2 has no LayerNorm on queries and keys; qk_layernorm must be false")
-    if config.hidden_act not in TANH_GELU:
-        raise UserError(f"{where}: llama.cpp's phi2 computes {TANH_GELU[0]}, not hidden_act {config.hidden_act!r}")
-    if not isinstance(config.bos_token_id, int) or not isinstance(config.eos_token_id, int):
-        raise UserError(f"{where}: a GGUF file needs one bos_token_id and one eos_token_id")
-    return config.bos_token_id, config.eos_token_id
 
 
 def _add_metadata(writer: GGUFWriter, release: Path, config: NanoPhiConfig, kind: str) -> None:
@@ -177,15 +157,19 @@ def _add_metadata(writer: GGUFWriter, release: Path, config: NanoPhiConfig, kind
         "rope_dimension_count": config.rotary_ndims,
         "rope_freq_base": float(config.rope_parameters["rope_theta"]),
     }
+    if scaled := exports.scaling(config.rope_parameters):
+        values |= {"rope_scaling_type": gguf.RopeScalingType.LINEAR, "rope_scaling_factor": float(scaled["factor"])}
     for key, value in values.items():
         getattr(writer, f"add_{key}")(value)
 
 
-def _add_tokenizer(writer: GGUFWriter, release: Path, vocab_size: int, bos: int, eos: int) -> None:
+def _add_tokenizer(writer: GGUFWriter, release: Path, config: NanoPhiConfig) -> None:
     """GPT-2's byte-level BPE, which llama.cpp implements; with any other tokenizer its tokens would differ."""
     from tokenizers import Tokenizer
 
-    gguf = _library()
+    gguf, vocab_size = _library(), config.vocab_size
+    bos: Any = config.bos_token_id
+    eos: Any = config.eos_token_id
     path = release / "tokenizer.json"
     content = read_json(path)
     model, splitter = content["model"], content["pre_tokenizer"] or {}
@@ -238,10 +222,9 @@ def _chat_template(release: Path) -> str | None:
 
 
 def _tensors(release: Path, config: NanoPhiConfig, kind: str) -> dict[str, tuple[np.ndarray, Any]]:
-    """Arrays by GGUF name, with the type they are stored in.
+    """Arrays by GGUF name, with the type they are stored in; `q8_0` leaves rows of no multiple of 32 in float16.
 
-    Query, key and value stay apart, which every version of llama.cpp with phi2 reads. Nothing is permuted: llama.cpp
-    rotates phi2's halves as Phi does.
+    Query, key and value stay apart, which every llama.cpp with phi2 reads. Nothing is permuted: it rotates as Phi does.
     """
     from safetensors.torch import load_file
 

@@ -1,7 +1,6 @@
 """A script for a fresh interpreter (`python -I`): loads a release as a stranger would and reports what that computes.
 
-Its argument is a JSON file that `loader.py` wrote. It knows nothing of nanophi, and must not: whether the installed
-package was imported is part of the report.
+Its argument is a JSON file that `loader.py` wrote. Nobody who loads a release has nanophi: importing it fails here.
 """
 
 from __future__ import annotations
@@ -16,6 +15,8 @@ from typing import Any
 
 def main(request: dict[str, Any]) -> None:
     """Write `request["answer"]` (JSON) and `request["logits"]` (safetensors)."""
+    sys.path[:] = request["packages"]
+    sys.modules["nanophi"] = None  # type: ignore[assignment]
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
@@ -65,7 +66,6 @@ def main(request: dict[str, Any]) -> None:
         "messages": messages,
         "text": text if isinstance(text, str) else text[-1]["content"],  # of messages, the answer
         "scores": scores,
-        "uses_nanophi": "nanophi" in sys.modules,
     }
     Path(request["answer"]).write_text(json.dumps(answer), encoding="utf-8")
 

@@ -1,6 +1,6 @@
 """Loads a release in a fresh process, by either loader: stock Phi, or the release's own code (`trust_remote_code`).
 
-The process has an empty cache and no access to this checkout. What it does there is in `load_release.py`; what its
+The process has an empty cache, the packages of this one, and no nanophi. What it does is in `load_release.py`; what its
 report has to be, in `checks.py`.
 """
 
@@ -24,7 +24,7 @@ def load(folder: Path, records: ShippedRecords, scratch: Path) -> tuple[dict[str
 
     Returns:
         of stock Phi and of the remote code: `class`, `parameters`, `loading` (what did not fit), `messages`, `text`,
-        `scores`, `uses_nanophi` and `logits` (a safetensors file); or `error`, one line.
+        `scores` and `logits` (a safetensors file); or `error`, one line.
     """
     script = importlib.resources.files("nanophi.model_card").joinpath("load_release.py").read_text(encoding="utf-8")
     sample = records.get("sample.json", {"prompt": "The ", "settings": {"do_sample": False, "max_new_tokens": 30}})
@@ -42,10 +42,11 @@ def load(folder: Path, records: ShippedRecords, scratch: Path) -> tuple[dict[str
             "documents": [item["text"] for item in records.get("heldout.json", [])],
             "answer": str(home / "answer.json"),
             "logits": str(home / "logits.safetensors"),
+            # Packages may be on PYTHONPATH alone, or a user's; the current folder stays out.
+            "packages": [entry for entry in sys.path if entry and Path(entry).resolve() != Path.cwd()],
         }
         write_json(home / "request.json", request)
         process = subprocess.Popen(
-            # Isolated, so that neither the current folder nor PYTHONPATH can give it code.
             [sys.executable, "-I", "-c", script, str(home / "request.json")],
             cwd=home,
             env=kept | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},

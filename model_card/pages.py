@@ -23,6 +23,7 @@ from nanophi.core.files import write_text
 from nanophi.core.names import is_hub_id
 from nanophi.core.version import __version__
 from nanophi.eval import catalogue
+from nanophi.model_card import exports
 from nanophi.model_card.manifest import write_manifest
 
 FOLDER = Path(__file__).parent
@@ -90,6 +91,7 @@ FILTERS: dict[str, Callable[..., Any]] = {
     "integer": formatting.integer,
     "literal": lambda text: json.dumps(text, ensure_ascii=False),
     "metric_name": catalogue.metric_name,
+    "oldest_transformers": exports.oldest_transformers,
     "on_hub": lambda source: source["hub"] is not None and is_hub_id(source["hub"]),
     "percent": formatting.percent,
     "plain": lambda text: re.sub(r"[{}\\`]", "", text),

@@ -114,11 +114,6 @@ def publish(release: Path, options: Options, report: Report = typer.echo) -> lis
     """Publish a release folder on the Hub, or resume a push that was cut off. Returns the URLs, none in a dry run.
 
     The branches' checkpoints are those of the run directory around the release; away from it there are no branches.
-
-    Raises:
-        UserError: if the release must not be published (training state, secrets, paths of this machine, files that
-            are not those of the manifest, a card that does not follow from its records), if the repository holds
-            something else, or if the Hub refuses it.
     """
     from nanophi.model_card import hub, upload
     from nanophi.model_card.verify import hint
@@ -135,16 +130,16 @@ def publish(release: Path, options: Options, report: Report = typer.echo) -> lis
         if options.dry_run:
             report(f"tag {repositories[0].tag}; nothing was sent (dry run)")
             return []
-        for repository in repositories:
-            with hub.one_line_errors(repository.name):
-                upload.check_metadata(repository, report)
-        urls = []
-        for repository, plan in zip(repositories, plans, strict=True):
-            with hub.one_line_errors(repository.name):
-                urls.append(upload.send(api, repository, plan, report))
-        for repository in repositories if options.public else ():
-            with hub.one_line_errors(repository.name):
-                api.update_repo_settings(repository.name, repo_type=repository.kind, private=False)
+        urls: list[str] = []
+        steps: list[Callable[[Repository, Plan], Any]] = [
+            lambda repository, _: upload.check_metadata(repository, report),
+            lambda repository, plan: urls.append(upload.send(api, repository, plan, report)),
+            lambda repository, _: api.update_repo_settings(repository.name, repo_type=repository.kind, private=False),
+        ]
+        for step in steps if options.public else steps[:2]:  # of all repositories, before the next step of any
+            for repository, plan in zip(repositories, plans, strict=True):
+                with hub.one_line_errors(repository.name):
+                    step(repository, plan)
         if options.collection is not None:
             notes = ["The model", *(companion.note for companion in options.companions())]
             items = [(entry.name, entry.kind, note) for entry, note in zip(repositories, notes, strict=True)]

@@ -23,22 +23,16 @@ from nanophi.core.files import link_or_copy, permit, read_json, sha256_of_file, 
 from nanophi.core.names import CODE_FILES, TOKENIZER_FILES
 from nanophi.core.version import __version__
 from nanophi.model_card import card as model_card
-from nanophi.model_card.manifest import MANIFEST, write_manifest
+from nanophi.model_card import exports
+from nanophi.model_card.manifest import MANIFEST, list_files, write_manifest
 from nanophi.model_card.records import LATER_STAGES, ShippedRecords, read_records
 
 
 def build(run: Path, checkpoint: Path, card: Path, output: Path, dtype: str = "float32") -> dict[str, Any]:
-    """Write the release folder of one checkpoint. Two builds from the same run are byte-identical.
+    """Write the release folder of a checkpoint, with what `card.build` wrote for it. Two builds are byte-identical.
 
-    Args:
-        run: the run directory.
-        checkpoint: the folder under `run/checkpoints/` whose weights are released.
-        card: the folder that `card.build` wrote for the same checkpoint.
-        output: folder to write in.
-        dtype: `float32` or `bfloat16`, the type of the released weights.
-
-    Raises:
-        UserError: if the checkpoint is incomplete, or stock transformers could not load it.
+    `dtype`: `float32` or `bfloat16`, the type of the released weights. `UserError`: the checkpoint is incomplete, or
+    stock transformers could not load it.
     """
     output.mkdir(parents=True, exist_ok=True)
     for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", *CODE_FILES):
@@ -72,7 +66,9 @@ def copy_for_repo(
 
     `links` are Hub ids of its `data`, `scorer` and `control`, where they are published.
     """
-    shutil.copytree(release, output, copy_function=link_or_copy)
+    for name in list_files(release):  # not the folders' permissions: somebody else's release may be read-only
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
+        link_or_copy(str(release / name), str(output / name))
     records = read_records(output / "records")
     records["run.json"] |= {"repo_id": repo_id, "folder": None, **({"links": dict(links)} if links else {})}
     # The copy holds links, and these replace what they write.
@@ -85,12 +81,14 @@ def _config(config: dict[str, Any], dtype: str, checkpoint: Path) -> dict[str, A
     """A config that transformers 4.37 to 5.x read alike: the older top-level keys as well as `rope_parameters`."""
     from nanophi.configuration_nanophi import AUTO_MAP
 
-    rope = config.get("rope_parameters") or {}
     if config.get("model_type") != "phi":
         raise UserError(
             f"{checkpoint / 'config.json'}: model_type is {config.get('model_type')!r}, a release needs 'phi'"
         )
-    config |= {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+    rope = config.get("rope_parameters") or {}
+    if rope.get("rope_type") in exports.NOT_IN_PHI:
+        raise UserError(f"{checkpoint / 'config.json'}: stock Phi cannot compute rope_type {rope['rope_type']!r}")
+    config |= exports.older_keys(rope)
     config |= {"architectures": ["PhiForCausalLM"], "auto_map": dict(AUTO_MAP), "use_cache": True}
     config |= dict.fromkeys(("dtype", "torch_dtype"), dtype)
     return {key: config[key] for key in sorted(config) if key != "_name_or_path"}

@@ -38,7 +38,11 @@ def build(run: Path, output: Path) -> dict[str, Any]:
     training, recipe = shipped["training.json"], shipped["recipe.yaml"]
     quality = read_json(run / "data" / "quality" / "quality.json")
     # What a chat model's base was chosen from is not part of its run.
-    documents = [] if recipe.get("conversations") else _documents(run, quality["histogram"]["edges"])
+    documents = (
+        []
+        if recipe.get("conversations") or "histogram" not in quality
+        else _documents(run, quality["histogram"]["edges"])
+    )
     data = {
         "run": recipe["name"],
         "name": recipe["card"]["title"] or recipe["name"],
@@ -53,7 +57,9 @@ def build(run: Path, output: Path) -> dict[str, Any]:
         "written": training.get("samples", []),
         "samples": _samples(run / "sample.json"),
         # Not the shipped record: names of sources must be those of the documents.
-        "quality": {key: quality[key] for key in ("rule", "threshold", "documents", "bytes", "histogram", "sources")},
+        "quality": {
+            key: quality.get(key) for key in ("rule", "threshold", "documents", "bytes", "histogram", "sources")
+        },
         "documents": documents,
     }
     page = TEMPLATE.read_text(encoding="utf-8").replace(PLACE_OF_DATA, _script_safe(data))

@@ -16,11 +16,10 @@ from huggingface_hub import ModelCardData
 
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, write_json
-from nanophi.core.recipe import Recipe
 from nanophi.data import scorers
 from nanophi.data.scorers import LinearScorer
 from nanophi.model_card import secrets
-from nanophi.model_card.companions import Source, write_filter_page
+from nanophi.model_card.companions import Source, license_of, write_filter_page
 
 EXAMPLES = (
     "A module is a file that holds definitions. Another module imports it by name, and the first import runs its code "
@@ -84,9 +83,3 @@ def _labelled(run: Path, report: dict[str, Any], portable: secrets.PathRemover) 
         if (source := portable(row["source"])) in report[label]
     ]
     return sorted(rows, key=lambda row: (-row["wrong"], row["source"]))
-
-
-def license_of(recipe: Recipe) -> dict[str, Any]:
-    """The card's licence, as the Hub's metadata has it."""
-    keys = ("license", "license_name", "license_link")
-    return {key: value for key in keys if (value := getattr(recipe.card, key)) is not None}

@@ -49,12 +49,9 @@ _INNER_PATH = r"(?<=[=\s:,(])(?:~|[A-Za-z]:)?[\\/](?=[^\s\\/])[^\"\n]*?[\\/][^\"
 def found_in(content: str | bytes, folders: Iterable[Path] = (), document: bool = False) -> list[str]:
     """What in a text must not be published, in words: the kind of a secret, never the secret; or a path.
 
-    Args:
-        content: the text, or a file's bytes.
-        folders: whose paths are private too, besides those of the user, the interpreter and the current folder.
-        document: it is somebody's text, not a file of ours. Documentation shows how a key begins and has folders that
-            many machines have: a key counts with its first characters, and a path below `/root` or `/tmp` if it leads
-            to something on this machine.
+    The paths of `folders` are private too, besides those of the user, the interpreter and the current folder. A
+    `document` is somebody's text, which may show how a key begins and name folders that many machines have: a key
+    counts with its first characters, and a path below `/root` or `/tmp` if it leads to something on this machine.
     """
     data = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
     kinds = SECRETS | ({"a private key": _KEY_WITH_DATA} if document else {})
@@ -130,9 +127,6 @@ class PathRemover:
     Called on a value, it returns a copy in which every string (key or value) that is a path as a whole is cut, unless
     it is relative and stays below the current folder, and so are absolute paths within longer strings. Not-a-number and
     infinity become None.
-
-    Args:
-        run: the run directory.
     """
 
     TEXTS = frozenset(("text", "prompt", "notes", "title", "developers", "checkpoints"))
@@ -157,8 +151,7 @@ class PathRemover:
         return value
 
     def _cut(self, text: str) -> str:
-        whole = _PATH.fullmatch(text)
-        if whole:
+        if whole := _PATH.fullmatch(text):
             return (whole["scheme"] or "") + self._name(whole["path"])
         return self._within.sub(lambda match: self._name(match.group()), text)
 

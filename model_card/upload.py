@@ -151,8 +151,8 @@ def _foreign(read: Callable[[str], bytes | None], touched: dict[str, RepoFile]) 
 
 def show(repository: Repository, changes: Plan, dry_run: bool, report: Report) -> None:
     """Name the files that a push is about to replace and delete; in a dry run, all files with what happens to them."""
-    for branch, folder in repository.revisions.items():
-        change = changes[branch]
+    for branch, change in changes.items():
+        folder = repository.revisions[branch]
         if not dry_run:
             words = {"replaces": change.replaced, "deletes": change.deleted}
             if losses := [f"{word} {', '.join(files)}" for word, files in words.items() if files]:
@@ -177,25 +177,21 @@ def refusal(repository: Repository, changes: Plan) -> str | None:
     if runs:
         ours = _run_name((repository.revisions["main"] / RECIPE).read_bytes())
         return f"{repository.name} holds the run '{', '.join(runs)}', this is '{ours}'" + advice.format("replace it")
-    wrong = [f"{branch}: {', '.join(change.foreign)}" for branch, change in changes.items() if change.foreign]
-    if wrong:
-        message = f"{repository.name} holds files that no push of ours put there: {'; '.join(wrong)}"
-        return message + advice.format("replace and delete them")
-    return None
+    wrong = "; ".join(f"{branch}: {', '.join(change.foreign)}" for branch, change in changes.items() if change.foreign)
+    message = f"{repository.name} holds files that no push of ours put there: {wrong}"
+    return message + advice.format("replace and delete them") if wrong else None
 
 
 def check_metadata(repository: Repository, report: Report) -> None:
     """Ask the Hub whether it takes the cards, before there is a repository."""
     from huggingface_hub import RepoCard
 
-    folders = repository.revisions.values()
-    for text in {(folder / "README.md").read_text(encoding="utf-8") for folder in folders}:
+    for text in {(folder / "README.md").read_text(encoding="utf-8") for folder in repository.revisions.values()}:
         try:
             hub.with_retries(functools.partial(RepoCard(text).validate, repo_type=repository.kind), report)
         except ValueError as error:
-            raise UserError(
-                f"{repository.name}: the Hub refuses the card's metadata: {' '.join(str(error).split())}"
-            ) from None
+            reason = " ".join(str(error).split())
+            raise UserError(f"{repository.name}: the Hub refuses the card's metadata: {reason}") from None
 
 
 def send(api: HfApi, repository: Repository, changes: Plan, report: Report) -> str:

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from nanophi.core.files import sha256_of_file, write_json
+from nanophi.core.version import __version__
 
 STEPS, BATCH, CONTEXT, VOCABULARY = 30, 4, 128, 300
 KEPT_STEPS = (10, 20)
@@ -358,7 +359,7 @@ def build_run(run: Path) -> None:
     for step in (*KEPT_STEPS, STEPS):
         write_json(run / "evals" / f"step-{step:06d}-heldout.json", results_of(run, step))
     environment = {
-        "nanophi": "0.1.0",
+        "nanophi": __version__,
         "commit": "0123456789abcdef",
         "python": "3.11.9",
         "platform": "linux-x86_64",

@@ -84,12 +84,11 @@ class Commit:
 
     def history(self) -> list[Commit]:
         """This commit and those before it, newest first."""
-        commits: list[Commit] = []
-        commit: Commit | None = self
-        while commit is not None:
-            commits.append(commit)
-            commit = commit.parent
-        return commits
+        return [self, *(self.parent.history() if self.parent else [])]
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 class Repository:
@@ -109,8 +108,7 @@ class Repository:
         oid = hashlib.sha1(
             json.dumps([parent.oid if parent else None, title, tree, len(self.commits)]).encode()
         ).hexdigest()
-        date = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        commit = Commit(oid, parent, dict(files), title, date)
+        commit = Commit(oid, parent, dict(files), title, now())
         self.commits[oid] = commit
         self.branches[branch] = commit
         return commit
@@ -125,20 +123,13 @@ class Repository:
 
 
 class HubServer:
-    """The server, on a free port of 127.0.0.1; a context manager.
-
-    Attributes:
-        repositories: `(kind, id)` -> repository, kind being "model" or "dataset".
-        objects: stored LFS objects by SHA-256.
-        collections: by slug, as the Hub describes them.
-        requests: "METHOD path" of every request so far.
-    """
+    """The server, on a free port of 127.0.0.1; a context manager."""
 
     def __init__(self) -> None:
-        self.repositories: dict[tuple[str, str], Repository] = {}
-        self.objects: dict[str, bytes] = {}
-        self.collections: dict[str, dict[str, Any]] = {}
-        self.requests: list[str] = []
+        self.repositories: dict[tuple[str, str], Repository] = {}  # by kind ("model", "dataset") and id
+        self.objects: dict[str, bytes] = {}  # of LFS, by SHA-256
+        self.collections: dict[str, dict[str, Any]] = {}  # by slug
+        self.requests: list[str] = []  # "METHOD path"
         self.lock = threading.RLock()
         self._cut: tuple[int, str] | None = None
         self._silent = False
@@ -185,9 +176,7 @@ class HubServer:
     def cut(self, after: int, moment: str) -> None:
         """Fail at the request after `after` more ones, and from then on, until `restore`.
 
-        Args:
-            after: requests that are still answered.
-            moment: "before" the request is read, "during" its body, or "after" it had its effect, unanswered.
+        `moment`: "before" the request is read, "during" its body, or "after" it had its effect, unanswered.
         """
         with self.lock:
             self._cut, self._silent = (len(self.requests) + after, moment), False
@@ -200,12 +189,7 @@ class HubServer:
     def fail(self, request: str, status: int, times: int = 1, *, after: bool = False, **headers: str) -> None:
         """Answer the next `times` requests whose "METHOD path" matches the pattern with an error.
 
-        Args:
-            request: regular expression.
-            status: the error's.
-            times: how many requests fail.
-            after: the request has its effect before it is answered with the error.
-            headers: of the answer, `Retry_After="1"` for `Retry-After: 1`.
+        With `after` the request has its effect before; `Retry_After="1"` becomes the answer's header `Retry-After: 1`.
         """
         with self.lock:
             self._faults.append([re.compile(request), status, times, after, headers])
@@ -513,10 +497,9 @@ def create_collection(request: Request) -> Answer:
     if not 0 < len(body["title"]) < 60:
         raise HubError(400, "", '"title" length must be less than 60 characters')
     slug = f"{body['namespace']}/{re.sub('[^a-z0-9]+', '-', body['title'].lower()).strip('-')}-{number:024x}"
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     owner = {"name": body["namespace"], "type": "org"}
     made = {"slug": slug, "title": body["title"], "owner": owner, "items": [], "private": body["private"]}
-    request.hub.collections[slug] = made | {"lastUpdated": now, "position": number, "theme": "green", "upvotes": 0}
+    request.hub.collections[slug] = made | {"lastUpdated": now(), "position": number, "theme": "green", "upvotes": 0}
     return Answer(request.hub.collections[slug])
 
 
@@ -580,9 +563,8 @@ def tree(request: Request) -> Answer:
     entries: dict[str, dict[str, Any]] = {}
     for path, file in sorted(below.items()):
         parts = path.removeprefix(prefix).split("/")
-        for depth in range(1, len(parts) if recursive else min(2, len(parts))):
-            parent = prefix + "/".join(parts[:depth])
-            entries[parent] = directory(parent)
+        parents = [prefix + "/".join(parts[:depth]) for depth in range(1, len(parts))]
+        entries |= {parent: directory(parent) for parent in (parents if recursive else parents[:1])}
         if recursive or len(parts) == 1:
             entries[path] = describe(path, file)
     return Answer(list(entries.values()))

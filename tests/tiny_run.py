@@ -1,6 +1,7 @@
 """A tiny run that is ready to train, for the tests of training."""
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -58,15 +59,21 @@ DOCUMENTS = {
 
 def make_run(path: Path, rows: int = 100) -> Path:
     """A run directory that is ready to train: rows whose next token is mostly the last one plus one."""
-    generator = np.random.default_rng(0)
+    generator, hashes = np.random.default_rng(0), {}
     for split, count in (("train", rows), ("heldout", 10)):
         steps = np.where(generator.random((count, CONTEXT)) < 0.9, 1, generator.integers(0, VOCAB, (count, CONTEXT)))
         write_rows(path / "data/tokens" / split, np.cumsum(steps, axis=1) % VOCAB)
-    tokens = {"train": {"sha256": "a1"}, "heldout": {"sha256": "b2", "bytes_per_token": 2.0}}
+        hashes[split] = stream_hash(path / "data/tokens" / split)
+    tokens = {"train": {"sha256": hashes["train"]}, "heldout": {"sha256": hashes["heldout"], "bytes_per_token": 2.0}}
     (path / "data/tokens/tokens.json").write_text(json.dumps(tokens))
     (path / "data/tokenizer").mkdir()
     (path / "data/tokenizer/tokenizer.json").write_text("{}")
     return path
+
+
+def stream_hash(folder: Path) -> str:
+    rows = np.array(datasets.load_from_disk(str(folder))["input_ids"], "<i4")
+    return hashlib.sha256(rows.tobytes()).hexdigest()
 
 
 def write_rows(folder: Path, tokens: np.ndarray) -> None:
@@ -82,6 +89,10 @@ def replace_rows(run: Path, change: Callable[[int, np.ndarray], np.ndarray]) -> 
     rows = np.array(datasets.load_from_disk(str(folder))["input_ids"])
     shutil.rmtree(folder)
     write_rows(folder, np.array([change(index, row) for index, row in enumerate(rows)]))
+    recorded = folder.parent / "tokens.json"
+    tokens = json.loads(recorded.read_text())
+    tokens["train"]["sha256"] = stream_hash(folder)
+    recorded.write_text(json.dumps(tokens))
 
 
 def add_sources(run: Path) -> Path:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.training_args import trainer_log_levels
 
 from nanophi.core.errors import UserError, suggest
 from nanophi.core.recipe import Training
@@ -34,6 +36,7 @@ ALLOWED = {
 }
 """Fields of `transformers.TrainingArguments` that were tried here: they change how a run is computed, not what it
 learns, and it resumes with them."""
+KEYWORDS = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
 SAME_NAME = (
     *("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm", "warmup_steps"),
     *("save_steps", "eval_steps", "logging_steps", "report_to"),
@@ -66,6 +69,25 @@ def check_names(training: Training) -> None:
     compiling = sorted({"torch_compile_backend", "torch_compile_mode"} & set(given))
     if compiling and not training.compile:
         raise UserError(f"training.arguments: {compiling[0]} does nothing without training.compile=true")
+    check_compiler(training)
+
+
+def check_compiler(training: Training) -> None:
+    """Refuse `compile` where the code that it writes could not be compiled. Raises `UserError`."""
+    if not training.compile or training.arguments.get("torch_compile_backend", "inductor") != "inductor":
+        return
+    if torch.cuda.is_available():
+        names = [os.environ.get("CC", ""), "cc", "gcc", "clang"]  # as Triton looks for one
+        found = any(map(shutil.which, filter(None, names)))
+    else:
+        from torch._inductor import cpp_builder, exc
+
+        try:
+            found = bool(cpp_builder.get_cpp_compiler())
+        except exc.InvalidCxxCompiler:
+            found = False
+    if not found:
+        raise UserError("training.compile needs a C++ compiler, which is not found here; install g++, or leave it out")
 
 
 def has_bf16() -> bool:
@@ -124,12 +146,7 @@ def micro_batch_size(training: Training, devices: int) -> int:
 def training_arguments(
     training: Training, run: Path, seed: int, devices: int = 1, kind: type = TrainingArguments, **more: Any
 ) -> Any:
-    """The recipe's `training` section as `TrainingArguments`, or as a class derived from it with `more` fields.
-
-    Raises:
-        UserError: for a batch that does not divide among the devices, a precision that the environment contradicts,
-            a field in `arguments` with an impossible value, or a tracker that is unknown or not installed.
-    """
+    """The recipe's `training` section as `TrainingArguments`, or as a class derived from it with `more` fields."""
     check_names(training)
     rows = micro_batch_size(training, devices)
     decay = {"num_decay_steps": training.steps - decay_start(training), "decay_type": "linear"}
@@ -170,9 +187,17 @@ def training_arguments(
         raise UserError(NO_FSDP)
     with accelerate_precision(training):
         try:
-            return kind(**{**ours, **more, **training.arguments})
+            made = kind(**{**ours, **more, **training.arguments})
+            if made.dataloader_num_workers < 0:
+                raise ValueError("dataloader_num_workers must be at least 0")
+            if training.arguments.get("log_level", "passive") not in trainer_log_levels:
+                raise ValueError(f"log_level must be one of {', '.join(trainer_log_levels)}")
+            for name in KEYWORDS:
+                if not isinstance(getattr(made, name, None) or {}, dict):
+                    raise ValueError(f"{name} must be a mapping")
         except (TypeError, ValueError, ImportError) as error:
             raise UserError(f"training.arguments: {' '.join(str(error).split())}") from None
+    return made
 
 
 @contextlib.contextmanager

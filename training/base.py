@@ -59,11 +59,7 @@ def check_base(base: str, config: NanoPhiConfig, tokenizer: Path | None) -> Path
 
 
 def base_model(base: str, config: NanoPhiConfig, tokenizer: Path | None = None) -> NanoPhiForCausalLM:
-    """A model of this configuration with the weights of `base`, whose tokenizer must be the run's if one is given.
-
-    Raises:
-        UserError: as `check_base`, or if tensors are missing, left over, or of another shape.
-    """
+    """A model of this configuration with the weights of `base`, whose tokenizer must be the run's if one is given."""
     weights = check_base(base, config, tokenizer)
     with user_errors(f"base: {base} cannot be loaded"):
         loaded: Any = NanoPhiForCausalLM.from_pretrained(

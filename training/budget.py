@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
+import resource
 from typing import TYPE_CHECKING
 
 from nanophi.core.errors import UserError, suggest
@@ -54,6 +56,8 @@ DEVICES = {
     "a10g": Device("A10G", 70e12, 35e12, 35e12, 24e9, 300, 1.01, "AWS g5.xlarge, us-east-1, 2026-06-17"),
     "t4": Device("T4", 8.1e12, 8.1e12, 8.1e12, 16e9, 70, 0.59, "modal.com/pricing, 2026-05-07"),
 }
+USABLE_MEMORY = 0.92
+"""Share of a device's memory that tensors get; the rest is the driver's context and the allocator's gaps."""
 FAMILIES = {"a100": "a100-40g"}
 """Name of a family -> the device that it stands for: of the A100s, the one of the published run."""
 
@@ -77,6 +81,26 @@ def peak_flops(device_name: str, precision: str = "bf16", tf32: bool = False) ->
 def uses_tf32(training: Training) -> bool:
     """Whether float32 products are computed in TF32: if the recipe sets it, or as `Trainer` does when it compiles."""
     return bool(training.arguments.get("tf32", training.compile))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on whatever device."""
+    words = ("out of memory", "can't allocate memory", "bad_alloc", "Cannot allocate memory")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in words)
+
+
+def fitting_rows(config: NanoPhiConfig, training: Training, sizes: list[int]) -> int:
+    """The largest of some micro-batches that fits the device at hand by `peak_bytes`; where none does, the smallest."""
+    import torch
+
+    if torch.cuda.is_available():
+        memory = float(torch.cuda.get_device_properties(0).total_memory)
+    else:
+        memory = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        memory = memory if limit == resource.RLIM_INFINITY else min(memory, limit)
+    fits = [rows for rows in sizes if peak_bytes(config, training, rows) <= USABLE_MEMORY * memory]
+    return max(fits, default=min(sizes, default=0))
 
 
 def parameter_count(config: NanoPhiConfig) -> int:

@@ -41,6 +41,10 @@ def trainer_class(method: str) -> type[RunTrainer]:
     kind: Any = trl().SFTTrainer if method == "sft" else trl().DPOTrainer
 
     class ChatTrainer(RunTrainer, kind):
+        def document_starts(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor | None:
+            whole = method == "sft" and not hasattr(self.model, "merge_and_unload")
+            return inputs["position_ids"] == 0 if whole and "position_ids" in inputs else None
+
         def _send_telemetry(self) -> None:
             """Nothing is sent anywhere."""
 

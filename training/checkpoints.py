@@ -69,12 +69,9 @@ def newest_valid_state(run: Path, limit: int | None = None, report: Callable[[st
 
 
 def store(run: Path, saved: Path, facts: dict[str, Any], kept: Collection[int], kept_states: Collection[int]) -> None:
-    """Move what `Trainer` saved into the two folders of its step, and remove those that are not kept.
+    """Move what `Trainer` saved in a private folder into the two folders of its step, and remove what is not kept.
 
-    Args:
-        saved: a private folder in the run directory with all that `Trainer` saved; it becomes the checkpoint.
-        facts: `checkpoint.json`; `step` among them.
-        kept, kept_states: steps whose checkpoints and states stay, besides this one.
+    `facts` is `checkpoint.json`; `kept`, `kept_states` are the steps that stay besides its own.
     """
     step = facts["step"]
     state = saved / "training_state"

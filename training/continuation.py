@@ -76,22 +76,20 @@ def plan(
     now: Mapping[str, Any],
     report: Callable[[str], None] = print,
 ) -> Continuation:
-    """What to do with the weights and states in a run directory; nothing is changed there.
+    """What to do with the weights and states in a run directory, or `UserError`; nothing is changed there.
 
-    Args:
-        recorded, now: `inputs` of the training that is there already (None: unknown), and of the recipe as it is.
-        report: gets a line about what is damaged or continued.
-
-    Raises:
-        UserError: in one line, with the keys that changed and both values, or with what is missing.
+    `recorded`, `now`: `inputs` of the training that is there already (None: unknown), and of the recipe as it is.
     """
     if not run.weights():
         return Continuation()
     if recorded is None:
+        made = run.record.get("environment", {})
+        commit = made.get("commit")
+        old = f"nanophi {made['nanophi']}" + (f" at commit {commit}" if commit else "") if "nanophi" in made else ""
         raise run.keeps_weights(
             "record.json does not state what its weights were trained with; they may be of an earlier version of "
             "nanophi",
-            FROM_THEM,
+            (f"finish them with {old}, which began them, " if old else "") + FROM_THEM,
         )
     if changed := [line for line in differences(recorded, now) if not line.startswith("training.steps ")]:
         raise run.keeps_weights(f"the recipe has changed ({'; '.join(changed)})")

@@ -5,6 +5,7 @@ The table of devices and the formulas are in `budget.py`.
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from nanophi.core.errors import UserError
 from nanophi.core.files import write_json
 from nanophi.core.options import OneRecipe, Overrides
 from nanophi.core.recipe import Recipe, load_recipe
-from nanophi.training.budget import DEVICES, Device, find_device, flops_per_token, peak_bytes, uses_tf32
+from nanophi.training.budget import DEVICES, USABLE_MEMORY, Device, find_device, flops_per_token, peak_bytes, uses_tf32
 
 if TYPE_CHECKING:
     from nanophi.configuration_nanophi import NanoPhiConfig
@@ -28,8 +29,6 @@ ASSUMED_MFU = 0.40
 et al. 2022, table 3); small models with a large vocabulary reach less."""
 GRID_GRAMS_PER_KWH = 480.0
 """Emissions of the world's average electricity in 2023 (Ember, Global Electricity Review 2024)."""
-USABLE_MEMORY = 0.92
-"""Share of a device's memory that tensors get; the rest is the driver's context and the allocator's gaps."""
 MEASURED_STEPS = 6
 PUBLISHED_DEVICE, PUBLISHED_TOKENS, PUBLISHED_HOURS = "a100-40g", 14_000 * 512 * 1024, 52.0
 """The run of https://huggingface.co/kenhktsui/nano-phi-115M-v0.1, as its card gives it."""
@@ -139,7 +138,7 @@ def write_random_tokens(run: Path, config: NanoPhiConfig, rows: int) -> None:
     table = pa.table({"input_ids": pa.FixedSizeListArray.from_arrays(pa.array(tokens.ravel()), length)})
     for split in ("train", "heldout"):
         Dataset(table).save_to_disk(str(run / "data/tokens" / split))
-    counts = {"bytes_per_token": 4.0, "sha256": "random"}
+    counts = {"bytes_per_token": 4.0, "sha256": hashlib.sha256(tokens.tobytes()).hexdigest()}
     write_json(run / "data/tokens/tokens.json", {"train": counts, "heldout": counts})
     (run / "data/tokenizer").mkdir()
     write_json(run / "data/tokenizer/tokenizer.json", {})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ INTERVAL = 15.0
 class ProgressLine(TrainerCallback):
     """One line with step, loss, speed, time left and, where a price is known, cost.
 
-    It is rewritten in place on a terminal; elsewhere one is written now and then.
+    It is rewritten in place, within its width, on a terminal; elsewhere, or on a dumb one, a line comes now and then.
     """
 
     def __init__(self, label: str) -> None:
@@ -37,33 +38,40 @@ class ProgressLine(TrainerCallback):
         logs = kwargs["logs"]
         if not state.is_world_process_zero or "tokens_per_second" not in logs:
             return
-        terminal, finished = self.stream.isatty(), state.global_step >= state.max_steps
+        terminal = self.stream.isatty() and os.environ.get("TERM") != "dumb"
+        finished = state.global_step >= state.max_steps
         if not terminal and not finished and time.monotonic() - self._last < INTERVAL:
             return
         self._last = time.monotonic()
         left = logs["elapsed_seconds"] / state.global_step * (state.max_steps - state.global_step)
-        line = (
-            f"{self.label}: train step {state.global_step}/{state.max_steps}  loss {logs['loss']:.3f}"
-            f"  {formatting.integer(logs['tokens_per_second'])} tokens/s"
-        )
+        parts = [
+            f"{self.label}: train step {state.global_step}/{state.max_steps}",
+            f"loss {logs['loss']:.3f}",
+            f"{formatting.integer(logs['tokens_per_second'])} tokens/s",
+            f"{formatting.duration(left)} left",
+        ]
         if logs.get("mfu") is not None:
-            line += f"  MFU {formatting.percent(logs['mfu'])}"
-        line += f"  {formatting.duration(left)} left"
+            parts.insert(3, f"MFU {formatting.percent(logs['mfu'])}")
         if "cost_usd" in logs:
-            line += f"  ${logs['cost_usd']:.2f} of ${logs['cost_usd'] / state.global_step * state.max_steps:.2f}"
+            total = logs["cost_usd"] / state.global_step * state.max_steps
+            parts.append(f"${logs['cost_usd']:.2f} of ${total:.2f}")
+        line = fit(parts, shutil.get_terminal_size().columns - 1) if terminal else "  ".join(parts)
         self.stream.write(f"\r\x1b[K{line}" if terminal else f"{line}\n")
         if terminal and finished:
             self.stream.write("\n")
         self.stream.flush()
 
 
+def fit(parts: list[str], width: int) -> str:
+    """As many of the parts as a line of `width` characters holds; the first is cut short if it must be."""
+    while len(parts) > 1 and len("  ".join(parts)) > width:
+        parts = parts[:-1]
+    return "  ".join(parts)[:width]
+
+
 @contextlib.contextmanager
 def trackers(trainer: Any) -> Iterator[None]:
-    """Log in to the trackers of `training.report_to` before the body's first step; a resumed run continues its own.
-
-    Raises:
-        UserError: in one line, if a tracker cannot start.
-    """
+    """Log in to the trackers of `training.report_to` before the body's first step; a resumed run continues its own."""
     variables = {}
     if trainer.training.report_to and trainer.is_world_process_zero():
         name = trainer.run / "training_state" / "tracker"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from pathlib import Path
 
 import datasets
@@ -11,6 +12,7 @@ import torch
 from torch.utils.data import Dataset
 
 from nanophi.core.errors import UserError
+from nanophi.core.files import read_json
 
 
 class PackedRows(Dataset[dict[str, torch.Tensor]]):
@@ -40,6 +42,14 @@ class PackedRows(Dataset[dict[str, torch.Tensor]]):
         self.seed = seed
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
+    def sha256(self, rest: bytes = b"") -> str:
+        """Of the packed stream, as `packing.py` defines it; `rest`: its end, which filled no row."""
+        digest = hashlib.sha256()
+        for chunk in self.dataset.data.column("input_ids").chunks:
+            digest.update(chunk.flatten().to_numpy().astype("<i4").tobytes())
+        digest.update(rest)
+        return digest.hexdigest()
+
     def __len__(self) -> int:
         return len(self.dataset) if self.rows is None else self.rows
 
@@ -59,6 +69,23 @@ class PackedRows(Dataset[dict[str, torch.Tensor]]):
     def __getitems__(self, positions: list[int]) -> list[dict[str, torch.Tensor]]:
         batch = self.dataset[[self.index(position) for position in positions]]["input_ids"]
         return [{"input_ids": row} for row in batch]
+
+
+def check_tokens(tokens: Path, **splits: PackedRows) -> None:
+    """Check that the rows of each split are those that `tokens.json` records. Raises `UserError`."""
+    recorded = read_json(tokens / "tokens.json")
+    for split, rows in splits.items():
+        counts, rest = recorded[split], tokens / f"{split}-rest.bin"
+        if counts.get("tail_tokens") and not rest.exists():  # packed by 0.1, which kept no rest
+            packed = read_json(tokens / split / "state.json")["_fingerprint"]
+            same = (len(rows.dataset), packed) == (counts["rows"], counts["sha256"][:16])
+        else:
+            same = rows.sha256(rest.read_bytes() if rest.exists() else b"") == counts["sha256"]
+        if not same:
+            raise UserError(
+                f"{tokens / split} holds other tokens than {tokens / 'tokens.json'} records; delete {tokens} and run "
+                "`nanophi prepare` on the recipe; it packs the same rows again and leaves the checkpoints alone"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

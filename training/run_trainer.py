@@ -6,6 +6,7 @@ What it puts together has a module of its own: checkpoints, clock, anomaly, ener
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,22 +17,24 @@ import torch
 from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
-from nanophi.core.errors import UserError
+from nanophi.core.errors import UserError, one_line
 from nanophi.core.files import remove, sha256_of_file, write_json
 from nanophi.core.names import step_name, step_of
 from nanophi.core.recipe import Training
 from nanophi.core.registry import OPTIMIZERS, find
-from nanophi.training import anomaly, history
+from nanophi.training import anomaly, history, receipt
 from nanophi.training.arguments import decay_start
-from nanophi.training.budget import flops_per_token, peak_flops, uses_tf32
+from nanophi.training.budget import fitting_rows, flops_per_token, is_out_of_memory, peak_flops, uses_tf32
 from nanophi.training.checkpoints import WEIGHTS, disk_space, last_saved, states, store
 from nanophi.training.clock import Clock
 from nanophi.training.continuation import data_hashes
 from nanophi.training.energy import EnergyMeter
 from nanophi.training.fsdp import DividedTrainer
+from nanophi.training.loss import IGNORED
 from nanophi.training.optimizer import rate_names
 from nanophi.training.progress import ProgressLine, trackers
-from nanophi.training.stopping import SaveAndStop
+from nanophi.training.stopping import SaveAndStop, ignore_in_worker
+from nanophi.training.validation import unchanged_random_state
 
 UNLOGGED = "unlogged"
 """Key of the state that a run resumes from, among the callbacks': the sum of the losses since the last log entry."""
@@ -40,11 +43,8 @@ UNLOGGED = "unlogged"
 class RunTrainer(DividedTrainer):
     """`Trainer` that saves into a run directory and logs tokens, speed and MFU.
 
-    Args:
-        base: the weights' file that training began with; None: random ones.
-        tokens_per_step: of the whole batch; None: steps differ in tokens, and `Trainer` counts them.
-        report: gets one line where something is worth telling.
-        **kwargs: the next class's own.
+    `base` is the weights' file that training began with (None: random ones); `tokens_per_step` those of a whole batch
+    (None: steps differ, and `Trainer` counts them).
     """
 
     optimizer: torch.optim.Optimizer
@@ -81,6 +81,7 @@ class RunTrainer(DividedTrainer):
             dollars_per_hour=None if price is None else price * devices,
         )
         self.saved_step: int | None = None
+        self.compared = bool(self.is_fsdp_enabled)  # see `receipt.py`
         self.remove_callback(PrinterCallback)
         for callback in (ProgressLine(run.name), self.stop, history.HistoryFile(run), _Begin(self)):
             self.add_callback(callback)
@@ -113,6 +114,38 @@ class RunTrainer(DividedTrainer):
         for base, factor in zip(self.lr_scheduler.base_lrs, self.lr_scheduler.lr_lambdas, strict=True):
             yield float(base * factor(step))
 
+    # The receipt of the computation
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """`Trainer`'s; of the first batch it is counted how many tokens are predicted, in all processes."""
+        samples, items = super().get_batch_samples(*args, **kwargs)
+        if not self.compared:
+            labels = [batch["labels"][..., 1:] for batch in samples if "labels" in batch]
+            count = torch.tensor(sum(int((part != IGNORED).sum()) for part in labels), device=self.args.device)
+            self._predicted = int(self.accelerator.reduce(count, "sum"))
+        return samples, items
+
+    def document_starts(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor | None:
+        """Where in a batch documents begin, for the reference; None: it has no plain reference."""
+        return None
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """`Trainer`'s; the first micro-batch of a process is compared with a plain reference."""
+        starts = None if self.compared else self.document_starts(inputs)
+        self.compared = True
+        if starts is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        kind = "bf16" if self.args.bf16 else "tf32" if uses_tf32(self.training) else "fp32"
+        processes = self.args.world_size
+        average = processes > 1 and self.accelerator.sync_gradients
+        with receipt.without_dropout(self.model) as dropped, unchanged_random_state():
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            receipt.check(self.model, inputs, starts, self._predicted / processes, float(loss), kind, average)
+        if dropped:
+            model.zero_grad()
+            return super().training_step(model, inputs, num_items_in_batch)
+        return loss
+
     # Logging
 
     def begin(self) -> None:
@@ -144,7 +177,33 @@ class RunTrainer(DividedTrainer):
         step = self.state.global_step
         return UserError(f"{what} at step {step}; nothing was saved since {last_saved(self.run)}. {remedy}")
 
+    def _lost(self, error: Exception) -> UserError | None:
+        """What to do after a failure of the machine that can be put right; None: it is another one."""
+        resume = f"run the same command to resume from {last_saved(self.run)}"
+        if "DataLoader worker" in str(error):
+            return UserError(
+                f"a process that loads data has died, as for want of memory ({one_line(error)}); {resume}, or set "
+                "training.arguments.dataloader_num_workers to fewer"
+            )
+        if not is_out_of_memory(error):
+            return None
+        rows, share = self.args.per_device_train_batch_size, self.training.batch_size // self.args.world_size
+        fits = fitting_rows(self.model.config, self.training, [size for size in range(1, rows) if share % size == 0])
+        if fits:
+            return UserError(
+                f"out of memory with {rows} rows at a time; set training.micro_batch_size={fits} and {resume}"
+            )
+        return UserError(f"out of memory with one row at a time ({one_line(error)}); free some and {resume}")
+
     # Checkpoints
+
+    def get_train_dataloader(self) -> Any:
+        """`Trainer`'s, with workers that a signal to the process group does not end in the middle of a save."""
+        loader = super().get_train_dataloader()
+        inner = getattr(loader, "base_dataloader", loader)
+        if inner.num_workers:
+            inner.worker_init_fn = functools.partial(ignore_in_worker, inner.worker_init_fn)
+        return loader
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.run / "training_state" / ".saving")
@@ -228,6 +287,8 @@ class RunTrainer(DividedTrainer):
         with trackers(self), self.energy:
             try:
                 self.train(resume_from_checkpoint=str(resume) if resume else None)
+            except (RuntimeError, MemoryError) as error:
+                raise self._lost(error) or error from error
             finally:
                 self.stop.release()
         if self.stop.stopping:

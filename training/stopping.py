@@ -17,6 +17,18 @@ IMPATIENT = 2.0
 """Seconds after which a second Ctrl-C stops at once. Before that, it is the launcher passing on the same key press."""
 
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+"""A scheduler's or a user's stop, Ctrl-C, a terminal that hangs up, Slurm's `--signal=USR1`."""
+
+
+def ignore_in_worker(initialize: Any, worker: int) -> None:
+    """Begin a process that loads data: it ends with the training, which needs it for as long as it saves."""
+    for name in SIGNALS:
+        signal.signal(name, signal.SIG_IGN)
+    if initialize is not None:
+        initialize(worker)
+
+
 class StopRequestedError(Exception):
     """A signal came while nothing needed to be saved."""
 
@@ -24,7 +36,7 @@ class StopRequestedError(Exception):
 class SaveAndStop(TrainerCallback):
     """Saves besides every `save_steps`: at kept steps, before `wsd` decays, and before an orderly stop.
 
-    On SIGTERM or SIGINT in any process, all finish the step, save it, and end. Repeated signals change nothing, because
+    On one of `SIGNALS` in any process, all finish the step, save it, and end. Repeated signals change nothing, because
     a launcher passes on what the process group got already; only a second Ctrl-C, some seconds later, ends at once.
     """
 
@@ -59,10 +71,12 @@ class SaveAndStop(TrainerCallback):
         self._previous = {}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Take over the two signals; the state of a resumed run has the intervals of its first process."""
+        """Take over the signals; the state of a resumed run has the intervals of its first process."""
         state.compute_steps(args, state.max_steps)
         if threading.current_thread() is threading.main_thread():
-            for name in (signal.SIGTERM, signal.SIGINT):
+            for name in SIGNALS:
+                if name == signal.SIGHUP and signal.getsignal(name) == signal.SIG_IGN:
+                    continue  # under nohup
                 self._previous[name] = signal.signal(name, self._handle)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils.data import Dataset, Sampler, SequentialSampler
@@ -25,7 +25,7 @@ from nanophi.training.arguments import accelerate_precision, training_arguments,
 from nanophi.training.attention import PACKED_DOCUMENTS
 from nanophi.training.base import base_file, base_model
 from nanophi.training.loss import use_chunked_loss
-from nanophi.training.rows import PackedCollator, PackedRows
+from nanophi.training.rows import PackedCollator, PackedRows, check_tokens
 from nanophi.training.run_trainer import RunTrainer
 from nanophi.training.stopping import StopRequestedError
 from nanophi.training.validation import HeldoutRows, unchanged_random_state
@@ -47,6 +47,16 @@ class NanoPhiTrainer(RunTrainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
         return SequentialSampler(self.train_dataset)
+
+    def document_starts(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """From the tokens themselves."""
+        ids, eos = inputs["input_ids"], cast(int, self.model.config.eos_token_id)
+        return torch.eq(ids, eos) if self.training.isolate_documents else torch.zeros_like(ids, dtype=torch.bool)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
+        """Tokens that a whole batch predicts: all of a row but its first, whichever of them `Trainer` would count."""
+        context = self.model.config.max_position_embeddings
+        return torch.tensor(float(self.training.batch_size * (context - 1)), device=device)
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         """An evaluation's entry gets its loss per token and bits per byte."""
@@ -114,19 +124,18 @@ def train(
     resume: Path | None = None,
     base: str | None = None,
 ) -> dict[str, Any]:
-    """Train a model, from the beginning or from a saved state.
+    """Train on `data/tokens` of a run directory, from the state `resume` (None: the beginning).
 
-    Args:
-        run: the run directory; reads `data/tokens` and `data/tokenizer`, writes `checkpoints`, `training_state` and
-            `training.json`.
-        config: the model's configuration, token ids included.
-        seed: of initialisation, dropout and data order.
-        prompt: the start of the sample text at every evaluation; None: no samples.
-        resume: the state to resume from; None: the beginning.
-        base: folder, run directory or Hub id whose weights to begin with; None: random ones.
+    `prompt` begins a sample text at every evaluation (None: no samples); `base` names the weights to begin with (None:
+    random ones).
     """
     arguments = training_arguments(training, run, seed, world_size())
     set_seed(seed)
+    rows, heldout = (
+        PackedRows(run / "data/tokens/train", training.steps * training.batch_size, seed),
+        HeldoutRows(run / "data/tokens"),
+    )
+    check_tokens(run / "data/tokens", train=rows, heldout=heldout)
     if not isinstance(config.eos_token_id, int):
         raise UserError(f"the tokenizer must have one end-of-text token, found {config.eos_token_id}")
     model = NanoPhiForCausalLM(config) if base is None else base_model(base, config, run / "data/tokenizer")
@@ -143,8 +152,8 @@ def train(
             prompt=prompt,
             model=model,
             args=arguments,
-            train_dataset=PackedRows(run / "data/tokens/train", rows=training.steps * training.batch_size, seed=seed),
-            eval_dataset=HeldoutRows(run / "data/tokens"),
+            train_dataset=rows,
+            eval_dataset=heldout,
             data_collator=PackedCollator(config.eos_token_id, training.isolate_documents),
         )
     return trainer.fit(training.steps * training.batch_size / len(trainer.train_dataset.dataset), resume)

@@ -86,6 +86,7 @@ def small_releases(folder: Path) -> dict[str, Path]:
     shape |= {"max_position_embeddings": 256, "hidden_size": 96, "intermediate_size": 192, "num_attention_heads": 6}
     variants: dict[str, tuple[dict[str, Any], str]] = {
         "grouped": ({"num_key_value_heads": 2}, "float32"),
+        "linear": ({"num_key_value_heads": 2, "rope_parameters": {"rope_type": "linear", "factor": 4.0}}, "float32"),
         "qk-layernorm": ({"num_key_value_heads": 6, "qk_layernorm": True}, "float32"),
         "other": (
             {
@@ -197,9 +198,13 @@ def expected_refusal(version: str, trust: bool, folder: Path) -> str:
 
 
 def frequency_problems(found: dict[str, list[float]], config: dict[str, Any]) -> list[str]:
-    """RoPE's inverse frequencies, `theta ** (-2i / d)`, are in no checkpoint: a loader may leave garbage in them."""
+    """RoPE's inverse frequencies, `theta ** (-2i / d)`, are in no checkpoint: a loader may leave garbage in them.
+
+    Linear scaling divides them by its factor.
+    """
+    scale = (config.get("rope_scaling") or {"factor": 1})["factor"]
     dimensions = int(config["hidden_size"] // config["num_attention_heads"] * config["partial_rotary_factor"])
-    expected = [config["rope_theta"] ** (-i / dimensions) for i in range(0, dimensions, 2)]
+    expected = [config["rope_theta"] ** (-i / dimensions) / scale for i in range(0, dimensions, 2)]
     if not found:
         return ["no RoPE frequencies found"]
     return [

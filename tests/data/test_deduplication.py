@@ -1,9 +1,16 @@
 """Planted duplicates are found, unrelated documents stay, and signatures estimate Jaccard similarity."""
 
+import itertools
+
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from nanophi.core.errors import UserError
+from nanophi.core.recipe import Data
 from nanophi.data import deduplication
+from nanophi.data.decisions import CONTAMINATED, EXACT, HELDOUT, HELDOUT_NEAR, NEAR, TRAIN, decide
 from nanophi.data.ngrams import hash_words, ngrams
 
 VOCABULARY = [f"w{number}" for number in range(5000)]
@@ -78,3 +85,60 @@ def test_a_chain_of_many_copies_is_one_cluster() -> None:
     found = leaders(texts)
     assert (found == 0).mean() >= 0.95
     assert deduplication.cluster_counts(found)["largest"] >= 38
+
+
+DOCUMENTS = st.lists(
+    st.tuples(st.integers(0, 5), st.integers(0, 2), st.booleans(), st.booleans()), min_size=3, max_size=25
+)
+"""Family (texts that are near-duplicates), variant (texts that are equal), and of a text and a document, by chance:
+whether it holds an evaluation item, and whether its source is held out."""
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(rows=DOCUMENTS, exact=st.booleans(), near=st.booleans(), held_sources=st.booleans())
+def test_decisions_against_brute_force(
+    rows: list[tuple[int, int, bool, bool]], exact: bool, near: bool, held_sources: bool
+) -> None:
+    """Whatever the order and the reason of dropping: what is recorded as kept is kept, and a cluster is one."""
+    texts = [(family, variant) for family, variant, _, _ in rows]
+    items = {text for text, row in zip(texts, rows, strict=True) if row[2] and text[1]}
+    matrix = np.zeros((len(rows), deduplication.PERMUTATIONS), np.uint32)
+    for row, (family, variant) in enumerate(texts):
+        matrix[row] = 1000 * (family + 1) + np.arange(deduplication.PERMUTATIONS)
+        matrix[row, 16 * variant : 16 * variant + 16] += 500
+    ids = np.array([hash(text) % 2**64 for text in texts], np.uint64)
+    held = np.array([row[3] and held_sources for row in rows])
+    contaminated = np.array([text in items for text in texts])
+    recipe = {
+        "sources": [{"embedded": "documentation"}],
+        "deduplication": {"exact": exact, "near": near, "similarity": 0.7},
+    }
+    try:
+        decisions, leaders = decide(
+            Data.model_validate({**recipe, "heldout_fraction": 0.3}), ids, matrix, contaminated, held, ""
+        )
+    except UserError:
+        return
+    same = [text if exact and not near else text[0] if near else row for row, text in enumerate(texts)]
+    for row, text in enumerate(texts):
+        others = [other for other in range(len(rows)) if same[other] == same[row]]
+        keeper = next((other for other in others if not contaminated[other]), None)
+        if contaminated[row]:
+            assert decisions[row] == CONTAMINATED
+        elif row == keeper or (not exact and keeper is not None and text == texts[keeper]):
+            assert decisions[row] in (TRAIN, HELDOUT, HELDOUT_NEAR) and leaders[row] == row
+        else:
+            assert decisions[row] in (NEAR, EXACT, HELDOUT_NEAR)
+            assert leaders[row] == keeper
+            assert (decisions[row] == EXACT) <= (text in texts[:row]) and (decisions[row] == NEAR) <= near
+    kept = {texts[row] for row in np.flatnonzero((decisions == TRAIN) | (decisions == HELDOUT))}
+    for row in np.flatnonzero((decisions == NEAR) | (decisions == EXACT)):
+        assert texts[leaders[row]] in kept
+    for code, other in itertools.permutations((TRAIN, HELDOUT)):
+        families = {texts[row][0] for row in np.flatnonzero(decisions == code)}
+        assert not families & {texts[row][0] for row in np.flatnonzero(decisions == other)}
+    if exact and near:
+        sizes = [same.count(family) for family in set(same)]
+        clean = [size for size, family in zip(sizes, set(same), strict=True) if size > 1]
+        counted = deduplication.cluster_counts(leaders)
+        assert counted == {"clusters": len(clean), "largest": max(sizes)}

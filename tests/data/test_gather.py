@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,13 @@ from nanophi.data.documents import shards
 def text(number: int, words: int = 120) -> str:
     generator = np.random.default_rng(number)
     return " ".join(f"word{value}" for value in generator.integers(0, 50_000, words))
+
+
+@pytest.fixture(autouse=True)
+def each_file_is_a_part() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "PART_BYTES", 1)
+        yield
 
 
 def data(*sources: dict[str, Any], **fields: Any) -> Data:
@@ -296,12 +304,13 @@ def test_the_number_of_workers_changes_nothing_and_a_finished_folder_is_left_alo
 
 
 KILLED = """
-from nanophi.data import gather
+from nanophi.data import gather, sources
 from nanophi.core.recipe import Data
 
 source, output = arguments
 settings = Data.model_validate({"sources": [{"files": source, "name": "numbers"}], "heldout_fraction": 0.1,
                                 "deduplication": {"similarity": 0.5}, "workers": 1})
+sources.PART_BYTES = 1
 gather.gather(settings, Path(output))
 """
 
@@ -326,6 +335,10 @@ def test_killed_and_started_again(tmp_path: Path, survive: int, monkeypatch: pyt
     monkeypatch.undo()
     gather.gather(data(source), tmp_path / "whole")
     assert tree_digest(output) == tree_digest(tmp_path / "whole")
+    run_killed(KILLED, source["files"], tmp_path / "otherwise", survive=survive)
+    with monkeypatch.context() as patch:  # parts of another size: none of what was read is one of these
+        patch.setattr(sources, "PART_BYTES", 1 << 20)
+        assert gather.gather(data(source), tmp_path / "otherwise")["read"] == 240
 
 
 def test_fingerprint_follows_the_files(tmp_path: Path) -> None:

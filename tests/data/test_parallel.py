@@ -4,10 +4,11 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -142,27 +143,38 @@ def test_a_worker_that_is_killed_fails_the_run(tmp_path: Path) -> None:
     assert not (tmp_path / "00003.json").exists()
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
-def test_workers_end_with_the_process_that_they_work_for(tmp_path: Path) -> None:
+def _wait_for(condition: Callable[[], bool], seconds: float = 60) -> bool:
+    deadline = time.monotonic() + seconds
+    while not (done := condition()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return done
+
+
+@pytest.mark.parametrize("how", ["killed", "early", "ctrl-c"])
+def test_workers_end_with_the_process_that_they_work_for(tmp_path: Path, how: str) -> None:
     script = (
         "import pathlib, sys; from engine_parts import slow; from nanophi.data.parallel import run_parts\n"
-        "if __name__ == '__main__': run_parts(slow, [(n,) for n in range(9)], pathlib.Path(sys.argv[1]), 'slow', 2)\n"
+        "if __name__ == '__main__':\n"
+        "    try: run_parts(slow, [(n,) for n in range(9)], pathlib.Path(sys.argv[1]), 'slow', 2)\n"
+        "    except KeyboardInterrupt: print('interrupted')\n"
     )
     (tmp_path / "main.py").write_text(script)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path]), "TQDM_DISABLE": "1"}
     command = [sys.executable, str(tmp_path / "main.py"), str(tmp_path / "parts")]
-    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as main:
-        deadline = time.monotonic() + 60
-        while len(list((tmp_path / "parts").glob("*.pid"))) < 2 and time.monotonic() < deadline:
-            time.sleep(0.05)
+    begun = lambda: len(list((tmp_path / "parts").glob("*.pid"))) == 2  # noqa: E731
+    with (tmp_path / "output").open("w") as output:
+        main = subprocess.Popen(command, env=environment, start_new_session=True, stdout=output, stderr=output)
+    # A terminal sends Ctrl-C to every process, also while the first of them imports what it needs.
+    assert _wait_for((tmp_path / "parts").exists if how == "early" else begun)
+    if how == "killed":
         main.kill()
+    else:
+        os.killpg(main.pid, signal.SIGINT)
+    main.wait(timeout=30)
+    assert how == "killed" or (tmp_path / "output").read_text() == "interrupted\n"
     workers = {int(path.read_text()) for path in (tmp_path / "parts").glob("*.pid")}
-    assert len(workers) == 2
-    deadline = time.monotonic() + 20
-    while (alive := [pid for pid in workers if _is_running(pid)]) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not alive
-    assert len(list((tmp_path / "parts").glob("*.pid"))) < 9, "what was queued was not begun"
+    assert _wait_for(lambda: not any(map(_is_running, workers)), 20)
+    assert len(workers) <= 2, "what was queued was not begun"
 
 
 def _is_running(pid: int) -> bool:

@@ -13,7 +13,7 @@ from killed import run_killed
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json
 from nanophi.core.recipe import Data, Quality
-from nanophi.data import gather, linear, quality, quality_report, scoring
+from nanophi.data import gather, linear, quality, quality_report, scoring, sources
 from nanophi.data.documents import shards
 from nanophi.data.ngrams import hash_words, ngrams
 from nanophi.data.scorers import LinearScorer
@@ -234,6 +234,7 @@ def test_killed_and_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ]
         pq.write_table(pa.Table.from_pylist(rows), tmp_path / "in" / f"{number}.parquet")
     data, scorer = settings(tmp_path), Quality(high=["essay-x"], low=["chat-x"])
+    monkeypatch.setattr(sources, "PART_BYTES", 1)  # a shard for each file
     gather.gather(data, tmp_path / "documents")
     output, whole = tmp_path / "scores", tmp_path / "whole"
     run_killed(KILLED, tmp_path / "documents", output, data.model_dump_json(), scorer.model_dump_json(), survive=3)

@@ -127,7 +127,7 @@ def test_what_the_configuration_and_the_recipe_leave_open_is_refused(
 def test_a_name_that_is_no_scorer_is_refused(tmp_path: Path) -> None:
     for name, message in (
         (f"model:{tmp_path / 'nothing'}", r"quality\.scorer: folder .*nothing does not exist"),
-        ("column:", "must be 'linear', 'column:<name>' or 'model:<hub id or folder>'"),
+        ("column:", "must be 'linear', 'column:<name>', 'model:<hub id or folder>' or 'none'"),
         ("linear", "is fitted first"),
     ):
         with pytest.raises(UserError, match=message):

@@ -184,6 +184,43 @@ def test_a_folder_with_a_script_and_a_name_that_is_nothing(tmp_path: Path) -> No
             sources.fingerprint(Source(hub=hub), Contents())
 
 
+def test_a_folder_that_a_pattern_may_not_enter_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a/x", "b/x"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "y.jsonl").write_text(LINES)
+    allowed = os.access
+
+    def access(path: str, mode: int) -> bool:
+        return not path.rstrip("/").endswith(("b", "b/x")[where]) and allowed(path, mode)
+
+    monkeypatch.setattr(os, "access", access)  # a superuser may enter every folder
+    for where, pattern in (
+        (0, "**/*.jsonl"),
+        (0, "*/x/y.jsonl"),
+        (0, "b/*/y.jsonl"),
+        (1, "*/x/y.json*"),
+        (1, "**/y.jsonl"),
+    ):
+        with pytest.raises(PermissionError) as caught:
+            read(files=str(tmp_path / pattern))
+        assert str(caught.value.filename).rstrip("/").endswith(("/b", "/b/x")[where])
+    assert len(read(files=str(tmp_path / "[a]/*/y.jsonl"))[0]) == 3
+
+
+def test_small_files_share_a_part_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "PART_BYTES", 3 * len(LINES.encode()))
+    for number in range(20):
+        (tmp_path / f"{number:02}.jsonl").write_text(LINES.replace("document", f"document {number}"))
+    pq.write_table(pa.table({"text": TEXTS}), tmp_path / "x.parquet")
+    (tmp_path / "y.txt").write_text("By itself.")
+    parts, _ = sources.plan(Source(files=str(tmp_path / "*.*")), None)
+    assert len(parts) == 8 and parts[-1] == ((str(tmp_path / "y.txt"), None),)
+    found, tally = read(files=str(tmp_path / "*.*"))
+    first = [text for text in found if text.startswith("The first")]
+    assert first[:20] == [f"The first document {number}." for number in range(20)]
+    assert tally.read.total() == 64
+
+
 # Text is what it is
 
 
@@ -373,11 +410,12 @@ AFTER = "{0} cannot be read after "
         ("a.parquet", b"PAR1 broken PAR1", r"{0} is not a whole parquet file \("),
         ("a.arrow", b"ARROW1\0\0 broken", AFTER + r"its beginning \("),
         ("a.csv", b'text,n\n"never closed,1\nx,2\n', AFTER + r"its beginning \(unexpected end of data"),
+        ("a.csv", b"text,n,text\nx,1,y\n", "{0} has the column 'text' twice"),
         ("a.csv", b"body,n\nx,1\n", "{0} has no column 'text'; it has body, n"),
         ("a.csv", b"text;n\nx;1\n", "{0} has no column 'text'; it has text;n"),
         ("a.json", b'{"data": [{"text": "x"}]}', "{0} has no row with a column 'text'; the last has data"),
         ("a.json", b'[{"body": "x"}]', "{0} has no row with a column 'text'; the last has body"),
-        ("a.jsonl", gzip.compress(b""), r"{0} is \.gz data; rename it to end in \.gz"),
+        ("a.jsonl", gzip.compress(b"", mtime=0), r"{0} is \.gz data; rename it to end in \.gz"),
         ("a.csv", BZ2, r"{0} is \.bz2 data"),
         ("a.json", XZ, r"{0} is \.xz data"),
         ("a.txt", zst(b"text"), r"{0} is \.zst data"),

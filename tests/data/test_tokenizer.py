@@ -5,11 +5,12 @@ import os
 import random
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as BackendTokenizer
 
 import nanophi
@@ -276,3 +277,68 @@ def test_a_word_of_a_million_letters_does_not_hang_the_training(tmp_path: Path) 
     assert max(map(len, sample)) < 5000
     tokenizer._train(tmp_path / "documents", 400, 0, tmp_path)
     assert BackendTokenizer.from_file(str(tmp_path / "tokenizer.json")).get_vocab_size() <= 400
+
+
+# What `prepare` checks
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Documents of two sources, one of which is half Greek, with `the` and `;` among its words."""
+    folder = tmp_path_factory.mktemp("mixed")
+    generator = random.Random(3)
+    for name, words in (("plain", "the cat; sat on a mat;"), ("greek", "the λέξη; sat γάτα on;")):
+        rows = [json.dumps({"text": " ".join(generator.choices(words.split(), k=60))}) for _ in range(60)]
+        (folder / f"{name}.jsonl").write_text("\n".join(rows))
+    sources = [{"files": str(folder / f"{name}.jsonl"), "name": name} for name in ("plain", "greek")]
+    data = Data.model_validate({"sources": sources, "deduplication": {"near": False}, "workers": 1})
+    gather.gather(data, folder / "documents")
+    return folder / "documents"
+
+
+def byte_level(alphabet: list[str]) -> BackendTokenizer:
+    backend = BackendTokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=["</s>"], initial_alphabet=alphabet)
+    backend.train_from_iterator(["the cat; sat on a mat;"] * 9, trainer)
+    return backend
+
+
+@pytest.mark.parametrize("roles", [{}, {"pad_token": "the"}, {"pad_token": ";"}, {"unk_token": "cat"}])
+def test_no_word_is_missing_whatever_role_it_has(mixed: Path, tmp_path: Path, roles: dict[str, str]) -> None:
+    folder = save(tmp_path / "theirs", byte_level(pre_tokenizers.ByteLevel.alphabet()), **roles)
+    tokenizer.build(mixed, Tokenizer(path=str(folder)), 0, tmp_path / "ours")
+    lines: list[str] = []
+    checked = tokenizer.check(mixed, tmp_path / "ours", 0.0, lines.append)
+    assert (checked["lost"], checked["changed"], lines) == (0, 0, [])
+    assert checked["documents"] >= 100
+
+
+def test_letters_that_no_token_holds_are_counted_and_limited(mixed: Path, tmp_path: Path) -> None:
+    folder = save(tmp_path / "theirs", byte_level([]))
+    tokenizer.build(mixed, Tokenizer(path=str(folder)), 0, tmp_path / "ours")
+    with pytest.raises(UserError, match=r"% of the bytes of source 'greek' are in no token, such as '.', .*max_lost"):
+        tokenizer.check(mixed, tmp_path / "ours", 0.01, print)
+    lines: list[str] = []
+    checked = tokenizer.check(mixed, tmp_path / "ours", 1.0, lines.append)
+    texts = [unicodedata.normalize("NFKD", text) for _, text in tokenizer._sample_of_sources(mixed)]
+    greek = sum(len(letter.encode()) for text in texts for letter in text if letter > "\u02ff")
+    assert checked["lost"] == pytest.approx(greek / sum(len(text.encode()) for text in texts), abs=1e-4)
+    assert len(lines) == 1 and checked["changed"]
+
+
+def test_other_ids_than_the_tokenizers_are_refused(mixed: Path, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer.Encoder, "encode", lambda self, texts: [np.array([5, 6])] * len(texts))
+    with pytest.raises(UserError, match="trained on other tokens than AutoTokenizer gives for"):
+        tokenizer.check(mixed, trained, 1.0, print)
+
+
+def test_a_hole_in_the_vocabulary_is_part_of_its_size(mixed: Path, tmp_path: Path) -> None:
+    folder = save(tmp_path / "theirs", byte_level(pre_tokenizers.ByteLevel.alphabet()))
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    content["model"]["vocab"] = {name: index + 30 * (index > 200) for name, index in vocabulary.items()}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    size = tokenizer.build(mixed, Tokenizer(path=str(folder)), 0, tmp_path / "ours")["vocab_size"]
+    assert size == max(vocabulary.values()) + 31

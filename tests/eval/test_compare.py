@@ -1,5 +1,6 @@
 """Comparison: tests against scipy and simulation, and no verdict where there is only noise."""
 
+import copy
 import hashlib
 import json
 import math
@@ -17,13 +18,14 @@ from nanophi.cli import main
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json
 from nanophi.eval.catalogue import LEADERBOARD, TASKS, references
-from nanophi.eval.compare import find_label, label_results
-from nanophi.eval.comparison import Measured, _paired, compare_models
+from nanophi.eval.compare import TABLES, Measured, _paired, compare_models, find_label, label_results, recompute
 from nanophi.eval.models import model_sha256
 from nanophi.eval.render import to_text
 from nanophi.eval.results import ANSWER_METRIC, FORMAT
-from nanophi.eval.statistics import holm
+from nanophi.eval.statistics import bits_per_byte_stderr, holm
+from nanophi.eval.tasks import heldout
 from nanophi.model_card.card import differences
+from nanophi.model_card.consistency import _underived
 
 
 def result(
@@ -89,6 +91,22 @@ def bits(path, nats, sizes, sources=None):
     )
 
 
+def assert_recomputed(folder):
+    """Every figure of a comparison on disk follows from the items in it."""
+    comparison = read_json(folder / "comparison.json")
+    again = recompute(comparison)
+    for table in TABLES:
+        assert again[table] == approximately(comparison[table]), table
+
+
+def approximately(value):
+    if isinstance(value, dict):
+        return {key: approximately(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [approximately(inner) for inner in value]
+    return pytest.approx(value) if isinstance(value, float) else value
+
+
 def unpadded(path):
     """A Markdown file without the spaces that align its tables."""
     return re.sub(" +", " ", path.read_text())
@@ -146,6 +164,13 @@ def test_bits_per_byte_by_source(tmp_path):
     }
     comparison = compare_models(files, tmp_path)
     rows = comparison["sources"]
+    assert list(_underived(comparison)) == []
+    for table, task in (("sources", "manual"), ("tasks", "heldout_bits_per_byte")):
+        turned = copy.deepcopy(comparison)
+        turned[table][task]["differences"]["a"]["value"] *= -1
+        assert len(list(_underived(turned))) == (1 if table == "sources" else 2), (
+            "a sign that was turned is not what the items give"
+        )
     assert {name: row["documents"] for name, row in rows.items()} == {
         "manual": 60,
         "code": 60,
@@ -239,6 +264,68 @@ def test_groups_count_by_their_unweighted_mean_and_show_their_parts(tmp_path):
     assert row["differences"]["a"]["verdict"] == "better"
     markdown = (tmp_path / "comparison.md").read_text()
     assert "MMLU by subject" in markdown and "nano-phi-115M-v0.1" in markdown
+
+
+def test_every_figure_follows_from_the_items_of_the_comparison(tmp_path):
+    """All tables; models on other items, in another order, with repeated questions and a missing subject."""
+    rng = np.random.default_rng(21)
+    files: dict[str, list] = {"a": [], "b": [], "c": []}
+    sizes = rng.integers(200, 900, 70).astype(float)
+    sources = [("manual", "code", "rare")[min(i % 7, 2)] for i in range(70)]
+    for number, label in enumerate(files):
+        group = {leaf: rng.integers(0, 2, 30 - number).astype(float).tolist() for leaf in ("mmlu_x", "mmlu_y")}
+        if label == "b":
+            del group["mmlu_x"]
+        found = [
+            result(tmp_path / f"{label}-g.json", group, task="mmlu", shots=5, model=label),
+            result(tmp_path / f"{label}-a.json", rng.integers(0, 2, 40).astype(float).tolist(), model=label,
+                   answers=rng.gamma(2, 1, 40).tolist()),
+            bits(tmp_path / f"{label}-h.json", -sizes * rng.normal(1.3, 0.2, 70), sizes, sources),
+        ]  # fmt: skip
+        for path in found:
+            content = json.loads(path.read_text())
+            content["nanophi"]["model"] = {"name": label, "sha256": label, "dtype": "float32"}
+            for leaf, samples in content["samples"].items():
+                for sample in samples[:4:2]:  # two questions that are the same
+                    sample |= {"doc_hash": "twice", "prompt_hash": "twice"}
+                means = [sample[key] for sample in samples for key in ("acc",) if key in sample]
+                if means:
+                    stderr = np.std(means, ddof=1) / math.sqrt(len(means))
+                    content["results"][leaf]["acc_stderr,none"] = stderr
+                if ANSWER_METRIC in samples[0]:
+                    stderr = scipy.stats.sem([sample[ANSWER_METRIC] for sample in samples])
+                    content["results"][leaf][f"{ANSWER_METRIC}_stderr,none"] = stderr
+                if "bits_per_byte" in samples[0]:
+                    pairs = np.array([sample["bits_per_byte"] for sample in samples])
+                    content["results"][leaf]["bits_per_byte_stderr,none"] = bits_per_byte_stderr(*pairs.T)
+                if label != "c" and "acc" in samples[0]:
+                    rng.shuffle(samples)
+            path.write_text(json.dumps(content))
+        files[label] = found
+    comparison = compare_models(files, tmp_path / "out")
+    assert_recomputed(tmp_path / "out")
+    group = comparison["tasks"]["mmlu"]["differences"]
+    assert (group["a"]["items"], group["b"]["items"]) == (56, 28), "what both have, of all subjects"
+    assert set(comparison["subjects"]["mmlu"]["mmlu_x"]["differences"]) == {"a"}
+    turned = json.loads((tmp_path / "out/comparison.json").read_text())
+    difference = turned["tasks"]["heldout_bits_per_byte"]["differences"]["a"]
+    difference["value"] *= -1
+    assert recompute(turned)["tasks"] == approximately(comparison["tasks"]) != approximately(turned["tasks"])
+    del turned["items"]
+    assert recompute(turned) is None, "a comparison of an earlier version"
+
+
+@pytest.mark.parametrize("items", [1, 2, 8])
+def test_few_items_have_no_interval_without_width(items, tmp_path):
+    """Also where nothing changed, or everything in one direction; of one text's bits per byte it is unknown."""
+    for theirs in (0.0, 1.0):
+        scores = {"a": [1.0] * items, "b": [theirs] * items}
+        files = {x: [result(tmp_path / f"{x}.json", y, answers=[0.5] * items)] for x, y in scores.items()}
+        comparison = compare_models(files, tmp_path / "out")
+        low, high = comparison["tasks"]["arc_easy"]["differences"]["a"]["interval"]
+        assert -1 <= low < 1 - theirs <= high <= 1 and high - low > 0.1
+        answers = comparison["answers"]["arc_easy"]["differences"]["a"]
+        assert answers["interval"] is None and re.search(r" \+0\.0000 +detectable - ", to_text(comparison))
 
 
 def test_bad_input(tmp_path):
@@ -479,10 +566,11 @@ def test_groups_of_few_items_each_are_told_apart_as_often_as_chance_says(items, 
         for more in (effect, 0.0):
             right = (rng.random(skill.shape) < skill + more).astype(float)
             leaves = {str(subject): dict(zip(keys[subject], row, strict=True)) for subject, row in enumerate(right)}
-            scores.append(Measured(None, leaves, {key: "prompt" for of_leaf in keys for key in of_leaf}))
+            scores.append(Measured(None, leaves))
         entry, _ = _paired(scores[0], scores[1], rng)
         low, high = entry["interval"]
-        assert high - low == pytest.approx(2 * 1.96 * entry["stderr"], rel=0.15)
+        quantile = scipy.stats.t.isf(0.025, entry["freedom"])
+        assert high - low == pytest.approx(2 * quantile * entry["stderr"], rel=0.15)
         return entry["p_value"]
 
     found = np.mean([p_value(0.0) < 0.05 for _ in range(600)])
@@ -498,7 +586,9 @@ def test_few_items_that_all_changed_prove_little(tmp_path):
     }
     difference = compare_models(files, tmp_path / "out")["tasks"]["both"]["differences"]["a"]
     assert difference["value"] == 1 and difference["p_value"] == pytest.approx(2 * 0.5**4)
-    assert difference["verdict"] == "within noise" and difference["minimum_detectable_effect"] == 6 / 4
+    assert difference["verdict"] == "within noise" and difference["interval"][0] < difference["interval"][1] == 1
+    assert difference["minimum_detectable_effect"] is None, "six of four items would have to change"
+    assert "detectable -" in to_text(read_json(tmp_path / "out/comparison.json"))
 
 
 @pytest.mark.parametrize("items", [1, 4, 200])
@@ -581,13 +671,23 @@ def test_heldout_text_is_told_apart_by_the_filter_of_a_run(tmp_path):
     run = tmp_path / "filtered"
     for folder in ("evals", "data/quality", "data/documents"):
         (run / folder).mkdir(parents=True)
-    columns = {"id": ids, "source": ["s"] * 120, "text": ["t"] * 120}
+    columns = {"id": ids, "source": ["s"] * 120, "text": [f"text {key}" for key in ids]}
     pq.write_table(pa.table(columns).take(rng.permutation(120)), run / "data/documents/heldout-00000.parquet")
     order = rng.permutation(120)
     scores = pa.table({"id": ids, "quality_score": kept * 0.5, "kept": kept}).take(order)
     pq.write_table(scores, run / "data/quality/heldout.parquet")
-    files = {"ours": [bits(run / "evals" / "a.json", ours, sizes)], "control": [bits(tmp_path / "c.json", nats, sizes)]}
+    hashes = [heldout.doc_hash({"id": key, "source": "s", "text": f"text {key}"}) for key in ids]
+    one, two = bits(run / "evals" / "a.json", ours, sizes), bits(tmp_path / "c.json", nats, sizes)
+    for path in (one, two):  # neither the number of a document nor the order of the file decides which it is
+        content = json.loads(path.read_text())
+        samples = content["samples"]["heldout_bits_per_byte"]
+        for number, hashed in zip(rng.permutation(120), hashes, strict=True):
+            samples[hashes.index(hashed)] |= {"doc_id": int(number), "doc_hash": hashed, "prompt_hash": hashed}
+        samples.append({**samples[0], "doc_hash": "of another run", "prompt_hash": "of another run"})
+        path.write_text(json.dumps(content))
+    files = {"ours": [one], "control": [two]}
     found = compare_models(files, tmp_path / "out")
+    assert recompute(found)["filter"] == approximately(found["filter"])
     assert found["tasks"]["heldout_bits_per_byte"]["differences"]["ours"]["verdict"] == "worse"
     rows = list(found["filter"].values())
     assert [row["part"] for row in rows] == ["held-out text, kept by ours", "held-out text, dropped by ours"]

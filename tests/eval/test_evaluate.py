@@ -18,6 +18,7 @@ import transformers
 from lm_eval.models.huggingface import HFLM
 
 import nanophi
+from nanophi.cli import main
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json
 from nanophi.eval import evaluate as verb
@@ -581,9 +582,57 @@ def test_a_named_file_that_holds_another_measurement_is_replaced_with_a_word(mak
     ]
 
 
+def test_a_named_file_is_of_one_model_and_of_this_command(make_model, heldout, tmp_path, monkeypatch, capsys):
+    """Two models get a file each beside one another; a file of another command or model is left alone."""
+    monkeypatch.chdir(tmp_path)
+    models = [str(make_model(seed)) for seed in (21, 22)]
+
+    def run(*arguments):
+        monkeypatch.setattr(
+            "sys.argv",
+            ["nanophi", "eval", *arguments, "--suite", "heldout_order", "--heldout", str(heldout), "--limit", "4"],
+        )
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        return str(stopped.value.code or "")
+
+    assert not run(*models, "--output", "both.json")
+    names = sorted(path.name for path in tmp_path.glob("*.json"))
+    assert [name[:-14] for name in names] == ["both-model-21", "both-model-22"]
+    assert {read_result(tmp_path / name)["nanophi"]["model"]["name"] for name in names} == {"model-21", "model-22"}
+    own = {"package.json": '{"nanophi": "my own", "lines": 1}', "notes.json": "not JSON", "one.json": None}
+    assert not run(models[0], "--output", "one.json")
+    for name, text in own.items():
+        text = text or (tmp_path / name).read_text()
+        (tmp_path / name).write_text(text)
+        assert f"{name} was not written by `nanophi eval {models[1]}`" in run(models[1], "--output", name)
+        assert (tmp_path / name).read_text() == text
+    assert not run(models[0], "--output", "one.json")
+
+
+@pytest.mark.parametrize(
+    ("value", "stderr", "items", "expected"),
+    [
+        (0.33, 0.02, 500, "above"),
+        (0.28, 0.02, 500, "within"),
+        (0.17, 0.02, 500, "below"),
+        (0.0, 0.0, 8, "within"),  # eight wrong answers, by chance in one of ten
+        (0.0, 0.0, 20, "below"),
+        (0.5, 0.1, 8, "within"),
+        (1.0, None, 1, "within"),
+    ],
+)
+def test_scores_against_chance(value, stderr, items, expected, result):
+    score = dataclasses.replace(leading_scores(result)[1], value=value, stderr=stderr, items=items)
+    assert score.chance == 0.25 and score.against_chance == expected
+    assert dataclasses.replace(score, chance=None).against_chance is None
+
+
 @pytest.mark.parametrize(
     ("suite", "problem"),
     [
+        ("of_mine.yaml", r"'of_mine.yaml' is a file; tasks are named, not read from YAML files"),
+        ("heldout,tasks/of_mine.yml", r"'tasks/of_mine.yml' is a file; tasks are named"),
         ("heldoot", r"unknown suite or task 'heldoot'; did you mean 'heldout'"),
         ("arc-easyy", r"unknown suite or task 'arc_easyy'; did you mean .*'arc_easy'"),
         (

@@ -202,3 +202,37 @@ def test_what_cannot_be_scored_is_refused(name, tokenizer):
         ours.loglikelihood([Instance("loglikelihood", {}, ("a the", ""), 0)])
     with pytest.raises(scorer.NotScorable, match="the prompt of an item is empty"):
         ours.loglikelihood([Instance("loglikelihood", {}, (" ", "the"), 0)])
+
+
+class Quantized(torch.Tensor):
+    """Weights in int8 as torchao keeps them: a class of their own, which knows only how to multiply."""
+
+    @staticmethod
+    def __new__(cls, weight):
+        return torch.Tensor._make_wrapper_subclass(cls, weight.shape, dtype=torch.float32)
+
+    def __init__(self, weight):
+        self.scale = weight.abs().amax(1, keepdim=True) / 127
+        self.codes = (weight / self.scale).round().to(torch.int8)
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.nn.functional.linear:
+            return function(args[0], args[1].codes * args[1].scale, *args[2:])
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        assert function is torch.ops.aten.detach.default, "nothing but a product"
+        return args[0]
+
+
+def test_quantized_weights_multiply_in_their_own_way(tokenizer):
+    model = network("phi")
+    for module in list(model.modules()):
+        if type(module) is torch.nn.Linear and module is not model.get_output_embeddings():
+            module.weight = torch.nn.Parameter(Quantized(module.weight.data), requires_grad=False)
+    expected = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4).loglikelihood(requests(), disable_tqdm=True)
+    found = ScorerLM(model, tokenizer, progress=False).loglikelihood(requests())
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=1e-3)

@@ -8,6 +8,7 @@ import pytest
 import yaml
 from chat_run import pipeline, talk
 from forging import card_problems  # type: ignore[import-not-found]
+from hub_client import push
 from huggingface_hub import ModelCard
 
 from nanophi.core import markup
@@ -18,7 +19,6 @@ from nanophi.data.conversations import TEMPLATE
 from nanophi.experiments import reproduce
 from nanophi.model_card import checks, gguf
 from nanophi.model_card.card import render
-from nanophi.model_card.companions import recipe_of_run
 from nanophi.model_card.records import read_records
 from nanophi.pipeline import compare_runs
 
@@ -70,9 +70,10 @@ def test_a_release_on_a_chat_model_names_the_whole_chain(run, tmp_path):
     assert "- **first:** trained from scratch\n" in text and "| talks | 21 | 20 | 1 |" in text
 
 
-def test_what_belongs_to_the_base_is_published_from_the_base(run):
-    with pytest.raises(UserError, match=r"documents and scorer are its base's; push --scorer or --data of that$"):
-        recipe_of_run(run.path / "release")
+@pytest.mark.parametrize("part", ["scorer", "data"])
+def test_what_a_chat_run_has_not_is_not_published(run, part):
+    with pytest.raises(UserError, match=r"has no scored documents.*chat model.*leave them out"):
+        push(run.path / "release", "org/demo", dry_run=True, **{part: "scores"})
 
 
 def test_what_alignment_cost_is_paired_with_the_base(run):

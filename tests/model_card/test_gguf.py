@@ -1,4 +1,4 @@
-"""GGUF files: what is written, what is refused, and, where llama.cpp is installed, that it computes the same."""
+"""GGUF files and other exports: what is written, what refused; where llama.cpp is installed, it computes the same."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ import torch
 from gguf import GGMLQuantizationType, GGUFReader, dequantize
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PhiForCausalLM
 
 from nanophi import NanoPhiConfig, NanoPhiForCausalLM
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, sha256_of_file
-from nanophi.model_card import gguf
+from nanophi.model_card import exports, gguf
+from nanophi.model_card import release as releases
 from nanophi.model_card.manifest import checksums, list_files
+from nanophi.model_card.records import model_record
 
 CONTEXT = 96
 TEXTS = [
@@ -76,25 +78,12 @@ def edit(release: Path, target: Path, file: str, **changes: Any) -> Path:
     return target
 
 
-def test_metadata_is_the_config(release, tmp_path):
+def test_metadata_beside_the_fields_of_the_configuration(release, tmp_path):
     gguf.write(release, tmp_path / "x.gguf", "f16")
     found = metadata(tmp_path / "x.gguf")
-    assert found["general.architecture"] == "phi2"
-    assert found["general.name"] == "tiny-model"
-    assert found["phi2.attention.head_count"] == 6
-    assert found["phi2.attention.head_count_kv"] == 2
-    assert found["phi2.rope.dimension_count"] == 12
-    assert found["phi2.rope.freq_base"] == 5000.0
-    assert found["phi2.attention.layer_norm_epsilon"] == pytest.approx(1e-4)
-    assert found["phi2.context_length"] == CONTEXT
-    assert (found["phi2.embedding_length"], found["phi2.feed_forward_length"], found["phi2.block_count"]) == (
-        96,
-        160,
-        3,
-    )
+    assert (found["general.architecture"], found["general.name"]) == ("phi2", "tiny-model")
     assert found["general.file_type"] == 1
-    assert found["tokenizer.ggml.model"] == "gpt2"
-    assert found["tokenizer.ggml.pre"] == "gpt-2"
+    assert (found["tokenizer.ggml.model"], found["tokenizer.ggml.pre"]) == ("gpt2", "gpt-2")
     assert found["tokenizer.ggml.bos_token_id"] == found["tokenizer.ggml.eos_token_id"] == 0
     assert found["tokenizer.ggml.add_bos_token"] is False
 
@@ -200,8 +189,6 @@ def test_same_release_same_bytes(release, tmp_path):
 @pytest.mark.parametrize(
     ("file", "changes", "message"),
     [
-        ("config.json", {"qk_layernorm": True}, r"config.json: llama.cpp's phi2 has no LayerNorm on queries and keys"),
-        ("config.json", {"hidden_act": "gelu"}, r"phi2 computes gelu_new, not hidden_act 'gelu'"),
         ("config.json", {"eos_token_id": [0, 1]}, r"one bos_token_id and one eos_token_id"),
         ("config.json", {"num_key_value_heads": 4}, r"config.json: num_attention_heads \(6\) must be a multiple"),
         ("config.json", {"vocab_size": 200}, r"token \d+ has no row in the model \(vocab_size 200\)"),
@@ -235,6 +222,91 @@ def test_unknown_tensors_overflow_and_missing_files_are_refused(release, tmp_pat
     assert not (tmp_path / "gguf").exists()
 
 
+# Each field of the configuration in each export: computed there, refused, or without a meaning for inference
+
+ROPE = {"rope_theta": 5000.0, "partial_rotary_factor": 0.75}
+LINEAR = {"rope_type": "linear", "factor": 4, **ROPE}
+YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 48, **ROPE}
+LLAMA3 = YARN | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+STOPS = {"rope_theta": None}
+"""Older versions have no base for the frequencies then and end with an error, instead of computing another function."""
+
+FIELDS: list[tuple[dict[str, Any], str, dict[str, Any], Any]] = [
+    # field, oldest transformers, what its config.json has beside the default's, keys in GGUF or the reason of refusal
+    ({"num_hidden_layers": 2}, "4.37.2", {}, {"block_count": 2}),
+    ({"hidden_size": 48}, "4.37.2", {}, {"embedding_length": 48}),
+    ({"intermediate_size": 64}, "4.37.2", {}, {"feed_forward_length": 64}),
+    ({"num_attention_heads": 12}, "4.37.2", {}, {"attention.head_count": 12, "rope.dimension_count": 6}),
+    ({"num_key_value_heads": 3}, "4.37.2", {}, {"attention.head_count_kv": 3}),
+    ({"max_position_embeddings": 80}, "4.37.2", {}, {"context_length": 80}),
+    ({"layer_norm_eps": 0.25}, "4.37.2", {}, {"attention.layer_norm_epsilon": 0.25}),
+    ({"tie_word_embeddings": True}, "4.37.2", {}, {}),
+    ({"hidden_act": "gelu_pytorch_tanh"}, "4.37.2", {}, {}),
+    ({"hidden_act": "silu"}, "4.37.2", {}, "not hidden_act 'silu'"),
+    ({"hidden_act": "hardswish"}, "5.23", {}, "not hidden_act 'hardswish'"),
+    ({"qk_layernorm": True}, "4.48", {}, "no LayerNorm on queries and keys"),
+    ({"rope_parameters": {**ROPE, "rope_theta": 700.0}}, "4.37.2", {"rope_theta": 700.0}, {"rope.freq_base": 700.0}),
+    (
+        {"rope_parameters": LINEAR},
+        "4.37.2",
+        {"rope_scaling": {"type": "linear", "factor": 4.0}},
+        {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0},
+    ),
+    (
+        {"rope_parameters": {**LINEAR, "rope_type": "dynamic"}},
+        "4.37.2",
+        {"rope_scaling": {"type": "dynamic", "factor": 4.0}},
+        "rope_type default and linear, not dynamic",
+    ),
+    ({"rope_parameters": {**LINEAR, "factor": 1.0}}, "5.4", STOPS, "rope_type default and linear, not linear"),
+    ({"rope_parameters": YARN}, "5.4", STOPS, "rope_type default and linear, not yarn"),
+    ({"rope_parameters": LLAMA3}, "5.4", STOPS, "rope_type default and linear, not llama3"),
+]
+OF_TRAINING = {"resid_pdrop", "embd_pdrop", "attention_dropout", "initializer_range", "use_cache", "pad_token_id"}
+ELSEWHERE = {"vocab_size", "bos_token_id", "eos_token_id"}
+"""In test_gguf.py, with the tokenizer."""
+
+
+def test_every_field_is_in_the_table():
+    fields = {name for name in NanoPhiConfig.__annotations__ if not name.startswith("base_")}
+    assert fields - OF_TRAINING - ELSEWHERE - {name for row in FIELDS for name in row[0]} <= {
+        "model_type",
+        "keys_to_ignore_at_inference",
+    }
+
+
+@pytest.mark.parametrize(("fields", "oldest", "older", "in_gguf"), FIELDS, ids=lambda value: str(value)[:40])
+def test_each_field_survives_or_is_refused(
+    finished_run: Path, tmp_path: Path, fields: dict[str, Any], oldest: str, older: dict[str, Any], in_gguf: Any
+) -> None:
+    folder = make_release(tmp_path / "model", finished_run / "data" / "tokenizer", **fields)
+    ours = NanoPhiForCausalLM.from_pretrained(folder).eval()
+    config = releases._config(json.loads((folder / "config.json").read_text()), "float32", folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    assert exports.oldest_transformers(model_record(folder)["config"]) == oldest
+    expected = {**ROPE, "rope_scaling": None, **older}
+    assert {key: config.get(key) for key in expected} == expected
+    ids = torch.arange(100)[None]
+    with torch.no_grad():  # Stock Phi reads the older keys first.
+        stock = PhiForCausalLM.from_pretrained(folder).eval()(ids).logits
+        assert torch.allclose(stock, ours(ids).logits, atol=1e-4)
+        assert torch.equal(NanoPhiForCausalLM.from_pretrained(folder).eval()(ids).logits, ours(ids).logits)
+    if isinstance(in_gguf, str):
+        with pytest.raises(UserError, match=in_gguf):
+            gguf.write(folder, tmp_path / "x.gguf", "f32")
+        return
+    gguf.write(folder, tmp_path / "x.gguf", "f32")
+    found = metadata(tmp_path / "x.gguf")
+    assert {key: found[f"phi2.{key}"] for key in in_gguf} == in_gguf
+    assert len(GGUFReader(tmp_path / "x.gguf").tensors) == len(ours.state_dict())
+
+
+def test_a_type_that_stock_phi_does_not_compute_is_refused():
+    config = {"model_type": "phi", "rope_parameters": {"rope_type": "proportional", **ROPE}}
+    with pytest.raises(UserError, match="stock Phi cannot compute rope_type 'proportional'"):
+        releases._config(config, "float32", Path("step-000010"))
+
+
 # llama.cpp itself, where it is installed (`make gguf`)
 
 
@@ -259,8 +331,9 @@ def test_llama_cpp_cuts_text_into_the_same_tokens(release, tmp_path):
         {},
         {"num_key_value_heads": 1, "rope_parameters": {}},
         {"num_key_value_heads": 6, "tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh"},
+        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "partial_rotary_factor": 0.75}},
     ],
-    ids=["grouped", "one-key-value-head", "all-heads-tied"],
+    ids=["grouped", "one-key-value-head", "all-heads-tied", "linear"],
 )
 def test_llama_cpp_computes_the_same(finished_run, tmp_path, fields):
     release = make_release(tmp_path / "model", finished_run / "data" / "tokenizer", **fields)

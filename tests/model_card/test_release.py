@@ -208,7 +208,12 @@ def built_card(run: Path, output: Path) -> Path:
 
 def test_retarget_changes_the_name_and_nothing_else(built_release: Path, tmp_path: Path) -> None:
     before = sha256_of_tree(built_release)
-    release.copy_for_repo(built_release, "org/demo", tmp_path / "there")
+    read_only = Path(shutil.copytree(built_release, tmp_path / "read-only"))
+    for path in (read_only, *read_only.rglob("*")):
+        path.chmod(path.stat().st_mode & ~0o222)
+    release.copy_for_repo(read_only, "org/demo", tmp_path / "there")
+    folders = [path for path in ((tmp_path / "there"), *(tmp_path / "there").rglob("*")) if path.is_dir()]
+    assert all(path.stat().st_mode & 0o200 for path in folders)
     assert sha256_of_tree(built_release) == before
     changed = [
         name

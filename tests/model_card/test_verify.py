@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, write_json
+from nanophi.core.version import __version__
 from nanophi.model_card import loader, verify
 from nanophi.model_card import records as shipped
 from nanophi.model_card.manifest import file_problems, list_files, write_manifest
@@ -151,7 +152,7 @@ def test_a_number_edited_in_the_card_is_named(copied: Path) -> None:
 def test_a_card_of_another_version_is_checked_by_its_numbers(copied: Path) -> None:
     run = read_json(copied / "records" / "run.json")
     text = (copied / "README.md").read_text()
-    for old, new in (("nanophi 0.1.0", "nanophi 0.0.9"), ("Greedy decoding with", "Decoded greedily with")):
+    for old, new in ((f"nanophi {__version__}", "nanophi 0.0.9"), ("Greedy decoding with", "Decoded greedily with")):
         assert old in text
         text = text.replace(old, new)
     run["environment"]["nanophi"] = "0.0.9"

@@ -152,7 +152,7 @@ def test_other_tokens_are_other_data_and_the_same_tokens_the_same(stopped, undis
     write_json(tokens, {**contents, "train": {"sha256": "c3"}})
     pipe = pipeline(stopped)
     before = sha256_of_tree(stopped / "run/checkpoints")
-    with pytest.raises(UserError, match=r"data.train_sha256 a1 -> c3"):
+    with pytest.raises(UserError, match=r"data.train_sha256 \w{12} -> c3"):
         pipe.make("training")
     assert sha256_of_tree(stopped / "run/checkpoints") == before
     write_json(tokens, {**contents, "made": "elsewhere"})
@@ -163,8 +163,11 @@ def test_other_tokens_are_other_data_and_the_same_tokens_the_same(stopped, undis
 def test_a_run_of_an_earlier_version_is_refused_in_one_line(stopped):
     """Its record has no formats: keys of stages came from the package's version."""
     record = read_json(stopped / "run/record.json")
-    write_json(stopped / "run/record.json", {**record, "in_progress": {"training": "0123abcd"}})
+    made = {"nanophi": "0.0.9", "commit": "c0ffee"}
+    old = {**record, "in_progress": {"training": "0123abcd"}, "environment": made}
+    write_json(stopped / "run/record.json", old)
     line = refused(stopped)
+    assert "finish them with nanophi 0.0.9 at commit c0ffee, which began them, start from them with base: PATH" in line
     assert "earlier version" in line and "kept" in line and "--restart" in line
     (stopped / "run/record.json").unlink()
     assert "record.json does not state" in refused(stopped)

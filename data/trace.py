@@ -1,0 +1,267 @@
+"""The verb `trace`: which spans of a text occur verbatim in a run's training tokens, and in which documents.
+
+One pass over the memory-mapped rows, without an index: a table over the vocabulary marks the stream's tokens that the
+text has, and only where `SHORTEST` of them follow each other are n-grams compared. Spans never cross the end of a
+document. A span counts if it is surprising: under a model that draws every token by its frequency in the training text,
+it would be expected less than `EXPECTED` times. (OLMoTrace, arXiv 2504.07096, ranks spans by the same probability.)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+import yaml
+from typer import Argument, Option
+
+from nanophi.core.errors import UserError
+from nanophi.core.jobs import cores
+from nanophi.core.names import resolve
+
+SHORTEST = 6
+"""Tokens of a span at least."""
+EXPECTED = 0.01
+EXAMPLES, AROUND = 3, 12
+"""Documents that are quoted for each span, and tokens of each on both sides of it."""
+_BLOCK = 1 << 20
+
+
+@dataclasses.dataclass
+class Span:
+    """Tokens `start` to `start + length` of the text, which occur in `documents` documents of the training text.
+
+    `expected` is how often they would occur by chance; `places` are positions in the stream, of the first few.
+    """
+
+    start: int
+    length: int
+    occurrences: int
+    documents: int
+    expected: float
+    places: list[int]
+
+
+class Stream:
+    """A run's training tokens as one memory-mapped stream of int32, in blocks."""
+
+    def __init__(self, tokens: Path, end: int) -> None:
+        import datasets
+
+        table = datasets.load_from_disk(str(tokens)).data
+        column = table.column("input_ids")
+        chunks = getattr(column, "chunks", None) or [column]
+        self.chunks = [chunk.flatten().to_numpy(zero_copy_only=True) for chunk in chunks]
+        self.starts = np.cumsum([0, *map(len, self.chunks)])
+        self.end = end
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def read(self, first: int, last: int) -> np.ndarray:
+        """Tokens `first` to `last` (exclusive), clipped to the stream."""
+        first, last = max(0, first), min(last, len(self))
+        low = int(np.searchsorted(self.starts, first, "right")) - 1
+        parts = []
+        while low < len(self.chunks) and self.starts[low] < last:
+            parts.append(self.chunks[low][max(0, first - self.starts[low]) : last - self.starts[low]])
+            low += 1
+        return parts[0] if len(parts) == 1 else np.concatenate(parts or [np.empty(0, np.int32)])
+
+    def document(self, place: int) -> tuple[int, np.ndarray]:
+        """Where the document around a position begins, and its tokens."""
+        first, last, step = place, place, 1 << 12
+        while first > 0 and not (found := np.flatnonzero(self.read(first - step, first) == self.end)).size:
+            first = max(0, first - step)
+        first = max(0, first - step) + int(found[-1]) + 1 if first > 0 else 0
+        while last < len(self) and not (found := np.flatnonzero(self.read(last, last + step) == self.end)).size:
+            last += step
+        last = last + int(found[0]) if last < len(self) else len(self)
+        return first, self.read(first, last)
+
+
+def find_spans(stream: Stream, ids: np.ndarray, vocabulary: int, shortest: int = SHORTEST) -> list[Span]:
+    """The maximal spans of `ids` (int, of a text without special tokens) in the stream, longest first.
+
+    Only spans that no other span of the
+    result contains are listed. All occurrences of a span count, also those within longer matches.
+    """
+    if len(ids) < shortest:
+        return []
+    wanted = np.zeros(vocabulary + 1, bool)
+    wanted[ids[ids < vocabulary]] = True
+    wanted[stream.end] = False
+    grams = np.lib.stride_tricks.sliding_window_view(ids.astype(np.int64), shortest)
+    weights = np.random.default_rng(0).integers(1, 1 << 62, shortest, dtype=np.int64) | 1
+    hashes = (grams * weights).sum(1)
+    order = np.argsort(hashes, kind="stable")
+    keys = hashes[order]
+    blocks = range(0, max(0, len(stream) - shortest + 1), _BLOCK)
+
+    def scan(first: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Runs of matches that begin in a block: place, start in the text, length; token counts; ends of documents."""
+        block = stream.read(first, first + _BLOCK + shortest - 1)
+        marked = wanted[block]
+        run, length = marked, 1
+        while length < shortest:  # doubling: `run[i]` is whether `length` marked tokens follow from i
+            step = min(length, shortest - length)
+            run, length = run[: len(run) - step] & run[step:], length + step
+        places = np.flatnonzero(run)
+        own = block[: min(_BLOCK, len(block))]
+        counts = np.bincount(own[marked[: len(own)]], minlength=vocabulary + 1)
+        ends = np.flatnonzero(own == stream.end) + first
+        candidates = (block[places[:, None] + np.arange(shortest)] * weights).sum(1)
+        low, high = np.searchsorted(keys, candidates, "left"), np.searchsorted(keys, candidates, "right")
+        repeats = high - low
+        where = np.repeat(places + first, repeats)
+        offsets = np.arange(repeats.sum()) - np.repeat(np.cumsum(repeats) - repeats, repeats)
+        starts = order[np.repeat(low, repeats) + offsets]
+        return where, starts, counts, ends
+
+    with ThreadPoolExecutor(cores()) as threads:
+        results = list(threads.map(scan, blocks))
+    if not results:
+        return []
+    where, starts = (np.concatenate([result[part] for result in results]) for part in (0, 1))
+    counts = np.sum([result[2] for result in results], axis=0)
+    ends = np.concatenate([result[3] for result in results])
+    if not len(where):
+        return []
+    # Matches of n-grams that follow each other on one diagonal are one match.
+    diagonal = where - starts
+    ranked = np.lexsort((where, diagonal))
+    where, starts, diagonal = where[ranked], starts[ranked], diagonal[ranked]
+    new = np.r_[True, (np.diff(diagonal) != 0) | (np.diff(where) != 1)]
+    first = np.flatnonzero(new)
+    lengths = np.diff(np.r_[first, len(where)]) + shortest - 1
+    where, starts = where[first], starts[first]
+    stops, documents = starts + lengths, np.searchsorted(ends, where)
+    with np.errstate(divide="ignore"):
+        surprise = np.log(counts[np.minimum(ids, vocabulary)] / len(stream))
+    found = []
+    for start, stop in _outermost(sorted({*zip(starts.tolist(), stops.tolist(), strict=True)})):
+        expected = float(np.exp(np.log(len(stream)) + surprise[start:stop].sum()))
+        if expected < EXPECTED:
+            inside = np.flatnonzero((starts <= start) & (stops >= stop))
+            places = np.sort(where[inside] + start - starts[inside])
+            held = len(np.unique(documents[inside]))
+            found.append(Span(start, stop - start, len(inside), held, expected, places[:64].tolist()))
+    return sorted(found, key=lambda span: (-span.length, span.start))
+
+
+def _outermost(spans: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Of (start, stop) pairs in order those that no other one contains."""
+    reached = -1
+    for _, group in itertools.groupby(spans, key=lambda span: span[0]):
+        start, stop = max(group)
+        if stop > reached:
+            yield start, stop
+            reached = stop
+
+
+def trace_text(run: Path, text: str, shortest: int = SHORTEST) -> list[dict[str, Any]]:
+    """Each span of a text that occurs in a run's training tokens, as JSON, with documents that hold it.
+
+    Raises:
+        UserError: if the run's tokens, tokenizer or recipe are not there.
+    """
+    for part in ("data/tokens/train", "data/tokenizer/tokenizer.json", "recipe.yaml"):
+        if not (run / part).exists():
+            raise UserError(f"{run} has no {part}; a trace needs a run directory with its training tokens")
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(run / "data/tokenizer")
+    stream = Stream(run / "data/tokens/train", tokenizer.eos_token_id)
+    ids = np.array(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"], np.int64)
+    known = _Documents(run)
+    rows = []
+    for span in find_spans(stream, ids, len(tokenizer), shortest):
+        quoted: list[dict[str, Any]] = []
+        seen: set[int] = set()
+        for place in span.places:
+            first, document = stream.document(place)
+            if first in seen or len(quoted) == EXAMPLES:
+                continue
+            seen.add(first)
+            low, high = max(0, place - first - AROUND), place - first + span.length + AROUND
+            context = tokenizer.decode(document[low:high])
+            quoted.append({**known.of(str(tokenizer.decode(document))), "context": context})
+        row = dataclasses.asdict(span) | {"text": tokenizer.decode(ids[span.start : span.start + span.length])}
+        del row["places"]
+        rows.append(row | {"examples": quoted})
+    return rows
+
+
+class _Documents:
+    """Source, score and licence of a run's training documents, by their text; what is not known is left out."""
+
+    def __init__(self, run: Path) -> None:
+        self.run = run
+        recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
+        sources = recipe["data"]["sources"]
+        names = [source["name"] or source["hub"] or source["files"] for source in sources]
+        self.licenses = {name: source.get("license") for name, source in zip(names, sources, strict=True)}
+        self.rows: dict[str, dict[str, Any]] | None = None
+
+    def of(self, text: str) -> dict[str, Any]:
+        from nanophi.data.documents import id_of
+
+        if self.rows is None:
+            self.rows = self._read()
+        row = self.rows.get(id_of(text), {})
+        return row | ({"license": self.licenses.get(row["source"])} if row else {})
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        import pyarrow.parquet as pq
+
+        path = self.run / "data/scores/scores.parquet"
+        if not path.is_file():
+            return {}
+        table = pq.read_table(path, columns=["id", "source", "quality_score"]).to_pydict()
+        keys = ("id", "source", "quality_score")
+        return {row[0]: dict(zip(keys, row, strict=True)) for row in zip(*(table[key] for key in keys), strict=True)}
+
+
+def trace(
+    run: Annotated[Path, Argument(metavar="RUN", help="Run directory with its training tokens.")],
+    text: Annotated[str, Argument(help="Text to look for, or with --generate the prompt of one.")],
+    generate: Annotated[bool, Option("--generate", help="Trace what the run's model writes after the text.")] = False,
+    shortest: Annotated[int, Option(min=2, help="Tokens of a span at least.")] = SHORTEST,
+    as_json: Annotated[bool, Option("--json", help="Print the spans as JSON.")] = False,
+) -> None:
+    """Find which parts of a text occur verbatim in a run's training text, and where.
+
+    Example: nanophi trace runs/demo "The default value is None"
+
+    What the model itself writes: nanophi trace runs/demo --generate "The function returns"
+    """
+    named = resolve(run)
+    if named.folder is None:
+        raise UserError(f"{run} is on the Hub; a trace needs a run directory with its training tokens")
+    if generate:
+        from nanophi.core import sample
+
+        text = sample.generate(named.model(), [text])[0]
+    spans = trace_text(named.folder, text, shortest)
+    if as_json:
+        typer.echo(json.dumps({"text": text, "spans": spans}, indent=2, ensure_ascii=False))
+        return
+    typer.echo(f"{text}\n" if generate else "", nl=generate)
+    for span in spans:
+        chance = 10 ** math.floor(math.log10(span["expected"])) if span["expected"] > 1e-300 else 0
+        typer.echo(
+            f"{span['length']} tokens in {span['documents']:,} documents ({chance:.0e} by chance): {span['text']!r}"
+        )
+        for one in span["examples"]:
+            known = [str(one[key]) for key in ("source", "id", "license") if one.get(key)]
+            known += [f"score {one['quality_score']:.2f}"] if one.get("quality_score") is not None else []
+            typer.echo(f"    {', '.join(known) or 'document'}: {one['context']!r}")
+    if not spans:
+        typer.echo(f"no span of {shortest} tokens or more that would surprise")

@@ -1,0 +1,143 @@
+"""Traces against brute force, and against what was planted in a run's training text."""
+
+import json
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from nanophi.core.errors import UserError
+from nanophi.data import trace
+from nanophi.data.documents import id_of
+
+END = 0
+
+
+def stream_of(documents: list[list[int]], parts: int = 1) -> trace.Stream:
+    tokens = np.array([token for document in documents for token in (*document, END)], np.int32)
+    stream = trace.Stream.__new__(trace.Stream)
+    stream.chunks = [np.ascontiguousarray(part) for part in np.array_split(tokens, parts)]
+    stream.starts, stream.end = np.cumsum([0, *map(len, stream.chunks)]), END
+    return stream
+
+
+def brute_force(documents: list[list[int]], ids: list[int], shortest: int) -> dict[tuple[int, int], tuple[int, int]]:
+    """(start, length) of the spans that no other contains -> (occurrences, documents)."""
+
+    def places(span: list[int]) -> list[int]:
+        return [
+            number
+            for number, document in enumerate(documents)
+            for at in range(len(document) - len(span) + 1)
+            if document[at : at + len(span)] == span
+        ]
+
+    found = {
+        (start, stop): places(ids[start:stop])
+        for start in range(len(ids))
+        for stop in range(start + shortest, len(ids) + 1)
+        if places(ids[start:stop])
+    }
+    outermost = [one for one in found if not any(o != one and o[0] <= one[0] and o[1] >= one[1] for o in found)]
+    return {(start, stop - start): (len(found[start, stop]), len({*found[start, stop]})) for start, stop in outermost}
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    documents=st.lists(st.lists(st.integers(1, 4), max_size=14), min_size=1, max_size=6),
+    ids=st.lists(st.integers(1, 5), max_size=12),
+    shortest=st.integers(2, 4),
+    parts=st.integers(1, 3),
+    block=st.sampled_from([3, 7, 1 << 20]),
+)
+def test_the_same_spans_as_brute_force(documents, ids, shortest, parts, block):
+    before = trace.EXPECTED, trace._BLOCK
+    trace.EXPECTED, trace._BLOCK = np.inf, block
+    try:
+        found = trace.find_spans(stream_of(documents, parts), np.array(ids, np.int64), 6, shortest)
+    finally:
+        trace.EXPECTED, trace._BLOCK = before
+    expected = brute_force(documents, ids, shortest)
+    assert {(span.start, span.length): (span.occurrences, span.documents) for span in found} == expected
+
+
+def test_common_words_do_not_surprise_and_the_length_decides():
+    rng = np.random.default_rng(0)
+    noise = rng.integers(1, 3, 40_000).tolist()
+    planted = rng.integers(1, 3, 60).tolist()
+    found = trace.find_spans(stream_of([noise, planted, noise[:500]]), np.array(planted), 4, shortest=6)
+    assert [(span.start, span.length, span.documents) for span in found] == [(0, 60, 1)]
+    assert found[0].expected < 1e-9
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of byte tokens in which a secret stands in 1, 4 and 16 documents."""
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    alphabet = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    backend = Tokenizer(models.BPE({token: number for number, token in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
+    tokenizer.save_pretrained(folder / "data/tokenizer")
+    rng = np.random.default_rng(1)
+
+    def words(count: int) -> str:
+        return " ".join("".join(rng.choice(list("aeioustrn"), rng.integers(2, 8))) for _ in range(count))
+
+    texts = [f"{words(30)}. {SECRETS[times]} {words(20)}" for times in SECRETS for _ in range(times)]
+    texts += [words(60) for _ in range(20)]
+    stream = [token for text in texts for token in (*tokenizer(text)["input_ids"], 0)]
+    rows = np.array(stream[: len(stream) // 64 * 64], np.int32).reshape(-1, 64)
+    features = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"), length=64)})
+    datasets.Dataset.from_dict({"input_ids": rows.tolist()}, features=features).save_to_disk(
+        str(folder / "data/tokens/train")
+    )
+    scores = {
+        "id": [id_of(text) for text in texts],
+        "source": ["web"] * len(texts),
+        "quality_score": [0.5] * len(texts),
+    }
+    (folder / "data/scores").mkdir()
+    pq.write_table(pa.table(scores), folder / "data/scores/scores.parquet")
+    source = {"name": "web", "hub": None, "files": "x.jsonl", "license": "cc0-1.0"}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({"data": {"sources": [source]}}))
+    return SimpleNamespace(folder=folder, texts=texts)
+
+
+SECRETS = {1: "Zürich's vault opens at 7:43 — «ÄÖÜ».", 4: "QUXIFY the <s> wombat!", 16: "Kilo-Jazz 日本 92"}
+
+
+@pytest.mark.parametrize("times", SECRETS)
+def test_a_planted_sentence_is_found_with_its_documents(run, times):
+    (span,) = trace.trace_text(run.folder, f"[[{SECRETS[times]}]]")
+    assert SECRETS[times] in span["text"] and span["documents"] == span["occurrences"] == times
+    assert len(span["examples"]) == min(times, trace.EXAMPLES)
+    for example in span["examples"]:
+        assert example["source"] == "web" and example["license"] == "cc0-1.0" and example["quality_score"] == 0.5
+        assert example["id"] in {id_of(text) for text in run.texts if SECRETS[times] in text}
+        assert SECRETS[times] in example["context"]
+
+
+def test_no_span_crosses_a_document_and_no_special_token_is_one(run):
+    across = run.texts[0][-30:] + "<|endoftext|>" + run.texts[1][:30]
+    lengths = [span["length"] for span in trace.trace_text(run.folder, across)]
+    assert len(lengths) == 2 and max(lengths) <= 30
+
+
+def test_what_is_too_short_or_nowhere_or_gone(run, tmp_path, capsys):
+    assert trace.trace_text(run.folder, "") == trace.trace_text(run.folder, "Kilo") == []
+    trace.trace(run.folder, "XXXXXXXXXXXXXXXXXX")
+    assert capsys.readouterr().out == "no span of 6 tokens or more that would surprise\n"
+    trace.trace(run.folder, SECRETS[4], as_json=True)
+    assert json.loads(capsys.readouterr().out)["spans"][0]["documents"] == 4
+    with pytest.raises(UserError, match="has no data/tokens/train; a trace needs a run directory"):
+        trace.trace(tmp_path, "x")
