@@ -35,6 +35,7 @@ def runs(tmp_path_factory):
 def sft(runs):
     run = pipeline(runs, ROWS)
     run.make("training")
+    run.write_recipe()
     return run.path
 
 
