@@ -128,11 +128,11 @@ class View:
 
     @property
     def noise(self) -> dict[str, list[str]]:
-        """Tasks by whether guessing explains their score: `above` and `within` two standard errors of chance."""
-        tasks: dict[str, list[str]] = {"above": [], "within": []}
+        """Tasks by where their score is: `above`, `within` or `below` two standard errors of chance."""
+        tasks: dict[str, list[str]] = {"above": [], "within": [], "below": []}
         for score in self.scores:
-            if score.chance is not None and score.stderr:
-                tasks["above" if score.value - score.chance > 2 * score.stderr else "within"].append(score.title)
+            if (place := score.against_chance) is not None:
+                tasks[place].append(score.title)
         return tasks
 
     @property
