@@ -11,6 +11,7 @@ import contextlib
 import errno
 import io
 import os
+import pwd
 import resource
 import sys
 import tempfile
@@ -83,11 +84,9 @@ def _folders() -> None:
     """A name for the user, a home, and folders for what libraries cache, where there are none that can be written."""
     os.environ.setdefault("USER", f"uid-{os.getuid()}")  # torch asks for it, and an unknown uid has no name
     home = os.environ.get("HOME", "")
-    if not home or not os.access(home, os.W_OK | os.X_OK):
+    if not home:
         with contextlib.suppress(KeyError):
-            import pwd
-
-            home = home or pwd.getpwuid(os.getuid()).pw_dir
+            home = pwd.getpwuid(os.getuid()).pw_dir
     hub = Path(
         os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path(home) / ".cache") / "huggingface"
     )
@@ -96,6 +95,8 @@ def _folders() -> None:
     scratch = Path(tempfile.gettempdir()) / f"nanophi-{os.getuid()}"
     with contextlib.suppress(OSError):
         scratch.mkdir(mode=0o700, exist_ok=True)
+        if scratch.is_symlink() or scratch.stat().st_uid != os.getuid():  # made by somebody else, who may read it
+            scratch = Path(tempfile.mkdtemp(prefix="nanophi-"))
         if not os.environ.get("HOME") or not Path(os.environ["HOME"]).is_dir():
             os.environ["HOME"] = str(scratch)
         os.environ["XDG_CACHE_HOME"], os.environ["MPLCONFIGDIR"] = str(scratch), str(scratch / "matplotlib")

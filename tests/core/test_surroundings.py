@@ -81,3 +81,14 @@ def test_every_shard_can_be_open_at_once():
     code = "import resource; print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])"
     done = run(code, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, limit))
     assert int(done.stdout) > 256 or int(done.stdout) == hard
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs another user's rights")
+def test_a_cache_that_somebody_else_made_is_not_used():
+    unset = dict.fromkeys(("HF_HOME", "USER", "LOGNAME", "XDG_CACHE_HOME", "HOME"))
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o777)
+        (Path(folder) / "nanophi-54321").mkdir()
+        done = run("print(os.environ['HF_HOME'])", env={**unset, "TMPDIR": folder}, start=STRANGER, cwd="/")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith(folder) and "nanophi-54321/" not in done.stdout
