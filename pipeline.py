@@ -221,20 +221,20 @@ def suites(run: Runner) -> list[str]:
 
 def _evaluation_problem(recipe: Recipe) -> str:
     """Why the recipe's suites cannot be run on its model, in one line; empty if they can."""
-    from nanophi.eval import suites
+    from nanophi.eval.suites import context_problem, find_data, find_suite
 
     section = recipe.evaluation
-    if problem := suites.context_problem(section.suites, recipe.model_config_for().max_position_embeddings):
+    if problem := context_problem(section.suites, recipe.model_config_for().max_position_embeddings):
         return problem
     if section.data is None:
         return ""
     if not local(section.data).is_dir():
         return f"evaluation.data: folder {section.data} does not exist"
     for name in section.suites:
-        suite = suites.find_suite(name)
+        suite = find_suite(name)
         entries = [entry for entry in suite.entries if not made_from(entry.task)]
         try:
-            suites.find_data(dataclasses.replace(suite, entries=tuple(entries)), data=local(section.data))
+            find_data(dataclasses.replace(suite, entries=tuple(entries)), data=local(section.data))
         except UserError as error:
             return f"evaluation.data: {error}"
     return ""

@@ -1,6 +1,6 @@
 """What a name on the command line or in a recipe refers to: a folder, a run, a release, or a repository on the Hub.
 
-The one place that tells them apart. It looks at the name and the file system only; the Hub is asked by `Named.model`
+The one place that tells them apart. It looks at the name and the file system only; the Hub is asked by `Named.fetch`
 alone. What a name's contents *are* (hashes, commits) is decided in `inputs.py`.
 """
 

@@ -36,8 +36,9 @@ class Stage:
         needs: stages that come first, and whose keys are part of this one's key, by their names.
         after: stages that come first, and that `values` or `outside` account for.
         values: what of the recipe the outputs depend on.
-        outside: what else they depend on, such as hashes of the user's files. On a machine that only trains, these
-            need not be there: if the stage may not run, only `values` are compared with the record.
+        outside: what else they depend on, such as hashes of the user's files.
+        portable: on a machine that only trains, what is outside need not be there: if the stage may not run, only
+            `values` are compared with the record.
         check: refuses, before anything is made, what would stop the stage later. Raises `UserError`.
         changed: what of the new outputs (in the folder given) differs from what weights of this run were trained on.
         parts: stages that this one consists of, in place of `build`.
@@ -56,6 +57,7 @@ class Stage:
     check: Callable[[Runner], None] | None = None
     changed: Callable[[RunDirectory, Path], list[str]] | None = None
     parts: Callable[[Runner], Iterable[Stage]] | None = None
+    portable: bool = False
     shared: bool = True
     in_place: bool = False
     failure: str | None = None
@@ -143,7 +145,7 @@ class Runner:
             # The others train along, but only if the main process does: it alone would not come to the rendezvous.
             done = not stage.in_place or self.run.up_to_date(stage.name, self.inputs_of(stage), stage.outputs)
             return {} if done else build(self, self.path)
-        if not allowed and stage.outside is not None and not stage.in_place:
+        if not allowed and stage.portable:
             return self._require(stage)
 
         def accept(work: Path) -> None:

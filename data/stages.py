@@ -38,6 +38,7 @@ def data_stages(recipe: Recipe) -> list[Stage]:
                 _conversations,
                 outside=_conversation_inputs,
                 changed=changed_data,
+                portable=True,
                 shared=False,
             )
         ]
@@ -50,6 +51,7 @@ def data_stages(recipe: Recipe) -> list[Stage]:
             _documents,
             outside=_document_inputs,
             failure="documents cannot be gathered",
+            portable=True,
         ),
         Stage(
             "scores",
@@ -59,6 +61,7 @@ def data_stages(recipe: Recipe) -> list[Stage]:
             outside=_score_inputs,
             check=_check_scorer,
             failure="documents cannot be scored",
+            portable=True,
         ),
         Stage(
             "quality",
@@ -66,9 +69,9 @@ def data_stages(recipe: Recipe) -> list[Stage]:
             _quality,
             needs=("scores",),
             values={"threshold": quality.threshold, **share},
-            outside=lambda run: {},
             changed=changed_data,
             failure="documents cannot be selected",
+            portable=True,
         ),
         # Trained on all documents, so that a filtered run and its control share it.
         Stage(
@@ -81,6 +84,7 @@ def data_stages(recipe: Recipe) -> list[Stage]:
             check=_check_tokenizer,
             changed=changed_data,
             failure="the tokenizer cannot be made",
+            portable=True,
         ),
         Stage(
             "tokens",
@@ -93,9 +97,9 @@ def data_stages(recipe: Recipe) -> list[Stage]:
                 "weights": [source.weight for source in data.sources],
                 "seed": seed,
             },
-            outside=lambda run: {},
             changed=changed_data,
             failure="documents cannot be tokenized",
+            portable=True,
         ),
     ]
 

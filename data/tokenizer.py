@@ -327,7 +327,7 @@ def _copy(path: str, revision: str | None, output: Path) -> None:
     config = read_json(output / "tokenizer_config.json")
     if config.get("tokenizer_class") == "TokenizersBackend":  # transformers 5's name, unknown to 4
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    # How this copy was loaded is no property of the tokenizer.
+    # How this copy was loaded is not a property of the tokenizer.
     config = {key: value for key, value in config.items() if key not in ("is_local", "local_files_only", "backend")}
     write_json(output / "tokenizer_config.json", config)
     _spell_merges_as_strings(output / "tokenizer.json")

@@ -75,7 +75,7 @@ def distinct(paths: Sequence[str]) -> list[str]:
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """A result file's contents. Raises `UserError` if it is none of ours or of another format."""
+    """A result file's contents. Raises `UserError` if nanophi did not write it, or in another format."""
     content = read_json(path)
     written = content.get("nanophi") if isinstance(content, dict) else None
     if not isinstance(written, dict) or not {"headline", "lines"} & set(written):

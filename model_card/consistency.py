@@ -104,42 +104,43 @@ def _comparison(records: ShippedRecords) -> Iterator[str]:
             if not _same(here, there):
                 yield f"comparison.json has {here} bits per byte of {source}, {name} has {there}"
     yield from _underived(comparison)
-    tables = [comparison.get(table) or {} for table in ("tasks", "answers", "filter", "sources")]
-    for table in [*tables, *(comparison.get("subjects") or {}).values()]:
-        for task, row in table.items():
+    for _, task, row, label, entry in _differences(comparison):
+        follows = verdict(entry["value"], entry["p_corrected"], row["higher_is_better"])
+        if entry["verdict"] != follows:
+            yield (
+                f"comparison.json calls {label} {entry['verdict']} on {task}, its difference of "
+                f"{entry['value']} with p {entry['p_corrected']} is {follows}"
+            )
+
+
+def _differences(comparison: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any], str, dict[str, Any]]]:
+    """Table (or group of subjects), task, row, label and difference of every difference in a comparison."""
+    from nanophi.eval.compare import TABLES
+
+    tables = {table: comparison.get(table) or {} for table in TABLES if table != "subjects"}
+    for table, rows in {**tables, **(comparison.get("subjects") or {})}.items():
+        for task, row in rows.items():
             for label, entry in row["differences"].items():
-                follows = verdict(entry["value"], entry["p_corrected"], row["higher_is_better"])
-                if entry["verdict"] != follows:
-                    yield (
-                        f"comparison.json calls {label} {entry['verdict']} on {task}, its difference of "
-                        f"{entry['value']} with p {entry['p_corrected']} is {follows}"
-                    )
+                yield table, task, row, label, entry
 
 
 def _underived(comparison: dict[str, Any]) -> Iterator[str]:
-    """Differences that the items of the comparison do not give; a comparison of an earlier format holds no items."""
-    from nanophi.eval import compare
+    """Differences that the comparison's scores or, in a comparison that holds items, these do not give."""
+    from nanophi.eval.compare import recompute
 
-    derived = compare.recompute(comparison) or {}
-    for task, row in comparison["tasks"].items():
-        there = row["scores"].get(comparison["baseline"])
-        for label, entry in row["differences"].items():
-            here = row["scores"].get(label)
-            if here and there and here["items"] == there["items"]:
-                value = here["value"] - there["value"]
-                if not math.isclose(value, entry["value"], rel_tol=1e-6, abs_tol=1e-9):
-                    change = f"{label} {entry['value']:+.4f} on {task}"
-                    yield f"comparison.json has {change}, its scores differ by {value:+.4f}"
-    for table in compare.TABLES if derived else ():
-        groups = {"": comparison.get(table) or {}} if table != "subjects" else comparison.get(table) or {}
-        again = {"": derived.get(table) or {}} if table != "subjects" else derived.get(table) or {}
-        for group, rows in groups.items():
-            for task, row in rows.items():
-                for label, entry in row["differences"].items():
-                    found = again.get(group, {}).get(task, {}).get("differences", {}).get(label)
-                    value = None if found is None else found["value"]
-                    if value is None or not math.isclose(value, entry["value"], rel_tol=1e-6, abs_tol=1e-9):
-                        yield f"comparison.json has {label} {entry['value']:+.4f} on {task}, its items give {value}"
+    derived = recompute(comparison)
+    again = {
+        (table, task, label): entry["value"]
+        for table, task, _, label, entry in (_differences(derived) if derived else ())
+    }
+    for table, task, row, label, entry in _differences(comparison):
+        here, there = (row["scores"].get(model) for model in (label, comparison["baseline"]))
+        given = {"items": again.get((table, task, label))} if derived else {}
+        if table == "tasks" and here and there and here["items"] == there["items"]:
+            given["scores"] = here["value"] - there["value"]
+        for what, value in given.items():
+            if value is None or not math.isclose(value, entry["value"], rel_tol=1e-6, abs_tol=1e-9):
+                yield f"comparison.json has {label} {entry['value']:+.4f} on {task}, its {what} give {value}"
 
 
 def _same(value: Any, other: Any) -> bool:

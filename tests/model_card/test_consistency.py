@@ -96,8 +96,11 @@ def test_a_verdict_that_its_difference_does_not_give_is_named(
 ) -> None:
     changed = copy.deepcopy({**records, "comparison.json": comparison("tiny")})
     changed["comparison.json"][table][task]["differences"]["tiny"].update(change)
-    *_, wrong = contradictions(changed)
+    *before, wrong = contradictions(changed)
     assert named in wrong
+    # A difference that was changed is also not the one that the scores give.
+    assert len(before) == ("value" in change and table == "tasks")
+    assert all("its scores give" in line for line in before)
 
 
 def test_a_comparison_turned_round_or_of_other_sources_is_named(records: ShippedRecords) -> None:
