@@ -211,7 +211,7 @@ def test_a_forger_who_makes_the_manifest_fit_is_found_out(copied: Path) -> None:
     failed = failures(copied)
     assert "--trust-remote-code" in failed["code"] and "not tried" in failed["loaders"]
     failed = failures(copied, trust_remote_code=True)
-    assert list(failed) == ["card", "provenance", "sample", "evaluation"]
+    assert list(failed) == ["card", "provenance", "sample", "evaluation"], failed
     assert "Seed" in failed["card"] and "not the recipe" in failed["provenance"]
 
 
