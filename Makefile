@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 LLAMA := $(VENV)/llama
 CLUSTER := $(VENV)/cluster
+OLDEST := $(VENV)/oldest
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTEST := $(BIN)/pytest -c tests/pytest.ini --rootdir tests
 TESTS := OMP_NUM_THREADS=1 $(PYTEST) --numprocesses 2 --dist loadfile --no-loadscope-reorder
@@ -37,7 +38,8 @@ hub: $(INSTALLED) ## push RELEASE to a loopback Hub, then load, verify and submi
 peer: $(INSTALLED) ## run transformers' own model tests on NanoPhi and on stock Phi
 	$(BIN)/python tests/peer/run.py $(VENV)/peer
 
-compat: $(INSTALLED) ## load RELEASE with transformers 4.37.2, 4.57.6 and the installed version
+compat: $(OLDEST)/installed ## load RELEASE with old and new transformers; train with the oldest that is allowed
+	PYTHONPATH=$(OLDEST) $(TESTS) -m "not slow" $(addprefix tests/training/test_,trainer.py continuation.py receipt.py)
 	$(BIN)/python tests/compat/run.py $(wildcard $(RELEASE))
 
 gguf: $(LLAMA)/installed ## compare GGUF files of RELEASE with llama.cpp itself, built from source first
@@ -51,6 +53,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --constraint constraints.txt torch --editable '.[dev]'
 	mkdir -p $(VENV)/src && ln -sfn ../.. $(VENV)/src/nanophi
+	touch $@
+
+$(OLDEST)/installed: pyproject.toml tests/compat/oldest.py | $(INSTALLED)
+	$(PIP) --upgrade --no-deps --target $(OLDEST) $$($(BIN)/python tests/compat/oldest.py)
 	touch $@
 
 $(LLAMA)/installed: | $(INSTALLED)
