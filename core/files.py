@@ -35,18 +35,24 @@ def sha256_of_tree(path: Path) -> str:
     return sha256_of([[file.relative_to(path).as_posix(), sha256_of_file(file)] for file in files])
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file (UTF-8) so that a reader sees the old contents or the new, never a part."""
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write a file under, which replaces `path` at the end, or leaves nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        yield partial
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file (UTF-8) so that a reader sees the old contents or the new, never a part."""
+    with whole_file(path) as partial, partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -131,36 +137,20 @@ def remove(path: Path) -> None:
 
 
 def check_own_folder(folder: Path, names: Sequence[str], command: str) -> None:
-    """Refuse an output folder, unless it is empty or holds only what the same command writes.
-
-    Args:
-        folder: where the command is going to write.
-        names: of the files that it writes; the first is in every such folder.
-        command: as the user typed it.
-
-    Raises:
-        UserError: naming what is in the way.
-    """
-    if not folder.exists():
-        return
-    if not folder.is_dir():
+    """Refuse an output folder that holds anything but `names`, what the command writes, the first in any case."""
+    if folder.is_file():
         raise UserError(f"{folder} is a file; `nanophi {command}` writes a folder: choose another name")
-    held = sorted(path.name for path in folder.iterdir())
-    other = [name for name in held if name not in names] if names[0] in held else held
-    if other:
-        raise UserError(
-            f"{folder} holds {other[0]}, which `nanophi {command}` did not write: choose another folder, or empty it"
-        )
+    held = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if other := held - {*names} if names[0] in held else held:
+        raise UserError(f"{folder} holds {min(other)}, which `nanophi {command}` did not write: choose another folder")
 
 
 def check_own_file(path: Path, is_own: Callable[[], bool], command: str) -> None:
     """Refuse an output file that is a folder, or that `is_own` says (or fails to say) is not the same command's."""
     if path.is_dir():
         raise UserError(f"{path} is a folder; `nanophi {command}` writes a file: choose another name")
-    if not path.exists():
-        return
-    own = False
-    with contextlib.suppress(Exception):  # whatever a library says of a file that it cannot read
-        own = is_own()
+    own = not path.exists()
+    with contextlib.suppress(Exception):  # whatever a library raises for a file that it cannot read
+        own = own or is_own()
     if not own:
         raise UserError(f"{path} was not written by `nanophi {command}`: choose another name, or remove it")

@@ -13,6 +13,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from queue import SimpleQueue
+from typing import Any
 
 from nanophi.core.errors import UserError
 
@@ -25,14 +26,11 @@ def side_by_side(
     report: Callable[[str], None] = print,
     finished: Callable[[str], None] = lambda name: None,
 ) -> None:
-    """Run every command, at most `jobs` at once.
+    """Run every command, at most `jobs` at once, each on its own GPU or its share of the cores (`devices`).
 
-    Each gets its own GPU (`CUDA_VISIBLE_DEVICES`) where there are some, else its share of the cores
-    (`OMP_NUM_THREADS`). A command's standard input is a pipe that nothing is written to: it ends when this process
-    stops or dies, and the command should then stop too (`stop_with_parent`).
-
-    What a command prints is reported line by line, beginning with its name; `finished` is called with the name of each
-    that ended with status 0.
+    A command's standard input is a pipe that nothing is written to: it ends when this process stops or dies, and the
+    command should then stop too (`stop_with_parent`). Its lines are reported with its name in front; `finished` is
+    called with the name of each that ended with status 0.
 
     Raises:
         UserError: if some commands failed, naming them, after the others have ended.
@@ -57,15 +55,14 @@ def side_by_side(
         while waiting or running:
             while waiting and free:
                 name, device = waiting.pop(0), free.pop(0)
-                process = subprocess.Popen(
-                    commands[name],
-                    env={**os.environ, **device, **_QUIET},
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    # A signal from the terminal reaches this process alone, which then stops the others in order.
-                    start_new_session=True,
-                )
+                # A signal from the terminal reaches this process alone, which then stops the others in order.
+                streams: dict[str, Any] = {
+                    "stdin": subprocess.PIPE,
+                    "stdout": subprocess.PIPE,
+                    "stderr": subprocess.STDOUT,
+                }
+                environment = {**os.environ, **device, **_QUIET}
+                process = subprocess.Popen(commands[name], env=environment, start_new_session=True, **streams)
                 running[name] = process, device
                 threading.Thread(target=_read, args=(name, process, lines), daemon=True).start()
             name = next_to_end()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from nanophi.core.files import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,14 +43,10 @@ def picture(path: Path, width: float, height: float) -> Iterator[Figure]:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with plt.rc_context({**plt.rcParamsDefault, **STYLE}):
+    with plt.rc_context({**plt.rcParamsDefault, **STYLE}), whole_file(path) as partial:
         figure = plt.figure(figsize=(width, height))
         try:
             yield figure
             figure.savefig(partial, format="png", metadata={"Software": None})
-            partial.replace(path)
         finally:
             plt.close(figure)
-            partial.unlink(missing_ok=True)

@@ -38,7 +38,7 @@ def choose(table: dict[str, str], value: str) -> tuple[Any, str]:
     found = classes.get(kind)
     if found is None or not bool(argument) == bool(colon) == (":" in found.form):
         *most, last = [f"'{known.form}'" for known in classes.values()]
-        raise ValueError(f"must be {', '.join(most)} or {last}")
+        raise ValueError(f"'{value}' must be {', '.join(most)} or {last}")
     return found, argument
 
 

@@ -1,7 +1,6 @@
 """What a process finds around it, settled once at the start: streams, environment, folders for caches, limits.
 
-What cannot be had is worked around here, before a library reads it; nothing later asks again. Whether a run directory
-can be written is found out by its lock (`run.py`).
+What cannot be had is worked around here, before a library reads it; nothing later asks again.
 """
 
 from __future__ import annotations
@@ -11,8 +10,8 @@ import contextlib
 import errno
 import io
 import os
-import pwd
 import resource
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -83,14 +82,10 @@ def _streams() -> None:
 def _folders() -> None:
     """A name for the user, a home, and folders for what libraries cache, where there are none that can be written."""
     os.environ.setdefault("USER", f"uid-{os.getuid()}")  # torch asks for it, and an unknown uid has no name
-    home = os.environ.get("HOME", "")
-    if not home:
-        with contextlib.suppress(KeyError):
-            home = pwd.getpwuid(os.getuid()).pw_dir
-    hub = Path(
-        os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path(home) / ".cache") / "huggingface"
-    )
-    if home and _can_make(hub):
+    home = os.path.expanduser("~")  # noqa: PTH111 (which raises nothing where there is none)
+    cache = os.environ.get("XDG_CACHE_HOME") or f"{home}/.cache"
+    hub = Path(os.environ.get("HF_HOME") or f"{cache}/huggingface")
+    if home != "~" and _can_make(hub):
         return
     scratch = Path(tempfile.gettempdir()) / f"nanophi-{os.getuid()}"
     with contextlib.suppress(OSError):
@@ -126,8 +121,6 @@ def _short_temporary_folder() -> None:
 
         def remove(owner: int = os.getpid()) -> None:
             if os.getpid() == owner:
-                with contextlib.suppress(OSError):
-                    link.unlink()
-                    link.parent.rmdir()
+                shutil.rmtree(beside, ignore_errors=True)
 
         atexit.register(remove)

@@ -67,7 +67,7 @@ def test_every_example_is_a_command_that_parses(example):
     ("arguments", "message"),
     [
         (["run", "nowhere.yaml"], "nanophi: recipe nowhere.yaml does not exist; built-in recipes: demo, "),
-        (["run", "demo", "--set", "training.stepz=1"], "unknown key 'training.stepz'; did you mean 'steps'?"),
+        (["run", "demo", "--set", "training.stepz=1"], "'training': unknown key 'stepz'; did you mean 'steps'?"),
         (["run", "demo", "--set", "model.hidden_size=100"], "hidden_size"),
         (["run", "demo", "demo"], "two recipes have the same name (demo, demo); each run needs its own directory"),
         (["run", "demo", "--set", "evaluation.suites=[heldoot]"], "heldout"),
