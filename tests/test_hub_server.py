@@ -33,17 +33,13 @@ def hub() -> Iterator[HubServer]:
 
 def run_client(hub: HubServer, home: Path, script: str) -> None:
     environment = {**os.environ, **hub.environment(home)}
-    done = subprocess.run(
-        [sys.executable, "-c", CLIENT + script], env=environment, capture_output=True, text=True, timeout=120
-    )
+    command = [sys.executable, "-c", CLIENT + script]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
 
 def test_commit_branch_tag_and_download(hub: HubServer, tmp_path: Path) -> None:
-    run_client(
-        hub,
-        tmp_path,
-        """
+    script = """
 api.create_repo("org/model", private=True)
 assert raises(HfHubHTTPError, lambda: api.create_repo("org/model"))
 api.create_repo("org/model", exist_ok=True)
@@ -70,8 +66,8 @@ assert open(folder + "/model.safetensors", "rb").read() == weights
 assert raises(EntryNotFoundError, lambda: hf_hub_download("org/model", "absent"))
 assert raises(RevisionNotFoundError, lambda: hf_hub_download("org/model", "README.md", revision="absent"))
 assert raises(RepositoryNotFoundError, lambda: hf_hub_download("org/absent", "README.md"))
-""",
-    )
+"""
+    run_client(hub, tmp_path, script)
     # One upload of the large file, though two commits hold it.
     assert sum(line.startswith("PUT /lfs/") for line in hub.requests) == 2
 

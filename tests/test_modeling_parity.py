@@ -3,8 +3,6 @@
 Tiny random weights go into both; logits, loss, gradients and generated tokens must agree in float32.
 """
 
-import itertools
-
 import pytest
 import tiny_model
 import torch
@@ -67,8 +65,8 @@ def test_token_by_token_with_a_cache_equals_one_pass(attention):
     ids = tokens()
     whole = phi(ids).logits
     cache, steps = None, []
-    for index in range(ids.shape[1]):
-        outputs = nanophi(ids[:, index : index + 1], past_key_values=cache, use_cache=True)
+    for token in ids.split(1, dim=1):
+        outputs = nanophi(token, past_key_values=cache, use_cache=True)
         cache = outputs.past_key_values
         steps.append(outputs.logits)
     assert difference(torch.cat(steps, dim=1), whole) < TOLERANCE
@@ -148,9 +146,8 @@ def test_scaled_rotary_embeddings_are_phis_however_they_arrive(tmp_path, scaled)
     assert difference(NanoPhiForCausalLM.from_pretrained(tmp_path / "scaled")(ids).logits, expected) < TOLERANCE
     config = NanoPhiConfig.from_pretrained(tmp_path / "plain")
     config.rope_parameters = dict(rope)
-    assert (
-        difference(NanoPhiForCausalLM.from_pretrained(tmp_path / "plain", config=config)(ids).logits, expected) < 1e-5
-    )
+    configured = NanoPhiForCausalLM.from_pretrained(tmp_path / "plain", config=config)
+    assert difference(configured(ids).logits, expected) < TOLERANCE
     # Short rows after long ones: "dynamic" goes back to the original frequencies.
     short = tokens(length=12)
     again = PhiForCausalLM.from_pretrained(tmp_path / "scaled").eval()
@@ -189,19 +186,14 @@ def test_exported_with_dynamic_shapes_it_takes_other_shapes():
             assert difference(exported(input_ids=ids, use_cache=False).logits, phi(ids).logits) < TOLERANCE
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_hidden_states_and_attentions_are_phis(attention):
-    phi, nanophi = make_pair(attention)
+def test_hidden_states_and_attentions_are_phis():
+    phi, nanophi = make_pair("eager")
     ids = tokens()
-    asked = {"output_hidden_states": True, "output_attentions": attention == "eager"}
-    expected, actual = phi(ids, **asked), nanophi(ids, **asked)
-    assert len(actual.hidden_states) == 3
-    for first, second in zip(expected.hidden_states, actual.hidden_states, strict=True):
+    expected, actual = (model(ids, output_hidden_states=True, output_attentions=True) for model in (phi, nanophi))
+    assert (len(actual.hidden_states), len(actual.attentions)) == (3, 2)
+    pairs = [(expected.hidden_states, actual.hidden_states), (expected.attentions, actual.attentions)]
+    for first, second in ((a, b) for pair in pairs for a, b in zip(*pair, strict=True)):
         assert difference(first, second) < TOLERANCE
-    if attention == "eager":
-        assert len(actual.attentions) == 2
-        for first, second in zip(expected.attentions, actual.attentions, strict=True):
-            assert difference(first, second) < TOLERANCE
 
 
 def test_inputs_embeds_and_logits_to_keep_are_phis():
@@ -217,7 +209,6 @@ def test_inputs_embeds_and_logits_to_keep_are_phis():
     mask = torch.zeros(2, 21, dtype=torch.bool)
     mask[0, 3] = mask[1, 5:9] = True
     kept = nanophi(ids, logits_to_keep=mask).logits
-    assert kept.shape == (5, 131)
     assert difference(kept, phi(ids, logits_to_keep=mask).logits) < TOLERANCE
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         nanophi(ids, inputs_embeds=embeds)
@@ -239,9 +230,8 @@ def test_in_half_precision_it_stays_as_near_to_float32_as_phi_does(tmp_path, dty
     assert errors[1] < 1.2 * errors[0] + 1e-6
 
 
-@pytest.mark.parametrize(
-    ("attention", "key_value_heads"), list(itertools.product(["eager", "sdpa", "flex_attention"], [4, 2, 1]))
-)
+@pytest.mark.parametrize("key_value_heads", [4, 2, 1])
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
 def test_documents_packed_in_one_row_are_kept_apart(attention, key_value_heads):
     """Positions that start again mark documents, each of which gets the logits that it has alone."""
     phi, nanophi = make_pair(key_value_heads=key_value_heads)
