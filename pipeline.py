@@ -179,8 +179,7 @@ def _begin_training(run: Runner, config: NanoPhiConfig) -> Path | None:
                 remove(run.path / name)
     plan = continuation.plan(run.run, recipe.training, recorded, inputs, run.report)
     continuation.carry_out(run.path, plan, recorded, run.report)
-    run.run.begin("training", inputs)
-    run.run.update_record(environment=environment())
+    run.run.begin("training", inputs, environment())
     return plan.resume
 
 

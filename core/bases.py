@@ -1,7 +1,4 @@
-"""The base of a chat model: a finished run, a release folder, or a release on the Hub, with its recipe and records.
-
-What a base's weights must be for a training that starts from them is in `training/continuation.py`.
-"""
+"""The base of a chat model: a finished run, a release folder, or a release on the Hub, with its recipe and records."""
 
 from __future__ import annotations
 

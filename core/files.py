@@ -72,8 +72,7 @@ def read_json(path: Path) -> Any:
 
 def permit(path: Path) -> None:
     """Give a file the permissions of one that was opened normally: safetensors makes files for the owner alone."""
-    mask = os.umask(0)
-    os.umask(mask)
+    os.umask(mask := os.umask(0))
     with contextlib.suppress(OSError):  # some mounts refuse every chmod, and decide permissions themselves
         path.chmod(0o666 & ~mask)
 
@@ -83,20 +82,17 @@ def replace_tree(source: Path, target: Path) -> None:
     target = target.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     new, old = (target.with_name(f".{target.name}.{os.getpid()}.{suffix}") for suffix in ("new", "old"))
-    for left in target.parent.glob(f".{glob.escape(target.name)}.*.*"):  # by a process that was killed
-        if left.name.endswith((".new", ".old")):
-            remove(left)
+    others = f".{glob.escape(target.name)}.*"
+    for left in (*target.parent.glob(f"{others}.new"), *target.parent.glob(f"{others}.old")):
+        remove(left)  # by a process that was killed
     if source.stat().st_dev != target.parent.stat().st_dev:
         copy_tree(source, new)
         remove(source)
         source = new
-    if target.is_dir():
-        # A non-empty folder cannot be renamed over; the old one leaves under a name that is not mistaken for output.
+    if target.is_dir():  # which cannot be renamed over if it is not empty
         target.rename(old)
-        source.rename(target)
-        shutil.rmtree(old)
-    else:
-        source.replace(target)
+    source.replace(target)
+    remove(old)
 
 
 @contextlib.contextmanager
@@ -146,7 +142,7 @@ def check_own_folder(folder: Path, names: Sequence[str], command: str) -> None:
 
 
 def check_own_file(path: Path, is_own: Callable[[], bool], command: str) -> None:
-    """Refuse an output file that is a folder, or that `is_own` says (or fails to say) is not the same command's."""
+    """Refuse an output file that is a folder, or that the command did not write, by what `is_own` finds in it."""
     if path.is_dir():
         raise UserError(f"{path} is a folder; `nanophi {command}` writes a file: choose another name")
     own = not path.exists()

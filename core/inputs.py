@@ -1,7 +1,4 @@
-"""What a stage depends on: the hash of a local path's contents, or the commit that a Hub revision stands for.
-
-Which of the two a name refers to is decided in `names.py`.
-"""
+"""What a stage depends on: the hash of a local path's contents, or the commit that a Hub revision stands for."""
 
 from __future__ import annotations
 
@@ -22,7 +19,6 @@ from nanophi.core.run import RunDirectory
 if TYPE_CHECKING:
     from huggingface_hub import RepoFile
 
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
 
 Kind = Literal["model", "dataset"]
@@ -34,7 +30,6 @@ class Contents:
     def __init__(self, memory: Path | None = None) -> None:
         self.memory = memory
         self._known: dict[str, list[Any]] = {}
-        self._changed = False
         if memory is not None and memory.exists():
             with contextlib.suppress(UserError):  # a damaged memory is only a slow one
                 self._known = read_json(memory)
@@ -58,22 +53,19 @@ class Contents:
 
     def save(self) -> None:
         """Write the memory."""
-        if self.memory is not None and self._changed:
+        if self.memory is not None and self._known:
             write_json(self.memory, self._known)
-            self._changed = False
 
     def _file(self, path: Path) -> str:
-        state = path.stat()
+        state, key = path.stat(), shown(path.absolute())
         times = [state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino]
-        key = shown(path.absolute())
-        known = self._known.get(key)
-        if known is not None and known[:-1] == times:
-            return str(known[-1])
-        digest = sha256_of_file(path)
-        # A file that was changed a moment ago may change again without a visible change of its times.
-        if time.time() - max(state.st_mtime, state.st_ctime) > 2:
-            self._known[key], self._changed = [*times, digest], True
-        return digest
+        *known, digest = self._known.get(key, [""])
+        if known != times:
+            digest = sha256_of_file(path)
+            # A file that was changed a moment ago may change again without a visible change of its times.
+            if time.time() - max(state.st_mtime, state.st_ctime) > 2:
+                self._known[key] = [*times, digest]
+        return str(digest)
 
 
 @functools.cache  # so that the runs of one command see the same commit
@@ -83,16 +75,16 @@ def resolve_commit(repo_id: str, revision: str | None, kind: Kind) -> str:
     Without a network it is the one that was last seen on this machine. Raises `UserError` if there is none.
     """
     wanted = revision or "main"
-    if _COMMIT.fullmatch(wanted):
+    if re.fullmatch(r"[0-9a-f]{40}", wanted):
         return wanted
-    import huggingface_hub
+    from huggingface_hub import HfApi
     from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     # The Hub's own cache of what a revision is; a download of a commit does not write it.
     reference = Path(HF_HUB_CACHE) / f"{kind}s--{repo_id.replace('/', '--')}" / "refs" / wanted
     try:
-        commit = str(huggingface_hub.HfApi().repo_info(repo_id, repo_type=kind, revision=revision).sha)
+        commit = str(HfApi().repo_info(repo_id, repo_type=kind, revision=revision).sha)
         with contextlib.suppress(OSError):  # a cache that is read-only
             write_text(reference, commit)
         return commit
@@ -149,6 +141,6 @@ class Inputs:
         return {"hub": name, "commit": self.commit_of(name, revision, "model")}
 
     def save(self) -> None:
-        """Remember the hashes."""
+        """Write down the hashes."""
         if self.write:
             self.contents.save()

@@ -1,7 +1,7 @@
 """Runs several commands side by side, each on its own share of the cores or on its own GPU.
 
 On a processor several trainings with one thread each are faster than one after the other with all threads: a small
-model's matrix products are too small to divide well. What the commands do is not known here.
+model's matrix products are too small to divide well.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """What a name on the command line or in a recipe refers to: a folder, a run, a release, or a repository on the Hub.
 
-The one place that tells them apart. It looks at the name and the file system only; the Hub is asked by `Named.fetch`
-alone. What a name's contents *are* (hashes, commits) is decided in `inputs.py`.
+The one place that tells them apart, by name and file system only; the Hub is asked by `Named.fetch` alone.
 """
 
 from __future__ import annotations
@@ -22,8 +21,7 @@ TOKENIZER_FILES = (
 )
 """The files of a model in a folder; of those of a tokenizer, the ones that it has."""
 
-_HUB_NAME = r"\w(?:[\w.-]{0,94}\w)?"
-_HUB_ID = re.compile(f"{_HUB_NAME}/{_HUB_NAME}", re.ASCII)
+_HUB_ID = re.compile(r"\w([\w.-]{0,94}\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)
 _STEP = re.compile(r"step-(\d{6}|[1-9]\d{6,})")
 
 
@@ -55,10 +53,9 @@ def step_name(step: int) -> str:
 
 def step_of(name: str | Path) -> int:
     """The step in a folder's name or path. Raises ValueError for a name that is not a step's."""
-    found = _STEP.fullmatch(Path(name).name)
-    if found is None:
-        raise ValueError(f"{name} is not the name of a step")
-    return int(found[1])
+    if found := _STEP.fullmatch(Path(name).name):
+        return int(found[1])
+    raise ValueError(f"{name} is not the name of a step")
 
 
 def step_folders(folder: Path) -> list[Path]:
@@ -100,9 +97,7 @@ class Named:
         if self.is_run:
             return final_checkpoint(folder, self)
         if not (folder / "config.json").is_file():
-            inside = folder / "release"
-            hint = f"; did you mean {inside}?" if (inside / "config.json").is_file() else ""
-            raise self.error(f"is not a model (no config.json){hint}")
+            raise self.error("is not a model (no config.json)")
         return folder
 
 
@@ -125,8 +120,7 @@ def final_checkpoint(run: Path, named: Named | None = None) -> Path:
     """The last weights of a run directory. Raises `UserError` if its training is not finished."""
     checkpoints = step_folders(run / "checkpoints")
     if "training" not in read_json(run / "record.json")["stages"] or not checkpoints:
-        named = named or Named(run.name)
-        raise named.error("is a run that has not finished; run `nanophi run` on its recipe first")
+        raise (named or Named(run.name)).error("is a run that has not finished; run `nanophi run` on its recipe first")
     return checkpoints[-1]
 
 

@@ -1,7 +1,7 @@
 """Recipes: one YAML file describes a whole run, and every key is checked.
 
-A recipe may start from another one with `extends: other.yaml` (in the same folder, or built in): its own keys replace
-the other's, mapping by mapping. An unknown key, a wrong type or an impossible combination raises `UserError` naming it.
+An unknown key, a wrong type or an impossible combination raises `UserError` naming it. How files are found, and how one
+`extends` another, is in `recipe_file.py`.
 """
 
 from __future__ import annotations
@@ -64,27 +64,21 @@ class Section(pydantic.BaseModel):
 class Source(Section):
     """Where documents come from: exactly one of `embedded` (the installed documentation), `hub` or `files`."""
 
-    embedded: Literal["documentation", "questions"] | None = None
-    """`questions` are conversations."""
+    embedded: Literal["documentation", "questions"] | None = None  # `questions`: conversations
     hub: str | None = None  # dataset on the Hub, or a folder in Hub-dataset layout or by `save_to_disk`
-    files: str | None = None
-    """A file, a folder (all files below it) or a glob: .parquet, .arrow, .jsonl, .json, .csv, .tsv, .txt or .md, the
-    last six also compressed as .gz, .bz2, .xz or .zst."""
+    files: str | None = None  # a file, a folder (all files below it) or a glob, of the formats in `data/formats.py`
     name: str | None = None  # name in reports; defaults to the id, path or glob
     config: str | None = None
     split: str = "train"
     revision: str | None = None
     streaming: bool = False
-    text_column: str = "text"
-    """Column, or a path in it: `meta.text`, `messages[].content` (the texts of a list, joined by an empty line)."""
+    text_column: str = "text"  # or a path: `meta.text`, `messages[].content` (texts joined by an empty line)
     separator: str | None = None  # splits text files into documents, such as <|endoftext|>; null: a file is one
     source_column: str | None = None  # column that says a document's own source, if the dataset mixes several
     weight: float = Field(default=1.0, gt=0)  # how often, on average, a kept document enters the stream
     max_documents: int | None = Field(default=None, gt=0)
-    license: str | None = None
-    """The licence of its text, an identifier of the Hub; None: not stated, and the text is not published."""
-    heldout: bool = False
-    """Its documents are never trained on: they are the held-out text, in place of `data.heldout_fraction`."""
+    license: str | None = None  # of its text, as the Hub names it; None: not stated, the text is not published
+    heldout: bool = False  # never trained on: the held-out text, in place of `data.heldout_fraction`
 
     def rules(self) -> Rules:
         origins = [origin for origin in (self.embedded, self.hub, self.files) if origin]
@@ -101,8 +95,7 @@ class Deduplication(Section):
 
     exact: bool = True
     near: bool = True  # MinHash over word 5-grams
-    similarity: float = Field(default=0.5, gt=0, lt=1)
-    """Jaccard similarity from which the later of two documents is dropped; 5 % of words changed leave about 0.63."""
+    similarity: float = Field(default=0.5, gt=0, lt=1)  # Jaccard; with 5 % of the words changed it is about 0.63
 
 
 class Decontamination(Section):
@@ -119,13 +112,13 @@ class Data(Section):
     heldout_fraction: float = Field(default=0.02, gt=0, lt=0.5)
     heldout_max_documents: int = Field(default=2000, gt=0)
     max_tokens: int | None = Field(default=None, gt=0)  # of training, in documents drawn from those kept
-    max_dropped: float = Field(default=0.2, ge=0, le=1)
-    """Stop if a larger share of a source cannot be used: no text, not UTF-8, too large."""
+    max_dropped: float = Field(
+        default=0.2, ge=0, le=1
+    )  # stop if more of a source has no text, is not UTF-8, or too large
     max_lost: float = Field(default=0.01, ge=0, le=1)  # stop if a larger share of a source's bytes has no token
     deduplication: Deduplication = Deduplication()
     decontamination: Decontamination = Decontamination()
-    engine: Literal["local", "ray", "slurm"] = "local"
-    """What processes the parts of the corpus: processes on this machine, a Ray cluster, or a Slurm job array."""
+    engine: Literal["local", "ray", "slurm"] = "local"  # processes on this machine, a Ray cluster, or a Slurm job array
     workers: int | None = Field(default=None, gt=0)  # none: one per core (of the Ray cluster), 16 under Slurm
 
     def rules(self) -> Rules:
@@ -139,11 +132,9 @@ class Quality(Section):
 
     scorer: str = "linear"
     """`linear` (trained here), `column:<name>`, `model:<hub id or folder>`, or `none`: nothing is scored."""
-    high: list[str] = []
-    """For `linear`: sources whose documents are examples of high-quality text; empty: the installed documentation's."""
+    high: list[str] = []  # for `linear`: sources of high-quality text; empty: the installed documentation
     low: list[str] = []  # for `linear`: sources whose documents are examples of low-quality text
-    label: str | None = None
-    """For `model:`: name of the classifier's label that means high-quality text; the score is its probability."""
+    label: str | None = None  # for `model:`, the label of high-quality text; the score is its probability
     scale: tuple[float, float] | None = None
     """For `column:` and `model:`: lowest and highest score; null: 0 to 1. With it, the score of a classifier without
     `label` is the expected value of the numbers that its labels' names end in, or its one output (regression)."""
@@ -154,10 +145,9 @@ class Quality(Section):
     @pydantic.model_validator(mode="before")
     @classmethod
     def share_replaces_default_threshold(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or "threshold" in values:
-            return values
-        scores_count = values.get("share") is None and values.get("scorer") != "none"
-        return values if scores_count else {**values, "threshold": None}
+        if isinstance(values, dict) and (values.get("share") is not None or values.get("scorer") == "none"):
+            return {"threshold": None, **values}
+        return values
 
     def rules(self) -> Rules:
         scorer, _ = choose(SCORERS, self.scorer)
@@ -201,19 +191,18 @@ class Training(Section):
     warmup_steps: int = Field(default=0, ge=0)
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     decay_fraction: float = Field(default=0.2, gt=0, le=1)  # last share of the steps, in which `wsd` decays to zero
-    stretch_cosine: bool = False
-    """Let a `cosine` run continue with more `steps`: the learning rate jumps to the value of the longer curve."""
+    stretch_cosine: bool = False  # let `cosine` continue with more steps: the rate jumps to the longer curve
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # `auto`: bf16 where the hardware supports it
     compile: bool = False
     isolate_documents: bool = True  # documents packed in one row do not attend to each other
     save_steps: int = Field(default=500, gt=0)
     keep_steps: list[int] = []  # steps whose checkpoints are kept beside the last, and released as branches
-    keep_states: int = Field(default=2, gt=0)
-    """Last saved states that are kept; if one is damaged, the one before is used."""
+    keep_states: int = Field(default=2, gt=0)  # saved states; if the last is damaged, the one before is used
     eval_steps: int = Field(default=500, gt=0)
     logging_steps: int = Field(default=10, gt=0)
-    spike_threshold: float | None = Field(default=10.0, gt=0)
-    """Stop if the logged loss jumps by this many robust standard deviations (`spike_limit`); None: never."""
+    spike_threshold: float | None = Field(
+        default=10.0, gt=0
+    )  # stop if the loss jumps by so many robust standard deviations
     dollars_per_hour: float | None = Field(default=None, gt=0)  # of one device; None: not shown
     track_energy: bool = False  # energy and emissions by codecarbon, offline (`pip install 'nanophi[energy]'`)
     country_iso_code: str | None = Field(default=None, pattern=r"^[A-Z]{3}$")  # for the emissions, such as FRA
@@ -250,8 +239,7 @@ class Card(Section):
     license: str = "apache-2.0"  # an identifier of the Hub; `other` needs the two keys below
     license_name: str | None = None
     license_link: str | None = None  # where the text of the licence is: a URL
-    repo_id: str | None = None
-    """`ORG/NAME` on the Hub, for the snippets; None: not published yet, the snippets name the release folder."""
+    repo_id: str | None = None  # `ORG/NAME`, for the snippets; None: they name the release folder
     version: str = Field(default="v0.1", pattern=r"^v[0-9A-Za-z._-]+$")  # the tag that `nanophi push` sets
     notes: str = ""  # Markdown for the card's introduction
     prompt: str = "The "  # the beginning of the sample text
@@ -284,8 +272,7 @@ class Recipe(Section):
     model: dict[str, Any]
     """Fields of `NanoPhiConfig`; the token ids and, for a trained tokenizer, `vocab_size` come from the tokenizer."""
     base: str | None = None  # run, folder or ORG/NAME@REVISION whose weights training starts from; None: random weights
-    conversations: list[Source] = []
-    """For a chat model: rows with `messages`, `prompt` and `completion`, or (dpo) `chosen` and `rejected`."""
+    conversations: list[Source] = []  # for a chat model: rows in the formats of TRL for `method`
     method: Literal["sft", "dpo"] = "sft"  # fine-tuning, or direct preference optimization
     beta: float = Field(default=0.1, gt=0)  # of `dpo`: how strongly the model is held to its base
     lora: Lora | None = None
@@ -358,10 +345,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def _has_no_examples(values: dict[str, Any]) -> bool:
-    """Whether sources are the user's own, and the filter is the one that is fitted on examples, of which none is named.
-
-    Of a recipe that asks for no filter: what it extends may.
-    """
+    """Whether sources are the user's own, and the filter needs examples, of which what a recipe extends names none."""
     try:
         quality, sources = values.get("quality") or {}, values["data"]["sources"]
         labelled = any(quality.get(key) for key in ("high", "low", "share"))

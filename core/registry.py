@@ -20,19 +20,12 @@ SCORERS = {
 }
 """Kind of `quality.scorer` (before the colon) -> a `Scorer`."""
 
-OPTIMIZERS = {
-    "adamw": "nanophi.training.optimizer:adamw",
-    "muon": "nanophi.training.optimizer:muon",
-}
+OPTIMIZERS = {"adamw": "nanophi.training.optimizer:adamw", "muon": "nanophi.training.optimizer:muon"}
 """`training.optimizer` -> a function that makes a `torch.optim.Optimizer`."""
 
 
 def choose(table: dict[str, str], value: str) -> tuple[Any, str]:
-    """The class of `KIND` or `KIND:ARGUMENT`, and the argument ("" without one), as the class's `form` spells it.
-
-    Raises:
-        ValueError: naming the forms of all classes in the table.
-    """
+    """The class of `KIND` or `KIND:ARGUMENT`, as its `form` spells it, and the argument ("" without one)."""
     kind, colon, argument = value.partition(":")
     classes = {name: find(table, name, "kind") for name in table}
     found = classes.get(kind)

@@ -4,9 +4,8 @@
     runs/<name>/record.json      per stage: key, inputs, outputs, seconds, summary; and the environment
     runs/<name>/data/ checkpoints/ evals/ release/ ...   what the stages wrote
 
-A stage is keyed by the hash of its inputs and by the format of what it writes (`FORMATS`). It builds in a private
-folder under `.work/` and its outputs are renamed into place, so a process killed at any moment leaves either the old
-outputs or the new ones. Training alone writes in place; nothing here removes what it wrote.
+A stage builds in a folder under `.work/`, and its outputs are renamed into place: a process killed at any moment leaves
+the old outputs or the new ones. Training alone writes in place; nothing here removes what it wrote.
 """
 
 from __future__ import annotations
@@ -120,15 +119,14 @@ class RunDirectory:
                 None: `UserError` if the outputs are not there already.
             accept: gets the folder with the new outputs; raises `UserError` if they must not replace the old ones.
         """
-        key = self._key(name, inputs)
-        if self._has(name, key, outputs):
+        if self.up_to_date(name, inputs, outputs):
             self.report(f"{self.path.name}: {name:<14} up to date")
             return self.record["stages"][name]["summary"]
         if build is None:
             raise UserError(f"{self.path}: stage '{name}' has not run for this recipe; run `nanophi run` on it")
-        work = self.path if in_place else self.path / ".work" / f"{name}-{key[:16]}"
+        work = self.path if in_place else self.path / ".work" / f"{name}-{self._key(name, inputs)[:16]}"
         started = time.monotonic()
-        made = self._take_from_sibling(name, key, outputs, work) if shared and not in_place else None
+        made = self._take_from_sibling(name, inputs, outputs, work) if shared and not in_place else None
         if made is None:
             for stale in (self.path / ".work").glob(f"{name}-*"):
                 if stale != work:
@@ -154,16 +152,18 @@ class RunDirectory:
         self.report(f"{self.path.name}: {name:<14} {done}")
         return entry["summary"]
 
-    def begin(self, name: str, inputs: dict[str, Any]) -> None:
-        """Record what a stage that writes in place is made from, before its first output is there."""
-        attempt = self._attempt(name, inputs)
-        in_progress = self.record["in_progress"]
-        if in_progress.get(name) != attempt:
-            self.update_record(in_progress={**in_progress, name: attempt})
+    def begin(self, name: str, inputs: dict[str, Any], environment: dict[str, Any]) -> None:
+        """Record what a stage that writes in place is made from, and where, before its first output is there."""
+        in_progress = {**self.record["in_progress"], name: self._attempt(name, inputs)}
+        self.update_record(in_progress=in_progress, environment=environment)
 
     def up_to_date(self, name: str, inputs: dict[str, Any], outputs: Sequence[str]) -> bool:
-        """Whether `stage` would find that stage's outputs there for these inputs."""
-        return self._has(name, self._key(name, inputs), outputs)
+        """Whether that stage's outputs are there for these inputs."""
+        done = self.record["stages"].get(name, {})
+        if done.get("key") != self._key(name, inputs) or not all((self.path / output).exists() for output in outputs):
+            return False
+        there = _sizes(self.path, outputs)
+        return all(there.get(file) == size for file, size in done.get("sizes", {}).items())
 
     def inputs_of(self, name: str) -> dict[str, Any] | None:
         """Inputs of a stage's newest attempt, finished or not; None if there is none in today's format."""
@@ -186,29 +186,24 @@ class RunDirectory:
     def _key(name: str, inputs: dict[str, Any]) -> str:
         return sha256_of({"format": FORMATS.get(name, 1), "stage": name, "inputs": inputs})
 
-    def _has(self, name: str, key: str, outputs: Sequence[str]) -> bool:
-        done = self.record["stages"].get(name, {})
-        if done.get("key") != key or not all((self.path / output).exists() for output in outputs):
-            return False
-        there = _sizes(self.path, outputs)
-        return all(there.get(file) == size for file, size in done.get("sizes", {}).items())
-
-    def _take_from_sibling(self, name: str, key: str, outputs: Sequence[str], work: Path) -> dict[str, Any] | None:
+    def _take_from_sibling(
+        self, name: str, inputs: dict[str, Any], outputs: Sequence[str], work: Path
+    ) -> dict[str, Any] | None:
         """Copy a stage's outputs from another run into `work`, and return its entry with its name as `run`.
 
         The other may be replacing them meanwhile, and may be somebody else's, whose files cannot be read.
         """
         for path in sorted(self.path.parent.glob("*/record.json")):
             with contextlib.suppress(UserError, OSError):
-                sibling = RunDirectory(path.parent, self.report)
-                if path.parent == self.path or not sibling._has(name, key, outputs):
+                sibling = RunDirectory(path.parent)
+                if path.parent == self.path or not sibling.up_to_date(name, inputs, outputs):
                     continue
                 entry = sibling.record["stages"][name]
                 shutil.rmtree(work, ignore_errors=True)
                 with contextlib.suppress(OSError):
                     for output in outputs:
                         copy_tree(sibling.path / output, work / output)
-                    if sibling._has(name, key, outputs) and sibling.record["stages"][name] == entry:
+                    if sibling.up_to_date(name, inputs, outputs) and sibling.record["stages"][name] == entry:
                         return {**entry, "run": path.parent.name}
                 shutil.rmtree(work, ignore_errors=True)
         return None

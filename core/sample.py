@@ -1,6 +1,6 @@
 """Text that a model generates: its settings, what fits into the context, and the sample that a card shows.
 
-A model in training and a checkpoint on disk are both sampled here. The verb is in `generate.py`; nothing is scored.
+The verb is in `generate.py`; nothing is scored.
 """
 
 from __future__ import annotations

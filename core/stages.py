@@ -142,7 +142,7 @@ class Runner:
 
     def _require(self, stage: Stage) -> Summary:
         """The summary of a stage that may not run here. Raises `UserError` if its outputs are not the recipe's."""
-        allowed = [other for other in self.stages.values() if other.name in self.allowed]
+        allowed = [self.stages[name] for name in self.allowed if name in self.stages]
         needed = any(stage.name in (*other.needs, *other.after) for other in allowed)
         for output in stage.outputs if needed else ():
             if not (self.path / output).exists():

@@ -97,9 +97,8 @@ def test_what_is_there_already_what_is_private_and_what_has_moved(hub: HubServer
     script = """
 api.create_repo("org/model", private=True)
 first = api.list_repo_commits("org/model")[0].commit_id
-large = [CommitOperationAdd("model.safetensors", b"weights")]
 for title in ("one", "two"):
-    api.create_commit("org/model", large, commit_message=title)
+    api.create_commit("org/model", [CommitOperationAdd("model.safetensors", b"weights")], commit_message=title)
 late = lambda: api.create_commit(
     "org/model", [CommitOperationAdd("b", b"2")], commit_message="late", parent_commit=first
 )

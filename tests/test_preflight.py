@@ -73,7 +73,7 @@ def test_a_restart_that_cannot_begin_removes_nothing(folder: Path) -> None:
     weights = folder / "runs/small/checkpoints/step-000002/model.safetensors"
     base = weights.parents[3] / "base/checkpoints/step-000002"
     with pytest.raises(UserError, match="hidden_size"):
-        train(f"base={base}", "model.hidden_size=48", restart=True)
+        train(f"base={base}", "model.hidden_size=64", restart=True)
     assert weights.is_file()
     (base / "model.safetensors").write_bytes(b"cut off")
     with pytest.raises(UserError, match="base"):
