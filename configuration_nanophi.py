@@ -24,6 +24,13 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 STOCK_MODEL_TYPE = "phi"
+AUTO_MAP = {
+    "AutoConfig": "configuration_nanophi.NanoPhiConfig",
+    "AutoModel": "modeling_nanophi.NanoPhiModel",
+    "AutoModelForCausalLM": "modeling_nanophi.NanoPhiForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_nanophi.NanoPhiForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_nanophi.NanoPhiForTokenClassification",
+}
 
 
 def _is_count(value: Any) -> bool:
@@ -32,15 +39,6 @@ def _is_count(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
-
-
-AUTO_MAP = {
-    "AutoConfig": "configuration_nanophi.NanoPhiConfig",
-    "AutoModel": "modeling_nanophi.NanoPhiModel",
-    "AutoModelForCausalLM": "modeling_nanophi.NanoPhiForCausalLM",
-    "AutoModelForSequenceClassification": "modeling_nanophi.NanoPhiForSequenceClassification",
-    "AutoModelForTokenClassification": "modeling_nanophi.NanoPhiForTokenClassification",
-}
 
 
 FIELD_CHECKS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
@@ -61,8 +59,7 @@ class NanoPhiConfig(PreTrainedConfig):
     `rope_theta` (default 10000.0) and `partial_rotary_factor` (default 0.5) are accepted beside `rope_parameters`.
     config.json always has `use_cache` true, because `Trainer` switches it off in memory while it trains.
 
-    Raises:
-        ValueError: for a shape that cannot be built, in one line that names the fields.
+    A shape that cannot be built raises ValueError, in one line that names the fields.
     """
 
     model_type = "nanophi"
@@ -180,11 +177,8 @@ class NanoPhiConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """All fields, under the names by which other tools know them: a Phi with an `auto_map`."""
         output = super().to_dict()
-        output["model_type"] = STOCK_MODEL_TYPE
-        names = output["architectures"] or ["PhiForCausalLM"]
-        output["architectures"] = [name.replace("NanoPhi", "Phi") for name in names]
-        output["auto_map"] = dict(AUTO_MAP)
-        return output
+        names = [name.replace("NanoPhi", "Phi") for name in output["architectures"] or ["PhiForCausalLM"]]
+        return output | {"model_type": STOCK_MODEL_TYPE, "architectures": names, "auto_map": dict(AUTO_MAP)}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What config.json holds: `to_dict` without the library's defaults, with the keys of older versions."""

@@ -48,13 +48,7 @@ def stages_of(recipe: Recipe) -> list[Stage]:
     return [
         *data,
         Stage("training", weights, _training, after=prepared, **checked, in_place=True),
-        Stage(
-            "sample",
-            ("sample.json",),
-            _sample,
-            needs=("training",),
-            outside=lambda run: {"prompt": _prompt(run), "dtype": dtype},
-        ),
+        Stage("sample", ("sample.json",), _sample, needs=("training",), outside=_sample_inputs),
         Stage("evaluation", after=("training",), parts=_evaluations, check=_check_evaluation),
         Stage("report", ("report.html",), _report, after=measured, outside=_report_inputs, shared=False),
         Stage("card", ("card",), _card, after=measured, outside=_records, shared=False),
@@ -187,6 +181,10 @@ def _prompt(run: Runner) -> Any:
     from nanophi.data import conversations
 
     return conversations.heldout(run.path) if run.recipe.conversations else run.recipe.card.prompt
+
+
+def _sample_inputs(run: Runner) -> dict[str, Any]:
+    return {"prompt": _prompt(run), "dtype": run.recipe.release.dtype}
 
 
 def _sample(run: Runner, work: Path) -> Summary:
