@@ -28,11 +28,7 @@ class Base(NamedTuple):
     repo_id: str | None
 
     def history(self) -> dict[str, Any]:
-        """What the card of a chat model states of how this base came to be: `bases`, `origin`.
-
-        For each chat model on the way, the nearest first, what it learned from; and whose weights, if not random ones,
-        the pretraining began with.
-        """
+        """What each chat model on the way learned from, the nearest first, and whose weights pretraining began with."""
         record = self.records["conversations"]
         if not record.is_file():
             return {"bases": [], "origin": self.recipe.get("base")}
@@ -74,9 +70,8 @@ def find(name: str) -> Base:
 def inherit(values: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """A chat recipe's mapping with what it leaves to its base: how that was made, its suites and its licence.
 
-    One that states all of that, by `extends` or because a run wrote it, can be read where its base is not. `own` is the
-    file's part of the mapping. Raises `UserError` if it contradicts the base, `data.max_dropped` apart, which limits
-    what conversations lose.
+    One that states all of that can be read where its base is not. `own` is the file's part of the mapping. Raises
+    `UserError` if it contradicts the base, `data.max_dropped` apart, which limits what conversations lose.
     """
     name = values.get("base")
     if not name or not isinstance(name, str):

@@ -1,7 +1,4 @@
-"""Errors that a person sees: one line each, raised where the thing is known and printed by `cli.py`.
-
-Nothing here prints or decides an exit status.
-"""
+"""Errors that a person sees: one line each, raised where the thing is known and printed by `cli.py`."""
 
 from __future__ import annotations
 
@@ -12,13 +9,10 @@ from collections.abc import Iterable, Iterator
 
 
 class UserError(Exception):
-    """Something the user can put right. The message is one line: what is wrong, with its name, and the remedy.
-
-    Names come from the user's disk and data, so whatever could not be printed on one line is escaped.
-    """
+    """Something the user can put right. The message is one line: what is wrong, with its name, and the remedy."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(printable(message))
+        super().__init__(printable(message))  # names come from the user's disk and data
 
 
 def printable(text: str) -> str:
@@ -50,17 +44,15 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if isinstance(error, LookupError) or not text else text
 
 
-DISK_FULL = (
-    *("No space left on device", "Disk quota exceeded"),
-    *("PytorchStreamWriter failed", "unexpected pos", "basic_ios::clear: iostream error"),  # torch.save's
-)
+FULL = ("No space left on device", "Disk quota exceeded")
+FULL_OF_TORCH = ("PytorchStreamWriter failed", "unexpected pos", "basic_ios::clear: iostream error")
 
 
 def is_disk_full(error: BaseException | None) -> bool:
     """Whether the system refused to write, also where safetensors, torch or shutil report it in their own words."""
     return any(
         (isinstance(one, OSError) and one.errno in (errno.ENOSPC, errno.EDQUOT))
-        or any(words in str(one) for words in DISK_FULL)
+        or any(words in str(one) for words in FULL + FULL_OF_TORCH)
         for one in _chain(error)
     )
 

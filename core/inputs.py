@@ -39,10 +39,7 @@ class Contents:
         return [[shown(path), self._file(path)] for path in paths]
 
     def of(self, name: str | Path, ignore: Sequence[str] = ()) -> str:
-        """Hash of a file, or of the names and contents of a folder's files, without hidden ones and endings to ignore.
-
-        Raises `UserError` if there is no such file or folder.
-        """
+        """Hash of a file, or of the names and contents of a folder's files without hidden ones and what to ignore."""
         path = local(name)
         if not path.exists():
             raise UserError(f"{shown(name)}: no such file or folder")
@@ -70,10 +67,7 @@ class Contents:
 
 @functools.cache  # so that the runs of one command see the same commit
 def resolve_commit(repo_id: str, revision: str | None, kind: Kind) -> str:
-    """The commit that a revision (None: `main`) of a repository on the Hub stands for.
-
-    Without a network it is the one that was last seen on this machine. Raises `UserError` if there is none.
-    """
+    """The commit that a revision (None: `main`) on the Hub stands for; without a network, the one last seen here."""
     wanted = revision or "main"
     if re.fullmatch(r"[0-9a-f]{40}", wanted):
         return wanted
@@ -111,8 +105,7 @@ def same_on_hub(path: Path, there: RepoFile) -> bool:
 class Inputs:
     """What a run's recipe names: hashes of local paths' contents, commits of repositories on the Hub.
 
-    The run's directory remembers the hashes, its record the commits: a revision is looked up once, so that a run stays
-    what it is. `write`: whether this process is the one that writes there.
+    Its directory remembers the hashes, its record the commits: a revision is looked up once in the life of a run.
     """
 
     def __init__(self, run: RunDirectory, write: bool = True) -> None:
@@ -130,10 +123,7 @@ class Inputs:
         return str(known[name])
 
     def model(self, name: str, ignore: Sequence[str] = (), revision: str | None = None) -> dict[str, str]:
-        """What a model or tokenizer is: `{path, sha256}` of a local folder, which comes first, or `{hub, commit}`.
-
-        `ignore`: endings of a folder's files that play no part. Raises `UserError` if it is neither.
-        """
+        """What a model or tokenizer is: `{path, sha256}` of a local folder, which comes first, or `{hub, commit}`."""
         if local(name).exists():
             return {"path": name, "sha256": self.contents.of(name, ignore)}
         if not is_hub_id(name):

@@ -28,12 +28,9 @@ def side_by_side(
 ) -> None:
     """Run every command, at most `jobs` at once, each on its own GPU or its share of the cores (`devices`).
 
-    A command's standard input is a pipe that nothing is written to: it ends when this process stops or dies, and the
-    command should then stop too (`stop_with_parent`). Its lines are reported with its name in front; `finished` is
-    called with the name of each that ended with status 0.
-
-    Raises:
-        UserError: if some commands failed, naming them, after the others have ended.
+    A command's standard input is a pipe that ends when this process stops or dies: the command should then stop too
+    (`stop_with_parent`). Its lines are reported with its name in front; `finished` gets the name of each that ended
+    well. Raises `UserError` naming those that failed, after the others have ended.
     """
     free = devices(jobs)
     if len(free) < jobs:

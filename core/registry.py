@@ -1,8 +1,7 @@
 """What people add to nanophi: one file each, and one line here.
 
-A line names a class or function as `module:name`. It is imported when a recipe asks for it, so that what a recipe does
-not use costs no start-up time, and `core` knows no room above it. Suites are entries of `eval/tasks.yaml`, card
-sections files in `model_card/sections/`, formats classes in `data/formats.py`.
+A line names a class or function as `module:name`, which is imported when a recipe asks for it: `core` knows no room
+above it. Suites are in `eval/tasks.yaml`, card sections in `model_card/sections/`, formats in `data/formats.py`.
 """
 
 from __future__ import annotations

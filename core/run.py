@@ -110,14 +110,10 @@ class RunDirectory:
         shared: bool = True,
         accept: Callable[[Path], None] = lambda work: None,
     ) -> dict[str, Any]:
-        """Run one stage unless its outputs are there for these inputs already, and return its summary.
+        """Run one stage (see `stages.Stage`) unless its outputs are there for these inputs, and return its summary.
 
-        Args:
-            inputs: JSON-able; everything that the outputs depend on. Its hash is the stage's key.
-            outputs: paths relative to the run directory.
-            build: see `stages.Stage`; in the folder it may find finished parts of a killed attempt with the same key.
-                None: `UserError` if the outputs are not there already.
-            accept: gets the folder with the new outputs; raises `UserError` if they must not replace the old ones.
+        In its folder `build` may find finished parts of a killed attempt with the same key; if it is None, outputs that
+        are not there are a `UserError`. `accept` raises one if the folder's outputs must not replace the old ones.
         """
         if self.up_to_date(name, inputs, outputs):
             self.report(f"{self.path.name}: {name:<14} up to date")
@@ -140,8 +136,7 @@ class RunDirectory:
                 replace_tree(work / output, self.path / output)
             shutil.rmtree(work)
         entry = self._attempt(name, inputs) | {"outputs": list(outputs), "finished": now()}
-        # A shared stage keeps the time that it took to make, not the time that it took to link.
-        entry |= {"summary": made["summary"], "seconds": made["seconds"]}
+        entry |= {"summary": made["summary"], "seconds": made["seconds"]}  # to make, not to link
         if sizes := _sizes(self.path, outputs):
             entry["sizes"] = sizes
         record = self.record

@@ -46,8 +46,8 @@ def continue_prompt(model: Any, tokenizer: Any, prompt: str) -> str:
     input_ids = torch.tensor([ids], device=next(model.parameters()).device)
     training = model.training
     model.eval()
+    settings = {"do_sample": False, "max_new_tokens": TRAINING_TOKENS, "pad_token_id": tokenizer.eos_token_id}
     try:
-        settings = {"do_sample": False, "max_new_tokens": TRAINING_TOKENS, "pad_token_id": tokenizer.eos_token_id}
         with torch.no_grad():
             output = model.generate(input_ids, attention_mask=torch.ones_like(input_ids), **settings)
     finally:
@@ -76,11 +76,9 @@ def generate(checkpoint: Path, prompts: Iterable[Any], dtype: str = "float32") -
 
 
 def write_sample(checkpoint: Path, prompt: Any, output: Path, dtype: str = "float32") -> dict[str, Any]:
-    """Write the sample texts that the card shows: `checkpoint`'s, and beside it those of the run's other checkpoints.
+    """Write the sample texts that the card shows, and return them: `checkpoint`'s and the run's other checkpoints'.
 
     `prompt` is where the text begins; or conversations, `{"messages", "answer"}`, of which the first is the sample.
-    Returns what was written: `{"prompt", "text", "settings", "checkpoints": {"step-000200": text, ...}}`, and
-    `conversations` with each one's `text`.
     """
     chat = None if isinstance(prompt, str) else prompt
     first = prompt if chat is None else chat[0]["messages"]

@@ -16,8 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-SOCKET_ROOM = 70
-"""Longest temporary folder in which a socket's path (107 bytes on Linux) has room for what is made below it."""
+SOCKET_ROOM = 70  # bytes of a temporary folder's name that leave room for sockets (107 in all on Linux)
 OPEN_FILES = 65_536
 COUNTS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
@@ -37,10 +36,7 @@ def settle() -> None:
 
 
 class Stream(io.TextIOWrapper):
-    """Standard output that outlives its reader: after a closed pipe or a terminal that hung up, it writes to nowhere.
-
-    A training must not stop because `| head` or a lost connection no longer reads its progress.
-    """
+    """Standard output that outlives its reader: no training stops because of `| head` or a terminal that hung up."""
 
     def write(self, text: str) -> int:
         with self._survive():
@@ -72,8 +68,8 @@ def _streams() -> None:
     sys.stdin = sys.stdin or open(0, encoding="utf-8")  # noqa: SIM115
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
-        buffer = getattr(stream, "buffer", None) or (open(number, "wb") if stream is None else None)  # noqa: PTH123, SIM115
-        if buffer is not None and stream is getattr(sys, f"__{name}__"):
+        if stream is getattr(sys, f"__{name}__"):
+            buffer = stream.buffer if stream else open(number, "wb")  # noqa: PTH123, SIM115
             encoding, lines = getattr(stream, "encoding", "utf-8"), getattr(stream, "line_buffering", True)
             # A sample or a sign such as ± must not stop a run where the output's encoding lacks it.
             setattr(sys, name, Stream(buffer, encoding=encoding, errors="replace", line_buffering=lines))
