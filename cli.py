@@ -4,8 +4,6 @@ A verb is a function where its work is done. It is imported when it is called, s
 recipe is answered at once: torch and transformers take seconds to import.
 """
 
-from __future__ import annotations
-
 import ast
 import importlib
 import os

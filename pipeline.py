@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from nanophi.core.jobs import side_by_side, stop_with_parent
 from nanophi.core.names import local, step_name, step_of
 from nanophi.core.options import Gguf, Jobs, OneRecipe, Overrides, Recipes, Restart, Runs
 from nanophi.core.recipe import Recipe, load_recipe
-from nanophi.core.run import RunDirectory, differences
+from nanophi.core.run import Report, RunDirectory, differences
 from nanophi.core.sample import sample_settings, write_sample
 from nanophi.core.stages import Runner, Stage, Summary, is_main_process
 from nanophi.data.stages import PREPARE, data_stages
@@ -44,10 +44,9 @@ def stages_of(recipe: Recipe) -> list[Stage]:
     prepared = ("conversations",) if recipe.conversations else ("tokens", "tokenizer")
     measured, dtype = ("sample", "evaluation"), recipe.release.dtype
     weights = (f"checkpoints/{step_name(recipe.training.steps)}", "training.json")
-    checked: dict[str, Any] = {"outside": _training_inputs, "check": _check_training}
     return [
         *data,
-        Stage("training", weights, _training, after=prepared, **checked, in_place=True),
+        Stage("training", weights, _training, (), prepared, {}, _training_inputs, _check_training, in_place=True),
         Stage("sample", ("sample.json",), _sample, needs=("training",), outside=_sample_inputs),
         Stage("evaluation", after=("training",), parts=_evaluations, check=_check_evaluation),
         Stage("report", ("report.html",), _report, after=measured, outside=_report_inputs, shared=False),
@@ -61,12 +60,7 @@ class Pipeline(Runner):
     """One recipe's run in a folder of runs."""
 
     def __init__(
-        self,
-        recipe: Recipe,
-        runs: Path,
-        build: Collection[str] = STAGES,
-        report: Callable[[str], None] = print,
-        restart: bool = False,
+        self, recipe: Recipe, runs: Path, build: Collection[str] = STAGES, report: Report = print, restart: bool = False
     ) -> None:
         run = RunDirectory(runs / recipe.name, report if is_main_process() else lambda line: None)
         super().__init__(recipe, run, stages_of(recipe), build, restart)
@@ -439,11 +433,7 @@ def _locked(pipelines: Sequence[Pipeline]) -> Iterator[None]:
 
 
 def run_recipes(
-    recipes: Sequence[Recipe],
-    runs: Path,
-    report: Callable[[str], None] = print,
-    jobs: int = 1,
-    restart: bool = False,
+    recipes: Sequence[Recipe], runs: Path, report: Report = print, jobs: int = 1, restart: bool = False
 ) -> None:
     """Every stage of every recipe; several are compared at the end, and trained and evaluated `jobs` at once.
 
@@ -452,10 +442,7 @@ def run_recipes(
     from nanophi.eval import render
 
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        raise UserError(
-            "only `nanophi train` runs on several processes: use `nanophi prepare`, then `accelerate launch -m nanophi "
-            "train`, then `nanophi run`"
-        )
+        raise UserError("only `nanophi train` runs on several processes; run `nanophi prepare` first, and `run` last")
     names = [recipe.name for recipe in recipes]
     if len(set(names)) < len(names):
         raise UserError(f"two recipes have the same name ({', '.join(names)}); each run needs its own directory")
@@ -485,9 +472,7 @@ def run_recipes(
     report(f"\nreport:  {first.path / 'report.html'}\nrelease: {first.path / 'release'}")
 
 
-def train_side_by_side(
-    pipelines: Sequence[Pipeline], jobs: int, finished: Callable[[str], None] = lambda name: None
-) -> None:
+def train_side_by_side(pipelines: Sequence[Pipeline], jobs: int, finished: Report = lambda name: None) -> None:
     """Train and evaluate several runs of one folder, `jobs` at once; what they share is made first, once.
 
     `finished` gets the name of each that has been evaluated. Raises `UserError` naming those that failed, once the

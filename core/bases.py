@@ -1,7 +1,5 @@
 """The base of a chat model: a finished run, a release folder, or a release on the Hub, with its recipe and records."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, NamedTuple
 

@@ -1,8 +1,7 @@
 """What this process runs on: versions, commit, processor and devices, as `record.json` keeps them."""
 
-from __future__ import annotations
-
 import contextlib
+import functools
 import importlib.metadata
 import platform
 import re
@@ -23,13 +22,10 @@ def git_commit() -> str | None:
     root = Path(__file__).parent.parent
     if not (root / ".git").exists():
         return None
+    ask = functools.partial(subprocess.check_output, cwd=root, text=True, stderr=subprocess.DEVNULL)
     try:
-        commit, changes = (
-            subprocess.run(
-                ["git", *command.split()], cwd=root, capture_output=True, text=True, check=True
-            ).stdout.strip()
-            for command in ("rev-parse HEAD", "status --porcelain --untracked-files=no")
-        )
+        commit = ask(["git", "rev-parse", "HEAD"]).strip()
+        changes = ask(["git", "status", "--porcelain", "--untracked-files=no"]).strip()
     except (OSError, subprocess.CalledProcessError):
         return None
     return commit + ("+changes" if changes else "")

@@ -1,7 +1,5 @@
 """Errors that a person sees: one line each, raised where the thing is known and printed by `cli.py`."""
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 import errno

@@ -1,7 +1,5 @@
 """Files that are written whole or not at all, and hashes of contents. Nothing here knows what a file means."""
 
-from __future__ import annotations
-
 import contextlib
 import glob
 import hashlib

@@ -1,7 +1,5 @@
 """How numbers are written, on screen, in the card and on the report page. A metric and its unit: eval/catalogue.py."""
 
-from __future__ import annotations
-
 
 def duration(seconds: float) -> str:
     """`41 s`, `4 min 10 s`, `3 h 05 min`, `2 d 4 h`: two units at most, the second rounded."""

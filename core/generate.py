@@ -1,7 +1,5 @@
 """The verb `generate`: text that a model writes after a prompt, or its answer to a message."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any
 
 import typer

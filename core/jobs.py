@@ -4,16 +4,13 @@ On a processor several trainings with one thread each are faster than one after 
 model's matrix products are too small to divide well.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal
-import subprocess
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from queue import SimpleQueue
-from typing import Any
+from subprocess import PIPE, STDOUT, Popen
 
 from nanophi.core.errors import UserError
 
@@ -36,7 +33,7 @@ def side_by_side(
     if len(free) < jobs:
         report(f"--jobs {jobs}: {len(free)} at once, one for each GPU or core here")
     waiting, failed = list(commands), []
-    running: dict[str, tuple[subprocess.Popen[bytes], dict[str, str]]] = {}
+    running: dict[str, tuple[Popen[bytes], dict[str, str]]] = {}
     lines: SimpleQueue[tuple[str, bytes | None]] = SimpleQueue()
 
     def next_to_end() -> str:
@@ -53,13 +50,10 @@ def side_by_side(
             while waiting and free:
                 name, device = waiting.pop(0), free.pop(0)
                 # A signal from the terminal reaches this process alone, which then stops the others in order.
-                streams: dict[str, Any] = {
-                    "stdin": subprocess.PIPE,
-                    "stdout": subprocess.PIPE,
-                    "stderr": subprocess.STDOUT,
-                }
                 environment = {**os.environ, **device, **_QUIET}
-                process = subprocess.Popen(commands[name], env=environment, start_new_session=True, **streams)
+                process = Popen(
+                    commands[name], env=environment, stdin=PIPE, stdout=PIPE, stderr=STDOUT, start_new_session=True
+                )
                 running[name] = process, device
                 threading.Thread(target=_read, args=(name, process, lines), daemon=True).start()
             name = next_to_end()
@@ -80,7 +74,7 @@ def side_by_side(
         raise UserError(f"{', '.join(failed)} failed, see above; run the same command to resume")
 
 
-def _read(name: str, process: subprocess.Popen[bytes], lines: SimpleQueue[tuple[str, bytes | None]]) -> None:
+def _read(name: str, process: Popen[bytes], lines: SimpleQueue[tuple[str, bytes | None]]) -> None:
     for line in process.stdout or ():
         lines.put((name, line))
     lines.put((name, None))

@@ -1,7 +1,5 @@
 """What a recipe's card section may say, so that nothing in it stops the card or the push after the training."""
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections.abc import Iterator, Mapping

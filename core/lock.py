@@ -4,8 +4,6 @@ Where there are locks (`flock`), the system frees them when a process ends, howe
 NFS mounts) a lease in the folder is renewed by its holder, and is free once it has not been renewed for a while.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl

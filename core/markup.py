@@ -3,8 +3,6 @@
 The one place that escapes and that writes tables. HTML pages are Jinja templates with `autoescape`.
 """
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections.abc import Sequence

@@ -3,8 +3,6 @@
 The one place that tells them apart, by name and file system only; the Hub is asked by `Named.fetch` alone.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import re

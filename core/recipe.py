@@ -339,8 +339,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     elif said.get("quality") in (None, {}, {"threshold": None}) and _has_no_examples(values):
         values["quality"] = {"scorer": "none", "threshold": None}
     try:
-        return Recipe(**values)
-    except (pydantic.ValidationError, TypeError) as error:
+        return Recipe.model_validate(values)
+    except pydantic.ValidationError as error:
         raise UserError(f"{path}: {_explain(error)}") from None
 
 
@@ -355,10 +355,8 @@ def _has_no_examples(values: dict[str, Any]) -> bool:
     return own_files and not labelled and quality.get("scorer", "linear") == "linear"
 
 
-def _explain(error: pydantic.ValidationError | TypeError) -> str:
+def _explain(error: pydantic.ValidationError) -> str:
     """The first problem in one line, with the key's full name."""
-    if isinstance(error, TypeError):  # a key that is no text
-        return str(error)
     problem = error.errors()[0]
     key = ".".join(map(str, problem["loc"]))
     if problem["type"] == "missing":

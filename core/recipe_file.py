@@ -1,7 +1,5 @@
 """Recipe files: found by path or built-in name, read with what they extend, changed by `--set`."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

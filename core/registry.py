@@ -4,8 +4,6 @@ A line names a class or function as `module:name`, which is imported when a reci
 above it. Suites are in `eval/tasks.yaml`, card sections in `model_card/sections/`, formats in `data/formats.py`.
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import Any
 

@@ -8,8 +8,6 @@ A stage builds in a folder under `.work/`, and its outputs are renamed into plac
 the old outputs or the new ones. Training alone writes in place; nothing here removes what it wrote.
 """
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import shutil
@@ -26,6 +24,9 @@ from nanophi.core.names import step_folders
 
 FORMATS = {"documents": 2, "conversations": 2, "comparison": 2, "card": 2}
 """Stage -> format of its outputs, 1 by default. Raise it when the same inputs give other outputs."""
+
+
+Report = Callable[[str], None]
 
 
 def now() -> str:
@@ -58,7 +59,7 @@ def _sizes(root: Path, outputs: Sequence[str]) -> dict[str, int]:
 class RunDirectory:
     """One run's folder, made on first write, and its `record.json`; `report` gets each line for a person."""
 
-    def __init__(self, path: str | Path, report: Callable[[str], None] = print) -> None:
+    def __init__(self, path: str | Path, report: Report = print) -> None:
         self.path = Path(path)
         self.report = report
 

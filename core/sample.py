@@ -3,8 +3,6 @@
 The verb is in `generate.py`; nothing is scored.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any

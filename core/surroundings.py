@@ -3,8 +3,6 @@
 What cannot be had is worked around here, before a library reads it; nothing later asks again.
 """
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import errno
