@@ -30,22 +30,17 @@ class Stage:
 
     name: str
     outputs: tuple[str, ...] = ()  # paths below the run directory
-    build: Callable[[Runner, Path], Summary] | None = None
-    """Gets the folder to write in, writes every output there and returns a JSON-able summary."""
+    build: Callable[[Runner, Path], Summary] | None = None  # writes outputs below a folder; returns a summary
     needs: tuple[str, ...] = ()  # stages that come first, and whose keys are part of this one's key, by their names
     after: tuple[str, ...] = ()  # stages that come first, and that `values` or `outside` account for
     values: dict[str, Any] = dataclasses.field(default_factory=dict)  # what of the recipe the outputs depend on
-    outside: Callable[[Runner], dict[str, Any]] | None = None
-    """What else they depend on, such as hashes of the user's files."""
+    outside: Callable[[Runner], dict[str, Any]] | None = None  # and what else, such as the user's files
     check: Callable[[Runner], None] | None = None  # refuses, before anything is made, what would stop the stage later
-    changed: Callable[[RunDirectory, Path], list[str]] | None = None
-    """What of the new outputs (in the folder given) differs from what weights of this run were trained on."""
+    changed: Callable[[RunDirectory, Path], list[str]] | None = None  # in new outputs, since weights were made
     parts: Callable[[Runner], Iterable[Stage]] | None = None  # stages that this one consists of, in place of `build`
-    portable: bool = False
-    """Where it may not run, what is outside need not be there: `values` alone are compared with the record."""
+    portable: bool = False  # if it may not run, `values` alone are compared with the record
     shared: bool = True  # take the outputs of a sibling run with the same key instead of building them again
-    in_place: bool = False
-    """`build` writes in the run directory itself, as training does, whose checkpoints appear as they come."""
+    in_place: bool = False  # `build` writes in the run directory itself, as training does
     failure: str | None = None  # what a library's error means here
 
 
@@ -57,9 +52,7 @@ def is_main_process() -> bool:
 class Runner:
     """A recipe's stages in its run directory. Each is made once per process, after those before it.
 
-    Args:
-        build: names of the stages that may run; the others must be up to date already.
-        restart: weights that the recipe cannot continue from may be removed.
+    Stages outside `build` must be up to date; `restart` permits to remove weights that the recipe cannot continue from.
     """
 
     def __init__(
