@@ -58,7 +58,3 @@ def __getattr__(name: str) -> Any:
         model_class = classes[path.rpartition(".")[2]]
         getattr(transformers, auto_class).register(classes["NanoPhiConfig"], model_class, exist_ok=True)
     return classes[name]
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})

@@ -51,56 +51,42 @@ def test_a_record_that_is_none_and_a_stage_that_has_not_run_are_named(tmp_path):
         RunDirectory(tmp_path / "a").stage_key("s")
 
 
-def test_a_failed_stage_changes_nothing_and_finds_its_work_again(tmp_path):
-    run = RunDirectory(tmp_path / "a", lambda line: None)
+def test_a_stage_that_fails_or_is_refused_changes_nothing_and_finds_its_work_again(tmp_path):
+    run = RunDirectory(tmp_path / "a", str)
     run.stage("s", {"x": 1}, ["out"], builder("one", []))
 
     def fail(work):
         (work / "part").write_text("finished part")
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        run.stage("s", {"x": 2}, ["out"], fail)
-    assert (run.path / "out/file.txt").read_text() == "one"
-    assert run.record["stages"]["s"]["summary"] == {"length": 3}
-
-    def go_on(work):
-        assert (work / "part").read_text() == "finished part"
-        return builder("two", [])(work)
-
-    run.stage("s", {"x": 2}, ["out"], go_on)
-    assert (run.path / "out/file.txt").read_text() == "two"
-    assert not list((run.path / ".work").iterdir())
-
-
-def test_a_format_belongs_to_one_stage(tmp_path, monkeypatch):
-    calls = []
-    run = RunDirectory(tmp_path / "a", lambda line: None)
-
-    def both():
-        for name in ("s", "t"):
-            run.stage(name, {"x": 1}, ["out"], builder(name, calls))
-
-    both()
-    monkeypatch.setitem(FORMATS, "s", 2)
-    assert run.inputs_of("s") is None
-    assert run.inputs_of("t") == {"x": 1}
-    both()
-    assert calls == ["s", "t", "s"]
-
-
-def test_outputs_that_are_not_accepted_replace_nothing(tmp_path):
-    run = RunDirectory(tmp_path / "a", lambda line: None)
-    run.stage("s", {"x": 1}, ["out"], builder("one", []))
-
     def refuse(work):
         assert (work / "out/file.txt").read_text() == "two"
         raise UserError("no")
 
+    def go_on(work):
+        assert (work / "part").read_text() == "finished part"
+        return builder("three", [])(work)
+
     with pytest.raises(UserError):
         run.stage("s", {"x": 2}, ["out"], builder("two", []), accept=refuse)
-    assert (run.path / "out/file.txt").read_text() == "one"
-    assert run.inputs_of("s") == {"x": 1}
+    with pytest.raises(KeyboardInterrupt):
+        run.stage("s", {"x": 3}, ["out"], fail)
+    assert (run.path / "out/file.txt").read_text() == "one" and run.inputs_of("s") == {"x": 1}
+    assert run.record["stages"]["s"]["summary"] == {"length": 3}
+    run.stage("s", {"x": 3}, ["out"], go_on)
+    assert (run.path / "out/file.txt").read_text() == "three"
+    assert not list((run.path / ".work").iterdir())
+
+
+def test_a_format_belongs_to_one_stage(tmp_path, monkeypatch):
+    calls, run = [], RunDirectory(tmp_path / "a", str)
+    for format_of_s in (1, 2):
+        monkeypatch.setitem(FORMATS, "s", format_of_s)
+        assert run.inputs_of("s") is None
+        for name in ("s", "t"):
+            run.stage(name, {"x": 1}, ["out"], builder(name, calls))
+    assert run.inputs_of("t") == {"x": 1}
+    assert calls == ["s", "t", "s"]
 
 
 def test_differences_name_keys_and_both_values():
