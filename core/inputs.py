@@ -129,8 +129,3 @@ class Inputs:
         if not is_hub_id(name):
             raise UserError(f"{name}: no such file or folder, and not a Hub id like ORG/NAME")
         return {"hub": name, "commit": self.commit_of(name, revision, "model")}
-
-    def save(self) -> None:
-        """Write down the hashes."""
-        if self.write:
-            self.contents.save()

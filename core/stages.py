@@ -122,7 +122,7 @@ class Runner:
 
         with user_errors(f"{stage.failure}; --debug shows where it stopped") if stage.failure else nullcontext():
             inputs = self.inputs_of(stage)
-            self.inputs.save()
+            self.inputs.contents.save()
             return self.run.stage(
                 stage.name,
                 inputs,

@@ -1,4 +1,4 @@
-"""The package itself: quick to import, and its classes are registered however they are imported."""
+"""The package itself: its classes are registered where they are asked for, and modules of 0.1 still import."""
 
 import subprocess
 import sys
