@@ -20,15 +20,10 @@ SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 
 
 @pytest.fixture
-def warnings():
-    """Messages that transformers logs at WARNING and above, whatever its handlers do with them."""
-    messages = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: messages.append(record.getMessage())
-    logger = logging.getLogger("transformers")
-    logger.addHandler(handler)
-    yield messages
-    logger.removeHandler(handler)
+def warnings(caplog, monkeypatch):
+    """What transformers logs at WARNING and above."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    return caplog.records
 
 
 def test_the_defaults_are_nano_phi_115m():
