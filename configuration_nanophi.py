@@ -127,10 +127,10 @@ class NanoPhiConfig(PreTrainedConfig):
             nearest = width // heads * heads
             raise ValueError(f"hidden_size ({width}) must be a multiple of num_attention_heads ({heads}): {nearest}")
         if heads % groups:
-            allowed = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+            divisors = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
             raise ValueError(
                 f"num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({groups}); "
-                f"use one of {allowed} key/value heads"
+                f"use one of {divisors} key/value heads"
             )
 
     def validate_rope(self) -> None:

@@ -271,8 +271,13 @@ class NanoPhiModel(NanoPhiPreTrainedModel):
             start = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + start).unsqueeze(0)
         # The mask is made before a new cache: with a cache, transformers does not look for packed documents.
-        masked_by = {"attention_mask": attention_mask, "past_key_values": past_key_values, "position_ids": position_ids}
-        causal_mask = create_causal_mask(config=self.config, inputs_embeds=inputs_embeds, **masked_by)
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         hidden_states = self.embed_dropout(inputs_embeds)
