@@ -1,7 +1,7 @@
-"""One writer at a time in a folder, also where the file system has no file locks.
+"""One writer at a time in a folder: by `flock`, which the system frees when a process ends, however it ends.
 
-Where there are locks (`flock`), the system frees them when a process ends, however it ends. Elsewhere (some Lustre and
-NFS mounts) a lease in the folder is renewed by its holder, and is free once it has not been renewed for a while.
+On a file system without (some Lustre and NFS mounts) a lease in the folder is renewed by its holder, and is free once
+it has not been renewed for a while.
 """
 
 import contextlib

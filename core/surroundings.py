@@ -113,8 +113,5 @@ def _short_temporary_folder() -> None:
         link.symlink_to(folder)
         os.environ["TMPDIR"] = tempfile.tempdir = str(link)
 
-        def remove(owner: int = os.getpid()) -> None:
-            if os.getpid() == owner:
-                shutil.rmtree(beside, ignore_errors=True)
-
-        atexit.register(remove)
+        owner = os.getpid()
+        atexit.register(lambda: os.getpid() == owner and shutil.rmtree(beside, ignore_errors=True))
