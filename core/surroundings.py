@@ -113,5 +113,9 @@ def _short_temporary_folder() -> None:
         link.symlink_to(folder)
         os.environ["TMPDIR"] = tempfile.tempdir = str(link)
 
-        owner = os.getpid()
-        atexit.register(lambda: os.getpid() == owner and shutil.rmtree(beside, ignore_errors=True))
+
+        def remove(owner: int = os.getpid()) -> None:
+            if os.getpid() == owner:
+                shutil.rmtree(beside, ignore_errors=True)
+
+        atexit.register(remove)
