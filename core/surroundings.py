@@ -113,7 +113,6 @@ def _short_temporary_folder() -> None:
         link.symlink_to(folder)
         os.environ["TMPDIR"] = tempfile.tempdir = str(link)
 
-
         def remove(owner: int = os.getpid()) -> None:
             if os.getpid() == owner:
                 shutil.rmtree(beside, ignore_errors=True)
