@@ -4,13 +4,10 @@ A verb is a function where its work is done. It is imported when it is called, s
 recipe is answered at once: torch and transformers take seconds to import.
 """
 
-from __future__ import annotations
-
 import ast
 import importlib
 import os
 import sys
-import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,11 +34,7 @@ VERBS = {
     "push": "model_card.push:push",
     "reproduce": "experiments.reproduce:reproduce",
     "submit": "eval.submission:submit",
-    "quality": {
-        "fit": "data.quality:fit",
-        "score": "data.quality:score",
-        "report": "data.quality:report",
-    },
+    "quality": {"fit": "data.quality:fit", "score": "data.quality:score", "report": "data.quality:report"},
 }
 """Verb -> `module:function`, or the verbs of a group."""
 HIDDEN = ("worker",)
@@ -76,18 +69,17 @@ class Verbs(typer.core.TyperGroup):
 
     def get_command(self, ctx: Any, name: str) -> Any:
         verb = self.table.get(name)
+        if verb is None:
+            return None
         if isinstance(verb, dict):
             below = type("Group", (Verbs,), {"table": verb})
-            group = typer.Typer(cls=below, help=GROUPS[name], no_args_is_help=True, **SETTINGS)
-            group.callback()(lambda: None)
-            command: Any = typer.main.get_command(group)
-        elif verb is None:
-            return None
+            app = typer.Typer(cls=below, help=GROUPS[name], no_args_is_help=True, **SETTINGS)
+            app.callback()(lambda: None)
         else:
             module, _, function = verb.partition(":")
             app = typer.Typer(**SETTINGS)
             app.command(name)(getattr(importlib.import_module(f"nanophi.{module}"), function))
-            command = typer.main.get_command(app)
+        command: Any = typer.main.get_command(app)
         command.name = name
         return command
 
@@ -121,43 +113,33 @@ def options(
     """Options of the command itself; `--debug` is taken out in `main`, wherever it is given."""
 
 
-def _prepare_environment(debug: bool) -> None:
-    """Settings that libraries read when they are imported: the stages report for themselves."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    if not debug:
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+QUIET = dict.fromkeys(("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"), "1")
+QUIET["TRANSFORMERS_VERBOSITY"] = "error"
+"""Settings that libraries read when they are imported, but for `--debug`: the stages report for themselves."""
 
 
 def _message(error: Exception) -> str:
-    """An error that nothing expected, in one line: what it is, and where it came from."""
+    """An error that nothing expected, in one line."""
     if is_disk_full(error):
         file = getattr(error, "filename", None)
         return f"no disk space left{f' ({file})' if file else ''}: {one_line(error)}; free some and run it again"
     if isinstance(error, OSError) and error.errno is not None:
         return one_line(error)
-    frames = traceback.extract_tb(error.__traceback__)
-    ours = [frame for frame in frames if Path(frame.filename).is_relative_to(Path(__file__).parent)] or frames
-    place = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}"
-    return f"{type(error).__name__} at {place}: {one_line(error)}; run it again with --debug to see all of it"
+    return f"{type(error).__name__}: {one_line(error)}; run it again with --debug to see where"
 
 
 def main() -> None:
     """Entry point: an error becomes one line and exit status 1; `--debug` shows the traceback instead."""
     debug = "--debug" in sys.argv
     settle()
-    _prepare_environment(debug)
+    for name, value in {"TOKENIZERS_PARALLELISM": "true", **({} if debug else QUIET)}.items():
+        os.environ.setdefault(name, value)
     try:
         app(args=[argument for argument in sys.argv[1:] if argument != "--debug"], prog_name="nanophi")
-    except UserError as error:
-        if debug:
-            raise
-        sys.exit(f"nanophi: {error}")
     except Exception as error:
         if debug:
             raise
-        sys.exit(f"nanophi: {printable(_message(error))}")
+        sys.exit(f"nanophi: {error if isinstance(error, UserError) else printable(_message(error))}")
     except (KeyboardInterrupt, SystemExit) as stop:
         if isinstance(stop, SystemExit) and stop.code != INTERRUPTED:
             raise

@@ -10,23 +10,27 @@ import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from nanophi.core import bases
+from nanophi.core.environment import environment
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, remove, sha256_of_file, write_json
 from nanophi.core.jobs import side_by_side, stop_with_parent
 from nanophi.core.names import local, step_name, step_of
 from nanophi.core.options import Gguf, Jobs, OneRecipe, Overrides, Recipes, Restart, Runs
 from nanophi.core.recipe import Recipe, load_recipe
-from nanophi.core.run import RunDirectory, differences
+from nanophi.core.run import Report, RunDirectory, differences
+from nanophi.core.sample import sample_settings, write_sample
 from nanophi.core.stages import Runner, Stage, Summary, is_main_process
 from nanophi.data.stages import PREPARE, data_stages
 from nanophi.eval.catalogue import made_from, suite_made_from
+from nanophi.eval.results import run_result_name
+from nanophi.model_card import verify
 
 if TYPE_CHECKING:
     from nanophi.configuration_nanophi import NanoPhiConfig
@@ -39,17 +43,10 @@ def stages_of(recipe: Recipe) -> list[Stage]:
     data = data_stages(recipe)
     prepared = ("conversations",) if recipe.conversations else ("tokens", "tokenizer")
     measured, dtype = ("sample", "evaluation"), recipe.release.dtype
+    weights = (f"checkpoints/{step_name(recipe.training.steps)}", "training.json")
     return [
         *data,
-        Stage(
-            "training",
-            (f"checkpoints/{step_name(recipe.training.steps)}", "training.json"),
-            _training,
-            after=prepared,
-            outside=_training_inputs,
-            check=_check_training,
-            in_place=True,
-        ),
+        Stage("training", weights, _training, (), prepared, {}, _training_inputs, _check_training, in_place=True),
         Stage("sample", ("sample.json",), _sample, needs=("training",), outside=_sample_inputs),
         Stage("evaluation", after=("training",), parts=_evaluations, check=_check_evaluation),
         Stage("report", ("report.html",), _report, after=measured, outside=_report_inputs, shared=False),
@@ -63,12 +60,7 @@ class Pipeline(Runner):
     """One recipe's run in a folder of runs."""
 
     def __init__(
-        self,
-        recipe: Recipe,
-        runs: Path,
-        build: Collection[str] = STAGES,
-        report: Callable[[str], None] = print,
-        restart: bool = False,
+        self, recipe: Recipe, runs: Path, build: Collection[str] = STAGES, report: Report = print, restart: bool = False
     ) -> None:
         run = RunDirectory(runs / recipe.name, report if is_main_process() else lambda line: None)
         super().__init__(recipe, run, stages_of(recipe), build, restart)
@@ -122,9 +114,13 @@ def _check_training(run: Runner) -> None:
     elif recipe.base:
         check_base(recipe.base, recipe.model_config_for(), None)
     # A machine that only trains may lack lm-eval; suites may change after the training.
-    with contextlib.suppress(ImportError):
-        if "evaluation" not in run.allowed and (problem := _evaluation_problem(recipe)):
-            run.report(f"{recipe.name}: its evaluation cannot run: {problem}")
+    if "evaluation" not in run.allowed:
+        try:
+            _check_evaluation(run)
+        except ImportError:
+            pass
+        except UserError as error:
+            run.report(f"{error}; its evaluation cannot run")
     arguments.check(recipe.training, run.path, recipe.training_seed)
     if run.restart or not run.run.weights():
         return
@@ -144,22 +140,12 @@ def _training(run: Runner, work: Path) -> Summary:
     resume = _begin_training(run, config) if is_main_process() else None
     if recipe.conversations:
         return chat.train(run.path, recipe, config, run.report, resume)
-    return trainer.train(
-        run.path,
-        recipe.training,
-        config,
-        recipe.training_seed,
-        run.report,
-        recipe.card.prompt,
-        resume=resume,
-        base=recipe.base,
-    )
+    training, seed, prompt = recipe.training, recipe.training_seed, recipe.card.prompt
+    return trainer.train(run.path, training, config, seed, run.report, prompt, resume=resume, base=recipe.base)
 
 
 def _begin_training(run: Runner, config: NanoPhiConfig) -> Path | None:
     """The state to resume from. What would stop the card or the evaluation later is refused first."""
-    from nanophi.core.environment import environment
-    from nanophi.core.sample import sample_settings
     from nanophi.training import continuation
     from nanophi.training.base import base_model
 
@@ -175,19 +161,14 @@ def _begin_training(run: Runner, config: NanoPhiConfig) -> Path | None:
         if recipe.base and not recipe.conversations:  # nothing is removed for a training that cannot begin
             base_model(recipe.base, config, tokenizer)
         run.run.forget("training")
-        for path in (run.path / name for name in ("checkpoints", "training_state", "training.json")):
-            if path.exists():
-                run.report(f"{recipe.name}: removing {path} (--restart)")
-                remove(path)
+        for name in ("checkpoints", "training_state", "training.json"):
+            if (run.path / name).exists():
+                run.report(f"{recipe.name}: removing {run.path / name} (--restart)")
+                remove(run.path / name)
     plan = continuation.plan(run.run, recipe.training, recorded, inputs, run.report)
     continuation.carry_out(run.path, plan, recorded, run.report)
-    run.run.begin("training", inputs)
-    run.run.update_record(environment=environment())
+    run.run.begin("training", inputs, environment())
     return plan.resume
-
-
-def _sample_inputs(run: Runner) -> dict[str, Any]:
-    return {"prompt": _prompt(run), "dtype": run.recipe.release.dtype}
 
 
 def _prompt(run: Runner) -> Any:
@@ -196,10 +177,12 @@ def _prompt(run: Runner) -> Any:
     return conversations.heldout(run.path) if run.recipe.conversations else run.recipe.card.prompt
 
 
+def _sample_inputs(run: Runner) -> dict[str, Any]:
+    return {"prompt": _prompt(run), "dtype": run.recipe.release.dtype}
+
+
 def _sample(run: Runner, work: Path) -> Summary:
     """What the model writes after the recipe's prompt, or answers to held-out questions."""
-    from nanophi.core.sample import write_sample
-
     return write_sample(_checkpoint(run), _prompt(run), work / "sample.json", run.recipe.release.dtype)
 
 
@@ -219,71 +202,54 @@ def suites(run: Runner) -> list[str]:
     return ["answers", *(suite for suite in named if text or not suite_made_from(suite, "documents"))]
 
 
-def _evaluation_problem(recipe: Recipe) -> str:
-    """Why the recipe's suites cannot be run on its model, in one line; empty if they can."""
+def _check_evaluation(run: Runner) -> None:
+    """Suites that do not fit into the model's context, or whose benchmarks are not in the folder that is named."""
     from nanophi.eval.suites import context_problem, find_data, find_suite
 
-    section = recipe.evaluation
-    if problem := context_problem(section.suites, recipe.model_config_for().max_position_embeddings):
-        return problem
+    name, section = run.recipe.name, run.recipe.evaluation
+    if problem := context_problem(section.suites, run.recipe.model_config_for().max_position_embeddings):
+        raise UserError(f"{name}: {problem}")
     if section.data is None:
-        return ""
+        return
     if not local(section.data).is_dir():
-        return f"evaluation.data: folder {section.data} does not exist"
-    for name in section.suites:
-        suite = find_suite(name)
-        entries = [entry for entry in suite.entries if not made_from(entry.task)]
+        raise UserError(f"{name}: evaluation.data: folder {section.data} does not exist")
+    for suite in map(find_suite, section.suites):
+        entries = tuple(entry for entry in suite.entries if not made_from(entry.task))
         try:
-            find_data(dataclasses.replace(suite, entries=tuple(entries)), data=local(section.data))
+            find_data(dataclasses.replace(suite, entries=entries), data=local(section.data))
         except UserError as error:
-            return f"evaluation.data: {error}"
-    return ""
-
-
-def _check_evaluation(run: Runner) -> None:
-    if problem := _evaluation_problem(run.recipe):
-        raise UserError(f"{run.recipe.name}: {problem}")
+            raise UserError(f"{name}: evaluation.data: {error}") from None
 
 
 def _evaluations(run: Runner) -> Iterator[Stage]:
     """Every suite on every kept checkpoint, and on the base of a chat model."""
-    from nanophi.eval.results import run_result_name
-
-    recipe, folder = run.recipe, run.path / "checkpoints"
-    steps = {
-        recipe.training.steps,
-        *(step for step in recipe.training.keep_steps if (folder / step_name(step)).is_dir()),
-    }
-    models = {step_name(step): folder / step_name(step) for step in steps}
-    if recipe.conversations:
+    training, folder = run.recipe.training, run.path / "checkpoints"
+    kept = (step for step in training.keep_steps if (folder / step_name(step)).is_dir())
+    models = {step_name(step): folder / step_name(step) for step in {training.steps, *kept}}
+    if run.recipe.conversations:
         models["base"] = run.path / "data/base"
     for model, path in sorted(models.items()):
         for suite in suites(run):
-            file = f"evals/{run_result_name(model, suite)}"
-            yield _evaluation(run, model, path, suite, file)
+            yield _evaluation(run, model, path, suite)
 
 
-def _evaluation(run: Runner, model: str, path: Path, suite: str, file: str) -> Stage:
-    section = run.recipe.evaluation
+def _evaluation(run: Runner, model: str, path: Path, suite: str) -> Stage:
+    section, file = run.recipe.evaluation, f"evals/{run_result_name(model, suite)}"
+    data = local(section.data) if section.data else None
 
     def build(run: Runner, work: Path) -> Summary:
         from nanophi.eval.measure import Options, measure
 
-        options = Options(
-            data=local(section.data) if section.data else None,
-            heldout=run.path / "data/documents",
-            limit=section.limit,
-            batch_size=section.batch_size,
-        )
-        result = measure(path, suite, work / file, options, run.report)
-        return {"results": result["results"]}
+        heldout = run.path / "data/documents"
+        options = Options(data=data, heldout=heldout, limit=section.limit, batch_size=section.batch_size)
+        return {"results": measure(path, suite, work / file, options, run.report)["results"]}
 
     values = {
         "format": 2,  # of the key: it stayed when the file's own format changed, so that nothing is evaluated again
         "step": model if model == "base" else step_of(model),
         "suite": suite,
         "limit": section.limit,
-        "data": run.inputs.contents.of(section.data) if section.data else None,
+        "data": run.inputs.contents.of(data) if data else None,
         "documents": run.key("conversations" if run.recipe.conversations else "documents"),
     }
     return Stage(f"{model}-{suite}", (file,), build, needs=("training",), values=values)
@@ -291,8 +257,6 @@ def _evaluation(run: Runner, model: str, path: Path, suite: str, file: str) -> S
 
 def final_evaluations(run: Runner, model: str | None = None) -> list[Path]:
     """Result files of the final checkpoint, or of `base`."""
-    from nanophi.eval.results import run_result_name
-
     run.make("evaluation")
     model = model or step_name(run.recipe.training.steps)
     return [run.path / "evals" / run_result_name(model, suite) for suite in suites(run)]
@@ -316,18 +280,16 @@ def compare_runs(runs: Sequence[Runner]) -> None:
                 remove(run.path / output)
         return
     baseline = list(files)[-1]
+
+    def build(run: Runner, work: Path) -> Summary:
+        from nanophi.eval.compare import compare_models
+
+        compare_models(files, work, baseline=baseline, seed=run.recipe.seed)
+        return {"models": list(files), "baseline": baseline}
+
     for run in runs:
-        seed = run.recipe.seed
-
-        def build(run: Runner, work: Path, seed: int = seed) -> Summary:
-            from nanophi.eval.compare import compare_models
-
-            compare_models(files, work, baseline=baseline, seed=seed)
-            return {"models": list(files), "baseline": baseline}
-
-        run.make_stage(
-            Stage("comparison", outputs, build, values={"evaluations": hashes, "baseline": baseline, "seed": seed})
-        )
+        values = {"evaluations": hashes, "baseline": baseline, "seed": run.recipe.seed}
+        run.make_stage(Stage("comparison", outputs, build, values=values))
 
 
 # Release
@@ -337,7 +299,7 @@ def _records(run: Runner) -> dict[str, Any]:
     """What the report and the card are made from."""
     from nanophi.model_card.records import LATER_STAGES
 
-    run.write_recipe()  # The card is made from it; every stage before is up to date with this recipe.
+    run.write_recipe()  # the card is made from it
     stages, comparison = run.run.record["stages"], run.path / "comparison.json"
     return {
         "stages": {name: stages[name]["key"] for name in sorted(stages) if name not in LATER_STAGES},
@@ -367,14 +329,11 @@ def _release(run: Runner, work: Path) -> Summary:
     """The release folder: exactly what gets pushed."""
     from nanophi.model_card import release
 
-    dtype = run.recipe.release.dtype
-    return release.build(run.path, _checkpoint(run), run.path / "card", work / "release", dtype)
+    return release.build(run.path, _checkpoint(run), run.path / "card", work / "release", run.recipe.release.dtype)
 
 
 def _verification(run: Runner, work: Path) -> Summary:
     """The release, loaded by both loaders in fresh processes and checked against its manifest."""
-    from nanophi.model_card import verify
-
     checks = verify.check(str(run.path / "release"), report=run.report)
     verify.demand_all(run.path / "release", checks)
     write_json(work / "verification.json", checks)
@@ -459,34 +418,31 @@ def _open(
 ) -> Iterator[Pipeline]:
     """The recipe's pipeline, its run directory locked; stages outside `build` must be up to date already."""
     pipeline = Pipeline(load_recipe(recipe, overrides), runs, build, restart=restart)
-    if not is_main_process():
-        yield pipeline
-        return
     if "tokens" not in build and not pipeline.path.is_dir():
         raise UserError(f"{pipeline.path} does not exist; run `nanophi prepare` or `nanophi run` first, or name --runs")
-    with pipeline.run.lock():
+    with pipeline.run.lock() if is_main_process() else contextlib.nullcontext():
         yield pipeline
+
+
+@contextlib.contextmanager
+def _locked(pipelines: Sequence[Pipeline]) -> Iterator[None]:
+    with contextlib.ExitStack() as locks:
+        for pipeline in pipelines:
+            locks.enter_context(pipeline.run.lock())
+        yield
 
 
 def run_recipes(
-    recipes: Sequence[Recipe],
-    runs: Path,
-    report: Callable[[str], None] = print,
-    jobs: int = 1,
-    restart: bool = False,
+    recipes: Sequence[Recipe], runs: Path, report: Report = print, jobs: int = 1, restart: bool = False
 ) -> None:
-    """Every stage of every recipe; several recipes end in one comparison, with the last as the baseline.
+    """Every stage of every recipe; several are compared at the end, and trained and evaluated `jobs` at once.
 
-    `jobs` recipes are trained and evaluated at once, each in a process of its own with one GPU or its share of the
-    cores. Raises `UserError`, before anything runs, if a recipe cannot be run to its end here.
+    Raises `UserError`, before anything runs, if a recipe cannot be run to its end here.
     """
     from nanophi.eval import render
 
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        raise UserError(
-            "only `nanophi train` runs on several processes: use `nanophi prepare`, then `accelerate launch -m nanophi "
-            "train` (or torchrun), then `nanophi run`, each on the recipe"
-        )
+        raise UserError("only `nanophi train` runs on several processes; run `nanophi prepare` first, and `run` last")
     names = [recipe.name for recipe in recipes]
     if len(set(names)) < len(names):
         raise UserError(f"two recipes have the same name ({', '.join(names)}); each run needs its own directory")
@@ -497,13 +453,11 @@ def run_recipes(
     if jobs > 1:
         train_side_by_side(pipelines, jobs)
         pipelines = [Pipeline(recipe, runs, report=report) for recipe in recipes]
-    with contextlib.ExitStack() as locks:
-        for pipeline in pipelines:
-            locks.enter_context(pipeline.run.lock())
+    with _locked(pipelines):
         for pipeline in pipelines:
             pipeline.tokens()
-            for stage in ("training", "sample", "evaluation"):
-                pipeline.make(stage)
+            pipeline.make("sample")
+            pipeline.make("evaluation")
         compare_runs(pipelines)
         for pipeline in pipelines:
             pipeline.make("report")
@@ -518,22 +472,15 @@ def run_recipes(
     report(f"\nreport:  {first.path / 'report.html'}\nrelease: {first.path / 'release'}")
 
 
-def train_side_by_side(
-    pipelines: Sequence[Pipeline], jobs: int, finished: Callable[[str], None] = lambda name: None
-) -> None:
+def train_side_by_side(pipelines: Sequence[Pipeline], jobs: int, finished: Report = lambda name: None) -> None:
     """Train and evaluate several runs of one folder, `jobs` at once; what they share is made first, once.
 
-    `finished` is called with the name of each run that has been evaluated.
-
-    Raises:
-        UserError: naming the runs that failed, once the others are done (with one at a time, from the first that
-            fails). All of them can be resumed.
+    `finished` gets the name of each that has been evaluated. Raises `UserError` naming those that failed, once the
+    others are done (with one at a time, from the first that fails). All of them can be resumed.
     """
     if jobs > 1 and "RANK" in os.environ:
         raise UserError("--jobs starts processes of its own; leave out `accelerate launch` or `torchrun`")
-    with contextlib.ExitStack() as locks:
-        for pipeline in pipelines:
-            locks.enter_context(pipeline.run.lock())
+    with _locked(pipelines):
         for pipeline in pipelines:
             pipeline.tokens()
     if jobs == 1:
@@ -543,11 +490,9 @@ def train_side_by_side(
                 pipeline.make("evaluation")
             finished(pipeline.recipe.name)
         return
-    commands = {pipeline.recipe.name: _worker_command(pipeline) for pipeline in pipelines}
+    worker = [sys.executable, "-m", "nanophi", "worker", *["--restart"] * pipelines[0].restart]
+    commands = {
+        pipeline.recipe.name: [*worker, str(pipeline.path / "recipe.yaml"), "--runs", str(pipeline.path.parent)]
+        for pipeline in pipelines
+    }
     side_by_side(commands, jobs, pipelines[0].report, finished)
-
-
-def _worker_command(pipeline: Pipeline) -> list[str]:
-    restart = ["--restart"] if pipeline.restart else []
-    command = [sys.executable, "-m", "nanophi", "worker", str(pipeline.path / "recipe.yaml")]
-    return [*command, "--runs", str(pipeline.path.parent), *restart]

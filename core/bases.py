@@ -1,11 +1,5 @@
-"""The base of a chat model: a finished run, a release folder, or a release on the Hub, with its recipe and records.
+"""The base of a chat model: a finished run, a release folder, or a release on the Hub, with its recipe and records."""
 
-What a base's weights must be for a training that starts from them is in `training/continuation.py`.
-"""
-
-from __future__ import annotations
-
-import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,36 +7,26 @@ import yaml
 
 from nanophi.core.errors import UserError, user_errors
 from nanophi.core.files import read_json
-from nanophi.core.names import local, resolve
+from nanophi.core.names import CODE_FILES, MODEL_FILES, TOKENIZER_FILES, local, resolve
 from nanophi.core.run import differences
 
 INHERITED = ("data", "quality", "tokenizer", "model")
 """Sections that state how the base was made. A chat model's recipe repeats them: its card is about the whole of it."""
 RECORDS = ("documents", "quality", "tokens")
 """Of how a base was made. One that is a chat model itself has `conversations` too."""
-_TOKENIZER = re.compile(r"(tokenizer|special_tokens|added_tokens|vocab|merges|chat_template)[\w.]*")
-_MODEL = re.compile(r"(generation_)?config\.json|model\.safetensors|(configuration|modeling)_nanophi\.py")
 
 
 class Base(NamedTuple):
-    """Where the parts of a base are.
+    """Where the parts of a base are."""
 
-    `model` is a folder with config, weights and tokenizer; `records` are files by name; `documents` a run's, None where
-    they are not here; `repo_id` None for what is not on the Hub.
-    """
-
-    model: Path
+    model: Path  # a folder with config, weights and tokenizer
     recipe: dict[str, Any]
     records: dict[str, Path]
-    documents: Path | None
+    documents: Path | None  # a run's; None where they are not here
     repo_id: str | None
 
     def history(self) -> dict[str, Any]:
-        """What the card of a chat model states of how this base came to be.
-
-        `bases`: for each chat model on the way, the nearest first, what it learned from; `origin`: whose weights the
-        pretraining began with, None for random ones.
-        """
+        """What each chat model on the way learned from, the nearest first, and whose weights pretraining began with."""
         record = self.records["conversations"]
         if not record.is_file():
             return {"bases": [], "origin": self.recipe.get("base")}
@@ -53,11 +37,11 @@ class Base(NamedTuple):
 
     def tokenizer_files(self) -> list[Path]:
         """The tokenizer's files, by name."""
-        return sorted(file for file in self.model.iterdir() if _TOKENIZER.fullmatch(file.name))
+        return [path for name in TOKENIZER_FILES if (path := self.model / name).is_file()]
 
     def model_files(self) -> list[Path]:
         """Configuration, weights and code."""
-        return [file for file in self.model.iterdir() if _MODEL.fullmatch(file.name)]
+        return [path for name in (*MODEL_FILES, *CODE_FILES) if (path := self.model / name).is_file()]
 
 
 def find(name: str) -> Base:
@@ -71,7 +55,7 @@ def find(name: str) -> Base:
         raise named.error(f"is neither a run nor a release of nanophi: {recipe_file.name} is missing")
     for file in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
         if not (model / file).is_file():
-            what = "has no tokenizer" if file.startswith("tokenizer") else "is incomplete"
+            what = "has no tokenizer" if "tokenizer" in file else "is incomplete"
             raise named.error(f"{what} ({model / file} is missing)")
     with user_errors(f"base: {recipe_file} cannot be read"):
         recipe = yaml.safe_load(recipe_file.read_text(encoding="utf-8"))
@@ -84,9 +68,8 @@ def find(name: str) -> Base:
 def inherit(values: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """A chat recipe's mapping with what it leaves to its base: how that was made, its suites and its licence.
 
-    A recipe that states all of that, by `extends` or because a run wrote it, can be read where its base is not. `own`
-    is the part of the mapping that is neither a default nor of a recipe that this one extends. Raises `UserError` if it
-    contradicts the base; `data.max_dropped` is its own, for it limits what conversations lose.
+    One that states all of that can be read where its base is not. `own` is the file's part of the mapping. Raises
+    `UserError` if it contradicts the base, `data.max_dropped` apart, which limits what conversations lose.
     """
     name = values.get("base")
     if not name or not isinstance(name, str):
@@ -103,7 +86,6 @@ def inherit(values: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     licence = {key: recipe["card"].get(key) for key in ("license", "license_name", "license_link")}
     suites = {key: recipe["evaluation"][key] for key in ("suites", "data", "limit")}
     for key, theirs in (("evaluation", suites), ("card", licence)):
-        given = values.get(key, {})
-        # What is no mapping is refused by the recipe's own check.
+        given = values.get(key, {})  # what is no mapping is refused by the recipe's own check
         inherited[key] = theirs | given if isinstance(given, dict) else given
     return values | inherited

@@ -1,10 +1,10 @@
 """What this process runs on: versions, commit, processor and devices, as `record.json` keeps them."""
 
-from __future__ import annotations
-
 import contextlib
+import functools
 import importlib.metadata
 import platform
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,13 @@ def git_commit() -> str | None:
     root = Path(__file__).parent.parent
     if not (root / ".git").exists():
         return None
+    ask = functools.partial(subprocess.check_output, cwd=root, text=True, stderr=subprocess.DEVNULL)
     try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
-        changes = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"], cwd=root, capture_output=True, text=True
-        )
+        commit = ask(["git", "rev-parse", "HEAD"]).strip()
+        changes = ask(["git", "status", "--porcelain", "--untracked-files=no"]).strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-    return commit.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
+    return commit + ("+changes" if changes else "")
 
 
 def environment() -> dict[str, Any]:
@@ -42,10 +41,8 @@ def environment() -> dict[str, Any]:
             versions[name] = importlib.metadata.version(name)
     processor = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                processor = line.split(":", 1)[1].strip()
-                break
+        names = re.findall(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        processor = names[0].strip() if names else processor
     return {
         "nanophi": __version__,
         "commit": git_commit(),

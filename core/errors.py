@@ -1,9 +1,4 @@
-"""Errors that a person sees: one line each, raised where the thing is known and printed by `cli.py`.
-
-Nothing here prints or decides an exit status.
-"""
-
-from __future__ import annotations
+"""Errors that a person sees: one line each, raised where the thing is known and printed by `cli.py`."""
 
 import contextlib
 import difflib
@@ -12,34 +7,29 @@ from collections.abc import Iterable, Iterator
 
 
 class UserError(Exception):
-    """Something the user can put right. The message is one line: what is wrong, with its name, and the remedy.
-
-    Names come from the user's disk and data, so whatever could not be printed on one line is escaped.
-    """
+    """Something the user can put right. The message is one line: what is wrong, with its name, and the remedy."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(printable(message))
+        super().__init__(printable(message))  # names come from the user's disk and data
 
 
 def printable(text: str) -> str:
     r"""Text on one line that any stream can encode: line ends, control characters and lone surrogates are escaped."""
-    if text.isprintable():
-        return text
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
-    )
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
 def one_line(error: BaseException) -> str:
     """One line on why a library failed: its message, and the innermost one where it wraps another."""
-    innermost = error
-    while True:
-        inner = innermost.__cause__ or (None if innermost.__suppress_context__ else innermost.__context__)
-        if inner is None or isinstance(inner, StopIteration):
-            break
-        innermost = inner
-    outer, inner_text = _first_line(error), _first_line(innermost)
-    return printable(outer if inner_text in outer else inner_text if outer in inner_text else f"{outer}: {inner_text}")
+    innermost = [one for one in _chain(error) if not isinstance(one, StopIteration)][-1]
+    outer, inner = _first_line(error), _first_line(innermost)
+    return printable(outer if inner in outer else inner if outer in inner else f"{outer}: {inner}")
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, and what it came from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 def _first_line(error: BaseException) -> str:
@@ -47,35 +37,27 @@ def _first_line(error: BaseException) -> str:
         return ("" if error.filename is None else f"{error.filename}: ") + error.strerror
     if isinstance(error, FileNotFoundError):  # pyarrow's have the path alone
         return f"no such file or folder: {error}"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else ""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     # The message of a KeyError is the key alone.
     return f"{type(error).__name__}: {text}" if isinstance(error, LookupError) or not text else text
 
 
-DISK_FULL = (
-    *("No space left on device", "Disk quota exceeded"),
-    *("PytorchStreamWriter failed", "unexpected pos", "basic_ios::clear: iostream error"),  # torch.save's
-)
+FULL = ("No space left on device", "Disk quota exceeded")
+FULL_OF_TORCH = ("PytorchStreamWriter failed", "unexpected pos", "basic_ios::clear: iostream error")
 
 
 def is_disk_full(error: BaseException | None) -> bool:
     """Whether the system refused to write, also where safetensors, torch or shutil report it in their own words."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if any(words in str(error) for words in DISK_FULL):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+    return any(
+        (isinstance(one, OSError) and one.errno in (errno.ENOSPC, errno.EDQUOT))
+        or any(words in str(one) for words in FULL + FULL_OF_TORCH)
+        for one in _chain(error)
+    )
 
 
 @contextlib.contextmanager
 def user_errors(what: str) -> Iterator[None]:
-    """Where a stage meets the user's data: whatever a library raises there becomes `UserError("what (reason)")`.
-
-    A full disk is passed on: the command has its own message for it.
-    """
+    """Whatever a library raises where a stage meets the user's data becomes `UserError`; a full disk is passed on."""
     try:
         yield
     except UserError:

@@ -1,7 +1,5 @@
 """Files that are written whole or not at all, and hashes of contents. Nothing here knows what a file means."""
 
-from __future__ import annotations
-
 import contextlib
 import glob
 import hashlib
@@ -35,18 +33,24 @@ def sha256_of_tree(path: Path) -> str:
     return sha256_of([[file.relative_to(path).as_posix(), sha256_of_file(file)] for file in files])
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file (UTF-8) so that a reader sees the old contents or the new, never a part."""
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write a file under, which replaces `path` at the end, or leaves nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        yield partial
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file (UTF-8) so that a reader sees the old contents or the new, never a part."""
+    with whole_file(path) as partial, partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -66,8 +70,7 @@ def read_json(path: Path) -> Any:
 
 def permit(path: Path) -> None:
     """Give a file the permissions of one that was opened normally: safetensors makes files for the owner alone."""
-    mask = os.umask(0)
-    os.umask(mask)
+    os.umask(mask := os.umask(0))
     with contextlib.suppress(OSError):  # some mounts refuse every chmod, and decide permissions themselves
         path.chmod(0o666 & ~mask)
 
@@ -77,20 +80,17 @@ def replace_tree(source: Path, target: Path) -> None:
     target = target.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     new, old = (target.with_name(f".{target.name}.{os.getpid()}.{suffix}") for suffix in ("new", "old"))
-    for left in target.parent.glob(f".{glob.escape(target.name)}.*.*"):  # by a process that was killed
-        if left.name.endswith((".new", ".old")):
-            remove(left)
+    others = f".{glob.escape(target.name)}.*"
+    for left in (*target.parent.glob(f"{others}.new"), *target.parent.glob(f"{others}.old")):
+        remove(left)  # by a process that was killed
     if source.stat().st_dev != target.parent.stat().st_dev:
         copy_tree(source, new)
         remove(source)
         source = new
-    if target.is_dir():
-        # A non-empty folder cannot be renamed over; the old one leaves under a name that is not mistaken for output.
+    if target.is_dir():  # which cannot be renamed over if it is not empty
         target.rename(old)
-        source.rename(target)
-        shutil.rmtree(old)
-    else:
-        source.replace(target)
+    source.replace(target)
+    remove(old)
 
 
 @contextlib.contextmanager
@@ -131,36 +131,20 @@ def remove(path: Path) -> None:
 
 
 def check_own_folder(folder: Path, names: Sequence[str], command: str) -> None:
-    """Refuse an output folder, unless it is empty or holds only what the same command writes.
-
-    Args:
-        folder: where the command is going to write.
-        names: of the files that it writes; the first is in every such folder.
-        command: as the user typed it.
-
-    Raises:
-        UserError: naming what is in the way.
-    """
-    if not folder.exists():
-        return
-    if not folder.is_dir():
+    """Refuse an output folder that holds anything but `names`, what the command writes, the first in any case."""
+    if folder.is_file():
         raise UserError(f"{folder} is a file; `nanophi {command}` writes a folder: choose another name")
-    held = sorted(path.name for path in folder.iterdir())
-    other = [name for name in held if name not in names] if names[0] in held else held
-    if other:
-        raise UserError(
-            f"{folder} holds {other[0]}, which `nanophi {command}` did not write: choose another folder, or empty it"
-        )
+    held = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if other := held - {*names} if names[0] in held else held:
+        raise UserError(f"{folder} holds {min(other)}, which `nanophi {command}` did not write: choose another folder")
 
 
 def check_own_file(path: Path, is_own: Callable[[], bool], command: str) -> None:
-    """Refuse an output file that is a folder, or that `is_own` says (or fails to say) is not the same command's."""
+    """Refuse an output file that is a folder, or that the command did not write, by what `is_own` finds in it."""
     if path.is_dir():
         raise UserError(f"{path} is a folder; `nanophi {command}` writes a file: choose another name")
-    if not path.exists():
-        return
-    own = False
-    with contextlib.suppress(Exception):  # whatever a library says of a file that it cannot read
-        own = is_own()
+    own = not path.exists()
+    with contextlib.suppress(Exception):  # whatever a library raises for a file that it cannot read
+        own = own or is_own()
     if not own:
         raise UserError(f"{path} was not written by `nanophi {command}`: choose another name, or remove it")

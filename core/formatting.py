@@ -1,19 +1,16 @@
 """How numbers are written, on screen, in the card and on the report page. A metric and its unit: eval/catalogue.py."""
 
-from __future__ import annotations
-
 
 def duration(seconds: float) -> str:
     """`41 s`, `4 min 10 s`, `3 h 05 min`, `2 d 4 h`: two units at most, the second rounded."""
     seconds = max(0, round(seconds))
+    minutes, hours = round(seconds / 60), round(seconds / 3600)
     if seconds < 60:
         return f"{seconds} s"
     if seconds < 3600:
         return f"{seconds // 60} min {seconds % 60:02d} s"
-    minutes = round(seconds / 60)
     if minutes < 24 * 60:
         return f"{minutes // 60} h {minutes % 60:02d} min"
-    hours = round(seconds / 3600)
     return f"{hours // 24} d {hours % 24} h"
 
 

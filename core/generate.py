@@ -1,7 +1,5 @@
 """The verb `generate`: text that a model writes after a prompt, or its answer to a message."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any
 
 import typer
@@ -26,10 +24,8 @@ def generate(
 
     With a chat model: nanophi generate --chat runs/demo-chat/release "What does os.path.join do?"
     """
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:  # the shell passes on any bytes
-        raise UserError("the prompt is not valid UTF-8") from None
+    if any("\ud800" <= character <= "\udfff" for character in prompt):  # the shell passes on any bytes
+        raise UserError("the prompt is not valid UTF-8")
     named = resolve(model)  # a mistyped name, before anything slow is imported
     source = str(named.model()) if named.folder else named.repo_id
     import torch

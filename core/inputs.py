@@ -1,7 +1,4 @@
-"""What a stage depends on: the hash of a local path's contents, or the commit that a Hub revision stands for.
-
-Which of the two a name refers to is decided in `names.py`.
-"""
+"""What a stage depends on: the hash of a local path's contents, or the commit that a Hub revision stands for."""
 
 from __future__ import annotations
 
@@ -22,42 +19,27 @@ from nanophi.core.run import RunDirectory
 if TYPE_CHECKING:
     from huggingface_hub import RepoFile
 
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
 
 Kind = Literal["model", "dataset"]
 
 
 class Contents:
-    """SHA-256 of files' contents. A file whose size and times are those of last time is not read again.
-
-    Args:
-        memory: JSON file that remembers the hashes; None: this object alone does.
-    """
+    """SHA-256 of files' contents, remembered in a JSON file, if any, by the files' sizes and times."""
 
     def __init__(self, memory: Path | None = None) -> None:
         self.memory = memory
         self._known: dict[str, list[Any]] = {}
-        self._changed = False
         if memory is not None and memory.exists():
-            with contextlib.suppress(UserError, TypeError, ValueError):  # a damaged memory is only a slow one
-                known = {str(key): [*entry] for key, entry in dict(read_json(memory)).items()}
-                self._known = {key: entry for key, entry in known.items() if len(entry) == 5}
+            with contextlib.suppress(UserError):  # a damaged memory is only a slow one
+                self._known = read_json(memory)
 
     def files(self, paths: Iterable[Path]) -> list[list[str]]:
         """`[path, hash]` of each file, in the order given."""
         return [[shown(path), self._file(path)] for path in paths]
 
     def of(self, name: str | Path, ignore: Sequence[str] = ()) -> str:
-        """Hash of a file, or of the names and contents of a folder's files (hidden ones apart).
-
-        Args:
-            name: the file or folder.
-            ignore: endings of names that play no part.
-
-        Raises:
-            UserError: if there is no such file or folder.
-        """
+        """Hash of a file, or of the names and contents of a folder's files without hidden ones and what to ignore."""
         path = local(name)
         if not path.exists():
             raise UserError(f"{shown(name)}: no such file or folder")
@@ -68,66 +50,50 @@ class Contents:
 
     def save(self) -> None:
         """Write the memory."""
-        if self.memory is not None and self._changed:
+        if self.memory is not None and self._known:
             write_json(self.memory, self._known)
-            self._changed = False
 
     def _file(self, path: Path) -> str:
-        state = path.stat()
+        state, key = path.stat(), shown(path.absolute())
         times = [state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino]
-        key = shown(path.absolute())
-        known = self._known.get(key)
-        if known is not None and known[:-1] == times:
-            return str(known[-1])
-        digest = sha256_of_file(path)
-        # A file that was changed a moment ago may change again without a visible change of its times.
-        if time.time() - max(state.st_mtime, state.st_ctime) > 2:
-            self._known[key], self._changed = [*times, digest], True
-        return digest
+        *known, digest = self._known.get(key, [""])
+        if known != times:
+            digest = sha256_of_file(path)
+            # A file that was changed a moment ago may change again without a visible change of its times.
+            if time.time() - max(state.st_mtime, state.st_ctime) > 2:
+                self._known[key] = [*times, digest]
+        return str(digest)
 
 
 @functools.cache  # so that the runs of one command see the same commit
 def resolve_commit(repo_id: str, revision: str | None, kind: Kind) -> str:
-    """The commit that a revision (None: `main`) of a repository on the Hub stands for.
-
-    Without a network it is the one that was last seen on this machine.
-
-    Raises:
-        UserError: if the repository or revision does not exist, or cannot be asked for and was never downloaded.
-    """
+    """The commit that a revision (None: `main`) on the Hub stands for; without a network, the one last seen here."""
     wanted = revision or "main"
-    if _COMMIT.fullmatch(wanted):
+    if re.fullmatch(r"[0-9a-f]{40}", wanted):
         return wanted
-    import huggingface_hub
+    from huggingface_hub import HfApi
     from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     # The Hub's own cache of what a revision is; a download of a commit does not write it.
     reference = Path(HF_HUB_CACHE) / f"{kind}s--{repo_id.replace('/', '--')}" / "refs" / wanted
     try:
-        commit = str(huggingface_hub.HfApi().repo_info(repo_id, repo_type=kind, revision=revision).sha)
+        commit = str(HfApi().repo_info(repo_id, repo_type=kind, revision=revision).sha)
         with contextlib.suppress(OSError):  # a cache that is read-only
             write_text(reference, commit)
         return commit
     except RepositoryNotFoundError:
-        raise UserError(
-            f"{kind} {repo_id} does not exist on the Hub, or is private: check the name, or log in by `hf auth login`"
-        ) from None
+        raise UserError(f"{kind} {repo_id} does not exist on the Hub, or is private: try `hf auth login`") from None
     except RevisionNotFoundError:
         raise UserError(f"{kind} {repo_id} has no revision '{wanted}' on the Hub") from None
     except Exception as error:  # httpx's, huggingface_hub's and the system's errors of a network that is not there
         if reference.is_file():
             return reference.read_text(encoding="utf-8").strip()
-        raise UserError(
-            f"{kind} {repo_id} cannot be looked up on the Hub ({one_line(error)}) and was never seen here"
-        ) from None
+        raise UserError(f"{kind} {repo_id} cannot be looked up on the Hub ({one_line(error)})") from None
 
 
 def same_on_hub(path: Path, there: RepoFile) -> bool:
-    """Whether a file is the one on the Hub, which knows LFS files by SHA-256 and others by git's SHA-1 of a blob.
-
-    Nothing is downloaded.
-    """
+    """Whether a file is the one on the Hub, which knows LFS files by SHA-256 and others by git's SHA-1 of a blob."""
     if there.size != path.stat().st_size:
         return False
     if there.lfs is not None:
@@ -137,17 +103,13 @@ def same_on_hub(path: Path, there: RepoFile) -> bool:
 
 
 class Inputs:
-    """Identity of what a run's recipe names: hashes of what local paths hold, commits of repositories on the Hub.
+    """What a run's recipe names: hashes of local paths' contents, commits of repositories on the Hub.
 
-    Args:
-        run: its directory remembers the hashes, its record the commits: a revision is looked up once, so that a run
-            stays what it is.
-        write: whether this process is the one that writes to the directory.
+    Its directory remembers the hashes, its record the commits: a revision is looked up once in the life of a run.
     """
 
     def __init__(self, run: RunDirectory, write: bool = True) -> None:
-        self.run = run
-        self.write = write
+        self.run, self.write = run, write
         self.contents = Contents(run.path / ".inputs.json")
 
     def commit_of(self, repo_id: str, revision: str | None, kind: Kind) -> str:
@@ -161,23 +123,9 @@ class Inputs:
         return str(known[name])
 
     def model(self, name: str, ignore: Sequence[str] = (), revision: str | None = None) -> dict[str, str]:
-        """What a model or tokenizer is: `{path, sha256}` of a local folder, which comes first, or `{hub, commit}`.
-
-        Args:
-            name: local path or Hub id.
-            ignore: endings of a folder's files that play no part.
-            revision: of a repository on the Hub; None: `main`.
-
-        Raises:
-            UserError: if it is neither.
-        """
+        """What a model or tokenizer is: `{path, sha256}` of a local folder, which comes first, or `{hub, commit}`."""
         if local(name).exists():
             return {"path": name, "sha256": self.contents.of(name, ignore)}
         if not is_hub_id(name):
             raise UserError(f"{name}: no such file or folder, and not a Hub id like ORG/NAME")
         return {"hub": name, "commit": self.commit_of(name, revision, "model")}
-
-    def save(self) -> None:
-        """Remember the hashes."""
-        if self.write:
-            self.contents.save()

@@ -1,18 +1,16 @@
 """Runs several commands side by side, each on its own share of the cores or on its own GPU.
 
 On a processor several trainings with one thread each are faster than one after the other with all threads: a small
-model's matrix products are too small to divide well. What the commands do is not known here.
+model's matrix products are too small to divide well.
 """
-
-from __future__ import annotations
 
 import contextlib
 import os
 import signal
-import subprocess
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from queue import SimpleQueue
+from subprocess import PIPE, STDOUT, Popen
 
 from nanophi.core.errors import UserError
 
@@ -25,23 +23,17 @@ def side_by_side(
     report: Callable[[str], None] = print,
     finished: Callable[[str], None] = lambda name: None,
 ) -> None:
-    """Run every command, at most `jobs` at once.
+    """Run every command, at most `jobs` at once, each on its own GPU or its share of the cores (`devices`).
 
-    Each gets its own GPU (`CUDA_VISIBLE_DEVICES`) where there are some, else its share of the cores
-    (`OMP_NUM_THREADS`). A command's standard input is a pipe that nothing is written to: it ends when this process
-    stops or dies, and the command should then stop too (`stop_with_parent`).
-
-    What a command prints is reported line by line, beginning with its name; `finished` is called with the name of each
-    that ended with status 0.
-
-    Raises:
-        UserError: if some commands failed, naming them, after the others have ended.
+    A command's standard input is a pipe that ends when this process stops or dies: the command should then stop too
+    (`stop_with_parent`). Its lines are reported with its name in front; `finished` gets the name of each that ended
+    well. Raises `UserError` naming those that failed, after the others have ended.
     """
     free = devices(jobs)
     if len(free) < jobs:
         report(f"--jobs {jobs}: {len(free)} at once, one for each GPU or core here")
     waiting, failed = list(commands), []
-    running: dict[str, tuple[subprocess.Popen[bytes], dict[str, str]]] = {}
+    running: dict[str, tuple[Popen[bytes], dict[str, str]]] = {}
     lines: SimpleQueue[tuple[str, bytes | None]] = SimpleQueue()
 
     def next_to_end() -> str:
@@ -57,14 +49,10 @@ def side_by_side(
         while waiting or running:
             while waiting and free:
                 name, device = waiting.pop(0), free.pop(0)
-                process = subprocess.Popen(
-                    commands[name],
-                    env={**os.environ, **device, **_QUIET},
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    # A signal from the terminal reaches this process alone, which then stops the others in order.
-                    start_new_session=True,
+                # A signal from the terminal reaches this process alone, which then stops the others in order.
+                environment = {**os.environ, **device, **_QUIET}
+                process = Popen(
+                    commands[name], env=environment, stdin=PIPE, stdout=PIPE, stderr=STDOUT, start_new_session=True
                 )
                 running[name] = process, device
                 threading.Thread(target=_read, args=(name, process, lines), daemon=True).start()
@@ -86,7 +74,7 @@ def side_by_side(
         raise UserError(f"{', '.join(failed)} failed, see above; run the same command to resume")
 
 
-def _read(name: str, process: subprocess.Popen[bytes], lines: SimpleQueue[tuple[str, bytes | None]]) -> None:
+def _read(name: str, process: Popen[bytes], lines: SimpleQueue[tuple[str, bytes | None]]) -> None:
     for line in process.stdout or ():
         lines.put((name, line))
     lines.put((name, None))

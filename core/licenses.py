@@ -1,10 +1,8 @@
 """What a recipe's card section may say, so that nothing in it stops the card or the push after the training."""
 
-from __future__ import annotations
-
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from nanophi.core.names import is_hub_id
@@ -25,52 +23,37 @@ HUB_LICENSES = frozenset(
 """https://huggingface.co/docs/hub/repositories-licenses"""
 
 
-def license_problem(license_id: object, name: object = None, link: object = None) -> str | None:
-    """What is wrong with a card's `license`, `license_name` and `license_link`, in one line.
+def unlisted(license_id: object) -> str:
+    """What is wrong with an identifier that is not in the Hub's list; empty for one that is."""
+    if license_id in HUB_LICENSES:
+        return ""
+    near = str(license_id).lower().replace(" ", "-")
+    hint = f"did you mean '{near}'?" if near in HUB_LICENSES else "use 'other' with license_name and license_link"
+    return f"license {license_id!r} is not an identifier of the Hub; {hint}"
 
-    A licence that is not in the Hub's list is `other`, with a name and with a link to its text.
-    """
+
+def license_problem(license_id: object, name: object = None, link: object = None) -> str | None:
+    """What is wrong with a card's `license`, `license_name` and `license_link`, which `other` needs, in one line."""
     given = {"license_name": name, "license_link": link}
-    if license_id not in HUB_LICENSES:
-        return f"license {license_id!r} is not an identifier of the Hub; {_hint(license_id)}"
     if license_id == "other" and (missing := [key for key, value in given.items() if not value]):
         return f"license 'other' needs {' and '.join(missing)}"
-    if license_id != "other" and (extra := [key for key, value in given.items() if value]):
+    if license_id in HUB_LICENSES - {"other"} and (extra := [key for key, value in given.items() if value]):
         return f"{' and '.join(extra)} may only be given with license 'other', not {license_id!r}"
-    return None
+    return unlisted(license_id) or None
 
 
-def _hint(license_id: object) -> str:
-    near = str(license_id).lower().replace(" ", "-")
-    return f"did you mean '{near}'?" if near in HUB_LICENSES else "use 'other' with license_name and license_link"
-
-
-def stated_license(license_id: str) -> str:
-    """A source's licence, as it is. Raises ValueError for one that the Hub does not list, or that states nothing."""
-    if license_id == "unknown" or license_id not in HUB_LICENSES:
-        hint = "use 'other', or leave it out" if license_id == "unknown" else _hint(license_id)
-        raise ValueError(f"license {license_id!r} is not an identifier of the Hub that states a licence; {hint}")
-    return license_id
-
-
-def card_problems(card: Mapping[str, Any]) -> list[str]:
-    """What is wrong with a card section, one line each, beginning with the key."""
-    wrong = []
+def card_problems(card: Mapping[str, Any]) -> Iterator[tuple[object, str]]:
+    """What must not be true of a card section, and what is wrong then, beginning with the key."""
     for key in ("title", "developers", "license_name", "license_link", "prompt", "notes"):
-        text = card[key]
-        if text is None:
-            continue
-        if key != "notes" and not text.strip():
-            wrong.append(f"{key} must not be empty")
-        if key not in ("notes", "prompt") and len(text.splitlines()) > 1:
-            wrong.append(f"{key} must be one line")
-        if any(unicodedata.category(character) in ("Cc", "Cs") for character in text if character not in "\n\t\r"):
-            wrong.append(f"{key} must not have control characters")
-    if card["license_link"] and not re.fullmatch(r"https?://[^\s<>\"]+", card["license_link"]):
-        wrong.append("license_link must be a URL (https://...)")
-    if card["repo_id"] is not None and not is_hub_id(card["repo_id"]):
-        wrong.append(f"repo_id must be ORG/NAME, as on the Hub, got {card['repo_id']!r}")
-    if ".." in card["version"] or card["version"].endswith((".", ".lock")):
-        wrong.append("version must be the name of a git tag: no '..', and no '.' or '.lock' at its end")
-    licence = license_problem(card["license"], card["license_name"], card["license_link"])
-    return wrong + ([licence] if licence else [])
+        text = card[key] or ""
+        yield key != "notes" and card[key] is not None and not text.strip(), f"{key} must not be empty"
+        yield key not in ("notes", "prompt") and len(text.splitlines()) > 1, f"{key} must be one line"
+        odd = any(unicodedata.category(one) in ("Cc", "Cs") for one in text if one not in "\n\t\r")
+        yield odd, f"{key} must not have control characters"
+    link, repo_id, version = card["license_link"], card["repo_id"], card["version"]
+    yield link and not re.fullmatch(r"https?://[^\s<>\"]+", link), "license_link must be a URL (https://...)"
+    yield repo_id is not None and not is_hub_id(repo_id), f"repo_id must be ORG/NAME, as on the Hub, got {repo_id!r}"
+    wrong_tag = ".." in version or version.endswith((".", ".lock"))
+    yield wrong_tag, "version must be the name of a git tag: no '..', and no '.' or '.lock' at its end"
+    problem = license_problem(card["license"], card["license_name"], link)
+    yield problem, str(problem)

@@ -1,16 +1,11 @@
 """What a name on the command line or in a recipe refers to: a folder, a run, a release, or a repository on the Hub.
 
-The one place that tells them apart. It looks at the name and the file system only; the Hub is asked by `Named.fetch`
-alone. What a name's contents *are* (hashes, commits) is decided in `inputs.py`.
+The one place that tells them apart, by name and file system only; the Hub is asked by `Named.fetch` alone.
 """
 
-from __future__ import annotations
-
-import contextlib
 import dataclasses
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 from nanophi.core.errors import UserError, printable, user_errors
@@ -19,18 +14,13 @@ from nanophi.core.files import read_json
 CODE_FILES = ("configuration_nanophi.py", "modeling_nanophi.py")
 MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors")
 TOKENIZER_FILES = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "merges.txt",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
+    *("added_tokens.json", "chat_template.jinja", "merges.txt", "special_tokens_map.json"),
+    *("tokenizer.json", "tokenizer_config.json", "vocab.json"),
 )
 """The files of a model in a folder; of those of a tokenizer, the ones that it has."""
 
-_HUB_NAME = r"\w(?:[\w.-]{0,94}\w)?"
-_HUB_ID = re.compile(f"{_HUB_NAME}/{_HUB_NAME}", re.ASCII)
+_HUB_ID = re.compile(r"\w([\w.-]{0,94}\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)
+_STEP = re.compile(r"step-(\d{6}|[1-9]\d{6,})")
 
 
 def is_hub_id(name: str) -> bool:
@@ -61,34 +51,25 @@ def step_name(step: int) -> str:
 
 def step_of(name: str | Path) -> int:
     """The step in a folder's name or path. Raises ValueError for a name that is not a step's."""
-    text = Path(name).name
-    step = int(text.removeprefix("step-"))
-    if text != step_name(step):
-        raise ValueError(f"{text} is not the name of a step")
-    return step
+    if found := _STEP.fullmatch(Path(name).name):
+        return int(found[1])
+    raise ValueError(f"{name} is not the name of a step")
 
 
 def step_folders(folder: Path) -> list[Path]:
     """The step folders in `checkpoints/` or `training_state/`, by step; anything else there is passed over."""
-    found = []
-    for path in folder.glob("step-*"):
-        with contextlib.suppress(ValueError):
-            found.append((step_of(path), path))
-    return [path for _, path in sorted(found)]
+    return sorted((path for path in folder.glob("step-*") if _STEP.fullmatch(path.name)), key=step_of)
 
 
 @dataclasses.dataclass(frozen=True)
 class Named:
-    """What a name refers to: `folder`, or `repo_id` at `revision` (None: `main`) where there is no such folder.
-
-    `key` is the recipe's key that has the name, for messages.
-    """
+    """What a name refers to: `folder`, or `repo_id` at `revision` (None: `main`) where there is no such folder."""
 
     name: str
-    folder: Path | None
-    repo_id: str | None
-    revision: str | None
-    key: str | None = None
+    folder: Path | None = None
+    repo_id: str | None = None
+    revision: str | None = None
+    key: str = ""  # the recipe's key that has the name, with a colon, for messages
 
     @property
     def is_run(self) -> bool:
@@ -97,7 +78,7 @@ class Named:
 
     def error(self, problem: str) -> UserError:
         """`UserError`: the key, the name and what is wrong with it."""
-        return UserError(f"{self.key + ': ' if self.key else ''}{self.name} {problem}")
+        return UserError(f"{self.key}{self.name} {problem}")
 
     def fetch(self, patterns: list[str] | None = None) -> Path:
         """The folder; a repository is downloaded, or the part of it that `patterns` match."""
@@ -105,65 +86,51 @@ class Named:
             return self.folder
         from huggingface_hub import snapshot_download
 
-        place = f"{self.key + ': ' if self.key else ''}there is no folder {self.name} here"
-        with user_errors(f"{place}, and it cannot be downloaded from the Hub"):
+        with user_errors(f"{self.key}there is no folder {self.name} here, and it cannot be downloaded from the Hub"):
             return Path(snapshot_download(str(self.repo_id), revision=self.revision, allow_patterns=patterns))
 
     def model(self, patterns: list[str] | None = None) -> Path:
-        """The folder with configuration and weights: a run's final checkpoint, else what `fetch` gives.
-
-        Raises:
-            UserError: for a run that is not finished, or a folder without config.json.
-        """
+        """The folder with configuration and weights: a run's final checkpoint, else what `fetch` gives."""
         folder = self.fetch(patterns)
         if self.is_run:
             return final_checkpoint(folder, self)
         if not (folder / "config.json").is_file():
-            inside = folder / "release"
-            hint = f"; did you mean {inside}?" if (inside / "config.json").is_file() else ""
-            raise self.error(f"is not a model (no config.json){hint}")
+            raise self.error("is not a model (no config.json)")
         return folder
 
 
 def resolve(name: str | Path, key: str | None = None) -> Named:
-    """What a name refers to; a folder comes before a repository of the same name.
-
-    Raises:
-        UserError: if it is neither, or names a run that is missing in a folder of runs.
-    """
-    folder = local(name)
+    """What a name refers to; a folder comes before a repository. Raises `UserError` if it is neither."""
+    folder, (repo_id, _, revision) = local(name), str(name).partition("@")
+    prefix = f"{key}: " if key else ""
     if folder.is_dir():
-        return Named(str(name), folder, None, None, key)
-    repo_id, _, revision = str(name).partition("@")
-    missing = f"{key + ': ' if key else ''}folder {name} does not exist"
+        return Named(str(name), folder, key=prefix)
+    missing = f"{prefix}folder {name} does not exist"
     if not is_hub_id(repo_id):
         raise UserError(f"{missing}, and it is not a Hub id like ORG/NAME")
     # A mistyped run looks like a Hub id, and without a network the Hub is asked for most of a minute.
     if runs := sorted(path.parent.name for path in Path(repo_id).parent.glob("*/recipe.yaml")):
         raise UserError(f"{missing}; {Path(repo_id).parent} holds {', '.join(runs)}")
-    return Named(str(name), None, repo_id, revision or None, key)
+    return Named(str(name), None, repo_id, revision or None, prefix)
 
 
 def final_checkpoint(run: Path, named: Named | None = None) -> Path:
     """The last weights of a run directory. Raises `UserError` if its training is not finished."""
     checkpoints = step_folders(run / "checkpoints")
     if "training" not in read_json(run / "record.json")["stages"] or not checkpoints:
-        named = named or Named(run.name, run, None, None)
-        raise named.error("is a run that has not finished; run `nanophi run` on its recipe first")
+        raise (named or Named(run.name)).error("is a run that has not finished; run `nanophi run` on its recipe first")
     return checkpoints[-1]
 
 
-def walk(folder: Path) -> list[Path]:
+def walk(folder: Path, above: frozenset[Path] = frozenset()) -> list[Path]:
     """Everything below a folder that is neither a folder nor hidden, sorted; linked folders count, but only once."""
-
-    def below(inner: Path, above: frozenset[Path]) -> Iterator[Path]:
-        above |= {inner.resolve()}
-        for path in inner.iterdir():
-            if path.name.startswith("."):
-                continue
-            if not path.is_dir():
-                yield path
-            elif path.resolve() not in above:
-                yield from below(path, above)
-
-    return sorted(below(folder, frozenset()))
+    above |= {folder.resolve()}
+    found = []
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
+        if not path.is_dir():
+            found.append(path)
+        elif path.resolve() not in above:
+            found += walk(path, above)
+    return sorted(found)

@@ -3,8 +3,6 @@
 A verb is a function where its work is done, and its own options are declared there, on its parameters.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

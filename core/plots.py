@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from nanophi.core.files import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -14,23 +15,16 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREEN, PURPLE, GREY, DARK = "#2f6db3", "#d9772b", "#3f8f5f", "#7d5ba6", "#b8bec6", "#30363d"
 SERIES = (BLUE, ORANGE, GREEN, PURPLE)
 STYLE: Any = {
-    "axes.axisbelow": True,
+    **dict.fromkeys(("axes.axisbelow", "axes.grid", "figure.constrained_layout.use"), True),
+    **dict.fromkeys(("axes.spines.right", "axes.spines.top", "legend.frameon"), False),
+    **dict.fromkeys(("axes.labelcolor", "text.color", "xtick.color", "ytick.color"), DARK),
     "axes.edgecolor": GREY,
-    "axes.grid": True,
-    "axes.labelcolor": DARK,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
     "axes.titlepad": 10,
-    "figure.constrained_layout.use": True,
     "font.family": "DejaVu Sans",
     "font.size": 10.5,
     "grid.color": "#e6e9ed",
-    "legend.frameon": False,
     "savefig.dpi": 150,
     "svg.hashsalt": "nanophi",
-    "text.color": DARK,
-    "xtick.color": DARK,
-    "ytick.color": DARK,
 }
 
 
@@ -42,14 +36,10 @@ def picture(path: Path, width: float, height: float) -> Iterator[Figure]:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with plt.rc_context({**plt.rcParamsDefault, **STYLE}):
+    with plt.rc_context({**plt.rcParamsDefault, **STYLE}), whole_file(path) as partial:
         figure = plt.figure(figsize=(width, height))
         try:
             yield figure
             figure.savefig(partial, format="png", metadata={"Software": None})
-            partial.replace(path)
         finally:
             plt.close(figure)
-            partial.unlink(missing_ok=True)

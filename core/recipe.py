@@ -1,20 +1,21 @@
 """Recipes: one YAML file describes a whole run, and every key is checked.
 
-A recipe may start from another one with `extends: other.yaml` (in the same folder, or built in): its own keys replace
-the other's, mapping by mapping. An unknown key, a wrong type or an impossible combination raises `UserError` naming it.
+An unknown key, a wrong type or an impossible combination raises `UserError` naming it. How files are found, and how one
+`extends` another, is in `recipe_file.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import pydantic
+from pydantic import Field
 
 from nanophi.core.bases import inherit
 from nanophi.core.errors import UserError, suggest
-from nanophi.core.licenses import card_problems, stated_license
+from nanophi.core.licenses import card_problems, unlisted
 from nanophi.core.recipe_file import find_recipe, override, own, read
 from nanophi.core.registry import OPTIMIZERS, SCORERS, choose, find
 
@@ -22,8 +23,15 @@ if TYPE_CHECKING:
     from nanophi.configuration_nanophi import NanoPhiConfig
 
 
-class UnknownKeyError(ValueError):
-    """A key that a section does not have, and a hint; what the section is called is known above it."""
+Rules = Iterator[tuple[object, str]]
+"""What must not be true, and what is wrong then."""
+
+
+def check_keys(keys: Iterable[Any], known: Iterable[str]) -> None:
+    """Raise ValueError for the first key that is not known, with the nearest that is."""
+    for key in keys:
+        if key not in known:
+            raise ValueError(f"unknown key '{key}'; {suggest(str(key), known)}")
 
 
 class Section(pydantic.BaseModel):
@@ -34,257 +42,193 @@ class Section(pydantic.BaseModel):
     @pydantic.model_validator(mode="before")
     @classmethod
     def known_keys(cls, values: Any) -> Any:
-        for key in values if isinstance(values, dict) else ():
-            if key not in cls.model_fields:
-                raise UnknownKeyError(str(key), suggest(str(key), cls.model_fields))
+        check_keys(values if isinstance(values, dict) else (), cls.model_fields)
         return values
+
+    @pydantic.model_validator(mode="after")
+    def obeys(self) -> Self:
+        for broken, words in self.rules():
+            if broken:
+                raise ValueError(words)
+        return self
+
+    def rules(self) -> Rules:
+        """What a type does not say of the section's values."""
+        yield from ()
+
+    def given(self, *keys: str) -> str | None:
+        """The first of the keys whose value is not its default."""
+        return next((key for key in keys if getattr(self, key) != type(self).model_fields[key].default), None)
 
 
 class Source(Section):
     """Where documents come from: exactly one of `embedded` (the installed documentation), `hub` or `files`."""
 
-    embedded: Literal["documentation", "questions"] | None = None
-    """`questions`, which the documentation answers, are conversations."""
-    hub: str | None = None
-    """Dataset id on the Hub, or a local folder in Hub-dataset layout or written by `save_to_disk`."""
-    files: str | None = None
-    """A file, a folder (all files below it) or a glob: .parquet, .arrow, .jsonl, .json, .csv, .tsv, .txt or .md, the
-    last six also compressed as .gz, .bz2, .xz or .zst."""
-    name: str | None = None
-    """Name in reports; defaults to the id, path or glob."""
+    embedded: Literal["documentation", "questions"] | None = None  # `questions`: conversations
+    hub: str | None = None  # dataset on the Hub, or a folder in Hub-dataset layout or by `save_to_disk`
+    files: str | None = None  # a file, a folder (all files below it) or a glob, of the formats in `data/formats.py`
+    name: str | None = None  # name in reports; defaults to the id, path or glob
     config: str | None = None
     split: str = "train"
     revision: str | None = None
     streaming: bool = False
-    text_column: str = "text"
-    """Column, or a path in it: `meta.text`, `messages[].content` (the texts of a list, joined by an empty line)."""
-    separator: str | None = None
-    """Splits text files into documents, for example `<|endoftext|>`; null or "": a file is one document."""
-    source_column: str | None = None
-    """Column that says a document's own source, if the dataset mixes several."""
-    weight: float = pydantic.Field(default=1.0, gt=0)
-    """Repeat factor: how often, on average, each kept document enters the token stream."""
-    max_documents: int | None = pydantic.Field(default=None, gt=0)
-    license: Annotated[str, pydantic.AfterValidator(stated_license)] | None = None
-    """The licence of its text, an identifier of the Hub; None: not stated, and the text is not published."""
-    heldout: bool = False
-    """Its documents are never trained on: they are the held-out text, in place of `data.heldout_fraction`."""
+    text_column: str = "text"  # or a path: `meta.text`, `messages[].content` (texts joined by an empty line)
+    separator: str | None = None  # splits text files into documents, such as <|endoftext|>; null: a file is one
+    source_column: str | None = None  # column that says a document's own source, if the dataset mixes several
+    weight: float = Field(default=1.0, gt=0)  # how often, on average, a kept document enters the stream
+    max_documents: int | None = Field(default=None, gt=0)
+    license: str | None = None  # of its text, as the Hub names it; None: not stated, the text is not published
+    heldout: bool = False  # never trained on: the held-out text, in place of `data.heldout_fraction`
 
-    @pydantic.model_validator(mode="after")
-    def one_origin(self) -> Source:
-        if sum(bool(origin) for origin in (self.embedded, self.hub, self.files)) != 1:
-            raise ValueError("a source names exactly one of 'embedded', 'hub' or 'files'")
-        for key in () if self.hub else ("config", "split", "revision", "streaming"):
-            if getattr(self, key) != Source.model_fields[key].default:
-                raise ValueError(f"'{key}' is for 'hub'")
-        return self
+    def rules(self) -> Rules:
+        origins = [origin for origin in (self.embedded, self.hub, self.files) if origin]
+        yield len(origins) != 1, "a source names exactly one of 'embedded', 'hub' or 'files'"
+        of_hub = self.given("config", "split", "revision", "streaming")
+        yield of_hub and not self.hub, f"'{of_hub}' is for 'hub'"
+        if self.license is not None:
+            yield self.license == "unknown", "license 'unknown' states no licence; leave it out"
+            yield (problem := unlisted(self.license)), problem
 
 
 class Deduplication(Section):
     """Removal of repeated documents before anything else looks at them."""
 
     exact: bool = True
-    near: bool = True
-    """MinHash over word 5-grams."""
-    similarity: float = pydantic.Field(default=0.5, gt=0, lt=1)
-    """Jaccard similarity from which the later of two documents is dropped; 5 % of words changed leave about 0.63."""
+    near: bool = True  # MinHash over word 5-grams
+    similarity: float = Field(default=0.5, gt=0, lt=1)  # Jaccard; with 5 % of the words changed it is about 0.63
 
 
 class Decontamination(Section):
     """Removal of documents that share a long n-gram with evaluation items."""
 
-    ngram: int = pydantic.Field(default=13, ge=5)
-    benchmarks: str | None = None
-    """Folder with the benchmarks in Hub-dataset layout; None: not checked."""
+    ngram: int = Field(default=13, ge=5)
+    benchmarks: str | None = None  # folder with the benchmarks in Hub-dataset layout; None: not checked
 
 
 class Data(Section):
     """Documents: sources, held-out share, deduplication, decontamination."""
 
-    sources: list[Source] = pydantic.Field(min_length=1)
-    heldout_fraction: float = pydantic.Field(default=0.02, gt=0, lt=0.5)
-    heldout_max_documents: int = pydantic.Field(default=2000, gt=0)
-    max_tokens: int | None = pydantic.Field(default=None, gt=0)
-    """Maximum number of training tokens, in documents drawn by the seed from those that the filter keeps."""
-    max_dropped: float = pydantic.Field(default=0.2, ge=0, le=1)
-    """Stop if a larger share of a source's documents cannot be used (no text, not UTF-8, too large); empty documents
-    and repeats do not count."""
-    max_lost: float = pydantic.Field(default=0.01, ge=0, le=1)
-    """Stop if the tokenizer has no token for a larger share of a source's bytes, by a sample."""
+    sources: list[Source] = Field(min_length=1)
+    heldout_fraction: float = Field(default=0.02, gt=0, lt=0.5)
+    heldout_max_documents: int = Field(default=2000, gt=0)
+    max_tokens: int | None = Field(default=None, gt=0)  # of training, in documents drawn from those kept
+    max_dropped: float = Field(
+        default=0.2, ge=0, le=1
+    )  # stop if more of a source has no text, is not UTF-8, or too large
+    max_lost: float = Field(default=0.01, ge=0, le=1)  # stop if a larger share of a source's bytes has no token
     deduplication: Deduplication = Deduplication()
     decontamination: Decontamination = Decontamination()
-    engine: Literal["local", "ray", "slurm"] = "local"
-    """What processes the parts of the corpus: processes on this machine, a Ray cluster, or a Slurm job array."""
-    workers: int | None = pydantic.Field(default=None, gt=0)
-    """Processes; None: one per core (of the Ray cluster), 16 under Slurm."""
+    engine: Literal["local", "ray", "slurm"] = "local"  # processes on this machine, a Ray cluster, or a Slurm job array
+    workers: int | None = Field(default=None, gt=0)  # none: one per core (of the Ray cluster), 16 under Slurm
 
-    @pydantic.model_validator(mode="after")
-    def something_to_train_on(self) -> Data:
-        if any(source.embedded == "questions" for source in self.sources):
-            raise ValueError("'embedded: questions' are conversations, not documents")
-        if all(source.heldout for source in self.sources):
-            raise ValueError("every source is held out; at least one must be left to train on")
-        return self
+    def rules(self) -> Rules:
+        questions = any(source.embedded == "questions" for source in self.sources)
+        yield questions, "'embedded: questions' are conversations, not documents"
+        yield all(source.heldout for source in self.sources), "every source is held out; leave one to train on"
 
 
 class Quality(Section):
     """The filter: a threshold or a share. `threshold: null` without a share keeps everything (a control)."""
 
     scorer: str = "linear"
-    """`linear` (trained here), `column:<name>`, `model:<hub id or folder>`, or `none`: nothing is scored, which is also
-    what a recipe of one's own sources without a filter gets."""
-    high: list[str] = []
-    """For `linear`: sources whose documents are examples of high-quality text; empty: the installed documentation's."""
-    low: list[str] = []
-    """For `linear`: sources whose documents are examples of low-quality text."""
-    label: str | None = None
-    """For `model:`: name of the classifier's label that means high-quality text; the score is its probability."""
+    """`linear` (trained here), `column:<name>`, `model:<hub id or folder>`, or `none`: nothing is scored."""
+    high: list[str] = []  # for `linear`: sources of high-quality text; empty: the installed documentation
+    low: list[str] = []  # for `linear`: sources whose documents are examples of low-quality text
+    label: str | None = None  # for `model:`, the label of high-quality text; the score is its probability
     scale: tuple[float, float] | None = None
     """For `column:` and `model:`: lowest and highest score; null: 0 to 1. With it, the score of a classifier without
     `label` is the expected value of the numbers that its labels' names end in, or its one output (regression)."""
-    threshold: float | None = 0.5
-    """Documents that score above it are kept, in the units of `scale`."""
-    share: float | None = pydantic.Field(default=None, gt=0, le=1)
-    """In place of a threshold: the share of the training bytes that is kept."""
-    select: Literal["best", "random", "worst"] = "best"
-    """Which documents `share` keeps: those with the highest scores, any, or those with the lowest."""
+    threshold: float | None = 0.5  # documents that score above it are kept, in the units of `scale`
+    share: float | None = Field(default=None, gt=0, le=1)  # of the training bytes, in place of a threshold
+    select: Literal["best", "random", "worst"] = "best"  # which documents `share` keeps, by score
 
     @pydantic.model_validator(mode="before")
     @classmethod
     def share_replaces_default_threshold(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or "threshold" in values:
-            return values
-        scores_count = values.get("share") is None and values.get("scorer") != "none"
-        return values if scores_count else {**values, "threshold": None}
+        if isinstance(values, dict) and (values.get("share") is not None or values.get("scorer") == "none"):
+            return {"threshold": None, **values}
+        return values
 
-    @pydantic.model_validator(mode="after")
-    def one_rule(self) -> Quality:
-        if self.share is not None and self.threshold is not None:
-            raise ValueError("'share' and 'threshold' exclude each other; set quality.threshold to null")
-        if self.share is None and self.select != "best":
-            raise ValueError(f"select '{self.select}' needs 'share', such as 0.42")
-        if both := sorted({*self.high} & {*self.low}):
-            raise ValueError(f"'high' and 'low' both name '{both[0]}'; it can be an example of one")
-        return self
-
-    @pydantic.field_validator("scorer")
-    @classmethod
-    def known_scorer(cls, value: str) -> str:
-        choose(SCORERS, value)
-        return value
-
-    @pydantic.model_validator(mode="after")
-    def threshold_on_the_scale(self) -> Quality:
+    def rules(self) -> Rules:
+        scorer, _ = choose(SCORERS, self.scorer)
+        yield self.share and self.threshold is not None, "'share' and 'threshold' exclude each other; set one to null"
+        yield self.share is None and self.select != "best", f"select '{self.select}' needs 'share', such as 0.42"
+        both = ", ".join(map(repr, {*self.high} & {*self.low}))
+        yield both, f"'high' and 'low' both name {both}; it can be an example of one"
         low, high = self.scale or (0.0, 1.0)
-        if not low < high:
-            raise ValueError(f"scale [{low:g}, {high:g}] must go from a smaller to a larger number")
-        for key in ("label", "scale"):
-            if getattr(self, key) is not None and key not in choose(SCORERS, self.scorer)[0].keys:
-                takers = [kind for kind in (find(SCORERS, name, "scorer") for name in SCORERS) if key in kind.keys]
-                raise ValueError(f"{key} is for a scorer {' or '.join(repr(kind.form) for kind in takers)}")
-        if self.scale is not None and "threshold" not in self.model_fields_set:
-            raise ValueError(f"with a scale, state the threshold between {low:g} and {high:g} (or null)")
+        yield not low < high, f"scale [{low:g}, {high:g}] must go from a smaller to a larger number"
+        if unused := self.given(*({"label", "scale"} - {*scorer.keys})):
+            kinds = [find(SCORERS, name, "scorer") for name in SCORERS]
+            users = " or ".join(repr(kind.form) for kind in kinds if unused in kind.keys)
+            yield True, f"{unused} is for a scorer {users}"
+        unstated = self.scale is not None and "threshold" not in self.model_fields_set
+        yield unstated, f"with a scale, state the threshold between {low:g} and {high:g} (or null)"
         if self.threshold is not None and not low <= self.threshold <= high:
-            hint = "" if self.scale else "; if they have another range, state it, for example scale: [0, 5]"
-            raise ValueError(
-                f"threshold {self.threshold:g} is outside the scale of the scores, {low:g} to {high:g}{hint}"
-            )
-        return self
+            hint = "if they have another range, state it, for example scale: [0, 5]"
+            yield True, f"threshold {self.threshold:g} is outside the scale of the scores, {low:g} to {high:g}; {hint}"
 
 
 class Tokenizer(Section):
     """An existing tokenizer (`path`), or a byte-level BPE trained on the documents before the filter."""
 
-    path: str | None = None
-    """Hub id or folder; None: train one."""
-    vocab_size: int = pydantic.Field(default=4096, ge=300)
+    path: str | None = None  # Hub id or folder; None: train one
+    vocab_size: int = Field(default=4096, ge=300)
 
 
 class Training(Section):
     """Training. `batch_size` and `steps` are global: what the optimizer sees, whatever the number of devices."""
 
-    steps: int = pydantic.Field(gt=0)
-    batch_size: int = pydantic.Field(gt=0)
-    """Rows of `max_position_embeddings` tokens per optimizer step."""
-    micro_batch_size: int | None = pydantic.Field(default=None, gt=0)
-    """Rows per device and forward pass; None: the whole batch, divided among the devices."""
-    optimizer: str = "adamw"
-    """A name of `registry.OPTIMIZERS`."""
-    learning_rate: float = pydantic.Field(gt=0)
-    """Peak learning rate of AdamW's parameters."""
-    muon_learning_rate: float = pydantic.Field(default=0.02, gt=0)
-    weight_decay: float = pydantic.Field(default=0.1, ge=0)
-    adam_beta1: float = pydantic.Field(default=0.9, ge=0, lt=1)
-    adam_beta2: float = pydantic.Field(default=0.95, ge=0, lt=1)
-    max_grad_norm: float = pydantic.Field(default=1.0, gt=0)
-    warmup_steps: int = pydantic.Field(default=0, ge=0)
+    steps: int = Field(gt=0)
+    batch_size: int = Field(gt=0)  # rows of `max_position_embeddings` tokens per optimizer step
+    micro_batch_size: int | None = Field(default=None, gt=0)  # per device; None: the batch, divided among them
+    optimizer: str = "adamw"  # a name of `registry.OPTIMIZERS`
+    learning_rate: float = Field(gt=0)  # peak learning rate of AdamW's parameters
+    muon_learning_rate: float = Field(default=0.02, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    adam_beta2: float = Field(default=0.95, ge=0, lt=1)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    warmup_steps: int = Field(default=0, ge=0)
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    decay_fraction: float = pydantic.Field(default=0.2, gt=0, le=1)
-    """Share of the steps at the end in which `wsd` decays to zero."""
-    stretch_cosine: bool = False
-    """Let a `cosine` run continue with more `steps`: the learning rate jumps to the value of the longer curve."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """`auto`: bf16 where the hardware supports it."""
+    decay_fraction: float = Field(default=0.2, gt=0, le=1)  # last share of the steps, in which `wsd` decays to zero
+    stretch_cosine: bool = False  # let `cosine` continue with more steps: the rate jumps to the longer curve
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # `auto`: bf16 where the hardware supports it
     compile: bool = False
-    isolate_documents: bool = True
-    """Documents packed in one row do not attend to each other."""
-    save_steps: int = pydantic.Field(default=500, gt=0)
-    keep_steps: list[int] = []
-    """Steps whose checkpoints are kept, in addition to the last one, and released as branches."""
-    keep_states: int = pydantic.Field(default=2, gt=0)
-    """How many of the last saved states a run can resume from; if the last is damaged, the one before is used."""
-    eval_steps: int = pydantic.Field(default=500, gt=0)
-    logging_steps: int = pydantic.Field(default=10, gt=0)
-    spike_threshold: float | None = pydantic.Field(default=10.0, gt=0)
-    """Stop if the logged loss jumps by this many robust standard deviations (`spike_limit`); None: never."""
-    dollars_per_hour: float | None = pydantic.Field(default=None, gt=0)
-    """Price of one device, for the progress line and the card; None: not shown."""
-    track_energy: bool = False
-    """Measure energy and emissions with codecarbon (`pip install 'nanophi[energy]'`), offline."""
-    country_iso_code: str | None = pydantic.Field(default=None, pattern=r"^[A-Z]{3}$")
-    """Where the electricity comes from, for the emissions: three letters, such as FRA."""
+    isolate_documents: bool = True  # documents packed in one row do not attend to each other
+    save_steps: int = Field(default=500, gt=0)
+    keep_steps: list[int] = []  # steps whose checkpoints are kept beside the last, and released as branches
+    keep_states: int = Field(default=2, gt=0)  # saved states; if the last is damaged, the one before is used
+    eval_steps: int = Field(default=500, gt=0)
+    logging_steps: int = Field(default=10, gt=0)
+    spike_threshold: float | None = Field(
+        default=10.0, gt=0
+    )  # stop if the loss jumps by so many robust standard deviations
+    dollars_per_hour: float | None = Field(default=None, gt=0)  # of one device; None: not shown
+    track_energy: bool = False  # energy and emissions by codecarbon, offline (`pip install 'nanophi[energy]'`)
+    country_iso_code: str | None = Field(default=None, pattern=r"^[A-Z]{3}$")  # for the emissions, such as FRA
     report_to: list[str] = []
-    seed: int | None = pydantic.Field(default=None, ge=0, lt=2**32)
-    """Of initialisation, of the order of the documents and of what is drawn from them; None: the recipe's seed. Runs
-    that differ in it alone share documents, scores and tokenizer."""
-    arguments: dict[str, Any] = {}
-    """Other fields of `transformers.TrainingArguments`: those that were tried (`training.arguments.ALLOWED`)."""
+    seed: int | None = Field(default=None, ge=0, lt=2**32)
+    """Of initial weights and the documents' order; None: the recipe's. Runs that differ in it alone share the rest."""
+    arguments: dict[str, Any] = {}  # other fields of `TrainingArguments`, as `training.arguments.ALLOWED` lists them
 
-    @pydantic.field_validator("optimizer")
-    @classmethod
-    def registered(cls, optimizer: str) -> str:
-        if optimizer not in OPTIMIZERS:
-            raise ValueError(f"it should be {' or '.join(map(repr, OPTIMIZERS))}")
-        return optimizer
-
-    @pydantic.model_validator(mode="after")
-    def possible(self) -> Training:
-        if self.warmup_steps >= self.steps:
-            raise ValueError(f"warmup_steps ({self.warmup_steps}) must be below steps ({self.steps})")
-        late = [step for step in self.keep_steps if step > self.steps]
-        if late:
-            raise ValueError(f"keep_steps {late} are beyond the last step ({self.steps})")
-        if min(self.keep_steps, default=1) < 1:
-            raise ValueError(
-                f"keep_steps {self.keep_steps}: the first step is 1; the initial weights follow from the seed"
-            )
-        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
-            raise ValueError(
-                f"batch_size ({self.batch_size}) must be a multiple of micro_batch_size ({self.micro_batch_size})"
-            )
-        if self.track_energy and self.country_iso_code is None:
-            raise ValueError("track_energy needs country_iso_code, three letters such as FRA")
-        return self
+    def rules(self) -> Rules:
+        steps, batch, micro_batch = self.steps, self.batch_size, self.micro_batch_size or self.batch_size
+        beyond = [step for step in self.keep_steps if not 1 <= step <= steps]
+        yield self.warmup_steps >= steps, f"warmup_steps ({self.warmup_steps}) must be below steps ({steps})"
+        yield beyond, f"keep_steps {beyond} are not among the steps, 1 to {steps}"
+        yield batch % micro_batch, f"batch_size ({batch}) must be a multiple of micro_batch_size ({micro_batch})"
+        yield self.optimizer not in OPTIMIZERS, f"optimizer '{self.optimizer}': use {' or '.join(OPTIMIZERS)}"
+        untold = self.track_energy and self.country_iso_code is None
+        yield untold, "track_energy needs country_iso_code, three letters such as FRA"
 
 
 class Evaluation(Section):
     """The suites that every finished run is evaluated on."""
 
     suites: list[str] = ["heldout"]
-    data: str | None = None
-    """Folder with the benchmarks in Hub-dataset layout; None: the Hub."""
-    limit: int | None = pydantic.Field(default=None, gt=0)
-    batch_size: int = pydantic.Field(default=16, gt=0)
+    data: str | None = None  # folder with the benchmarks in Hub-dataset layout; None: the Hub
+    limit: int | None = Field(default=None, gt=0)
+    batch_size: int = Field(default=16, gt=0)
 
 
 class Card(Section):
@@ -292,26 +236,16 @@ class Card(Section):
 
     title: str | None = None
     developers: str = "the user who ran this recipe"
-    license: str = "apache-2.0"
-    """An identifier of the Hub (`publishing.HUB_LICENSES`); `other` needs the two keys below."""
+    license: str = "apache-2.0"  # an identifier of the Hub; `other` needs the two keys below
     license_name: str | None = None
-    license_link: str | None = None
-    """Where the text of the licence is: a URL."""
-    repo_id: str | None = None
-    """`ORG/NAME` on the Hub, for the snippets; None: not published yet, the snippets name the release folder."""
-    version: str = pydantic.Field(default="v0.1", pattern=r"^v[0-9A-Za-z._-]+$")
-    """The tag that `nanophi push` sets."""
-    notes: str = ""
-    """Markdown for the card's introduction."""
-    prompt: str = "The "
-    """The beginning of the sample text."""
+    license_link: str | None = None  # where the text of the licence is: a URL
+    repo_id: str | None = None  # `ORG/NAME`, for the snippets; None: they name the release folder
+    version: str = Field(default="v0.1", pattern=r"^v[0-9A-Za-z._-]+$")  # the tag that `nanophi push` sets
+    notes: str = ""  # Markdown for the card's introduction
+    prompt: str = "The "  # the beginning of the sample text
 
-    @pydantic.model_validator(mode="after")
-    def publishable(self) -> Card:
-        wrong = card_problems(self.model_dump())
-        if wrong:
-            raise ValueError(wrong[0])
-        return self
+    def rules(self) -> Rules:
+        return card_problems(self.model_dump())
 
 
 class Release(Section):
@@ -323,80 +257,55 @@ class Release(Section):
 class Lora(Section):
     """Low-rank adapters of every linear layer but the output's, merged into the weights of each checkpoint."""
 
-    rank: int = pydantic.Field(default=16, gt=0)
-    alpha: int = pydantic.Field(default=32, gt=0)
+    rank: int = Field(default=16, gt=0)
+    alpha: int = Field(default=32, gt=0)
 
 
 class Recipe(Section):
     """A whole run."""
 
-    name: str = pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    seed: int = pydantic.Field(default=0, ge=0, lt=2**32)
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = Field(default=0, ge=0, lt=2**32)
     data: Data
     quality: Quality = Quality()
     tokenizer: Tokenizer = Tokenizer()
     model: dict[str, Any]
     """Fields of `NanoPhiConfig`; the token ids and, for a trained tokenizer, `vocab_size` come from the tokenizer."""
-    base: str | None = None
-    """Run, folder or Hub id (`ORG/NAME@revision`) of a model whose weights training starts from; None: random weights.
-    Of `conversations`: a run, a release folder, or a release on the Hub."""
-    conversations: list[Source] = []
-    """For a chat model: rows with `messages`, `prompt` and `completion`, or (dpo) `chosen` and `rejected`."""
-    method: Literal["sft", "dpo"] = "sft"
-    """Supervised fine-tuning, or direct preference optimization (Rafailov et al., 2023)."""
-    beta: float = pydantic.Field(default=0.1, gt=0)
-    """Of `dpo`: how strongly the model is held to its base."""
+    base: str | None = None  # run, folder or ORG/NAME@REVISION whose weights training starts from; None: random weights
+    conversations: list[Source] = []  # for a chat model: rows in the formats of TRL for `method`
+    method: Literal["sft", "dpo"] = "sft"  # fine-tuning, or direct preference optimization
+    beta: float = Field(default=0.1, gt=0)  # of `dpo`: how strongly the model is held to its base
     lora: Lora | None = None
     training: Training
     evaluation: Evaluation = Evaluation()
     card: Card = Card()
     release: Release = Release()
 
-    @pydantic.model_validator(mode="after")
-    def chat(self) -> Recipe:
-        if not self.conversations and (self.method != "sft" or self.lora):
-            raise ValueError("'method' and 'lora' need 'conversations' to train on")
-        unused = ("text_column", "separator", "source_column", "weight", "streaming")
+    def rules(self) -> Rules:
+        alone = not self.conversations and self.given("method", "lora")
+        yield alone, f"'{alone}' needs 'conversations' to train on"
         for source in self.conversations:
-            if source.embedded == "documentation":
-                raise ValueError("'conversations': 'embedded' must be 'questions'")
-            for key in unused:
-                if getattr(source, key) != Source.model_fields[key].default:
-                    raise ValueError(f"'conversations': '{key}' is for documents")
-            if source.embedded and self.method == "dpo":
-                raise ValueError("'embedded: questions' has no rejected answers, which method 'dpo' needs")
-        return self
-
-    @pydantic.model_validator(mode="after")
-    def has_labels(self) -> Recipe:
+            yield source.embedded == "documentation", "'conversations': 'embedded' must be 'questions'"
+            unused = source.given("text_column", "separator", "source_column", "weight", "streaming")
+            yield unused, f"'conversations': '{unused}' is for documents"
+            yield source.embedded and self.method == "dpo", "'embedded: questions' has no rejected answers for dpo"
         choose(SCORERS, self.quality.scorer)[0].check_section(self.quality, self.data)
         sources = self.data.sources
         if not any(source.embedded or source.source_column for source in sources):
             # Otherwise the documents say what their sources are called.
-            known = [source.name or source.hub or source.files for source in sources]
-            for name in (*self.quality.high, *self.quality.low):
-                if name not in known:
-                    raise ValueError(
-                        f"quality.high or quality.low names source '{name}'; there is {', '.join(map(str, known))}"
-                    )
-        return self
-
-    @pydantic.model_validator(mode="after")
-    def model_can_be_built(self) -> Recipe:
+            known = {source.name or source.hub or source.files for source in sources}
+            lost = ", ".join(map(repr, {*self.quality.high, *self.quality.low} - known))
+            yield lost, f"quality.high or quality.low names source {lost}; there is {', '.join(map(str, known))}"
         # Last, because it imports transformers: every other mistake is answered at once.
         from nanophi.configuration_nanophi import NanoPhiConfig
 
-        allowed = set(NanoPhiConfig.__dataclass_fields__) - {"model_type", "transformers_version"}
-        for key in self.model:
-            if key not in allowed:
-                raise ValueError(f"'model': unknown key '{key}'; {suggest(key, allowed)}")
         try:
+            check_keys(self.model, set(NanoPhiConfig.__dataclass_fields__) - {"model_type", "transformers_version"})
             context = self.model_config_for().max_position_embeddings
         except ValueError as error:
             raise ValueError(f"'model': {error}") from None
-        if self.data.max_tokens is not None and self.data.max_tokens < context:
-            raise ValueError(f"'data': max_tokens ({self.data.max_tokens}) is less than one row of {context} tokens")
-        return self
+        tokens = self.data.max_tokens or context
+        yield tokens < context, f"'data': max_tokens ({tokens}) is less than one row of {context} tokens"
 
     @property
     def training_seed(self) -> int:
@@ -416,14 +325,9 @@ class Recipe(Section):
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read and check a recipe.
+    """Read and check a recipe: a YAML file or a built-in one's name, changed by `section.key=value` strings.
 
-    Args:
-        path: a YAML file, or the name of a built-in recipe (`demo`).
-        overrides: `section.key=value` strings, values in YAML, applied last.
-
-    Raises:
-        UserError: for anything wrong with the file, naming the key.
+    Raises `UserError` for anything wrong, naming the key.
     """
     path = find_recipe(path)
     values, said = read(path), own(path)
@@ -435,35 +339,26 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     elif said.get("quality") in (None, {}, {"threshold": None}) and _has_no_examples(values):
         values["quality"] = {"scorer": "none", "threshold": None}
     try:
-        return Recipe(**values)
+        return Recipe.model_validate(values)
     except pydantic.ValidationError as error:
         raise UserError(f"{path}: {_explain(error)}") from None
-    except TypeError as error:
-        raise UserError(f"{path}: {error}") from None
 
 
 def _has_no_examples(values: dict[str, Any]) -> bool:
-    """Whether sources are the user's own, and the filter is the one that is fitted on examples, of which none is named.
-
-    Of a recipe that asks for no filter: what it extends may.
-    """
-    quality, data = values.get("quality") or {}, values.get("data")
-    sources = data.get("sources") if isinstance(data, dict) else None
-    own_files = isinstance(sources, list) and any(
-        isinstance(entry, dict) and not entry.get("embedded") for entry in sources
-    )
-    labelled = not isinstance(quality, dict) or quality.get("high") or quality.get("low") or quality.get("share")
+    """Whether sources are the user's own, and the filter needs examples, of which what a recipe extends names none."""
+    try:
+        quality, sources = values.get("quality") or {}, values["data"]["sources"]
+        labelled = any(quality.get(key) for key in ("high", "low", "share"))
+        own_files = any(not source.get("embedded") for source in sources)
+    except (AttributeError, KeyError, TypeError):
+        return False  # no sections or sources: refused by the recipe's own check
     return own_files and not labelled and quality.get("scorer", "linear") == "linear"
 
 
 def _explain(error: pydantic.ValidationError) -> str:
     """The first problem in one line, with the key's full name."""
     problem = error.errors()[0]
-    location = [str(part) for part in problem["loc"]]
-    key = ".".join(location)
-    cause = problem.get("ctx", {}).get("error")
-    if isinstance(cause, UnknownKeyError):
-        return f"unknown key '{'.'.join([*location, cause.args[0]])}'; {cause.args[1]}"
+    key = ".".join(map(str, problem["loc"]))
     if problem["type"] == "missing":
         return f"'{key}' is missing"
     message = " ".join(problem["msg"].removeprefix("Value error, ").split())

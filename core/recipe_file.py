@@ -1,14 +1,12 @@
 """Recipe files: found by path or built-in name, read with what they extend, changed by `--set`."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from nanophi.core.errors import UserError
+from nanophi.core.errors import UserError, user_errors
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -36,62 +34,51 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_INTEGER = re.compile(r"[-+]?[0-9][0-9_]*$")
-_NUMBER = re.compile(
-    r"[-+]?(?:[0-9]+[eE][-+][0-9]+|(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?)$|[-+]?\.(?:inf|Inf)$|\.(?:nan|NaN)$"
-)
-"""Not `12e45`, which may be a commit."""
-for _tag, _pattern in (("int", _INTEGER), ("float", _NUMBER)):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _pattern, list("-+.0123456789"))
+_NUMBERS = {
+    "int": r"[-+]?[0-9][0-9_]*$",
+    # Not `12e45`, which may be a commit.
+    "float": r"[-+]?([0-9]+[eE][-+][0-9]+|([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|\.(inf|Inf))$|\.(nan|NaN)$",
+}
+for _tag, _pattern in _NUMBERS.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list("-+.0123456789"))
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(str(node.value)))
 
 
-def find_recipe(path: str | Path) -> Path:
-    """The file that `path` names: itself, or a built-in recipe of that name."""
-    path = Path(path)
-    for candidate in (path, *_built_in(str(path))):
+def find_recipe(name: str | Path, folder: Path = Path()) -> Path:
+    """The file of that name in the folder, or the built-in recipe. Raises `UserError` if there is neither."""
+    for candidate in (folder / name, RECIPES / name, RECIPES / f"{name}.yaml"):
         if candidate.is_file():
             return candidate
     built_in = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.yaml")))
-    if (path / "recipe.yaml").is_file():
-        raise UserError(f"{path} is a run, not a recipe; name {path / 'recipe.yaml'} or a built-in recipe: {built_in}")
-    raise UserError(f"recipe {path} does not exist; built-in recipes: {built_in}")
-
-
-def _built_in(name: str) -> tuple[Path, Path]:
-    return RECIPES / name, RECIPES / f"{name}.yaml"
+    raise UserError(f"recipe {folder / name} does not exist; built-in recipes: {built_in}")
 
 
 def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The mapping in a recipe file, on top of what it extends. Raises `UserError` if the file is no recipe."""
-    if path in seen:
+    if path.resolve() in seen:
         raise UserError(f"{path}: 'extends' goes in a circle")
     values = own(path)
     parent = values.pop("extends", None)
     if parent is None:
         return values
-    beside = path.parent / str(parent)
-    parent_path = next((file.resolve() for file in (beside, *_built_in(str(parent))) if file.is_file()), None)
-    if parent_path is None:
-        raise UserError(f"{path}: extends {parent}, which does not exist")
-    return _merge(read(parent_path, (*seen, path)), values)
+    return _merge(read(find_recipe(str(parent), path.parent), (*seen, path.resolve())), values)
 
 
 def own(path: Path) -> dict[str, Any]:
     """The mapping in a recipe file, without what it extends. Raises `UserError` if the file is no recipe."""
-    try:
-        values = _load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    with user_errors(f"{path}: cannot be read"):
+        text = path.read_text(encoding="utf-8")
+    values = _load(text, str(path))
     if not isinstance(values, dict):
         raise UserError(f"{path}: a recipe is a mapping of sections, found {type(values).__name__}")
     return values
 
 
-def _load(text: str) -> Any:
-    return yaml.load(text, _Loader)
+def _load(text: str, what: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{what}: not valid YAML ({' '.join(str(error).split())})") from None
 
 
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -107,13 +94,9 @@ def override(values: dict[str, Any], assignment: str) -> None:
     key, equals, text = assignment.partition("=")
     if not equals or not key:
         raise UserError(f"--set {assignment}: expected section.key=value")
-    try:
-        value = _load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        raise UserError(f"--set {assignment}: the value is not valid YAML") from None
     *sections, last = key.split(".")
     for section in sections:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             raise UserError(f"--set {assignment}: '{section}' is not a section")
-    values[last] = value
+    values[last] = _load(text, f"--set {assignment}")

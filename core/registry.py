@@ -1,11 +1,8 @@
 """What people add to nanophi: one file each, and one line here.
 
-A line names a class or function as `module:name`. It is imported when a recipe asks for it, so that what a recipe does
-not use costs no start-up time, and `core` knows no room above it. Suites are entries of `eval/tasks.yaml`, card
-sections files in `model_card/sections/`, formats classes in `data/formats.py`.
+A line names a class or function as `module:name`, which is imported when a recipe asks for it: `core` knows no room
+above it. Suites are in `eval/tasks.yaml`, card sections in `model_card/sections/`, formats in `data/formats.py`.
 """
-
-from __future__ import annotations
 
 import importlib
 from typing import Any
@@ -20,25 +17,18 @@ SCORERS = {
 }
 """Kind of `quality.scorer` (before the colon) -> a `Scorer`."""
 
-OPTIMIZERS = {
-    "adamw": "nanophi.training.optimizer:adamw",
-    "muon": "nanophi.training.optimizer:muon",
-}
+OPTIMIZERS = {"adamw": "nanophi.training.optimizer:adamw", "muon": "nanophi.training.optimizer:muon"}
 """`training.optimizer` -> a function that makes a `torch.optim.Optimizer`."""
 
 
 def choose(table: dict[str, str], value: str) -> tuple[Any, str]:
-    """The class of `KIND` or `KIND:ARGUMENT`, and the argument ("" without one), as the class's `form` spells it.
-
-    Raises:
-        ValueError: naming the forms of all classes in the table.
-    """
+    """The class of `KIND` or `KIND:ARGUMENT`, as its `form` spells it, and the argument ("" without one)."""
     kind, colon, argument = value.partition(":")
     classes = {name: find(table, name, "kind") for name in table}
     found = classes.get(kind)
     if found is None or not bool(argument) == bool(colon) == (":" in found.form):
         *most, last = [f"'{known.form}'" for known in classes.values()]
-        raise ValueError(f"must be {', '.join(most)} or {last}")
+        raise ValueError(f"'{value}' must be {', '.join(most)} or {last}")
     return found, argument
 
 

@@ -1,9 +1,7 @@
 """Text that a model generates: its settings, what fits into the context, and the sample that a card shows.
 
-A model in training and a checkpoint on disk are both sampled here. The verb is in `generate.py`; nothing is scored.
+The verb is in `generate.py`; nothing is scored.
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,7 +28,7 @@ def fitting_tokens(length: int, context: int, wanted: int, what: str = "the prom
 
 
 def sample_settings(tokenizer: Path, prompt: str, context: int) -> dict[str, Any]:
-    """`SAMPLE_SETTINGS`, with no more new tokens than fit. `tokenizer` is a folder with a tokenizer.json."""
+    """`SAMPLE_SETTINGS`, with no more new tokens than fit; `tokenizer` is a folder."""
     from tokenizers import Tokenizer
 
     length = len(Tokenizer.from_file(str(tokenizer / "tokenizer.json")).encode(prompt).ids)
@@ -46,27 +44,19 @@ def continue_prompt(model: Any, tokenizer: Any, prompt: str) -> str:
     input_ids = torch.tensor([ids], device=next(model.parameters()).device)
     training = model.training
     model.eval()
+    settings = {"do_sample": False, "max_new_tokens": TRAINING_TOKENS, "pad_token_id": tokenizer.eos_token_id}
     try:
         with torch.no_grad():
-            output = model.generate(
-                input_ids,
-                attention_mask=torch.ones_like(input_ids),
-                do_sample=False,
-                max_new_tokens=TRAINING_TOKENS,
-                pad_token_id=tokenizer.eos_token_id,
-            )
+            output = model.generate(input_ids, attention_mask=torch.ones_like(input_ids), **settings)
     finally:
         model.train(training)
     return str(tokenizer.decode(output[0], skip_special_tokens=True))
 
 
 def generate(checkpoint: Path, prompts: Iterable[Any], dtype: str = "float32") -> list[str]:
-    """Greedy continuations, each with its prompt in front, or answers to messages, on the CPU in float32.
+    """Greedy continuations of prompts, each with its prompt in front, or answers to messages, on the CPU in float32.
 
-    Args:
-        checkpoint: a folder that `from_pretrained` loads without remote code.
-        prompts: where each text begins, under `SAMPLE_SETTINGS`; or messages, under `CHAT_SETTINGS`.
-        dtype: what the weights are rounded to first, as a release in that type has them.
+    `dtype` is what the weights are rounded to first, as a release in that type has them.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
@@ -84,14 +74,9 @@ def generate(checkpoint: Path, prompts: Iterable[Any], dtype: str = "float32") -
 
 
 def write_sample(checkpoint: Path, prompt: Any, output: Path, dtype: str = "float32") -> dict[str, Any]:
-    """Write the sample texts that the card shows: `checkpoint`'s, and beside it those of the run's other checkpoints.
+    """Write the sample texts that the card shows, and return them: `checkpoint`'s and the run's other checkpoints'.
 
-    Args:
-        prompt: where the text begins; or conversations, `{"messages", "answer"}`, of which the first is the sample.
-
-    Returns:
-        what was written: `{"prompt", "text", "settings", "checkpoints": {"step-000200": text, ...}}`, and
-        `conversations` with each one's `text`.
+    `prompt` is where the text begins; or conversations, `{"messages", "answer"}`, of which the first is the sample.
     """
     chat = None if isinstance(prompt, str) else prompt
     first = prompt if chat is None else chat[0]["messages"]

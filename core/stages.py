@@ -1,9 +1,7 @@
 """What a stage is, and the runner that makes a recipe's stages in its run directory.
 
-A stage is declared: what it needs, the values its outputs depend on, what it writes, whether weights depend on it. Its
-key, its order, "up to date", what an outdated input does and the refusal to replace weights follow from that. What the
-stages of nanophi are is declared in `data/stages.py` and `pipeline.py`; how one is built and renamed into place is in
-`run.py`.
+A stage is declared, in `data/stages.py` and `pipeline.py`: its key, its order, "up to date", what an outdated input
+does and the refusal to replace weights follow from that. How one is built and renamed into place is in `run.py`.
 """
 
 from __future__ import annotations
@@ -11,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,40 +26,22 @@ Summary = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One stage of a recipe.
-
-    Attributes:
-        name: in `record.json` and on screen.
-        outputs: paths below the run directory.
-        build: gets the runner and the folder to write in, writes every output there and returns a JSON-able summary.
-        needs: stages that come first, and whose keys are part of this one's key, by their names.
-        after: stages that come first, and that `values` or `outside` account for.
-        values: what of the recipe the outputs depend on.
-        outside: what else they depend on, such as hashes of the user's files.
-        portable: on a machine that only trains, what is outside need not be there: if the stage may not run, only
-            `values` are compared with the record.
-        check: refuses, before anything is made, what would stop the stage later. Raises `UserError`.
-        changed: what of the new outputs (in the folder given) differs from what weights of this run were trained on.
-        parts: stages that this one consists of, in place of `build`.
-        shared: take the outputs of a sibling run with the same key instead of building them again.
-        in_place: `build` writes in the run directory itself, as training does, whose checkpoints appear as they come.
-        failure: what a library's error means here.
-    """
+    """One stage of a recipe: its name in `record.json` and on screen, and what follows from it."""
 
     name: str
-    outputs: tuple[str, ...] = ()
-    build: Callable[[Runner, Path], Summary] | None = None
-    needs: tuple[str, ...] = ()
-    after: tuple[str, ...] = ()
-    values: dict[str, Any] = dataclasses.field(default_factory=dict)
-    outside: Callable[[Runner], dict[str, Any]] | None = None
-    check: Callable[[Runner], None] | None = None
-    changed: Callable[[RunDirectory, Path], list[str]] | None = None
-    parts: Callable[[Runner], Iterable[Stage]] | None = None
-    portable: bool = False
-    shared: bool = True
-    in_place: bool = False
-    failure: str | None = None
+    outputs: tuple[str, ...] = ()  # paths below the run directory
+    build: Callable[[Runner, Path], Summary] | None = None  # writes outputs below a folder; returns a summary
+    needs: tuple[str, ...] = ()  # stages that come first, and whose keys are part of this one's key, by their names
+    after: tuple[str, ...] = ()  # stages that come first, and that `values` or `outside` account for
+    values: dict[str, Any] = dataclasses.field(default_factory=dict)  # what of the recipe the outputs depend on
+    outside: Callable[[Runner], dict[str, Any]] | None = None  # and what else, such as the user's files
+    check: Callable[[Runner], None] | None = None  # refuses, before anything is made, what would stop the stage later
+    changed: Callable[[RunDirectory, Path], list[str]] | None = None  # in new outputs, since weights were made
+    parts: Callable[[Runner], Iterable[Stage]] | None = None  # stages that this one consists of, in place of `build`
+    portable: bool = False  # if it may not run, `values` alone are compared with the record
+    shared: bool = True  # take the outputs of a sibling run with the same key instead of building them again
+    in_place: bool = False  # `build` writes in the run directory itself, as training does
+    failure: str | None = None  # what a library's error means here
 
 
 def is_main_process() -> bool:
@@ -71,36 +52,25 @@ def is_main_process() -> bool:
 class Runner:
     """A recipe's stages in its run directory. Each is made once per process, after those before it.
 
-    Args:
-        recipe: the resolved recipe.
-        run: its directory.
-        stages: in any order; their `needs` and `after` say which comes first.
-        build: names of the stages that may run; the others must be up to date already.
-        restart: weights that the recipe cannot continue from may be removed.
+    Stages outside `build` must be up to date; `restart` permits to remove weights that the recipe cannot continue from.
     """
 
     def __init__(
         self, recipe: Recipe, run: RunDirectory, stages: Sequence[Stage], build: Collection[str], restart: bool = False
     ) -> None:
-        self.recipe = recipe
-        self.run = run
-        self.path = run.path
-        self.report = run.report
+        self.recipe, self.run, self.path, self.report = recipe, run, run.path, run.report
         self.stages = {stage.name: stage for stage in stages}
-        self.allowed = frozenset(build)
-        self.restart = restart
+        self.allowed, self.restart = frozenset(build), restart
         self.inputs = Inputs(run, write=is_main_process())
         self._done: dict[str, Summary] = {}
         self._checked = False
 
     def make(self, name: str) -> Summary:
         """A stage's summary; the stages before it and it itself run unless they are up to date."""
-        if name in self._done:
-            return self._done[name]
         self.check(name)
         for stage in self.chain(name):
             if stage.name not in self._done:
-                self._done[stage.name] = self._one(stage, stage.name in self.allowed)
+                self._done[stage.name] = self.make_stage(stage)
         return self._done[name]
 
     def check(self, name: str) -> None:
@@ -132,13 +102,11 @@ class Runner:
         outside = stage.outside(self) if stage.outside else {}
         return {**stage.values, **{name: self.key(name) for name in stage.needs}, **outside}
 
-    def make_stage(self, stage: Stage) -> Summary:
-        """A stage that is not on the list, such as one that several runs share."""
-        return self._one(stage, stage.name in self.allowed)
-
-    def _one(self, stage: Stage, allowed: bool) -> Summary:
+    def make_stage(self, stage: Stage, allowed: bool | None = None) -> Summary:
+        """A stage whose turn it is, or one that is not on the list, such as one that several runs share."""
+        allowed = stage.name in self.allowed if allowed is None else allowed
         if stage.parts is not None:
-            return {part.outputs[0]: self._one(part, allowed) for part in stage.parts(self)}
+            return {part.outputs[0]: self.make_stage(part, allowed) for part in stage.parts(self)}
         assert stage.build is not None
         build, changed = stage.build, stage.changed
         if not is_main_process():
@@ -152,9 +120,9 @@ class Runner:
             if changed is not None and not self.restart and (new := changed(self.run, work)):
                 raise self.run.keeps_weights(f"the recipe gives other data ({', '.join(new)})")
 
-        def make() -> Summary:
+        with user_errors(f"{stage.failure}; --debug shows where it stopped") if stage.failure else nullcontext():
             inputs = self.inputs_of(stage)
-            self.inputs.save()
+            self.inputs.contents.save()
             return self.run.stage(
                 stage.name,
                 inputs,
@@ -165,18 +133,9 @@ class Runner:
                 accept=accept,
             )
 
-        if stage.failure is None:
-            return make()
-        with user_errors(f"{stage.failure}; --debug shows where it stopped"):
-            return make()
-
     def _require(self, stage: Stage) -> Summary:
-        """The summary of a stage that may not run here, if its outputs belong to the recipe.
-
-        Raises:
-            UserError: if something is missing, or was made with other values of the recipe.
-        """
-        allowed = [other for other in self.stages.values() if other.name in self.allowed]
+        """The summary of a stage that may not run here. Raises `UserError` if its outputs are not the recipe's."""
+        allowed = [self.stages[name] for name in self.allowed if name in self.stages]
         needed = any(stage.name in (*other.needs, *other.after) for other in allowed)
         for output in stage.outputs if needed else ():
             if not (self.path / output).exists():
@@ -187,7 +146,6 @@ class Runner:
         for line in differences({key: then.get(key) for key in stage.values}, stage.values):
             if ".path " not in line:  # on another machine the same file may have another name
                 problem = f"{self.path / 'data'} was prepared with another recipe ({stage.name}: {line})"
-                if self.run.weights():
-                    raise self.run.keeps_weights(problem)
-                raise UserError(f"{problem}; run `nanophi prepare`")
+                kept = self.run.weights()
+                raise self.run.keeps_weights(problem) if kept else UserError(f"{problem}; run `nanophi prepare`")
         return self.run.record["stages"].get(stage.name, {}).get("summary", {})

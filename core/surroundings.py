@@ -1,24 +1,20 @@
 """What a process finds around it, settled once at the start: streams, environment, folders for caches, limits.
 
-What cannot be had is worked around here, before a library reads it; nothing later asks again. Whether a run directory
-can be written is found out by its lock (`run.py`).
+What cannot be had is worked around here, before a library reads it; nothing later asks again.
 """
-
-from __future__ import annotations
 
 import atexit
 import contextlib
 import errno
 import io
 import os
-import pwd
 import resource
+import shutil
 import sys
 import tempfile
 from pathlib import Path
 
-SOCKET_ROOM = 70
-"""Longest temporary folder in which a socket's path (107 bytes on Linux) has room for what is made below it."""
+SOCKET_ROOM = 70  # bytes of a temporary folder's name that leave room for sockets (107 in all on Linux)
 OPEN_FILES = 65_536
 COUNTS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
@@ -38,10 +34,7 @@ def settle() -> None:
 
 
 class Stream(io.TextIOWrapper):
-    """Standard output that outlives its reader: after a closed pipe or a terminal that hung up, it writes to nowhere.
-
-    A training must not stop because `| head` or a lost connection no longer reads its progress.
-    """
+    """Standard output that outlives its reader: no training stops because of `| head` or a terminal that hung up."""
 
     def write(self, text: str) -> int:
         with self._survive():
@@ -73,8 +66,8 @@ def _streams() -> None:
     sys.stdin = sys.stdin or open(0, encoding="utf-8")  # noqa: SIM115
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
-        buffer = getattr(stream, "buffer", None) or (open(number, "wb") if stream is None else None)  # noqa: PTH123, SIM115
-        if buffer is not None and stream is getattr(sys, f"__{name}__"):
+        if stream is getattr(sys, f"__{name}__"):
+            buffer = stream.buffer if stream else open(number, "wb")  # noqa: PTH123, SIM115
             encoding, lines = getattr(stream, "encoding", "utf-8"), getattr(stream, "line_buffering", True)
             # A sample or a sign such as ± must not stop a run where the output's encoding lacks it.
             setattr(sys, name, Stream(buffer, encoding=encoding, errors="replace", line_buffering=lines))
@@ -83,14 +76,10 @@ def _streams() -> None:
 def _folders() -> None:
     """A name for the user, a home, and folders for what libraries cache, where there are none that can be written."""
     os.environ.setdefault("USER", f"uid-{os.getuid()}")  # torch asks for it, and an unknown uid has no name
-    home = os.environ.get("HOME", "")
-    if not home:
-        with contextlib.suppress(KeyError):
-            home = pwd.getpwuid(os.getuid()).pw_dir
-    hub = Path(
-        os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path(home) / ".cache") / "huggingface"
-    )
-    if home and _can_make(hub):
+    home = os.path.expanduser("~")  # noqa: PTH111 (which raises nothing where there is none)
+    cache = os.environ.get("XDG_CACHE_HOME") or f"{home}/.cache"
+    hub = Path(os.environ.get("HF_HOME") or f"{cache}/huggingface")
+    if home != "~" and _can_make(hub):
         return
     scratch = Path(tempfile.gettempdir()) / f"nanophi-{os.getuid()}"
     with contextlib.suppress(OSError):
@@ -126,8 +115,6 @@ def _short_temporary_folder() -> None:
 
         def remove(owner: int = os.getpid()) -> None:
             if os.getpid() == owner:
-                with contextlib.suppress(OSError):
-                    link.unlink()
-                    link.parent.rmdir()
+                shutil.rmtree(beside, ignore_errors=True)
 
         atexit.register(remove)

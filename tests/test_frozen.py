@@ -19,12 +19,11 @@ from nanophi.pipeline import Pipeline
 
 FIXTURE = Path(__file__).with_name("frozen_keys.json")
 RECIPES = ("demo", "demo-control", "nano-phi-115m", "nano-phi-115m-control", "nano-phi-115m-fast")
+EOS = {"id": 0, "content": "<eos>", "special": True}
+EOS |= dict.fromkeys(("normalized", "lstrip", "rstrip", "single_word"), False)
 TOKENIZER = {
     "version": "1.0",
-    "added_tokens": [
-        {"id": 0, "content": "<eos>", "special": True, "normalized": False, "lstrip": False}
-        | {"rstrip": False, "single_word": False}
-    ],
+    "added_tokens": [EOS],
     "pre_tokenizer": {"type": "WhitespaceSplit"},
     "model": {"type": "WordLevel", "vocab": {"<eos>": 0}, "unk_token": "<eos>"},
 }

@@ -26,10 +26,8 @@ evaluation: {suites: [heldout]}
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    rows = (
-        f'{{"text": "Document {n} about {" ".join(str(n * m) for m in range(40))}", "score": 0.9}}' for n in range(40)
-    )
-    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    texts = (f"Document {n} about {' '.join(str(n * m) for m in range(40))}" for n in range(40))
+    (tmp_path / "a.jsonl").write_text("\n".join(f'{{"text": "{text}", "score": 0.9}}' for text in texts))
     (tmp_path / "recipe.yaml").write_text(RECIPE.replace("@", str(tmp_path)))
     return tmp_path
 
@@ -48,7 +46,6 @@ def pipeline(folder: Path, *overrides: str) -> Pipeline:
             r"small: evaluation.data: task 'arc_easy' needs the dataset allenai/ai2_arc, which is not in \.",
         ),
         (["base=nowhere"], "base: folder nowhere does not exist"),
-        (["base=~/nowhere/at/all"], "base: folder ~/nowhere/at/all does not exist"),
         (["training.arguments={nonsense: 1}"], "training.arguments: 'nonsense' is unknown"),
     ],
 )
@@ -58,14 +55,10 @@ def test_before_anything_is_made(folder: Path, overrides: list[str], message: st
     assert not (folder / "runs").exists()
 
 
-def test_held_out_tasks_need_no_folder_of_benchmarks(folder: Path) -> None:
+def test_held_out_tasks_need_no_folder_of_benchmarks_but_documents_before_the_training(folder: Path) -> None:
     pipeline(folder, f"evaluation.data={folder}").check("verification")
-
-
-def test_held_out_tasks_that_cannot_be_made_before_the_training(folder: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"evaluation.suites: heldout_continuation: too few documents of 600 characters"
-    ):
+    message = r"evaluation.suites: heldout_continuation: too few documents of 600 characters"
+    with pytest.raises(UserError, match=message):
         pipeline(folder).make("training")
     assert not (folder / "runs/small/checkpoints").exists()
 
@@ -80,7 +73,7 @@ def test_a_restart_that_cannot_begin_removes_nothing(folder: Path) -> None:
     weights = folder / "runs/small/checkpoints/step-000002/model.safetensors"
     base = weights.parents[3] / "base/checkpoints/step-000002"
     with pytest.raises(UserError, match="hidden_size"):
-        train(f"base={base}", "model.hidden_size=48", restart=True)
+        train(f"base={base}", "model.hidden_size=64", restart=True)
     assert weights.is_file()
     (base / "model.safetensors").write_bytes(b"cut off")
     with pytest.raises(UserError, match="base"):
@@ -89,18 +82,12 @@ def test_a_restart_that_cannot_begin_removes_nothing(folder: Path) -> None:
     train("training.learning_rate=0.02", restart=True)
 
 
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("tokenizer.path=nowhere/at/all", "nowhere/at/all: no such file or folder"),
-        ("quality.scorer=model:nowhere/at/all", "nowhere/at/all: no such file or folder"),
-    ],
-)
-def test_a_name_that_is_nothing_before_the_documents_are_read_again(folder: Path, override: str, message: str) -> None:
+@pytest.mark.parametrize("override", ["tokenizer.path=nowhere/at/all", "quality.scorer=model:nowhere/at/all"])
+def test_a_name_that_is_nothing_before_the_documents_are_read_again(folder: Path, override: str) -> None:
     pipeline(folder).tokens()
     (folder / "a.jsonl").write_text((folder / "a.jsonl").read_text() + "\n" + '{"text": "One more.", "score": 1}')
     lines: list[str] = []
     changed = Pipeline(load_recipe(folder / "recipe.yaml", [override]), folder / "runs", report=lines.append)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match="nowhere/at/all: no such file or folder"):
         changed.tokens()
     assert not lines

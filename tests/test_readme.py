@@ -34,15 +34,12 @@ COMMANDS = commands("The command")
 VERBS = {name for name, verb in TABLE.items() if isinstance(verb, str) and name not in HIDDEN}
 VERBS |= {f"quality {name}" for name in TABLE["quality"]}
 
+SOURCES = [
+    {"files": "good/*.jsonl.gz", "name": "good"},
+    {"files": "web/*.parquet", "name": "web", "text_column": "content"},
+]
 SMALL = {
-    "data": {
-        "sources": [
-            {"files": "good/*.jsonl.gz", "name": "good"},
-            {"files": "web/*.parquet", "name": "web", "text_column": "content"},
-        ],
-        "heldout_fraction": 0.1,
-        "workers": 1,
-    },
+    "data": {"sources": SOURCES, "heldout_fraction": 0.1, "workers": 1},
     "quality": {"high": ["good"], "low": ["web"]},
     "tokenizer": {"vocab_size": 400},
     "model": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2},
@@ -75,13 +72,10 @@ def shell(command: list[str], folder: Path, **environment: str) -> str:
 def folder(tmp_path_factory):
     """A current folder with text of its own, where `demo` and `demo-control` are recipes for a very small model."""
     folder = tmp_path_factory.mktemp("readme")
-    texts = [
-        text[start : start + 2000] for text in pydoc_data.topics.topics.values() for start in range(0, len(text), 2000)
-    ][:150]
-    spam = [
-        f"{number} BUY NOW!!! " + " ".join(f"www.{word}.com/$$$" for word in text.split()[:200])
-        for number, text in enumerate(texts)
-    ]
+    topics = pydoc_data.topics.topics.values()
+    texts = [text[start : start + 2000] for text in topics for start in range(0, len(text), 2000)][:150]
+    words = [" ".join(f"www.{word}.com/$$$" for word in text.split()[:200]) for text in texts]
+    spam = [f"{number} BUY NOW!!! {text}" for number, text in enumerate(words)]
     for name in ("good", "web", "books", "chat"):
         (folder / name).mkdir()
     for name, documents in (("good", texts), ("chat", spam)):
@@ -116,9 +110,9 @@ def test_the_demo_prints_what_the_readme_shows(demo):
     assert not [words for words in shown if words not in out]
     assert read_json(folder / "runs/demo/sample.json")["text"] in out
     assert "report:  runs/demo/report.html\nrelease: runs/demo/release" in out
-    quality = read_json(folder / "runs/demo/data/quality/quality.json")
-    assert quality["sources"]["good"]["kept_documents"] > 0.9 * quality["sources"]["good"]["documents"]
-    assert quality["sources"]["web"]["kept_documents"] < 0.1 * quality["sources"]["web"]["documents"]
+    sources = read_json(folder / "runs/demo/data/quality/quality.json")["sources"]
+    assert sources["good"]["kept_documents"] > 0.9 * sources["good"]["documents"]
+    assert sources["web"]["kept_documents"] < 0.1 * sources["web"]["documents"]
     control = read_json(folder / "runs/demo-control/data/tokens/tokens.json")
     filtered = read_json(folder / "runs/demo/data/tokens/tokens.json")
     assert filtered["heldout"] == control["heldout"]
@@ -156,11 +150,8 @@ for arguments in json.loads(sys.argv.pop()):
 """
     with HubServer() as hub:
         shell([sys.executable, "-c", script, json.dumps(lines)], folder, **hub.environment(tmp_path))
-        assert sorted(hub.repositories[("model", "ORG/nano-phi-demo")].branches) == [
-            "main",
-            "step-000004",
-            "step-000008",
-        ]
+        branches = hub.repositories[("model", "ORG/nano-phi-demo")].branches
+        assert sorted(branches) == ["main", "step-000004", "step-000008"]
 
 
 def test_the_python_snippet_runs(demo):
@@ -200,18 +191,12 @@ def test_a_scorer_of_ones_own(folder, capsys):
     assert "of 150 documents kept" in (folder / "quality/quality.md").read_text()
 
 
-def test_every_verb_is_in_the_readme():
+def test_what_is_named_outside_the_blocks_exists():
     assert {verb(arguments) for arguments in COMMANDS} | {"quality fit"} >= VERBS
-
-
-def test_commands_outside_the_blocks_parse():
     for line in re.findall(r"`(?:accelerate launch -m )?(nanophi (?!VERB)[^`\n]+)`", README):
         recipes = [word for word in line.split() if (RECIPES / f"{word}.yaml").exists()]
         assert line.split()[1] in {name.split()[0] for name in VERBS}
         assert all(load_recipe(name).name == name for name in recipes)
-
-
-def test_every_file_that_is_named_exists():
     for target in re.findall(r"\]\(([^)h][^)]*)\)", README):
         assert (ROOT / target).exists(), target
 

@@ -29,12 +29,9 @@ def test_any_temperature_and_seed_give_a_text(model, capsys, temperature, seed):
     assert texts[0] == texts[1] and texts[0].startswith("A ")
 
 
-def test_a_seed_of_more_than_64_bits_is_named(model):
+def test_weights_that_are_cut_off_and_a_seed_of_more_than_64_bits_are_named(model):
     with pytest.raises(UserError, match=rf"^--seed {2**70} cannot be used"):
         generate(str(model), "A ", 4, 0.8, 2**70)
-
-
-def test_weights_that_are_cut_off_are_named(model):
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(UserError, match=rf"^{model} cannot be loaded \(.+\)$"):

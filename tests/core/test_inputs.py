@@ -13,13 +13,6 @@ from nanophi.core.names import resolve, shown
 from nanophi.core.run import RunDirectory
 
 
-@pytest.fixture
-def old(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files as if written long ago, so that their hashes are remembered at once."""
-    now = inputs.time.time
-    monkeypatch.setattr(inputs.time, "time", lambda: now() + 100)
-
-
 def test_contents_decide_not_times_or_names_of_what_is_hidden(tmp_path: Path) -> None:
     folder = tmp_path / "tokenizer"
     (folder / "inner").mkdir(parents=True)
@@ -40,10 +33,15 @@ def test_contents_decide_not_times_or_names_of_what_is_hidden(tmp_path: Path) ->
         Contents().of(tmp_path / "nowhere")
 
 
-@pytest.mark.usefixtures("old")
 def test_a_file_is_read_again_only_if_it_may_have_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, memory = tmp_path / "a.txt", tmp_path / "memory.json"
     path.write_text("one")
+    just_written = Contents(memory)
+    just_written.of(path)
+    just_written.save()
+    assert not memory.exists(), "what was just written is not remembered"
+    now = inputs.time.time
+    monkeypatch.setattr(inputs.time, "time", lambda: now() + 100)
     hashed = []
     hash_file = inputs.sha256_of_file
     monkeypatch.setattr(inputs, "sha256_of_file", lambda path: hashed.append(path) or hash_file(path))
@@ -58,15 +56,6 @@ def test_a_file_is_read_again_only_if_it_may_have_changed(tmp_path: Path, monkey
     assert Contents(memory).of(path) != first
     memory.write_text("{broken")
     assert Contents(memory).of(path) == Contents().of(path)
-
-
-def test_what_was_just_written_is_not_remembered(tmp_path: Path) -> None:
-    path, memory = tmp_path / "a.txt", tmp_path / "memory.json"
-    path.write_text("one")
-    contents = Contents(memory)
-    contents.of(path)
-    contents.save()
-    assert not memory.exists()
 
 
 def test_a_revision_is_looked_up_once_in_the_life_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from nanophi.core import lock
+from nanophi.core.errors import UserError
 
 
 @pytest.fixture
@@ -21,7 +22,7 @@ def no_flock(monkeypatch):
 
 
 def test_the_second_is_refused_with_the_first_ones_pid(tmp_path):
-    with lock.hold(tmp_path), pytest.raises(lock.HeldError, match=f"pid {os.getpid()}"), lock.hold(tmp_path):
+    with lock.hold(tmp_path), pytest.raises(UserError, match=f"pid {os.getpid()}"), lock.hold(tmp_path):
         pass
     with lock.hold(tmp_path):
         pass
@@ -30,14 +31,13 @@ def test_the_second_is_refused_with_the_first_ones_pid(tmp_path):
 def test_without_file_locks_a_lease_that_is_renewed_is_respected(tmp_path, no_flock):
     with lock.hold(tmp_path):
         time.sleep(2)
-        with pytest.raises(lock.HeldError, match=f"pid {os.getpid()}"), lock.hold(tmp_path):
+        with pytest.raises(UserError, match=f"pid {os.getpid()}"), lock.hold(tmp_path):
             pass
     assert not (tmp_path / ".lease").exists()
 
 
-@pytest.mark.parametrize("holder", ["elsewhere 12 1", f"{os.uname().nodename} 4000000 1"])
-def test_the_lease_of_a_process_that_is_gone_is_free(tmp_path, no_flock, holder):
-    (tmp_path / ".lease").write_text(holder)
+def test_the_lease_of_a_process_that_is_gone_is_free(tmp_path, no_flock):
+    (tmp_path / ".lease").write_text("12 on elsewhere")
     (tmp_path / ".lock").touch()  # from where there are file locks
     with lock.hold(tmp_path):
         assert str(os.getpid()) in (tmp_path / ".lease").read_text()

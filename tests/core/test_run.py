@@ -1,8 +1,6 @@
 """The run directory: stages run once per input, survive kills, share with siblings; one writer at a time."""
 
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -24,104 +22,71 @@ def builder(text, calls):
     return build
 
 
-def test_runs_once_per_input(tmp_path):
+def test_runs_once_per_input_in_one_run_or_its_sibling(tmp_path):
     calls, lines = [], []
-    run = RunDirectory(tmp_path / "a", lines.append)
-    assert run.stage("s", {"x": 1}, ["out"], builder("one", calls)) == {"length": 3}
-    assert run.stage("s", {"x": 1}, ["out"], builder("one", calls)) == {"length": 3}
-    assert calls == ["one"]
-    assert "up to date" in lines[-1]
+    run, sibling = (RunDirectory(tmp_path / name, lines.append) for name in "ab")
+    for directory, told in ((run, "done in"), (run, "up to date"), (sibling, "shared with a")):
+        assert directory.stage("s", {"x": 1}, ["out"], builder("one", calls)) == {"length": 3}
+        assert calls == ["one"] and told in lines[-1]
+    assert sha256_of_tree(tmp_path / "a/out") == sha256_of_tree(tmp_path / "b/out")
+    sibling.stage("t", {"x": 1}, ["out"], builder("other", calls))  # same inputs, another stage
     run.stage("s", {"x": 2}, ["out"], builder("three", calls))
-    assert calls == ["one", "three"]
     assert (run.path / "out/file.txt").read_text() == "three"
-    (run.path / "out/file.txt").unlink()
-    (run.path / "out").rmdir()
+    shutil.rmtree(run.path / "out")
     run.stage("s", {"x": 2}, ["out"], builder("three", calls))
-    assert calls[-1] == "three" and len(calls) == 3  # an output that is gone is made again
+    assert calls == ["one", "other", "three", "three"], "an output that is gone is made again"
 
 
-def test_a_record_that_is_none_is_named(tmp_path):
+def test_a_record_that_is_none_and_a_stage_that_has_not_run_are_named(tmp_path):
+    with pytest.raises(UserError, match="stage 's' has not run for this recipe"):
+        RunDirectory(tmp_path / "a").stage("s", {}, ["out"], None)
+    with pytest.raises(UserError, match="stage 's' has not run yet"):
+        RunDirectory(tmp_path / "a").stage_key("s")
     for content in ("[]", '{"stages": []}', "{}"):
         write_text(tmp_path / "a/record.json", content)
         with pytest.raises(UserError, match=r"a/record\.json is not a record of a run"):
             RunDirectory(tmp_path / "a", str).stage("s", {}, ["out"], builder("one", []))
+    write_text(tmp_path / "a/record.json", "{")
+    with pytest.raises(UserError, match=r"record\.json is not valid JSON"):
+        RunDirectory(tmp_path / "a").stage_key("s")
 
 
-def test_a_failed_stage_changes_nothing_and_finds_its_work_again(tmp_path):
-    run = RunDirectory(tmp_path / "a", lambda line: None)
+def test_a_stage_that_fails_or_is_refused_changes_nothing_and_finds_its_work_again(tmp_path):
+    run = RunDirectory(tmp_path / "a", str)
     run.stage("s", {"x": 1}, ["out"], builder("one", []))
 
     def fail(work):
         (work / "part").write_text("finished part")
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        run.stage("s", {"x": 2}, ["out"], fail)
-    assert (run.path / "out/file.txt").read_text() == "one"
-    assert run.record["stages"]["s"]["summary"] == {"length": 3}
-
-    def go_on(work):
-        assert (work / "part").read_text() == "finished part"
-        return builder("two", [])(work)
-
-    run.stage("s", {"x": 2}, ["out"], go_on)
-    assert (run.path / "out/file.txt").read_text() == "two"
-    assert not list((run.path / ".work").iterdir())
-
-
-def test_an_in_place_stage_finds_what_is_there_and_nothing_is_removed(tmp_path):
-    run = RunDirectory(tmp_path / "a", lambda line: None)
-
-    def partly(work):
-        run.begin("s", {"x": 1})
-        (work / "out").mkdir(exist_ok=True)
-        (work / "out/first").write_text("1")
-        raise KeyboardInterrupt
-
-    assert run.inputs_of("s") is None
-    with pytest.raises(KeyboardInterrupt):
-        run.stage("s", {"x": 1}, ["out"], partly, in_place=True)
-    assert run.inputs_of("s") == {"x": 1}
-    seen = []
-
-    def rest(work):
-        seen.append((work / "out/first").exists())
-        return {}
-
-    for x in (1, 2):
-        run.stage("s", {"x": x}, ["out"], rest, in_place=True)
-        assert run.inputs_of("s") == {"x": x}
-    assert seen == [True, True]
-
-
-def test_a_format_belongs_to_one_stage(tmp_path, monkeypatch):
-    calls = []
-    run = RunDirectory(tmp_path / "a", lambda line: None)
-
-    def both():
-        for name in ("s", "t"):
-            run.stage(name, {"x": 1}, ["out"], builder(name, calls))
-
-    both()
-    monkeypatch.setitem(FORMATS, "s", 2)
-    assert run.inputs_of("s") is None
-    assert run.inputs_of("t") == {"x": 1}
-    both()
-    assert calls == ["s", "t", "s"]
-
-
-def test_outputs_that_are_not_accepted_replace_nothing(tmp_path):
-    run = RunDirectory(tmp_path / "a", lambda line: None)
-    run.stage("s", {"x": 1}, ["out"], builder("one", []))
-
     def refuse(work):
         assert (work / "out/file.txt").read_text() == "two"
         raise UserError("no")
 
+    def go_on(work):
+        assert (work / "part").read_text() == "finished part"
+        return builder("three", [])(work)
+
     with pytest.raises(UserError):
         run.stage("s", {"x": 2}, ["out"], builder("two", []), accept=refuse)
-    assert (run.path / "out/file.txt").read_text() == "one"
-    assert run.inputs_of("s") == {"x": 1}
+    with pytest.raises(KeyboardInterrupt):
+        run.stage("s", {"x": 3}, ["out"], fail)
+    assert (run.path / "out/file.txt").read_text() == "one" and run.inputs_of("s") == {"x": 1}
+    assert run.record["stages"]["s"]["summary"] == {"length": 3}
+    run.stage("s", {"x": 3}, ["out"], go_on)
+    assert (run.path / "out/file.txt").read_text() == "three"
+    assert not list((run.path / ".work").iterdir())
+
+
+def test_a_format_belongs_to_one_stage(tmp_path, monkeypatch):
+    calls, run = [], RunDirectory(tmp_path / "a", str)
+    for format_of_s in (1, 2):
+        monkeypatch.setitem(FORMATS, "s", format_of_s)
+        assert run.inputs_of("s") is None
+        for name in ("s", "t"):
+            run.stage(name, {"x": 1}, ["out"], builder(name, calls))
+    assert run.inputs_of("t") == {"x": 1}
+    assert calls == ["s", "t", "s"]
 
 
 def test_differences_name_keys_and_both_values():
@@ -129,19 +94,6 @@ def test_differences_name_keys_and_both_values():
     now = {"a": {"b": 2, "c": [1, 2]}, "hash": "f" * 64, "same": None}
     assert differences(then, now) == ["a.b 1 -> 2", "a.gone 0 -> None", f"hash {'0' * 12} -> {'f' * 12}"]
     assert differences(now, now) == []
-
-
-def test_siblings_share(tmp_path):
-    calls = []
-    RunDirectory(tmp_path / "a", print).stage("s", {"x": 1}, ["out"], builder("one", calls))
-    lines = []
-    sibling = RunDirectory(tmp_path / "b", lines.append)
-    assert sibling.stage("s", {"x": 1}, ["out"], builder("one", calls)) == {"length": 3}
-    assert calls == ["one"]
-    assert "shared with a" in lines[-1]
-    assert sha256_of_tree(tmp_path / "a/out") == sha256_of_tree(tmp_path / "b/out")
-    sibling.stage("t", {"x": 1}, ["out"], builder("other", calls))
-    assert calls == ["one", "other"]  # same inputs, another stage
 
 
 def shards(texts, calls=None):
@@ -218,39 +170,6 @@ def test_data_may_be_a_link_to_another_disk(tmp_path):
         shutil.rmtree(other)
 
 
-def test_what_a_killed_replacement_left_is_removed(tmp_path):
-    for name in (".out.77.old", ".out.78.new", ".out.mine", ".outer.77.old"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "new").mkdir()
-    replace_tree(tmp_path / "new", tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.mine", ".outer.77.old", "out"]
-
-
-def test_required_stage_that_has_not_run(tmp_path):
-    with pytest.raises(UserError, match="stage 's' has not run for this recipe"):
-        RunDirectory(tmp_path / "a").stage("s", {}, ["out"], None)
-    with pytest.raises(UserError, match="stage 's' has not run yet"):
-        RunDirectory(tmp_path / "a").stage_key("s")
-
-
-def test_one_writer_at_a_time(tmp_path):
-    script = (
-        "import sys; from nanophi.core.run import RunDirectory\n"
-        "with RunDirectory(sys.argv[1]).lock(): print('held', flush=True); sys.stdin.read()"
-    )
-    command = [sys.executable, "-c", script, str(tmp_path / "a")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout.readline() == "held\n"
-        with (
-            pytest.raises(UserError, match=f"a is being written by another process .pid {holder.pid}."),
-            RunDirectory(tmp_path / "a").lock(),
-        ):
-            pass
-        holder.kill()  # a holder that dies does not block the next
-    with RunDirectory(tmp_path / "a").lock():
-        pass
-
-
 def test_writes_are_whole_or_not_at_all(tmp_path):
     path = tmp_path / "file.json"
     write_json(path, {"a": 1})
@@ -262,9 +181,8 @@ def test_writes_are_whole_or_not_at_all(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["file.json"]
 
 
-def test_broken_json_is_named(tmp_path):
-    (tmp_path / "x.json").write_text("{")
-    with pytest.raises(UserError, match=r"x\.json is not valid JSON"):
-        read_json(tmp_path / "x.json")
-    with pytest.raises(UserError, match=r"y\.json is missing"):
-        read_json(tmp_path / "y.json")
+def test_what_a_killed_replacement_left_is_removed(tmp_path):
+    for name in ("new", ".out.77.old", ".out.78.new", ".out.mine", ".outer.77.old"):
+        (tmp_path / name).mkdir()
+    replace_tree(tmp_path / "new", tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.mine", ".outer.77.old", "out"]
