@@ -6,7 +6,6 @@ In memory `model_type` is "nanophi", so that the Auto classes can tell the two a
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import field
 from typing import Any
 
@@ -33,33 +32,33 @@ AUTO_MAP = {
 }
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
-
-
-FIELD_CHECKS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("vocab_size hidden_size intermediate_size num_hidden_layers", _is_count, "a positive integer"),
-    ("num_attention_heads num_key_value_heads max_position_embeddings", _is_count, "a positive integer"),
-    ("resid_pdrop embd_pdrop attention_dropout", lambda one: _is_number(one) and one < 1, "a probability in [0, 1)"),
-    ("initializer_range layer_norm_eps", _is_number, "a number of at least 0"),
-    ("tie_word_embeddings", lambda one: isinstance(one, bool), "true or false"),
-    ("hidden_act", lambda one: one in ACT2FN, "an activation of transformers, such as 'gelu_new'"),
-)
-"""Names of fields, what their values must be, and that in words."""
-
-
 class NanoPhiConfig(PreTrainedConfig):
     """Shape and hyperparameters of a NanoPhi model; the defaults are nano-phi-115M (115,098,231 parameters).
 
-    The fields are Phi's; `num_key_value_heads` None means as many as query heads, and the older top-level keys
-    `rope_theta` (default 10000.0) and `partial_rotary_factor` (default 0.5) are accepted beside `rope_parameters`.
-    config.json always has `use_cache` true, because `Trainer` switches it off in memory while it trains.
+    Args:
+        vocab_size: rows of the embedding and of the LM head.
+        hidden_size: width of the residual stream; a multiple of `num_attention_heads`.
+        intermediate_size: width of the MLP's hidden layer.
+        num_hidden_layers: number of parallel attention + MLP blocks.
+        num_attention_heads: query heads.
+        num_key_value_heads: key/value heads (grouped query attention); divides `num_attention_heads`.
+            None: as many as query heads.
+        resid_pdrop, embd_pdrop, attention_dropout: dropout probabilities.
+        hidden_act: the MLP's activation, a name that transformers' `ACT2FN` knows.
+        max_position_embeddings: context length in tokens that the model is trained for.
+        initializer_range: standard deviation of the initial weights.
+        layer_norm_eps: epsilon of every LayerNorm.
+        use_cache: keep keys and values for generation. config.json always says true, because `Trainer` switches it
+            off in memory while it trains.
+        tie_word_embeddings: the LM head shares the embedding's weight.
+        rope_parameters: `{"rope_type": "default", "rope_theta": float, "partial_rotary_factor": float}`, or one of
+            transformers' scaled types with its own keys. The older top-level keys `rope_theta` (default 10000.0) and
+            `partial_rotary_factor` (default 0.5) are accepted too.
+        qk_layernorm: LayerNorm on queries and keys before the rotation.
+        bos_token_id, eos_token_id, pad_token_id: special tokens.
 
-    A shape that cannot be built raises ValueError, in one line that names the fields.
+    Raises:
+        ValueError: for a shape that cannot be built, in one line that names the fields.
     """
 
     model_type = "nanophi"
@@ -118,39 +117,63 @@ class NanoPhiConfig(PreTrainedConfig):
 
     def validate_shape(self) -> None:
         """Part of `validate`, which runs after construction, before a model is built, and before saving."""
-        for names, allowed, words in FIELD_CHECKS:
-            for name in names.split():
-                if not allowed(value := getattr(self, name)):
-                    raise ValueError(f"{name} must be {words}, got {value!r}")
-        width, heads, groups = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
-        if width % heads:
-            nearest = width // heads * heads
-            raise ValueError(f"hidden_size ({width}) must be a multiple of num_attention_heads ({heads}): {nearest}")
-        if heads % groups:
-            divisors = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "max_position_embeddings",
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        for name in ("resid_pdrop", "embd_pdrop", "attention_dropout"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 <= value < 1:
+                raise ValueError(f"{name} must be a probability in [0, 1), got {value!r}")
+        for name in ("initializer_range", "layer_norm_eps"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
+        if not isinstance(self.tie_word_embeddings, bool):
+            raise ValueError(f"tie_word_embeddings must be true or false, got {self.tie_word_embeddings!r}")
+        if self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({groups}); "
-                f"use one of {divisors} key/value heads"
+                f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "
+                f"({self.num_attention_heads}); the nearest smaller one is "
+                f"{self.hidden_size // self.num_attention_heads * self.num_attention_heads}"
             )
+        if self.num_attention_heads % self.num_key_value_heads:
+            allowed = [n for n in range(1, self.num_attention_heads + 1) if self.num_attention_heads % n == 0]
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
+                f"({self.num_key_value_heads}); use one of {', '.join(map(str, allowed))} key/value heads"
+            )
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act {self.hidden_act!r} is not known to transformers; try 'gelu_new'")
 
     def validate_rope(self) -> None:
         """Part of `validate`: the type, the rotated dimensions, and transformers' own checks of a type's keys."""
-        rope, types = self.rope_parameters, ("default", *ROPE_INIT_FUNCTIONS)
-        kind, theta, factor = (rope.get(key) for key in ("rope_type", "rope_theta", "partial_rotary_factor"))
-        if kind not in types:
-            raise ValueError(f"rope_type {kind!r} is unknown; use one of {', '.join(types)}")
+        rope = self.rope_parameters
+        types = ("default", *ROPE_INIT_FUNCTIONS)
+        if rope.get("rope_type") not in types:
+            raise ValueError(f"rope_type {rope.get('rope_type')!r} is unknown; use one of {', '.join(types)}")
         known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
-        if kind == "default" and (unknown := sorted(set(rope) - known)):
+        unknown = sorted(set(rope) - known)
+        if rope["rope_type"] == "default" and unknown:
             raise ValueError(f"rope_parameters has keys that rope_type 'default' does not use: {', '.join(unknown)}")
+        theta, factor = rope.get("rope_theta"), rope.get("partial_rotary_factor")
         if not isinstance(theta, int | float) or theta <= 1:
             raise ValueError(f"rope_theta must be a number above 1, got {theta!r}")
         if not isinstance(factor, int | float) or not 0 < factor <= 1:
             raise ValueError(f"partial_rotary_factor must be in (0, 1], got {factor!r}")
-        rotated, head_dim = self.rotary_ndims, self.hidden_size // self.num_attention_heads
-        if rotated < 2 or rotated % 2:
+        head_dim = self.hidden_size // self.num_attention_heads
+        if self.rotary_ndims < 2 or self.rotary_ndims % 2:
             raise ValueError(
-                f"partial_rotary_factor ({factor}) rotates {rotated} of {head_dim} head dimensions; "
-                "it must give an even number, at least 2"
+                f"partial_rotary_factor ({factor}) rotates {self.rotary_ndims} of {head_dim} head dimensions "
+                "(hidden_size / num_attention_heads); it must give an even number, at least 2"
             )
         try:
             super().validate_rope()
@@ -177,15 +200,19 @@ class NanoPhiConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """All fields, under the names by which other tools know them: a Phi with an `auto_map`."""
         output = super().to_dict()
-        names = [name.replace("NanoPhi", "Phi") for name in output["architectures"] or ["PhiForCausalLM"]]
-        return output | {"model_type": STOCK_MODEL_TYPE, "architectures": names, "auto_map": dict(AUTO_MAP)}
+        output["model_type"] = STOCK_MODEL_TYPE
+        names = output["architectures"] or ["PhiForCausalLM"]
+        output["architectures"] = [name.replace("NanoPhi", "Phi") for name in names]
+        output["auto_map"] = dict(AUTO_MAP)
+        return output
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What config.json holds: `to_dict` without the library's defaults, with the keys of older versions."""
         output = super().to_diff_dict()
         output["use_cache"] = True
-        for key in ("rope_theta", "partial_rotary_factor"):  # transformers before 5 reads these at top level
-            output[key] = self.rope_parameters[key]
+        # transformers before 5 reads these at top level.
+        output["rope_theta"] = self.rope_parameters["rope_theta"]
+        output["partial_rotary_factor"] = self.rope_parameters["partial_rotary_factor"]
         if output.get("dtype") is not None:
             output["torch_dtype"] = output["dtype"]
         return output

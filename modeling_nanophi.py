@@ -33,8 +33,9 @@ from .configuration_nanophi import NanoPhiConfig
 class NanoPhiRotaryEmbedding(nn.Module):
     """Cosines and sines of RoPE (Su et al. 2021, RoFormer) for the leading `rotary_ndims` dimensions of a head.
 
-    By the class name and `original_inv_freq` transformers fills both buffers again after `from_pretrained`, which
-    creates modules without memory. The scaled variants ("linear", "yarn" and so on) are transformers' own functions.
+    transformers recognises the class name and `original_inv_freq`: it fills both buffers again after
+    `from_pretrained`, which creates modules without memory and restores only what the checkpoint holds. The
+    scaled variants ("linear", "dynamic", "yarn" and so on) are transformers' own functions.
     """
 
     def __init__(self, config: NanoPhiConfig) -> None:
@@ -107,9 +108,14 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Plain attention: output [batch, queries, heads, head_dim] and weights [batch, heads, queries, keys].
+    """Plain attention that also returns its weights.
 
-    `query` is [batch, heads, queries, head_dim], `key` and `value` [batch, key_value_heads, keys, head_dim].
+    Args:
+        query: [batch, heads, queries, head_dim]; key, value: [batch, key_value_heads, keys, head_dim].
+        attention_mask: additive, broadcastable to [batch, heads, queries, keys].
+
+    Returns:
+        output [batch, queries, heads, head_dim] and weights [batch, heads, queries, keys].
     """
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
@@ -164,9 +170,15 @@ class NanoPhiAttention(nn.Module):
         attention: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        dropout = self.attention_dropout if self.training else 0.0
         output, weights = attention(
-            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
         )
         return self.dense(output.reshape(*input_shape, -1)), weights
 
@@ -221,7 +233,10 @@ class NanoPhiPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _can_compile_fullgraph = True
     _supports_attention_backend = True
-    _can_record_outputs = {"hidden_states": NanoPhiDecoderLayer, "attentions": NanoPhiAttention}
+    _can_record_outputs = {
+        "hidden_states": NanoPhiDecoderLayer,
+        "attentions": NanoPhiAttention,
+    }
 
     def __init__(self, config: NanoPhiConfig, *args: Any, **kwargs: Any) -> None:
         # Fields may have been assigned after the configuration was made.
@@ -255,13 +270,18 @@ class NanoPhiModel(NanoPhiPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Run the decoder on `input_ids` [batch, tokens] or `inputs_embeds` [batch, tokens, hidden_size].
+        """Run the decoder.
 
         Args:
+            input_ids: [batch, tokens], int64; or `inputs_embeds` [batch, tokens, hidden_size] in its place.
             attention_mask: [batch, keys], 1 for tokens and 0 for padding; None: no padding.
-            position_ids: [batch, tokens] or [1, tokens]. Positions that restart at 0 within a row mark packed
-                documents, which then do not attend to each other, if there is neither a mask nor a cache.
+            position_ids: [batch, tokens] or [1, tokens], int64. Positions that restart at 0 within a row mark packed
+                documents, which then do not attend to each other; `attention_mask` and `past_key_values` must be
+                None for that.
             past_key_values: cache to read and extend; None with `use_cache`: a new one.
+
+        Returns:
+            last_hidden_state [batch, tokens, hidden_size], the cache, and hidden states and attentions on request.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -328,9 +348,14 @@ class NanoPhiForCausalLM(NanoPhiPreTrainedModel, GenerationMixin):
         """Run the model; the arguments are those of `NanoPhiModel.forward`, and:
 
         Args:
-            labels: [batch, tokens]; usually the input ids (they are shifted here), -100 where no loss is wanted.
-            logits_to_keep: where to compute logits: for that many last tokens, 0 for all; or positions [kept] or
-                [batch, kept]; or a boolean mask [batch, tokens], whose logits come as [kept, vocab_size].
+            labels: [batch, tokens], int64; usually the input ids themselves (they are shifted here), -100 where no
+                loss is wanted.
+            logits_to_keep: where to compute logits. An int: for that many last tokens, 0 for all. A tensor: int64
+                positions [kept] or [batch, kept], or a boolean mask [batch, tokens], whose logits come as
+                [kept, vocab_size].
+
+        Returns:
+            `loss` (float32 scalar) with labels, `logits` [batch, tokens, vocab_size], and what the decoder returns.
         """
         outputs = self.model(
             input_ids=input_ids,
