@@ -179,11 +179,11 @@ def _begin_training(run: Runner, config: NanoPhiConfig) -> Path | None:
             if path.exists():
                 run.report(f"{recipe.name}: removing {path} (--restart)")
                 remove(path)
-    plan = continuation.plan(run.run, recipe.training, recorded, inputs, run.report)
-    continuation.carry_out(run.path, plan, recorded, run.report)
+    resume = continuation.plan(run.run, recipe.training, recorded, inputs, run.report)
+    continuation.set_aside(run.path, recipe.training, recorded, resume, run.report)
     run.run.begin("training", inputs)
     run.run.update_record(environment=environment())
-    return plan.resume
+    return resume
 
 
 def _sample_inputs(run: Runner) -> dict[str, Any]:

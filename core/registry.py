@@ -22,7 +22,7 @@ SCORERS = {
 
 OPTIMIZERS = {
     "adamw": "nanophi.training.optimizer:adamw",
-    "muon": "nanophi.training.optimizer:muon",
+    "muon": "nanophi.training.optimizer:MuonAdamW",
 }
 """`training.optimizer` -> a function that makes a `torch.optim.Optimizer`."""
 

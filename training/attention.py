@@ -59,10 +59,8 @@ def packed_attention(
     if attention_mask is None and position_ids is not None and key.shape[2] == tokens:
         lengths = document_lengths(position_ids.expand(batch, -1))
     if lengths is None:
-        output, _ = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
-        return output, None
+        options = {"dropout": dropout, "scaling": scaling, **kwargs}
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     # Tokens first: a document is then a slice of all three, and the gradient of a split is one concatenation.
     # In float32: torch's bf16 kernel for a CPU takes twice as long for the gradients of short documents.
     parts = [states.transpose(1, 2).flatten(0, 1).float().split(lengths) for states in (query, key, value)]

@@ -1,14 +1,10 @@
-"""What devices offer, and what training takes: parameters, FLOP and memory. Nothing heavy is imported here.
-
-`estimate.py` turns both into hours and dollars.
-"""
+"""What devices offer, and what training takes: parameters, FLOP and memory. Nothing heavy is imported here."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 import re
-import resource
 from typing import TYPE_CHECKING
 
 from nanophi.core.errors import UserError, suggest
@@ -63,12 +59,10 @@ FAMILIES = {"a100": "a100-40g"}
 
 
 def find_device(name: str) -> str:
-    """A device's name in the table, from that or its family's. Raises `UserError` with the names that there are."""
+    """A device's name in the table, from that or its family's. Raises `UserError`."""
     found = FAMILIES.get(name.lower(), name.lower())
     if found not in DEVICES:
-        nearest = suggest(name, DEVICES, most=2)
-        hint = "" if nearest.startswith("known:") else f"; {nearest}"
-        raise UserError(f"unknown device '{name}'; there are {', '.join(DEVICES)}{hint}")
+        raise UserError(f"unknown device '{name}'; {suggest(name, DEVICES, most=2)}")
     return found
 
 
@@ -89,18 +83,19 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(text in str(error) for text in words)
 
 
-def fitting_rows(config: NanoPhiConfig, training: Training, sizes: list[int]) -> int:
-    """The largest of some micro-batches that fits the device at hand by `peak_bytes`; where none does, the smallest."""
+def fitting_rows(config: NanoPhiConfig, training: Training, share: int, memory: float) -> int:
+    """The largest micro-batch that divides `share` rows and fits into so many bytes of a device; 0: none does."""
+    sizes = (rows for rows in range(1, share + 1) if share % rows == 0)
+    return max((rows for rows in sizes if peak_bytes(config, training, rows) <= USABLE_MEMORY * memory), default=0)
+
+
+def memory_here() -> float:
+    """Bytes of the GPU, or of this machine without one."""
     import torch
 
     if torch.cuda.is_available():
-        memory = float(torch.cuda.get_device_properties(0).total_memory)
-    else:
-        memory = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-        memory = memory if limit == resource.RLIM_INFINITY else min(memory, limit)
-    fits = [rows for rows in sizes if peak_bytes(config, training, rows) <= USABLE_MEMORY * memory]
-    return max(fits, default=min(sizes, default=0))
+        return float(torch.cuda.get_device_properties(0).total_memory)
+    return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
 def parameter_count(config: NanoPhiConfig) -> int:
@@ -108,10 +103,8 @@ def parameter_count(config: NanoPhiConfig) -> int:
     hidden, mlp, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
     head = hidden // config.num_attention_heads
     key_value = config.num_key_value_heads * head
-    attention = 2 * (hidden * hidden + hidden) + 2 * (hidden * key_value + key_value)
-    layer = attention + (hidden * mlp + mlp) + (mlp * hidden + hidden) + 2 * hidden
-    if config.qk_layernorm:
-        layer += 4 * head
+    attention = 2 * (hidden + 1) * hidden + 2 * (hidden + 1) * key_value + (4 * head if config.qk_layernorm else 0)
+    layer = attention + (hidden + 1) * mlp + (mlp + 1) * hidden + 2 * hidden
     embeddings = vocab * hidden * (1 if config.tie_word_embeddings else 2) + vocab
     return config.num_hidden_layers * layer + 2 * hidden + embeddings
 
@@ -119,11 +112,9 @@ def parameter_count(config: NanoPhiConfig) -> int:
 def flops_per_token(config: NanoPhiConfig, context_length: int) -> float:
     """Training FLOP per token, forward and backward: 6 per parameter that multiplies, and attention's 12 L H T.
 
-    The formula of PaLM (https://arxiv.org/abs/2204.02311, appendix B). The embedding table is a lookup and does not
-    count; the output head does. Attention counts the full square, not the causal half.
+    PaLM's formula (https://arxiv.org/abs/2204.02311, appendix B); attention counts the full square, not a causal half.
     """
-    attention = 12 * config.num_hidden_layers * config.hidden_size * context_length
-    return 6 * _multiplying(config) + attention
+    return 6 * _multiplying(config) + 12 * config.num_hidden_layers * config.hidden_size * context_length
 
 
 def _multiplying(config: NanoPhiConfig) -> int:
@@ -144,9 +135,8 @@ def peak_bytes(config: NanoPhiConfig, training: Training, rows: int) -> int:
     hidden, layers = config.hidden_size, config.num_hidden_layers
     # The residual stream and its norm in float32; queries, keys, values, attention and both sides of the activation.
     layer = 2 * 4 * hidden + width * (4 * hidden + 2 * config.intermediate_size)
+    activations = tokens * layers * layer
     if training.arguments.get("gradient_checkpointing") or training.arguments.get("activation_checkpointing"):
         activations = tokens * (layers * 4 * hidden + layer)  # each layer's input, and one layer at a time
-    else:
-        activations = tokens * layers * layer
     state = 16 * parameter_count(config) + (0 if width == 4 else 2 * _multiplying(config))
     return state + activations + width * min(LOSS_CHUNK, tokens) * config.vocab_size

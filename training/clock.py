@@ -1,11 +1,21 @@
-"""The clock of a training run: time, speed, MFU and cost of each logging interval."""
+"""What a training takes: time, speed, MFU and cost of each logging interval, and the energy of the whole.
+
+codecarbon (https://mlco2.github.io/codecarbon/) meters energy: GPUs through NVML and processors through RAPL where the
+system allows, and otherwise by the processor's rated power. Nothing is written or sent.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from nanophi.core.errors import UserError
+from nanophi.core.recipe import Training
+
+ENERGY_SOURCE = "codecarbon, mean grid intensity of the country"
 
 
 @dataclasses.dataclass
@@ -41,13 +51,63 @@ class Clock:
         speed = (tokens - self._tokens) / seconds
         self._elapsed += seconds
         self._interval_began, self._tokens = now, tokens
-        entry: dict[str, Any] = {
-            "elapsed_seconds": round(self._elapsed, 3),
-            "tokens_seen": tokens,
-            "tokens_per_second": round(speed, 1),
-        }
+        entry: dict[str, Any] = {"elapsed_seconds": round(self._elapsed, 3), "tokens_seen": tokens}
+        entry["tokens_per_second"] = round(speed, 1)
         if self.peak_flops is not None:
             entry["mfu"] = round(speed * self.flops_per_token / self.peak_flops, 4)
         if self.dollars_per_hour is not None:
             entry["cost_usd"] = self.total("cost_usd", (now - self._began) / 3600 * self.dollars_per_hour)
         return entry
+
+
+class EnergyMeter:
+    """This machine's energy within a `with` block; nothing, where the recipe does not ask or another process meters.
+
+    Raises `UserError` for a country that codecarbon does not know. Without codecarbon there is one line to `report`.
+    """
+
+    def __init__(self, training: Training, report: Callable[[str], None]) -> None:
+        self._tracker: Any = None
+        self._total: Any = None
+        self.source: dict[str, Any] = {"co2_source": ENERGY_SOURCE, "co2_region": training.country_iso_code}
+        if not training.track_energy or int(os.environ.get("LOCAL_RANK", "0")):
+            return
+        try:
+            import codecarbon
+            from codecarbon.input import DataSource
+            from codecarbon.output_methods.base_output import BaseOutput
+        except ImportError:
+            report("energy is not metered, because codecarbon is not installed: pip install 'nanophi[energy]'")
+            return
+        if training.country_iso_code not in DataSource().get_global_energy_mix_data():
+            raise UserError(
+                f"training.country_iso_code: codecarbon does not know the country '{training.country_iso_code}'; give "
+                "the three letters of ISO 3166, such as FRA or USA"
+            )
+
+        class Keep(BaseOutput):
+            def out(_, total: Any, delta: Any) -> None:  # noqa: N805
+                self._total = total
+
+        self._tracker = codecarbon.OfflineEmissionsTracker(
+            country_iso_code=training.country_iso_code,
+            output_methods=[],
+            output_handlers=[Keep()],
+            allow_multiple_runs=True,
+            log_level="error",
+        )
+
+    def __enter__(self) -> EnergyMeter:
+        if self._tracker is not None:
+            self._tracker.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._tracker is not None:
+            self._tracker.stop()
+
+    def read(self) -> tuple[float, float]:
+        """Energy (kWh) and emissions (grams of CO2 equivalent) so far."""
+        if self._tracker is not None:
+            self._tracker.flush()
+        return (self._total.energy_consumed, 1000 * self._total.emissions) if self._total is not None else (0.0, 0.0)

@@ -23,12 +23,11 @@ IGNORED = -100  # label of a position that has no loss
 def use_chunked_loss(model: NanoPhiForCausalLM) -> None:
     """Let `model(input_ids=..., labels=...)` compute its loss in chunks; it then returns no logits.
 
-    Without labels, as in generation, the model works as before. The change belongs to this object only: nothing of it
-    is saved. It replaces `forward`, not `Trainer`'s `compute_loss`, because DDP and FSDP need the head's weights to be
-    used inside the wrapped model's call.
+    Nothing of this is saved, and without labels the model works as before. It replaces `forward`, not `Trainer`'s
+    `compute_loss`, because DDP and FSDP need the head's weights to be used inside the wrapped model's call.
 
-    The new `forward` takes `num_items_in_batch` (divisor of the summed loss; default: the number of labels that
-    count) and `reduction`: "mean", or "none" for the losses of the positions [batch, tokens] without gradients.
+    `num_items_in_batch` divides the summed loss (default: the number of labels that count); `reduction` "none" gives
+    the losses of the positions [batch, tokens] without gradients.
     """
     plain = model.forward
 
@@ -51,10 +50,7 @@ def use_chunked_loss(model: NanoPhiForCausalLM) -> None:
 
 
 def chunked_loss(
-    hidden_states: torch.Tensor,
-    head: nn.Linear,
-    targets: torch.Tensor,
-    num_items_in_batch: torch.Tensor | int | None = None,
+    hidden_states: torch.Tensor, head: nn.Linear, targets: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
 ) -> torch.Tensor:
     """Cross entropy of `head(hidden_states)` as a float32 scalar, differentiable in the hidden states and the head.
 
@@ -113,7 +109,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         targets: torch.Tensor,
         dtype: torch.dtype,
     ) -> torch.Tensor:
-        """hidden_states [rows, hidden_size], weight [vocab_size, hidden_size], targets [rows] -> float32 scalar.
+        """[rows, hidden_size], [vocab_size, hidden_size], [vocab_size], [rows] -> float32 scalar.
 
         Matrix products run in `dtype`; softmax, loss and the weight's gradient in float32.
         """
@@ -142,8 +138,6 @@ class LinearCrossEntropy(torch.autograd.Function):
             ):
                 grad = nn.functional.log_softmax(block + offset if on_cpu else block, dim=-1, dtype=torch.float32)
                 loss -= (grad.gather(1, block_classes) * block_kept).sum()
-                if not any(wanted):
-                    continue
                 grad.exp_().scatter_add_(1, block_classes, -torch.ones_like(block_classes, dtype=torch.float32))
                 # Ignored rows: zero the small factor of each product, not the large one.
                 if grad_bias is not None:
@@ -160,17 +154,16 @@ class LinearCrossEntropy(torch.autograd.Function):
                         part += columns.t() @ chunk
             del logits
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-        ctx.parameters = (weight.dtype, bias.dtype, vocab_size)
+        ctx.vocab_size, ctx.dtypes = vocab_size, (weight.dtype, bias.dtype)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
-        weight_dtype, bias_dtype, vocab_size = ctx.parameters
+        grad_hidden, *of_head = ctx.saved_tensors
         if grad_hidden is not None:
             grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
-        if grad_weight is not None:
-            grad_weight = (grad_weight[:vocab_size] * grad_loss).to(weight_dtype)
-        if grad_bias is not None:
-            grad_bias = (grad_bias[:vocab_size] * grad_loss).to(bias_dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None
+        scaled = (
+            None if grad is None else (grad[: ctx.vocab_size] * grad_loss).to(dtype)
+            for grad, dtype in zip(of_head, ctx.dtypes, strict=True)
+        )
+        return grad_hidden, *scaled, None, None

@@ -23,11 +23,6 @@ def adamw(model: nn.Module, training: Training) -> torch.optim.Optimizer:
     return _adamw(matrices, vectors, training)
 
 
-def muon(model: nn.Module, training: Training) -> torch.optim.Optimizer:
-    """Muon for the weights between hidden layers, AdamW for everything else."""
-    return MuonAdamW(model, training)
-
-
 def _adamw(decayed: list[Any], others: list[Any], training: Training) -> torch.optim.AdamW:
     return torch.optim.AdamW(
         [{"params": decayed, "weight_decay": training.weight_decay}, {"params": others, "weight_decay": 0.0}],
@@ -39,10 +34,9 @@ def _adamw(decayed: list[Any], others: list[Any], training: Training) -> torch.o
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """`torch.optim.Muon` and `torch.optim.AdamW` behind one optimizer interface.
+    """`torch.optim.Muon` for the matrices between hidden layers, `torch.optim.AdamW` for the rest, as one optimizer.
 
-    Muon (https://kellerjordan.github.io/posts/muon/) orthogonalises the momentum of a matrix. It suits the weights
-    between hidden layers; embeddings, the output head, biases and norms train with AdamW. Learning-rate schedulers,
+    Muon (https://kellerjordan.github.io/posts/muon/) orthogonalises the momentum of a matrix. Learning-rate schedulers,
     accelerate and checkpoints expect one object with one `param_groups` and one `state`.
     """
 
@@ -53,7 +47,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 continue
             if parameter.ndim < 2:
                 vectors.append(parameter)
-            elif "embed_tokens" in name or "lm_head" in name or parameter.ndim > 2:
+            elif "embed_tokens" in name or "lm_head" in name:
                 tables.append(parameter)
             else:
                 matrices.append(parameter)

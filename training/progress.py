@@ -1,4 +1,4 @@
-"""What a training shows while it runs: the progress line, and the trackers of `training.report_to`."""
+"""What a training shows and writes while it runs: the progress line, `training.json`, and trackers."""
 
 from __future__ import annotations
 
@@ -8,18 +8,22 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from accelerate.utils import patch_environment
 from transformers import TrainerCallback, TrainerState
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from nanophi.core import formatting
 from nanophi.core.errors import UserError, one_line
 from nanophi.core.files import write_text
+from nanophi.training.rows import BY_SOURCE
 
 INTERVAL = 15.0
 """Seconds between progress lines where they cannot be rewritten in place."""
+Entries = Sequence[Mapping[str, Any]]
+"""`TrainerState.log_history`."""
 
 
 class ProgressLine(TrainerCallback):
@@ -30,7 +34,6 @@ class ProgressLine(TrainerCallback):
 
     def __init__(self, label: str) -> None:
         self.label = label
-        self.stream = sys.stderr
         self._last = 0.0
 
     def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -38,7 +41,7 @@ class ProgressLine(TrainerCallback):
         logs = kwargs["logs"]
         if not state.is_world_process_zero or "tokens_per_second" not in logs:
             return
-        terminal = self.stream.isatty() and os.environ.get("TERM") != "dumb"
+        terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
         finished = state.global_step >= state.max_steps
         if not terminal and not finished and time.monotonic() - self._last < INTERVAL:
             return
@@ -48,18 +51,15 @@ class ProgressLine(TrainerCallback):
             f"{self.label}: train step {state.global_step}/{state.max_steps}",
             f"loss {logs['loss']:.3f}",
             f"{formatting.integer(logs['tokens_per_second'])} tokens/s",
+            *([f"MFU {formatting.percent(logs['mfu'])}"] if "mfu" in logs else []),
             f"{formatting.duration(left)} left",
         ]
-        if logs.get("mfu") is not None:
-            parts.insert(3, f"MFU {formatting.percent(logs['mfu'])}")
         if "cost_usd" in logs:
             total = logs["cost_usd"] / state.global_step * state.max_steps
             parts.append(f"${logs['cost_usd']:.2f} of ${total:.2f}")
         line = fit(parts, shutil.get_terminal_size().columns - 1) if terminal else "  ".join(parts)
-        self.stream.write(f"\r\x1b[K{line}" if terminal else f"{line}\n")
-        if terminal and finished:
-            self.stream.write("\n")
-        self.stream.flush()
+        sys.stderr.write(f"\r\x1b[K{line}" + "\n" * finished if terminal else f"{line}\n")
+        sys.stderr.flush()
 
 
 def fit(parts: list[str], width: int) -> str:
@@ -67,6 +67,38 @@ def fit(parts: list[str], width: int) -> str:
     while len(parts) > 1 and len("  ".join(parts)) > width:
         parts = parts[:-1]
     return "  ".join(parts)[:width]
+
+
+def history(entries: Entries) -> dict[str, Any]:
+    """`log` (an entry per logging interval), `evaluations` and `samples`."""
+    return {
+        "log": [_interval(entry) for entry in entries if "tokens_per_second" in entry],
+        "evaluations": [_evaluation(entry) for entry in entries if "eval_loss" in entry],
+        "samples": [{"step": entry["step"], "text": entry["sample"]} for entry in entries if "sample" in entry],
+    }
+
+
+def _interval(entry: Mapping[str, Any]) -> dict[str, Any]:
+    rates = sorted(key for key in entry if key.endswith("learning_rate"))
+    keys = ("step", "loss", *rates, "grad_norm", "tokens_seen", "tokens_per_second")
+    known = {key: entry[key] for key in keys if key in entry}
+    return {**known, "mfu": entry.get("mfu"), "elapsed_seconds": entry["elapsed_seconds"]}
+
+
+def _evaluation(entry: Mapping[str, Any]) -> dict[str, Any]:
+    prefix = f"eval_{BY_SOURCE}"
+    by_source = {key.removeprefix(prefix): value for key, value in entry.items() if key.startswith(prefix)}
+    known = {"step": entry["step"], "tokens_seen": entry["tokens_seen"], "loss": entry["eval_loss"]}
+    return {**known, "bits_per_byte": entry["bits_per_byte"], **({"by_source": by_source} if by_source else {})}
+
+
+def cost_and_energy(entries: Entries) -> dict[str, Any]:
+    """Cost, energy and emissions for the card: the keys that were metered."""
+    last = {key: value for entry in entries for key, value in entry.items()}
+    result: dict[str, Any] = {"cost_usd": round(last["cost_usd"], 4)} if "cost_usd" in last else {}
+    if last.get("energy_kwh"):
+        result |= {key: last[key] for key in ("energy_kwh", "co2_grams", "co2_source", "co2_region")}
+    return result
 
 
 @contextlib.contextmanager
@@ -82,10 +114,8 @@ def trackers(trainer: Any) -> Iterator[None]:
             "WANDB_RESUME": "allow",
             "TENSORBOARD_LOGGING_DIR": str(trainer.run / "tensorboard"),
         }
-    variables = {key: value for key, value in variables.items() if key not in os.environ}
-    os.environ.update(variables)
     kinds = tuple(kind for kind in INTEGRATION_TO_CALLBACK.values() if isinstance(kind, type))
-    try:
+    with patch_environment(**{key: value for key, value in variables.items() if key not in os.environ}):
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, kinds) and hasattr(callback, "setup"):
                 try:
@@ -94,6 +124,3 @@ def trackers(trainer: Any) -> Iterator[None]:
                     line = " ".join(str(error).split()) or one_line(error)
                     raise UserError(f"training.report_to: {type(callback).__name__} cannot start: {line}") from error
         yield
-    finally:
-        for variable in variables:
-            os.environ.pop(variable, None)

@@ -1,18 +1,24 @@
-"""Packed rows in the order in which training sees them, and as batches."""
+"""Packed rows: in the order in which training sees them, as batches, and held out, measured by source."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 from torch.utils.data import Dataset
+from transformers import EvalPrediction
 
-from nanophi.core.errors import UserError
+from nanophi.core.errors import UserError, one_line
 from nanophi.core.files import read_json
+
+BY_SOURCE = "bits_per_byte/"
+REMEDY = "run `nanophi prepare` on the recipe; it packs the same rows again and leaves the checkpoints alone"
 
 
 class PackedRows(Dataset[dict[str, torch.Tensor]]):
@@ -28,15 +34,10 @@ class PackedRows(Dataset[dict[str, torch.Tensor]]):
         try:
             dataset = datasets.load_from_disk(str(tokens))
         except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(
-                f"{tokens} cannot be read ({reason}); delete {tokens.parent} and run `nanophi prepare` on the recipe; "
-                "it packs the same rows again and leaves the checkpoints alone"
-            ) from None
+            reason = one_line(error)
+            raise UserError(f"{tokens} cannot be read ({reason}); delete {tokens.parent} and {REMEDY}") from None
         if len(dataset) == 0:
-            raise UserError(
-                f"{tokens} holds no complete row, because the text is shorter than one context; add documents"
-            )
+            raise UserError(f"{tokens} holds no row: the text is shorter than one context; add documents")
         self.dataset = dataset.with_format("torch", columns=["input_ids"])
         self.rows = rows
         self.seed = seed
@@ -71,6 +72,59 @@ class PackedRows(Dataset[dict[str, torch.Tensor]]):
         return [{"input_ids": row} for row in batch]
 
 
+class HeldoutRows(PackedRows):
+    """Held-out rows that know the source of every token.
+
+    Without `heldout-documents.parquet` in the run's `data/tokens` there is one unnamed source.
+    """
+
+    def __init__(self, tokens: Path) -> None:
+        super().__init__(tokens / "heldout")
+        shape = (len(self), len(self.dataset[0]["input_ids"]))
+        self.sources, self.bytes_per_token = [""], [math.nan]
+        self._codes = torch.zeros(shape, dtype=torch.int64)
+        documents = tokens / "heldout-documents.parquet"
+        if not documents.exists():
+            return
+        table = pq.read_table(documents)
+        lengths, sizes = (table[name].to_numpy() for name in ("tokens", "bytes"))
+        self.sources, codes = map(list, np.unique(table["source"].to_pylist(), return_inverse=True))
+        # The rows are the documents end to end; an incomplete last row is dropped.
+        self._codes = torch.from_numpy(np.repeat(codes, lengths)[: math.prod(shape)].reshape(shape))
+        self.bytes_per_token = (np.bincount(codes, sizes) / np.bincount(codes, lengths)).tolist()
+
+    def __getitems__(self, positions: list[int]) -> list[dict[str, torch.Tensor]]:
+        rows = super().__getitems__(positions)
+        return [{**row, "sources": self._codes[self.index(i)]} for row, i in zip(rows, positions, strict=True)]
+
+    def sums(self, losses: torch.Tensor, sources: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Nats, and number of predicted tokens: two float32 tensors (rows, number of sources).
+
+        Both arguments are (rows, length): position i of `losses` holds the loss of predicting token i + 1, `sources`
+        the source of each token.
+        """
+        nats = torch.zeros(len(losses), len(self.sources), device=losses.device)
+        counts = torch.zeros_like(nats)
+        nats.scatter_add_(1, sources[:, 1:], losses[:, :-1])
+        counts.scatter_add_(1, sources[:, 1:], torch.ones_like(losses[:, :-1]))
+        return nats, counts
+
+    def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        """From `sums` of all rows: `mean_loss`, and `bits_per_byte/NAME` of each source that has a predicted token.
+
+        The mean is over tokens; `Trainer`'s own is over batches, which hold some rows twice on several processes.
+        """
+        nats, counts = (
+            np.asarray(sums, np.float64).sum(axis=0) for sums in (prediction.predictions, prediction.label_ids)
+        )
+        by_source = {
+            BY_SOURCE + name: round(nats[code] / counts[code] / math.log(2) / self.bytes_per_token[code], 5)
+            for code, name in enumerate(self.sources)
+            if name and counts[code]
+        }
+        return {"mean_loss": float(nats.sum() / counts.sum()), **by_source}
+
+
 def check_tokens(tokens: Path, **splits: PackedRows) -> None:
     """Check that the rows of each split are those that `tokens.json` records. Raises `UserError`."""
     recorded = read_json(tokens / "tokens.json")
@@ -82,9 +136,9 @@ def check_tokens(tokens: Path, **splits: PackedRows) -> None:
         else:
             same = rows.sha256(rest.read_bytes() if rest.exists() else b"") == counts["sha256"]
         if not same:
+            recorder = tokens / "tokens.json"
             raise UserError(
-                f"{tokens / split} holds other tokens than {tokens / 'tokens.json'} records; delete {tokens} and run "
-                "`nanophi prepare` on the recipe; it packs the same rows again and leaves the checkpoints alone"
+                f"{tokens / split} holds other tokens than {recorder} records; delete {tokens} and {REMEDY}"
             )
 
 
@@ -102,12 +156,10 @@ class PackedCollator:
     isolate_documents: bool
 
     def __call__(self, rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        input_ids = torch.stack([row["input_ids"] for row in rows]).long()
-        batch = {"input_ids": input_ids, "labels": input_ids}
-        if "sources" in rows[0]:
-            batch["sources"] = torch.stack([row["sources"] for row in rows])
+        batch = {name: torch.stack([row[name] for row in rows]).long() for name in rows[0]}
+        batch["labels"] = batch["input_ids"]
         if self.isolate_documents:
-            batch["position_ids"] = restarting_positions(input_ids, self.eos_token_id)
+            batch["position_ids"] = restarting_positions(batch["input_ids"], self.eos_token_id)
         return batch
 
 

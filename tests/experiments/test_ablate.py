@@ -194,12 +194,12 @@ def test_experiments_that_cannot_be_run(finished, recipe, tmp_path, overrides, o
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("--seed 1 --seed 1", "a seed is named twice"),
-        ("--learning-rate 0.1 --learning-rate 0.1", "a learning rate is named twice"),
-        ("--epochs 0", "--epochs 0 must be a number above 0"),
+        ("--seed 1 --seed 1", "--seed has one value twice"),
+        ("--learning-rate 0.1 --learning-rate 0.1", "--learning-rate has one value twice"),
+        ("--epochs 0", "--epochs 0.0 must be a number above 0"),
         ("--epochs nan", "--epochs nan must be a number above 0"),
         ("--seed 4294967296", "--seed 4294967296 must be from 0 to 4294967295"),
-        ("--learning-rate 0.1 --learning-rate=-1", "--learning-rate -1 must be a number above 0"),
+        ("--learning-rate 0.1 --learning-rate=-1", "--learning-rate -1.0 must be a number above 0"),
     ],
 )
 def test_numbers_that_no_run_can_have(line, message):

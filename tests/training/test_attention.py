@@ -1,30 +1,16 @@
 """Packed documents one by one, against attention with a mask over the whole row."""
 
-import json
-
 import pytest
 import torch
+from tiny_model import make_model, tokens
 
-from nanophi import NanoPhiConfig, NanoPhiForCausalLM
+from nanophi import NanoPhiForCausalLM
 from nanophi.training.attention import PACKED_DOCUMENTS, document_lengths
-
-SHAPE = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 
 
 @pytest.fixture
 def model():
-    torch.manual_seed(0)
-    return NanoPhiForCausalLM(NanoPhiConfig(**SHAPE, attn_implementation="sdpa"))
+    return make_model(attn_implementation="sdpa")
 
 
 def positions(*rows):
@@ -39,7 +25,7 @@ def test_lengths_come_from_restarting_positions():
 
 @pytest.mark.parametrize("rows", [[(7, 1, 13), (21,)], [(21,), (21,)], [(10, 11)]], ids=["packed", "whole", "shared"])
 def test_the_output_and_gradients_are_those_of_a_mask(model, rows):
-    ids = torch.randint(3, 61, (2, 21), generator=torch.Generator().manual_seed(1))
+    ids = tokens()
     outcomes = []
     for implementation in ("sdpa", PACKED_DOCUMENTS):
         model.set_attn_implementation(implementation)
@@ -52,7 +38,7 @@ def test_the_output_and_gradients_are_those_of_a_mask(model, rows):
 
 
 def test_padding_and_a_cache_go_to_sdpa(model):
-    ids = torch.randint(3, 61, (2, 9), generator=torch.Generator().manual_seed(1))
+    ids = tokens(length=9)
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
     outcomes = []
@@ -67,5 +53,5 @@ def test_padding_and_a_cache_go_to_sdpa(model):
 def test_a_saved_model_does_not_name_it(model, tmp_path):
     model.set_attn_implementation(PACKED_DOCUMENTS)
     model.save_pretrained(tmp_path)
-    assert PACKED_DOCUMENTS not in json.dumps(json.loads((tmp_path / "config.json").read_text()))
+    assert PACKED_DOCUMENTS not in (tmp_path / "config.json").read_text()
     assert NanoPhiForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"

@@ -1,6 +1,5 @@
 """Weights are never lost: what a run does with what it finds, whatever was changed, moved, cut off or asked for."""
 
-import json
 import os
 import random
 import shutil
@@ -22,16 +21,8 @@ from nanophi.training import base as base_module
 from nanophi.training import checkpoints
 
 STEPS = 8
-SECTION = {
-    **TRAINING,
-    "steps": STEPS,
-    "batch_size": 4,
-    "warmup_steps": 1,
-    "save_steps": 2,
-    "eval_steps": 4,
-    "keep_steps": [],
-    "schedule": "constant",
-}
+SECTION = {**TRAINING, "steps": STEPS, "batch_size": 4, "warmup_steps": 1, "save_steps": 2, "eval_steps": 4}
+SECTION |= {"keep_steps": [], "schedule": "constant"}
 
 
 def recipe(name="run", base=None, **training) -> Recipe:
@@ -119,17 +110,9 @@ def test_a_key_that_matters_is_named_with_both_values_and_nothing_is_lost(runs, 
     line = refused(runs, learning_rate=1e-3, batch_size=8)
     assert "training.batch_size 4 -> 8" in line and "training.learning_rate 0.01 -> 0.001" in line
     assert "another name" in line and "--restart" in line
-    assert "training.seed 1 -> 2" in refused(runs, seed=2) or "seed" in refused(runs, seed=2)
-    allowed = {
-        "save_steps": 3,
-        "eval_steps": 3,
-        "keep_steps": [6],
-        "keep_states": 1,
-        "logging_steps": 3,
-        "spike_threshold": None,
-        "dollars_per_hour": 1.0,
-        "arguments": {"dataloader_num_workers": 1},
-    }
+    assert "seed" in refused(runs, seed=2)
+    allowed = {"save_steps": 3, "eval_steps": 3, "keep_steps": [6], "keep_states": 1, "logging_steps": 3}
+    allowed |= {"spike_threshold": None, "dollars_per_hour": 1.0, "arguments": {"dataloader_num_workers": 1}}
     assert train(runs, **allowed)["weights_sha256"] == undisturbed()["weights_sha256"]
     assert train(runs, micro_batch_size=2)["weights_sha256"] == undisturbed()["weights_sha256"]
 
@@ -168,7 +151,6 @@ def test_a_run_of_an_earlier_version_is_refused_in_one_line(stopped):
     write_json(stopped / "run/record.json", old)
     line = refused(stopped)
     assert "finish them with nanophi 0.0.9 at commit c0ffee, which began them, start from them with base: PATH" in line
-    assert "earlier version" in line and "kept" in line and "--restart" in line
     (stopped / "run/record.json").unlink()
     assert "record.json does not state" in refused(stopped)
     write_json(stopped / "run/record.json", record)
@@ -194,12 +176,6 @@ def test_states_and_history_of_a_finished_run_may_be_missing(runs):
     assert train(runs)["precision"] == "fp32"
 
 
-def test_an_interrupted_run_without_states_keeps_its_weights(stopped):
-    shutil.rmtree(stopped / "run/training_state")
-    line = refused(stopped)
-    assert "training_state" in line and "base:" in line and "step-000004" in line
-
-
 def test_a_final_checkpoint_that_was_removed_comes_back_from_its_state(runs, undisturbed):
     train(runs)
     shutil.rmtree(runs / "run/checkpoints")
@@ -207,10 +183,13 @@ def test_a_final_checkpoint_that_was_removed_comes_back_from_its_state(runs, und
     NanoPhiForCausalLM.from_pretrained(runs / "run/checkpoints/step-000008")
 
 
-def test_every_state_damaged_is_one_line(stopped):
-    for state in checkpoints.states(stopped / "run"):
-        (state / "optimizer.pt").write_bytes(b"")
-    assert "is damaged (optimizer.pt has 0 of" in refused(stopped)
+@pytest.mark.parametrize(
+    "damage", [shutil.rmtree, lambda states: [(s / "optimizer.pt").write_bytes(b"") for s in states.iterdir()]]
+)
+def test_an_interrupted_run_without_a_whole_state_keeps_its_weights(stopped, damage):
+    damage(stopped / "run/training_state")
+    line = refused(stopped)
+    assert "training_state has no whole state" in line and "base: PATH" in line and "step-000004" in line
 
 
 # Train longer
@@ -261,14 +240,18 @@ def test_training_starts_from_existing_weights(runs, tmp_path):
     assert first < 0.8 * read_json(runs / "run/training.json")["log"][0]["loss"]
     line = refused(runs, **{**changes, "base": None})
     assert "base " in line and "-> None" in line
-    (base / "model.safetensors").unlink()
+    weights = base / "model.safetensors"
+    weights.unlink()
     with pytest.raises(UserError, match=r"base: .* holds no model.safetensors"):
         train(runs, **changes)
+    weights.write_bytes(b"cut off")
+    with pytest.raises(UserError, match=r"base: .* cannot be loaded \(.*\)$"):
+        base_module.base_model(str(base), NanoPhiConfig(**CONFIG))
     other = NanoPhiForCausalLM(NanoPhiConfig(**{**CONFIG, "intermediate_size": 32}))
     other.save_pretrained(base)
     shutil.copyfile(runs / "run/checkpoints/step-000008/config.json", base / "config.json")
     shutil.copytree(runs / "run/data", runs / "third/data")
-    with pytest.raises(UserError, match=r"has other tensors than the recipe's model"):
+    with pytest.raises(UserError, match=r"base: .* cannot be loaded"):
         train(runs, **{**changes, "name": "third"})
 
 
@@ -324,34 +307,6 @@ def test_a_run_is_a_base_once_it_is_finished(runs):
     train(runs, **stated)
     recorded = read_json(runs / "second/record.json")["stages"]["training"]["inputs"]["base"]
     assert recorded == sha256_of_file(runs / "run/checkpoints/step-000008/model.safetensors")
-
-
-def test_a_base_on_the_hub_has_a_revision_and_a_missing_folder_is_not_looked_for_there(base, monkeypatch, tmp_path):
-    asked = []
-
-    def download(repo_id, revision=None, **kwargs):
-        asked.append((repo_id, revision))
-        return str(base)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    monkeypatch.chdir(tmp_path)
-    write_json(tmp_path / "runs/demo/recipe.yaml", {})
-    for missing in ("./nowhere/model", "runs/dmeo"):
-        with pytest.raises(UserError, match=f"^base: folder {missing} does not exist"):
-            base_module.base_file(missing)
-    assert not asked
-    assert base_module.base_file("someone/model@v2") == base / "model.safetensors"
-    assert asked == [("someone/model", "v2")]
-    (base / "config.json").unlink()
-    with pytest.raises(UserError, match=r"base: someone/model is not a model \(no config.json\)"):
-        base_module.base_file("someone/model")
-
-
-def test_weights_that_are_cut_off_are_one_line(base):
-    weights = base / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(UserError, match=r"base: .* cannot be loaded \(.*\)$"):
-        base_module.base_model(str(base), NanoPhiConfig(**CONFIG))
 
 
 # Prepared elsewhere
@@ -410,6 +365,4 @@ def test_no_sequence_of_events_loses_weights(runs, monkeypatch, undisturbed, see
         if before:
             assert weights(runs / "run/training_state"), event
     assert train(runs, steps=steps, **changes)["weights_sha256"] == undisturbed(steps=steps)["weights_sha256"]
-    assert (
-        json.loads((runs / "run/record.json").read_text())["stages"]["training"]["inputs"]["training"]["steps"] == steps
-    )
+    assert read_json(runs / "run/record.json")["stages"]["training"]["inputs"]["training"]["steps"] == steps

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from nanophi.core import sample
 from nanophi.core.files import read_json
 from nanophi.modeling_nanophi import NanoPhiForCausalLM
-from nanophi.training import validation
+from nanophi.training import rows as rows_module
 from nanophi.training.rows import PackedCollator
 
 
@@ -36,7 +36,7 @@ def reference(run) -> dict[str, float]:
         name for name, length in zip(DOCUMENTS["source"], DOCUMENTS["tokens"], strict=True) for _ in range(length)
     ]
     nats: dict[str, list[float]] = {}
-    rows = validation.HeldoutRows(run / "data/tokens")
+    rows = rows_module.HeldoutRows(run / "data/tokens")
     for row in range(10):
         tokens = rows[row]["input_ids"].long()
         with torch.no_grad():
@@ -65,7 +65,7 @@ def test_every_heldout_row_counts(runs):
     """10 rows in batches of 8: the last two as well, each as much as the others."""
     run = runs[0]
     model = NanoPhiForCausalLM.from_pretrained(run / "checkpoints/step-000024").eval()
-    rows = validation.HeldoutRows(run / "data/tokens")
+    rows = rows_module.HeldoutRows(run / "data/tokens")
     batch = PackedCollator(EOS, isolate_documents=False)([rows[i] for i in range(10)])
     assert batch.pop("sources").shape == (10, CONTEXT)
     with torch.no_grad():
