@@ -180,7 +180,7 @@ def _begin_training(run: Runner, config: NanoPhiConfig) -> Path | None:
                 run.report(f"{recipe.name}: removing {path} (--restart)")
                 remove(path)
     resume = continuation.plan(run.run, recipe.training, recorded, inputs, run.report)
-    continuation.set_aside(run.path, recipe.training, recorded, resume, run.report)
+    continuation.set_aside(run.run, recipe.training, recorded, resume)
     run.run.begin("training", inputs)
     run.run.update_record(environment=environment())
     return resume

@@ -45,12 +45,9 @@ from nanophi.pipeline import Pipeline, train_side_by_side
 FORMAT = 1
 """Version of the plan and the records."""
 HELDOUT = "heldout_bits_per_byte"
-LOWER_RATE = 0.2
-"""The second learning rate, if none is named, in units of the recipe's."""
-SAMPLE_TOKENS = 200_000
-"""Of each arm, from which its bytes per token are measured for the plan."""
-SAFETY = 0.98
-"""Share of an arm's estimated tokens that the plan counts on."""
+LOWER_RATE = 0.2  # the second learning rate, if none is named, in units of the recipe's
+SAMPLE_TOKENS = 200_000  # of each arm, from which its bytes per token are measured for the plan
+SAFETY = 0.98  # share of an arm's estimated tokens that the plan counts on
 MAX_SEED = (1 << 32) - 1
 
 
@@ -58,17 +55,13 @@ def ablate(
     recipe: OneRecipe,
     seed: Annotated[list[int], Option(help="Seed of the runs; repeatable.")] = [0, 1, 2],
     learning_rate: Annotated[
-        list[float], Option(help="Peak learning rate; repeatable. Default: the recipe's and a fifth of it.")
+        list[float], Option(help="Peak rate; repeatable (default: the recipe's and a fifth).")
     ] = [],
     epochs: Annotated[
-        float | None, Option(help="How often a share of the text is repeated. Default: as in the recipe's own run.")
+        float | None, Option(help="How often a share is repeated (default: as in the recipe's run).")
     ] = None,
-    tasks: Annotated[
-        str, Option(help="Multiple-choice tasks whose right answers decide, or 'none': held-out text decides.")
-    ] = "arc_easy,hellaswag",
-    output: Annotated[
-        Path | None, Option(help="Where plan, records and answer go. [default: ablations/NAME]", show_default=False)
-    ] = None,
+    tasks: Annotated[str, Option(help="Choice tasks that decide; 'none': held-out text does.")] = "arc_easy,hellaswag",
+    output: Annotated[Path | None, Option(help="Folder of the answer (default: ablations/NAME).")] = None,
     plan: Annotated[bool, Option("--plan", help="Write the plan and stop, before anything is trained.")] = False,
     jobs: Jobs = 1,
     runs: Runs = Path("runs"),
@@ -132,7 +125,7 @@ class Ablation:
         """
         self._check()
         own = self.recipe.training.learning_rate
-        question = {
+        question: dict[str, Any] = {
             "recipe": self.recipe.dump(),
             "seeds": list(self.seeds),
             "learning_rates": list(self.learning_rates) or [own, float(f"{LOWER_RATE * own:.6g}")],
@@ -170,7 +163,7 @@ class Ablation:
 
         keys = [(arm, seed, rate) for seed in plan["seeds"] for rate in plan["learning_rates"] for arm in plan["arms"]]
         arms = {run_name(self.recipe, *key): key for key in keys}
-        waiting = [name for name in arms if not record_path(self.output, name).exists()]
+        waiting = [name for name in arms if not (self.output / "records" / f"{name}.json").exists()]
         before, began, done = len(arms) - len(waiting), time.monotonic(), 0
         if before:
             self.report(f"{before} of {len(arms)} runs were done before")
@@ -195,12 +188,10 @@ class Ablation:
 
     def _pipeline(self, recipe: Recipe) -> Pipeline:
         """A run's, which does not tell again that what all share is there already."""
-
-        def report(line: str) -> None:
-            if not line.endswith("up to date") and " shared with " not in line:
-                self.report(line)
-
-        return Pipeline(recipe, self.runs, report=report)
+        told = ("up to date", " shared with ")
+        return Pipeline(
+            recipe, self.runs, report=lambda line: None if any(words in line for words in told) else self.report(line)
+        )
 
     def _check(self) -> None:
         from nanophi.eval import suites
@@ -282,7 +273,7 @@ class Ablation:
                 f"{most:,.0f}; ask for {seen / most:.2f} epochs or more"
             )
         unique = int(unique) // context * context
-        if unique < context:
+        if not unique:
             raise UserError(
                 f"every share has less than one row of {context} tokens; ask for fewer --epochs or add text"
             )
@@ -302,9 +293,8 @@ class Ablation:
             speed = estimate.measured_speed(sized, report=lambda line: None)
         finally:
             torch.set_num_threads(threads)
-        hours = round(runs * seen / speed / self.jobs / 3600, 3)
-        known = {"runs": runs, "tokens": runs * seen, "tokens_per_second": round(speed, 1)}
-        return {**known, "jobs": self.jobs, "hours": hours}
+        known = {"runs": runs, "tokens": runs * seen, "tokens_per_second": round(speed, 1), "jobs": self.jobs}
+        return known | {"hours": round(known["tokens"] / speed / self.jobs / 3600, 3)}
 
     def _record(self, pipeline: Pipeline, plan: Mapping[str, Any], arm: str, seed: int, rate: float) -> None:
         """A finished run's record: what it was trained on, and every item's log-likelihood (nats) and size (bytes)."""
@@ -314,10 +304,9 @@ class Ablation:
 
         recipe, tasks, limit = pipeline.recipe, plan["tasks"], plan["tokens"][arm]
         tokens = read_json(pipeline.path / "data/tokens/tokens.json")["train"]
-        if tokens["rows"] * recipe.model_config_for().max_position_embeddings != limit:
+        if (rows := tokens["rows"] * recipe.model_config_for().max_position_embeddings) != limit:
             raise UserError(
-                f"{pipeline.path} has {tokens['tokens']:,} different tokens instead of {limit:,}; ask for more "
-                "--epochs in another --output"
+                f"{pipeline.path} has {rows:,} tokens in place of {limit:,}; ask for more --epochs elsewhere"
             )
         name = run_result_name(step_name(recipe.training.steps), suite(tasks))
         result, items = read_result(pipeline.path / "evals" / name), {}
@@ -326,10 +315,11 @@ class Ablation:
             if not values:
                 raise UserError(f"task '{task}' has no right answer whose likelihood is known; name other --tasks")
             ordered = sorted(values)
+            exact = [values[item] for item in ordered]
             items[task] = {
                 "numbers": [number for number, _ in ordered],
                 "sha256": sha256_of([hashed for _, hashed in ordered]),
-                "values": [_rounded(values[item]) for item in ordered],
+                "values": [[round(v[0], 4), int(v[1])] if task == HELDOUT else round(v, 6) for v in exact],
             }
         history = read_json(pipeline.path / "training.json")["summary"]
         content = {
@@ -342,17 +332,12 @@ class Ablation:
             "environment": environment(),
             "items": items,
         }
-        write_text(record_path(self.output, recipe.name), _compact(content))
+        write_text(self.output / "records" / f"{recipe.name}.json", _compact(content))
 
 
 def run_name(recipe: Recipe, arm: str, seed: int, rate: float) -> str:
     """Name of a run of the experiment on a recipe."""
     return f"{recipe.name}-{arm}-seed-{seed}-lr-{rate:g}"
-
-
-def record_path(output: Path, name: str) -> Path:
-    """The record of the run with this name."""
-    return output / "records" / f"{name}.json"
 
 
 def suite(tasks: Sequence[str]) -> str:
@@ -381,12 +366,13 @@ def _targets(recipe: Recipe, tasks: Sequence[str]) -> dict[str, dict[str, Any]]:
     from nanophi.eval import catalogue
 
     answers = {"title": f"right answers, {' and '.join(catalogue.title(task) for task in tasks)}"}
-    targets: dict[str, dict[str, Any]] = {
-        **({"answers": answers} if tasks else {}),
-        "heldout": {"title": "held-out text, all"},
-        "kept": {"title": "held-out text that the filter keeps"},
-        "dropped": {"title": "held-out text that the filter drops"},
-    }
+    targets: dict[str, dict[str, Any]] = {"answers": answers} if tasks else {}
+    for name, words in (
+        ("heldout", ", all"),
+        ("kept", " that the filter keeps"),
+        ("dropped", " that the filter drops"),
+    ):
+        targets[name] = {"title": f"held-out text{words}"}
     names = [source.name or source.hub or source.files for source in recipe.data.sources if source.heldout]
     if len(names) > 1:
         targets |= {f"source:{name}": {"title": f"held-out source {name}", "source": name} for name in names}
@@ -403,10 +389,6 @@ def _write_items(data: Path, path: Path) -> None:
     rows = documents.heldout(data / "documents", ("id", "source"))
     heldout = [{"id": row["id"], "source": row["source"], "kept": keep[row["id"]]} for row in rows]
     write_text(path, _compact({"format": FORMAT, "heldout": heldout}))
-
-
-def _rounded(value: Any) -> Any:
-    return [round(value[0], 4), int(value[1])] if isinstance(value, list | tuple) else round(value, 6)
 
 
 def _compact(value: Mapping[str, Any]) -> str:

@@ -126,8 +126,7 @@ def training_arguments(
         "output_dir": str(run / "training_state"),
         "run_name": run.name,
         "max_steps": training.steps,
-        "per_device_train_batch_size": rows,
-        "per_device_eval_batch_size": rows,
+        **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), rows),
         "gradient_accumulation_steps": training.batch_size // (rows * devices),
         "adam_epsilon": ADAM_EPS,
         "lr_scheduler_type": SCHEDULES[training.schedule],
@@ -136,17 +135,11 @@ def training_arguments(
         # Trainer refuses bf16 on a processor unless it is told that no device is meant.
         "use_cpu": not torch.accelerator.is_available(),
         "torch_compile": training.compile,
-        "save_strategy": "steps",
-        "eval_strategy": "steps",
-        "prediction_loss_only": True,
-        "logging_strategy": "steps",
-        "logging_nan_inf_filter": False,
-        "disable_tqdm": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
-        "remove_unused_columns": False,
-        "ddp_find_unused_parameters": False,
-        "seed": seed,
-        "data_seed": seed,
+        **dict.fromkeys(("save_strategy", "eval_strategy", "logging_strategy"), "steps"),
+        **dict.fromkeys(("prediction_loss_only", "disable_tqdm"), True),
+        **dict.fromkeys(("logging_nan_inf_filter", "remove_unused_columns", "ddp_find_unused_parameters"), False),
+        **dict.fromkeys(("seed", "data_seed"), seed),
     }
     if given.get("fsdp") and devices == 1:
         raise UserError(NO_FSDP)

@@ -1,7 +1,6 @@
-"""Attention for packed rows on a CPU: each document by itself, so that scores between documents are never computed.
+"""Attention for packed rows on a CPU: each document by itself, where a mask would cost the full square of the row.
 
-Importing this module registers `PACKED_DOCUMENTS` with transformers; `model.set_attn_implementation` selects it. A
-mask over whole rows gives the same result but costs the full square of the row's length.
+Importing this module registers `PACKED_DOCUMENTS` with transformers; `model.set_attn_implementation` selects it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""The model that a training begins with: its weights, and whether they are those of the recipe's model.
-
-The recipe and records of a chat model's base are in `core/bases.py`.
-"""
+"""The model that a training begins with: its weights, and whether they are those of the recipe's model."""
 
 from __future__ import annotations
 

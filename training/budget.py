@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 from typing import TYPE_CHECKING
 
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """One accelerator. Rates are peaks in FLOP/s, dense; a device without bf16 or TF32 has its float32 rate there."""
+    """One accelerator. Rates are dense peaks in FLOP/s; a device without bf16 or TF32 has its float32 rate there."""
 
     cuda_name: str  # part of the name that CUDA gives it
     bf16_flops: float  # with float32 accumulation
@@ -38,8 +37,8 @@ class Device:
         return self.bf16_flops if precision == "bf16" else self.tf32_flops if tf32 else self.fp32_flops
 
 
-# Rates, memory and power: the makers' data sheets, of the SXM boards where there are several; the RTX boards' rates are
-# those of NVIDIA's white papers on GA102 and Ada. Rates of a sheet "with sparsity" are halved.
+# Rates, memory and power: the makers' data sheets (SXM boards where there are several; for RTX boards NVIDIA's white
+# papers on GA102 and Ada). Rates of a sheet "with sparsity" are halved.
 DEVICES = {
     "a100-40g": Device("A100-SXM4-40GB", 312e12, 19.5e12, 156e12, 40e9, 400, 1.99, "lambda.ai/pricing, 2026-11-16"),
     "a100-80g": Device("A100", 312e12, 19.5e12, 156e12, 80e9, 400, 1.79, "runpod.io/pricing, secure cloud, 2026-11-09"),
@@ -77,25 +76,10 @@ def uses_tf32(training: Training) -> bool:
     return bool(training.arguments.get("tf32", training.compile))
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on whatever device."""
-    words = ("out of memory", "can't allocate memory", "bad_alloc", "Cannot allocate memory")
-    return isinstance(error, MemoryError) or any(text in str(error) for text in words)
-
-
 def fitting_rows(config: NanoPhiConfig, training: Training, share: int, memory: float) -> int:
     """The largest micro-batch that divides `share` rows and fits into so many bytes of a device; 0: none does."""
     sizes = (rows for rows in range(1, share + 1) if share % rows == 0)
     return max((rows for rows in sizes if peak_bytes(config, training, rows) <= USABLE_MEMORY * memory), default=0)
-
-
-def memory_here() -> float:
-    """Bytes of the GPU, or of this machine without one."""
-    import torch
-
-    if torch.cuda.is_available():
-        return float(torch.cuda.get_device_properties(0).total_memory)
-    return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
 def parameter_count(config: NanoPhiConfig) -> int:
@@ -123,11 +107,10 @@ def _multiplying(config: NanoPhiConfig) -> int:
 
 
 def peak_bytes(config: NanoPhiConfig, training: Training, rows: int) -> int:
-    """Bytes at the height of training with micro-batches of `rows`; an evaluation takes less.
+    """Bytes at the height of training with micro-batches of `rows`: 0.86 to 1.07 of those that benchmarks measured.
 
     Per parameter a weight, its gradient and two moments in float32 (Muon keeps fewer), and under autocast a bf16 copy
     of those that multiply; what the backward pass needs of each layer; and the logits that the loss holds at a time.
-    It is 0.86 to 1.07 of the peaks in benchmarks/train_memory.json and train_speed.json.
     """
     from nanophi.training.loss import LOSS_CHUNK
 

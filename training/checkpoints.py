@@ -9,15 +9,14 @@ Both appear whole or not at all. What may be done with weights that are there al
 
 from __future__ import annotations
 
-import contextlib
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 from transformers.trainer import TRAINER_STATE_NAME
 
-from nanophi.core.errors import UserError, is_disk_full
+from nanophi.core.errors import UserError
 from nanophi.core.files import copy_tree, link_or_copy, permit, read_json, remove, sha256_of_file, write_json
 from nanophi.core.names import step_folders, step_name, step_of
 
@@ -94,10 +93,10 @@ def store(run: Path, saved: Path, facts: dict[str, Any], kept: Collection[int], 
 
 
 def archive_old_schedule(run: Path, steps: int, resumed: int) -> Path | None:
-    """Keep the weights of a schedule of `steps` steps that a run with other steps leaves at step `resumed`.
+    """Keep, in a folder, the weights of a schedule of `steps` steps that a run with other steps leaves at `resumed`.
 
-    Checkpoints beyond `resumed` move to the folder that is returned (None: there was nothing to keep); the last one of
-    the schedule is copied there if the run passes it. States beyond `resumed` are removed: nothing resumes from them.
+    Checkpoints beyond that step move there; the schedule's last one is copied if the run passes it. States beyond it
+    are removed: nothing resumes from them.
     """
     target = run / f"checkpoints-of-{steps}-steps"
     for old in step_folders(run / "checkpoints"):
@@ -119,17 +118,3 @@ def last_saved(run: Path) -> str:
     """Where a run that stops now would resume, in words."""
     saved = states(run)
     return f"checkpoint {saved[-1].name}" if saved else "the beginning"
-
-
-@contextlib.contextmanager
-def disk_space(run: Path, step: int) -> Iterator[None]:
-    """Save within the body: a disk that fills up is one line."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, UserError) or not is_disk_full(error):
-            raise
-        raise UserError(
-            f"no disk space left in {run} for the checkpoint of step {step}; free some and run the same command to "
-            f"resume from {last_saved(run)}"
-        ) from error

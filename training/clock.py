@@ -1,7 +1,6 @@
 """What a training takes: time, speed, MFU and cost of each logging interval, and the energy of the whole.
 
-codecarbon (https://mlco2.github.io/codecarbon/) meters energy: GPUs through NVML and processors through RAPL where the
-system allows, and otherwise by the processor's rated power. Nothing is written or sent.
+codecarbon (https://mlco2.github.io/codecarbon/) meters energy by NVML and RAPL, else by rated power. Nothing is sent.
 """
 
 from __future__ import annotations

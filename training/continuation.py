@@ -1,8 +1,4 @@
-"""What a run may do with the weights that it finds: nothing, resume, train longer, or refuse.
-
-Weights are never removed here. What has been learned so far depends on `inputs`; whatever else the recipe says may
-change while a run is stopped or finished. Weights of another model to begin with are in `base.py`.
-"""
+"""What a run may do with the weights that it finds: nothing, resume, train longer, or refuse. None are removed here."""
 
 from __future__ import annotations
 
@@ -38,8 +34,7 @@ def data_hashes(run: Path) -> dict[str, str]:
 def inputs(run: Path, recipe: Recipe, config: NanoPhiConfig, recorded: Mapping[str, Any] | None) -> dict[str, Any]:
     """Everything that the weights depend on, as JSON. Data are their contents, whatever path or recipe they came from.
 
-    `recorded` are those of the training that is there already, if any: a finished run with `precision: auto` keeps the
-    precision that it had, on whatever machine it is looked at.
+    `recorded`: those of the training that is there already. Once finished, `precision: auto` stays what it was there.
     """
     training = recipe.training.model_dump(mode="json", exclude=MAY_CHANGE)
     finished = (run / "checkpoints" / step_name(recipe.training.steps) / WEIGHTS).is_file()
@@ -105,16 +100,8 @@ def shared_steps(training: Training, before: int) -> int:
     return training.steps if training.stretch_cosine and training.steps > before else 0
 
 
-def set_aside(
-    run: Path,
-    training: Training,
-    recorded: Mapping[str, Any] | None,
-    resume: Path | None,
-    report: Callable[[str], None],
-) -> None:
+def set_aside(run: RunDirectory, training: Training, recorded: Mapping[str, Any] | None, resume: Path | None) -> None:
     """Before training with a new number of steps from `resume`, keep the weights of the earlier schedule elsewhere."""
-    if recorded is None or resume is None or recorded["training"]["steps"] == training.steps:
-        return
-    before = recorded["training"]["steps"]
-    if folder := archive_old_schedule(run, before, step_of(resume)):
-        report(f"{run.name}: the weights of the {before} steps are kept in {folder}")
+    before = recorded["training"]["steps"] if recorded and resume else training.steps
+    if resume and before != training.steps and (folder := archive_old_schedule(run.path, before, step_of(resume))):
+        run.report(f"{run.path.name}: the weights of the {before} steps are kept in {folder}")

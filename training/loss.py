@@ -23,11 +23,9 @@ IGNORED = -100  # label of a position that has no loss
 def use_chunked_loss(model: NanoPhiForCausalLM) -> None:
     """Let `model(input_ids=..., labels=...)` compute its loss in chunks; it then returns no logits.
 
-    Nothing of this is saved, and without labels the model works as before. It replaces `forward`, not `Trainer`'s
-    `compute_loss`, because DDP and FSDP need the head's weights to be used inside the wrapped model's call.
-
     `num_items_in_batch` divides the summed loss (default: the number of labels that count); `reduction` "none" gives
-    the losses of the positions [batch, tokens] without gradients.
+    the losses of the positions [batch, tokens] without gradients. Nothing of this is saved. It replaces `forward`, not
+    `compute_loss`, because DDP and FSDP need the head's weights to be used inside the wrapped model's call.
     """
     plain = model.forward
 
@@ -54,18 +52,13 @@ def chunked_loss(
 ) -> torch.Tensor:
     """Cross entropy of `head(hidden_states)` as a float32 scalar, differentiable in the hidden states and the head.
 
-    hidden_states [..., hidden_size]; targets [...] int64, `IGNORED` where there is no loss. The sum is divided by
-    `num_items_in_batch`, or by the number of targets that count. Under autocast the products run in autocast's dtype.
+    hidden_states [..., hidden_size]; targets [...] int64. Under autocast the products run in autocast's dtype.
     """
     targets = targets.flatten().to(hidden_states.device)
     dtype = _product_dtype(hidden_states, head)
     with torch.autocast(hidden_states.device.type, enabled=False):
         total = LinearCrossEntropy.apply(hidden_states.flatten(0, -2), head.weight, head.bias, targets, dtype)
-    if num_items_in_batch is None:
-        num_items_in_batch = (targets != IGNORED).sum()
-    if torch.is_tensor(num_items_in_batch):
-        num_items_in_batch = num_items_in_batch.to(total.device)
-    return total / num_items_in_batch
+    return total / ((targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
 
 
 @torch.no_grad()
@@ -113,7 +106,6 @@ class LinearCrossEntropy(torch.autograd.Function):
 
         Matrix products run in `dtype`; softmax, loss and the weight's gradient in float32.
         """
-        wanted = ctx.needs_input_grad[:3]
         device, vocab_size = hidden_states.device, len(weight)
         # On a CPU, everything except the matrix products runs in blocks that stay in its caches, the bias included.
         on_cpu = device.type == "cpu"
@@ -126,9 +118,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         keep = targets != IGNORED
         classes = targets.where(keep, 0)[:, None]
         loss = torch.zeros((), dtype=torch.float32, device=device)
-        grad_hidden = torch.empty_like(hidden_states) if wanted[0] else None
-        grad_weight = torch.zeros(matrix.shape, dtype=torch.float32, device=device) if wanted[1] else None
-        grad_bias = torch.zeros(offset.shape, dtype=torch.float32, device=device) if wanted[2] else None
+        grad_hidden = torch.empty_like(hidden_states)
+        grad_weight = torch.zeros(matrix.shape, dtype=torch.float32, device=device)
+        grad_bias = torch.zeros(offset.shape, dtype=torch.float32, device=device)
         for start in range(0, len(targets), LOSS_CHUNK):
             rows = slice(start, start + LOSS_CHUNK)
             chunk, kept = hidden_states[rows].to(dtype), keep[rows, None]
@@ -140,18 +132,15 @@ class LinearCrossEntropy(torch.autograd.Function):
                 loss -= (grad.gather(1, block_classes) * block_kept).sum()
                 grad.exp_().scatter_add_(1, block_classes, -torch.ones_like(block_classes, dtype=torch.float32))
                 # Ignored rows: zero the small factor of each product, not the large one.
-                if grad_bias is not None:
-                    grad_bias += grad.t().mv(block_kept[:, 0].float())
+                grad_bias += grad.t().mv(block_kept[:, 0].float())
                 block.copy_(grad)  # the logits' gradient takes their place
-            if grad_hidden is not None:
-                grad_hidden[rows] = (logits @ matrix) * kept
-            if grad_weight is not None:
-                chunk = chunk * kept
-                for part, columns in zip(grad_weight.split(class_block), logits.split(class_block, dim=1), strict=True):
-                    if dtype == torch.float32:
-                        part.addmm_(columns.t(), chunk)
-                    else:
-                        part += columns.t() @ chunk
+            grad_hidden[rows] = (logits @ matrix) * kept
+            chunk = chunk * kept
+            for part, columns in zip(grad_weight.split(class_block), logits.split(class_block, dim=1), strict=True):
+                if dtype == torch.float32:
+                    part.addmm_(columns.t(), chunk)
+                else:
+                    part += columns.t() @ chunk
             del logits
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.vocab_size, ctx.dtypes = vocab_size, (weight.dtype, bias.dtype)
@@ -160,10 +149,6 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_hidden, *of_head = ctx.saved_tensors
-        if grad_hidden is not None:
-            grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
-        scaled = (
-            None if grad is None else (grad[: ctx.vocab_size] * grad_loss).to(dtype)
-            for grad, dtype in zip(of_head, ctx.dtypes, strict=True)
-        )
-        return grad_hidden, *scaled, None, None
+        pairs = zip(of_head, ctx.dtypes, strict=True)
+        scaled = ((grad[: ctx.vocab_size] * grad_loss).to(dtype) for grad, dtype in pairs)
+        return grad_hidden * grad_loss.to(grad_hidden.dtype), *scaled, None, None

@@ -27,10 +27,7 @@ Entries = Sequence[Mapping[str, Any]]
 
 
 class ProgressLine(TrainerCallback):
-    """One line with step, loss, speed, time left and, where a price is known, cost.
-
-    It is rewritten in place, within its width, on a terminal; elsewhere, or on a dumb one, a line comes now and then.
-    """
+    """Step, loss, speed, time left and cost on one line; rewritten in place on a terminal, elsewhere now and then."""
 
     def __init__(self, label: str) -> None:
         self.label = label
@@ -71,25 +68,20 @@ def fit(parts: list[str], width: int) -> str:
 
 def history(entries: Entries) -> dict[str, Any]:
     """`log` (an entry per logging interval), `evaluations` and `samples`."""
-    return {
-        "log": [_interval(entry) for entry in entries if "tokens_per_second" in entry],
-        "evaluations": [_evaluation(entry) for entry in entries if "eval_loss" in entry],
-        "samples": [{"step": entry["step"], "text": entry["sample"]} for entry in entries if "sample" in entry],
-    }
-
-
-def _interval(entry: Mapping[str, Any]) -> dict[str, Any]:
-    rates = sorted(key for key in entry if key.endswith("learning_rate"))
-    keys = ("step", "loss", *rates, "grad_norm", "tokens_seen", "tokens_per_second")
-    known = {key: entry[key] for key in keys if key in entry}
-    return {**known, "mfu": entry.get("mfu"), "elapsed_seconds": entry["elapsed_seconds"]}
-
-
-def _evaluation(entry: Mapping[str, Any]) -> dict[str, Any]:
-    prefix = f"eval_{BY_SOURCE}"
-    by_source = {key.removeprefix(prefix): value for key, value in entry.items() if key.startswith(prefix)}
-    known = {"step": entry["step"], "tokens_seen": entry["tokens_seen"], "loss": entry["eval_loss"]}
-    return {**known, "bits_per_byte": entry["bits_per_byte"], **({"by_source": by_source} if by_source else {})}
+    log, evaluations, prefix = [], [], f"eval_{BY_SOURCE}"
+    for entry in entries:
+        rates = sorted(key for key in entry if key.endswith("learning_rate"))
+        if "tokens_per_second" in entry:
+            keys = ("step", "loss", *rates, "grad_norm", "tokens_seen", "tokens_per_second")
+            times = {"mfu": entry.get("mfu"), "elapsed_seconds": entry["elapsed_seconds"]}
+            log.append({key: entry[key] for key in keys if key in entry} | times)
+        if "eval_loss" in entry:
+            known = {key: entry[key] for key in ("step", "tokens_seen")} | {"loss": entry["eval_loss"]}
+            by_source = {key.removeprefix(prefix): value for key, value in entry.items() if key.startswith(prefix)}
+            known |= {"bits_per_byte": entry["bits_per_byte"]} | ({"by_source": by_source} if by_source else {})
+            evaluations.append(known)
+    samples = [{"step": entry["step"], "text": entry["sample"]} for entry in entries if "sample" in entry]
+    return {"log": log, "evaluations": evaluations, "samples": samples}
 
 
 def cost_and_energy(entries: Entries) -> dict[str, Any]:

@@ -1,8 +1,7 @@
 """The receipt of the computation: loss and gradients of the first micro-batch beside those of stock Phi in float32.
 
-The reference runs each document by itself, without packing, mask, chunks, kernels of ours or `Trainer`'s scaling, on
-gradients of its own. Preferences, adapters and a model that FSDP divides are not compared: TRL's losses and FSDP's
-shards have no such plain form.
+The reference runs each document by itself, without packing, mask, chunks, kernels of ours or `Trainer`'s scaling.
+Preferences, adapters and a model that FSDP divides have no such plain form, and are not compared.
 """
 
 from __future__ import annotations

@@ -24,10 +24,8 @@ REMEDY = "run `nanophi prepare` on the recipe; it packs the same rows again and 
 class PackedRows(Dataset[dict[str, torch.Tensor]]):
     """The rows that training sees, in order: all epochs as one sequence, each epoch shuffled by its own seed.
 
-    Row `i` of the sequence depends only on `i` and the seed, so a run that resumes, or divides its batches among
-    other devices, sees the same rows. Without a length (`rows`) each row comes once, in file order.
-
-    `tokens` is a folder of `datasets.Dataset.save_to_disk` with a column `input_ids` of equally long rows.
+    Row `i` depends only on `i` and the seed, however a run resumes or divides its batches. Without a length (`rows`)
+    each row comes once, in file order. `tokens` is a folder of `datasets.Dataset.save_to_disk`.
     """
 
     def __init__(self, tokens: Path, rows: int | None = None, seed: int = 0) -> None:
@@ -73,10 +71,7 @@ class PackedRows(Dataset[dict[str, torch.Tensor]]):
 
 
 class HeldoutRows(PackedRows):
-    """Held-out rows that know the source of every token.
-
-    Without `heldout-documents.parquet` in the run's `data/tokens` there is one unnamed source.
-    """
+    """Held-out rows that know the source of every token; one unnamed source without `heldout-documents.parquet`."""
 
     def __init__(self, tokens: Path) -> None:
         super().__init__(tokens / "heldout")
@@ -100,8 +95,7 @@ class HeldoutRows(PackedRows):
     def sums(self, losses: torch.Tensor, sources: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Nats, and number of predicted tokens: two float32 tensors (rows, number of sources).
 
-        Both arguments are (rows, length): position i of `losses` holds the loss of predicting token i + 1, `sources`
-        the source of each token.
+        Both arguments are (rows, length): position i of `losses` holds the loss of predicting token i + 1.
         """
         nats = torch.zeros(len(losses), len(self.sources), device=losses.device)
         counts = torch.zeros_like(nats)
@@ -144,12 +138,10 @@ def check_tokens(tokens: Path, **splits: PackedRows) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class PackedCollator:
-    """Rows to a batch: `input_ids`, `labels`, `position_ids` if documents are isolated, and `sources` if the rows have
-    them; all (rows, length) int64.
+    """Rows to a batch of `labels`, `position_ids` if documents are isolated, and what rows have; (rows, length) int64.
 
-    A document begins at an end-of-text token, which also ends the document before. Positions restart there.
-    Attention reads restarting positions as boundaries, so every prediction, including that of the end-of-text token,
-    depends on one document only.
+    A document begins at an end-of-text token, which also ends the document before. Positions restart there, which
+    attention reads as boundaries, so every prediction depends on one document only.
     """
 
     eos_token_id: int

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,12 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
+from accelerate.utils.memory import should_reduce_batch_size
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
-from nanophi.core.errors import UserError, one_line
+from nanophi.core.errors import UserError, is_disk_full, one_line
 from nanophi.core.files import remove, sha256_of_file, write_json
 from nanophi.core.names import step_name, step_of
 from nanophi.core.recipe import Training
@@ -29,8 +31,8 @@ from nanophi.core.registry import OPTIMIZERS, find
 from nanophi.modeling_nanophi import NanoPhiForCausalLM
 from nanophi.training import progress, receipt
 from nanophi.training.arguments import NO_FSDP, decay_start
-from nanophi.training.budget import fitting_rows, flops_per_token, is_out_of_memory, memory_here, peak_flops, uses_tf32
-from nanophi.training.checkpoints import WEIGHTS, disk_space, last_saved, states, store
+from nanophi.training.budget import fitting_rows, flops_per_token, peak_flops, uses_tf32
+from nanophi.training.checkpoints import WEIGHTS, last_saved, states, store
 from nanophi.training.clock import Clock, EnergyMeter
 from nanophi.training.continuation import data_hashes
 from nanophi.training.loss import IGNORED
@@ -42,10 +44,7 @@ UNLOGGED = "unlogged"
 
 
 class RunTrainer(Trainer):
-    """`Trainer` that saves into a run directory and logs tokens, speed and MFU.
-
-    `base` is the weights' file that training began with (None: random ones).
-    """
+    """`Trainer` that saves into a run directory; `base` is the file of weights that it begins with (None: random)."""
 
     model: NanoPhiForCausalLM
     optimizer: torch.optim.Optimizer
@@ -79,8 +78,6 @@ class RunTrainer(Trainer):
         """Tokens of all steps so far, those before a resumption among them."""
         return self.state.num_input_tokens_seen
 
-    # Optimizer and schedule
-
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """The one that the recipe names."""
         if self.optimizer is None:
@@ -100,8 +97,6 @@ class RunTrainer(Trainer):
         """Learning rate of each parameter group in the step after `step` steps."""
         for base, factor in zip(self.lr_scheduler.base_lrs, self.lr_scheduler.lr_lambdas, strict=True):
             yield float(base * factor(step))
-
-    # The receipt of the computation
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """`Trainer`'s; of the first batch it is counted how many tokens are predicted, in all processes."""
@@ -132,8 +127,6 @@ class RunTrainer(Trainer):
             model.zero_grad()
             return super().training_step(model, inputs, num_items_in_batch)
         return loss
-
-    # Logging
 
     def begin(self) -> None:
         """At the first step of this process: `Trainer` has loaded the state, if there is one."""
@@ -170,22 +163,25 @@ class RunTrainer(Trainer):
     def _lost(self, error: Exception) -> UserError | None:
         """What to do after a failure of the machine that can be put right; None: it is another one."""
         rows = self.args.per_device_train_batch_size
-        if "DataLoader worker" in str(error):
-            what, remedy = (
-                "a process that loads data has died",
-                "set training.arguments.dataloader_num_workers to fewer",
-            )
-        elif is_out_of_memory(error):
+        if isinstance(error, UserError):
+            return None
+        if is_disk_full(error):
+            what, remedy = f"no disk space left in {self.run} for step {self.state.global_step}", "free some"
+        elif "DataLoader worker" in str(error):
+            what = "a process that loads data has died"
+            remedy = "set training.arguments.dataloader_num_workers to fewer"
+        elif isinstance(error, MemoryError) or should_reduce_batch_size(error):
             less = max((size for size in range(1, rows) if rows % size == 0), default=1)
-            fits = fitting_rows(self.model.config, self.training, less, memory_here())
+            memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            if torch.cuda.is_available():
+                memory = torch.cuda.get_device_properties(0).total_memory
+            fits = fitting_rows(self.model.config, self.training, less, memory)
             what = f"out of memory with a micro-batch of {rows}"
             remedy = f"set training.micro_batch_size={fits or 1}" if rows > 1 else "free some"
         else:
             return None
         resume = f"run the same command to resume from {last_saved(self.run)}"
         return UserError(f"{what} ({one_line(error)}); {remedy} and {resume}")
-
-    # Checkpoints
 
     def get_train_dataloader(self) -> Any:
         """`Trainer`'s, with workers that a signal to the process group does not end in the middle of a save."""
@@ -230,14 +226,13 @@ class RunTrainer(Trainer):
             remove(saving)
         self.accelerator.wait_for_everyone()
         try:
-            with disk_space(self.run, step):
-                if self.training.track_energy:
-                    self._log_energy()
-                super()._save_checkpoint(model, trial)
-                self.accelerator.wait_for_everyone()
-                if self.args.should_save:
-                    saved, kept = next(saving.glob("checkpoint-*")), self.training.keep_steps
-                    store(self.run, saved, self._facts(), kept, self._kept_states())
+            if self.training.track_energy:
+                self._log_energy()
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                saved, kept = next(saving.glob("checkpoint-*")), self.training.keep_steps
+                store(self.run, saved, self._facts(), kept, self._kept_states())
         finally:
             if self.args.should_save:
                 remove(saving)
@@ -282,21 +277,20 @@ class RunTrainer(Trainer):
             text.replace(self.run / "training_state" / name / TRAINER_STATE_NAME)
             write_json(self.run / "checkpoints" / name / "checkpoint.json", self._facts())
 
-    # The whole training
-
     def fit(self, epochs: float, resume: Path | None) -> dict[str, Any]:
-        """Train to the recipe's last step, from the beginning or from the state `resume` (the main process's counts).
+        """Train to the last step, from the beginning or from the main process's `resume`; the summary that is kept.
 
-        `epochs`, how often the data are read, is for the JSON-able summary that is returned. Raises `UserError` if a
-        signal stopped it, after a save.
+        `epochs`: how often the data are read. Raises `UserError` if a signal stopped it, after a save.
         """
         if resume := broadcast_object_list([resume])[0]:
             self.report(f"{self.run.name}: resuming from {resume.name}")
         with progress.trackers(self), self.energy:
             try:
                 self.train(resume_from_checkpoint=str(resume) if resume else None)
-            except (RuntimeError, MemoryError) as error:
-                raise self._lost(error) or error from error
+            except Exception as error:
+                if lost := self._lost(error):
+                    raise lost from error
+                raise
             finally:
                 self.stop.release()
         if self.stop.stopping:

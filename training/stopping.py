@@ -1,7 +1,4 @@
-"""When a training saves and stops: at the steps that the recipe names, on a signal, and before a loss that went wrong.
-
-A signal to any process stops all of them together, after a save. What is saved, and how, is not decided here.
-"""
+"""When a training saves and stops: at steps that the recipe names, on a signal, and on a loss that went wrong."""
 
 from __future__ import annotations
 
@@ -35,8 +32,8 @@ class StopRequestedError(Exception):
 class SaveAndStop(TrainerCallback):
     """Saves besides every `save_steps`: at kept steps, before `wsd` decays, and before an orderly stop.
 
-    On one of `SIGNALS` in any process, all finish the step, save it, and end. Repeated signals change nothing, because
-    a launcher passes on what the process group got already; only a second Ctrl-C, some seconds later, ends at once.
+    On one of `SIGNALS` in any process, all finish the step, save it, and end. A launcher passes on what the process
+    group got already, so only a second Ctrl-C, some seconds later, ends at once.
     """
 
     def __init__(self, training: Training) -> None:
@@ -105,10 +102,9 @@ def ignore_in_worker(initialize: Any, worker: int) -> None:
 def spike_limit(losses: Sequence[float], threshold: float) -> float | None:
     """The loss above which a run counts as spiking; None until `SPIKE_LOSSES` losses were logged.
 
-    The median of the last `SPIKE_LOSSES` losses, plus the larger of `threshold` robust standard deviations and a fifth
-    of that median (a smooth curve's deviation is too small to go by). The deviation comes from the differences of
-    neighbours among the last `SPIKE_WINDOW` losses, so that a falling curve does not count as noise: 1.4826 times
-    their median absolute value, over the square root of 2.
+    The median of the last `SPIKE_LOSSES`, plus the larger of `threshold` robust standard deviations and a fifth of it.
+    The deviation is of neighbours' differences among the last `SPIKE_WINDOW`, so that a falling curve is no noise:
+    1.4826 times their median absolute value, over the square root of 2.
     """
     if len(losses) < SPIKE_LOSSES:
         return None

@@ -8,7 +8,7 @@ import typer
 from typer.testing import CliRunner
 
 from nanophi.core.errors import UserError
-from nanophi.core.files import read_json, sha256_of_tree
+from nanophi.core.files import read_json, sha256_of_tree, write_json
 from nanophi.core.recipe import load_recipe
 from nanophi.experiments.ablate import Ablation, ablate
 from nanophi.model_card import report
@@ -24,21 +24,10 @@ data:
   workers: 1
 quality: {scorer: "column:score", share: 0.4}
 tokenizer: {vocab_size: 320}
-model:
-  hidden_size: 32
-  intermediate_size: 64
-  num_hidden_layers: 1
-  num_attention_heads: 2
-  num_key_value_heads: 1
-  max_position_embeddings: 64
-training:
-  steps: 40
-  batch_size: 8
-  learning_rate: 0.01
-  warmup_steps: 5
-  save_steps: 20
-  logging_steps: 10
-  precision: fp32
+model: {hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 2, num_key_value_heads: 1,
+  max_position_embeddings: 64}
+training: {steps: 40, batch_size: 8, learning_rate: 0.01, warmup_steps: 5, save_steps: 20, logging_steps: 10,
+  precision: fp32}
 evaluation: {limit: 40}
 """
 WORDS = [f"{a}{b}" for a in ("ba", "de", "fi", "go", "ku") for b in ("la", "mon", "ris", "tup", "ve", "zed")]
@@ -114,14 +103,10 @@ def test_shares_are_equal_and_all_compute_is(finished):
     assert len(record["items"]["heldout_bits_per_byte"]["values"]) >= 20
 
 
-def test_what_all_share_is_made_once(finished):
+def test_what_all_share_is_made_once_and_it_says_what_it_will_take_and_what_is_left(finished):
     _, _, lines = finished
     for stage in ("documents", "scores", "tokenizer"):
         assert sum(f": {stage} " in line and " done in " in line for line in lines) == 1, stage
-
-
-def test_it_says_what_it_will_take_and_what_is_left(finished):
-    _, _, lines = finished
     plan = next(line for line in lines if line.startswith("filter: the best 40.0 % of the bytes (share 40.0 %)"))
     assert "16 runs of 20.5k tokens" in plan and "training takes about" in plan
     assert lines.index(plan) < next(i for i, line in enumerate(lines) if "training" in line and "done in" in line)
@@ -136,10 +121,7 @@ def test_killed_it_resumes_and_another_question_is_refused(finished, recipe, mon
     record.unlink()
     lines: list[str] = []
     monkeypatch.setattr(trainer, "train", None)  # nothing is trained again
-    (folder / "runs/planted").mkdir()
-    (folder / "runs/planted/record.json").write_text(
-        '{"stages": {}}'
-    )  # the recipe's own run, whose page shows the answer
+    write_json(folder / "runs/planted/record.json", {"stages": {}})  # the recipe's own run shows the answer
     experiment = Ablation(recipe, folder / "runs", folder / "output", report=lines.append, **OPTIONS)
     again = experiment.run(experiment.plan())
     assert record.read_text() == kept and again == result
@@ -207,14 +189,3 @@ def test_numbers_that_no_run_can_have(line, message):
     app.command()(ablate)
     error = CliRunner().invoke(app, ["nowhere", *line.split()]).exception
     assert isinstance(error, UserError) and message in str(error)
-
-
-def test_a_scorer_that_gives_one_value(recipe, tmp_path):
-    values = recipe.dump()
-    rows = [json.loads(line) | {"score": 0.5} for line in open(values["data"]["sources"][0]["files"])]  # noqa: PTH123, SIM115
-    (tmp_path / "same.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    values["data"]["sources"][0]["files"] = str(tmp_path / "same.jsonl")
-    path = tmp_path / "recipe.yaml"
-    path.write_text(json.dumps(values))
-    with pytest.raises(UserError, match=r"every document has the score 0\.5000, so none is better than another"):
-        Ablation(load_recipe(path), tmp_path / "runs", tmp_path / "output", report=str, **OPTIONS).plan()

@@ -53,6 +53,8 @@ def test_a_vanished_or_cut_shard_is_one_line_and_training_resumes_once_it_is_bac
 )
 def test_a_damaged_state_is_named_and_the_one_before_gives_the_same_weights(stopped, finished, capsys, name):
     assert [state.name for state in checkpoints.states(stopped)] == ["step-000010", "step-000012"]
+    files = [stopped / folder / "step-000012/model.safetensors" for folder in ("checkpoints", "training_state")]
+    assert files[0].samefile(files[1])
     file = stopped / "training_state/step-000012" / name
     contents = file.read_bytes()
     for damaged in (None, contents[:-9] + b"123456789", contents[: len(contents) // 2]):
@@ -67,12 +69,6 @@ def test_a_damaged_state_is_named_and_the_one_before_gives_the_same_weights(stop
     assert train(stopped)["weights_sha256"] == finished
 
 
-def test_weights_and_state_are_one_file_on_disk(stopped):
-    for step in ("step-000010", "step-000012"):
-        files = [stopped / folder / step / "model.safetensors" for folder in ("checkpoints", "training_state")]
-        assert files[0].samefile(files[1])
-
-
 def test_as_many_states_are_kept_as_asked_for_and_the_one_before_the_decay(tmp_path):
     run = make_run(tmp_path / "run")
     train(run, keep_states=3, save_steps=4, keep_steps=[8], schedule="wsd", decay_fraction=0.75)
@@ -84,11 +80,8 @@ def test_as_many_states_are_kept_as_asked_for_and_the_one_before_the_decay(tmp_p
 def test_checkpoint_json_tells_tokens_and_losses(stopped):
     train(stopped)
     history = read_json(stopped / "training.json")
-    losses = {entry["step"]: entry["loss"] for entry in history["log"]}
-    held = {entry["step"]: entry["loss"] for entry in history["evaluations"]}
+    losses, held = ({e["step"]: e["loss"] for e in history[part]} for part in ("log", "evaluations"))
     for folder, step, eval_step in (("step-000010", 10, None), ("step-000024", 24, 24)):
         facts = read_json(stopped / "checkpoints" / folder / "checkpoint.json")
-        assert facts["tokens_seen"] == step * 8 * 64
-        assert facts["train_loss"] == losses[step]
-        assert facts["eval_step"] == eval_step
-        assert facts["eval_loss"] == held.get(eval_step)
+        assert (facts["tokens_seen"], facts["train_loss"]) == (step * 8 * 64, losses[step])
+        assert (facts["eval_step"], facts["eval_loss"]) == (eval_step, held.get(eval_step))

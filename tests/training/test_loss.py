@@ -114,9 +114,8 @@ def test_compiled_in_one_graph_it_gives_the_same_gradients():
     assert_same_gradients(plain, gradients(model))
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_under_bf16_autocast_the_loss_and_gradients_stay_close(attention):
-    model = make_trained(attn_implementation=attention).train()
+def test_under_bf16_autocast_the_loss_and_gradients_stay_close():
+    model = make_trained().train()
     ids = tokens()
     model(ids, labels=ids).loss.backward()
     exact = gradients(model)
@@ -127,12 +126,3 @@ def test_under_bf16_autocast_the_loss_and_gradients_stay_close(attention):
     for name, gradient in gradients(model).items():
         assert gradient.dtype == torch.float32
         assert (gradient - exact[name]).norm() < 0.05 * exact[name].norm() + 1e-3, name
-
-
-def test_in_pure_bf16_the_loss_is_float32_and_the_gradients_bf16():
-    model = make_trained().to(torch.bfloat16).train()
-    ids = tokens()
-    loss = model(ids, labels=ids).loss
-    loss.backward()
-    assert loss.dtype == torch.float32
-    assert {parameter.grad.dtype for parameter in model.parameters()} == {torch.bfloat16}

@@ -16,7 +16,7 @@ from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, write_json
 from nanophi.core.recipe import Training
 from nanophi.modeling_nanophi import NanoPhiForCausalLM
-from nanophi.training import arguments, loss, progress, receipt, rows, run_trainer, stopping
+from nanophi.training import arguments, loss, receipt, rows, run_trainer, stopping
 from nanophi.training.trainer import NanoPhiTrainer
 
 SHORT = {"steps": 3, "save_steps": 3, "eval_steps": 3, "keep_steps": []}
@@ -29,20 +29,12 @@ def run(tmp_path):
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
 def test_other_tokens_than_recorded_are_refused_before_the_first_step(run, split):
-    tokens = run / "data/tokens/tokens.json"
-    recorded = read_json(tokens)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rows.PackedRows, "sha256", lambda self, rest: recorded[split]["sha256"][::-1])
-        with pytest.raises(
-            UserError, match=r"holds other tokens than .*tokens.json records; delete .* run `nanophi pre"
-        ):
-            train(run, **SHORT)
     file = next((run / "data/tokens" / split).glob("*.arrow"))
     content = bytearray(file.read_bytes())
     place = content.find(np.array(rows.PackedRows(run / "data/tokens" / split)[0]["input_ids"], "<i4").tobytes())
     content[place] ^= 1  # one token
     file.write_bytes(bytes(content))
-    with pytest.raises(UserError, match=rf"data/tokens/{split} holds other tokens"):
+    with pytest.raises(UserError, match=rf"tokens/{split} holds other tokens than .*; delete .* run `nanophi prepare`"):
         train(run, **SHORT)
     assert not (run / "checkpoints").exists()
 
@@ -93,9 +85,7 @@ def test_the_receipt_agrees_and_leaves_no_trace(run, monkeypatch, precision, mic
 def test_a_loss_gradient_or_mask_that_is_wrong_is_named(run, monkeypatch):
     documents(run)
     monkeypatch.setattr(NanoPhiTrainer, "_get_num_items_in_batch", lambda self, *_: torch.tensor(8.0 * 64))
-    with pytest.raises(
-        UserError, match=r"differs from stock Phi in float32 in the loss \(0.98438 of the reference's\)"
-    ):
+    with pytest.raises(UserError, match=r"from stock Phi in float32 in the loss \(0.98438 of the reference's\)"):
         train(run, **SHORT)
     monkeypatch.undo()
     plain = loss.LinearCrossEntropy.backward
@@ -128,9 +118,6 @@ def test_the_reference_uses_the_models_own_weights(tied, norm):
     assert value == pytest.approx(ours.item(), rel=1e-6)
     assert receipt.gradient_difference(plain, model, False)[0] < 1e-5
     assert plain.lm_head.weight.data_ptr() == model.lm_head.weight.data_ptr()
-
-
-# What a machine may lack
 
 
 @pytest.mark.parametrize(
@@ -194,9 +181,6 @@ def test_impossible_arguments_are_named(run, fields, line):
         train(run, **SHORT, arguments=fields)
 
 
-# Signals and the progress line
-
-
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
 def test_a_hangup_saves_unless_it_is_ignored(run, number):
     add_sources(run)
@@ -211,10 +195,3 @@ def test_a_hangup_saves_unless_it_is_ignored(run, number):
         stop.release()
     finally:
         signal.signal(signal.SIGHUP, before)
-
-
-def test_the_progress_line_keeps_what_fits():
-    parts = ["a-run-of-a-long-name: train step 100/2000", "loss 3.100", "9,000 tokens/s", "3 h left", "$1.00 of $9.00"]
-    assert progress.fit(parts, 200) == "  ".join(parts)
-    assert progress.fit(parts, 79) == "  ".join(parts[:4])
-    assert progress.fit(parts, 20) == parts[0][:20]

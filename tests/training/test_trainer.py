@@ -1,7 +1,6 @@
 """Training: what is learnt, saved and logged; a run that was killed resumes, bit for bit, as if it had not been."""
 
 import errno
-import importlib.util
 import re
 import signal
 import subprocess
@@ -37,18 +36,17 @@ def finished(tmp_path_factory) -> tuple[Path, dict]:
 def test_learns_and_logs(finished):
     run, summary = finished
     history = read_json(run / "training.json")
-    losses = [entry["loss"] for entry in history["log"]]
-    assert losses[0] == pytest.approx(np.log(VOCAB), abs=0.3)  # an untrained model knows nothing
-    assert losses[-1] < 0.75 * losses[0]
-    assert [entry["step"] for entry in history["log"]] == list(range(1, 25))
+    log, last = history["log"], history["evaluations"][-1]
+    assert log[0]["loss"] == pytest.approx(np.log(VOCAB), abs=0.3)  # an untrained model knows nothing
+    assert log[-1]["loss"] < 0.75 * log[0]["loss"]
+    assert [entry["step"] for entry in log] == list(range(1, 25))
     assert [entry["step"] for entry in history["evaluations"]] == [12, 24]
-    assert history["log"][-1]["tokens_seen"] == 24 * 8 * CONTEXT == summary["tokens_seen"]
-    last = history["evaluations"][-1]
+    assert log[-1]["tokens_seen"] == 24 * 8 * CONTEXT == summary["tokens_seen"]
     assert last["bits_per_byte"] == pytest.approx(last["loss"] / np.log(2) / 2.0, abs=1e-4)
     assert history["summary"] == summary
-    elapsed = [entry["elapsed_seconds"] for entry in history["log"]]
+    elapsed = [entry["elapsed_seconds"] for entry in log]
     assert elapsed == sorted(elapsed)
-    assert history["log"][-1]["learning_rate"] < history["log"][10]["learning_rate"]
+    assert log[-1]["learning_rate"] < log[10]["learning_rate"]
 
 
 def test_checkpoints_load_by_themselves_through_both_doors(finished):
@@ -121,9 +119,7 @@ def test_no_disk_space_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
 
 def test_diverging_run_stops_at_the_last_good_checkpoint(tmp_path):
     run = make_run(tmp_path / "run")
-    with pytest.raises(
-        UserError, match=r"the loss is nan at step \d+; nothing was saved since .* Lower training.learn"
-    ):
+    with pytest.raises(UserError, match=r"the loss is nan at step \d+; nothing was saved since .* Lower training"):
         train(run, learning_rate=1e30, max_grad_norm=1e30)
     for checkpoint in (run / "checkpoints").glob("step-*"):
         assert all(tensor.isfinite().all() for tensor in load_file(checkpoint / "model.safetensors").values())
@@ -138,13 +134,10 @@ def test_a_loss_spike_stops_at_the_last_good_checkpoint(tmp_path, logging_steps)
     changes = {"steps": 60, "save_steps": 1, "keep_steps": [], "logging_steps": logging_steps}
     with pytest.raises(UserError) as error:
         train(run, **changes)
-    line = str(error.value)
-    assert re.search(r"the loss is [\d.]+, a spike above [\d.]+ at step 51; nothing was saved since", line)
-    assert "checkpoint step-000050" in line
-    assert "training.spike_threshold=null" in line
+    words = r"the loss is [\d.]+, a spike above [\d.]+ at step 51; nothing was saved since checkpoint step-000050\. "
+    assert re.match(words + r"To train through it, set training.spike_threshold=null", str(error.value))
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000050"]
-    summary = train(run, **changes, spike_threshold=None)
-    assert summary["steps"] == 60
+    train(run, **changes, spike_threshold=None)
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000060"]
 
 
@@ -223,17 +216,9 @@ def test_arguments_that_are_allowed_change_nothing_that_is_learned(tmp_path, fie
     assert hashes[0] == hashes[1]
 
 
-def test_trackers_get_the_log_and_absent_ones_are_named(tmp_path, monkeypatch):
-    assert arguments_module.training_arguments(Training(**TRAINING), tmp_path, 0).report_to == []
+def test_trackers_get_the_log_and_unknown_ones_are_named(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"training.report_to: wandbb is not supported, only .*tensorboard.* are supp"):
         train(make_run(tmp_path / "unknown"), report_to=["wandbb"])
-    for tracker in ("tensorboard", "wandb", "trackio"):
-        if importlib.util.find_spec(tracker) is not None:
-            continue  # what is installed cannot be missed
-        with pytest.raises(UserError, match=rf"training.report_to: \w+ requires {tracker} to be installed") as raised:
-            train(make_run(tmp_path / tracker), report_to=[tracker])
-        assert "\n" not in str(raised.value)
-        assert not (tmp_path / tracker / "checkpoints").exists()
 
     class Tracker(TrainerCallback):
         logs: list[dict] = []
