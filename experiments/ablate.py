@@ -26,6 +26,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -40,6 +41,7 @@ from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, sha256_of, write_json, write_text
 from nanophi.core.options import Jobs, OneRecipe, Overrides, Runs
 from nanophi.core.recipe import Recipe, load_recipe
+from nanophi.core.run import differences, now
 from nanophi.pipeline import Pipeline, train_side_by_side
 
 FORMAT = 1
@@ -118,10 +120,9 @@ class Ablation:
     report: Callable[[str], None] = print
 
     def plan(self) -> dict[str, Any]:
-        """The plan in `output`, written there if there is none yet.
+        """The plan in `output`, written there if there is none yet: one that follows the results is none.
 
-        Raises `UserError` for an experiment that cannot be run, or that differs from the plan that is there: a plan
-        that follows the results is none.
+        Raises `UserError` for an experiment that cannot be run, or that differs from the plan that is there.
         """
         self._check()
         own = self.recipe.training.learning_rate
@@ -145,20 +146,15 @@ class Ablation:
         # A recipe that was written by an earlier version lacks keys that it has the default of.
         planned = plan | {"recipe": Recipe(**plan["recipe"]).dump()}
         planned["recipe"]["data"] |= {key: question["recipe"]["data"][key] for key in ("workers", "engine")}
-        for key, value in question.items():
-            if planned[key] != value:
-                what = key.replace("_", " ")
-                if key == "recipe":
-                    what = f"values in the recipe's {next(name for name in value if planned[key][name] != value[name])}"
-                raise UserError(f"{path}: planned with other {what}; name another --output, or repeat what was planned")
+        if changed := differences({key: planned[key] for key in question}, question):
+            raise UserError(
+                f"{path}: planned otherwise ({changed[0]}); name another --output, or repeat what was planned"
+            )
         self.report(describe_plan(plan))
         return plan
 
     def run(self, plan: Mapping[str, Any]) -> dict[str, Any]:
-        """Make the runs that have no record yet, and return the answer: what `ablation.json` holds.
-
-        Raises `UserError` for runs that fail, after the others have ended.
-        """
+        """Make the runs that have no record yet; the answer that `ablation.json` holds, or `UserError` if some fail."""
         from nanophi.experiments import ablation_render
 
         keys = [(arm, seed, rate) for seed in plan["seeds"] for rate in plan["learning_rates"] for arm in plan["arms"]]
@@ -188,10 +184,8 @@ class Ablation:
 
     def _pipeline(self, recipe: Recipe) -> Pipeline:
         """A run's, which does not tell again that what all share is there already."""
-        told = ("up to date", " shared with ")
-        return Pipeline(
-            recipe, self.runs, report=lambda line: None if any(words in line for words in told) else self.report(line)
-        )
+        told = re.compile("up to date$| shared with ")
+        return Pipeline(recipe, self.runs, report=lambda line: None if told.search(line) else self.report(line))
 
     def _check(self) -> None:
         from nanophi.eval import suites
@@ -218,7 +212,6 @@ class Ablation:
 
     def _make_plan(self, question: Mapping[str, Any]) -> dict[str, Any]:
         from nanophi.core.environment import environment
-        from nanophi.core.run import now
         from nanophi.data.selection import describe_rule
         from nanophi.experiments import ablation
 

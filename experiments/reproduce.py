@@ -131,9 +131,8 @@ def _versions(environment: dict[str, Any]) -> dict[str, str]:
 def compare_with_published(published: Path, run: Path, report: Callable[[str], None] = print) -> list[Row]:
     """A reproduced run beside the published `records/` and manifest, at the checkpoint that they describe.
 
-    Rows, a line of each for `report`, are for the data, the weights, the losses and every leading score. Scores agree
-    within two standard errors of their difference; hashes if they are equal. Raises `UserError` if the run has no
-    checkpoint of the published step.
+    Scores agree within two standard errors of their difference; hashes if they are equal. Raises `UserError` if the
+    run has no checkpoint of the published step.
     """
     from nanophi.model_card import records
     from nanophi.model_card.manifest import MANIFEST

@@ -101,6 +101,11 @@ def decay_start(training: Training) -> int:
     return training.steps - decay
 
 
+def decay_steps(training: Training) -> list[int]:
+    """That step, from which a run can be extended; none for other schedules."""
+    return [decay_start(training)] if training.schedule == "wsd" else []
+
+
 def micro_batch_size(training: Training, devices: int) -> int:
     """Rows per device and forward pass. Raises `UserError` if the batch does not divide."""
     rows = training.micro_batch_size or max(1, training.batch_size // devices)

@@ -51,10 +51,8 @@ DEVICES = {
     "a10g": Device("A10G", 70e12, 35e12, 35e12, 24e9, 300, 1.01, "AWS g5.xlarge, us-east-1, 2026-06-17"),
     "t4": Device("T4", 8.1e12, 8.1e12, 8.1e12, 16e9, 70, 0.59, "modal.com/pricing, 2026-05-07"),
 }
-USABLE_MEMORY = 0.92
-"""Share of a device's memory that tensors get; the rest is the driver's context and the allocator's gaps."""
-FAMILIES = {"a100": "a100-40g"}
-"""Name of a family -> the device that it stands for: of the A100s, the one of the published run."""
+FAMILIES = {"a100": "a100-40g"}  # name of a family -> the device that it stands for: the published run's
+USABLE_MEMORY = 0.92  # of a device, for tensors; the rest is the driver's context and the allocator's gaps
 
 
 def find_device(name: str) -> str:

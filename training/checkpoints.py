@@ -10,7 +10,7 @@ Both appear whole or not at all. What may be done with weights that are there al
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from nanophi.core.errors import UserError
 from nanophi.core.files import copy_tree, link_or_copy, permit, read_json, remove, sha256_of_file, write_json
 from nanophi.core.names import step_folders, step_name, step_of
+from nanophi.core.recipe import Training
+from nanophi.training.arguments import decay_steps
 
 WEIGHTS = "model.safetensors"
 _STATE_FILES = ("optimizer", "scheduler", "rng_state", "scaler", "trainer_state", "adapter_")
@@ -58,10 +60,10 @@ def newest_valid_state(run: Path, limit: int | None = None, report: Callable[[st
     return None
 
 
-def store(run: Path, saved: Path, facts: dict[str, Any], kept: Collection[int], kept_states: Collection[int]) -> None:
+def store(run: Path, saved: Path, facts: dict[str, Any], training: Training) -> None:
     """Move what `Trainer` saved in a private folder into the two folders of its step, and remove what is not kept.
 
-    `facts` is `checkpoint.json`; `kept`, `kept_states` are the steps that stay besides its own.
+    `facts` is `checkpoint.json`. The state before `wsd` decays stays: a run can be extended from it.
     """
     step = facts["step"]
     state = saved / "training_state"
@@ -85,10 +87,15 @@ def store(run: Path, saved: Path, facts: dict[str, Any], kept: Collection[int], 
         remove(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         half.rename(target)
-    for folder, stay in (("training_state", kept_states), ("checkpoints", kept)):
-        for old in step_folders(run / folder):
-            # What lies beyond this step belongs to a damaged or longer attempt, whose next save replaces it.
-            if step_of(old) < step and step_of(old) not in stay:
+    # What lies beyond this step belongs to a damaged or longer attempt, whose next save replaces it.
+    before = training.keep_states - 1
+    for folder, stay, newest in (
+        ("training_state", decay_steps(training), before),
+        ("checkpoints", training.keep_steps, 0),
+    ):
+        earlier = [path for path in step_folders(run / folder) if step_of(path) < step]
+        for old in earlier[: max(0, len(earlier) - newest)]:
+            if step_of(old) not in stay:
                 remove(old)
 
 

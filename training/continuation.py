@@ -61,7 +61,7 @@ def plan(
     now: Mapping[str, Any],
     report: Callable[[str], None] = print,
 ) -> Path | None:
-    """The state to resume from (None: the beginning). `UserError` if the weights here forbid both; nothing is changed.
+    """The state to resume from (None: the beginning), or `UserError`; nothing is changed.
 
     `recorded`, `now`: `inputs` of the training that is there already (None: unknown), and of the recipe as it is.
     """

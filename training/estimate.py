@@ -21,11 +21,8 @@ from nanophi.training.budget import DEVICES, Device, find_device, fitting_rows, 
 if TYPE_CHECKING:
     from nanophi.configuration_nanophi import NanoPhiConfig
 
-ASSUMED_MFU = 0.40
-"""Share of the peak that a run is taken to reach until it is measured: PaLM reached 0.46 at 540B parameters (Chowdhery
-et al. 2022, table 3); small models with a large vocabulary reach less."""
-GRID_GRAMS_PER_KWH = 480.0
-"""Emissions of the world's average electricity in 2023 (Ember, Global Electricity Review 2024)."""
+ASSUMED_MFU = 0.40  # PaLM reached 0.46 (Chowdhery et al. 2022, table 3); a small model with a large vocabulary less
+GRID_GRAMS_PER_KWH = 480.0  # of the world's average electricity in 2023 (Ember, Global Electricity Review 2024)
 MEASURED_STEPS = 6
 PUBLISHED_DEVICE, PUBLISHED_TOKENS, PUBLISHED_HOURS = "a100-40g", 14_000 * 512 * 1024, 52.0
 """The run of https://huggingface.co/kenhktsui/nano-phi-115M-v0.1, as its card gives it."""
@@ -66,11 +63,10 @@ def predict(
     dollars_per_hour: float | None = None,
     grams_per_kwh: float = GRID_GRAMS_PER_KWH,
 ) -> dict[str, Any]:
-    """What the recipe's training takes on so many of a device. `UserError` if the batch does not divide among them.
+    """What the recipe's training takes on so many of a device, by a measured speed of all of them or by `mfu`.
 
-    A measured speed, of all devices, comes before `mfu`; a price, of one device, before the table's. `kwh` and
-    `co2_grams` are of board power all the time, without host and cooling; `peak_bytes` is for one row and for
-    `micro_batch_size`, the largest divisor of a device's share of the batch that fits (0: none does).
+    Energy is of board power all the time, without host and cooling; `peak_bytes` for one row and for
+    `micro_batch_size`, the largest that fits (0: none does). `UserError` if the batch does not divide.
     """
     from nanophi.training.arguments import micro_batch_size
 

@@ -1,7 +1,6 @@
 """The loss that training and validation use: hidden states in, loss out, without holding the full logits.
 
-At 50,295 tokens of vocabulary the logits of a micro-batch are the largest tensors of a training step, several times
-the activations of a small model. Here they exist for `LOSS_CHUNK` rows at a time.
+At 50,295 tokens of vocabulary these are several times the activations of a small model.
 """
 
 from __future__ import annotations
@@ -64,21 +63,17 @@ def chunked_loss(
 @torch.no_grad()
 def token_losses(hidden_states: torch.Tensor, head: nn.Linear, targets: torch.Tensor) -> torch.Tensor:
     """Cross entropy of every token: [..., hidden_size] and targets [...] -> float32 [...], 0 where ignored."""
-    rows = hidden_states.flatten(0, -2)
-    dtype = _product_dtype(hidden_states, head)
-    classes = targets.flatten().to(rows.device)
-    losses = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
-    with torch.autocast(rows.device.type, enabled=False):
+    dtype, on_cpu, losses = _product_dtype(hidden_states, head), hidden_states.device.type == "cpu", []
+    size = LOSS_CHUNK // 4  # of training's chunk a quarter: cross entropy holds the logits in float32 twice
+    pairs = zip(hidden_states.flatten(0, -2).split(size), targets.flatten().split(size), strict=True)
+    with torch.autocast(hidden_states.device.type, enabled=False):
         weight, bias = head.weight.to(dtype), head.bias.to(dtype)
-        # A quarter of training's chunk: cross entropy holds the logits in float32 twice.
-        for start in range(0, len(rows), LOSS_CHUNK // 4):
-            part = slice(start, start + LOSS_CHUNK // 4)
-            logits = nn.functional.linear(rows[part].to(dtype), weight, bias)
-            block = CPU_BLOCKS[0] if rows.device.type == "cpu" else len(logits)
-            blocks = zip(losses[part].split(block), logits.split(block), classes[part].split(block), strict=True)
-            for into, scores, wanted in blocks:
-                into.copy_(nn.functional.cross_entropy(scores.float(), wanted, reduction="none", ignore_index=IGNORED))
-    return losses.view(targets.shape)
+        for rows, classes in pairs:
+            logits, block = nn.functional.linear(rows.to(dtype), weight, bias), CPU_BLOCKS[0] if on_cpu else size
+            for scores, wanted in zip(logits.split(block), classes.split(block), strict=True):
+                part = nn.functional.cross_entropy(scores.float(), wanted, reduction="none", ignore_index=IGNORED)
+                losses.append(part)
+    return torch.cat(losses).view(targets.shape)
 
 
 def _product_dtype(hidden_states: torch.Tensor, head: nn.Linear) -> torch.dtype:

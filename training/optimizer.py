@@ -6,6 +6,7 @@ that of all other groups `learning_rate`. Schedule, clipping and accumulation ar
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -18,19 +19,14 @@ ADAM_EPS = 1e-8
 
 def adamw(model: nn.Module, training: Training) -> torch.optim.Optimizer:
     """Fused AdamW; weight decay acts on matrices only."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    matrices, vectors = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
-    return _adamw(matrices, vectors, training)
+    return _adamw([parameter for parameter in model.parameters() if parameter.requires_grad], training)
 
 
-def _adamw(decayed: list[Any], others: list[Any], training: Training) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": training.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        lr=training.learning_rate,
-        betas=(training.adam_beta1, training.adam_beta2),
-        eps=ADAM_EPS,
-        fused=True,
-    )
+def _adamw(parameters: list[Any], training: Training) -> torch.optim.AdamW:
+    decayed = {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": training.weight_decay}
+    others = {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}
+    betas = (training.adam_beta1, training.adam_beta2)
+    return torch.optim.AdamW([decayed, others], lr=training.learning_rate, betas=betas, eps=ADAM_EPS, fused=True)
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -41,22 +37,13 @@ class MuonAdamW(torch.optim.Optimizer):
     """
 
     def __init__(self, model: nn.Module, training: Training) -> None:
-        matrices, tables, vectors = [], [], []
-        for name, parameter in model.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            if parameter.ndim < 2:
-                vectors.append(parameter)
-            elif "embed_tokens" in name or "lm_head" in name:
-                tables.append(parameter)
-            else:
-                matrices.append(parameter)
-        rate, decay = training.muon_learning_rate, training.weight_decay
-        self._muon = torch.optim.Muon(matrices, lr=rate, weight_decay=decay, momentum=0.95)
-        self._adamw = _adamw(tables, vectors, training)
-        groups = [{**group, "kind": "muon"} for group in self._muon.param_groups]
-        groups += [{**group, "kind": "adamw"} for group in self._adamw.param_groups]
-        super().__init__(groups, defaults={})
+        trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        inner = {name for name, p in trained if p.ndim >= 2 and not re.search("embed_tokens|lm_head", name)}
+        matrices, rate = [parameter for name, parameter in trained if name in inner], training.muon_learning_rate
+        self._muon = torch.optim.Muon(matrices, lr=rate, weight_decay=training.weight_decay, momentum=0.95)
+        self._adamw = _adamw([parameter for name, parameter in trained if name not in inner], training)
+        kinds = (("muon", self._muon), ("adamw", self._adamw))
+        super().__init__([{**group, "kind": kind} for kind, of in kinds for group in of.param_groups], defaults={})
         self._share()
 
     def _share(self) -> None:

@@ -1,14 +1,18 @@
-"""What a training shows and writes while it runs: the progress line, `training.json`, and trackers."""
+"""What a training measures, shows and keeps while it runs: clock and energy, progress line, history, trackers.
+
+codecarbon (https://mlco2.github.io/codecarbon/) meters energy by NVML and RAPL, else by rated power. Nothing is sent.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import secrets
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from accelerate.utils import patch_environment
@@ -18,12 +22,103 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from nanophi.core import formatting
 from nanophi.core.errors import UserError, one_line
 from nanophi.core.files import write_text
+from nanophi.core.recipe import Training
 from nanophi.training.rows import BY_SOURCE
 
 INTERVAL = 15.0
 """Seconds between progress lines where they cannot be rewritten in place."""
 Entries = Sequence[Mapping[str, Any]]
 """`TrainerState.log_history`."""
+ENERGY_SOURCE = "codecarbon, mean grid intensity of the country"
+
+
+@dataclasses.dataclass
+class Clock:
+    """Times the logging intervals of a run, across the processes that resume it, without evaluations and saves."""
+
+    flops_per_token: float
+    peak_flops: float | None  # of all devices together, FLOP/s; None: unknown, no MFU
+    dollars_per_hour: float | None  # of all devices together; None: no cost
+
+    def start(self, tokens: int, history: Entries) -> None:
+        """Begin after so many tokens, with the log entries of the processes before this one."""
+        self.before = {key: value for entry in history for key, value in entry.items()}
+        self._began = self._interval_began = time.monotonic()
+        self._elapsed = float(self.before.get("elapsed_seconds", 0.0))
+        self._tokens = tokens
+
+    def pause(self, seconds: float) -> None:
+        """Leave out the last `seconds`, which were not spent on training."""
+        self._interval_began += seconds
+
+    def total(self, key: str, here: float) -> float:
+        """`here`, counted in this process, plus what the processes before it counted up to the resumed state."""
+        return float(self.before.get(key, 0.0)) + here
+
+    def lap(self, tokens: int) -> dict[str, Any]:
+        """Speed, time, tokens and cost for the log entry after so many tokens; ends the interval.
+
+        The first interval of a process includes warm-up and, with `compile`, compilation.
+        """
+        now = time.monotonic()
+        seconds = max(now - self._interval_began, 1e-9)
+        speed = (tokens - self._tokens) / seconds
+        self._elapsed += seconds
+        self._interval_began, self._tokens = now, tokens
+        entry: dict[str, Any] = {"elapsed_seconds": round(self._elapsed, 3), "tokens_seen": tokens}
+        entry["tokens_per_second"] = round(speed, 1)
+        if self.peak_flops is not None:
+            entry["mfu"] = round(speed * self.flops_per_token / self.peak_flops, 4)
+        if self.dollars_per_hour is not None:
+            entry["cost_usd"] = self.total("cost_usd", (now - self._began) / 3600 * self.dollars_per_hour)
+        return entry
+
+
+@contextlib.contextmanager
+def energy(training: Training, report: Callable[[str], None]) -> Iterator[Callable[[], tuple[float, float]]]:
+    """Meter this machine within the body; gives a function: energy (kWh) and emissions (grams of CO2e) so far.
+
+    They are 0 where the recipe does not ask, another process meters, or codecarbon is missing. Raises `UserError` for
+    a country that codecarbon does not know.
+    """
+    country = training.country_iso_code
+    totals: list[Any] = []
+    if not training.track_energy or int(os.environ.get("LOCAL_RANK", "0")):
+        yield lambda: (0.0, 0.0)
+        return
+    try:
+        import codecarbon
+        from codecarbon.input import DataSource
+        from codecarbon.output_methods.base_output import BaseOutput
+    except ImportError:
+        report("energy is not metered, because codecarbon is not installed: pip install 'nanophi[energy]'")
+        yield lambda: (0.0, 0.0)
+        return
+    if country not in DataSource().get_global_energy_mix_data():
+        why = f"codecarbon does not know the country '{country}'"
+        raise UserError(f"training.country_iso_code: {why}; give the three letters of ISO 3166, such as FRA or USA")
+
+    class Keep(BaseOutput):
+        def out(self, total: Any, delta: Any) -> None:
+            totals[:] = [total]
+
+    options: Any = {
+        "output_methods": [],
+        "output_handlers": [Keep()],
+        "allow_multiple_runs": True,
+        "log_level": "error",
+    }
+    tracker = codecarbon.OfflineEmissionsTracker(country_iso_code=country, **options)
+
+    def read() -> tuple[float, float]:
+        tracker.flush()
+        return (totals[0].energy_consumed, 1000 * totals[0].emissions) if totals else (0.0, 0.0)
+
+    tracker.start()
+    try:
+        yield read
+    finally:
+        tracker.stop()
 
 
 class ProgressLine(TrainerCallback):

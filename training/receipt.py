@@ -73,13 +73,7 @@ def gradient_difference(plain: nn.Module, model: nn.Module, average: bool) -> tu
 
 
 def check(
-    model: Any,
-    inputs: dict[str, torch.Tensor],
-    starts: torch.Tensor,
-    count: float,
-    loss: float,
-    kind: str,
-    average: bool,
+    model: Any, inputs: dict[str, Any], starts: torch.Tensor, count: float, loss: float, kind: str, average: bool
 ) -> None:
     """Compare `loss`, and the gradients in `model`, with the reference's. Raises `UserError` that names the part.
 

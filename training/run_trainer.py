@@ -1,7 +1,7 @@
 """A `Trainer` that lives in a run directory: when it saves and logs, and how it resumes.
 
 `RunTrainer` comes before a trainer of another library in a class's bases, and changes nothing about how that trains.
-What it puts together has a module of its own: checkpoints, clock, progress, receipt, stopping.
+What it puts together has a module of its own: checkpoints, progress, receipt, stopping.
 """
 
 from __future__ import annotations
@@ -25,15 +25,14 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from nanophi.core.errors import UserError, is_disk_full, one_line
 from nanophi.core.files import remove, sha256_of_file, write_json
-from nanophi.core.names import step_name, step_of
+from nanophi.core.names import step_name
 from nanophi.core.recipe import Training
 from nanophi.core.registry import OPTIMIZERS, find
 from nanophi.modeling_nanophi import NanoPhiForCausalLM
 from nanophi.training import progress, receipt
-from nanophi.training.arguments import NO_FSDP, decay_start
+from nanophi.training.arguments import NO_FSDP
 from nanophi.training.budget import fitting_rows, flops_per_token, peak_flops, uses_tf32
-from nanophi.training.checkpoints import WEIGHTS, last_saved, states, store
-from nanophi.training.clock import Clock, EnergyMeter
+from nanophi.training.checkpoints import WEIGHTS, last_saved, store
 from nanophi.training.continuation import data_hashes
 from nanophi.training.loss import IGNORED
 from nanophi.training.optimizer import rate_names
@@ -61,13 +60,12 @@ class RunTrainer(Trainer):
         self.report = report
         self.precision = "bf16" if self.args.bf16 else "fp32"
         self.hashes = data_hashes(run) | ({} if base is None else {"base_sha256": sha256_of_file(base)})
-        self.energy = EnergyMeter(training, report)
         self.stop = SaveAndStop(training)
         config, devices, price, peak = self.model.config, self.args.world_size, training.dollars_per_hour, None
         if torch.cuda.is_available():
             peak = peak_flops(torch.cuda.get_device_name(), self.precision, uses_tf32(training))
         flops = flops_per_token(config, config.max_position_embeddings)
-        self.clock = Clock(flops, peak and peak * devices, price and price * devices)
+        self.clock = progress.Clock(flops, peak and peak * devices, price and price * devices)
         self.saved_step: int | None = None
         self.compared = bool(self.is_fsdp_enabled)  # see `receipt.py`
         self.remove_callback(PrinterCallback)
@@ -226,33 +224,22 @@ class RunTrainer(Trainer):
             remove(saving)
         self.accelerator.wait_for_everyone()
         try:
-            if self.training.track_energy:
-                self._log_energy()
+            if self.training.track_energy:  # of all machines
+                reading = torch.tensor(self.energy(), device=self.args.device)
+                here = zip(("energy_kwh", "co2_grams"), self.accelerator.reduce(reading, "sum").tolist(), strict=True)
+                entry: dict[str, Any] = {key: self.clock.total(key, value) for key, value in here}
+                entry |= {"co2_source": progress.ENERGY_SOURCE, "co2_region": self.training.country_iso_code}
+                self.state.log_history.append({"step": step, **entry})
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                saved, kept = next(saving.glob("checkpoint-*")), self.training.keep_steps
-                store(self.run, saved, self._facts(), kept, self._kept_states())
+                store(self.run, next(saving.glob("checkpoint-*")), self._facts(), self.training)
         finally:
             if self.args.should_save:
                 remove(saving)
         self.accelerator.wait_for_everyone()
         self.saved_step = step
         self.clock.pause(time.monotonic() - began)
-
-    def _log_energy(self) -> None:
-        """The energy of all machines so far, in the log that the state keeps."""
-        reading = torch.tensor(self.energy.read(), device=self.args.device)
-        totals = zip(("energy_kwh", "co2_grams"), self.accelerator.reduce(reading, "sum").tolist(), strict=True)
-        metered = {key: self.clock.total(key, here) for key, here in totals}
-        self.state.log_history.append({"step": self.state.global_step} | metered | self.energy.source)
-
-    def _kept_states(self) -> set[int]:
-        """Steps whose states stay: the last ones, and the one before `wsd` decays, from which a run can be extended."""
-        step = self.state.global_step
-        earlier = [number for number in map(step_of, states(self.run)) if number < step]
-        kept = set(earlier[len(earlier) - self.training.keep_states + 1 :])
-        return kept | ({decay_start(self.training)} if self.training.schedule == "wsd" else set())
 
     def _facts(self) -> dict[str, Any]:
         """`checkpoint.json`: what is known of this step's weights."""
@@ -284,7 +271,7 @@ class RunTrainer(Trainer):
         """
         if resume := broadcast_object_list([resume])[0]:
             self.report(f"{self.run.name}: resuming from {resume.name}")
-        with progress.trackers(self), self.energy:
+        with progress.trackers(self), progress.energy(self.training, self.report) as self.energy:
             try:
                 self.train(resume_from_checkpoint=str(resume) if resume else None)
             except Exception as error:

@@ -16,7 +16,7 @@ from accelerate.utils import reduce
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from nanophi.core.recipe import Training
-from nanophi.training.arguments import decay_start
+from nanophi.training.arguments import decay_steps
 
 IMPATIENT = 2.0
 """Seconds after which a second Ctrl-C stops at once. Before that, it is the launcher passing on the same key press."""
@@ -37,7 +37,7 @@ class SaveAndStop(TrainerCallback):
     """
 
     def __init__(self, training: Training) -> None:
-        self.save_steps = {*training.keep_steps, *([decay_start(training)] if training.schedule == "wsd" else [])}
+        self.save_steps = {*training.keep_steps, *decay_steps(training)}
         self.received: signal.Signals | None = None
         self.stopping = False
         self._when = 0.0
@@ -75,10 +75,9 @@ class SaveAndStop(TrainerCallback):
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask for a save and a log entry at the last step, and for the stop if a signal came."""
         last = state.global_step >= state.max_steps
-        if self._stop_if_agreed(control) or last or state.global_step in self.save_steps:
-            control.should_save = True
-        if last:
-            control.should_log = True  # also where a run is shorter than a logging interval
+        stops = self._stop_if_agreed(control)
+        control.should_save |= stops or last or state.global_step in self.save_steps
+        control.should_log |= last  # also where a run is shorter than a logging interval
 
     def on_save(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         """Stop right after a save during which a signal came."""

@@ -51,13 +51,13 @@ class NanoPhiTrainer(RunTrainer):
 
     def document_starts(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """From the tokens themselves."""
-        ids, eos = inputs["input_ids"], cast(int, self.model.config.eos_token_id)
-        return torch.eq(ids, eos) if self.training.isolate_documents else torch.zeros_like(ids, dtype=torch.bool)
+        ends = torch.eq(inputs["input_ids"], cast(int, self.model.config.eos_token_id))
+        return ends if self.training.isolate_documents else torch.zeros_like(ends)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
         """Tokens that a whole batch predicts: all of a row but its first, whichever of them `Trainer` would count."""
-        context = self.model.config.max_position_embeddings
-        return torch.tensor(float(self.training.batch_size * (context - 1)), device=device)
+        predicted = self.model.config.max_position_embeddings - 1
+        return torch.tensor(float(self.training.batch_size * predicted), device=device)
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         """An evaluation's entry gets its loss per token and bits per byte."""
@@ -123,10 +123,7 @@ def train(
     resume: Path | None = None,
     base: str | None = None,
 ) -> dict[str, Any]:
-    """Train on `data/tokens` of a run directory, from the state `resume` (None: the beginning).
-
-    `prompt` begins a sample at every evaluation (None: no samples); `base` names weights to begin with (None: random).
-    """
+    """Train on `data/tokens` of a run directory, from the state `resume` or the weights `base` names, with samples."""
     arguments = training_arguments(training, run, seed, world_size())
     set_seed(seed)
     tokens = run / "data/tokens"
