@@ -1,15 +1,14 @@
 """`nanophi ablate`: does the filter help? An experiment with arms, seeds, equal compute and error bars.
 
-A filter changes two things at once: which text a model sees, and how often, since less text is repeated more often in
-the same number of steps. Four arms tell the two apart, all trained for the same number of steps:
+A filter changes two things: which text a model sees, and how often. Four arms of as many steps tell the two apart:
 
     all      everything: 1 / share times as many tokens, and as many fewer epochs
     best     the share of the text with the highest scores: what the recipe's filter keeps
     random   as much text, drawn at random
     worst    as much text with the lowest scores: a check that the measurement sees what must be there
 
-So that a small experiment repeats its text as often as the run that it stands for, the text is cut to `epochs`. Every
-arm runs under several seeds (initialisation, order, which documents are drawn) and two learning rates.
+Text is cut to `epochs`, so that a small experiment repeats it as often as the run that it stands for. Every arm runs
+under several seeds (initialisation, order, which documents are drawn) and two learning rates.
 
     OUTPUT/plan.json      written before anything is trained: arms, sizes, seeds, learning rates, targets, tests
     OUTPUT/items.json     which held-out documents the filter would keep
@@ -105,8 +104,7 @@ def check_numbers(seeds: Sequence[int], learning_rates: Sequence[float], epochs:
 class Ablation:
     """One experiment on the filter of `recipe`: `quality.threshold`, or `quality.share` of the best.
 
-    `learning_rates` are peak rates of AdamW's parameters (Muon's follows in proportion); none: the recipe's, and
-    `LOWER_RATE` times that. Without `tasks` (lm-eval's, multiple-choice) all held-out text is the primary target.
+    `learning_rates` are AdamW's (Muon's follow in proportion); none: the recipe's, and `LOWER_RATE` times that.
     """
 
     recipe: Recipe

@@ -80,7 +80,7 @@ def analyse(targets: Mapping[str, Target], seed: int = 0) -> dict[str, Any]:
         draws = item_draws(sets, np.random.default_rng(seed))
         values: dict[str, dict[str, float]] = {str(rate): {} for rate in rates}
         for rate, arm in itertools.product(rates, ARMS):
-            if of_seeds := [value(sets) for (a, _, r), sets in target.runs.items() if (a, r) == (arm, rate)]:
+            if of_seeds := [value(items) for (a, _, r), items in target.runs.items() if (a, r) == (arm, rate)]:
                 values[str(rate)][arm] = float(np.mean(of_seeds))
         found = {}
         for label, arms in {**CONTRASTS, "check": CHECK}.items():
@@ -147,10 +147,11 @@ def value(sets: Sequence[Items]) -> float:
 
 def item_draws(sets: Sequence[Items], rng: np.random.Generator) -> list[np.ndarray]:
     """How often each item is drawn in each resample: per set, uint8 of shape (RESAMPLES, items)."""
-    counts = [len(sizes) for _, sizes in sets]
-    return [
-        np.array([np.bincount(rng.integers(0, n, n), minlength=n) for _ in range(RESAMPLES)], np.uint8) for n in counts
-    ]
+
+    def draw(count: int) -> np.ndarray:
+        return np.bincount(rng.integers(0, count, count), minlength=count).astype(np.uint8)
+
+    return [np.array([draw(len(sizes)) for _ in range(RESAMPLES)]) for _, sizes in sets]
 
 
 def contrast(
@@ -181,8 +182,7 @@ def contrast(
     by_seed = table[plus] - table[minus]
     item_variance = float((resampled[:, plus] - resampled[:, minus]).mean(axis=1).var())
     result |= {"value": float(by_seed.mean()), "by_seed": by_seed.tolist(), "item_stderr": math.sqrt(item_variance)}
-    few = [draw.shape[1] for draw in draws if draw.shape[1] < MIN_ITEMS]
-    if few:
+    if few := [drawn.shape[1] for drawn in draws if drawn.shape[1] < MIN_ITEMS]:
         return {**result, "no_test": f"too few items: {few[0]} of the {MIN_ITEMS} that a test needs"}
     if len(seeds) < 2:
         return {**result, "no_test": "one seed: no interval over seeds exists"}
@@ -201,11 +201,10 @@ def _test(
     spread = factor * float(np.square(_deviations(table)).sum()) / free
     noise = factor * float(np.square(_deviations(resampled - table)).sum(axis=(1, 2)).mean()) / free
     seed_variance = max(0.0, spread - noise)
-    variance = seed_variance + item_variance
+    variance, stderr = seed_variance + item_variance, math.sqrt(seed_variance + item_variance)
     # How well the variance is known: the seeds' part from few deviations, the rest from many items.
     scatter = spread**2 / free + item_variance**2 / items
     freedom = variance**2 / scatter if scatter else math.inf
-    stderr = math.sqrt(variance)
     distribution = scipy.stats.t(freedom)
     half = float(stderr * distribution.isf(SIGNIFICANCE / 2))
     return {

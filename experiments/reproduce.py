@@ -1,7 +1,6 @@
 """`nanophi reproduce`: train a published model again from its release, and compare the results with the published ones.
 
-Fetches the records, runs their recipe, and compares number by number. What a release is, and whether it is whole, is
-`model_card`'s to say.
+What a release is, and whether it is whole, is decided in `model_card`.
 """
 
 from __future__ import annotations
@@ -69,7 +68,7 @@ def reproduce(
 def _as_recorded(published: Path) -> list[str]:
     """Overrides that give a recipe its recorded precision; this process gets the recorded number of threads.
 
-    Sums depend on both in their last bits. With the same machine and packages the weights are then the same.
+    Sums depend on both in their last bits.
     """
     import torch
 
@@ -85,8 +84,7 @@ def fetch_recipe(
 ) -> Path:
     """The file with a release's recipe, its name ending in `-reproduced`; the records go into `published/` beside it.
 
-    Of a release on the Hub, only the manifest and the records are fetched. Raises `UserError` if there is no such
-    release, or its records are not those of its manifest.
+    Raises `UserError` if there is no such release, or its records are not those of its manifest.
     """
     from nanophi.model_card.manifest import MANIFEST, file_problems
     from nanophi.model_card.records import complete_records, read_records
@@ -167,8 +165,7 @@ def _training_rows(theirs: dict[str, Any], ours: dict[str, Any]) -> Iterator[Row
         if key in there:
             yield _equal(f"{name}, SHA-256", there[key], here.get(key))
     yield _equal("parameters", *(records["model.json"]["parameters"] for records in (theirs, ours)))
-    # Weights and losses are equal only with the same versions, kind of processor and number of threads: worth knowing,
-    # no fault.
+    # Weights and losses are equal only with the same versions, kind of processor and number of threads.
     keys = ["train_loss", "eval_loss"]
     if theirs["run.json"]["final"]:
         there, here = (records["training.json"]["summary"] for records in (theirs, ours))

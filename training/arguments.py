@@ -1,7 +1,4 @@
-"""The recipe's `training` section as `transformers.TrainingArguments`, and what this machine can run of it.
-
-Every field that is not in `ALLOWED` is decided by the recipe or here.
-"""
+"""The recipe's `training` section as `transformers.TrainingArguments`, and what this machine can run of it."""
 
 from __future__ import annotations
 
@@ -33,8 +30,7 @@ ALLOWED = {
     *("gradient_checkpointing", "gradient_checkpointing_kwargs", "log_level", "project", "run_name", "tf32"),
     *("torch_compile_backend", "torch_compile_mode", "torch_empty_cache_steps", "trackio_space_id"),
 }
-"""Fields of `transformers.TrainingArguments` that were tried here: they change how a run is computed, not what it
-learns, and it resumes with them."""
+"""Fields that were tried: they change how a run is computed, not what it learns. All others are decided here."""
 SAME_NAME = (
     *("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm", "warmup_steps"),
     *("save_steps", "eval_steps", "logging_steps", "report_to"),
@@ -77,7 +73,7 @@ def has_bf16() -> bool:
 def resolve_precision(training: Training) -> str:
     """ "fp32" or "bf16": what the recipe states, or for "auto" accelerate's environment, or the hardware.
 
-    Raises `UserError` if the environment (`accelerate launch --mixed_precision`) contradicts the recipe.
+    Raises `UserError` if the environment contradicts the recipe.
     """
     wanted = os.environ.get(PRECISION_VARIABLE, "no").lower()
     if wanted != "no" and wanted != (training.precision if training.precision != "auto" else "bf16"):
@@ -168,9 +164,6 @@ def training_arguments(
 
 
 def accelerate_precision(training: Training) -> AbstractContextManager[None]:
-    """Let accelerate train in the recipe's precision within the body, whatever default its launcher has set.
-
-    The variable is then as it was: the next run of this process may have another precision.
-    """
+    """Let accelerate train in the recipe's precision within the body, whatever default its launcher has set."""
     precision = resolve_precision(training)
     return patch_environment(**{PRECISION_VARIABLE: "no" if precision == "fp32" else precision})

@@ -119,8 +119,6 @@ def train(
     # TRL names a token to pad with, which the saved model must not have: it would never learn that token.
     trainer.model.config.pad_token_id = pad
     trainer.processing_class = None  # every checkpoint gets the run's tokenizer
-    epochs = training.steps / math.ceil(
-        len(trainer.train_dataset) / training.batch_size
-    )  # each ends with what rows are left
+    steps = math.ceil(len(trainer.train_dataset) / training.batch_size)  # of an epoch, which ends with what is left
     report(f"{recipe.name}: {recipe.method} on {len(rows):,} conversations")
-    return trainer.fit(epochs, resume)
+    return trainer.fit(training.steps / steps, resume)

@@ -1,7 +1,6 @@
-"""The optimizers that a recipe can name, each a function of the model and the recipe's `training` section.
+"""The optimizers of `core/registry.py`, each a function of the model and the recipe's `training` section.
 
-`core/registry.py` lists them. A parameter group may have a `kind`: the log calls its rate `<kind>_learning_rate`, and
-that of all other groups `learning_rate`. Schedule, clipping and accumulation are `Trainer`'s.
+The log calls the rate of a parameter group with a `kind` `<kind>_learning_rate`, that of all others `learning_rate`.
 """
 
 from __future__ import annotations

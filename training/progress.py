@@ -56,10 +56,7 @@ class Clock:
         return float(self.before.get(key, 0.0)) + here
 
     def lap(self, tokens: int) -> dict[str, Any]:
-        """Speed, time, tokens and cost for the log entry after so many tokens; ends the interval.
-
-        The first interval of a process includes warm-up and, with `compile`, compilation.
-        """
+        """Speed, time, tokens and cost for the log entry after so many tokens; ends the interval."""
         now = time.monotonic()
         seconds = max(now - self._interval_began, 1e-9)
         speed = (tokens - self._tokens) / seconds
@@ -149,16 +146,12 @@ class ProgressLine(TrainerCallback):
         if "cost_usd" in logs:
             total = logs["cost_usd"] / state.global_step * state.max_steps
             parts.append(f"${logs['cost_usd']:.2f} of ${total:.2f}")
-        line = fit(parts, shutil.get_terminal_size().columns - 1) if terminal else "  ".join(parts)
+        width = shutil.get_terminal_size().columns - 1 if terminal else sys.maxsize
+        while len(parts) > 1 and len("  ".join(parts)) > width:
+            parts.pop()
+        line = "  ".join(parts)[:width]
         sys.stderr.write(f"\r\x1b[K{line}" + "\n" * finished if terminal else f"{line}\n")
         sys.stderr.flush()
-
-
-def fit(parts: list[str], width: int) -> str:
-    """As many of the parts as a line of `width` characters holds; the first is cut short if it must be."""
-    while len(parts) > 1 and len("  ".join(parts)) > width:
-        parts = parts[:-1]
-    return "  ".join(parts)[:width]
 
 
 def history(entries: Entries) -> dict[str, Any]:
@@ -196,11 +189,8 @@ def trackers(trainer: Any) -> Iterator[None]:
         name = trainer.run / "training_state" / "tracker"
         if not name.exists():
             write_text(name, secrets.token_hex(8))
-        variables = {
-            "WANDB_RUN_ID": name.read_text(encoding="utf-8"),
-            "WANDB_RESUME": "allow",
-            "TENSORBOARD_LOGGING_DIR": str(trainer.run / "tensorboard"),
-        }
+        variables = {"WANDB_RUN_ID": name.read_text(encoding="utf-8"), "WANDB_RESUME": "allow"}
+        variables["TENSORBOARD_LOGGING_DIR"] = str(trainer.run / "tensorboard")
     kinds = tuple(kind for kind in INTEGRATION_TO_CALLBACK.values() if isinstance(kind, type))
     with patch_environment(**{key: value for key, value in variables.items() if key not in os.environ}):
         for callback in trainer.callback_handler.callbacks:

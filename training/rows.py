@@ -108,9 +108,8 @@ class HeldoutRows(PackedRows):
 
         The mean is over tokens; `Trainer`'s own is over batches, which hold some rows twice on several processes.
         """
-        nats, counts = (
-            np.asarray(sums, np.float64).sum(axis=0) for sums in (prediction.predictions, prediction.label_ids)
-        )
+        parts = (prediction.predictions, prediction.label_ids)
+        nats, counts = (np.asarray(part, np.float64).sum(axis=0) for part in parts)
         by_source = {
             BY_SOURCE + name: round(nats[code] / counts[code] / math.log(2) / self.bytes_per_token[code], 5)
             for code, name in enumerate(self.sources)
@@ -130,9 +129,8 @@ def check_tokens(tokens: Path, **splits: PackedRows) -> None:
         else:
             same = rows.sha256(rest.read_bytes() if rest.exists() else b"") == counts["sha256"]
         if not same:
-            recorder = tokens / "tokens.json"
             raise UserError(
-                f"{tokens / split} holds other tokens than {recorder} records; delete {tokens} and {REMEDY}"
+                f"{tokens / split} holds other tokens than tokens.json records; delete {tokens} and {REMEDY}"
             )
 
 
@@ -140,8 +138,7 @@ def check_tokens(tokens: Path, **splits: PackedRows) -> None:
 class PackedCollator:
     """Rows to a batch of `labels`, `position_ids` if documents are isolated, and what rows have; (rows, length) int64.
 
-    A document begins at an end-of-text token, which also ends the document before. Positions restart there, which
-    attention reads as boundaries, so every prediction depends on one document only.
+    Positions restart at an end-of-text token, which attention reads as the boundary of a document.
     """
 
     eos_token_id: int

@@ -81,21 +81,21 @@ def test_an_earlier_checkpoint_is_compared_with_that_step(finished_run: Path, tm
 
 def test_differences_are_separated_from_noise(built_release: Path, finished_run: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(finished_run, tmp_path / "tiny", ignore=shutil.ignore_patterns("release", "card")))
-    tokens = read_json(run / "data" / "tokens" / "tokens.json")
-    write_json(run / "data" / "tokens" / "tokens.json", {**tokens, "train": {**tokens["train"], "sha256": "9" * 64}})
-    training = read_json(run / "training.json")
-    training["summary"]["weights_sha256"] = "8" * 64
-    write_json(run / "training.json", training)
-    results = read_json(run / "evals" / "step-000030-heldout.json")
+    files = [run / name for name in ("data/tokens/tokens.json", "training.json", "evals/step-000030-heldout.json")]
+    tokens, training, results = map(read_json, files)
+    tokens["train"]["sha256"], training["summary"]["weights_sha256"] = "9" * 64, "8" * 64
     results["results"]["heldout_bits_per_byte"]["bits_per_byte,none"] += 0.5  # ten standard errors of 0.05
     results["results"]["heldout_continuation"]["acc_norm,none"] += 0.05  # of 0.031 each: within two combined
-    write_json(run / "evals" / "step-000030-heldout.json", results)
+    for file, content in zip(files, (tokens, training, results), strict=True):
+        write_json(file, content)
     lines: list[str] = []
     rows = reproduce.compare_with_published(built_release, run, report=lines.append)
     verdicts = {row.name: row.agrees for row in rows}
-    assert verdicts["train tokens, SHA-256"] is False
-    assert verdicts["heldout tokens, SHA-256"] is True
-    assert verdicts["weights, SHA-256"] is None
+    assert [verdicts[f"{name}, SHA-256"] for name in ("train tokens", "heldout tokens", "weights")] == [
+        False,
+        True,
+        None,
+    ]
     assert verdicts["heldout_bits_per_byte, bits_per_byte"] is False
     assert verdicts["heldout_continuation, acc_norm"] is True
     assert sum("DIFFERS" in line for line in lines) == 2

@@ -66,25 +66,17 @@ def train():
     settings = {"seed": 1, "prompt": PROMPT, "resume": resume}
     trainer.train(Path(RUN), Training(**CHANGES), NanoPhiConfig(**CONFIG), **settings)
 
-def saved():
-    return sorted(path.name for path in Path(RUN, "training_state").glob("step*"))
-
 trainer.NanoPhiTrainer.training_step = dying_step
-
-if DIE is not None:
-    try:
-        train()
-    except KeyboardInterrupt:
-        # 25 was saved because it was evaluated.
-        assert saved() == ["step-000020", "step-000025"], saved()
-    DIE = None
-if SIGNAL is not None:
-    try:
-        train()
-    except UserError as error:
-        print(f"rank {os.environ['RANK']}: {error}", file=sys.stderr, flush=True)
-        assert saved() == ["step-000012"], saved()
-    SIGNAL = None
+# 25 was saved because it was evaluated.
+for event, states in ((DIE, ["step-000020", "step-000025"]), (SIGNAL, ["step-000012"])):
+    if event is not None:
+        try:
+            train()
+        except (KeyboardInterrupt, UserError) as error:
+            print(f"rank {os.environ['RANK']}: {error}", file=sys.stderr, flush=True)
+            saved = sorted(path.name for path in Path(RUN, "training_state").glob("step*"))
+            assert saved == states, saved
+DIE = SIGNAL = None
 try:
     train()
 except UserError as error:

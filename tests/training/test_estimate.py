@@ -137,10 +137,9 @@ def test_a_micro_batch_that_is_recommended_can_be_trained_with(recipe: Recipe) -
     for batch, devices in ((480, 1), (480, 8), (7, 1), (12, 4)):
         section = recipe.training.model_copy(update={"batch_size": batch})
         changed = recipe.model_copy(update={"training": section})
-        rows = estimate.predict(changed, budget.DEVICES["a100-40g"], devices=devices)["micro_batch_size"]
-        assert rows > 1
+        rows = estimate.predict(changed, budget.DEVICES["a100-40g"], devices)["micro_batch_size"]
         chosen = section.model_copy(update={"micro_batch_size": rows})
-        assert arguments.micro_batch_size(chosen, devices) == rows
+        assert rows > 1 and arguments.micro_batch_size(chosen, devices) == rows
     with pytest.raises(UserError, match=r"use a training.batch_size that 5 divides$"):
         estimate.predict(changed, budget.DEVICES["a100-40g"], devices=5)
 

@@ -168,19 +168,6 @@ def test_a_missing_compiler_is_refused_at_the_start(monkeypatch, tmp_path):
     arguments.check(Training(**TRAINING), tmp_path, 0)
 
 
-@pytest.mark.parametrize(
-    ("fields", "line"),
-    [
-        ({"dataloader_num_workers": -2}, "dataloader_num_workers must be at least 0"),
-        ({"log_level": "shout"}, "log_level must be one of"),
-        ({"gradient_checkpointing_kwargs": 7}, "must be a mapping|gradient_checkpointing_kwargs|activation_check"),
-    ],
-)
-def test_impossible_arguments_are_named(run, fields, line):
-    with pytest.raises(UserError, match=f"training.arguments: .*({line})"):
-        train(run, **SHORT, arguments=fields)
-
-
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
 def test_a_hangup_saves_unless_it_is_ignored(run, number):
     add_sources(run)

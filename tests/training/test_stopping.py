@@ -123,9 +123,9 @@ def test_precision_is_the_recipes_or_refused(run, monkeypatch):
     assert train(make_run(run.parent / "third"), **fields)["precision"] == "fp32"  # nothing is left of the run before
 
 
-def test_a_tracker_that_cannot_start_is_one_line_and_one_run_is_continued(run, monkeypatch):
+def test_a_tracker_gets_the_log_and_is_continued_and_one_that_cannot_start_is_one_line(run, monkeypatch):
     class Tracker(TrainerCallback):
-        broken = True
+        broken, logs = True, []
         seen: list[str | None] = []
 
         def setup(self, args, state, model, **kwargs):
@@ -134,8 +134,13 @@ def test_a_tracker_that_cannot_start_is_one_line_and_one_run_is_continued(run, m
             self.seen.append(os.environ.get("WANDB_RUN_ID"))
             assert os.environ["WANDB_RESUME"] == "allow"
 
+        def on_log(self, args, state, control, logs, **kwargs):
+            self.logs.append(dict(logs))
+
     monkeypatch.delenv("WANDB_RUN_ID", raising=False)
     monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "tensorboard", Tracker)
+    with pytest.raises(UserError, match=r"training.report_to: wandbb is not supported, only .*tensorboard.* are supp"):
+        train(run, report_to=["wandbb"])
     fields = {**CHANGES, "report_to": ["tensorboard"]}
     with pytest.raises(UserError, match=r"report_to: Tracker cannot start: not logged in; run `tracker login`$"):
         train(run, **fields)
@@ -148,3 +153,5 @@ def test_a_tracker_that_cannot_start_is_one_line_and_one_run_is_continued(run, m
     assert "WANDB_RUN_ID" not in os.environ
     train(add_sources(make_run(run.parent / "other")), **fields)
     assert len(set(Tracker.seen)) == 2
+    names = {name for entry in Tracker.logs for name in entry}
+    assert {"loss", "tokens_seen", "tokens_per_second", "eval_loss", "bits_per_byte"} <= names
