@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from chat_run import write_rows
 
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, sha256_of_tree, write_json
@@ -45,9 +46,9 @@ def recipe(tmp_path_factory):
     folder = tmp_path_factory.mktemp("planted")
     generator = np.random.default_rng(0)
     train = [(text(generator, i % 2), 0.2 + 0.6 * (i % 2 == 0) + 0.1 * generator.random()) for i in range(400)]
-    (folder / "train.jsonl").write_text("".join(json.dumps({"text": t, "score": s}) + "\n" for t, s in train))
-    held = [text(generator, False) for _ in range(60)]
-    (folder / "held.jsonl").write_text("".join(json.dumps({"text": t, "score": 0.9}) + "\n" for t in held))
+    held = [(text(generator, False), 0.9) for _ in range(60)]
+    for name, rows in (("train", train), ("held", held)):
+        write_rows(folder / f"{name}.jsonl", [{"text": words, "score": score} for words, score in rows])
     path = folder / "planted.yaml"
     path.write_text(RECIPE.replace("@", str(folder)))
     return load_recipe(path)

@@ -1,6 +1,7 @@
 """Weights are never lost: what a run does with what it finds, whatever was changed, moved, cut off or asked for."""
 
 import contextlib
+import functools
 import math
 import os
 import random
@@ -85,15 +86,12 @@ def weights(runs: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def undisturbed(prepared, tmp_path_factory):
     """Summaries of runs that nothing disturbs, by schedule and number of steps."""
-    found: dict[tuple, dict] = {}
 
+    @functools.cache
     def of(**changes) -> dict:
-        key = tuple(sorted(changes.items()))
-        if key not in found:
-            runs = tmp_path_factory.mktemp("undisturbed")
-            shutil.copytree(prepared, runs / "run")
-            found[key] = train(runs, **changes)
-        return found[key]
+        runs = tmp_path_factory.mktemp("undisturbed")
+        shutil.copytree(prepared, runs / "run")
+        return train(runs, **changes)
 
     return of
 

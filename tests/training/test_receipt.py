@@ -121,24 +121,22 @@ def test_the_reference_uses_the_models_own_weights(tied, norm):
 
 
 @pytest.mark.parametrize(
-    ("kind", "words", "line"),
+    ("error", "line"),
     [
-        (RuntimeError, "DefaultCPUAllocator: can't allocate memory", r"a micro-batch of 8 .*; set training.micro_b"),
-        (torch.OutOfMemoryError, "CUDA out of memory.", r"micro_batch_size=4 and run the same .* the beginning"),
-        (RuntimeError, "DataLoader worker (pid 3) is killed", r"data has died.*\(DataLoader worker "),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), r"a micro-batch of 8 .*; set training.micro_b"),
+        (torch.OutOfMemoryError("CUDA out of memory."), r"micro_batch_size=4 and run the same .* the beginning"),
+        (RuntimeError("DataLoader worker (pid 3) is killed"), r"data has died.*\(DataLoader worker "),
     ],
 )
-def test_a_machine_that_gives_up_is_one_line(run, monkeypatch, kind, words, line):
-    error = kind(words)
-
+def test_a_machine_that_gives_up_is_one_line(run, monkeypatch, error, line):
     def fail(self, *args, **kwargs):
         raise error
 
     monkeypatch.setattr(NanoPhiTrainer, "compute_loss", fail)
     with pytest.raises(UserError, match=line):
         train(run, **SHORT)
+    error.args = ("no such thing",)
     with pytest.raises(RuntimeError, match="no such thing"):
-        error.args = ("no such thing",)
         train(run, **SHORT)
 
 
@@ -164,7 +162,7 @@ def test_a_missing_compiler_is_refused_at_the_start(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(UserError, match=r"training.compile needs a C\+\+ compiler, .* install g\+\+"):
-        arguments.check(Training(**{**TRAINING, "compile": True}), tmp_path, 0)
+        arguments.check(Training(**TRAINING, compile=True), tmp_path, 0)
     arguments.check(Training(**TRAINING), tmp_path, 0)
 
 

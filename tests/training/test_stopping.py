@@ -43,14 +43,10 @@ def assert_resumes(run, undisturbed):
 @pytest.mark.parametrize(
     ("method", "step", "saved"),
     [
-        ("training_step", 5, 6),
-        ("training_step", STEPS - 1, STEPS),
-        ("prediction_step", 4, 4),
-        ("prediction_step", STEPS, STEPS),
-        ("_save_checkpoint", 3, 3),
-        ("_save_checkpoint", 4, 4),
+        *[("training_step", 5, 6), ("training_step", STEPS - 1, STEPS)],
+        *[("prediction_step", 4, 4), ("prediction_step", STEPS, STEPS)],
+        *[("_save_checkpoint", 3, 3), ("_save_checkpoint", 4, 4)],  # the second one before an evaluation
     ],
-    ids=["step", "last step", "evaluation", "last evaluation", "save", "save before an evaluation"],
 )
 def test_a_signal_is_one_save_and_the_next_run_resumes(run, undisturbed, method, step, saved):
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
