@@ -1,6 +1,7 @@
-"""Training: what is learnt, saved and logged; a run that was killed resumes, bit for bit, as if it had not been."""
+"""Training: what is learnt, validated, saved and logged; a killed run resumes bit for bit as if it had not been."""
 
 import errno
+import math
 import re
 import signal
 import subprocess
@@ -10,18 +11,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_run
 import torch
 from safetensors.torch import load_file
-from tiny_run import CONTEXT, EOS, TRAINING, VOCAB, ends_at, make_run, replace_rows, train
-from transformers import AutoModelForCausalLM, PhiForCausalLM
+from tiny_run import CONTEXT, EOS, TRAINING, VOCAB, add_sources, ends_at, make_run, replace_rows, train
+from transformers import AutoModelForCausalLM, AutoTokenizer, PhiForCausalLM
 
+from nanophi.core import sample
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, sha256_of_tree
 from nanophi.core.names import step_of
 from nanophi.core.recipe import Training
 from nanophi.modeling_nanophi import NanoPhiForCausalLM
 from nanophi.training import arguments as arguments_module
-from nanophi.training import checkpoints, stopping, trainer
+from nanophi.training import checkpoints, rows, stopping, trainer
 
 TESTS = str(Path(__file__).parents[1])
 
@@ -162,21 +165,14 @@ def test_spike_limit_is_robust():
 
 def test_order_depends_on_position_and_seed_only(finished):
     def order(seed, positions):
-        rows = trainer.PackedRows(finished[0] / "data/tokens/train", rows=250, seed=seed)
-        return [rows.index(position) for position in positions]
+        packed = rows.PackedRows(finished[0] / "data/tokens/train", rows=250, seed=seed)
+        return [packed.index(position) for position in positions]
 
     whole = order(3, range(250))
     assert sorted(whole[:100]) == sorted(whole[100:200]) == list(range(100))
     assert whole[:100] != whole[100:200]
     assert order(3, (249, 0, 120)) == [whole[249], whole[0], whole[120]]
     assert order(4, range(100)) != whole[:100]
-
-
-def test_positions_restart_at_end_of_text():
-    rows = [{"input_ids": torch.tensor([5, 6, EOS, 7, 8, EOS, EOS, 9])}]
-    batch = trainer.PackedCollator(EOS, isolate_documents=True)(rows)
-    assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 2, 0, 0, 1]]
-    assert "position_ids" not in trainer.PackedCollator(EOS, isolate_documents=False)(rows)
 
 
 def test_training_arguments_are_checked(tmp_path):
@@ -289,3 +285,83 @@ def test_checkpoint_json_tells_tokens_and_losses(stopped):
         facts = read_json(stopped / "checkpoints" / folder / "checkpoint.json")
         assert (facts["tokens_seen"], facts["train_loss"]) == (step * 8 * 64, losses[step])
         assert (facts["eval_step"], facts["eval_loss"]) == (eval_step, held.get(eval_step))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A run with sources and samples, and the same run without."""
+    folder = tmp_path_factory.mktemp("runs")
+    given, without = add_sources(make_run(folder / "with")), make_run(folder / "without")
+    both = train(given, tiny_run.PROMPT, isolate_documents=False), train(without, isolate_documents=False)
+    return given, *both, without
+
+
+def reference(run) -> dict[str, float]:
+    """Bits per byte by source, token by token, from the final checkpoint."""
+    model = NanoPhiForCausalLM.from_pretrained(run / "checkpoints/step-000024").eval()
+    names = np.array(tiny_run.DOCUMENTS["source"])
+    source_of, nats = names.repeat(tiny_run.DOCUMENTS["tokens"]), {}
+    held = rows.HeldoutRows(run / "data/tokens")
+    for row in range(10):
+        tokens = held[row]["input_ids"].long()
+        with torch.no_grad():
+            log_probabilities = model(tokens[None]).logits[0].log_softmax(-1)
+        for position in range(1, CONTEXT):
+            source = str(source_of[row * CONTEXT + position])
+            nats.setdefault(source, []).append(-float(log_probabilities[position - 1, tokens[position]]))
+    sizes, lengths = np.array(tiny_run.DOCUMENTS["bytes"]), np.array(tiny_run.DOCUMENTS["tokens"])
+    per_token = {name: sizes[names == name].sum() / lengths[names == name].sum() for name in nats}
+    return {name: np.mean(values) / math.log(2) / per_token[name] for name, values in nats.items()}
+
+
+def test_bits_per_byte_by_source_are_those_of_each_token(runs):
+    run = runs[0]
+    evaluations = read_json(run / "training.json")["evaluations"]
+    expected = reference(run)
+    assert set(expected) == {"web", "code", "wiki"}  # no token of `rare` is in a row
+    assert evaluations[-1]["by_source"] == pytest.approx(expected, rel=1e-4)
+    assert evaluations[0]["by_source"] != evaluations[-1]["by_source"]
+
+
+def test_every_heldout_row_counts(runs):
+    """10 rows in batches of 8: the last two as well, each as much as the others."""
+    run = runs[0]
+    model = NanoPhiForCausalLM.from_pretrained(run / "checkpoints/step-000024").eval()
+    held = rows.HeldoutRows(run / "data/tokens")
+    batch = rows.PackedCollator(EOS, isolate_documents=False)([held[i] for i in range(10)])
+    assert batch.pop("sources").shape == (10, CONTEXT)
+    with torch.no_grad():
+        loss = model(**batch).loss.item()
+    assert read_json(run / "training.json")["evaluations"][-1]["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_sources_and_samples_change_nothing_that_is_learnt(runs):
+    run, summary, plain, without = runs
+    assert summary["weights_sha256"] == plain["weights_sha256"]
+    here, there = read_json(run / "training.json"), read_json(without / "training.json")
+    assert [entry["loss"] for entry in here["log"]] == [entry["loss"] for entry in there["log"]]
+    assert [e["loss"] for e in here["evaluations"]] == pytest.approx([e["loss"] for e in there["evaluations"]])
+    assert "by_source" not in there["evaluations"][0]
+    assert there["samples"] == []
+
+
+def test_samples_are_what_the_checkpoint_writes(runs):
+    run = runs[0]
+    samples = read_json(run / "training.json")["samples"]
+    assert [sample["step"] for sample in samples] == [12, 24]
+    tokens = [int(word.removeprefix("w")) for word in samples[-1]["text"].split()]
+    model = NanoPhiForCausalLM.from_pretrained(run / "checkpoints/step-000024").eval()
+    expected = [7, 8]
+    while len(expected) < 2 + sample.TRAINING_TOKENS and expected[-1] != EOS:
+        with torch.no_grad():
+            expected.append(int(model(torch.tensor([expected])).logits[0, -1].argmax()))
+    assert tokens == [token for token in expected if token != EOS]
+
+
+def test_a_sample_leaves_random_state_and_mode_alone(runs):
+    model = NanoPhiForCausalLM.from_pretrained(runs[0] / "checkpoints/step-000024").train()
+    before = torch.get_rng_state()
+    tokenizer = AutoTokenizer.from_pretrained(runs[0] / "data/tokenizer")
+    assert sample.continue_prompt(model, tokenizer, tiny_run.PROMPT).startswith(tiny_run.PROMPT)
+    assert sample.continue_prompt(model, tokenizer, "") == sample.continue_prompt(model, tokenizer, "<eos>")
+    assert model.training and torch.equal(torch.get_rng_state(), before)
