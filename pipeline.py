@@ -161,14 +161,14 @@ def _begin_training(run: Runner, config: NanoPhiConfig) -> Path | None:
         if recipe.base and not recipe.conversations:  # nothing is removed for a training that cannot begin
             base_model(recipe.base, config, tokenizer)
         run.run.forget("training")
-        for name in ("checkpoints", "training_state", "training.json"):
-            if (run.path / name).exists():
-                run.report(f"{recipe.name}: removing {run.path / name} (--restart)")
-                remove(run.path / name)
-    plan = continuation.plan(run.run, recipe.training, recorded, inputs, run.report)
-    continuation.carry_out(run.path, plan, recorded, run.report)
+        for path in (run.path / name for name in ("checkpoints", "training_state", "training.json")):
+            if path.exists():
+                run.report(f"{recipe.name}: removing {path} (--restart)")
+                remove(path)
+    resume = continuation.plan(run.run, recipe.training, recorded, inputs, run.report)
+    continuation.set_aside(run.run, recipe.training, recorded, resume)
     run.run.begin("training", inputs, environment())
-    return plan.resume
+    return resume
 
 
 def _prompt(run: Runner) -> Any:

@@ -50,7 +50,7 @@ from nanophi.core.environment import environment
 from nanophi.core.files import read_json, write_json
 from nanophi.core.recipe import Recipe, load_recipe
 from nanophi.core.run import now
-from nanophi.training import run_trainer, trainer
+from nanophi.training import progress, trainer
 from nanophi.training.arguments import has_bf16
 from nanophi.training.attention import PACKED_DOCUMENTS
 from nanophi.training.budget import DEVICES, flops_per_token, peak_flops
@@ -169,7 +169,7 @@ def work(name: str, arguments: argparse.Namespace) -> None:
             ).train()
     elif name == "nanophi":
         # The turns take the progress line's place, so that all else is what users run.
-        run_trainer.ProgressLine = lambda label: turns  # type: ignore[assignment,misc,return-value]
+        progress.ProgressLine = lambda label: turns  # type: ignore[assignment,misc,return-value]
         with tempfile.TemporaryDirectory() as folder:
             run = Path(folder)
             (run / "data/tokens").mkdir(parents=True)

@@ -17,7 +17,7 @@ SCORERS = {
 }
 """Kind of `quality.scorer` (before the colon) -> a `Scorer`."""
 
-OPTIMIZERS = {"adamw": "nanophi.training.optimizer:adamw", "muon": "nanophi.training.optimizer:muon"}
+OPTIMIZERS = {"adamw": "nanophi.training.optimizer:adamw", "muon": "nanophi.training.optimizer:MuonAdamW"}
 """`training.optimizer` -> a function that makes a `torch.optim.Optimizer`."""
 
 

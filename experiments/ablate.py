@@ -1,21 +1,17 @@
 """`nanophi ablate`: does the filter help? An experiment with arms, seeds, equal compute and error bars.
 
-A filter changes two things at once: which text a model sees, and how often it sees it, since less text is repeated more
-often in the same number of steps. Four arms tell the two apart:
+A filter changes two things: which text a model sees, and how often. Four arms of as many steps tell the two apart:
 
-    all      everything
+    all      everything: 1 / share times as many tokens, and as many fewer epochs
     best     the share of the text with the highest scores: what the recipe's filter keeps
     random   as much text, drawn at random
     worst    as much text with the lowest scores: a check that the measurement sees what must be there
 
-All arms train for the same number of steps. The shares have the same number of different tokens, and so the same number
-of epochs; `all` has 1 / share times as many tokens, and as many fewer epochs. So that a small experiment repeats its
-text as often as the run that it stands for, the text is cut: `epochs` says how often a share is repeated, and each arm
-gets tokens accordingly, in documents drawn at random from its own. Every arm runs under several seeds (initialisation,
-order, which documents are drawn) and two learning rates, because a conclusion may depend on one of them.
+Text is cut to `epochs`, so that a small experiment repeats it as often as the run that it stands for. Every arm runs
+under several seeds (initialisation, order, which documents are drawn) and two learning rates.
 
     OUTPUT/plan.json      written before anything is trained: arms, sizes, seeds, learning rates, targets, tests
-    OUTPUT/items.json     what the items are: sizes, and which held-out documents the filter would keep
+    OUTPUT/items.json     which held-out documents the filter would keep
     OUTPUT/records/       one JSON file per finished run, with every item's log-likelihood
     OUTPUT/ablation.json|.md|.png   the answer (`ablation.py`) from these files alone, new after each run
     RUNS/NAME/ablation.json         a copy, if the recipe itself has been run there, for its report page
@@ -27,8 +23,12 @@ Called again it resumes. A plan is not changed: another question needs another O
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
-from collections.abc import Mapping, Sequence
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,68 +37,32 @@ from typer import Option
 
 from nanophi.core import formatting
 from nanophi.core.errors import UserError
-from nanophi.core.files import read_json, write_json, write_text
+from nanophi.core.files import read_json, sha256_of, write_json, write_text
 from nanophi.core.options import Jobs, OneRecipe, Overrides, Runs
 from nanophi.core.recipe import Recipe, load_recipe
-from nanophi.experiments import records
-from nanophi.experiments.records import FORMAT, Report
-from nanophi.pipeline import Pipeline
+from nanophi.core.run import differences, now
+from nanophi.pipeline import Pipeline, train_side_by_side
 
-LOWER_RATE = 0.2
-"""The second learning rate, if none is named, in units of the recipe's."""
-SAMPLE_TOKENS = 200_000
-"""Of each arm, from which its bytes per token are measured for the plan."""
-SAFETY = 0.98
-"""Share of an arm's estimated tokens that the plan counts on."""
+FORMAT = 1
+"""Version of the plan and the records."""
+HELDOUT = "heldout_bits_per_byte"
+LOWER_RATE = 0.2  # the second learning rate, if none is named, in units of the recipe's
+SAMPLE_TOKENS = 200_000  # of each arm, from which its bytes per token are measured for the plan
+SAFETY = 0.98  # share of an arm's estimated tokens that the plan counts on
 MAX_SEED = (1 << 32) - 1
-
-Key = tuple[str, int, float]
-"""A run: arm, seed, learning rate."""
-
-
-def _seeds(values: list[int]) -> list[int]:
-    for value in values:
-        if value > MAX_SEED:
-            raise UserError(f"--seed {value} must be from 0 to {MAX_SEED}")
-    return _distinct("seed", values)
-
-
-def _rates(values: list[float]) -> list[float]:
-    return _distinct("learning rate", [_positive("--learning-rate", value) for value in values])
-
-
-def _positive(option: str, value: float) -> float:
-    if not 0 < value < math.inf:
-        raise UserError(f"{option} {value:g} must be a number above 0")
-    return value
-
-
-def _distinct(name: str, values: list[Any]) -> list[Any]:
-    if len(set(values)) < len(values):
-        raise UserError(f"a {name} is named twice; every run needs its own")
-    return values
 
 
 def ablate(
     recipe: OneRecipe,
-    seed: Annotated[list[int], Option(min=0, callback=_seeds, help="Seed of the runs; repeatable.")] = [0, 1, 2],
+    seed: Annotated[list[int], Option(help="Seed of the runs; repeatable.")] = [0, 1, 2],
     learning_rate: Annotated[
-        list[float],
-        Option(callback=_rates, help="Peak learning rate; repeatable. Default: the recipe's and a fifth of it."),
+        list[float], Option(help="Peak rate; repeatable (default: the recipe's and a fifth).")
     ] = [],
     epochs: Annotated[
-        float | None,
-        Option(
-            callback=lambda value: value if value is None else _positive("--epochs", value),
-            help="How often a share of the text is repeated. Default: as in the recipe's own run.",
-        ),
+        float | None, Option(help="How often a share is repeated (default: as in the recipe's run).")
     ] = None,
-    tasks: Annotated[
-        str, Option(help="Multiple-choice tasks whose right answers decide, or 'none': held-out text decides.")
-    ] = "arc_easy,hellaswag",
-    output: Annotated[
-        Path | None, Option(help="Where plan, records and answer go. [default: ablations/NAME]", show_default=False)
-    ] = None,
+    tasks: Annotated[str, Option(help="Choice tasks that decide; 'none': held-out text does.")] = "arc_easy,hellaswag",
+    output: Annotated[Path | None, Option(help="Folder of the answer (default: ablations/NAME).")] = None,
     plan: Annotated[bool, Option("--plan", help="Write the plan and stop, before anything is trained.")] = False,
     jobs: Jobs = 1,
     runs: Runs = Path("runs"),
@@ -110,6 +74,7 @@ def ablate(
 
     Example: nanophi ablate nano-phi-115m-fast --epochs 4 --seed 0 --seed 1 --seed 2
     """
+    check_numbers(seed, learning_rate, epochs)
     resolved = load_recipe(recipe, overrides)
     output = Path("ablations") / resolved.name if output is None else output
     names = [] if tasks == "none" else [task.strip() for task in tasks.split(",")]
@@ -121,15 +86,25 @@ def ablate(
         typer.echo(f"\n{experiment.run(planned)['paragraph']}\n\n{output / 'ablation.md'}")
 
 
+def check_numbers(seeds: Sequence[int], learning_rates: Sequence[float], epochs: float | None) -> None:
+    """Refuse numbers that no run can have. Raises `UserError`."""
+    positive = (math.ulp(0.0), sys.float_info.max, "a number above 0")
+    for option, values, (least, most, words) in (
+        ("--seed", seeds, (0, MAX_SEED, f"from 0 to {MAX_SEED}")),
+        ("--learning-rate", learning_rates, positive),
+        ("--epochs", [] if epochs is None else [epochs], positive),
+    ):
+        if wrong := [value for value in values if not least <= value <= most]:
+            raise UserError(f"{option} {wrong[0]} must be {words}")
+        if len(set(values)) < len(values):
+            raise UserError(f"{option} has one value twice; every run needs its own")
+
+
 @dataclasses.dataclass
 class Ablation:
-    """One experiment.
+    """One experiment on the filter of `recipe`: `quality.threshold`, or `quality.share` of the best.
 
-    Attributes:
-        recipe: with the filter in question: `quality.threshold`, or `quality.share` of the best.
-        learning_rates: peak rates of AdamW's parameters (Muon's follows in proportion); none: the recipe's, and
-            `LOWER_RATE` times that.
-        tasks: lm-eval's multiple-choice tasks; none: all held-out text together is the primary target.
+    `learning_rates` are AdamW's (Muon's follow in proportion); none: the recipe's, and `LOWER_RATE` times that.
     """
 
     recipe: Recipe
@@ -140,49 +115,75 @@ class Ablation:
     epochs: float | None = None
     tasks: Sequence[str] = ("arc_easy", "hellaswag")
     jobs: int = 1
-    report: Report = print
+    report: Callable[[str], None] = print
 
     def plan(self) -> dict[str, Any]:
-        """The plan in `output`, written there if there is none yet.
+        """The plan in `output`, written there if there is none yet: one that follows the results is none.
 
-        Raises:
-            UserError: for an experiment that cannot be run, or that differs from the plan that is there.
+        Raises `UserError` for an experiment that cannot be run, or that differs from the plan that is there.
         """
         self._check()
         own = self.recipe.training.learning_rate
-        question = {
+        question: dict[str, Any] = {
             "recipe": self.recipe.dump(),
             "seeds": list(self.seeds),
             "learning_rates": list(self.learning_rates) or [own, float(f"{LOWER_RATE * own:.6g}")],
             "epochs_asked": self.epochs,
             "tasks": list(self.tasks),
         }
-        plan = records.keep_plan(self.output, question, self._make_plan)
+        path = self.output / "plan.json"
+        try:
+            self.output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.output} cannot be written ({error.strerror}); choose another --output") from None
+        if not path.exists():
+            write_json(path, self._make_plan(question))
+        plan: dict[str, Any] = read_json(path)
+        if plan.get("format") != FORMAT:
+            raise UserError(f"{path} has format {plan.get('format')}, not {FORMAT}; name another --output")
+        # A recipe that was written by an earlier version lacks keys that it has the default of.
+        planned = plan | {"recipe": Recipe(**plan["recipe"]).dump()}
+        planned["recipe"]["data"] |= {key: question["recipe"]["data"][key] for key in ("workers", "engine")}
+        if changed := differences({key: planned[key] for key in question}, question):
+            raise UserError(
+                f"{path}: planned otherwise ({changed[0]}); name another --output, or repeat what was planned"
+            )
         self.report(describe_plan(plan))
         return plan
 
     def run(self, plan: Mapping[str, Any]) -> dict[str, Any]:
-        """Make the runs that have no record yet, and return the answer: what `ablation.json` holds.
-
-        Raises:
-            UserError: for runs that fail, after the others have ended.
-        """
+        """Make the runs that have no record yet; the answer that `ablation.json` holds, or `UserError` if some fail."""
         from nanophi.experiments import ablation_render
 
-        quiet = records.without_repetition(self.report)
         keys = [(arm, seed, rate) for seed in plan["seeds"] for rate in plan["learning_rates"] for arm in plan["arms"]]
-        pipelines = {key: Pipeline(arm_of(self.recipe, plan, *key), self.runs, report=quiet) for key in keys}
-        named = {pipeline.recipe.name: (pipeline, key) for key, pipeline in pipelines.items()}
+        arms = {run_name(self.recipe, *key): key for key in keys}
+        waiting = [name for name in arms if not (self.output / "records" / f"{name}.json").exists()]
+        before, began, done = len(arms) - len(waiting), time.monotonic(), 0
+        if before:
+            self.report(f"{before} of {len(arms)} runs were done before")
+        pipelines = {name: self._pipeline(arm_of(self.recipe, plan, *arms[name])) for name in waiting}
 
         def finished(name: str) -> None:
-            self._record(*named[name], plan)
+            nonlocal done
+            self._record(pipelines[name], plan, *arms[name])
             ablation_render.write_answer(self.output)
+            done += 1
+            left = len(waiting) - done
+            seconds = (time.monotonic() - began) / done * left
+            rest = f", about {formatting.duration(seconds)} left" if left else ""
+            self.report(f"{before + done} of {len(arms)} runs done{rest}")
 
-        records.run_missing(list(pipelines.values()), self.output, self.jobs, finished, self.report)
+        if waiting:
+            train_side_by_side(list(pipelines.values()), self.jobs, finished)
         result = ablation_render.write_answer(self.output)
         if (self.runs / self.recipe.name / "record.json").exists():
             write_json(self.runs / self.recipe.name / "ablation.json", result)
         return result
+
+    def _pipeline(self, recipe: Recipe) -> Pipeline:
+        """A run's, which does not tell again that what all share is there already."""
+        told = re.compile("up to date$| shared with ")
+        return Pipeline(recipe, self.runs, report=lambda line: None if told.search(line) else self.report(line))
 
     def _check(self) -> None:
         from nanophi.eval import suites
@@ -190,61 +191,61 @@ class Ablation:
 
         recipe, quality = self.recipe, self.recipe.quality
         if recipe.conversations:
-            raise UserError(
-                f"{recipe.name} trains on conversations, which no filter selects; name the recipe of its base"
-            )
-        if quality.threshold is None and (quality.share is None or quality.share == 1):
-            raise UserError(
-                f"{recipe.name} keeps everything; set quality.threshold or quality.share to what is in question"
-            )
+            raise UserError(f"{recipe.name} trains on conversations, which no filter selects; name its base's recipe")
+        if quality.threshold is None and quality.share in (None, 1):
+            raise UserError(f"{recipe.name} keeps everything; set quality.threshold or quality.share to what you ask")
         if quality.select != "best":
             raise UserError("quality.select must be 'best'; the other shares are arms of the experiment")
         context = recipe.model_config_for().max_position_embeddings
-        if problem := suites.context_problem([records.suite(self.tasks)], context):
+        if problem := suites.context_problem([suite(self.tasks)], context):
             raise UserError(f"{recipe.name}: {problem}")
         arguments.check(recipe.training, self.runs / recipe.name, recipe.training_seed)
+        if not self.tasks or (self.output / "plan.json").exists():
+            return
+        data = recipe.evaluation.data
+        loaded = suites.load_suite(suites.find_suite(",".join(self.tasks)), data=Path(data) if data else None).tasks
+        for name in self.tasks:
+            if name not in loaded or loaded[name].OUTPUT_TYPE not in ("multiple_choice", "loglikelihood"):
+                raise UserError(f"--tasks {name} is no single task with a right answer whose likelihood is known")
 
     def _make_plan(self, question: Mapping[str, Any]) -> dict[str, Any]:
         from nanophi.core.environment import environment
-        from nanophi.core.run import now
         from nanophi.data.selection import describe_rule
         from nanophi.experiments import ablation
 
-        recipe, seen = self.recipe, records.tokens_seen(self.recipe)
-        _check_tasks(recipe, self.tasks)
-        plan = {"format": FORMAT, **question, "share": recipe.quality.share, "tokens": {}}
+        training, context = self.recipe.training, self.recipe.model_config_for().max_position_embeddings
+        seen = training.steps * training.batch_size * context
+        plan = {"format": FORMAT, **question, "share": self.recipe.quality.share, "tokens": {}}
         available, vocab_size = self._measure_arms(plan)
-        plan["tokens"] = self._sizes(available, plan["share"], seen)
+        plan["tokens"] = self._sizes(available, plan["share"], seen, context)
         runs = len(ablation.ARMS) * len(plan["seeds"]) * len(plan["learning_rates"])
         return plan | {
-            "rule": describe_rule(recipe.quality),
+            "rule": describe_rule(self.recipe.quality),
             "arms": list(ablation.ARMS),
             "tokens_seen": seen,
             "epochs": {arm: seen / count for arm, count in plan["tokens"].items()},
             "vocab_size": vocab_size,
-            "targets": _targets(recipe, self.tasks),
+            "targets": _targets(self.recipe, self.tasks),
             "contrasts": {name: " - ".join(arms) for name, arms in ablation.CONTRASTS.items()},
             "test": str(ablation.__doc__).split("\n\n", 1)[1].strip(),
             "planned": now(),
             "environment": environment(),
-            "estimate": records.estimate(recipe, runs, vocab_size, self.jobs),
+            "estimate": self._estimate(runs, seen, vocab_size),
         }
 
     def _measure_arms(self, plan: dict[str, Any]) -> tuple[dict[str, int], int]:
         """Different tokens of each arm, and the tokenizer's size; sets the plan's `share`, writes `items.json`."""
         from nanophi.experiments import ablation
 
-        recipe, quiet = self.recipe, records.without_repetition(self.report)
-        seed, rate = plan["seeds"][0], plan["learning_rates"][0]
-        if plan["share"] is None:
-            own = Recipe(**{**recipe.dump(), "name": run_name(recipe, "all", seed, rate)})
-            pipeline = Pipeline(own, self.runs, report=quiet)
+        recipe, first = self.recipe, (plan["seeds"][0], plan["learning_rates"][0])
+        if plan["share"] is None:  # the recipe's own filter tells what it keeps
+            pipeline = self._pipeline(Recipe(**{**recipe.dump(), "name": run_name(recipe, "all", *first)}))
             with pipeline.run.lock():
                 plan["share"] = pipeline.make("quality")["kept_bytes_fraction"]
         plan["tokens"] = dict.fromkeys(ablation.ARMS, SAMPLE_TOKENS)
         available = {}
         for arm in ablation.ARMS:
-            pipeline = Pipeline(arm_of(recipe, plan, arm, seed, rate), self.runs, report=quiet)
+            pipeline = self._pipeline(arm_of(recipe, plan, arm, *first))
             with pipeline.run.lock():
                 counts = pipeline.tokens()
                 kept = pipeline.make("quality")["kept_bytes"]
@@ -253,37 +254,86 @@ class Ablation:
                 _write_items(pipeline.path / "data", self.output / "items.json")
         return available, counts["vocab_size"]
 
-    def _sizes(self, available: Mapping[str, int], share: float, seen: int) -> dict[str, int]:
+    def _sizes(self, available: Mapping[str, int], share: float, seen: int, context: int) -> dict[str, int]:
         """Different tokens of each arm's runs, in whole rows. Raises `UserError` if there is not enough text."""
-        length = self.recipe.model_config_for().max_position_embeddings
         most = min(*(available[arm] for arm in ("best", "random", "worst")), available["all"] * share)
-        unique = min(most, available["best"]) if self.epochs is None else seen / self.epochs
+        unique = most if self.epochs is None else seen / self.epochs
         if unique > most:
             raise UserError(
                 f"--epochs {self.epochs:g} needs {unique:,.0f} different tokens in every share, but there are "
                 f"{most:,.0f}; ask for {seen / most:.2f} epochs or more"
             )
-        unique = int(unique) // length * length
-        if unique < length:
-            raise UserError(f"every share has less than one row of {length} tokens; ask for fewer --epochs or add text")
-        return dict.fromkeys(available, unique) | {"all": int(unique / share) // length * length}
-
-    def _record(self, pipeline: Pipeline, key: Key, plan: Mapping[str, Any]) -> None:
-        arm, seed, rate = key
-        tokens = read_json(pipeline.path / "data/tokens/tokens.json")["train"]
-        limit = plan["tokens"][arm]
-        if tokens["rows"] * self.recipe.model_config_for().max_position_embeddings != limit:
+        unique = int(unique) // context * context
+        if not unique:
             raise UserError(
-                f"{pipeline.path} has {tokens['tokens']:,} different tokens instead of {limit:,}; ask for more "
-                "--epochs in another --output"
+                f"every share has less than one row of {context} tokens; ask for fewer --epochs or add text"
             )
-        fields = {"arm": arm, "seed": seed, "learning_rate": rate, "unique_tokens": limit}
-        records.write_record(pipeline, plan["tasks"], self.output, **fields)
+        return dict.fromkeys(available, unique) | {"all": int(unique / share) // context * context}
+
+    def _estimate(self, runs: int, seen: int, vocab_size: int) -> dict[str, Any]:
+        """What the runs will take, from a few steps here with the threads that each will have."""
+        import torch
+
+        from nanophi.core.jobs import cores
+        from nanophi.training import estimate
+
+        sized = Recipe(**{**self.recipe.dump(), "model": {**self.recipe.model, "vocab_size": vocab_size}})
+        threads = torch.get_num_threads()
+        try:
+            torch.set_num_threads(max(1, min(threads, cores() // self.jobs)))
+            speed = estimate.measured_speed(sized, report=lambda line: None)
+        finally:
+            torch.set_num_threads(threads)
+        known = {"runs": runs, "tokens": runs * seen, "tokens_per_second": round(speed, 1), "jobs": self.jobs}
+        return known | {"hours": round(known["tokens"] / speed / self.jobs / 3600, 3)}
+
+    def _record(self, pipeline: Pipeline, plan: Mapping[str, Any], arm: str, seed: int, rate: float) -> None:
+        """A finished run's record: what it was trained on, and every item's log-likelihood (nats) and size (bytes)."""
+        from nanophi.core.environment import environment
+        from nanophi.core.names import step_name
+        from nanophi.eval.results import ANSWER_METRIC, item_values, read_result, run_result_name
+
+        recipe, tasks, limit = pipeline.recipe, plan["tasks"], plan["tokens"][arm]
+        tokens = read_json(pipeline.path / "data/tokens/tokens.json")["train"]
+        if (rows := tokens["rows"] * recipe.model_config_for().max_position_embeddings) != limit:
+            raise UserError(
+                f"{pipeline.path} has {rows:,} tokens in place of {limit:,}; ask for more --epochs elsewhere"
+            )
+        name = run_result_name(step_name(recipe.training.steps), suite(tasks))
+        result, items = read_result(pipeline.path / "evals" / name), {}
+        for task in (HELDOUT, *tasks):
+            values = item_values(result, task, "bits_per_byte" if task == HELDOUT else ANSWER_METRIC)
+            if not values:
+                raise UserError(f"task '{task}' has no right answer whose likelihood is known; name other --tasks")
+            ordered = sorted(values)
+            exact = [values[item] for item in ordered]
+            items[task] = {
+                "numbers": [number for number, _ in ordered],
+                "sha256": sha256_of([hashed for _, hashed in ordered]),
+                "values": [[round(v[0], 4), int(v[1])] if task == HELDOUT else round(v, 6) for v in exact],
+            }
+        history = read_json(pipeline.path / "training.json")["summary"]
+        content = {
+            "format": FORMAT,
+            "run": recipe.name,
+            **{"arm": arm, "seed": seed, "learning_rate": rate, "unique_tokens": limit},
+            "documents": tokens["documents"],
+            **{key: history[key] for key in ("tokens_seen", "epochs", "seconds", "final_loss", "weights_sha256")},
+            "shared": {stage: pipeline.key(stage) for stage in ("documents", "scores", "tokenizer")},
+            "environment": environment(),
+            "items": items,
+        }
+        write_text(self.output / "records" / f"{recipe.name}.json", _compact(content))
 
 
 def run_name(recipe: Recipe, arm: str, seed: int, rate: float) -> str:
     """Name of a run of the experiment on a recipe."""
     return f"{recipe.name}-{arm}-seed-{seed}-lr-{rate:g}"
+
+
+def suite(tasks: Sequence[str]) -> str:
+    """The suite that the runs are evaluated on: held-out text, and tasks."""
+    return ",".join((HELDOUT, *tasks))
 
 
 def arm_of(recipe: Recipe, plan: Mapping[str, Any], arm: str, seed: int, rate: float) -> Recipe:
@@ -297,24 +347,9 @@ def arm_of(recipe: Recipe, plan: Mapping[str, Any], arm: str, seed: int, rate: f
     training["muon_learning_rate"] *= rate / training["learning_rate"]
     # Only the end is measured, and by the evaluation.
     training |= {"learning_rate": rate, "seed": seed, "keep_steps": [], "eval_steps": steps + 1}
-    values["evaluation"]["suites"] = [records.suite(plan["tasks"])]
+    values["evaluation"]["suites"] = [suite(plan["tasks"])]
     values["card"]["title"] = None
     return Recipe(**values)
-
-
-def _check_tasks(recipe: Recipe, tasks: Sequence[str]) -> None:
-    """Refuse tasks whose data is missing, or that have no right answer with a likelihood, before any training."""
-    from nanophi.eval import suites
-
-    if not tasks:
-        return
-    data = recipe.evaluation.data
-    loaded = suites.load_suite(suites.find_suite(",".join(tasks)), data=Path(data) if data else None)
-    for name in tasks:
-        if name not in loaded.tasks:
-            raise UserError(f"--tasks {name} is a group; name its tasks one by one")
-        if loaded.tasks[name].OUTPUT_TYPE not in ("multiple_choice", "loglikelihood"):
-            raise UserError(f"--tasks {name} has no right answer whose likelihood is known; name other tasks")
 
 
 def _targets(recipe: Recipe, tasks: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -322,12 +357,13 @@ def _targets(recipe: Recipe, tasks: Sequence[str]) -> dict[str, dict[str, Any]]:
     from nanophi.eval import catalogue
 
     answers = {"title": f"right answers, {' and '.join(catalogue.title(task) for task in tasks)}"}
-    targets: dict[str, dict[str, Any]] = {
-        **({"answers": answers} if tasks else {}),
-        "heldout": {"title": "held-out text, all"},
-        "kept": {"title": "held-out text that the filter keeps"},
-        "dropped": {"title": "held-out text that the filter drops"},
-    }
+    targets: dict[str, dict[str, Any]] = {"answers": answers} if tasks else {}
+    for name, words in (
+        ("heldout", ", all"),
+        ("kept", " that the filter keeps"),
+        ("dropped", " that the filter drops"),
+    ):
+        targets[name] = {"title": f"held-out text{words}"}
     names = [source.name or source.hub or source.files for source in recipe.data.sources if source.heldout]
     if len(names) > 1:
         targets |= {f"source:{name}": {"title": f"held-out source {name}", "source": name} for name in names}
@@ -343,7 +379,13 @@ def _write_items(data: Path, path: Path) -> None:
     keep = {row["id"]: bool(row["kept"]) for row in pq.read_table(data / "quality/heldout.parquet").to_pylist()}
     rows = documents.heldout(data / "documents", ("id", "source"))
     heldout = [{"id": row["id"], "source": row["source"], "kept": keep[row["id"]]} for row in rows]
-    write_text(path, records.compact({"format": FORMAT, "heldout": heldout}))
+    write_text(path, _compact({"format": FORMAT, "heldout": heldout}))
+
+
+def _compact(value: Mapping[str, Any]) -> str:
+    """JSON with one line for each key of the first level, so that thousands of numbers do not fill as many lines."""
+    lines = [f"{json.dumps(key)}: {json.dumps(item, separators=(',', ':'))}" for key, item in value.items()]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def describe_plan(plan: Mapping[str, Any]) -> str:

@@ -24,6 +24,7 @@ are another.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -40,6 +41,11 @@ CHECK = ("best", "worst")
 MIN_ITEMS = 20
 """Items that a set needs for a test: a resample of fewer says little about others of their kind."""
 RESAMPLES = 2000
+FIGURES = (
+    *("value", "seeds", "by_seed", "stderr", "seed_stderr", "item_stderr", "freedom", "interval", "p_value"),
+    "minimum_detectable_effect",
+)
+"""What is known of a contrast at one learning rate; None where it does not exist."""
 
 Items = tuple[np.ndarray, np.ndarray]
 """Of one set: log-likelihood in nats and size in bytes, each of shape (items,)."""
@@ -49,12 +55,9 @@ Key = tuple[str, int, float]
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What is measured.
+    """What is measured; one is `primary`, fixed in advance as the one that decides.
 
-    Attributes:
-        title: in tables and sentences.
-        primary: fixed in advance as the one that decides.
-        runs: per run, its sets of items. The items of a set are the same, in the same order, in all runs.
+    `runs` has each run's sets of items. The items of a set are the same, in the same order, in all runs.
     """
 
     title: str
@@ -65,11 +68,9 @@ class Target:
 def analyse(targets: Mapping[str, Target], seed: int = 0) -> dict[str, Any]:
     """All contrasts of all targets, with what may be claimed. `seed` is the bootstrap's.
 
-    Returns:
-        per target `title`, `primary`, `items` (per set), `values` (per learning rate and arm, the mean over seeds),
-        `contrasts` and `check`. A contrast has `arms`, `learning_rates` (each: see `contrast`), `p_value` (the larger
-        one), `p_corrected` and `verdict`: `better`, `worse`, `not found`, `at one learning rate only`, or why there
-        is no test. Numbers that do not exist are None.
+    Per target `items` (of each set), `values` (per learning rate and arm, the mean over seeds), `contrasts` and
+    `check`. A contrast has `learning_rates` (each: see `contrast`), `p_value` (the larger one), `p_corrected` and
+    `verdict`: `better`, `worse`, `not found`, `at one learning rate only`, or why there is no test.
     """
     result: dict[str, Any] = {}
     for name, target in targets.items():
@@ -77,12 +78,10 @@ def analyse(targets: Mapping[str, Target], seed: int = 0) -> dict[str, Any]:
         rates = sorted({rate for _, _, rate in target.runs}, reverse=True)
         sets = next(iter(target.runs.values()))
         draws = item_draws(sets, np.random.default_rng(seed))
-        values: dict[str, dict[str, float]] = {}
-        for rate in rates:
-            mine = {
-                arm: [value(items) for (a, _, r), items in target.runs.items() if (a, r) == (arm, rate)] for arm in ARMS
-            }
-            values[str(rate)] = {arm: float(np.mean(of_seeds)) for arm, of_seeds in mine.items() if of_seeds}
+        values: dict[str, dict[str, float]] = {str(rate): {} for rate in rates}
+        for rate, arm in itertools.product(rates, ARMS):
+            if of_seeds := [value(items) for (a, _, r), items in target.runs.items() if (a, r) == (arm, rate)]:
+                values[str(rate)][arm] = float(np.mean(of_seeds))
         found = {}
         for label, arms in {**CONTRASTS, "check": CHECK}.items():
             size = 1 if label == "check" else tests
@@ -100,13 +99,9 @@ def analyse(targets: Mapping[str, Target], seed: int = 0) -> dict[str, Any]:
 def targets(
     plan: Mapping[str, Any], items: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
 ) -> dict[str, Target]:
-    """The plan's targets, from `items.json` and the records of finished runs (`ablate.py`).
+    """The plan's targets, from `items.json` and the records of finished runs; one without items is left out.
 
-    A target that has no item, such as text that the filter drops where no held-out document would be dropped, is left
-    out.
-
-    Raises:
-        UserError: if two runs were not trained on the same corpus, or not measured on the same items.
+    Raises `UserError` if two runs were not trained on the same corpus, or not measured on the same items.
     """
     runs: dict[str, dict[Key, list[Items]]] = {name: {} for name in plan["targets"]}
     for record in records:
@@ -137,15 +132,12 @@ def _belongs(document: Mapping[str, Any], name: str, target: Mapping[str, Any]) 
 def _check_comparable(record: Mapping[str, Any], first: Mapping[str, Any]) -> None:
     if record.get("shared") != first.get("shared"):
         raise UserError(
-            f"{record['run']} and {first['run']} do not share documents, scores and tokenizer: the corpus, or the code "
-            "that reads it, has changed in between; name another --output"
+            f"{record['run']} and {first['run']} do not share documents, scores and tokenizer; name another --output"
         )
     for task, measured in record["items"].items():
         if any(first["items"].get(task, {}).get(key) != measured[key] for key in ("sha256", "numbers")):
-            raise UserError(
-                f"{record['run']} and {first['run']} were not measured on the same items of {task}; "
-                "evaluate one of them again"
-            )
+            pair = f"{record['run']} and {first['run']}"
+            raise UserError(f"{pair} were not measured on the same items of {task}; evaluate one of them again")
 
 
 def value(sets: Sequence[Items]) -> float:
@@ -155,14 +147,11 @@ def value(sets: Sequence[Items]) -> float:
 
 def item_draws(sets: Sequence[Items], rng: np.random.Generator) -> list[np.ndarray]:
     """How often each item is drawn in each resample: per set, uint8 of shape (RESAMPLES, items)."""
-    result = []
-    for _, sizes in sets:
-        count = len(sizes)
-        drawn = np.zeros((RESAMPLES, count), np.uint8)
-        for row in drawn:
-            row += np.bincount(rng.integers(0, count, count), minlength=count).astype(np.uint8)
-        result.append(drawn)
-    return result
+
+    def draw(count: int) -> np.ndarray:
+        return np.bincount(rng.integers(0, count, count), minlength=count).astype(np.uint8)
+
+    return [np.array([draw(len(sizes)) for _ in range(RESAMPLES)]) for _, sizes in sets]
 
 
 def contrast(
@@ -173,23 +162,15 @@ def contrast(
     draws: Sequence[np.ndarray],
     tests: int = 1,
 ) -> dict[str, Any]:
-    """One contrast at one learning rate: `ours - theirs`, in bits per byte.
+    """One contrast of arms at one learning rate: `ours - theirs`, in bits per byte.
 
-    Args:
-        runs: as in `Target`. Seeds that not all arms have at this learning rate are left out.
-        ours, theirs: arms.
-        draws: from `item_draws`, the same for all contrasts of the target.
-        tests: size of the family, for the minimum detectable effect.
-
-    Returns:
-        `value`, `seeds`, `by_seed`, `stderr`, its parts `seed_stderr` and `item_stderr`, `freedom`, `interval` (95 %),
-        `p_value`, `minimum_detectable_effect`, and `no_test`: why there is no test, None if there is one.
+    Of `runs` (see `Target`) seeds that not all arms have at this learning rate are left out; `draws` are those of
+    `item_draws`; `tests` is the size of the family, for the minimum detectable effect. `no_test` of the result is why
+    there is no test (None: there is one), and its `interval` of 95 %.
     """
     arms = [arm for arm in ARMS if any(a == arm and r == rate for a, _, r in runs)]
     seeds = sorted({s for _, s, r in runs if r == rate and all((arm, s, rate) in runs for arm in arms)})
-    result: dict[str, Any] = {"value": None, "seeds": seeds, "by_seed": [], "stderr": None, "seed_stderr": None,
-                              "item_stderr": None, "freedom": None, "interval": None, "p_value": None,
-                              "minimum_detectable_effect": None}  # fmt: skip
+    result: dict[str, Any] = {**dict.fromkeys(FIGURES), "seeds": seeds, "by_seed": []}
     if ours not in arms or theirs not in arms or not seeds:
         return {**result, "no_test": "not measured yet"}
     # Figures of runs (arms, seeds), and the same in every resample of the items (RESAMPLES, arms, seeds).
@@ -201,8 +182,7 @@ def contrast(
     by_seed = table[plus] - table[minus]
     item_variance = float((resampled[:, plus] - resampled[:, minus]).mean(axis=1).var())
     result |= {"value": float(by_seed.mean()), "by_seed": by_seed.tolist(), "item_stderr": math.sqrt(item_variance)}
-    few = [draw.shape[1] for draw in draws if draw.shape[1] < MIN_ITEMS]
-    if few:
+    if few := [drawn.shape[1] for drawn in draws if drawn.shape[1] < MIN_ITEMS]:
         return {**result, "no_test": f"too few items: {few[0]} of the {MIN_ITEMS} that a test needs"}
     if len(seeds) < 2:
         return {**result, "no_test": "one seed: no interval over seeds exists"}
@@ -221,11 +201,10 @@ def _test(
     spread = factor * float(np.square(_deviations(table)).sum()) / free
     noise = factor * float(np.square(_deviations(resampled - table)).sum(axis=(1, 2)).mean()) / free
     seed_variance = max(0.0, spread - noise)
-    variance = seed_variance + item_variance
+    variance, stderr = seed_variance + item_variance, math.sqrt(seed_variance + item_variance)
     # How well the variance is known: the seeds' part from few deviations, the rest from many items.
     scatter = spread**2 / free + item_variance**2 / items
     freedom = variance**2 / scatter if scatter else math.inf
-    stderr = math.sqrt(variance)
     distribution = scipy.stats.t(freedom)
     half = float(stderr * distribution.isf(SIGNIFICANCE / 2))
     return {
@@ -242,8 +221,7 @@ def _resampled(drawn: np.ndarray, runs: Sequence[Items]) -> np.ndarray:
     """Bits per byte of each run on a set's items, in every resample: (RESAMPLES, runs)."""
     columns = np.stack([*(nats for nats, _ in runs), runs[0][1]], axis=1)
     # In blocks of rows, since the counts are small integers that must become float64 first.
-    blocks = [drawn[start : start + 100].astype(np.float64) @ columns for start in range(0, len(drawn), 100)]
-    sums = np.concatenate(blocks)
+    sums = np.concatenate([block.astype(np.float64) @ columns for block in np.array_split(drawn, 20)])
     return sums[:, :-1] / sums[:, -1:] / -math.log(2)
 
 

@@ -12,9 +12,10 @@ from typing import Any
 import jinja2
 
 from nanophi.core import formatting, markup, plots
+from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, write_json, write_text
 from nanophi.eval import catalogue
-from nanophi.experiments import ablation, records
+from nanophi.experiments import ablation
 
 ARMS = {
     "all": "all the text",
@@ -28,16 +29,23 @@ CONTRAST_COLUMNS = (
     *("contrast", "learning rate", "difference [95 % interval]", "by seed", "seeds' part of the error", "p"),
     *("minimum detectable effect", "verdict (p, corrected)"),
 )
-RUN_COLUMNS = ("run", "different tokens", "epochs", "tokens seen", "documents", "last loss", "time")
+RUN_COLUMNS = {
+    **{"run": "{run}", "different tokens": "{unique_tokens:,}", "epochs": "{epochs:.2f}"},
+    **{"tokens seen": "{tokens_seen:,}", "documents": "{documents:,}", "last loss": "{final_loss:.3f}"},
+    "time": "{time}",
+}
+"""Column -> how a cell is made from a record."""
 
 
 def write_answer(output: Path) -> dict[str, Any]:
     """`ablation.json`, `.md` and `.png` from the plan and the records in a folder; they may be moved or copied.
 
-    Raises:
-        UserError: if there is no record yet, or records whose items differ.
+    Raises `UserError` if there is no record yet, or records whose items differ.
     """
-    plan, items, runs = read_json(output / "plan.json"), read_json(output / "items.json"), records.read_records(output)
+    plan, items = read_json(output / "plan.json"), read_json(output / "items.json")
+    runs = [read_json(path) for path in sorted((output / "records").glob("*.json"))]
+    if not runs:
+        raise UserError(f"{output} holds no record of a finished run; run the experiment again")
     result: dict[str, Any] = {
         "format": plan["format"],
         "plan": {key: value for key, value in plan.items() if key != "recipe"},
@@ -48,7 +56,9 @@ def write_answer(output: Path) -> dict[str, Any]:
     }
     result["paragraph"] = paragraph(result)
     write_json(output / "ablation.json", result)
-    write_text(output / "ablation.md", to_markdown(result))
+    template = jinja2.Template(TEMPLATE.read_text(encoding="utf-8"), keep_trailing_newline=True)
+    tables = {"contrasts": _contrasts, "means": _means, "runs": _runs(result["runs"]), "text": markup.text}
+    write_text(output / "ablation.md", template.render(result | tables))
     draw(result, output / "ablation.png")
     return result
 
@@ -59,10 +69,10 @@ def paragraph(result: Mapping[str, Any]) -> str:
     target = next(entry for entry in result["targets"].values() if entry["primary"])
     size = {arm: formatting.size(count) for arm, count in plan["tokens"].items()}
     total = len(plan["arms"]) * len(plan["seeds"]) * len(plan["learning_rates"])
-    check, works = target["check"], ""
-    if check["verdict"] == "better":
+    works = ""
+    if target["check"]["verdict"] == "better":
         works = " The measurement works: the best share beats the worst."
-    elif check["p_value"] is not None:
+    elif target["check"]["p_value"] is not None:
         works = (
             " The measurement did not tell the best share from the worst: it may be too coarse to answer the question."
         )
@@ -97,20 +107,12 @@ def _difference(one: Mapping[str, Any]) -> str:
     return "" if one["value"] is None else catalogue.difference(one, "bits_per_byte")
 
 
-def to_markdown(result: Mapping[str, Any]) -> str:
-    """The whole answer: paragraph, figure, contrasts of all targets, means by arm, runs, method."""
-    template = jinja2.Template(TEMPLATE.read_text(encoding="utf-8"), keep_trailing_newline=True)
-    return template.render(
-        {**result, "contrasts": _contrasts, "means": _means, "runs": _runs(result["runs"]), "text": markup.text}
-    )
-
-
 def _contrasts(target: Mapping[str, Any]) -> str:
     rows = []
     for name, found in {**target["contrasts"], "check": target["check"]}.items():
         corrected = "" if found["p_corrected"] is None else f" ({formatting.p_value(found['p_corrected'])})"
         for rate, one in found["learning_rates"].items():
-            effect = one["minimum_detectable_effect"]
+            p_value, effect = one["p_value"], one["minimum_detectable_effect"]
             part = one["stderr"] and formatting.percent(one["seed_stderr"] ** 2 / one["stderr"] ** 2, 0)
             rows.append([
                 f"{name}: {' - '.join(found['arms'])}",
@@ -118,7 +120,7 @@ def _contrasts(target: Mapping[str, Any]) -> str:
                 _difference(one),
                 ", ".join(f"{value:+.4f}" for value in one["by_seed"]),
                 part or "",
-                "" if one["p_value"] is None else formatting.p_value(one["p_value"]),
+                "" if p_value is None else formatting.p_value(p_value),
                 "" if effect is None else formatting.figure(effect),
                 f"{found['verdict']}{corrected}",
             ])  # fmt: skip
@@ -126,22 +128,14 @@ def _contrasts(target: Mapping[str, Any]) -> str:
 
 
 def _means(target: Mapping[str, Any], arms: Sequence[str]) -> str:
-    rows = [
-        [f"{float(rate):g}", *(f"{values[arm]:.4f}" if arm in values else "" for arm in arms)]
-        for rate, values in target["values"].items()
-    ]
+    values = target["values"].items()
+    rows = [[f"{float(rate):g}", *(f"{of[arm]:.4f}" if arm in of else "" for arm in arms)] for rate, of in values]
     return markup.table(["learning rate", *arms], rows)
 
 
 def _runs(runs: Sequence[Mapping[str, Any]]) -> str:
-    rows = [
-        [
-            *(run["run"], f"{run['unique_tokens']:,}", f"{run['epochs']:.2f}", f"{run['tokens_seen']:,}"),
-            *(f"{run['documents']:,}", f"{run['final_loss']:.3f}", formatting.duration(run["seconds"])),
-        ]
-        for run in runs
-    ]
-    return markup.table(RUN_COLUMNS, rows)
+    timed = [{**run, "time": formatting.duration(run["seconds"])} for run in runs]
+    return markup.table(list(RUN_COLUMNS), [[cell.format(**run) for cell in RUN_COLUMNS.values()] for run in timed])
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
@@ -157,8 +151,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
         )
         for rate, colour in zip(rates, plots.SERIES, strict=False):
             panels[0].plot([], [], "o-", color=colour, label=f"learning rate {float(rate):g}")
-        # Outside the axes, so that it covers nothing.
-        figure.legend(loc="outside upper right", ncols=len(rates))
+        figure.legend(loc="outside upper right", ncols=len(rates))  # where it covers nothing
 
 
 def _draw_target(axes: Any, target: Mapping[str, Any], rates: list[str]) -> None:

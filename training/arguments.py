@@ -1,18 +1,15 @@
-"""The recipe's `training` section as `transformers.TrainingArguments`, and what this machine can run of it.
-
-Every field that is not in `ALLOWED` is decided by the recipe or here.
-"""
+"""The recipe's `training` section as `transformers.TrainingArguments`, and what this machine can run of it."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import patch_environment
 from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.training_args import trainer_log_levels
@@ -26,7 +23,6 @@ NO_FSDP = (
     "training.arguments: fsdp divides a model among several accelerators; use `accelerate launch` on a machine with "
     "several, or remove fsdp"
 )
-
 ALLOWED = {
     *("activation_checkpointing", "activation_checkpointing_kwargs"),
     *("dataloader_num_workers", "dataloader_persistent_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"),
@@ -34,9 +30,7 @@ ALLOWED = {
     *("gradient_checkpointing", "gradient_checkpointing_kwargs", "log_level", "project", "run_name", "tf32"),
     *("torch_compile_backend", "torch_compile_mode", "torch_empty_cache_steps", "trackio_space_id"),
 }
-"""Fields of `transformers.TrainingArguments` that were tried here: they change how a run is computed, not what it
-learns, and it resumes with them."""
-KEYWORDS = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
+"""Fields that were tried: they change how a run is computed, not what it learns. All others are decided here."""
 SAME_NAME = (
     *("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm", "warmup_steps"),
     *("save_steps", "eval_steps", "logging_steps", "report_to"),
@@ -56,37 +50,16 @@ def check(training: Training, run: Path, seed: int) -> None:
 
 
 def check_names(training: Training) -> None:
-    """Refuse a field of `training.arguments` that was not tried. Raises `UserError`."""
-    given = training.arguments
-    for name in given:
-        if name in ALLOWED:
-            continue
-        if name in Training.model_fields:
-            raise UserError(f"training.arguments: '{name}' is not allowed there; use training.{name}")
-        raise UserError(f"training.arguments: '{name}' is unknown or untested; {suggest(name, ALLOWED)}")
-    if given.get("dataloader_persistent_workers") and not given.get("dataloader_num_workers"):
-        raise UserError("training.arguments: dataloader_persistent_workers needs dataloader_num_workers")
-    compiling = sorted({"torch_compile_backend", "torch_compile_mode"} & set(given))
-    if compiling and not training.compile:
-        raise UserError(f"training.arguments: {compiling[0]} does nothing without training.compile=true")
-    check_compiler(training)
-
-
-def check_compiler(training: Training) -> None:
-    """Refuse `compile` where the code that it writes could not be compiled. Raises `UserError`."""
-    if not training.compile or training.arguments.get("torch_compile_backend", "inductor") != "inductor":
-        return
-    if torch.cuda.is_available():
-        names = [os.environ.get("CC", ""), "cc", "gcc", "clang"]  # as Triton looks for one
-        found = any(map(shutil.which, filter(None, names)))
-    else:
-        from torch._inductor import cpp_builder, exc
-
-        try:
-            found = bool(cpp_builder.get_cpp_compiler())
-        except exc.InvalidCxxCompiler:
-            found = False
-    if not found:
+    """Refuse a field of `training.arguments` that was not tried, and a compilation that cannot be. `UserError`."""
+    for name in training.arguments:
+        if name not in ALLOWED:
+            remedy = f"use training.{name}" if name in Training.model_fields else suggest(name, ALLOWED)
+            raise UserError(f"training.arguments: '{name}' is unknown or untested; {remedy}")
+        if name.startswith("torch_compile") and not training.compile:
+            raise UserError(f"training.arguments: {name} does nothing without training.compile=true")
+    compilers = (os.environ.get("CC"), os.environ.get("CXX"), "cc", "gcc", "g++", "clang")
+    generates = training.arguments.get("torch_compile_backend", "inductor") == "inductor"
+    if training.compile and generates and not any(map(shutil.which, filter(None, compilers))):
         raise UserError("training.compile needs a C++ compiler, which is not found here; install g++, or leave it out")
 
 
@@ -100,7 +73,7 @@ def has_bf16() -> bool:
 def resolve_precision(training: Training) -> str:
     """ "fp32" or "bf16": what the recipe states, or for "auto" accelerate's environment, or the hardware.
 
-    Raises `UserError` if the environment (`accelerate launch --mixed_precision`) contradicts the recipe.
+    Raises `UserError` if the environment contradicts the recipe.
     """
     wanted = os.environ.get(PRECISION_VARIABLE, "no").lower()
     if wanted != "no" and wanted != (training.precision if training.precision != "auto" else "bf16"):
@@ -124,22 +97,21 @@ def decay_start(training: Training) -> int:
     return training.steps - decay
 
 
+def decay_steps(training: Training) -> list[int]:
+    """That step, from which a run can be extended; none for other schedules."""
+    return [decay_start(training)] if training.schedule == "wsd" else []
+
+
 def micro_batch_size(training: Training, devices: int) -> int:
-    """Rows per device and forward pass. `UserError`, with sizes that do, if the batch does not divide."""
+    """Rows per device and forward pass. Raises `UserError` if the batch does not divide."""
     rows = training.micro_batch_size or max(1, training.batch_size // devices)
     if training.batch_size % (rows * devices) == 0:
         return rows
-    if training.batch_size % devices == 0:
-        share = training.batch_size // devices
-        divisor = next(size for size in range(min(share, rows), 0, -1) if share % size == 0)
-        remedy = f"set training.micro_batch_size to a divisor of {share}, such as {divisor}"
-    else:
-        below = training.batch_size // devices * devices
-        sizes = [str(size) for size in (below, below + devices) if size]
-        remedy = f"use a training.batch_size that {devices} devices divide, such as {' or '.join(sizes)}"
+    share, left = divmod(training.batch_size, devices)
+    remedy = f"a training.batch_size that {devices} divides" if left else f"a micro_batch_size that divides {share}"
     raise UserError(
         f"training.batch_size ({training.batch_size}) is not a multiple of micro_batch_size x devices "
-        f"({rows} x {devices}); {remedy}"
+        f"({rows} x {devices}); use {remedy}"
     )
 
 
@@ -148,15 +120,14 @@ def training_arguments(
 ) -> Any:
     """The recipe's `training` section as `TrainingArguments`, or as a class derived from it with `more` fields."""
     check_names(training)
-    rows = micro_batch_size(training, devices)
+    given, rows = training.arguments, micro_batch_size(training, devices)
     decay = {"num_decay_steps": training.steps - decay_start(training), "decay_type": "linear"}
     ours: dict[str, Any] = {
         **{name: getattr(training, name) for name in SAME_NAME},
         "output_dir": str(run / "training_state"),
         "run_name": run.name,
         "max_steps": training.steps,
-        "per_device_train_batch_size": rows,
-        "per_device_eval_batch_size": rows,
+        **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), rows),
         "gradient_accumulation_steps": training.batch_size // (rows * devices),
         "adam_epsilon": ADAM_EPS,
         "lr_scheduler_type": SCHEDULES[training.schedule],
@@ -165,52 +136,34 @@ def training_arguments(
         # Trainer refuses bf16 on a processor unless it is told that no device is meant.
         "use_cpu": not torch.accelerator.is_available(),
         "torch_compile": training.compile,
-        "save_strategy": "steps",
-        "eval_strategy": "steps",
-        "prediction_loss_only": True,
-        "logging_strategy": "steps",
-        "logging_nan_inf_filter": False,
-        "disable_tqdm": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
-        "remove_unused_columns": False,
-        "ddp_find_unused_parameters": False,
-        "seed": seed,
-        "data_seed": seed,
+        **dict.fromkeys(("save_strategy", "eval_strategy", "logging_strategy"), "steps"),
+        **dict.fromkeys(("prediction_loss_only", "disable_tqdm"), True),
+        **dict.fromkeys(("logging_nan_inf_filter", "remove_unused_columns", "ddp_find_unused_parameters"), False),
+        **dict.fromkeys(("seed", "data_seed"), seed),
     }
-    for tracker in training.report_to:
-        try:
-            for callback in get_reporting_integration_callbacks([tracker]):
-                callback()
-        except (ImportError, RuntimeError, ValueError) as error:
-            raise UserError(f"training.report_to: {' '.join(str(error).split())}") from None
-    if training.arguments.get("fsdp") and devices == 1:
+    if given.get("fsdp") and devices == 1:
         raise UserError(NO_FSDP)
-    with accelerate_precision(training):
-        try:
-            made = kind(**{**ours, **more, **training.arguments})
-            if made.dataloader_num_workers < 0:
-                raise ValueError("dataloader_num_workers must be at least 0")
-            if training.arguments.get("log_level", "passive") not in trainer_log_levels:
-                raise ValueError(f"log_level must be one of {', '.join(trainer_log_levels)}")
-            for name in KEYWORDS:
-                if not isinstance(getattr(made, name, None) or {}, dict):
-                    raise ValueError(f"{name} must be a mapping")
-        except (TypeError, ValueError, ImportError) as error:
-            raise UserError(f"training.arguments: {' '.join(str(error).split())}") from None
+    what = "report_to"
+    try:
+        for callback in get_reporting_integration_callbacks(training.report_to):
+            callback()
+        what = "arguments"
+        with accelerate_precision(training):
+            made = kind(**{**ours, **more, **given})
+        if given.get("dataloader_num_workers", 0) < given.get("dataloader_persistent_workers", 0):
+            raise ValueError("dataloader_num_workers must be at least 0, and 1 with dataloader_persistent_workers")
+        if given.get("log_level", "passive") not in trainer_log_levels:
+            raise ValueError(f"log_level must be one of {', '.join(trainer_log_levels)}")
+        for name in given:
+            if name.endswith("_kwargs") and not isinstance(getattr(made, name, None) or {}, dict):
+                raise ValueError(f"{name} must be a mapping")
+    except (TypeError, ValueError, ImportError, RuntimeError) as error:
+        raise UserError(f"training.{what}: {' '.join(str(error).split())}") from None
     return made
 
 
-@contextlib.contextmanager
-def accelerate_precision(training: Training) -> Iterator[None]:
-    """Let accelerate train in the recipe's precision within the body, whatever default its launcher has set.
-
-    The variable is then as it was: the next run of this process may have another precision.
-    """
-    launched, precision = os.environ.get(PRECISION_VARIABLE), resolve_precision(training)
-    os.environ[PRECISION_VARIABLE] = "no" if precision == "fp32" else precision
-    try:
-        yield
-    finally:
-        os.environ.pop(PRECISION_VARIABLE, None)
-        if launched is not None:
-            os.environ[PRECISION_VARIABLE] = launched
+def accelerate_precision(training: Training) -> AbstractContextManager[None]:
+    """Let accelerate train in the recipe's precision within the body, whatever default its launcher has set."""
+    precision = resolve_precision(training)
+    return patch_environment(**{PRECISION_VARIABLE: "no" if precision == "fp32" else precision})

@@ -1,7 +1,6 @@
-"""Attention for packed rows on a CPU: each document by itself, so that scores between documents are never computed.
+"""Attention for packed rows on a CPU: each document by itself, where a mask would cost the full square of the row.
 
-Importing this module registers `PACKED_DOCUMENTS` with transformers; `model.set_attn_implementation` selects it. A
-mask over whole rows gives the same result but costs the full square of the row's length.
+Importing this module registers `PACKED_DOCUMENTS` with transformers; `model.set_attn_implementation` selects it.
 """
 
 from __future__ import annotations
@@ -59,10 +58,8 @@ def packed_attention(
     if attention_mask is None and position_ids is not None and key.shape[2] == tokens:
         lengths = document_lengths(position_ids.expand(batch, -1))
     if lengths is None:
-        output, _ = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
-        return output, None
+        options = {"dropout": dropout, "scaling": scaling, **kwargs}
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     # Tokens first: a document is then a slice of all three, and the gradient of a split is one concatenation.
     # In float32: torch's bf16 kernel for a CPU takes twice as long for the gradients of short documents.
     parts = [states.transpose(1, 2).flatten(0, 1).float().split(lengths) for states in (query, key, value)]

@@ -1,14 +1,9 @@
-"""What devices offer, and what training takes: parameters, FLOP and memory. Nothing heavy is imported here.
-
-`estimate.py` turns both into hours and dollars.
-"""
+"""What devices offer, and what training takes: parameters, FLOP and memory. Nothing heavy is imported here."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
-import resource
 from typing import TYPE_CHECKING
 
 from nanophi.core.errors import UserError, suggest
@@ -20,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """One accelerator. Rates are peaks in FLOP/s, dense; a device without bf16 or TF32 has its float32 rate there."""
+    """One accelerator. Rates are dense peaks in FLOP/s; a device without bf16 or TF32 has its float32 rate there."""
 
     cuda_name: str  # part of the name that CUDA gives it
     bf16_flops: float  # with float32 accumulation
@@ -42,8 +37,8 @@ class Device:
         return self.bf16_flops if precision == "bf16" else self.tf32_flops if tf32 else self.fp32_flops
 
 
-# Rates, memory and power: the makers' data sheets, of the SXM boards where there are several; the RTX boards' rates are
-# those of NVIDIA's white papers on GA102 and Ada. Rates of a sheet "with sparsity" are halved.
+# Rates, memory and power: the makers' data sheets (SXM boards where there are several; for RTX boards NVIDIA's white
+# papers on GA102 and Ada). Rates of a sheet "with sparsity" are halved.
 DEVICES = {
     "a100-40g": Device("A100-SXM4-40GB", 312e12, 19.5e12, 156e12, 40e9, 400, 1.99, "lambda.ai/pricing, 2026-11-16"),
     "a100-80g": Device("A100", 312e12, 19.5e12, 156e12, 80e9, 400, 1.79, "runpod.io/pricing, secure cloud, 2026-11-09"),
@@ -56,19 +51,15 @@ DEVICES = {
     "a10g": Device("A10G", 70e12, 35e12, 35e12, 24e9, 300, 1.01, "AWS g5.xlarge, us-east-1, 2026-06-17"),
     "t4": Device("T4", 8.1e12, 8.1e12, 8.1e12, 16e9, 70, 0.59, "modal.com/pricing, 2026-05-07"),
 }
-USABLE_MEMORY = 0.92
-"""Share of a device's memory that tensors get; the rest is the driver's context and the allocator's gaps."""
-FAMILIES = {"a100": "a100-40g"}
-"""Name of a family -> the device that it stands for: of the A100s, the one of the published run."""
+FAMILIES = {"a100": "a100-40g"}  # name of a family -> the device that it stands for: the published run's
+USABLE_MEMORY = 0.92  # of a device, for tensors; the rest is the driver's context and the allocator's gaps
 
 
 def find_device(name: str) -> str:
-    """A device's name in the table, from that or its family's. Raises `UserError` with the names that there are."""
+    """A device's name in the table, from that or its family's. Raises `UserError`."""
     found = FAMILIES.get(name.lower(), name.lower())
     if found not in DEVICES:
-        nearest = suggest(name, DEVICES, most=2)
-        hint = "" if nearest.startswith("known:") else f"; {nearest}"
-        raise UserError(f"unknown device '{name}'; there are {', '.join(DEVICES)}{hint}")
+        raise UserError(f"unknown device '{name}'; {suggest(name, DEVICES, most=2)}")
     return found
 
 
@@ -83,24 +74,10 @@ def uses_tf32(training: Training) -> bool:
     return bool(training.arguments.get("tf32", training.compile))
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on whatever device."""
-    words = ("out of memory", "can't allocate memory", "bad_alloc", "Cannot allocate memory")
-    return isinstance(error, MemoryError) or any(text in str(error) for text in words)
-
-
-def fitting_rows(config: NanoPhiConfig, training: Training, sizes: list[int]) -> int:
-    """The largest of some micro-batches that fits the device at hand by `peak_bytes`; where none does, the smallest."""
-    import torch
-
-    if torch.cuda.is_available():
-        memory = float(torch.cuda.get_device_properties(0).total_memory)
-    else:
-        memory = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-        memory = memory if limit == resource.RLIM_INFINITY else min(memory, limit)
-    fits = [rows for rows in sizes if peak_bytes(config, training, rows) <= USABLE_MEMORY * memory]
-    return max(fits, default=min(sizes, default=0))
+def fitting_rows(config: NanoPhiConfig, training: Training, share: int, memory: float) -> int:
+    """The largest micro-batch that divides `share` rows and fits into so many bytes of a device; 0: none does."""
+    sizes = (rows for rows in range(1, share + 1) if share % rows == 0)
+    return max((rows for rows in sizes if peak_bytes(config, training, rows) <= USABLE_MEMORY * memory), default=0)
 
 
 def parameter_count(config: NanoPhiConfig) -> int:
@@ -108,10 +85,8 @@ def parameter_count(config: NanoPhiConfig) -> int:
     hidden, mlp, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
     head = hidden // config.num_attention_heads
     key_value = config.num_key_value_heads * head
-    attention = 2 * (hidden * hidden + hidden) + 2 * (hidden * key_value + key_value)
-    layer = attention + (hidden * mlp + mlp) + (mlp * hidden + hidden) + 2 * hidden
-    if config.qk_layernorm:
-        layer += 4 * head
+    attention = 2 * (hidden + 1) * hidden + 2 * (hidden + 1) * key_value + (4 * head if config.qk_layernorm else 0)
+    layer = attention + (hidden + 1) * mlp + (mlp + 1) * hidden + 2 * hidden
     embeddings = vocab * hidden * (1 if config.tie_word_embeddings else 2) + vocab
     return config.num_hidden_layers * layer + 2 * hidden + embeddings
 
@@ -119,11 +94,9 @@ def parameter_count(config: NanoPhiConfig) -> int:
 def flops_per_token(config: NanoPhiConfig, context_length: int) -> float:
     """Training FLOP per token, forward and backward: 6 per parameter that multiplies, and attention's 12 L H T.
 
-    The formula of PaLM (https://arxiv.org/abs/2204.02311, appendix B). The embedding table is a lookup and does not
-    count; the output head does. Attention counts the full square, not the causal half.
+    PaLM's formula (https://arxiv.org/abs/2204.02311, appendix B); attention counts the full square, not a causal half.
     """
-    attention = 12 * config.num_hidden_layers * config.hidden_size * context_length
-    return 6 * _multiplying(config) + attention
+    return 6 * _multiplying(config) + 12 * config.num_hidden_layers * config.hidden_size * context_length
 
 
 def _multiplying(config: NanoPhiConfig) -> int:
@@ -132,11 +105,10 @@ def _multiplying(config: NanoPhiConfig) -> int:
 
 
 def peak_bytes(config: NanoPhiConfig, training: Training, rows: int) -> int:
-    """Bytes at the height of training with micro-batches of `rows`; an evaluation takes less.
+    """Bytes at the height of training with micro-batches of `rows`: 0.86 to 1.07 of those that benchmarks measured.
 
     Per parameter a weight, its gradient and two moments in float32 (Muon keeps fewer), and under autocast a bf16 copy
     of those that multiply; what the backward pass needs of each layer; and the logits that the loss holds at a time.
-    It is 0.86 to 1.07 of the peaks in benchmarks/train_memory.json and train_speed.json.
     """
     from nanophi.training.loss import LOSS_CHUNK
 
@@ -144,9 +116,8 @@ def peak_bytes(config: NanoPhiConfig, training: Training, rows: int) -> int:
     hidden, layers = config.hidden_size, config.num_hidden_layers
     # The residual stream and its norm in float32; queries, keys, values, attention and both sides of the activation.
     layer = 2 * 4 * hidden + width * (4 * hidden + 2 * config.intermediate_size)
+    activations = tokens * layers * layer
     if training.arguments.get("gradient_checkpointing") or training.arguments.get("activation_checkpointing"):
         activations = tokens * (layers * 4 * hidden + layer)  # each layer's input, and one layer at a time
-    else:
-        activations = tokens * layers * layer
     state = 16 * parameter_count(config) + (0 if width == 4 else 2 * _multiplying(config))
     return state + activations + width * min(LOSS_CHUNK, tokens) * config.vocab_size

@@ -55,7 +55,8 @@ def trainer_class(method: str) -> type[RunTrainer]:
             """The model; with adapters the whole one, these merged, and beside it the adapters, to resume."""
             super()._save(output_dir, state_dict)
             if hasattr(self.model, "merge_and_unload") and self.args.should_save:
-                merged(self.model).save_pretrained(output_dir)
+                whole: Any = copy.deepcopy(self.model)
+                whole.merge_and_unload().save_pretrained(output_dir)
 
         def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
             """Of a model with adapters these alone: the state's weights have them merged."""
@@ -69,30 +70,23 @@ def trainer_class(method: str) -> type[RunTrainer]:
     return ChatTrainer
 
 
-def merged(model: Any) -> Any:
-    """A copy of a model with LoRA adapters, these added to its weights; the model itself stays bit for bit as it is."""
-    return copy.deepcopy(model).merge_and_unload()
-
-
 def settings(recipe: Recipe, run: Path, context: int) -> Any:
     """TRL's configuration for a recipe: its `training` section, and what makes it the recipe's method."""
-    common: dict[str, Any] = {"max_length": context, "eval_strategy": "no", "gradient_checkpointing": False}
-    if recipe.method == "sft":
-        # Packed rows are not padded, and have no mask that shows it.
-        common["include_num_input_tokens_seen"] = "all"
-        kind, more = trl().SFTConfig, {"packing": True, "packing_strategy": "bfd"}
+    more: dict[str, Any] = {"max_length": context, "eval_strategy": "no", "gradient_checkpointing": False}
+    if recipe.method == "sft":  # packed rows are not padded, and have no mask that shows it
+        more |= {"include_num_input_tokens_seen": "all", "packing": True, "packing_strategy": "bfd"}
     else:
-        common["include_num_input_tokens_seen"] = "non_padding"
-        kind, more = trl().DPOConfig, {"beta": recipe.beta}
+        more |= {"include_num_input_tokens_seen": "non_padding", "beta": recipe.beta}
+    kind = trl().SFTConfig if recipe.method == "sft" else trl().DPOConfig
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # TRL's name of gradient_checkpointing is the old one
-        return training_arguments(recipe.training, run, recipe.training_seed, world_size(), kind, **common, **more)
+        return training_arguments(recipe.training, run, recipe.training_seed, world_size(), kind, **more)
 
 
 def train(
     run: Path, recipe: Recipe, config: NanoPhiConfig, report: Callable[[str], None] = print, resume: Path | None = None
 ) -> dict[str, Any]:
-    """Train `data/base`, whose configuration is given, on `data/conversations`, from the beginning or from a state."""
+    """Train `data/base`, whose configuration is given, on `data/conversations`, from the state `resume`."""
     datasets.disable_progress_bars()
     disable_progress_bar()
     training, arguments = recipe.training, settings(recipe, run, config.max_position_embeddings)
@@ -104,9 +98,8 @@ def train(
     if recipe.lora:
         from peft import LoraConfig
 
-        extra["peft_config"] = LoraConfig(
-            r=recipe.lora.rank, lora_alpha=recipe.lora.alpha, target_modules="all-linear", task_type="CAUSAL_LM"
-        )
+        size: Any = {"r": recipe.lora.rank, "lora_alpha": recipe.lora.alpha}
+        extra["peft_config"] = LoraConfig(**size, target_modules="all-linear", task_type="CAUSAL_LM")
     elif recipe.method == "dpo":
         extra["ref_model"] = base_model(str(run / "data/base"), config)
     rows = datasets.Dataset.from_parquet(str(run / "data/conversations/train.parquet"), keep_in_memory=True)
@@ -116,7 +109,6 @@ def train(
             run=run,
             training=training,
             base=run / "data/base" / WEIGHTS,
-            tokens_per_step=None,
             report=report,
             model=model,
             args=arguments,
@@ -124,12 +116,9 @@ def train(
             processing_class=tokenizer,
             **extra,
         )
-    prepared = trainer.train_dataset
-    parts = ("input_ids", "prompt_ids", "chosen_ids", "prompt_ids", "rejected_ids")
-    tokens = sum(len(ids) for name in parts if name in prepared.column_names for ids in prepared[name])
     # TRL names a token to pad with, which the saved model must not have: it would never learn that token.
     trainer.model.config.pad_token_id = pad
     trainer.processing_class = None  # every checkpoint gets the run's tokenizer
-    epochs = training.steps / math.ceil(len(prepared) / training.batch_size)  # each ends with what rows are left
-    report(f"{recipe.name}: {recipe.method} on {len(rows):,} conversations, {tokens:,} tokens")
-    return trainer.fit(epochs, resume)
+    steps = math.ceil(len(trainer.train_dataset) / training.batch_size)  # of an epoch, which ends with what is left
+    report(f"{recipe.name}: {recipe.method} on {len(rows):,} conversations")
+    return trainer.fit(training.steps / steps, resume)

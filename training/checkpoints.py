@@ -1,31 +1,27 @@
-"""Weights and states on disk: how they appear, which are kept, whether they are whole, and whether there is room.
-
-What may be done with weights that are there already is decided in `continuation.py`.
+"""Weights and states on disk: how they appear, which are kept, and whether they are whole.
 
     checkpoints/step-NNNNNN/      a model that loads by itself, and checkpoint.json
     training_state/step-NNNNNN/   all that a resumed run needs: optimizer, random state, log, and the same weights (a
                                   hard link where the file system has them), with the hashes of its files
 
-Both appear whole or not at all.
+Both appear whole or not at all. What may be done with weights that are there already is decided in `continuation.py`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from transformers.trainer import TRAINER_STATE_NAME
 
-from nanophi.core import formatting
-from nanophi.core.errors import UserError, is_disk_full
+from nanophi.core.errors import UserError
 from nanophi.core.files import copy_tree, link_or_copy, permit, read_json, remove, sha256_of_file, write_json
 from nanophi.core.names import step_folders, step_name, step_of
+from nanophi.core.recipe import Training
+from nanophi.training.arguments import decay_steps
 
-FREE_SPACE_FACTOR = 1.1
 WEIGHTS = "model.safetensors"
 _STATE_FILES = ("optimizer", "scheduler", "rng_state", "scaler", "trainer_state", "adapter_")
 _PICKLES = ("training_args.bin", "pytorch_model_fsdp.bin")
@@ -39,21 +35,17 @@ def states(run: Path) -> list[Path]:
 
 def find_corruption(state: Path) -> str | None:
     """What is wrong with a saved state, in a few words; None if it is whole."""
-    try:
-        manifest = read_json(state / _MANIFEST)
-        log = json.loads((state / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-        if log["global_step"] != step_of(state):
-            return f"{TRAINER_STATE_NAME} is of step {log['global_step']}"
-    except (UserError, OSError, ValueError, KeyError, TypeError):
-        return f"{_MANIFEST if not (state / _MANIFEST).is_file() else TRAINER_STATE_NAME} is missing or cut short"
-    for name, (size, sha256) in manifest.items():
+    for name in (_MANIFEST, TRAINER_STATE_NAME):
+        try:
+            content = read_json(state / name)
+            if name == TRAINER_STATE_NAME and content["global_step"] != step_of(state):
+                return f"{name} is of step {content['global_step']}"
+        except (UserError, OSError, KeyError, TypeError):
+            return f"{name} is missing or cut short"
+    for name, (size, sha256) in read_json(state / _MANIFEST).items():
         file = state / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size:,} of {size:,} bytes"
-        if sha256_of_file(file) != sha256:
-            return f"{name} has changed since it was written"
+        if not file.is_file() or file.stat().st_size != size or sha256_of_file(file) != sha256:
+            return f"{name} is missing or not as it was written"
     return None
 
 
@@ -68,10 +60,10 @@ def newest_valid_state(run: Path, limit: int | None = None, report: Callable[[st
     return None
 
 
-def store(run: Path, saved: Path, facts: dict[str, Any], kept: Collection[int], kept_states: Collection[int]) -> None:
+def store(run: Path, saved: Path, facts: dict[str, Any], training: Training) -> None:
     """Move what `Trainer` saved in a private folder into the two folders of its step, and remove what is not kept.
 
-    `facts` is `checkpoint.json`; `kept`, `kept_states` are the steps that stay besides its own.
+    `facts` is `checkpoint.json`. The state before `wsd` decays stays: a run can be extended from it.
     """
     step = facts["step"]
     state = saved / "training_state"
@@ -95,19 +87,23 @@ def store(run: Path, saved: Path, facts: dict[str, Any], kept: Collection[int], 
         remove(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         half.rename(target)
-    for folder, stay in (("training_state", kept_states), ("checkpoints", kept)):
-        for old in step_folders(run / folder):
-            # What lies beyond this step belongs to a damaged or longer attempt, whose next save replaces it.
-            if step_of(old) < step and step_of(old) not in stay:
+    # What lies beyond this step belongs to a damaged or longer attempt, whose next save replaces it.
+    before = training.keep_states - 1
+    for folder, stay, newest in (
+        ("training_state", decay_steps(training), before),
+        ("checkpoints", training.keep_steps, 0),
+    ):
+        earlier = [path for path in step_folders(run / folder) if step_of(path) < step]
+        for old in earlier[: max(0, len(earlier) - newest)]:
+            if step_of(old) not in stay:
                 remove(old)
 
 
 def archive_old_schedule(run: Path, steps: int, resumed: int) -> Path | None:
-    """Keep the weights of a schedule of `steps` steps that a run with other steps leaves at step `resumed`.
+    """Keep, in a folder, the weights of a schedule of `steps` steps that a run with other steps leaves at `resumed`.
 
-    Checkpoints beyond `resumed` move to `checkpoints-of-<steps>-steps/`; the last one of the schedule is copied there
-    (by hard links) if the run passes it. States beyond `resumed` are removed: nothing resumes from them any more.
-    Gives the folder; None if there was nothing to keep.
+    Checkpoints beyond that step move there; the schedule's last one is copied if the run passes it. States beyond it
+    are removed: nothing resumes from them.
     """
     target = run / f"checkpoints-of-{steps}-steps"
     for old in step_folders(run / "checkpoints"):
@@ -129,24 +125,3 @@ def last_saved(run: Path) -> str:
     """Where a run that stops now would resume, in words."""
     saved = states(run)
     return f"checkpoint {saved[-1].name}" if saved else "the beginning"
-
-
-@contextlib.contextmanager
-def disk_space(run: Path, step: int, parameters: int) -> Iterator[None]:
-    """Save within the body: a disk that lacks the room, or fills up meanwhile, is one line."""
-
-    def full(size: str = "") -> UserError:
-        return UserError(
-            f"no disk space left in {run} for the checkpoint of step {step}{size}; "
-            f"free some and run the same command to resume from {last_saved(run)}"
-        )
-
-    needed = int(FREE_SPACE_FACTOR * parameters * 4 * 3)  # float32 weights, and two moments of each
-    if shutil.disk_usage(run).free < needed:
-        raise full(f" ({formatting.file_size(needed)} needed)")
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, UserError) or not is_disk_full(error):
-            raise
-        raise full() from error

@@ -1,12 +1,7 @@
-"""What a run may do with the weights that it finds: nothing, resume, train longer, or refuse.
-
-Weights are never removed here. What has been learned so far depends on `inputs`; whatever else the recipe says may
-change while a run is stopped or finished. Weights of another model to begin with are in `base.py`.
-"""
+"""What a run may do with the weights that it finds: nothing, resume, train longer, or refuse. None are removed here."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +14,7 @@ from nanophi.core.run import RunDirectory, differences
 from nanophi.data.stages import token_hashes
 from nanophi.training.arguments import decay_start, resolve_precision
 from nanophi.training.base import base_file
-from nanophi.training.checkpoints import WEIGHTS, archive_old_schedule, find_corruption, newest_valid_state, states
+from nanophi.training.checkpoints import WEIGHTS, archive_old_schedule, newest_valid_state
 
 MAY_CHANGE = {
     *("arguments", "compile", "country_iso_code", "dollars_per_hour", "eval_steps", "keep_states", "keep_steps"),
@@ -28,15 +23,6 @@ MAY_CHANGE = {
 }
 """Keys of `training` that do not change what has been learned so far."""
 FROM_THEM = "start from them with base: PATH"
-
-
-@dataclasses.dataclass(frozen=True)
-class Continuation:
-    """The state to resume from (None: the beginning), and the step beyond which checkpoints belong to an earlier
-    schedule, so that they are set aside first."""
-
-    resume: Path | None = None
-    aside: int | None = None
 
 
 def data_hashes(run: Path) -> dict[str, str]:
@@ -48,8 +34,7 @@ def data_hashes(run: Path) -> dict[str, str]:
 def inputs(run: Path, recipe: Recipe, config: NanoPhiConfig, recorded: Mapping[str, Any] | None) -> dict[str, Any]:
     """Everything that the weights depend on, as JSON. Data are their contents, whatever path or recipe they came from.
 
-    `recorded` are those of the training that is there already, if any: a finished run with `precision: auto` keeps the
-    precision that it had, on whatever machine it is looked at.
+    `recorded`: those of the training that is there already. Once finished, `precision: auto` stays what it was there.
     """
     training = recipe.training.model_dump(mode="json", exclude=MAY_CHANGE)
     finished = (run / "checkpoints" / step_name(recipe.training.steps) / WEIGHTS).is_file()
@@ -75,53 +60,35 @@ def plan(
     recorded: Mapping[str, Any] | None,
     now: Mapping[str, Any],
     report: Callable[[str], None] = print,
-) -> Continuation:
-    """What to do with the weights and states in a run directory, or `UserError`; nothing is changed there.
+) -> Path | None:
+    """The state to resume from (None: the beginning), or `UserError`; nothing is changed.
 
     `recorded`, `now`: `inputs` of the training that is there already (None: unknown), and of the recipe as it is.
     """
     if not run.weights():
-        return Continuation()
+        return None
     if recorded is None:
         made = run.record.get("environment", {})
-        commit = made.get("commit")
-        old = f"nanophi {made['nanophi']}" + (f" at commit {commit}" if commit else "") if "nanophi" in made else ""
-        raise run.keeps_weights(
-            "record.json does not state what its weights were trained with; they may be of an earlier version of "
-            "nanophi",
-            (f"finish them with {old}, which began them, " if old else "") + FROM_THEM,
-        )
+        old = f"finish them with nanophi {made.get('nanophi')} at commit {made.get('commit')}, which began them, "
+        problem = "record.json does not state what its weights were trained with (as of an earlier version of nanophi)"
+        raise run.keeps_weights(problem, (old if made else "") + FROM_THEM)
     if changed := [line for line in differences(recorded, now) if not line.startswith("training.steps ")]:
         raise run.keeps_weights(f"the recipe has changed ({'; '.join(changed)})")
     before, steps = recorded["training"]["steps"], training.steps
     limit = steps if before == steps else shared_steps(training, before)
     resume = newest_valid_state(run.path, limit, report)
     if resume is None:
-        raise run.keeps_weights(*_no_state(run.path, training, before, limit))
-    if before == steps:
-        return Continuation(resume)
-    jump = ", where the learning rate jumps to the longer curve" if training.schedule == "cosine" else ""
-    report(
-        f"{run.path.name}: {steps} steps in place of {before}; the {training.schedule} schedule continues from "
-        f"{resume.name}{jump}"
-    )
-    return Continuation(resume, aside=step_of(resume))
-
-
-def _no_state(run: Path, training: Training, before: int, limit: int) -> tuple[str, str]:
-    """Why none of the states can be continued, and what helps."""
-    if not states(run):
-        return "training_state is missing, without which no weights can be resumed", FROM_THEM
-    if before == training.steps:
-        last = states(run)[-1]
-        found = f"training_state/{last.name} is damaged ({find_corruption(last)})"
-        return f"{found}, and no earlier state is whole", FROM_THEM
-    change = f"training.steps {before} -> {training.steps}"
-    if training.schedule == "cosine" and not training.stretch_cosine:
-        why = f"a cosine schedule of other length has other learning rates from the start ({change})"
-        return why, "set training.stretch_cosine=true to continue all the same"
-    why = f"no state up to step {limit} is whole, from where a {training.schedule} schedule could continue ({change})"
-    return why, FROM_THEM
+        change = f" (training.steps {before} -> {steps})" if before != steps else ""
+        stretches = before != steps and training.schedule == "cosine" and not training.stretch_cosine
+        remedy = "set training.stretch_cosine=true to continue all the same" if stretches else FROM_THEM
+        raise run.keeps_weights(f"training_state has no whole state up to step {limit} to resume from{change}", remedy)
+    if before != steps:
+        jump = ", where the learning rate jumps to the longer curve" if training.schedule == "cosine" else ""
+        report(
+            f"{run.path.name}: {steps} steps in place of {before}; the {training.schedule} schedule continues from "
+            f"{resume.name}{jump}"
+        )
+    return resume
 
 
 def shared_steps(training: Training, before: int) -> int:
@@ -133,12 +100,8 @@ def shared_steps(training: Training, before: int) -> int:
     return training.steps if training.stretch_cosine and training.steps > before else 0
 
 
-def carry_out(
-    run: Path, continuation: Continuation, recorded: Mapping[str, Any] | None, report: Callable[[str], None] = print
-) -> None:
-    """Before training with a new number of steps, set aside the weights of the earlier schedule."""
-    if continuation.aside is None or recorded is None:
-        return
-    before = recorded["training"]["steps"]
-    if folder := archive_old_schedule(run, before, continuation.aside):
-        report(f"{run.name}: the weights of the {before} steps are kept in {folder}")
+def set_aside(run: RunDirectory, training: Training, recorded: Mapping[str, Any] | None, resume: Path | None) -> None:
+    """Before training with a new number of steps from `resume`, keep the weights of the earlier schedule elsewhere."""
+    before = recorded["training"]["steps"] if recorded and resume else training.steps
+    if resume and before != training.steps and (folder := archive_old_schedule(run.path, before, step_of(resume))):
+        run.report(f"{run.path.name}: the weights of the {before} steps are kept in {folder}")

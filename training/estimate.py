@@ -1,7 +1,4 @@
-"""`nanophi estimate`: time, memory, money, energy and emissions of a run, before any money is spent.
-
-The table of devices and the formulas are in `budget.py`.
-"""
+"""`nanophi estimate`: time, memory, money, energy and emissions of a run, before any money is spent."""
 
 from __future__ import annotations
 
@@ -19,16 +16,13 @@ from nanophi.core.errors import UserError
 from nanophi.core.files import write_json
 from nanophi.core.options import OneRecipe, Overrides
 from nanophi.core.recipe import Recipe, load_recipe
-from nanophi.training.budget import DEVICES, USABLE_MEMORY, Device, find_device, flops_per_token, peak_bytes, uses_tf32
+from nanophi.training.budget import DEVICES, Device, find_device, fitting_rows, flops_per_token, peak_bytes, uses_tf32
 
 if TYPE_CHECKING:
     from nanophi.configuration_nanophi import NanoPhiConfig
 
-ASSUMED_MFU = 0.40
-"""Share of the peak that a run is taken to reach until it is measured: PaLM reached 0.46 at 540B parameters (Chowdhery
-et al. 2022, table 3); small models with a large vocabulary reach less."""
-GRID_GRAMS_PER_KWH = 480.0
-"""Emissions of the world's average electricity in 2023 (Ember, Global Electricity Review 2024)."""
+ASSUMED_MFU = 0.40  # PaLM reached 0.46 (Chowdhery et al. 2022, table 3); a small model with a large vocabulary less
+GRID_GRAMS_PER_KWH = 480.0  # of the world's average electricity in 2023 (Ember, Global Electricity Review 2024)
 MEASURED_STEPS = 6
 PUBLISHED_DEVICE, PUBLISHED_TOKENS, PUBLISHED_HOURS = "a100-40g", 14_000 * 512 * 1024, 52.0
 """The run of https://huggingface.co/kenhktsui/nano-phi-115M-v0.1, as its card gives it."""
@@ -38,12 +32,9 @@ def estimate(
     recipe: OneRecipe,
     device: Annotated[str, Option(help="a100-40g, a100-80g, h100, h200, l40s, l4, rtx-4090, ...")] = "a100-40g",
     devices: Annotated[int, Option(min=1, help="Number of devices.")] = 1,
-    mfu: Annotated[
-        float | None,
-        Option(min=0.01, max=1, help="Share of the device's peak that is reached (default: what is typical)."),
-    ] = None,
+    mfu: Annotated[float, Option(min=0.01, max=1, help="Share of the device's peak that is reached.")] = ASSUMED_MFU,
     price: Annotated[float | None, Option(min=0, help="Dollars per device-hour (default: built-in table).")] = None,
-    grid: Annotated[float | None, Option(min=0, help="Grams of CO2e per kWh (default: world average).")] = None,
+    grid: Annotated[float, Option(min=0, help="Grams of CO2e per kWh.")] = GRID_GRAMS_PER_KWH,
     measure: Annotated[bool, Option("--measure", help="Time a few steps here; --device names this machine.")] = False,
     overrides: Overrides = [],
 ) -> None:
@@ -53,11 +44,13 @@ def estimate(
 
     Example: nanophi estimate nano-phi-115m --device h100
     """
-    resolved = load_recipe(recipe, overrides)
-    name = find_device(device)
+    resolved, name = load_recipe(recipe, overrides), find_device(device)
+    if resolved.conversations:
+        raise UserError(
+            f"{resolved.name} trains on conversations, whose tokens only packing knows; this is for pretraining"
+        )
     speed = measured_speed(resolved) if measure else None
-    mfu = ASSUMED_MFU if mfu is None else mfu
-    result = predict(resolved, DEVICES[name], devices, mfu, speed, price, GRID_GRAMS_PER_KWH if grid is None else grid)
+    result = predict(resolved, DEVICES[name], devices, mfu, speed, price, grid)
     typer.echo(render(resolved, f"{devices} x {name}" if devices > 1 else name, result))
 
 
@@ -70,30 +63,23 @@ def predict(
     dollars_per_hour: float | None = None,
     grams_per_kwh: float = GRID_GRAMS_PER_KWH,
 ) -> dict[str, Any]:
-    """What the recipe's training takes on so many of a device.
+    """What the recipe's training takes on so many of a device, by a measured speed of all of them or by `mfu`.
 
-    A measured speed, of all devices, comes before `mfu`; a price, of one device, before the table's. `kwh` and
-    `co2_grams` are of board power all the time, without host and cooling; `peak_bytes` is for one row and for
-    `micro_batch_size`, the largest divisor of a device's share of the batch that fits (0: none does).
-
-    Raises `UserError` if the batch does not divide among the devices, or for a chat model's recipe.
+    Energy is of board power all the time, without host and cooling; `peak_bytes` for one row and for
+    `micro_batch_size`, the largest that fits (0: none does). `UserError` if the batch does not divide.
     """
     from nanophi.training.arguments import micro_batch_size
 
-    check(recipe)
-    config, training = recipe.model_config_for(), recipe.training
-    training = training.model_copy(update={"precision": device.precision(training)})
+    config = recipe.model_config_for()
+    training = recipe.training.model_copy(update={"precision": device.precision(recipe.training)})
     share = micro_batch_size(training.model_copy(update={"micro_batch_size": None}), devices)
+    largest = fitting_rows(config, training, share, device.memory)
     flops = flops_per_token(config, config.max_position_embeddings)
     tokens = training.steps * training.batch_size * config.max_position_embeddings
     peak = device.peak(training.precision, uses_tf32(training)) * devices
     speed = mfu * peak / flops if tokens_per_second is None else tokens_per_second
     hours = tokens / speed / 3600
     kwh = hours * devices * device.watts / 1000
-    sizes = [rows for rows in range(1, share + 1) if share % rows == 0]
-    peaks = {rows: peak_bytes(config, training, rows) for rows in sizes}
-    fits = [rows for rows in sizes if peaks[rows] <= USABLE_MEMORY * device.memory]
-    largest = max(fits, default=0)
     price = device.dollars_per_hour if dollars_per_hour is None else dollars_per_hour
     return {
         "tokens": tokens,
@@ -103,22 +89,13 @@ def predict(
         "dollars": hours * devices * price,
         "kwh": kwh,
         "co2_grams": kwh * grams_per_kwh,
-        "peak_bytes": {rows: peaks[rows] for rows in sorted({1, largest or 1})},
+        "peak_bytes": {rows: peak_bytes(config, training, rows) for rows in sorted({1, largest or 1})},
         "micro_batch_size": largest,
         "sources": (
             f"speed: {'assumed' if tokens_per_second is None else 'measured'}; price: ${price:.2f} an hour, "
             f"{device.price_source if dollars_per_hour is None else 'as given'}"
         ),
     }
-
-
-def check(recipe: Recipe) -> None:
-    """Refuse a recipe whose steps are not rows of the whole context. Raises `UserError`."""
-    if recipe.conversations:
-        raise UserError(
-            f"{recipe.name} trains on conversations, whose tokens are not known before they are packed; `nanophi "
-            "estimate` is for pretraining, and `nanophi run` shows the time left from its first steps on"
-        )
 
 
 def published_run() -> dict[str, Any]:
@@ -148,22 +125,11 @@ def measured_speed(recipe: Recipe, report: Callable[[str], None] = print) -> flo
     """Tokens per second of a few steps of `nanophi train` on this machine: one micro-batch each of random tokens."""
     from nanophi.training.trainer import train
 
-    check(recipe)
     config = recipe.model_config_for(eos_token_id=0, bos_token_id=0)
     rows = recipe.training.micro_batch_size or min(recipe.training.batch_size, 4)
-    update = {
-        "steps": MEASURED_STEPS,
-        "batch_size": rows,
-        "micro_batch_size": rows,
-        "warmup_steps": 0,
-        "keep_steps": [],
-        "save_steps": MEASURED_STEPS,
-        "eval_steps": MEASURED_STEPS + 1,
-        "logging_steps": 1,
-        "report_to": [],
-        "track_energy": False,
-        "spike_threshold": None,
-    }
+    update: dict[str, Any] = {"steps": MEASURED_STEPS, "batch_size": rows, "micro_batch_size": rows, "warmup_steps": 0}
+    update |= {"save_steps": MEASURED_STEPS, "eval_steps": MEASURED_STEPS + 1, "logging_steps": 1, "keep_steps": []}
+    update |= {"report_to": [], "track_energy": False, "spike_threshold": None}
     with tempfile.TemporaryDirectory(prefix="nanophi-estimate-") as folder:
         run = Path(folder) / "measuring"
         write_random_tokens(run, config, rows * MEASURED_STEPS)
@@ -173,8 +139,7 @@ def measured_speed(recipe: Recipe, report: Callable[[str], None] = print) -> flo
 
 def render(recipe: Recipe, name: str, result: dict[str, Any]) -> str:
     """`predict`'s result beside the published run, as plain text."""
-    published = published_run()
-    lines = [f"{recipe.name} on {name}, beside the published run (A100-40GB)", ""]
+    lines, published = [f"{recipe.name} on {name}, beside the published run (A100-40GB)", ""], published_run()
     rows: list[tuple[str, str, Callable[[float], str]]] = [
         ("tokens", "tokens", formatting.size),
         ("tokens/s", "tokens_per_second", formatting.integer),
@@ -186,9 +151,6 @@ def render(recipe: Recipe, name: str, result: dict[str, Any]) -> str:
     ]
     for title, key, written in rows:
         lines.append(f"{title:<10}{written(result[key]):>14}{written(published[key]):>14}")
-    peaks = ", ".join(
-        f"{formatting.file_size(size)} with a micro-batch of {rows}" for rows, size in result["peak_bytes"].items()
-    )
-    lines += ["", f"memory: {peaks}" + (" (the largest that fits)" if result["micro_batch_size"] else ": does not fit")]
-    lines.append(result["sources"])
-    return "\n".join(lines)
+    peaks = [f"{formatting.file_size(size)} with a micro-batch of {n}" for n, size in result["peak_bytes"].items()]
+    fits = " (the largest that fits)" if result["micro_batch_size"] else ": does not fit"
+    return "\n".join([*lines, "", f"memory: {', '.join(peaks)}{fits}", result["sources"]])

@@ -1,7 +1,6 @@
 """The loss that training and validation use: hidden states in, loss out, without holding the full logits.
 
-At 50,295 tokens of vocabulary the logits of a micro-batch are the largest tensors of a training step, several times
-the activations of a small model. Here they exist for `LOSS_CHUNK` rows at a time.
+At 50,295 tokens of vocabulary these are several times the activations of a small model.
 """
 
 from __future__ import annotations
@@ -23,12 +22,9 @@ IGNORED = -100  # label of a position that has no loss
 def use_chunked_loss(model: NanoPhiForCausalLM) -> None:
     """Let `model(input_ids=..., labels=...)` compute its loss in chunks; it then returns no logits.
 
-    Without labels, as in generation, the model works as before. The change belongs to this object only: nothing of it
-    is saved. It replaces `forward`, not `Trainer`'s `compute_loss`, because DDP and FSDP need the head's weights to be
-    used inside the wrapped model's call.
-
-    The new `forward` takes `num_items_in_batch` (divisor of the summed loss; default: the number of labels that
-    count) and `reduction`: "mean", or "none" for the losses of the positions [batch, tokens] without gradients.
+    `num_items_in_batch` divides the summed loss (default: the number of labels that count); `reduction` "none" gives
+    the losses of the positions [batch, tokens] without gradients. Nothing of this is saved. It replaces `forward`, not
+    `compute_loss`, because DDP and FSDP need the head's weights to be used inside the wrapped model's call.
     """
     plain = model.forward
 
@@ -51,45 +47,33 @@ def use_chunked_loss(model: NanoPhiForCausalLM) -> None:
 
 
 def chunked_loss(
-    hidden_states: torch.Tensor,
-    head: nn.Linear,
-    targets: torch.Tensor,
-    num_items_in_batch: torch.Tensor | int | None = None,
+    hidden_states: torch.Tensor, head: nn.Linear, targets: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
 ) -> torch.Tensor:
     """Cross entropy of `head(hidden_states)` as a float32 scalar, differentiable in the hidden states and the head.
 
-    hidden_states [..., hidden_size]; targets [...] int64, `IGNORED` where there is no loss. The sum is divided by
-    `num_items_in_batch`, or by the number of targets that count. Under autocast the products run in autocast's dtype.
+    hidden_states [..., hidden_size]; targets [...] int64. Under autocast the products run in autocast's dtype.
     """
     targets = targets.flatten().to(hidden_states.device)
     dtype = _product_dtype(hidden_states, head)
     with torch.autocast(hidden_states.device.type, enabled=False):
         total = LinearCrossEntropy.apply(hidden_states.flatten(0, -2), head.weight, head.bias, targets, dtype)
-    if num_items_in_batch is None:
-        num_items_in_batch = (targets != IGNORED).sum()
-    if torch.is_tensor(num_items_in_batch):
-        num_items_in_batch = num_items_in_batch.to(total.device)
-    return total / num_items_in_batch
+    return total / ((targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
 
 
 @torch.no_grad()
 def token_losses(hidden_states: torch.Tensor, head: nn.Linear, targets: torch.Tensor) -> torch.Tensor:
     """Cross entropy of every token: [..., hidden_size] and targets [...] -> float32 [...], 0 where ignored."""
-    rows = hidden_states.flatten(0, -2)
-    dtype = _product_dtype(hidden_states, head)
-    classes = targets.flatten().to(rows.device)
-    losses = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
-    with torch.autocast(rows.device.type, enabled=False):
+    dtype, on_cpu, losses = _product_dtype(hidden_states, head), hidden_states.device.type == "cpu", []
+    size = LOSS_CHUNK // 4  # of training's chunk a quarter: cross entropy holds the logits in float32 twice
+    pairs = zip(hidden_states.flatten(0, -2).split(size), targets.flatten().split(size), strict=True)
+    with torch.autocast(hidden_states.device.type, enabled=False):
         weight, bias = head.weight.to(dtype), head.bias.to(dtype)
-        # A quarter of training's chunk: cross entropy holds the logits in float32 twice.
-        for start in range(0, len(rows), LOSS_CHUNK // 4):
-            part = slice(start, start + LOSS_CHUNK // 4)
-            logits = nn.functional.linear(rows[part].to(dtype), weight, bias)
-            block = CPU_BLOCKS[0] if rows.device.type == "cpu" else len(logits)
-            blocks = zip(losses[part].split(block), logits.split(block), classes[part].split(block), strict=True)
-            for into, scores, wanted in blocks:
-                into.copy_(nn.functional.cross_entropy(scores.float(), wanted, reduction="none", ignore_index=IGNORED))
-    return losses.view(targets.shape)
+        for rows, classes in pairs:
+            logits, block = nn.functional.linear(rows.to(dtype), weight, bias), CPU_BLOCKS[0] if on_cpu else size
+            for scores, wanted in zip(logits.split(block), classes.split(block), strict=True):
+                part = nn.functional.cross_entropy(scores.float(), wanted, reduction="none", ignore_index=IGNORED)
+                losses.append(part)
+    return torch.cat(losses).view(targets.shape)
 
 
 def _product_dtype(hidden_states: torch.Tensor, head: nn.Linear) -> torch.dtype:
@@ -113,11 +97,10 @@ class LinearCrossEntropy(torch.autograd.Function):
         targets: torch.Tensor,
         dtype: torch.dtype,
     ) -> torch.Tensor:
-        """hidden_states [rows, hidden_size], weight [vocab_size, hidden_size], targets [rows] -> float32 scalar.
+        """[rows, hidden_size], [vocab_size, hidden_size], [vocab_size], [rows] -> float32 scalar.
 
         Matrix products run in `dtype`; softmax, loss and the weight's gradient in float32.
         """
-        wanted = ctx.needs_input_grad[:3]
         device, vocab_size = hidden_states.device, len(weight)
         # On a CPU, everything except the matrix products runs in blocks that stay in its caches, the bias included.
         on_cpu = device.type == "cpu"
@@ -130,9 +113,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         keep = targets != IGNORED
         classes = targets.where(keep, 0)[:, None]
         loss = torch.zeros((), dtype=torch.float32, device=device)
-        grad_hidden = torch.empty_like(hidden_states) if wanted[0] else None
-        grad_weight = torch.zeros(matrix.shape, dtype=torch.float32, device=device) if wanted[1] else None
-        grad_bias = torch.zeros(offset.shape, dtype=torch.float32, device=device) if wanted[2] else None
+        grad_hidden = torch.empty_like(hidden_states)
+        grad_weight = torch.zeros(matrix.shape, dtype=torch.float32, device=device)
+        grad_bias = torch.zeros(offset.shape, dtype=torch.float32, device=device)
         for start in range(0, len(targets), LOSS_CHUNK):
             rows = slice(start, start + LOSS_CHUNK)
             chunk, kept = hidden_states[rows].to(dtype), keep[rows, None]
@@ -142,35 +125,25 @@ class LinearCrossEntropy(torch.autograd.Function):
             ):
                 grad = nn.functional.log_softmax(block + offset if on_cpu else block, dim=-1, dtype=torch.float32)
                 loss -= (grad.gather(1, block_classes) * block_kept).sum()
-                if not any(wanted):
-                    continue
                 grad.exp_().scatter_add_(1, block_classes, -torch.ones_like(block_classes, dtype=torch.float32))
                 # Ignored rows: zero the small factor of each product, not the large one.
-                if grad_bias is not None:
-                    grad_bias += grad.t().mv(block_kept[:, 0].float())
+                grad_bias += grad.t().mv(block_kept[:, 0].float())
                 block.copy_(grad)  # the logits' gradient takes their place
-            if grad_hidden is not None:
-                grad_hidden[rows] = (logits @ matrix) * kept
-            if grad_weight is not None:
-                chunk = chunk * kept
-                for part, columns in zip(grad_weight.split(class_block), logits.split(class_block, dim=1), strict=True):
-                    if dtype == torch.float32:
-                        part.addmm_(columns.t(), chunk)
-                    else:
-                        part += columns.t() @ chunk
+            grad_hidden[rows] = (logits @ matrix) * kept
+            chunk = chunk * kept
+            for part, columns in zip(grad_weight.split(class_block), logits.split(class_block, dim=1), strict=True):
+                if dtype == torch.float32:
+                    part.addmm_(columns.t(), chunk)
+                else:
+                    part += columns.t() @ chunk
             del logits
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-        ctx.parameters = (weight.dtype, bias.dtype, vocab_size)
+        ctx.vocab_size, ctx.dtypes = vocab_size, (weight.dtype, bias.dtype)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
-        weight_dtype, bias_dtype, vocab_size = ctx.parameters
-        if grad_hidden is not None:
-            grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
-        if grad_weight is not None:
-            grad_weight = (grad_weight[:vocab_size] * grad_loss).to(weight_dtype)
-        if grad_bias is not None:
-            grad_bias = (grad_bias[:vocab_size] * grad_loss).to(bias_dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None
+        grad_hidden, *of_head = ctx.saved_tensors
+        pairs = zip(of_head, ctx.dtypes, strict=True)
+        scaled = ((grad[: ctx.vocab_size] * grad_loss).to(dtype) for grad, dtype in pairs)
+        return grad_hidden * grad_loss.to(grad_hidden.dtype), *scaled, None, None

@@ -1,11 +1,11 @@
-"""The optimizers that a recipe can name, each a function of the model and the recipe's `training` section.
+"""The optimizers of `core/registry.py`, each a function of the model and the recipe's `training` section.
 
-`core/registry.py` lists them. A parameter group may have a `kind`: the log calls its rate `<kind>_learning_rate`, and
-that of all other groups `learning_rate`. Schedule, clipping and accumulation are `Trainer`'s.
+The log calls the rate of a parameter group with a `kind` `<kind>_learning_rate`, that of all others `learning_rate`.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -18,51 +18,31 @@ ADAM_EPS = 1e-8
 
 def adamw(model: nn.Module, training: Training) -> torch.optim.Optimizer:
     """Fused AdamW; weight decay acts on matrices only."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    matrices, vectors = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
-    return _adamw(matrices, vectors, training)
+    return _adamw([parameter for parameter in model.parameters() if parameter.requires_grad], training)
 
 
-def muon(model: nn.Module, training: Training) -> torch.optim.Optimizer:
-    """Muon for the weights between hidden layers, AdamW for everything else."""
-    return MuonAdamW(model, training)
-
-
-def _adamw(decayed: list[Any], others: list[Any], training: Training) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": training.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        lr=training.learning_rate,
-        betas=(training.adam_beta1, training.adam_beta2),
-        eps=ADAM_EPS,
-        fused=True,
-    )
+def _adamw(parameters: list[Any], training: Training) -> torch.optim.AdamW:
+    decayed = {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": training.weight_decay}
+    others = {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}
+    betas = (training.adam_beta1, training.adam_beta2)
+    return torch.optim.AdamW([decayed, others], lr=training.learning_rate, betas=betas, eps=ADAM_EPS, fused=True)
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """`torch.optim.Muon` and `torch.optim.AdamW` behind one optimizer interface.
+    """`torch.optim.Muon` for the matrices between hidden layers, `torch.optim.AdamW` for the rest, as one optimizer.
 
-    Muon (https://kellerjordan.github.io/posts/muon/) orthogonalises the momentum of a matrix. It suits the weights
-    between hidden layers; embeddings, the output head, biases and norms train with AdamW. Learning-rate schedulers,
+    Muon (https://kellerjordan.github.io/posts/muon/) orthogonalises the momentum of a matrix. Learning-rate schedulers,
     accelerate and checkpoints expect one object with one `param_groups` and one `state`.
     """
 
     def __init__(self, model: nn.Module, training: Training) -> None:
-        matrices, tables, vectors = [], [], []
-        for name, parameter in model.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            if parameter.ndim < 2:
-                vectors.append(parameter)
-            elif "embed_tokens" in name or "lm_head" in name or parameter.ndim > 2:
-                tables.append(parameter)
-            else:
-                matrices.append(parameter)
-        rate, decay = training.muon_learning_rate, training.weight_decay
-        self._muon = torch.optim.Muon(matrices, lr=rate, weight_decay=decay, momentum=0.95)
-        self._adamw = _adamw(tables, vectors, training)
-        groups = [{**group, "kind": "muon"} for group in self._muon.param_groups]
-        groups += [{**group, "kind": "adamw"} for group in self._adamw.param_groups]
-        super().__init__(groups, defaults={})
+        trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        inner = {name for name, p in trained if p.ndim >= 2 and not re.search("embed_tokens|lm_head", name)}
+        matrices, rate = [parameter for name, parameter in trained if name in inner], training.muon_learning_rate
+        self._muon = torch.optim.Muon(matrices, lr=rate, weight_decay=training.weight_decay, momentum=0.95)
+        self._adamw = _adamw([parameter for name, parameter in trained if name not in inner], training)
+        kinds = (("muon", self._muon), ("adamw", self._adamw))
+        super().__init__([{**group, "kind": kind} for kind, of in kinds for group in of.param_groups], defaults={})
         self._share()
 
     def _share(self) -> None:

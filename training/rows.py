@@ -1,42 +1,41 @@
-"""Packed rows in the order in which training sees them, and as batches."""
+"""Packed rows: in the order in which training sees them, as batches, and held out, measured by source."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 from torch.utils.data import Dataset
+from transformers import EvalPrediction
 
-from nanophi.core.errors import UserError
+from nanophi.core.errors import UserError, one_line
 from nanophi.core.files import read_json
+
+BY_SOURCE = "bits_per_byte/"
+REMEDY = "run `nanophi prepare` on the recipe; it packs the same rows again and leaves the checkpoints alone"
 
 
 class PackedRows(Dataset[dict[str, torch.Tensor]]):
     """The rows that training sees, in order: all epochs as one sequence, each epoch shuffled by its own seed.
 
-    Row `i` of the sequence depends only on `i` and the seed, so a run that resumes, or divides its batches among
-    other devices, sees the same rows. Without a length (`rows`) each row comes once, in file order.
-
-    `tokens` is a folder of `datasets.Dataset.save_to_disk` with a column `input_ids` of equally long rows.
+    Row `i` depends only on `i` and the seed, however a run resumes or divides its batches. Without a length (`rows`)
+    each row comes once, in file order. `tokens` is a folder of `datasets.Dataset.save_to_disk`.
     """
 
     def __init__(self, tokens: Path, rows: int | None = None, seed: int = 0) -> None:
         try:
             dataset = datasets.load_from_disk(str(tokens))
         except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(
-                f"{tokens} cannot be read ({reason}); delete {tokens.parent} and run `nanophi prepare` on the recipe; "
-                "it packs the same rows again and leaves the checkpoints alone"
-            ) from None
+            reason = one_line(error)
+            raise UserError(f"{tokens} cannot be read ({reason}); delete {tokens.parent} and {REMEDY}") from None
         if len(dataset) == 0:
-            raise UserError(
-                f"{tokens} holds no complete row, because the text is shorter than one context; add documents"
-            )
+            raise UserError(f"{tokens} holds no row: the text is shorter than one context; add documents")
         self.dataset = dataset.with_format("torch", columns=["input_ids"])
         self.rows = rows
         self.seed = seed
@@ -71,6 +70,54 @@ class PackedRows(Dataset[dict[str, torch.Tensor]]):
         return [{"input_ids": row} for row in batch]
 
 
+class HeldoutRows(PackedRows):
+    """Held-out rows that know the source of every token; one unnamed source without `heldout-documents.parquet`."""
+
+    def __init__(self, tokens: Path) -> None:
+        super().__init__(tokens / "heldout")
+        shape = (len(self), len(self.dataset[0]["input_ids"]))
+        self.sources, self.bytes_per_token = [""], [math.nan]
+        self._codes = torch.zeros(shape, dtype=torch.int64)
+        documents = tokens / "heldout-documents.parquet"
+        if not documents.exists():
+            return
+        table = pq.read_table(documents)
+        lengths, sizes = (table[name].to_numpy() for name in ("tokens", "bytes"))
+        self.sources, codes = map(list, np.unique(table["source"].to_pylist(), return_inverse=True))
+        # The rows are the documents end to end; an incomplete last row is dropped.
+        self._codes = torch.from_numpy(np.repeat(codes, lengths)[: math.prod(shape)].reshape(shape))
+        self.bytes_per_token = (np.bincount(codes, sizes) / np.bincount(codes, lengths)).tolist()
+
+    def __getitems__(self, positions: list[int]) -> list[dict[str, torch.Tensor]]:
+        rows = super().__getitems__(positions)
+        return [{**row, "sources": self._codes[self.index(i)]} for row, i in zip(rows, positions, strict=True)]
+
+    def sums(self, losses: torch.Tensor, sources: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Nats, and number of predicted tokens: two float32 tensors (rows, number of sources).
+
+        Both arguments are (rows, length): position i of `losses` holds the loss of predicting token i + 1.
+        """
+        nats = torch.zeros(len(losses), len(self.sources), device=losses.device)
+        counts = torch.zeros_like(nats)
+        nats.scatter_add_(1, sources[:, 1:], losses[:, :-1])
+        counts.scatter_add_(1, sources[:, 1:], torch.ones_like(losses[:, :-1]))
+        return nats, counts
+
+    def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        """From `sums` of all rows: `mean_loss`, and `bits_per_byte/NAME` of each source that has a predicted token.
+
+        The mean is over tokens; `Trainer`'s own is over batches, which hold some rows twice on several processes.
+        """
+        parts = (prediction.predictions, prediction.label_ids)
+        nats, counts = (np.asarray(part, np.float64).sum(axis=0) for part in parts)
+        by_source = {
+            BY_SOURCE + name: round(nats[code] / counts[code] / math.log(2) / self.bytes_per_token[code], 5)
+            for code, name in enumerate(self.sources)
+            if name and counts[code]
+        }
+        return {"mean_loss": float(nats.sum() / counts.sum()), **by_source}
+
+
 def check_tokens(tokens: Path, **splits: PackedRows) -> None:
     """Check that the rows of each split are those that `tokens.json` records. Raises `UserError`."""
     recorded = read_json(tokens / "tokens.json")
@@ -83,31 +130,25 @@ def check_tokens(tokens: Path, **splits: PackedRows) -> None:
             same = rows.sha256(rest.read_bytes() if rest.exists() else b"") == counts["sha256"]
         if not same:
             raise UserError(
-                f"{tokens / split} holds other tokens than {tokens / 'tokens.json'} records; delete {tokens} and run "
-                "`nanophi prepare` on the recipe; it packs the same rows again and leaves the checkpoints alone"
+                f"{tokens / split} holds other tokens than tokens.json records; delete {tokens} and {REMEDY}"
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class PackedCollator:
-    """Rows to a batch: `input_ids`, `labels`, `position_ids` if documents are isolated, and `sources` if the rows have
-    them; all (rows, length) int64.
+    """Rows to a batch of `labels`, `position_ids` if documents are isolated, and what rows have; (rows, length) int64.
 
-    A document begins at an end-of-text token, which also ends the document before. Positions restart there.
-    Attention reads restarting positions as boundaries, so every prediction, including that of the end-of-text token,
-    depends on one document only.
+    Positions restart at an end-of-text token, which attention reads as the boundary of a document.
     """
 
     eos_token_id: int
     isolate_documents: bool
 
     def __call__(self, rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        input_ids = torch.stack([row["input_ids"] for row in rows]).long()
-        batch = {"input_ids": input_ids, "labels": input_ids}
-        if "sources" in rows[0]:
-            batch["sources"] = torch.stack([row["sources"] for row in rows])
+        batch = {name: torch.stack([row[name] for row in rows]).long() for name in rows[0]}
+        batch["labels"] = batch["input_ids"]
         if self.isolate_documents:
-            batch["position_ids"] = restarting_positions(input_ids, self.eos_token_id)
+            batch["position_ids"] = restarting_positions(batch["input_ids"], self.eos_token_id)
         return batch
 
 

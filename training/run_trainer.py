@@ -1,12 +1,14 @@
 """A `Trainer` that lives in a run directory: when it saves and logs, and how it resumes.
 
 `RunTrainer` comes before a trainer of another library in a class's bases, and changes nothing about how that trains.
-What it puts together has a module of its own: checkpoints, clock, anomaly, energy, fsdp, history, progress, stopping.
+What it puts together has a module of its own: checkpoints, progress, receipt, stopping.
 """
 
 from __future__ import annotations
 
 import functools
+import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,85 +16,65 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PrinterCallback, TrainerCallback
+from accelerate.utils import broadcast_object_list
+from accelerate.utils.memory import should_reduce_batch_size
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
-from nanophi.core.errors import UserError, one_line
+from nanophi.core.errors import UserError, is_disk_full, one_line
 from nanophi.core.files import remove, sha256_of_file, write_json
-from nanophi.core.names import step_name, step_of
+from nanophi.core.names import step_name
 from nanophi.core.recipe import Training
 from nanophi.core.registry import OPTIMIZERS, find
-from nanophi.training import anomaly, history, receipt
-from nanophi.training.arguments import decay_start
-from nanophi.training.budget import fitting_rows, flops_per_token, is_out_of_memory, peak_flops, uses_tf32
-from nanophi.training.checkpoints import WEIGHTS, disk_space, last_saved, states, store
-from nanophi.training.clock import Clock
+from nanophi.modeling_nanophi import NanoPhiForCausalLM
+from nanophi.training import progress, receipt
+from nanophi.training.arguments import NO_FSDP
+from nanophi.training.budget import fitting_rows, flops_per_token, peak_flops, uses_tf32
+from nanophi.training.checkpoints import WEIGHTS, last_saved, store
 from nanophi.training.continuation import data_hashes
-from nanophi.training.energy import EnergyMeter
-from nanophi.training.fsdp import DividedTrainer
 from nanophi.training.loss import IGNORED
 from nanophi.training.optimizer import rate_names
-from nanophi.training.progress import ProgressLine, trackers
-from nanophi.training.stopping import SaveAndStop, ignore_in_worker
-from nanophi.training.validation import unchanged_random_state
+from nanophi.training.stopping import SaveAndStop, ignore_in_worker, loss_anomaly
 
 UNLOGGED = "unlogged"
 """Key of the state that a run resumes from, among the callbacks': the sum of the losses since the last log entry."""
 
 
-class RunTrainer(DividedTrainer):
-    """`Trainer` that saves into a run directory and logs tokens, speed and MFU.
+class RunTrainer(Trainer):
+    """`Trainer` that saves into a run directory; `base` is the file of weights that it begins with (None: random)."""
 
-    `base` is the weights' file that training began with (None: random ones); `tokens_per_step` those of a whole batch
-    (None: steps differ, and `Trainer` counts them).
-    """
-
+    model: NanoPhiForCausalLM
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LambdaLR
 
     def __init__(
-        self,
-        *,
-        run: Path,
-        training: Training,
-        base: Path | None,
-        tokens_per_step: int | None,
-        report: Callable[[str], None],
-        **kwargs: Any,
+        self, *, run: Path, training: Training, base: Path | None, report: Callable[[str], None], **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
-        precision = {"no": "fp32"}.get(self.accelerator.mixed_precision, self.accelerator.mixed_precision)
-        if precision != ("bf16" if self.args.bf16 else "fp32"):
-            raise UserError(f"accelerate would train in {precision}, but training.precision is {training.precision}")
+        if self.args.fsdp and not self.is_fsdp_enabled:
+            raise UserError(NO_FSDP)  # accelerate would silently train without it
         self.run = run
         self.training = training
         self.report = report
+        self.precision = "bf16" if self.args.bf16 else "fp32"
         self.hashes = data_hashes(run) | ({} if base is None else {"base_sha256": sha256_of_file(base)})
-        self.tokens_per_step = tokens_per_step
-        self.energy = EnergyMeter(training, report)
         self.stop = SaveAndStop(training)
-        config, devices, price = self.model.config, self.args.world_size, training.dollars_per_hour
-        peak = None
+        config, devices, price, peak = self.model.config, self.args.world_size, training.dollars_per_hour, None
         if torch.cuda.is_available():
-            peak = peak_flops(torch.cuda.get_device_name(), precision, uses_tf32(training))
-        self.clock = Clock(
-            flops_per_token=flops_per_token(config, config.max_position_embeddings),
-            peak_flops=None if peak is None else peak * devices,
-            dollars_per_hour=None if price is None else price * devices,
-        )
+            peak = peak_flops(torch.cuda.get_device_name(), self.precision, uses_tf32(training))
+        flops = flops_per_token(config, config.max_position_embeddings)
+        self.clock = progress.Clock(flops, peak and peak * devices, price and price * devices)
         self.saved_step: int | None = None
         self.compared = bool(self.is_fsdp_enabled)  # see `receipt.py`
         self.remove_callback(PrinterCallback)
-        for callback in (ProgressLine(run.name), self.stop, history.HistoryFile(run), _Begin(self)):
+        for callback in (progress.ProgressLine(run.name), self.stop, _Begin(self)):
             self.add_callback(callback)
 
     def tokens_seen(self) -> int:
         """Tokens of all steps so far, those before a resumption among them."""
-        if self.tokens_per_step is None:
-            return self.state.num_input_tokens_seen
-        return self.state.global_step * self.tokens_per_step
-
-    # Optimizer and schedule
+        return self.state.num_input_tokens_seen
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """The one that the recipe names."""
@@ -114,8 +96,6 @@ class RunTrainer(DividedTrainer):
         for base, factor in zip(self.lr_scheduler.base_lrs, self.lr_scheduler.lr_lambdas, strict=True):
             yield float(base * factor(step))
 
-    # The receipt of the computation
-
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """`Trainer`'s; of the first batch it is counted how many tokens are predicted, in all processes."""
         samples, items = super().get_batch_samples(*args, **kwargs)
@@ -135,18 +115,16 @@ class RunTrainer(DividedTrainer):
         self.compared = True
         if starts is None:
             return super().training_step(model, inputs, num_items_in_batch)
-        kind = "bf16" if self.args.bf16 else "tf32" if uses_tf32(self.training) else "fp32"
+        kind = "tf32" if self.precision == "fp32" and uses_tf32(self.training) else self.precision
         processes = self.args.world_size
         average = processes > 1 and self.accelerator.sync_gradients
-        with receipt.without_dropout(self.model) as dropped, unchanged_random_state():
+        with receipt.without_dropout(self.model) as dropped, torch.random.fork_rng():
             loss = super().training_step(model, inputs, num_items_in_batch)
             receipt.check(self.model, inputs, starts, self._predicted / processes, float(loss), kind, average)
         if dropped:
             model.zero_grad()
             return super().training_step(model, inputs, num_items_in_batch)
         return loss
-
-    # Logging
 
     def begin(self) -> None:
         """At the first step of this process: `Trainer` has loaded the state, if there is one."""
@@ -158,19 +136,22 @@ class RunTrainer(DividedTrainer):
             self._globalstep_last_logged = unlogged["since"]
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
-        """Add tokens seen, time, tokens/s, MFU, cost and the rates of the last step to `Trainer`'s entry."""
+        """Add tokens seen, time, tokens/s, MFU, cost and the last step's rates to an entry; keep `training.json`."""
         if "loss" in logs:
             self._check_loss(logs["loss"], self.training.logging_steps)
             rates = self._rates(max(0, self.state.global_step - 1))
             logs |= dict(zip(rate_names(self.optimizer), rates, strict=True))
             logs |= self.clock.lap(self.tokens_seen())
-        if bad := anomaly.not_finite(logs):
-            raise self._stopped(f"{bad} is {logs[bad]}", "Lower training.learning_rate")
+        for name, value in logs.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise self._stopped(f"{name} is {value}", "Lower training.learning_rate")
         super().log(logs)
+        if self.is_world_process_zero():
+            write_json(self.run / "training.json", progress.history(self.state.log_history))
 
     def _check_loss(self, loss: float, steps: int) -> None:
         """Stop before anything is saved if the mean loss of the last `steps` steps is not finite, or a spike."""
-        if found := anomaly.loss_anomaly(loss, steps, self.training, self.state.log_history):
+        if found := loss_anomaly(loss, steps, self.training, self.state.log_history):
             raise self._stopped(*found)
 
     def _stopped(self, what: str, remedy: str) -> UserError:
@@ -179,23 +160,26 @@ class RunTrainer(DividedTrainer):
 
     def _lost(self, error: Exception) -> UserError | None:
         """What to do after a failure of the machine that can be put right; None: it is another one."""
-        resume = f"run the same command to resume from {last_saved(self.run)}"
-        if "DataLoader worker" in str(error):
-            return UserError(
-                f"a process that loads data has died, as for want of memory ({one_line(error)}); {resume}, or set "
-                "training.arguments.dataloader_num_workers to fewer"
-            )
-        if not is_out_of_memory(error):
+        rows = self.args.per_device_train_batch_size
+        if isinstance(error, UserError):
             return None
-        rows, share = self.args.per_device_train_batch_size, self.training.batch_size // self.args.world_size
-        fits = fitting_rows(self.model.config, self.training, [size for size in range(1, rows) if share % size == 0])
-        if fits:
-            return UserError(
-                f"out of memory with {rows} rows at a time; set training.micro_batch_size={fits} and {resume}"
-            )
-        return UserError(f"out of memory with one row at a time ({one_line(error)}); free some and {resume}")
-
-    # Checkpoints
+        if is_disk_full(error):
+            what, remedy = f"no disk space left in {self.run} for step {self.state.global_step}", "free some"
+        elif "DataLoader worker" in str(error):
+            what = "a process that loads data has died"
+            remedy = "set training.arguments.dataloader_num_workers to fewer"
+        elif isinstance(error, MemoryError) or should_reduce_batch_size(error):
+            less = max((size for size in range(1, rows) if rows % size == 0), default=1)
+            memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            if torch.cuda.is_available():
+                memory = torch.cuda.get_device_properties(0).total_memory
+            fits = fitting_rows(self.model.config, self.training, less, memory)
+            what = f"out of memory with a micro-batch of {rows}"
+            remedy = f"set training.micro_batch_size={fits or 1}" if rows > 1 else "free some"
+        else:
+            return None
+        resume = f"run the same command to resume from {last_saved(self.run)}"
+        return UserError(f"{what} ({one_line(error)}); {remedy} and {resume}")
 
     def get_train_dataloader(self) -> Any:
         """`Trainer`'s, with workers that a signal to the process group does not end in the middle of a save."""
@@ -207,6 +191,24 @@ class RunTrainer(DividedTrainer):
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.run / "training_state" / ".saving")
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """`Trainer`'s. FSDP gives a model a class of its own, whose source would be saved beside the weights."""
+        if not self.is_fsdp_enabled:
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            assert output_dir is not None
+            with torch.device("meta"):
+                plain = NanoPhiForCausalLM(self.model.config)
+            plain.save_pretrained(output_dir, state_dict=state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        """`Trainer`'s; of a model that is divided every process reads the whole weights, and keeps its part."""
+        if not self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        weights: dict[str, Any] = load_file(Path(resume_from_checkpoint) / WEIGHTS)
+        set_model_state_dict(self.model, weights, options=StateDictOptions(full_state_dict=True))
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Save as `Trainer` does, in a private folder, then move the two halves to their names."""
@@ -222,14 +224,16 @@ class RunTrainer(DividedTrainer):
             remove(saving)
         self.accelerator.wait_for_everyone()
         try:
-            with disk_space(self.run, step, sum(parameter.numel() for parameter in self.model.parameters())):
-                if self.training.track_energy:
-                    self._log_energy()
-                super()._save_checkpoint(model, trial)
-                self.accelerator.wait_for_everyone()
-                if self.args.should_save:
-                    saved, kept = next(saving.glob("checkpoint-*")), self.training.keep_steps
-                    store(self.run, saved, self._facts(), kept, self._kept_states())
+            if self.training.track_energy:  # of all machines
+                reading = torch.tensor(self.energy(), device=self.args.device)
+                here = zip(("energy_kwh", "co2_grams"), self.accelerator.reduce(reading, "sum").tolist(), strict=True)
+                entry: dict[str, Any] = {key: self.clock.total(key, value) for key, value in here}
+                entry |= {"co2_source": progress.ENERGY_SOURCE, "co2_region": self.training.country_iso_code}
+                self.state.log_history.append({"step": step, **entry})
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                store(self.run, next(saving.glob("checkpoint-*")), self._facts(), self.training)
         finally:
             if self.args.should_save:
                 remove(saving)
@@ -237,23 +241,9 @@ class RunTrainer(DividedTrainer):
         self.saved_step = step
         self.clock.pause(time.monotonic() - began)
 
-    def _log_energy(self) -> None:
-        """The energy of all machines so far, in the log that the state keeps."""
-        reading = torch.tensor(self.energy.read(), device=self.args.device)
-        energy, grams = self.accelerator.reduce(reading, "sum").tolist()
-        totals = self.clock.total("energy_kwh", energy), self.clock.total("co2_grams", grams)
-        self.state.log_history.append(self.energy.entry(self.state.global_step, *totals))
-
-    def _kept_states(self) -> set[int]:
-        """Steps whose states stay: the last ones, and the one before `wsd` decays, from which a run can be extended."""
-        step = self.state.global_step
-        earlier = [number for number in map(step_of, states(self.run)) if number < step]
-        kept = set(earlier[len(earlier) - self.training.keep_states + 1 :])
-        return kept | ({decay_start(self.training)} if self.training.schedule == "wsd" else set())
-
     def _facts(self) -> dict[str, Any]:
         """`checkpoint.json`: what is known of this step's weights."""
-        known = history.from_log(self.state.log_history)
+        known = progress.history(self.state.log_history)
         log, evaluation = ((known[part] or [{}])[-1] for part in ("log", "evaluations"))
         return {
             "step": self.state.global_step,
@@ -261,7 +251,7 @@ class RunTrainer(DividedTrainer):
             "train_loss": log.get("loss"),
             "eval_loss": evaluation.get("loss"),
             "eval_step": evaluation.get("step"),
-            "precision": "bf16" if self.args.bf16 else "fp32",
+            "precision": self.precision,
             **self.hashes,
         }
 
@@ -274,21 +264,20 @@ class RunTrainer(DividedTrainer):
             text.replace(self.run / "training_state" / name / TRAINER_STATE_NAME)
             write_json(self.run / "checkpoints" / name / "checkpoint.json", self._facts())
 
-    # The whole training
-
     def fit(self, epochs: float, resume: Path | None) -> dict[str, Any]:
-        """Train to the recipe's last step, from the beginning or from the state `resume`.
+        """Train to the last step, from the beginning or from the main process's `resume`; the summary that is kept.
 
-        `epochs`, how often the data are read, is for the JSON-able summary that is returned. Raises `UserError` if a
-        signal stopped it, after a save.
+        `epochs`: how often the data are read. Raises `UserError` if a signal stopped it, after a save.
         """
-        if resume := broadcast_resume_path(resume):
+        if resume := broadcast_object_list([resume])[0]:
             self.report(f"{self.run.name}: resuming from {resume.name}")
-        with trackers(self), self.energy:
+        with progress.trackers(self), progress.energy(self.training, self.report) as self.energy:
             try:
                 self.train(resume_from_checkpoint=str(resume) if resume else None)
-            except (RuntimeError, MemoryError) as error:
-                raise self._lost(error) or error from error
+            except Exception as error:
+                if lost := self._lost(error):
+                    raise lost from error
+                raise
             finally:
                 self.stop.release()
         if self.stop.stopping:
@@ -298,7 +287,7 @@ class RunTrainer(DividedTrainer):
         final = self.run / "checkpoints" / step_name(self.training.steps)
         if not (final / WEIGHTS).is_file():
             self._save_checkpoint(self.model, None)  # the state was there, but the checkpoint had been removed
-        known = history.from_log(self.state.log_history)
+        known = progress.history(self.state.log_history)
         log, evaluations = known["log"], known["evaluations"]
         # Adapters are merged into the checkpoints.
         sizes = [value.numel() for name, value in self.model.named_parameters() if ".lora_" not in name]
@@ -308,7 +297,7 @@ class RunTrainer(DividedTrainer):
             "tokens_seen": self.tokens_seen(),
             "epochs": epochs,
             "parameters": sum(sizes),
-            "precision": "bf16" if self.args.bf16 else "fp32",
+            "precision": self.precision,
             "seconds": log[-1]["elapsed_seconds"],
             # The first interval includes warm-up.
             "tokens_per_second": float(np.median([entry["tokens_per_second"] for entry in log[1:] or log])),
@@ -316,7 +305,7 @@ class RunTrainer(DividedTrainer):
             "final_loss": log[-1]["loss"],
             "final_bits_per_byte": evaluations[-1]["bits_per_byte"] if evaluations else None,
             "weights_sha256": sha256_of_file(final / WEIGHTS),
-            **history.cost_and_energy(self.state.log_history),
+            **progress.cost_and_energy(self.state.log_history),
         }
         if self.is_world_process_zero():
             write_json(self.run / "training.json", {**known, "summary": summary})
@@ -324,20 +313,10 @@ class RunTrainer(DividedTrainer):
 
 
 class _Begin(TrainerCallback):
-    """Tells the trainer that its training begins."""
+    """Tells the trainer that `Trainer` has loaded the state, before the first step."""
 
     def __init__(self, trainer: RunTrainer) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """After `Trainer` has loaded the state, before the first step."""
         self.trainer.begin()
-
-
-def broadcast_resume_path(resume: Path | None) -> Path | None:
-    """The main process's decision, in every process."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return resume
-    decision = [None if resume is None else str(resume)]
-    torch.distributed.broadcast_object_list(decision, src=0)
-    return None if decision[0] is None else Path(decision[0])

@@ -25,10 +25,9 @@ from nanophi.training.arguments import accelerate_precision, training_arguments,
 from nanophi.training.attention import PACKED_DOCUMENTS
 from nanophi.training.base import base_file, base_model
 from nanophi.training.loss import use_chunked_loss
-from nanophi.training.rows import PackedCollator, PackedRows, check_tokens
+from nanophi.training.rows import HeldoutRows, PackedCollator, PackedRows, check_tokens
 from nanophi.training.run_trainer import RunTrainer
 from nanophi.training.stopping import StopRequestedError
-from nanophi.training.validation import HeldoutRows, unchanged_random_state
 
 
 class NanoPhiTrainer(RunTrainer):
@@ -43,20 +42,22 @@ class NanoPhiTrainer(RunTrainer):
         self.tokenizer = None if prompt is None else AutoTokenizer.from_pretrained(self.run / "data/tokenizer")
         self.bytes_per_token = read_json(self.run / "data/tokens/tokens.json")["heldout"]["bytes_per_token"]
 
-    # Data: `PackedRows` is in order already.
-
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
-        return SequentialSampler(self.train_dataset)
+        return SequentialSampler(self.train_dataset)  # `PackedRows` is in order already
+
+    def tokens_seen(self) -> int:
+        """Of whole rows: the same at every step."""
+        return self.state.global_step * self.training.batch_size * self.model.config.max_position_embeddings
 
     def document_starts(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """From the tokens themselves."""
-        ids, eos = inputs["input_ids"], cast(int, self.model.config.eos_token_id)
-        return torch.eq(ids, eos) if self.training.isolate_documents else torch.zeros_like(ids, dtype=torch.bool)
+        ends = torch.eq(inputs["input_ids"], cast(int, self.model.config.eos_token_id))
+        return ends if self.training.isolate_documents else torch.zeros_like(ends)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
         """Tokens that a whole batch predicts: all of a row but its first, whichever of them `Trainer` would count."""
-        context = self.model.config.max_position_embeddings
-        return torch.tensor(float(self.training.batch_size * (context - 1)), device=device)
+        predicted = self.model.config.max_position_embeddings - 1
+        return torch.tensor(float(self.training.batch_size * predicted), device=device)
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         """An evaluation's entry gets its loss per token and bits per byte."""
@@ -65,8 +66,6 @@ class NanoPhiTrainer(RunTrainer):
             logs["tokens_seen"] = self.tokens_seen()
             logs["bits_per_byte"] = round(logs["eval_loss"] / math.log(2) / self.bytes_per_token, 5)
         super().log(logs)
-
-    # Evaluation
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Save, then evaluate and write a sample, without a trace in the random state or the training time."""
@@ -78,7 +77,7 @@ class NanoPhiTrainer(RunTrainer):
                 return {}
         began = time.monotonic()
         try:
-            with unchanged_random_state():
+            with torch.random.fork_rng():
                 metrics = super().evaluate(*args, **kwargs)
                 # A model that is divided among processes generates on all of them or not at all.
                 if self.prompt is not None and (self.is_fsdp_enabled or self.is_world_process_zero()):
@@ -124,18 +123,12 @@ def train(
     resume: Path | None = None,
     base: str | None = None,
 ) -> dict[str, Any]:
-    """Train on `data/tokens` of a run directory, from the state `resume` (None: the beginning).
-
-    `prompt` begins a sample text at every evaluation (None: no samples); `base` names the weights to begin with (None:
-    random ones).
-    """
+    """Train on `data/tokens` of a run directory, from the state `resume` or the weights `base` names, with samples."""
     arguments = training_arguments(training, run, seed, world_size())
     set_seed(seed)
-    rows, heldout = (
-        PackedRows(run / "data/tokens/train", training.steps * training.batch_size, seed),
-        HeldoutRows(run / "data/tokens"),
-    )
-    check_tokens(run / "data/tokens", train=rows, heldout=heldout)
+    tokens = run / "data/tokens"
+    rows, heldout = PackedRows(tokens / "train", training.steps * training.batch_size, seed), HeldoutRows(tokens)
+    check_tokens(tokens, train=rows, heldout=heldout)
     if not isinstance(config.eos_token_id, int):
         raise UserError(f"the tokenizer must have one end-of-text token, found {config.eos_token_id}")
     model = NanoPhiForCausalLM(config) if base is None else base_model(base, config, run / "data/tokenizer")
@@ -147,7 +140,6 @@ def train(
             run=run,
             training=training,
             base=None if base is None else base_file(base),
-            tokens_per_step=training.batch_size * config.max_position_embeddings,
             report=report,
             prompt=prompt,
             model=model,
@@ -156,4 +148,4 @@ def train(
             eval_dataset=heldout,
             data_collator=PackedCollator(config.eos_token_id, training.isolate_documents),
         )
-    return trainer.fit(training.steps * training.batch_size / len(trainer.train_dataset.dataset), resume)
+    return trainer.fit(training.steps * training.batch_size / len(rows.dataset), resume)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nanophi.core.errors import UserError
-from nanophi.core.files import read_json, write_json
+from nanophi.core.files import read_json, write_json, write_text
 from nanophi.core.recipe import load_recipe
 from nanophi.experiments import reproduce
 from nanophi.model_card import card, release
@@ -28,6 +28,25 @@ def test_prepare_writes_a_recipe_that_loads(built_release: Path, finished_run: P
     assert not any("was not published" in line for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "listed", "line"),
+    [
+        ("seed: 7", "seed: 8", False, r"records/recipe\.yaml was changed"),
+        ("name: tiny", "name: ../../tiny", True, "which no run can have"),
+        ("seed: 7", "seed: 7 ", True, "published is in the way"),
+    ],
+)
+def test_other_records_names_and_folders_are_refused(copied, tmp_path, old, new, listed, line) -> None:
+    recipe, thesis = copied / "records/recipe.yaml", tmp_path / "again/published/thesis.tex"
+    recipe.write_text(recipe.read_text().replace(old, new, 1))
+    if listed:
+        release.write_manifest(copied, read_json(copied / "MANIFEST.json")["provenance"])
+    write_text(thesis, "mine")
+    with pytest.raises(UserError, match=line):
+        reproduce.fetch_recipe(str(copied), tmp_path / "again", report=silent)
+    assert [path.name for path in (tmp_path / "again").rglob("*")] == ["published", "thesis.tex"]
+
+
 def test_prepare_says_which_data_is_private(copied: Path, tmp_path: Path) -> None:
     recipe = copied / "records" / "recipe.yaml"
     text = recipe.read_text().replace("embedded: documentation", "embedded: null")
@@ -36,22 +55,6 @@ def test_prepare_says_which_data_is_private(copied: Path, tmp_path: Path) -> Non
     lines: list[str] = []
     reproduce.fetch_recipe(str(copied), tmp_path / "again", report=lines.append)
     assert any("mine.parquet" in line and "--set 'data.sources=[...]'" in line for line in lines)
-
-
-def test_changed_records_are_refused(copied: Path, tmp_path: Path) -> None:
-    recipe = copied / "records" / "recipe.yaml"
-    recipe.write_text(recipe.read_text().replace("seed: 7", "seed: 8"))
-    with pytest.raises(UserError, match=r"records/recipe\.yaml was changed"):
-        reproduce.fetch_recipe(str(copied), tmp_path / "again")
-    assert not (tmp_path / "again").exists()
-
-
-def test_a_recipe_cannot_name_another_folder(copied: Path, tmp_path: Path) -> None:
-    recipe = copied / "records" / "recipe.yaml"
-    recipe.write_text(recipe.read_text().replace("name: tiny", "name: ../../tiny", 1))
-    release.write_manifest(copied, read_json(copied / "MANIFEST.json")["provenance"])
-    with pytest.raises(UserError, match="which no run can have"):
-        reproduce.fetch_recipe(str(copied), tmp_path / "again")
 
 
 def test_the_same_run_agrees_with_itself(built_release: Path, finished_run: Path) -> None:
@@ -76,31 +79,23 @@ def test_an_earlier_checkpoint_is_compared_with_that_step(finished_run: Path, tm
         reproduce.compare_with_published(tmp_path / "release", run, report=silent)
 
 
-def test_a_folder_that_is_in_the_way_is_kept(built_release: Path, tmp_path: Path) -> None:
-    (tmp_path / "again" / "published").mkdir(parents=True)
-    (tmp_path / "again" / "published" / "thesis.tex").write_text("mine")
-    with pytest.raises(UserError, match="published is in the way"):
-        reproduce.fetch_recipe(str(built_release), tmp_path / "again", report=silent)
-    assert (tmp_path / "again" / "published" / "thesis.tex").read_text() == "mine"
-
-
 def test_differences_are_separated_from_noise(built_release: Path, finished_run: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(finished_run, tmp_path / "tiny", ignore=shutil.ignore_patterns("release", "card")))
-    tokens = read_json(run / "data" / "tokens" / "tokens.json")
-    write_json(run / "data" / "tokens" / "tokens.json", {**tokens, "train": {**tokens["train"], "sha256": "9" * 64}})
-    training = read_json(run / "training.json")
-    training["summary"]["weights_sha256"] = "8" * 64
-    write_json(run / "training.json", training)
-    results = read_json(run / "evals" / "step-000030-heldout.json")
+    files = [run / name for name in ("data/tokens/tokens.json", "training.json", "evals/step-000030-heldout.json")]
+    tokens, training, results = map(read_json, files)
+    tokens["train"]["sha256"], training["summary"]["weights_sha256"] = "9" * 64, "8" * 64
     results["results"]["heldout_bits_per_byte"]["bits_per_byte,none"] += 0.5  # ten standard errors of 0.05
     results["results"]["heldout_continuation"]["acc_norm,none"] += 0.05  # of 0.031 each: within two combined
-    write_json(run / "evals" / "step-000030-heldout.json", results)
+    for file, content in zip(files, (tokens, training, results), strict=True):
+        write_json(file, content)
     lines: list[str] = []
     rows = reproduce.compare_with_published(built_release, run, report=lines.append)
     verdicts = {row.name: row.agrees for row in rows}
-    assert verdicts["train tokens, SHA-256"] is False
-    assert verdicts["heldout tokens, SHA-256"] is True
-    assert verdicts["weights, SHA-256"] is None
+    assert [verdicts[f"{name}, SHA-256"] for name in ("train tokens", "heldout tokens", "weights")] == [
+        False,
+        True,
+        None,
+    ]
     assert verdicts["heldout_bits_per_byte, bits_per_byte"] is False
     assert verdicts["heldout_continuation, acc_norm"] is True
     assert sum("DIFFERS" in line for line in lines) == 2

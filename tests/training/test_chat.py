@@ -39,34 +39,19 @@ def sft(runs):
     return run.path
 
 
-def plain(runs, kind, config, rows, tmp_path, template, **more):
+def plain(runs, kind, config, rows, tmp_path, **more):
     """Losses of a script that uses TRL alone, on stock Phi."""
     checkpoint = runs / "base/checkpoints/step-000001"
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    tokenizer.chat_template = template
-    arguments = config(
-        output_dir=str(tmp_path),
-        max_steps=TRAINING["steps"],
-        per_device_train_batch_size=TRAINING["batch_size"],
-        learning_rate=TRAINING["learning_rate"],
-        lr_scheduler_type="constant",
-        weight_decay=0.1,
-        adam_beta2=0.95,
-        adam_epsilon=ADAM_EPS,
-        max_length=128,
-        bf16=False,
-        use_cpu=True,
-        seed=0,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        **more,
-    )
+    tokenizer.chat_template = TEMPLATE
+    more |= {"max_steps": TRAINING["steps"], "per_device_train_batch_size": TRAINING["batch_size"]}
+    more |= {"learning_rate": TRAINING["learning_rate"], "lr_scheduler_type": "constant", "weight_decay": 0.1}
+    more |= {"adam_beta2": 0.95, "adam_epsilon": ADAM_EPS, "max_length": 128, "bf16": False, "use_cpu": True, "seed": 0}
+    arguments = config(output_dir=str(tmp_path), logging_steps=1, save_strategy="no", report_to=[], **more)
     model, reference = (AutoModelForCausalLM.from_pretrained(checkpoint) for _ in range(2))
     extra = {"ref_model": reference} if kind is trl.DPOTrainer else {}
-    trainer = kind(
-        model, args=arguments, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer, **extra
-    )
+    data = datasets.Dataset.from_list(rows)
+    trainer = kind(model, args=arguments, train_dataset=data, processing_class=tokenizer, **extra)
     trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
@@ -75,20 +60,17 @@ def losses(run):
     return [entry["loss"] for entry in read_json(run / "training.json")["log"]]
 
 
-def test_sft_has_the_losses_of_plain_trl(runs, sft, tmp_path, monkeypatch):
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_losses_are_those_of_plain_trl(runs, sft, tmp_path, monkeypatch, method):
     monkeypatch.setenv("CI", "1")
-    options = {"packing": True, "assistant_only_loss": True}
-    expected = plain(runs, trl.SFTTrainer, trl.SFTConfig, ROWS, tmp_path, TEMPLATE, **options)
-    assert losses(sft) == pytest.approx(expected, abs=1e-5)
-    assert expected[-1] < expected[0]
-
-
-def test_dpo_has_the_losses_of_plain_trl(runs, tmp_path, monkeypatch):
-    monkeypatch.setenv("CI", "1")
-    run = pipeline(runs, PAIRS, "dpo", method="dpo", beta=0.5)
-    run.make("training")
-    expected = plain(runs, trl.DPOTrainer, trl.DPOConfig, PAIRS, tmp_path, TEMPLATE, beta=0.5)
-    assert losses(run.path) == pytest.approx(expected, abs=1e-5)
+    if method == "sft":
+        options = {"packing": True, "assistant_only_loss": True}
+        run, expected = sft, plain(runs, trl.SFTTrainer, trl.SFTConfig, ROWS, tmp_path, **options)
+    else:
+        pipe = pipeline(runs, PAIRS, "dpo", method="dpo", beta=0.5)
+        pipe.make("training")
+        run, expected = pipe.path, plain(runs, trl.DPOTrainer, trl.DPOConfig, PAIRS, tmp_path, beta=0.5)
+    assert losses(run) == pytest.approx(expected, abs=1e-5)
     assert expected[-1] < expected[0]
 
 

@@ -66,25 +66,17 @@ def train():
     settings = {"seed": 1, "prompt": PROMPT, "resume": resume}
     trainer.train(Path(RUN), Training(**CHANGES), NanoPhiConfig(**CONFIG), **settings)
 
-def saved():
-    return sorted(path.name for path in Path(RUN, "training_state").glob("step*"))
-
 trainer.NanoPhiTrainer.training_step = dying_step
-
-if DIE is not None:
-    try:
-        train()
-    except KeyboardInterrupt:
-        # 25 was saved because it was evaluated.
-        assert saved() == ["step-000020", "step-000025"], saved()
-    DIE = None
-if SIGNAL is not None:
-    try:
-        train()
-    except UserError as error:
-        print(f"rank {os.environ['RANK']}: {error}", file=sys.stderr, flush=True)
-        assert saved() == ["step-000012"], saved()
-    SIGNAL = None
+# 25 was saved because it was evaluated.
+for event, states in ((DIE, ["step-000020", "step-000025"]), (SIGNAL, ["step-000012"])):
+    if event is not None:
+        try:
+            train()
+        except (KeyboardInterrupt, UserError) as error:
+            print(f"rank {os.environ['RANK']}: {error}", file=sys.stderr, flush=True)
+            saved = sorted(path.name for path in Path(RUN, "training_state").glob("step*"))
+            assert saved == states, saved
+DIE = SIGNAL = None
 try:
     train()
 except UserError as error:
@@ -94,13 +86,8 @@ except UserError as error:
 
 def launch_on_two(run: Path, changes: dict, **events: int | None) -> subprocess.Popen[str]:
     script = run.parent / f"{run.name}.py"
-    names = {
-        "RUN": str(run),
-        "CHANGES": changes,
-        "CONFIG": CONFIG,
-        "PROMPT": PROMPT,
-        **{"DIE": None, "SIGNAL": None, "TELL": None, **events},
-    }
+    names = {"RUN": str(run), "CHANGES": changes, "CONFIG": CONFIG, "PROMPT": PROMPT}
+    names |= {"DIE": None, "SIGNAL": None, "TELL": None, **events}
     script.write_text("".join(f"{name} = {value!r}\n" for name, value in names.items()) + SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -172,19 +159,16 @@ def test_divided_processes(one, tmp_path):
     np.testing.assert_allclose(losses(run), losses(one["adamw"]), rtol=1e-5)
     assert_same_evaluations(run, one["adamw"])
     checkpoint = run / f"checkpoints/step-{STEPS:06d}"
-    assert {path.name for path in checkpoint.iterdir()} == {
-        path.name for path in (one["adamw"] / "checkpoints" / checkpoint.name).iterdir()
-    }
+    alone = one["adamw"] / "checkpoints" / checkpoint.name
+    assert {path.name for path in checkpoint.iterdir()} == {path.name for path in alone.iterdir()}
     assert not list(run.rglob("pytorch_model_fsdp*"))
     stock, ours = AutoModelForCausalLM.from_pretrained(checkpoint), NanoPhiForCausalLM.from_pretrained(checkpoint)
     assert isinstance(stock, PhiForCausalLM)
-    reference = NanoPhiForCausalLM.from_pretrained(one["adamw"] / "checkpoints" / checkpoint.name)
+    reference = NanoPhiForCausalLM.from_pretrained(alone)
     tokens = torch.arange(20)[None]
     torch.testing.assert_close(stock(tokens).logits, ours(tokens).logits, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(ours(tokens).logits, reference(tokens).logits, atol=1e-2, rtol=1e-2)
-    assert read_json(checkpoint / "config.json") == read_json(
-        one["adamw"] / "checkpoints" / checkpoint.name / "config.json"
-    )
+    assert read_json(checkpoint / "config.json") == read_json(alone / "config.json")
 
 
 def test_dividing_what_cannot_be_divided_is_refused(tmp_path):

@@ -1,4 +1,6 @@
-"""The loss in chunks against transformers' own: value, gradients, memory."""
+"""What makes training fast against transformers' own: the loss in chunks, and packed documents one by one."""
+
+import math
 
 import pytest
 import torch
@@ -6,7 +8,9 @@ from tiny_model import TOLERANCE, assert_same_gradients, difference, gradients, 
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from nanophi import NanoPhiForCausalLM
 from nanophi.training import loss as losses
+from nanophi.training.attention import PACKED_DOCUMENTS, document_lengths
 
 
 def make_trained(**fields):
@@ -16,29 +20,26 @@ def make_trained(**fields):
 
 
 @pytest.mark.parametrize("chunk", [1, 8, 42, 512])
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {},
-        {"num_items_in_batch": 17},
-        {"num_items_in_batch": torch.tensor(17)},
-    ],
-    ids=["mean", "sum over int", "sum over tensor"],
-)
-def test_the_chunked_loss_is_transformers_loss(monkeypatch, chunk, arguments):
+@pytest.mark.parametrize("items", [None, 17, torch.tensor(17)], ids=["mean", "int", "tensor"])
+def test_the_chunked_loss_is_transformers_loss(monkeypatch, chunk, items):
     monkeypatch.setattr(losses, "LOSS_CHUNK", chunk)
     model = make_trained()
     ids = tokens()
     labels = ids.clone()
     labels[0, :4] = -100
-    outputs = model(ids, labels=labels, **arguments)
+    outputs = model(ids, labels=labels, num_items_in_batch=items)
     assert outputs.logits is None
     outputs.loss.backward()
     actual = gradients(model)
-    loss = ForCausalLMLoss(model(ids).logits, labels, model.config.vocab_size, **arguments)
+    loss = ForCausalLMLoss(model(ids).logits, labels, model.config.vocab_size, num_items_in_batch=items)
     loss.backward()
     assert difference(outputs.loss, loss) < TOLERANCE
     assert_same_gradients(gradients(model), actual)
+    model.lm_head.requires_grad_(False)  # a frozen head gets none; accumulation scales what the others get
+    (model(ids, labels=labels, num_items_in_batch=items).loss / 4).backward()
+    assert model.lm_head.weight.grad is None
+    name = "model.layers.0.mlp.fc1.weight"
+    assert difference(4 * model.get_parameter(name).grad, actual[name]) < TOLERANCE
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
@@ -67,55 +68,30 @@ def test_generation_works_as_before_and_nothing_is_saved(tmp_path):
     assert files[0] == files[1]
 
 
-def test_the_upstream_gradient_scales_the_loss():
-    """Gradient accumulation divides the loss, and a loss scaler multiplies it."""
-    model = make_trained().train()
-    ids = tokens()
-    model(ids, labels=ids).loss.backward()
-    once = gradients(model)
-    (model(ids, labels=ids).loss * 0.25).backward()
-    assert_same_gradients({name: gradient / 4 for name, gradient in once.items()}, gradients(model))
-
-
-def test_labels_that_are_all_ignored_give_what_transformers_gives():
-    model = make_trained().train()
-    ids = tokens()
-    ignored = torch.full_like(ids, -100)
-    assert model(ids, labels=ignored).loss.isnan()
-    loss = model(ids, labels=ignored, num_items_in_batch=1).loss
-    loss.backward()
-    assert loss.item() == 0
-    assert all(not parameter.grad.any() for parameter in model.parameters())
-
-
 class LargestTensor(TorchDispatchMode):
     """Remembers the largest number of elements that any operation returned."""
 
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
+    elements = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.numel())
+        tensors = [tensor for tensor in torch.utils._pytree.tree_leaves(result) if isinstance(tensor, torch.Tensor)]
+        self.elements = max(self.elements, *(tensor.numel() for tensor in tensors), 0)
         return result
 
 
 def test_neither_training_nor_validation_holds_the_full_logits(monkeypatch):
     monkeypatch.setattr(losses, "LOSS_CHUNK", 8)
-    model = make_trained(vocab_size=4096).train()
-    ids = tokens(length=64)
+    model, ids = make_trained(vocab_size=4096), tokens(length=64)
     full = ids.numel() * 4096
-    with LargestTensor() as largest:
-        model(ids, labels=ids).loss.backward()
-    assert largest.elements <= full / 2  # the head's weight and its gradient
-    with LargestTensor() as largest:
-        model.eval()(ids, labels=ids, reduction="none")
-    assert largest.elements <= full / 2
-    with LargestTensor() as largest:
-        model(ids)
+    for within, run in (
+        (full / 2, lambda: model(ids, labels=ids).loss.backward()),  # the head's weight and its gradient
+        (full / 2, lambda: model(ids, labels=ids, reduction="none")),
+        (math.inf, lambda: model(ids)),
+    ):
+        with LargestTensor() as largest:
+            run()
+        assert largest.elements <= within
     assert largest.elements >= full
 
 
@@ -127,9 +103,8 @@ def test_compiled_in_one_graph_it_gives_the_same_gradients():
     assert_same_gradients(plain, gradients(model))
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_under_bf16_autocast_the_loss_and_gradients_stay_close(attention):
-    model = make_trained(attn_implementation=attention).train()
+def test_under_bf16_autocast_the_loss_and_gradients_stay_close():
+    model = make_trained().train()
     ids = tokens()
     model(ids, labels=ids).loss.backward()
     exact = gradients(model)
@@ -142,21 +117,50 @@ def test_under_bf16_autocast_the_loss_and_gradients_stay_close(attention):
         assert (gradient - exact[name]).norm() < 0.05 * exact[name].norm() + 1e-3, name
 
 
-def test_in_pure_bf16_the_loss_is_float32_and_the_gradients_bf16():
-    model = make_trained().to(torch.bfloat16).train()
-    ids = tokens()
-    loss = model(ids, labels=ids).loss
-    loss.backward()
-    assert loss.dtype == torch.float32
-    assert {parameter.grad.dtype for parameter in model.parameters()} == {torch.bfloat16}
+@pytest.fixture
+def packing():
+    return make_model(attn_implementation="sdpa")
 
 
-def test_frozen_parameters_get_no_gradient():
-    model = make_trained().train()
+def positions(*rows):
+    return torch.stack([torch.cat([torch.arange(length) for length in row]) for row in rows])
+
+
+def test_lengths_come_from_restarting_positions():
+    assert document_lengths(positions((3, 2), (5,), (1, 4))) == [3, 2, 5, 1, 4]
+    assert document_lengths(positions((5,), (5,))) is None
+    assert document_lengths(torch.tensor([[7, 8, 9, 0, 1]])) == [3, 2]  # a row may begin inside a document
+
+
+@pytest.mark.parametrize("rows", [[(7, 1, 13), (21,)], [(21,), (21,)], [(10, 11)]], ids=["packed", "whole", "shared"])
+def test_the_output_and_gradients_are_those_of_a_mask(packing, rows):
     ids = tokens()
-    model(ids, labels=ids).loss.backward()
-    plain = gradients(model)
-    model.lm_head.requires_grad_(False)
-    model(ids, labels=ids).loss.backward()
-    assert model.lm_head.weight.grad is None
-    assert difference(plain["model.layers.0.mlp.fc1.weight"], model.model.layers[0].mlp.fc1.weight.grad) < TOLERANCE
+    outcomes = []
+    for implementation in ("sdpa", PACKED_DOCUMENTS):
+        packing.set_attn_implementation(implementation)
+        outputs = packing.train()(ids, labels=ids, position_ids=positions(*rows), use_cache=False)
+        outputs.loss.backward()
+        outcomes.append([outputs.logits, *(parameter.grad.clone() for parameter in packing.parameters())])
+        packing.zero_grad()
+    for expected, actual in zip(*outcomes, strict=True):
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_padding_and_a_cache_go_to_sdpa(packing):
+    ids = tokens(length=9)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    outcomes = []
+    for implementation in ("sdpa", PACKED_DOCUMENTS):
+        packing.eval().set_attn_implementation(implementation)
+        generated = packing.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0)
+        outcomes.append((generated, packing(ids, attention_mask=mask).logits[mask.bool()]))
+    assert torch.equal(outcomes[0][0], outcomes[1][0])
+    torch.testing.assert_close(outcomes[0][1], outcomes[1][1])
+
+
+def test_a_saved_model_does_not_name_it(packing, tmp_path):
+    packing.set_attn_implementation(PACKED_DOCUMENTS)
+    packing.save_pretrained(tmp_path)
+    assert PACKED_DOCUMENTS not in (tmp_path / "config.json").read_text()
+    assert NanoPhiForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"

@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_run import CONFIG, EOS, add_sources, make_run, replace_rows, train
+from tiny_run import CONFIG, EOS, TRAINING, add_sources, ends_at, make_run, replace_rows, train
 
 from nanophi.configuration_nanophi import NanoPhiConfig
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, write_json
+from nanophi.core.recipe import Training
 from nanophi.modeling_nanophi import NanoPhiForCausalLM
-from nanophi.training import arguments, loss, progress, receipt, rows, run_trainer, stopping
+from nanophi.training import arguments, loss, receipt, rows, run_trainer, stopping
 from nanophi.training.trainer import NanoPhiTrainer
 
 SHORT = {"steps": 3, "save_steps": 3, "eval_steps": 3, "keep_steps": []}
@@ -28,20 +29,12 @@ def run(tmp_path):
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
 def test_other_tokens_than_recorded_are_refused_before_the_first_step(run, split):
-    tokens = run / "data/tokens/tokens.json"
-    recorded = read_json(tokens)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rows.PackedRows, "sha256", lambda self, rest: recorded[split]["sha256"][::-1])
-        with pytest.raises(
-            UserError, match=r"holds other tokens than .*tokens.json records; delete .* run `nanophi pre"
-        ):
-            train(run, **SHORT)
     file = next((run / "data/tokens" / split).glob("*.arrow"))
     content = bytearray(file.read_bytes())
     place = content.find(np.array(rows.PackedRows(run / "data/tokens" / split)[0]["input_ids"], "<i4").tobytes())
     content[place] ^= 1  # one token
     file.write_bytes(bytes(content))
-    with pytest.raises(UserError, match=rf"data/tokens/{split} holds other tokens"):
+    with pytest.raises(UserError, match=rf"tokens/{split} holds other tokens than .*; delete .* run `nanophi prepare`"):
         train(run, **SHORT)
     assert not (run / "checkpoints").exists()
 
@@ -92,9 +85,7 @@ def test_the_receipt_agrees_and_leaves_no_trace(run, monkeypatch, precision, mic
 def test_a_loss_gradient_or_mask_that_is_wrong_is_named(run, monkeypatch):
     documents(run)
     monkeypatch.setattr(NanoPhiTrainer, "_get_num_items_in_batch", lambda self, *_: torch.tensor(8.0 * 64))
-    with pytest.raises(
-        UserError, match=r"differs from stock Phi in float32 in the loss \(0.98438 of the reference's\)"
-    ):
+    with pytest.raises(UserError, match=r"from stock Phi in float32 in the loss \(0.98438 of the reference's\)"):
         train(run, **SHORT)
     monkeypatch.undo()
     plain = loss.LinearCrossEntropy.backward
@@ -120,30 +111,21 @@ def test_the_reference_uses_the_models_own_weights(tied, norm):
     config = NanoPhiConfig(**{**CONFIG, "resid_pdrop": 0.0, "tie_word_embeddings": tied, "qk_layernorm": norm})
     model = NanoPhiForCausalLM(config)
     ids = torch.randint(1, 61, (2, 40))
-    reference = receipt.Reference(model)
-    value = reference.loss({"input_ids": ids, "labels": ids}, torch.zeros_like(ids, dtype=torch.bool), 2 * 39)
+    plain, whole = receipt.reference(model), torch.zeros_like(ids, dtype=torch.bool)
+    value = receipt.reference_loss(plain, {"input_ids": ids, "labels": ids}, whole, 2 * 39)
     ours = model(input_ids=ids, labels=ids).loss
     ours.backward()
     assert value == pytest.approx(ours.item(), rel=1e-6)
-    assert reference.gradient_difference(model, False)[0] < 1e-5
-    assert reference.model.lm_head.weight.data_ptr() == model.lm_head.weight.data_ptr()
-
-
-# What a machine may lack
+    assert receipt.gradient_difference(plain, model, False)[0] < 1e-5
+    assert plain.lm_head.weight.data_ptr() == model.lm_head.weight.data_ptr()
 
 
 @pytest.mark.parametrize(
     ("error", "line"),
     [
-        (
-            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
-            r"8 rows at a time; set training.micro_b",
-        ),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried"), r"micro_batch_size=4 and run the same .* the beginning"),
-        (
-            RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed. "),
-            r"data has died.*\(DataLoader worker ",
-        ),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), r"a micro-batch of 8 .*; set training.micro_b"),
+        (torch.OutOfMemoryError("CUDA out of memory."), r"micro_batch_size=4 and run the same .* the beginning"),
+        (RuntimeError("DataLoader worker (pid 3) is killed"), r"data has died.*\(DataLoader worker "),
     ],
 )
 def test_a_machine_that_gives_up_is_one_line(run, monkeypatch, error, line):
@@ -153,20 +135,15 @@ def test_a_machine_that_gives_up_is_one_line(run, monkeypatch, error, line):
     monkeypatch.setattr(NanoPhiTrainer, "compute_loss", fail)
     with pytest.raises(UserError, match=line):
         train(run, **SHORT)
+    error.args = ("no such thing",)
     with pytest.raises(RuntimeError, match="no such thing"):
-        error.args = ("no such thing",)
         train(run, **SHORT)
 
 
 def test_loaders_outlive_a_signal_to_the_group(run):
     """The save of an orderly stop needs them: a dead one raises in the middle of it."""
-    changes = {
-        "steps": 4,
-        "keep_steps": [],
-        "save_steps": 2,
-        "eval_steps": 4,
-        "arguments": {"dataloader_num_workers": 1},
-    }
+    changes = {"steps": 4, "keep_steps": [], "save_steps": 2, "eval_steps": 4}
+    changes["arguments"] = {"dataloader_num_workers": 1}
     script = (
         "import os, signal, sys; sys.path[:0] = [sys.argv[1]]\n"
         "from pathlib import Path\nimport tiny_run\nfrom nanophi.training.trainer import NanoPhiTrainer as T\n"
@@ -182,53 +159,24 @@ def test_loaders_outlive_a_signal_to_the_group(run):
 
 
 def test_a_missing_compiler_is_refused_at_the_start(monkeypatch, tmp_path):
-    from tiny_run import TRAINING
-
-    from nanophi.core.recipe import Training
-
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(UserError, match=r"training.compile needs a C\+\+ compiler, .* install g\+\+"):
-        arguments.check(Training(**{**TRAINING, "compile": True}), tmp_path, 0)
+        arguments.check(Training(**TRAINING, compile=True), tmp_path, 0)
     arguments.check(Training(**TRAINING), tmp_path, 0)
-
-
-@pytest.mark.parametrize(
-    ("fields", "line"),
-    [
-        ({"dataloader_num_workers": -2}, "dataloader_num_workers must be at least 0"),
-        ({"log_level": "shout"}, "log_level must be one of"),
-        ({"gradient_checkpointing_kwargs": 7}, "must be a mapping|gradient_checkpointing_kwargs|activation_check"),
-    ],
-)
-def test_impossible_arguments_are_named(run, fields, line):
-    with pytest.raises(UserError, match=f"training.arguments: .*({line})"):
-        train(run, **SHORT, arguments=fields)
-
-
-# Signals and the progress line
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
 def test_a_hangup_saves_unless_it_is_ignored(run, number):
-    from tiny_run import ends_at
-
     add_sources(run)
     with ends_at(2, lambda: os.kill(os.getpid(), number), match=f"stopped by {number.name} after saving step 3"):
         train(run, steps=6, keep_steps=[])
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        stop = stopping.SaveAndStop(arguments.Training(steps=2, batch_size=1, learning_rate=1e-3))
+        stop = stopping.SaveAndStop(Training(steps=2, batch_size=1, learning_rate=1e-3))
         state = type("State", (), {"compute_steps": lambda *given: None, "max_steps": 2})()
         stop.on_train_begin(None, state, None)
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
         stop.release()
     finally:
         signal.signal(signal.SIGHUP, before)
-
-
-def test_the_progress_line_keeps_what_fits():
-    parts = ["a-run-of-a-long-name: train step 100/2000", "loss 3.100", "9,000 tokens/s", "3 h left", "$1.00 of $9.00"]
-    assert progress.fit(parts, 200) == "  ".join(parts)
-    assert progress.fit(parts, 79) == "  ".join(parts[:4])
-    assert progress.fit(parts, 20) == parts[0][:20]

@@ -1,9 +1,8 @@
-"""Training: what is learnt, saved and logged; a run that was killed resumes, bit for bit, as if it had not been."""
+"""Training: what is learnt, validated, saved and logged; a killed run resumes bit for bit as if it had not been."""
 
 import errno
-import importlib.util
+import math
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,19 +11,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_run
 import torch
 from safetensors.torch import load_file
-from tiny_run import CONTEXT, EOS, TRAINING, VOCAB, ends_at, make_run, replace_rows, train
-from transformers import AutoModelForCausalLM, PhiForCausalLM, TrainerCallback
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from tiny_run import CONTEXT, EOS, TRAINING, VOCAB, add_sources, ends_at, make_run, replace_rows, train
+from transformers import AutoModelForCausalLM, AutoTokenizer, PhiForCausalLM
 
+from nanophi.core import sample
 from nanophi.core.errors import UserError
-from nanophi.core.files import read_json
+from nanophi.core.files import read_json, sha256_of_tree
 from nanophi.core.names import step_of
 from nanophi.core.recipe import Training
 from nanophi.modeling_nanophi import NanoPhiForCausalLM
-from nanophi.training import anomaly, checkpoints, trainer
 from nanophi.training import arguments as arguments_module
+from nanophi.training import checkpoints, rows, stopping, trainer
 
 TESTS = str(Path(__file__).parents[1])
 
@@ -35,21 +35,29 @@ def finished(tmp_path_factory) -> tuple[Path, dict]:
     return run, train(run)
 
 
+@pytest.fixture
+def stopped(tmp_path):
+    """A run that died in its 13th step."""
+    run = make_run(tmp_path / "run")
+    with ends_at(12):
+        train(run)
+    return run
+
+
 def test_learns_and_logs(finished):
     run, summary = finished
     history = read_json(run / "training.json")
-    losses = [entry["loss"] for entry in history["log"]]
-    assert losses[0] == pytest.approx(np.log(VOCAB), abs=0.3)  # an untrained model knows nothing
-    assert losses[-1] < 0.75 * losses[0]
-    assert [entry["step"] for entry in history["log"]] == list(range(1, 25))
+    log, last = history["log"], history["evaluations"][-1]
+    assert log[0]["loss"] == pytest.approx(np.log(VOCAB), abs=0.3)  # an untrained model knows nothing
+    assert log[-1]["loss"] < 0.75 * log[0]["loss"]
+    assert [entry["step"] for entry in log] == list(range(1, 25))
     assert [entry["step"] for entry in history["evaluations"]] == [12, 24]
-    assert history["log"][-1]["tokens_seen"] == 24 * 8 * CONTEXT == summary["tokens_seen"]
-    last = history["evaluations"][-1]
+    assert log[-1]["tokens_seen"] == 24 * 8 * CONTEXT == summary["tokens_seen"]
     assert last["bits_per_byte"] == pytest.approx(last["loss"] / np.log(2) / 2.0, abs=1e-4)
     assert history["summary"] == summary
-    elapsed = [entry["elapsed_seconds"] for entry in history["log"]]
+    elapsed = [entry["elapsed_seconds"] for entry in log]
     assert elapsed == sorted(elapsed)
-    assert history["log"][-1]["learning_rate"] < history["log"][10]["learning_rate"]
+    assert log[-1]["learning_rate"] < log[10]["learning_rate"]
 
 
 def test_checkpoints_load_by_themselves_through_both_doors(finished):
@@ -68,16 +76,13 @@ def test_checkpoints_load_by_themselves_through_both_doors(finished):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_killed_run_goes_on_bit_by_bit(tmp_path, optimizer):
-    whole = train(make_run(tmp_path / "whole"), optimizer=optimizer)
-    run = make_run(tmp_path / "killed")
+    runs = [make_run(tmp_path / name) for name in ("whole", "killed")]
+    whole = train(runs[0], optimizer=optimizer)
     for step in (3, 9, 21):
         with ends_at(step):
-            train(run, optimizer=optimizer)
-    resumed = train(run, optimizer=optimizer)
-    assert resumed["weights_sha256"] == whole["weights_sha256"]
-    losses = [
-        [entry["loss"] for entry in read_json(tmp_path / name / "training.json")["log"]] for name in ("whole", "killed")
-    ]
+            train(runs[1], optimizer=optimizer)
+    assert train(runs[1], optimizer=optimizer)["weights_sha256"] == whole["weights_sha256"]
+    losses = [[entry["loss"] for entry in read_json(run / "training.json")["log"]] for run in runs]
     assert losses[0] == losses[1]
 
 
@@ -107,21 +112,16 @@ def test_sigkill_leaves_only_whole_checkpoints_and_sigterm_saves_first(tmp_path,
 
 def test_no_disk_space_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
     run = make_run(tmp_path / "run")
-    with monkeypatch.context() as patch:
-        usage = shutil.disk_usage(tmp_path)
-        full = iter([usage, *[usage._replace(free=1000)] * 9])
-        patch.setattr(checkpoints.shutil, "disk_usage", lambda path: next(full))
-        with pytest.raises(
-            UserError, match=r"no disk space left in .*run .*step 10 .*resume from checkpoint step-000006"
-        ):
-            train(run)
-    with monkeypatch.context() as patch:
+    plain = trainer.NanoPhiTrainer._save_optimizer_and_scheduler
 
-        def fail(self, output_dir):
+    def fail(self, output_dir):
+        if self.state.global_step == 10:
             raise OSError(errno.ENOSPC, "No space left on device")
+        plain(self, output_dir)
 
+    with monkeypatch.context() as patch:
         patch.setattr(trainer.NanoPhiTrainer, "_save_optimizer_and_scheduler", fail)
-        with pytest.raises(UserError, match=r"no disk space left"):
+        with pytest.raises(UserError, match=r"no disk space left in .*run .*step 10.*from checkpoint step-000006"):
             train(run)
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000006"]
     assert [path.name for path in (run / "training_state").iterdir()] == ["step-000006"]
@@ -130,9 +130,7 @@ def test_no_disk_space_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
 
 def test_diverging_run_stops_at_the_last_good_checkpoint(tmp_path):
     run = make_run(tmp_path / "run")
-    with pytest.raises(
-        UserError, match=r"the loss is nan at step \d+; nothing was saved since .* Lower training.learn"
-    ):
+    with pytest.raises(UserError, match=r"the loss is nan at step \d+; nothing was saved since .* Lower training"):
         train(run, learning_rate=1e30, max_grad_norm=1e30)
     for checkpoint in (run / "checkpoints").glob("step-*"):
         assert all(tensor.isfinite().all() for tensor in load_file(checkpoint / "model.safetensors").values())
@@ -147,45 +145,34 @@ def test_a_loss_spike_stops_at_the_last_good_checkpoint(tmp_path, logging_steps)
     changes = {"steps": 60, "save_steps": 1, "keep_steps": [], "logging_steps": logging_steps}
     with pytest.raises(UserError) as error:
         train(run, **changes)
-    line = str(error.value)
-    assert re.search(r"the loss is [\d.]+, a spike above [\d.]+ at step 51; nothing was saved since", line)
-    assert "checkpoint step-000050" in line
-    assert "training.spike_threshold=null" in line
+    words = r"the loss is [\d.]+, a spike above [\d.]+ at step 51; nothing was saved since checkpoint step-000050\. "
+    assert re.match(words + r"To train through it, set training.spike_threshold=null", str(error.value))
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000050"]
-    summary = train(run, **changes, spike_threshold=None)
-    assert summary["steps"] == 60
+    train(run, **changes, spike_threshold=None)
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000060"]
 
 
 def test_spike_limit_is_robust():
     noise = np.random.default_rng(0).normal(3.0, 0.05, 200)
-    losses = noise.tolist()
-    assert anomaly.spike_limit(losses[:9], 10) is None
-    limit = anomaly.spike_limit(losses, 10)
+    losses, limit = noise.tolist(), stopping.spike_limit(noise.tolist(), 10)
+    assert stopping.spike_limit(losses[:9], 10) is None
     assert limit == pytest.approx(3.6, abs=0.05)  # a fifth of the median, more than ten deviations of 0.05
-    assert anomaly.spike_limit(losses, 20) == pytest.approx(4.0, abs=0.2)
-    outliers = [*losses[:-4], 50.0, 60.0, 70.0, 80.0]
-    assert anomaly.spike_limit(outliers, 10) == pytest.approx(limit, abs=0.2)
+    assert stopping.spike_limit(losses, 20) == pytest.approx(4.0, abs=0.2)
+    assert stopping.spike_limit([*losses[:-4], 50.0, 60.0, 70.0, 80.0], 10) == pytest.approx(limit, abs=0.2)
     falling = (2 + 8 * np.exp(-np.arange(200) / 20) + noise - 3).tolist()
-    assert all(falling[i] < (anomaly.spike_limit(falling[:i], 10) or np.inf) for i in range(200))
+    assert all(falling[i] < (stopping.spike_limit(falling[:i], 10) or np.inf) for i in range(200))
 
 
 def test_order_depends_on_position_and_seed_only(finished):
-    tokens = finished[0] / "data/tokens/train"
-    rows = trainer.PackedRows(tokens, rows=250, seed=3)
-    order = [rows.index(position) for position in range(250)]
-    assert sorted(order[:100]) == sorted(order[100:200]) == list(range(100))
-    assert order[:100] != order[100:200]
-    again = trainer.PackedRows(tokens, rows=250, seed=3)
-    assert [again.index(position) for position in (249, 0, 120)] == [order[249], order[0], order[120]]
-    assert [trainer.PackedRows(tokens, rows=250, seed=4).index(position) for position in range(100)] != order[:100]
+    def order(seed, positions):
+        packed = rows.PackedRows(finished[0] / "data/tokens/train", rows=250, seed=seed)
+        return [packed.index(position) for position in positions]
 
-
-def test_positions_restart_at_end_of_text():
-    rows = [{"input_ids": torch.tensor([5, 6, EOS, 7, 8, EOS, EOS, 9])}]
-    batch = trainer.PackedCollator(EOS, isolate_documents=True)(rows)
-    assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 2, 0, 0, 1]]
-    assert "position_ids" not in trainer.PackedCollator(EOS, isolate_documents=False)(rows)
+    whole = order(3, range(250))
+    assert sorted(whole[:100]) == sorted(whole[100:200]) == list(range(100))
+    assert whole[:100] != whole[100:200]
+    assert order(3, (249, 0, 120)) == [whole[249], whole[0], whole[120]]
+    assert order(4, range(100)) != whole[:100]
 
 
 def test_training_arguments_are_checked(tmp_path):
@@ -199,12 +186,18 @@ def test_training_arguments_are_checked(tmp_path):
     with pytest.raises(UserError, match=r"'dataloader_num_wokers' is unknown .* mean 'dataloader_num_workers'"):
         arguments(arguments={"dataloader_num_wokers": 1})
     for changes, line in (
-        ({"arguments": {"learning_rate": 1.0}}, "'learning_rate' is not allowed there; use training.learning_rate"),
+        ({"arguments": {"learning_rate": 1.0}}, "'learning_rate' is unknown or untested; use training.learning_rate"),
         ({"arguments": {"push_to_hub": True}}, "'push_to_hub' is unknown or untested"),
-        ({"world_size": 3}, "use a training.batch_size that 3 devices divide, such as 6 or 9"),
-        ({"micro_batch_size": 8, "world_size": 2}, "micro_batch_size to a divisor of 4, such as 4"),
+        ({"arguments": {"dataloader_num_workers": -2}}, "dataloader_num_workers must be at least 0"),
+        ({"arguments": {"log_level": "shout"}}, "training.arguments: log_level must be one of"),
+        ({"arguments": {"gradient_checkpointing_kwargs": 7}}, "training.arguments: "),
+        ({"world_size": 3}, "use a training.batch_size that 3 divides"),
+        ({"micro_batch_size": 8, "world_size": 2}, "use a micro_batch_size that divides 4"),
         ({"arguments": {"torch_compile_mode": "default"}}, "_mode does nothing without training.compile=true"),
-        ({"arguments": {"dataloader_persistent_workers": True}}, "persistent_workers needs dataloader_num_workers"),
+        (
+            {"arguments": {"dataloader_persistent_workers": True}},
+            "at least 0, and 1 with dataloader_persistent_workers",
+        ),
     ):
         with pytest.raises(UserError, match=re.escape(line)):
             arguments(**changes)
@@ -230,35 +223,145 @@ def test_arguments_that_are_allowed_change_nothing_that_is_learned(tmp_path, fie
     assert hashes[0] == hashes[1]
 
 
-def test_trackers_get_the_log_and_absent_ones_are_named(tmp_path, monkeypatch):
-    assert arguments_module.training_arguments(Training(**TRAINING), tmp_path, 0).report_to == []
-    with pytest.raises(UserError, match=r"training.report_to: wandbb is not supported, only .*tensorboard.* are supp"):
-        train(make_run(tmp_path / "unknown"), report_to=["wandbb"])
-    for tracker in ("tensorboard", "wandb", "trackio"):
-        if importlib.util.find_spec(tracker) is not None:
-            continue  # what is installed cannot be missed
-        with pytest.raises(UserError, match=rf"training.report_to: \w+ requires {tracker} to be installed") as raised:
-            train(make_run(tmp_path / tracker), report_to=[tracker])
-        assert "\n" not in str(raised.value)
-        assert not (tmp_path / tracker / "checkpoints").exists()
-
-    class Tracker(TrainerCallback):
-        logs: list[dict] = []
-
-        def on_log(self, args, state, control, logs, **kwargs):
-            self.logs.append(dict(logs))
-
-    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "tensorboard", Tracker)
-    train(make_run(tmp_path / "tracked"), report_to=["tensorboard"])
-    names = {name for entry in Tracker.logs for name in entry}
-    assert {"loss", "tokens_seen", "tokens_per_second", "eval_loss", "bits_per_byte"} <= names
-    assert all(isinstance(value, int | float) for entry in Tracker.logs for value in entry.values())
+def refusal(run, **changes) -> str:
+    """The line with which training refuses; the checkpoints must be what they were."""
+    folders = (run / "checkpoints", run / "training_state")
+    before = [sha256_of_tree(folder) for folder in folders]
+    with pytest.raises(UserError) as error:
+        train(run, **changes)
+    assert [sha256_of_tree(folder) for folder in folders] == before
+    assert "\n" not in str(error.value)
+    return str(error.value)
 
 
-def test_missing_tokens_are_named(tmp_path):
+def test_a_vanished_or_cut_shard_is_one_line_and_training_resumes_once_it_is_back(stopped, finished):
+    shard = next((stopped / "data/tokens/train").glob("*.arrow"))
+    contents = shard.read_bytes()
+    for damaged in (None, contents[: len(contents) // 2], b""):
+        shard.unlink()
+        if damaged is not None:
+            shard.write_bytes(damaged)
+        line = refusal(stopped)
+        assert "data/tokens/train cannot be read" in line
+        assert f"delete {stopped / 'data/tokens'} and run `nanophi prepare`" in line
+        shard.write_bytes(contents)
+    assert train(stopped)["weights_sha256"] == finished[1]["weights_sha256"]
+
+
+@pytest.mark.parametrize(
+    "name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "model.safetensors"]
+)
+def test_a_damaged_state_is_named_and_the_one_before_gives_the_same_weights(stopped, finished, capsys, name):
+    assert [state.name for state in checkpoints.states(stopped)] == ["step-000010", "step-000012"]
+    files = [stopped / folder / "step-000012/model.safetensors" for folder in ("checkpoints", "training_state")]
+    assert files[0].samefile(files[1])
+    file = stopped / "training_state/step-000012" / name
+    contents = file.read_bytes()
+    for damaged in (None, contents[:-9] + b"123456789", contents[: len(contents) // 2]):
+        file.unlink()
+        if damaged is not None:
+            file.write_bytes(damaged)
+        assert checkpoints.newest_valid_state(stopped).name == "step-000010"
+        line = capsys.readouterr().out.strip()
+        assert "training_state/step-000012 is damaged" in line and name in line and "\n" not in line
+        if damaged is None:
+            file.write_bytes(contents)
+    assert train(stopped)["weights_sha256"] == finished[1]["weights_sha256"]
+
+
+def test_as_many_states_are_kept_as_asked_for_and_the_one_before_the_decay(tmp_path):
     run = make_run(tmp_path / "run")
-    shutil.rmtree(run / "data/tokens/train")
-    with pytest.raises(
-        UserError, match=r"data/tokens/train cannot be read .* delete .*data/tokens and run `nanophi prepare`"
-    ):
-        train(run)
+    train(run, keep_states=3, save_steps=4, keep_steps=[8], schedule="wsd", decay_fraction=0.75)
+    names = [state.name for state in checkpoints.states(run)]
+    assert names == ["step-000006", "step-000016", "step-000020", "step-000024"]  # the decay begins at step 6
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-000008", "step-000024"]
+
+
+def test_checkpoint_json_tells_tokens_and_losses(stopped):
+    train(stopped)
+    history = read_json(stopped / "training.json")
+    losses, held = ({e["step"]: e["loss"] for e in history[part]} for part in ("log", "evaluations"))
+    for folder, step, eval_step in (("step-000010", 10, None), ("step-000024", 24, 24)):
+        facts = read_json(stopped / "checkpoints" / folder / "checkpoint.json")
+        assert (facts["tokens_seen"], facts["train_loss"]) == (step * 8 * 64, losses[step])
+        assert (facts["eval_step"], facts["eval_loss"]) == (eval_step, held.get(eval_step))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A run with sources and samples, and the same run without."""
+    folder = tmp_path_factory.mktemp("runs")
+    given, without = add_sources(make_run(folder / "with")), make_run(folder / "without")
+    both = train(given, tiny_run.PROMPT, isolate_documents=False), train(without, isolate_documents=False)
+    return given, *both, without
+
+
+def reference(run) -> dict[str, float]:
+    """Bits per byte by source, token by token, from the final checkpoint."""
+    model = NanoPhiForCausalLM.from_pretrained(run / "checkpoints/step-000024").eval()
+    names = np.array(tiny_run.DOCUMENTS["source"])
+    source_of, nats = names.repeat(tiny_run.DOCUMENTS["tokens"]), {}
+    held = rows.HeldoutRows(run / "data/tokens")
+    for row in range(10):
+        tokens = held[row]["input_ids"].long()
+        with torch.no_grad():
+            log_probabilities = model(tokens[None]).logits[0].log_softmax(-1)
+        for position in range(1, CONTEXT):
+            source = str(source_of[row * CONTEXT + position])
+            nats.setdefault(source, []).append(-float(log_probabilities[position - 1, tokens[position]]))
+    sizes, lengths = np.array(tiny_run.DOCUMENTS["bytes"]), np.array(tiny_run.DOCUMENTS["tokens"])
+    per_token = {name: sizes[names == name].sum() / lengths[names == name].sum() for name in nats}
+    return {name: np.mean(values) / math.log(2) / per_token[name] for name, values in nats.items()}
+
+
+def test_bits_per_byte_by_source_are_those_of_each_token(runs):
+    run = runs[0]
+    evaluations = read_json(run / "training.json")["evaluations"]
+    expected = reference(run)
+    assert set(expected) == {"web", "code", "wiki"}  # no token of `rare` is in a row
+    assert evaluations[-1]["by_source"] == pytest.approx(expected, rel=1e-4)
+    assert evaluations[0]["by_source"] != evaluations[-1]["by_source"]
+
+
+def test_every_heldout_row_counts(runs):
+    """10 rows in batches of 8: the last two as well, each as much as the others."""
+    run = runs[0]
+    model = NanoPhiForCausalLM.from_pretrained(run / "checkpoints/step-000024").eval()
+    held = rows.HeldoutRows(run / "data/tokens")
+    batch = rows.PackedCollator(EOS, isolate_documents=False)([held[i] for i in range(10)])
+    assert batch.pop("sources").shape == (10, CONTEXT)
+    with torch.no_grad():
+        loss = model(**batch).loss.item()
+    assert read_json(run / "training.json")["evaluations"][-1]["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_sources_and_samples_change_nothing_that_is_learnt(runs):
+    run, summary, plain, without = runs
+    assert summary["weights_sha256"] == plain["weights_sha256"]
+    here, there = read_json(run / "training.json"), read_json(without / "training.json")
+    assert [entry["loss"] for entry in here["log"]] == [entry["loss"] for entry in there["log"]]
+    assert [e["loss"] for e in here["evaluations"]] == pytest.approx([e["loss"] for e in there["evaluations"]])
+    assert "by_source" not in there["evaluations"][0]
+    assert there["samples"] == []
+
+
+def test_samples_are_what_the_checkpoint_writes(runs):
+    run = runs[0]
+    samples = read_json(run / "training.json")["samples"]
+    assert [sample["step"] for sample in samples] == [12, 24]
+    tokens = [int(word.removeprefix("w")) for word in samples[-1]["text"].split()]
+    model = NanoPhiForCausalLM.from_pretrained(run / "checkpoints/step-000024").eval()
+    expected = [7, 8]
+    while len(expected) < 2 + sample.TRAINING_TOKENS and expected[-1] != EOS:
+        with torch.no_grad():
+            expected.append(int(model(torch.tensor([expected])).logits[0, -1].argmax()))
+    assert tokens == [token for token in expected if token != EOS]
+
+
+def test_a_sample_leaves_random_state_and_mode_alone(runs):
+    model = NanoPhiForCausalLM.from_pretrained(runs[0] / "checkpoints/step-000024").train()
+    before = torch.get_rng_state()
+    tokenizer = AutoTokenizer.from_pretrained(runs[0] / "data/tokenizer")
+    assert sample.continue_prompt(model, tokenizer, tiny_run.PROMPT).startswith(tiny_run.PROMPT)
+    assert sample.continue_prompt(model, tokenizer, "") == sample.continue_prompt(model, tokenizer, "<eos>")
+    assert model.training and torch.equal(torch.get_rng_state(), before)
