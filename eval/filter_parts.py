@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from nanophi.eval.tasks import heldout
 
 
-def divide(results: Mapping[str, Sequence[Path]], documents: Sequence[str]) -> dict[str, set[int]]:
+def divide(results: Mapping[str, Sequence[Path]], documents: Sequence[str]) -> dict[str, list[int]]:
     """Positions of the held-out `documents` (lm-eval's hashes) that the first run's filter keeps, and drops.
 
     The first run with a filter that any result file belongs to; empty without one. Documents that are not that run's
@@ -29,7 +29,7 @@ def divide(results: Mapping[str, Sequence[Path]], documents: Sequence[str]) -> d
                 of = {heldout.doc_hash(row): kept[row["id"]] for row in heldout.texts(str(run / "data" / "documents"))}
                 parts = {f"held-out text, kept by {label}": True, f"held-out text, dropped by {label}": False}
                 return {
-                    name: {n for n, document in enumerate(documents) if of.get(document) is keep}
+                    name: [n for n, document in enumerate(documents) if of.get(document) is keep]
                     for name, keep in parts.items()
                 }
     return {}
