@@ -14,6 +14,9 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 import yaml
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.hf_api import RepoFile
+from safetensors import safe_open
 from typer import Option
 
 from nanophi.core.errors import UserError, one_line
@@ -152,10 +155,9 @@ def _type(model: Submission) -> Found:
     model.model_type, model.base_model = model.model_type or recorded, model.base_model or base
     if not model.model_type:
         return False, "there are no records of nanophi"
-    found = model.model_type + (f" from {model.base_model}" if model.base_model else "") + f", {model.precision}"
+    found = f"{model.model_type} from {model.base_model or 'scratch'}, {model.precision}"
     if model.model_type not in MODEL_TYPES or model.precision not in PRECISIONS:
-        known = f"model type is one of {', '.join(MODEL_TYPES)}; precision one of {', '.join(PRECISIONS)}"
-        return False, found, known
+        return False, found, f"model type is one of {', '.join(MODEL_TYPES)}; precision of {', '.join(PRECISIONS)}"
     if model.model_type != "pretrained" and not model.base_model:
         return False, found, "the base has no name on the Hub: publish it first, or name it: --base-model"
     return True, found
@@ -177,8 +179,6 @@ def _origin(records: Path) -> tuple[str | None, str | None]:
 
 
 def _revision(model: Submission) -> Found:
-    from huggingface_hub import HfApi
-
     if not model.repo_id:
         return False, "no repository was named", "name it: --repo-id ORG/NAME"
     model.info = HfApi().model_info(model.repo_id, revision=model.revision)
@@ -207,8 +207,6 @@ def _reachable(model: Submission) -> Found:
 
 
 def _license(model: Submission) -> Found:
-    from huggingface_hub import ModelCard
-
     data = ModelCard.load(model.folder / "README.md").data.to_dict()
     model.license = str(data.get("license_name") or data.get("license") or "")
     named = bool(data.get("license_name") and data.get("license_link"))
@@ -216,17 +214,11 @@ def _license(model: Submission) -> Found:
 
 
 def _card(model: Submission) -> Found:
-    from huggingface_hub import ModelCard
-
     count = len(ModelCard.load(model.folder / "README.md").text.strip())
     return count >= MIN_CARD_CHARACTERS, f"{count} characters, {MIN_CARD_CHARACTERS} needed"
 
 
 def _safetensors(model: Submission) -> Found:
-    """Weights in safetensors, by the counts in their headers."""
-    from huggingface_hub import HfApi
-    from safetensors import safe_open
-
     if model.on_hub:
         counts = HfApi().get_safetensors_metadata(model.repo_id, revision=model.revision).parameter_count
         model.parameters = sum(counts.values())
@@ -238,17 +230,14 @@ def _safetensors(model: Submission) -> Found:
 
 def _same_on_hub(model: Submission) -> Found:
     """Whether the board, which reads the Hub, would get the model that was checked here."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.hf_api import RepoFile
-
     if model.on_hub:
         return True, "it was read from there"
     if not model.repo_id:
         return False, "no repository was named", "name it: --repo-id ORG/NAME"
     tree = HfApi().list_repo_tree(model.repo_id, revision=model.revision)
     there = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
-    names = {path for path in there if path.endswith(".safetensors")} | {"config.json", "tokenizer.json"}
-    names |= {path.name for path in model.folder.glob("*.safetensors")}
+    every = {*there, *(path.name for path in model.folder.iterdir())}
+    names = {name for name in every if name.endswith(".safetensors") or name in ("config.json", "tokenizer.json")}
     same = {x for x in names if x in there and (model.folder / x).is_file() and same_on_hub(model.folder / x, there[x])}
     if other := sorted(names - same):
         return False, f"{', '.join(other)} differ from {model.repo_id}"
