@@ -1,8 +1,7 @@
 """Loading the tasks of a suite: where lm-eval defines them, where their data is, which items are drawn.
 
-The task definitions are lm-eval's own, unmodified (and ours under `tasks/`, in lm-eval's format); only the location of
-the data and the number of shots are set here. A task that is named by itself runs as lm-eval defines it. The suites
-themselves are entries of `tasks.yaml`.
+The tasks are lm-eval's own, unmodified (and ours under `tasks/`, in its format); only the location of the data and the
+number of shots are set here. The suites themselves are entries of `tasks.yaml`.
 """
 
 from __future__ import annotations
@@ -31,16 +30,14 @@ from nanophi.core.errors import UserError, one_line, suggest
 from nanophi.eval.catalogue import SUITES, TASKS, Entry, Suite, made_from, too_long
 
 OUR_TASKS = Path(__file__).parent / "tasks"
-GENERATED_TOKENS = 256
-"""Tokens that lm-eval generates for a task that does not say how many."""
+GENERATED_TOKENS = 256  # by lm-eval, for a task that does not say how many
 
 
 @dataclasses.dataclass
 class LoadedSuite:
-    """A suite whose tasks are loaded and ready to run.
+    """A suite whose tasks are loaded.
 
     Attributes:
-        suite: from `find_suite`.
         tasks: every leaf task by name, in the order of the suite.
         entries: the suite's entry that each leaf task belongs to.
         groups: lm-eval groups (`mmlu` and its four categories) by name, with their children.
@@ -60,20 +57,21 @@ def find_suite(name: str, num_fewshot: int | None = None) -> Suite:
     A task may have its number of examples in the prompt, `winogrande:5,arc_easy`; any other has `num_fewshot`, or what
     its definition has. Raises `UserError` for an unknown task, and for a suite with `num_fewshot`.
     """
-    if num_fewshot is not None and (fixed := [part for part in name.split(",") if part.strip() in SUITES]):
-        raise UserError(
-            f"suite '{fixed[0].strip()}' fixes its number of shots; name tasks instead, such as winogrande:5"
-        )
+    parts = [part.strip() for part in name.split(",")]
+    if num_fewshot is not None and (fixed := [part for part in parts if part in SUITES]):
+        raise UserError(f"suite '{fixed[0]}' fixes its number of shots; name tasks instead, such as winogrande:5")
     if name in SUITES:
         return SUITES[name]
     entries: list[Entry] = []
     names: list[str] = []
-    for part in (part.strip() for part in name.split(",")):
-        found = SUITES[part].entries if part in SUITES else (_entry(part, num_fewshot),)
-        entries += found
-        names += [part] if part in SUITES else [e.task + ("" if e.shots is None else f":{e.shots}") for e in found]
-    manager = _manager(entries)
-    leaves = [leaf for entry in entries for leaf in _leaves(manager, entry.task)]
+    for part in parts:
+        if part in SUITES:
+            entries += SUITES[part].entries
+            names.append(part)
+        else:
+            entries.append(entry := _entry(part, num_fewshot))
+            names.append(entry.task + ("" if entry.shots is None else f":{entry.shots}"))
+    leaves = [leaf for entry in entries for leaf in _leaves(_manager(entries), entry.task)]
     if twice := {leaf for leaf in leaves if leaves.count(leaf) > 1}:
         raise UserError(f"task '{min(twice)}' is named twice in '{name}'; name it once per command")
     return Suite(",".join(names), tuple(entries))
@@ -82,9 +80,7 @@ def find_suite(name: str, num_fewshot: int | None = None) -> Suite:
 def _entry(text: str, num_fewshot: int | None) -> Entry:
     """An entry from `task` or `task:shots`."""
     if text.endswith((".yaml", ".yml")) or "/" in text:
-        raise UserError(
-            f"'{text}' is a file; tasks are named, not read from YAML files, which may run code of their own"
-        )
+        raise UserError(f"'{text}' is a file; tasks are named, not read from YAML files, which may run code")
     task, colon, shots = text.partition(":")
     if colon and not shots.isdecimal():
         raise UserError(f"'{text}' does not name a number of shots; write it like {task or 'winogrande'}:5")
@@ -97,8 +93,8 @@ def _entry(text: str, num_fewshot: int | None) -> Entry:
 def context_problem(suites: Sequence[str], max_position_embeddings: int) -> str:
     """Which task of some suites needs a longer context than a model has, in one line; empty if none does.
 
-    This reads the definitions of the tasks, not their data, so that it can be checked before a model is trained.
-    Prompts that are too long are cut from the left, as in lm-eval; answers cannot be cut.
+    This reads the tasks' definitions, not their data, before a model is trained. Prompts that are too long are cut from
+    the left, as in lm-eval; answers cannot be cut.
     """
     for name in suites:
         suite = find_suite(name)
@@ -124,10 +120,9 @@ def generation_problem(what: str, config: Mapping[str, Any], context: int) -> st
 
 
 def check_heldout(suites: Sequence[str], documents: Path, tokenizer: Path, max_position_embeddings: int) -> None:
-    """Whether a run can be measured on its held-out `documents`, before a model is trained on the others.
+    """Raise `UserError` if a run cannot be measured on its held-out `documents`, before a model is trained.
 
-    Tasks of the suites on other data are not looked at. Raises `UserError` if a task cannot be made from these
-    documents, or an answer is longer than the context.
+    That is if a task cannot be made from them, or an answer is longer than the context.
     """
     entries = (entry for name in suites for entry in find_suite(name).entries if made_from(entry.task) == "documents")
     suite = Suite("heldout", tuple(dict.fromkeys(entries)))
@@ -143,14 +138,14 @@ def check_heldout(suites: Sequence[str], documents: Path, tokenizer: Path, max_p
             task.build_all_requests()
         pairs = [request.args for request in task.instances if request.request_type == "loglikelihood"]
         # As the scorer counts them: what an answer adds to the tokens of its prompt.
-        texts = list({text for prompt, answer in pairs for text in (prompt.rstrip(), prompt + answer)})
-        tokens = dict(zip(texts, map(len, encode(texts, verbose=False)["input_ids"]), strict=True)) if texts else {}
-        needed = max((tokens[prompt + answer] - tokens[prompt.rstrip()] for prompt, answer in pairs), default=0)
+        whole, prompts = (
+            encode(texts, verbose=False)["input_ids"] if texts else []
+            for texts in ([prompt + answer for prompt, answer in pairs], [prompt.rstrip() for prompt, _ in pairs])
+        )
+        needed = max((len(a) - len(b) for a, b in zip(whole, prompts, strict=True)), default=0)
         if problem := too_long(f"an answer of task '{name}' has {needed} tokens", needed, max_position_embeddings):
-            raise UserError(
-                f"evaluation.suites: {problem}; choose other evaluation.suites, or a larger "
-                "model.max_position_embeddings"
-            )
+            remedy = "choose other evaluation.suites, or a larger model.max_position_embeddings"
+            raise UserError(f"evaluation.suites: {problem}; {remedy}")
 
 
 def find_data(
@@ -187,8 +182,7 @@ def load_suite(suite: Suite, *, data: Path | None = None, heldout: Path | None =
 def sample_of_items(task: Task, items: int | None) -> list[int] | None:
     """Indices of a fixed sample of a task's items, ascending; None: all.
 
-    The sample is drawn by hash of the index, so it is spread over the task (the first items of HellaSwag, for one,
-    all come from the same source) and a larger sample contains a smaller one.
+    It is drawn by hash of the index, so that it is spread over the task and a larger sample contains a smaller one.
     """
     total = len(task.eval_docs)
     if items is None or items >= total:
@@ -259,23 +253,21 @@ def _group(manager: TaskManager, name: str, loaded: LoadedSuite) -> Group:
 
 
 def _origin(task: str, config: dict[str, Any], data: Path | None, heldout: Path | None) -> tuple[str, Path | None]:
-    """Dataset id and local folder of a task's data. Raises `UserError` if `data` does not contain it."""
+    """Dataset id and local folder of a task's data. Raises `UserError` if it is not there."""
+    heldout = heldout and Path(heldout).resolve()
     if made_from(task) == "documents":
-        if heldout is None:
-            raise UserError(f"task '{task}' needs held-out documents; name a run's data/documents folder (--heldout)")
-        if not list(Path(heldout).glob("heldout-*.parquet")):
-            raise UserError(f"no heldout-*.parquet in {heldout}; name a run's data/documents folder (--heldout)")
-        return "heldout", Path(heldout).resolve()
+        if heldout is None or not list(heldout.glob("heldout-*.parquet")):
+            needs = f"task '{task}' needs held-out documents"
+            raise UserError(f"{needs} (heldout-*.parquet); name a run's data/documents folder (--heldout)")
+        return "heldout", heldout
     if made_from(task) == "conversations":
-        folder = Path(heldout).resolve().parent / "conversations" if heldout is not None else None
+        folder = heldout and heldout.parent / "conversations"
         if folder is None or not (folder / "heldout.parquet").is_file():
             raise UserError(f"task '{task}' needs the data/documents folder of a run with conversations (--heldout)")
         return "answers", folder
     dataset = str(config.get("dataset_path"))
-    if data is None:
-        return dataset, None
-    folder = Path(data).resolve() / dataset
-    if not folder.is_dir():
+    folder = data and Path(data).resolve() / dataset
+    if folder and not folder.is_dir():
         raise UserError(f"task '{task}' needs the dataset {dataset}, which is not in {data} (looked for {folder})")
     return dataset, folder
 
@@ -305,17 +297,14 @@ def _load_task(manager: TaskManager, name: str, entry: Entry, dataset: str, fold
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silence the libraries' logging and progress bars, which would drown the lines about the evaluation itself."""
-    bars = transformers.utils.logging
+    bars, hub = transformers.utils.logging, huggingface_hub.utils
+    libraries = (
+        (bars.is_progress_bar_enabled(), bars.disable_progress_bar, bars.enable_progress_bar),
+        (not datasets.are_progress_bars_disabled(), datasets.disable_progress_bars, datasets.enable_progress_bars),
+        (not hub.are_progress_bars_disabled(), hub.disable_progress_bars, hub.enable_progress_bars),
+    )
     with contextlib.ExitStack() as stack:
-        for is_shown, hide, show in (
-            (bars.is_progress_bar_enabled(), bars.disable_progress_bar, bars.enable_progress_bar),
-            (not datasets.are_progress_bars_disabled(), datasets.disable_progress_bars, datasets.enable_progress_bars),
-            (
-                not huggingface_hub.utils.are_progress_bars_disabled(),
-                huggingface_hub.utils.disable_progress_bars,
-                huggingface_hub.utils.enable_progress_bars,
-            ),
-        ):
+        for is_shown, hide, show in libraries:
             if is_shown:
                 hide()
                 stack.callback(show)
