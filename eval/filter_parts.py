@@ -16,10 +16,10 @@ from nanophi.eval.tasks import heldout
 
 
 def divide(results: Mapping[str, Sequence[Path]], documents: Sequence[str]) -> dict[str, list[int]]:
-    """Positions of the held-out `documents` (lm-eval's hashes) that the first run's filter keeps, and drops.
+    """Positions of the held-out `documents` (lm-eval's hashes) that a filter keeps, and drops.
 
-    The first run with a filter that any result file belongs to; empty without one. Documents that are not that run's
-    are in neither part.
+    It is the filter of the first run with one that any result file belongs to; empty without one. Documents that are
+    not that run's are in neither part.
     """
     for label, files in results.items():
         for run in {Path(file).resolve().parent.parent for file in files}:

@@ -1,10 +1,8 @@
 """Faster kernels for the same functions, while a model is measured in float32 on a CPU.
 
-oneDNN, which ships with torch, multiplies faster than torch's linear layers (MKL) on AMD processors, and as fast on
-Intel. It also applies GELU to a product while that is still in the cache: torch's own GELU takes a quarter of the time
-of the product, and transformers' GPT-2 GELU makes eight passes over memory. Together a fifth of the time of an
-evaluation (benchmarks/LOG.md, 2026-11-30). The choice of kernel depends on the model only, never on timings, so a
-measurement repeats bit for bit. Results agree with torch's up to rounding.
+oneDNN multiplies faster than torch's linear layers (MKL) on AMD processors, and applies GELU while a product is still
+in the cache: together a fifth of the time (benchmarks/LOG.md, 2026-11-30). The choice depends on the model alone, so a
+measurement repeats bit for bit; results agree with torch's up to rounding.
 """
 
 from __future__ import annotations
@@ -13,6 +11,7 @@ import contextlib
 import ctypes
 import functools
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import torch
@@ -29,22 +28,22 @@ class Kernels:
         parameter = next(network.parameters())
         if parameter.device.type != "cpu" or parameter.dtype != torch.float32:
             return
-        onednn = torch.backends.mkldnn.is_available()
-        fused = _before_gelu(network) if onednn else {}
-        fused = {linear: gelu for linear, gelu in fused.items() if type(linear.weight.data) is Tensor}
+        # Quantized weights are tensors of a class of their own, which multiply in their own way.
+        linears = [x for x in network.modules() if type(x) is nn.Linear and type(x.weight.data) is Tensor]
+        linears = linears if torch.backends.mkldnn.is_available() else []
+        fused = _before_gelu(network, linears)
+        for module in linears:
+            product = functools.partial(
+                torch.ops.mkldnn._linear_pointwise,
+                W=module.weight.detach(),
+                B=None if module.bias is None else module.bias.detach(),
+                attr="gelu" if module in fused else "none",
+                scalars=[],
+                algorithm="tanh" if module in fused else "",
+            )
+            self.forwards.append((module, product))
         for module in network.modules():
-            # Quantized weights are tensors of a class of their own, which multiply in their own way.
-            if type(module) is nn.Linear and onednn and type(module.weight.data) is Tensor:
-                product = functools.partial(
-                    torch.ops.mkldnn._linear_pointwise,
-                    W=module.weight.detach(),
-                    B=None if module.bias is None else module.bias.detach(),
-                    attr="gelu" if module in fused else "none",
-                    scalars=[],
-                    algorithm="tanh" if module in fused else "",
-                )
-                self.forwards.append((module, product))
-            elif type(module) in GELUS:
+            if type(module) in GELUS:
                 gelu = functools.partial(nn.functional.gelu, approximate="tanh")
                 self.forwards.append((module, nn.Identity().forward if module in fused.values() else gelu))
 
@@ -64,8 +63,8 @@ GELUS = (NewGELUActivation, GELUTanh)
 """Activations that are GELU in its tanh form (Hendrycks & Gimpel 2016)."""
 
 
-def _before_gelu(network: PreTrainedModel) -> dict[nn.Module, nn.Module]:
-    """Linear layers whose output goes into one GELU and nowhere else, with that GELU; found by running the network."""
+def _before_gelu(network: PreTrainedModel, linears: list[nn.Linear]) -> dict[nn.Module, nn.Module]:
+    """Those linear layers whose output goes into one GELU and nowhere else, with it; found by running the network."""
     made: dict[int, tuple[nn.Module, Tensor]] = {}
     pairs: list[tuple[nn.Module, nn.Module]] = []
 
@@ -73,23 +72,18 @@ def _before_gelu(network: PreTrainedModel) -> dict[nn.Module, nn.Module]:
         made[id(output)] = (module, output)
 
     def look_up(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        maker = made.get(id(inputs[0]))
-        pairs.append((maker[0] if maker else module, module))
+        maker, _ = made.get(id(inputs[0]), (module, None))
+        pairs.append((maker, module))
 
-    handles = [module.register_forward_hook(remember) for module in network.modules() if type(module) is nn.Linear]
-    handles += [module.register_forward_pre_hook(look_up) for module in network.modules() if type(module) in GELUS]
-    try:
-        with torch.inference_mode():
-            network(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    makers, gelus = [maker for maker, _ in pairs], [gelu for _, gelu in pairs]
-    return {
-        maker: gelu
-        for maker, gelu in pairs
-        if maker is not gelu and makers.count(maker) == 1 and gelus.count(gelu) == 1
-    }
+    with contextlib.ExitStack() as hooks, torch.inference_mode():
+        for linear in linears:
+            hooks.callback(linear.register_forward_hook(remember).remove)
+        for module in network.modules():
+            if type(module) in GELUS:
+                hooks.callback(module.register_forward_pre_hook(look_up).remove)
+        network(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)
+    used = Counter(module for pair in pairs for module in set(pair))
+    return {maker: gelu for maker, gelu in pairs if maker is not gelu and used[maker] == used[gelu] == 1}
 
 
 def trim() -> None:

@@ -14,11 +14,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-ROW_TOKENS = 1024
-"""About how many tokens a row has, and a forward pass on a CPU: enough to keep its cores busy."""
-
-PACK_TOKENS = 512
-"""Tokens of a row after a cached prefix. In longer rows too much attention is computed only to be masked."""
+ROW_TOKENS = 1024  # about how many tokens a row has, and a forward pass on a CPU: enough to keep its cores busy
+PACK_TOKENS = 512  # of a row after a cached prefix: in longer rows too much attention is computed only to be masked
 
 Range = tuple[int, int]
 """Sequences [low, high) of a tree."""
