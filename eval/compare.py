@@ -26,13 +26,12 @@ from nanophi.eval.models import model_key
 from nanophi.eval.results import ANSWER_METRIC, Score, distinct, final_results, read_result
 from nanophi.eval.statistics import Estimate, bits_per_byte, bits_per_byte_stderr, holm, mcnemar
 
-FORMAT = 3
-"""Version of `comparison.json`; 3 has `items`."""
+FORMAT = 3  # of `comparison.json`; 3 has `items`
 TABLES = ("tasks", "answers", "subjects", "sources", "filter")
-MAX_SOURCES = 12
-"""Held-out sources with a row of their own; every further row makes Holm's correction harsher on all of them."""
-MIN_DOCUMENTS = 20
-"""Documents that a source needs for a row of its own: fewer say little about it."""
+FACTS = {name: name for name in ("task", "metric", "filter", "chance", "higher_is_better")} | {"num_fewshot": "shots"}
+"""What a row has of all its scores -> its name in `Score`."""
+MAX_SOURCES = 12  # held-out sources with a row of their own: each makes Holm's correction harsher on all of them
+MIN_DOCUMENTS = 20  # that a source needs for a row of its own: fewer say little about it
 
 
 def compare(
@@ -136,7 +135,7 @@ def compare_models(
         raise UserError(f"baseline '{baseline}' is not one of {', '.join(labels)}")
     files = {label: [read_result(Path(path)) for path in paths] for label, paths in results.items()}
     notes = _identity_notes(files)
-    rows = _rows({label: _chosen(label, contents, notes) for label, contents in files.items()}, notes)
+    rows = _rows(files, notes)
     items, values, answers = {}, {}, {}
     for key, row in rows.items():
         items[key], documents = _stored(row)
@@ -193,8 +192,7 @@ def recompute(comparison: Mapping[str, Any]) -> dict[str, Any] | None:
 
     def derived(table: str, name: str, key: str) -> dict[str, Measured]:
         row = comparison[table].get(key, {"scores": {}})
-        names = {x: x for x in ("task", "metric", "filter", "chance", "higher_is_better")} | {"shots": "num_fewshot"}
-        facts = {field: row.get(there) for field, there in names.items()}
+        facts = {field: row.get(name) for name, field in FACTS.items()}
         scores = {x: Score(suite="", of=0, leaves=(), **facts, **figures) for x, figures in row["scores"].items()}
         return {x: one.part() or one for x, one in _measured(scores, items.get(key, {}), name).items()}
 
@@ -214,11 +212,6 @@ class Chosen(NamedTuple):
     answers: Score | None
     content: dict[str, Any]
 
-    @property
-    def protocol(self) -> tuple[int | None, str]:
-        """What must be equal for two scores to be comparable: the number of shots, and the metric."""
-        return self.score.shots, self.score.metric
-
 
 def _identity_notes(files: Mapping[str, Sequence[dict[str, Any]]]) -> list[str]:
     """Notes on labels of one and the same model. Raises `UserError` for a label that mixes two models."""
@@ -236,41 +229,35 @@ def _identity_notes(files: Mapping[str, Sequence[dict[str, Any]]]) -> list[str]:
     return notes
 
 
-def _chosen(label: str, contents: Sequence[dict[str, Any]], notes: list[str]) -> list[Chosen]:
-    """One model's scores, each task and way of measuring it once: the one with the most items."""
-    found: dict[tuple[Any, ...], Chosen] = {}
-    for content in contents:
+def _rows(files: Mapping[str, Sequence[dict[str, Any]]], notes: list[str]) -> dict[str, dict[str, Chosen]]:
+    """Key of each row -> score by label. What was measured differently gets rows of its own, and a note tells so.
+
+    Of several results of a model on one task, measured alike, the one with the most items counts.
+    """
+    found: dict[tuple[str, int | None, str], dict[str, Chosen]] = {}
+    for label, content in [(label, content) for label, contents in files.items() for content in contents]:
         answers = {score.task: score for score in results.answer_scores(content)}
         for score in results.leading_scores(content):
-            one = Chosen(score, answers.get(score.task), content)
-            key = (score.task, *one.protocol)
-            if key in found:
-                larger, smaller = sorted((score.items, found[key].score.items), reverse=True)
-                left_out = "the other" if larger == smaller else f"the one on {smaller}"
+            row = found.setdefault((score.task, score.shots, score.metric), {})
+            if label in row:
+                larger, smaller = sorted((score.items, row[label].score.items), reverse=True)
+                other = "the other" if larger == smaller else f"the one on {smaller}"
                 notes.append(
-                    f"{score.task}: {label} has two results; the one on {larger} items counts, {left_out} does not"
+                    f"{score.task}: {label} has two results; the one on {larger} items counts, {other} does not"
                 )
-            if key not in found or score.items > found[key].score.items:
-                found[key] = one
-    return list(found.values())
-
-
-def _rows(chosen: Mapping[str, Sequence[Chosen]], notes: list[str]) -> dict[str, dict[str, Chosen]]:
-    """Key of each row -> score by label. What was measured differently gets rows of its own, and a note tells so."""
-    every = [(label, one) for label, found in chosen.items() for one in found]
+            if label not in row or score.items > row[label].score.items:
+                row[label] = Chosen(score, answers.get(score.task), content)
     rows: dict[str, dict[str, Chosen]] = {}
     unlike = []
-    for task in sorted(dict.fromkeys(one.score.task for _, one in every), key=position):
-        of_task = [(label, one) for label, one in every if one.score.task == task]
-        protocols = list(dict.fromkeys(one.protocol for _, one in of_task))
-        by_shots = len({shots for shots, _ in protocols}) == len(protocols)
-        for shots, metric in protocols:
-            key = task if len(protocols) == 1 else f"{task}:{shots}" if by_shots else f"{task}:{shots}:{metric}"
-            rows[key] = {label: one for label, one in of_task if one.protocol == (shots, metric)}
-        if len(protocols) > 1:
-            ways = ", ".join(f"{label}: {one.score.shots}-shot {one.score.metric}" for label, one in of_task)
-            unlike.append(f"{task} was not measured alike ({ways})")
-    if unlike and all(len(found) == 1 for found in rows.values()):
+    for task in sorted(dict.fromkeys(task for task, *_ in found), key=position):
+        ways = {(shots, metric): row for (name, shots, metric), row in found.items() if name == task}
+        by_shots = len({shots for shots, _ in ways}) == len(ways)
+        for (shots, metric), row in ways.items():
+            rows[task if len(ways) == 1 else f"{task}:{shots}" if by_shots else f"{task}:{shots}:{metric}"] = row
+        if len(ways) > 1:
+            shown = [f"{x}: {shots}-shot {metric}" for x in files for (shots, metric), row in ways.items() if x in row]
+            unlike.append(f"{task} was not measured alike ({', '.join(shown)})")
+    if unlike and all(len(row) == 1 for row in rows.values()):
         raise UserError(f"{unlike[0]}; run `nanophi eval` again with the same --num-fewshot or suite")
     notes += [f"{line}; only results with the same number of shots are compared" for line in unlike]
     return rows
@@ -445,9 +432,8 @@ def _average(
     row = _row(scores)
     for label in labels:
         if all(label in estimates[task] for task in LEADERBOARD):
-            row["differences"][label] = _entry(
-                statistics.mean_estimate([estimates[task][label] for task in LEADERBOARD], rng)
-            )
+            six = [estimates[task][label] for task in LEADERBOARD]
+            row["differences"][label] = _entry(statistics.mean_estimate(six, rng))
     return row
 
 
@@ -477,12 +463,7 @@ def _row(scores: Mapping[str, Score]) -> dict[str, Any]:
     """A row with the scores of each label, and no differences yet."""
     one = next(iter(scores.values()))
     return {
-        "task": one.task,
-        "metric": one.metric,
-        "filter": one.filter,
-        "num_fewshot": one.shots,
-        "chance": one.chance,
-        "higher_is_better": one.higher_is_better,
+        **{name: getattr(one, field) for name, field in FACTS.items()},
         "scores": {
             label: {"value": score.value, "stderr": score.stderr, "items": score.items}
             for label, score in scores.items()

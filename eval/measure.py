@@ -34,7 +34,7 @@ from nanophi.core.names import resolve
 from nanophi.eval.catalogue import HELDOUT_BITS, score
 from nanophi.eval.metrics import bits_figures, heldout_figures
 from nanophi.eval.models import load_model
-from nanophi.eval.results import ANSWER_METRIC, FORMAT, PROTOCOL, mean_of, read_result, result_name
+from nanophi.eval.results import ANSWER_METRIC, FORMAT, PROTOCOL, every_score, mean_of, read_result, result_name
 from nanophi.eval.scorer import NotScorable, ScorerLM
 from nanophi.eval.statistics import mean_stderr
 from nanophi.eval.suites import (
@@ -77,23 +77,16 @@ def measure(
     """Measure a model on a suite and write the result file.
 
     Each task's results are kept as soon as it ends (in `.<file's name>.partial/`): killed and called again with the
-    same inputs, it resumes with the next task.
-
-    Args:
-        model: folder or Hub id of any causal language model; `ORG/NAME@revision` for a branch, tag or commit.
-        suite: as for `find_suite`.
-        output: the result file (`.json`), or a folder, in which the file is named after the model, the suite and
-            a hash of everything that the result depends on.
-        shared: whether several models have this `output`: then a file's name is the beginning of each one's.
+    same inputs, it resumes with the next task. `output` is the file, or a folder, in which the file is named after the
+    model, the suite and a hash of everything that the result depends on. If `shared`, several models have this
+    `output`: then a file's name is the beginning of each one's.
     """
     if resolve(model).folder is None:
         report(f"{model}: there is no folder of that name, so it is looked for on the Hub")
     chosen = find_suite(suite, options.num_fewshot)
     find_data(chosen, data=options.data, heldout=options.heldout)  # before the model is loaded: a mistyped folder
     with quiet():
-        network, tokenizer, identity = load_model(
-            model, dtype=options.dtype, trust_remote_code=options.trust_remote_code
-        )
+        network, tokenizer, identity = load_model(model, options.dtype, options.trust_remote_code)
     loaded = load_suite(chosen, data=options.data, heldout=options.heldout)
     with quiet():
         lm = ScorerLM(network, tokenizer, options.batch_size)
@@ -201,21 +194,20 @@ def _run_tasks(
         write_json(paths[name], part)
         scored += waiting.pop(name)
         left = (time.monotonic() - started) * sum(waiting.values()) / scored
-        more = f"; about {duration(left)} left for {len(waiting)} more" if waiting else ""
-        report(_line(part, name) + more)
+        report(_line(part, name) + (f"; about {duration(left)} left for {len(waiting)} more" if waiting else ""))
     return {name: read_json(path) for name, path in paths.items()}
 
 
 def _characters(task: Task, indices: list[int] | None) -> int:
-    """Approximate number of prompt characters in a task's items, from a few of them: a measure of its cost."""
+    """About how many characters a task's prompts have, from a few of them: a measure of its cost."""
     task.set_fewshot_seed(FEWSHOT_SEED)
     docs = task.eval_docs
-    some = (indices or range(len(docs)))[:: max(1, len(indices or docs) // 4)]
-    prompts = [task.fewshot_context(docs[i], num_fewshot=task.config.num_fewshot) for i in some]
-    lengths = [len(prompt if isinstance(prompt, str) else prompt[0]) for prompt in prompts]
+    some = [docs[i] for i in (indices or range(len(docs)))[:: max(1, len(indices or docs) // 4)]]
     if task.OUTPUT_TYPE == "loglikelihood_rolling":
-        lengths = [len(task.doc_to_target(docs[i])) for i in some]
-    return 1 + sum(lengths) * len(indices or docs) // len(lengths)
+        texts = [task.doc_to_target(doc) for doc in some]
+    else:
+        texts = [task.fewshot_context(doc, num_fewshot=task.config.num_fewshot) for doc in some]
+    return 1 + sum(len(x if isinstance(x, str) else x[0]) for x in texts) * len(indices or docs) // len(texts)
 
 
 def run_task(lm: ScorerLM, name: str, task: Task, indices: list[int] | None) -> dict[str, Any]:
@@ -329,17 +321,17 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=convert))
 
 
-def _data_hashes(loaded: LoadedSuite) -> dict[str, Any]:
+def _data_hashes(loaded: LoadedSuite) -> dict[str, str | None]:
     """SHA-256 of each dataset folder; datasets from the Hub are pinned by the per-item hashes in the samples."""
-    hashes: dict[str, Any] = {}
-    for dataset, folder in dict.fromkeys(loaded.datasets.values()):
-        if folder is None:
-            hashes[dataset] = None
-        elif dataset in ("heldout", "answers"):  # of what else a run has there, items do not depend on it
-            hashes[dataset] = sha256_of({path.name: sha256_of_file(path) for path in folder.glob("heldout*.parquet")})
-        else:
-            hashes[dataset] = sha256_of_tree(folder)
-    return hashes
+
+    def hashed(dataset: str, folder: Path) -> str:
+        if dataset not in ("heldout", "answers"):
+            return sha256_of_tree(folder)
+        # Items do not depend on what else a run has there.
+        return sha256_of({path.name: sha256_of_file(path) for path in folder.glob("heldout*.parquet")})
+
+    origins = dict.fromkeys(loaded.datasets.values())
+    return {dataset: hashed(dataset, folder) if folder else None for dataset, folder in origins}
 
 
 def _merge(loaded: LoadedSuite, parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -371,13 +363,9 @@ def _merge(loaded: LoadedSuite, parts: dict[str, dict[str, Any]]) -> dict[str, A
 
 def _line(part: dict[str, Any], name: str) -> str:
     """A finished task in one line: `arc_easy: acc 31.20 ± 0.95, ... (2,376 items, 41 s)`."""
-    values = part["results"][name]
-    shown = []
-    for key, value in values.items():
-        if "," in key and "_stderr" not in key and isinstance(value, float):
-            metric, error = key.split(",")[0], values.get(key.replace(",", "_stderr,"))
-            figures = {"value": value, "stderr": error if isinstance(error, float) else None}
-            shown.append(f"{metric} {score(figures, metric)}")
+    scores = every_score(part | {"nanophi": {"suite": name}})
+    shown = ", ".join(f"{one.metric} {score(vars(one), one.metric)}" for one in scores)
     prompts = part["overflowing"]
     cut = f", {prompts} prompt{'s' * (prompts > 1)} cut to the context" if prompts else ""
-    return f"{name}: {', '.join(shown)} ({values['sample_len']} items{cut}, {duration(part['seconds'])})"
+    items = part["results"][name]["sample_len"]
+    return f"{name}: {shown} ({items} items{cut}, {duration(part['seconds'])})"

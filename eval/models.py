@@ -45,7 +45,7 @@ def model_key(identity: dict[str, Any]) -> str:
 
 
 def load_model(
-    model: str | Path, *, dtype: str = "auto", trust_remote_code: bool = False
+    model: str | Path, dtype: str = "auto", trust_remote_code: bool = False
 ) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase, dict[str, Any]]:
     """A causal language model in evaluation mode, on the GPU if there is one, its tokenizer, and what identifies it.
 

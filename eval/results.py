@@ -119,30 +119,20 @@ def final_results(run: Path) -> list[Path]:
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """One model's score on one task, or the unweighted mean of a group's; the only form that a score has in memory.
+    """One model's score on one task, or the unweighted mean of a group's; the only form that a score has in memory."""
 
-    Attributes:
-        suite: what was asked for: a suite's name, or names of tasks.
-        task: lm-eval's name of the task or group; `average` for the mean of the leaderboard's six.
-        value, stderr: in the metric's own unit; a share is between 0 and 1. `stderr` is None where it is unknown.
-        items, of: how many items were scored, and how many the task has.
-        shots: None for a mean of tasks with different numbers of examples in the prompt.
-        chance: expected score of a guess; None where there is none.
-        leaves: the tasks that it is the mean of; the task itself where it is no group.
-    """
-
-    suite: str
-    task: str
+    suite: str  # what was asked for: a suite's name, or names of tasks
+    task: str  # lm-eval's name of it; `average` for the mean of the leaderboard's six
     metric: str
     filter: str
-    value: float
+    value: float  # in the metric's own unit; a share is between 0 and 1
     stderr: float | None
     items: int
-    of: int
-    shots: int | None
-    chance: float | None
+    of: int  # items that the task has
+    shots: int | None  # None for a mean of tasks with different numbers of examples in the prompt
+    chance: float | None  # expected score of a guess
     higher_is_better: bool
-    leaves: tuple[str, ...]
+    leaves: tuple[str, ...]  # the tasks that it is the mean of
 
     @property
     def title(self) -> str:
@@ -222,12 +212,9 @@ def mean_of(results: Mapping[str, Any], leaves: Sequence[str], key: str) -> tupl
 
 
 def _lines(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Each line of the suite -> its leaf `tasks`, and the `chance` of a guess: what lm-eval's own keys do not have.
-
-    Files of format 2 have them in their `headline`, beside copies of figures that are not read.
-    """
+    """Each line of the suite -> its leaf `tasks`, and the `chance` of a guess: what lm-eval's own keys do not have."""
     ours = result["nanophi"]
-    return ours["lines"] if "lines" in ours else {line["task"]: line for line in ours["headline"]}
+    return ours["lines"] if "lines" in ours else {line["task"]: line for line in ours["headline"]}  # format 2
 
 
 def _metrics(metrics: Mapping[str, Any]) -> list[str]:

@@ -6,6 +6,7 @@ their checks, and mirrors of the boards read the same request files.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
@@ -151,31 +152,24 @@ class Submission:
 
 
 def _type(model: Submission) -> Found:
-    recorded, base = _origin(model.folder / "records")
-    model.model_type, model.base_model = model.model_type or recorded, model.base_model or base
+    with contextlib.suppress(Exception):  # the release has no records, or not ours
+        recipe = yaml.safe_load((model.folder / "records/recipe.yaml").read_text(encoding="utf-8"))
+        base = split_revision(recipe["base"] or "")[0]
+        if recipe["conversations"]:
+            recorded = {"sft": "fine-tuned", "dpo": "chat"}[recipe["method"]]
+            base = read_json(model.folder / "records/conversations.json")["repo_id"]
+        else:
+            recorded = "continuously pretrained" if base else "pretrained"
+        model.model_type = model.model_type or recorded
+        model.base_model = model.base_model or (base if is_hub_id(base or "") else None)
+    found = f"{model.model_type} from {model.base_model or 'scratch'}, {model.precision}"
     if not model.model_type:
         return False, "there are no records of nanophi"
-    found = f"{model.model_type} from {model.base_model or 'scratch'}, {model.precision}"
     if model.model_type not in MODEL_TYPES or model.precision not in PRECISIONS:
         return False, found, f"model type is one of {', '.join(MODEL_TYPES)}; precision of {', '.join(PRECISIONS)}"
     if model.model_type != "pretrained" and not model.base_model:
         return False, found, "the base has no name on the Hub: publish it first, or name it: --base-model"
     return True, found
-
-
-def _origin(records: Path) -> tuple[str | None, str | None]:
-    """Model type and the base's Hub id, as a release's records have them; None where they do not say."""
-    try:
-        recipe = yaml.safe_load((records / "recipe.yaml").read_text(encoding="utf-8"))
-        if recipe["conversations"]:
-            types = {"sft": "fine-tuned", "dpo": "chat"}
-            return types[recipe["method"]], read_json(records / "conversations.json")["repo_id"]
-        if not recipe["base"]:
-            return "pretrained", None
-        base = split_revision(recipe["base"])[0]
-        return "continuously pretrained", base if is_hub_id(base) else None
-    except Exception:  # they are not there, or not ours
-        return None, None
 
 
 def _revision(model: Submission) -> Found:

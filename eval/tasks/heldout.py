@@ -1,6 +1,6 @@
 """Items made from a run's held-out documents: the data behind the `heldout_*.yaml` tasks.
 
-Items depend on the documents only, and are drawn by the hash of a document's id. All models that are measured on the
+Items depend on the documents only, and are drawn by the hash of a document's id: all models that are measured on the
 same documents get the same items, so their results can be paired.
 """
 
@@ -34,11 +34,10 @@ def documents(heldout: str, **_: Any) -> dict[str, datasets.Dataset]:
     rows: list[dict[str, Any]] = []
     total = 0
     for row in texts(heldout):
-        size = len(row["text"].encode())
-        if rows and total + size > MAX_BYTES:
+        total += len(row["text"].encode())
+        if rows and total > MAX_BYTES:
             break
         rows.append(row)
-        total += size
     return _table(rows)
 
 
