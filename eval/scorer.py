@@ -103,11 +103,10 @@ class ScorerLM(HFLM):
         if all(task in TASKS and TASKS[task].cut_apart for task in tasks):
             encoded = [(r.args, *(self.tok_encode(text, False) for text in r.args)) for r in requests]
             return self._loglikelihood_tokens(encoded, disable_tqdm)
-        contexts = [request.args[0] for request in requests if request.args[0]]
-        wholes = [context + continuation for context, continuation in (request.args for request in requests) if context]
         if self.tokenizer.is_fast and self.add_bos_token is None:
             prefix = self.tokenizer.decode(self.prefix_token_id)
-            texts = dict.fromkeys([*map(str.rstrip, contexts), *wholes])
+            pairs = [request.args for request in requests if request.args[0]]
+            texts = dict.fromkeys(text for a, b in pairs for text in (a.rstrip(), a + b))
             if plain := [text for text in texts if text and not has_bos_prefix(text, prefix)]:
                 self._encoded = dict(zip(plain, self.tokenizer(plain)["input_ids"], strict=True))
         try:
@@ -127,8 +126,6 @@ class ScorerLM(HFLM):
         totals = [0.0] * len(requests)
         for owner, (value, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
             totals[owner] += value
-        for request, total in zip(requests, totals, strict=True):
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
 
     # Scores
@@ -144,24 +141,21 @@ class ScorerLM(HFLM):
         if not self.sparse_head:
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
         # Big-endian bytes sort like the tokens, and take a ninth of a list's memory.
-        windows: dict[bytes, list[tuple[int, list[int]]]] = {}
+        windows: dict[bytes, list[Request]] = {}
         for number, (_, context, continuation) in enumerate(requests):
             whole = context + continuation
             self.overflowing += len(whole) > self.max_length + 1
             # From the left, as HFLM does; the last token is predicted, not read.
             window = np.array(whole[-(self.max_length + 1) :][:-1], dtype=">i4").tobytes()
-            windows.setdefault(window, []).append((number, continuation))
-        keys = sorted(windows)
-        requests_of = [[Request(number, tokens) for number, tokens in windows[key]] for key in keys]
-        sequences = [np.frombuffer(key, dtype=">i4") for key in keys]
-        scored = [max(len(request.tokens) for request in group) for group in requests_of]
+            windows.setdefault(window, []).append(Request(number, continuation))
+        sequences = [np.frombuffer(key, dtype=">i4") for key in sorted(windows)]
+        asked = [windows[key] for key in sorted(windows)]
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         bar = progress_bar(len(requests), "scoring", unit=" requests", disable=not self.progress)
-        for answers in self._score(PrefixTree(sequences, scored, requests_of)):
+        scored = [max(len(request.tokens) for request in group) for group in asked]
+        for answers in self._score(PrefixTree(sequences, scored, asked)):
             for number, answer in answers:
                 results[number] = answer
-                if requests[number][0] is not None:
-                    self.cache_hook.add_partial("loglikelihood", requests[number][0], answer)
             bar.update(len(answers))
         bar.close()
         return results

@@ -33,22 +33,22 @@ OUR_TASKS = Path(__file__).parent / "tasks"
 GENERATED_TOKENS = 256  # by lm-eval, for a task that does not say how many
 
 
+Origins = dict[str, tuple[str, Path | None]]
+"""Per leaf task, the id of its dataset and the folder that it is read from (None: the Hub)."""
+
+
 @dataclasses.dataclass
 class LoadedSuite:
-    """A suite whose tasks are loaded.
+    """A suite whose leaf tasks are loaded, in its order, with the suite's entry and the data of each, and the groups.
 
-    Attributes:
-        tasks: every leaf task by name, in the order of the suite.
-        entries: the suite's entry that each leaf task belongs to.
-        groups: lm-eval groups (`mmlu` and its four categories) by name, with their children.
-        datasets: per leaf task, the id of its dataset and the folder it was read from (None: the Hub).
+    `groups` are lm-eval's (`mmlu` and its four categories), with their children.
     """
 
     suite: Suite
     tasks: dict[str, Task]
     entries: dict[str, Entry]
     groups: dict[str, Group]
-    datasets: dict[str, tuple[str, Path | None]]
+    datasets: Origins
 
 
 def find_suite(name: str, num_fewshot: int | None = None) -> Suite:
@@ -90,7 +90,7 @@ def _entry(text: str, num_fewshot: int | None) -> Entry:
     return Entry(underscored if known else task, int(shots) if colon else num_fewshot)
 
 
-def context_problem(suites: Sequence[str], max_position_embeddings: int) -> str:
+def context_problem(suites: Sequence[str], context: int) -> str:
     """Which task of some suites needs a longer context than a model has, in one line; empty if none does.
 
     This reads the tasks' definitions, not their data, before a model is trained. Prompts that are too long are cut from
@@ -103,10 +103,8 @@ def context_problem(suites: Sequence[str], max_position_embeddings: int) -> str:
             answer = TASKS[entry.task].answer_tokens if entry.task in TASKS else 1
             for leaf in _leaves(manager, entry.task):
                 what, config = f"task '{leaf}' (suite '{name}')", manager.task_index[leaf].cfg or {}
-                problem = generation_problem(what, config, max_position_embeddings) or too_long(
-                    f"{what} has answers of about {answer} tokens", answer, max_position_embeddings
-                )
-                if problem:
+                about = f"{what} has answers of about {answer} tokens"
+                if problem := generation_problem(what, config, context) or too_long(about, answer, context):
                     return f"{problem}; choose other suites or a larger max_position_embeddings"
     return ""
 
@@ -120,10 +118,7 @@ def generation_problem(what: str, config: Mapping[str, Any], context: int) -> st
 
 
 def check_heldout(suites: Sequence[str], documents: Path, tokenizer: Path, max_position_embeddings: int) -> None:
-    """Raise `UserError` if a run cannot be measured on its held-out `documents`, before a model is trained.
-
-    That is if a task cannot be made from them, or an answer is longer than the context.
-    """
+    """Raise `UserError` if a task cannot be made of held-out `documents`, or an answer is longer than the context."""
     entries = (entry for name in suites for entry in find_suite(name).entries if made_from(entry.task) == "documents")
     suite = Suite("heldout", tuple(dict.fromkeys(entries)))
     if not suite.entries:
@@ -133,28 +128,23 @@ def check_heldout(suites: Sequence[str], documents: Path, tokenizer: Path, max_p
     except UserError as error:
         raise UserError(f"evaluation.suites: {error}") from error
     encode = transformers.AutoTokenizer.from_pretrained(str(tokenizer))
+
+    def tokens(text: str) -> int:
+        return len(encode(text, verbose=False)["input_ids"])
+
     for name, task in loaded.tasks.items():
         with quiet():
             task.build_all_requests()
         pairs = [request.args for request in task.instances if request.request_type == "loglikelihood"]
         # As the scorer counts them: what an answer adds to the tokens of its prompt.
-        whole, prompts = (
-            encode(texts, verbose=False)["input_ids"] if texts else []
-            for texts in ([prompt + answer for prompt, answer in pairs], [prompt.rstrip() for prompt, _ in pairs])
-        )
-        needed = max((len(a) - len(b) for a, b in zip(whole, prompts, strict=True)), default=0)
+        needed = max((tokens(prompt + answer) - tokens(prompt.rstrip()) for prompt, answer in pairs), default=0)
         if problem := too_long(f"an answer of task '{name}' has {needed} tokens", needed, max_position_embeddings):
             remedy = "choose other evaluation.suites, or a larger model.max_position_embeddings"
             raise UserError(f"evaluation.suites: {problem}; {remedy}")
 
 
-def find_data(
-    suite: Suite, *, data: Path | None = None, heldout: Path | None = None
-) -> dict[str, tuple[str, Path | None]]:
-    """Where the data of every leaf task is: the id of its dataset, and the folder (None: the Hub). Reads no data.
-
-    The arguments are those of `load_suite`. Raises `UserError` for data that is missing.
-    """
+def find_data(suite: Suite, *, data: Path | None = None, heldout: Path | None = None) -> Origins:
+    """Where the data of every leaf task is. Reads no data; raises `UserError` for data that is missing."""
     manager = _manager(suite.entries)
     leaves = [leaf for entry in suite.entries for leaf in _leaves(manager, entry.task)]
     return {leaf: _origin(leaf, manager.task_index[leaf].cfg or {}, data, heldout) for leaf in leaves}
@@ -173,9 +163,7 @@ def load_suite(suite: Suite, *, data: Path | None = None, heldout: Path | None =
         for leaf in _leaves(manager, entry.task):
             loaded.entries[leaf] = entry
             loaded.tasks[leaf] = _load_task(manager, leaf, entry, *origins[leaf])
-        for name in reversed(_below(manager, entry.task)):
-            if name in manager.all_groups:
-                loaded.groups[name] = _group(manager, name, loaded)
+        _members(manager, entry.task, loaded)
     return loaded
 
 
@@ -232,24 +220,25 @@ def _children(manager: TaskManager, name: str) -> list[str]:
     return children
 
 
-def _below(manager: TaskManager, name: str) -> list[str]:
-    """A name with all tasks, groups and tags in it, each before its children."""
-    return [name, *(inner for child in _children(manager, name) for inner in _below(manager, child))]
-
-
 def _leaves(manager: TaskManager, name: str) -> list[str]:
-    return [inner for inner in _below(manager, name) if inner in manager.all_subtasks]
+    """All tasks in a task, group or tag."""
+    if name in manager.all_subtasks:
+        return [name]
+    return [leaf for child in _children(manager, name) for leaf in _leaves(manager, child)]
 
 
-def _group(manager: TaskManager, name: str, loaded: LoadedSuite) -> Group:
-    """lm-eval's group of that name, with its children, which are loaded."""
+def _members(manager: TaskManager, name: str, loaded: LoadedSuite) -> list[Task | Group]:
+    """The task or group of that name, or what a tag stands for; lm-eval's groups are added to `loaded`."""
+    if name in loaded.tasks:
+        return [loaded.tasks[name]]
+    members = [member for child in _children(manager, name) for member in _members(manager, child, loaded)]
+    if name not in manager.all_groups:
+        return members
     fields, config = dataclasses.fields(GroupConfig), manager.task_index[name].cfg or {}
-    group = Group.from_config({field.name: config[field.name] for field in fields if field.name in config})
-    for child in _children(manager, name):
-        members = [loaded.groups[child]] if child in loaded.groups else map(loaded.tasks.get, _leaves(manager, child))
-        for member in members:
-            group.add(member)
-    return group
+    loaded.groups[name] = Group.from_config({x.name: config[x.name] for x in fields if x.name in config})
+    for member in members:
+        loaded.groups[name].add(member)
+    return [loaded.groups[name]]
 
 
 def _origin(task: str, config: dict[str, Any], data: Path | None, heldout: Path | None) -> tuple[str, Path | None]:

@@ -307,9 +307,7 @@ def test_bad_input(tmp_path):
         assert not (tmp_path / "out").exists()
         return str(error.value)
 
-    old = json.loads(good.read_text())
-    old["nanophi"]["format"] = 0
-    (tmp_path / "old.json").write_text(json.dumps(old))
+    (tmp_path / "old.json").write_text(good.read_text().replace(f'"format": {FORMAT}', '"format": 0'))
     assert "has format 0, this version reads 2 and 3" in problem({"a": [tmp_path / "old.json"]})
     (tmp_path / "other.json").write_text("{}")
     assert "is not a result of `nanophi eval`" in problem({"a": [tmp_path / "other.json"]})

@@ -178,7 +178,10 @@ def test_same_scores_as_stock_lm_eval(named, task, shots, answers, model, benchm
     ("task", "dataset", "config", "column", "metric"),
     [
         ("lambada_standard", "cimec/lambada", "default", "text", "acc"),
-        ("wikitext", "EleutherAI/wikitext_document_level", "wikitext-2-raw-v1", "page", "bits_per_byte"),
+        pytest.param(
+            *("wikitext", "EleutherAI/wikitext_document_level", "wikitext-2-raw-v1", "page", "bits_per_byte"),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_figure_that_can_be_compared_leads_before_a_perplexity(
@@ -287,31 +290,26 @@ def test_signal_tasks_from_a_folder(model, write_dataset, tmp_path):
         return " ".join(random.Random(count).choices(["the", "of", "to", "and", "one", "two", "red"], k=3 + count % 3))
 
     tables = {
-        "allenai/sciq": {"support": 1, "question": 2, "correct_answer": 3, "distractor1": 4, "distractor2": 5}
-        | {"distractor3": 6},
         "baber/piqa": {"goal": 1, "sol1": 2, "sol2": 3, "label": None},
         "EleutherAI/lambada_openai": {"text": 1},
         "nyu-mll/blimp": {"sentence_good": 1, "sentence_bad": 2},
     }
     for dataset, columns in tables.items():
         rows = [{k: i % 2 if n is None else words(7 * i + n) for k, n in columns.items()} for i in range(6)]
-        table = pyarrow.Table.from_pylist(rows)
+        splits = dict.fromkeys(("train", "validation", "test"), pyarrow.Table.from_pylist(rows))
         config = "causative" if dataset.endswith("blimp") else "default"
-        write_dataset(tmp_path / "data" / dataset, config, dict.fromkeys(("train", "validation", "test"), table))
-    tasks = "sciq,piqa,lambada_openai,blimp_causative"
+        write_dataset(tmp_path / "data" / dataset, config, splits)
     assert {"sciq", "piqa", "lambada_openai", "blimp"} <= {entry.task for entry in find_suite("signal").entries}
+    tasks = "piqa,lambada_openai,blimp_causative"
     result = measure(model, tasks, tmp_path / "m.json", data=tmp_path / "data")
-    scores = leading_scores(result)
-    assert [(score.metric, score.chance) for score in scores] == [("acc", x) for x in (0.25, 0.5, None, 0.5)]
+    assert [(score.metric, score.chance) for score in leading_scores(result)] == [("acc", x) for x in (0.5, None, 0.5)]
     answers = {score.task: score.value for score in answer_scores(result)}
-    for task in answers:
-        values = [sample["answer_bits_per_byte"] for sample in result["samples"][task]]
-        assert answers[task] == pytest.approx(np.mean(values)) and len(values) == 6
+    assert list(answers) == tasks.split(",")
     # lambada's answer is the last word, without the space before it.
     texts = [words(7 * i + 1) for i in range(6)]
     scores = [sample["filtered_resps"][0][0] for sample in result["samples"]["lambada_openai"]]
     expected = [-score / math.log(2) / len(text.split()[-1]) for score, text in zip(scores, texts, strict=True)]
-    assert answers["lambada_openai"] == pytest.approx(np.mean(expected)) and len(answers) == 4
+    assert answers["lambada_openai"] == pytest.approx(np.mean(expected))
 
 
 @pytest.mark.parametrize(
@@ -358,20 +356,12 @@ def test_held_out_tasks_that_cannot_be_made_are_found_before_training(model, tmp
     folder = folder_of_documents(tmp_path)
     check_heldout(["heldout_bits_per_byte,heldout_order"], folder, model, 256)
     check_heldout(["quick"], tmp_path / "nowhere", tmp_path / "nowhere", 1)  # it needs no held-out documents
-    remedy = "; name other suites or tasks, or hold out more text"
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError, match="evaluation.suites: heldout_continuation: too few documents of 600 characters"):
         check_heldout(["quick", "heldout"], folder, model, 256)
-    problem = "heldout_continuation: too few documents of 600 characters or more in any one source"
-    assert str(refused.value) == f"evaluation.suites: {problem}{remedy}"
     rows = [{"id": "1", "source": "s", "text": "One sentence, and no end of it " * 30}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "heldout-00000.parquet")
-    with pytest.raises(UserError) as refused:
-        check_heldout(["heldout_order"], folder, model, 256)
-    few = f"heldout_order: too few documents with five sentences{remedy}"
-    assert str(refused.value) == f"evaluation.suites: {few}"
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError, match="^heldout_order: too few documents with five sentences; name other suites"):
         load_suite(find_suite("heldout_order"), heldout=folder)
-    assert str(refused.value) == few
 
 
 def test_leaderboard_tasks_on_real_items(make_model, tmp_path):
