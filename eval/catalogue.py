@@ -30,10 +30,7 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One line of a suite: a task, or a group, which counts as one line (`mmlu`: 57 subjects).
-
-    `shots` None: as the task's definition has it; `items` None: all of them.
-    """
+    """One line of a suite: a task or a group. Shots None: as its definition has it; items None: all of them."""
 
     task: str
     shots: int | None = None

@@ -20,14 +20,16 @@ from typer import Argument, Option
 
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, write_json, write_text
-from nanophi.eval import filter_parts, render, results, statistics
+from nanophi.eval import render, results, statistics
 from nanophi.eval.catalogue import HELDOUT_BITS, LEADERBOARD, is_percent, position, references
 from nanophi.eval.models import model_key
 from nanophi.eval.results import ANSWER_METRIC, Score, distinct, final_results, read_result
 from nanophi.eval.statistics import Estimate, bits_per_byte, bits_per_byte_stderr, holm, mcnemar
+from nanophi.eval.tasks import heldout
 
 FORMAT = 3  # of `comparison.json`; 3 has `items`
 TABLES = ("tasks", "answers", "subjects", "sources", "filter")
+"""Tasks; bits per byte of right answers; subjects of a group; held-out sources; held-out text that a filter keeps."""
 FACTS = {name: name for name in ("task", "metric", "filter", "chance", "higher_is_better")} | {"num_fewshot": "shots"}
 """What a row has of all its scores -> its name in `Score`."""
 MAX_SOURCES = 12  # held-out sources with a row of their own: each makes Holm's correction harsher on all of them
@@ -122,10 +124,8 @@ def compare_models(
         report: called with one line if the folder holds a comparison of other models, which is then replaced.
 
     Returns:
-        what `comparison.json` holds: the `TABLES` (`tasks`, the bits per byte of right `answers`, a group's `subjects`,
-        held-out `sources`, what a `filter` keeps and drops), each of rows with `scores` and `differences` from the
-        baseline by label, and the `items` that they are made from. A task that was not measured alike everywhere has a
-        row for each way: `winogrande:0` and `winogrande:5`.
+        what `comparison.json` holds: the `TABLES`, of rows with `scores` and `differences` from the baseline by label,
+        and the `items` that they are made from. What was not measured alike has rows of its own: `winogrande:0`.
     """
     if not results:
         raise UserError("nothing to compare: name at least one result")
@@ -139,7 +139,7 @@ def compare_models(
     items, values, answers = {}, {}, {}
     for key, row in rows.items():
         items[key], documents = _stored(row)
-        if key == HELDOUT_BITS and (parts := filter_parts.divide(results, documents)):
+        if key == HELDOUT_BITS and (parts := heldout.kept_and_dropped(results, documents)):
             items[key][key]["filter"] = parts
         values[key] = _measured({label: one.score for label, one in row.items()}, items[key], "values")
         of_answers = {label: one.answers for label, one in row.items() if one.answers}
@@ -230,10 +230,7 @@ def _identity_notes(files: Mapping[str, Sequence[dict[str, Any]]]) -> list[str]:
 
 
 def _rows(files: Mapping[str, Sequence[dict[str, Any]]], notes: list[str]) -> dict[str, dict[str, Chosen]]:
-    """Key of each row -> score by label. What was measured differently gets rows of its own, and a note tells so.
-
-    Of several results of a model on one task, measured alike, the one with the most items counts.
-    """
+    """Key of each row -> score by label. What was measured differently gets rows of its own, and a note tells so."""
     found: dict[tuple[str, int | None, str], dict[str, Chosen]] = {}
     for label, content in [(label, content) for label, contents in files.items() for content in contents]:
         answers = {score.task: score for score in results.answer_scores(content)}

@@ -11,7 +11,6 @@ import contextlib
 import ctypes
 import functools
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator
 
 import torch
@@ -64,26 +63,16 @@ GELUS = (NewGELUActivation, GELUTanh)
 
 
 def _before_gelu(network: PreTrainedModel, linears: list[nn.Linear]) -> dict[nn.Module, nn.Module]:
-    """Those linear layers whose output goes into one GELU and nowhere else, with it; found by running the network."""
-    made: dict[int, tuple[nn.Module, Tensor]] = {}
-    pairs: list[tuple[nn.Module, nn.Module]] = []
+    """Linear layers of an MLP with the GELU that their output goes into, by the names that transformers gives them.
 
-    def remember(module: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
-        made[id(output)] = (module, output)
-
-    def look_up(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        maker, _ = made.get(id(inputs[0]), (module, None))
-        pairs.append((maker, module))
-
-    with contextlib.ExitStack() as hooks, torch.inference_mode():
-        for linear in linears:
-            hooks.callback(linear.register_forward_hook(remember).remove)
-        for module in network.modules():
-            if type(module) in GELUS:
-                hooks.callback(module.register_forward_pre_hook(look_up).remove)
-        network(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)
-    used = Counter(module for pair in pairs for module in set(pair))
-    return {maker: gelu for maker, gelu in pairs if maker is not gelu and used[maker] == used[gelu] == 1}
+    What these names do not tell is found out before anything is scored (probing.py).
+    """
+    pairs = (
+        (getattr(block, linear, None), getattr(block, gelu, None))
+        for block in network.modules()
+        for linear, gelu in (("fc1", "activation_fn"), ("dense_h_to_4h", "act"), ("fc_in", "act"))
+    )
+    return {linear: gelu for linear, gelu in pairs if linear in linears and type(gelu) in GELUS}
 
 
 def trim() -> None:

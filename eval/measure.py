@@ -74,12 +74,10 @@ def measure(
     *,
     shared: bool = False,
 ) -> dict[str, Any]:
-    """Measure a model on a suite and write the result file.
+    """Measure a model on a suite and write the result file `output`, or one in that folder with a name of its own.
 
     Each task's results are kept as soon as it ends (in `.<file's name>.partial/`): killed and called again with the
-    same inputs, it resumes with the next task. `output` is the file, or a folder, in which the file is named after the
-    model, the suite and a hash of everything that the result depends on. If `shared`, several models have this
-    `output`: then a file's name is the beginning of each one's.
+    same inputs, it resumes with the next task. If `shared`, the file's name is the beginning of several models' own.
     """
     if resolve(model).folder is None:
         report(f"{model}: there is no folder of that name, so it is looked for on the Hub")
@@ -211,10 +209,7 @@ def _characters(task: Task, indices: list[int] | None) -> int:
 
 
 def run_task(lm: ScorerLM, name: str, task: Task, indices: list[int] | None) -> dict[str, Any]:
-    """Evaluate one task with lm-eval. Returns JSON-able data, with the samples reduced to what is worth keeping.
-
-    Each item also gets `ANSWER_METRIC` if it has a right answer that was scored.
-    """
+    """Evaluate one task with lm-eval: JSON-able, with samples of what is worth keeping and their `ANSWER_METRIC`."""
     started = time.monotonic()
     overflowing = lm.overflowing
     # What `lm_eval.simple_evaluate` does before it calls `evaluate`.

@@ -91,10 +91,8 @@ class PrefixTree:
 class PackedRow:
     """Ranges of a tree as one sequence, without the first `base` tokens of each.
 
-    Attributes:
-        tokens, positions: int64 [tokens of the row].
-        paths: for each sequence, the indices in the row of its tokens after the first `base`.
-        chain: whether every token is the ancestor of the next, so that plain causal attention is correct.
+    `tokens` and `positions` are int64 [tokens of the row]; `paths` has for each sequence the indices in the row of its
+    tokens; in a `chain` every token is the ancestor of the next, so that plain causal attention is correct.
     """
 
     def __init__(self, tree: PrefixTree, ranges: Sequence[Range], base: int) -> None:

@@ -98,9 +98,8 @@ def checkpoint_results(checkpoint: Path) -> dict[str, dict[str, Any]]:
     """
     prefix, evals = f"{checkpoint.name}-", checkpoint.parent.parent / "evals"
     found = {path.stem.removeprefix(prefix): read_result(path) for path in sorted(evals.glob(f"{prefix}*.json"))}
-    measured = {name: content["nanophi"]["model"].get("sha256") for name, content in found.items()}
-    current = model_sha256(checkpoint) if any(measured.values()) else None
-    return {name: content for name, content in found.items() if measured[name] in (None, current)}
+    current = (None, model_sha256(checkpoint)) if found else ()
+    return {name: content for name, content in found.items() if content["nanophi"]["model"].get("sha256") in current}
 
 
 def final_results(run: Path) -> list[Path]:

@@ -60,9 +60,7 @@ Scored = tuple[list[tuple[Request, np.ndarray]], Tensor]
 class ScorerLM(HFLM):
     """`HFLM` for a causal language model, faster.
 
-    Args:
-        batch_size: rows per forward pass on a GPU. On a CPU one row of `ROW_TOKENS` keeps all cores busy, and
-            more of them only take memory.
+    `batch_size` is rows per forward pass on a GPU; on a CPU one row of `ROW_TOKENS` keeps all cores busy.
 
     Attributes:
         unshared_because: why prefixes are not shared; empty if they are.

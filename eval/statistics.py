@@ -87,10 +87,7 @@ def effective_items(sizes: np.ndarray) -> float:
 
 
 class Estimate(NamedTuple):
-    """A difference, estimated from `items`, with bootstrap `draws` of it (resamples,).
-
-    Its `stderr` is 0.0 where nothing varied from which to tell, and unknown if `freedom` (degrees of it) is 0 or less.
-    """
+    """A difference, estimated from `items`, with bootstrap `draws` of it (resamples,); unknown if `freedom` <= 0."""
 
     value: float
     stderr: float

@@ -40,7 +40,7 @@ SECOND = (
 SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "README.md", "records/*"]
 """What is downloaded of a repository: everything but the weights."""
 Found = tuple[bool, str] | tuple[bool, str, str]
-"""Whether a check passed, what was found, and a remedy in place of the one in `CHECKS`."""
+"""Whether a check passed, what was found, and a remedy if it is not the one in `CHECKS`."""
 
 
 class Check(NamedTuple):
@@ -89,8 +89,8 @@ def submit(
 class Submission:
     """A model to be submitted, and what its checks have found out about it.
 
-    A folder's contents are checked where they are, and compared with those of `repo_id` on the Hub, which a board would
-    read. What is not given is what the release's records state.
+    A folder is checked where it is and compared with `repo_id` on the Hub, which a board would read. What is not given
+    is what the release's records state.
     """
 
     model: str | Path

@@ -93,8 +93,7 @@ def _entry(text: str, num_fewshot: int | None) -> Entry:
 def context_problem(suites: Sequence[str], context: int) -> str:
     """Which task of some suites needs a longer context than a model has, in one line; empty if none does.
 
-    This reads the tasks' definitions, not their data, before a model is trained. Prompts that are too long are cut from
-    the left, as in lm-eval; answers cannot be cut.
+    This reads the tasks' definitions, not their data. Long prompts are cut from the left; answers are not.
     """
     for name in suites:
         suite = find_suite(name)
@@ -153,9 +152,8 @@ def find_data(suite: Suite, *, data: Path | None = None, heldout: Path | None = 
 def load_suite(suite: Suite, *, data: Path | None = None, heldout: Path | None = None) -> LoadedSuite:
     """Build the suite's tasks and read their data.
 
-    Args:
-        data: folder with the datasets under their Hub ids (`<data>/allenai/ai2_arc`); None: the Hub.
-        heldout: folder with `heldout-*.parquet`, for the tasks that are made from held-out documents.
+    `data` has the datasets under their Hub ids (`<data>/allenai/ai2_arc`; None: the Hub), `heldout` a run's held-out
+    documents.
     """
     manager, origins = _manager(suite.entries), find_data(suite, data=data, heldout=heldout)
     loaded = LoadedSuite(suite, {}, {}, {}, origins)
