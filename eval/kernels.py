@@ -70,7 +70,7 @@ def _before_gelu(network: PreTrainedModel, linears: list[nn.Linear]) -> dict[nn.
     pairs = (
         (getattr(block, linear, None), getattr(block, gelu, None))
         for block in network.modules()
-        for linear, gelu in (("fc1", "activation_fn"), ("dense_h_to_4h", "act"), ("fc_in", "act"))
+        for linear, gelu in (("fc1", "activation_fn"), ("dense_h_to_4h", "act"), ("c_fc", "act"), ("fc_in", "act"))
     )
     return {linear: gelu for linear, gelu in pairs if linear in linears and type(gelu) in GELUS}
 

@@ -88,29 +88,23 @@ def test_bits_per_byte_is_the_models_loss_in_other_units(result, model, heldout)
     network = transformers.AutoModelForCausalLM.from_pretrained(model).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     loaded = load_suite(find_suite("heldout_bits_per_byte"), heldout=heldout)
-    nats = total = 0.0
-    by_source: dict[str, list[float]] = {}
+    sums = {"all": np.zeros(2)}  # nats, bytes
     for doc in loaded.tasks["heldout_bits_per_byte"].eval_docs:
-        tokens = tokenizer.encode(doc["text"])
-        document = 0.0
-        for start in range(0, len(tokens), 256):
-            window = tokens[max(start - 1, 0) : start + 256] if start else [0, *tokens[:256]]
+        tokens, nats = [0, *tokenizer.encode(doc["text"])], 0.0
+        for start in range(0, len(tokens) - 1, 256):
             # A last window shorter than the context is filled up with what comes before it.
-            scored = min(256, len(tokens) - start)
-            whole = ([0, *tokens])[max(0, start + scored - 256) : start + scored + 1]
-            ids = torch.tensor([whole if start else window])
+            scored = min(256, len(tokens) - 1 - start)
+            ids = torch.tensor([tokens[max(0, start + scored - 256) : start + scored + 1]])
             with torch.no_grad():
                 scores = torch.log_softmax(network(ids[:, :-1]).logits[0], -1)
-            targets = ids[0, 1:]
-            document += float(scores[torch.arange(len(targets)), targets][-scored:].sum())
-        nats, total = nats + document, total + len(doc["text"].encode())
-        sums = by_source.setdefault(doc["source"], [0.0, 0.0])
-        sums[0], sums[1] = sums[0] + document, sums[1] + len(doc["text"].encode())
+            nats += float(scores.gather(1, ids[0, 1:, None])[-scored:].sum())
+        for part in ("all", doc["source"]):
+            sums[part] = sums.get(part, 0) + np.array([nats, len(doc["text"].encode())])
     held = result["nanophi"]["heldout"]
-    assert held["bits_per_byte"] == pytest.approx(-nats / total / math.log(2), rel=1e-4)
-    assert held["bytes"] == total
-    for source, (document, size) in by_source.items():
-        assert held["by_source"][source]["bits_per_byte"] == pytest.approx(-document / size / math.log(2), rel=1e-4)
+    for part, (nats, size) in sums.items():
+        found = held if part == "all" else held["by_source"][part]
+        assert found["bits_per_byte"] == pytest.approx(-nats / size / math.log(2), rel=1e-4)
+        assert found["bytes"] == size
     score = leading_scores(result)[0]
     assert score.value == pytest.approx(held["bits_per_byte"]) and 0 < score.stderr < 0.5
     assert 1 < held["bz2"]["bits_per_byte"] < 8
@@ -218,17 +212,16 @@ def test_the_leaderboards_average_of_tasks_with_and_without_a_standard_error(unk
     assert average_score([score("arc_challenge", 5), *six[1:]]) is None, "not at the board's shots"
 
 
-def test_files_of_format_2_give_the_figures_of_their_headline(tmp_path):
+def test_files_of_format_2_give_the_figures_of_their_headline():
     """A file that an earlier version wrote: what it has twice is read once."""
-    path = Path(__file__).with_name("format_2.json")
-    old = read_result(path)
+    old = read_result(Path(__file__).with_name("format_2.json"))
     answers = {score.task: {"value": score.value, "stderr": score.stderr} for score in answer_scores(old)}
     names = {"num_fewshot": "shots", "tasks": "leaves"}
     for score, line in zip(leading_scores(old), old["nanophi"]["headline"], strict=True):
         assert line.pop("answer_bits_per_byte") == answers.get(score.task)
         assert {key: getattr(score, names.get(key, key)) for key in line} == line | {"tasks": tuple(line["tasks"])}
     average = average_score(leading_scores(old))
-    assert (average.value, average.stderr) == tuple(old["nanophi"]["average"][key] for key in ("value", "stderr"))
+    assert {"value": average.value, "stderr": average.stderr}.items() <= old["nanophi"]["average"].items()
     subjects = [score for score in every_score(old) if score.task.startswith("mmlu_")]
     assert len(subjects) == 2 * 3 and all(score.leaves == (score.task,) for score in subjects)
 
@@ -585,7 +578,7 @@ def test_scores_against_chance(value, stderr, items, expected, result):
 @pytest.mark.parametrize(
     ("suite", "problem"),
     [
-        ("of_mine.yaml", "'of_mine.yaml' is a file; tasks are named, not read from YAML files"),
+        ("of_mine.yaml", "unknown suite or task 'of_mine.yaml'"),  # which may run code of its own
         ("heldoot", "unknown suite or task 'heldoot'; did you mean 'heldout'"),
         ("arc-easyy", "unknown suite or task 'arc_easyy'; did you mean .*'arc_easy'"),
         ("hellaswag", "task 'hellaswag' needs the dataset Rowan/hellaswag, which is not in .*looked for .*hellaswag"),
