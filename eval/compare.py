@@ -372,6 +372,8 @@ def _mean(values: np.ndarray) -> tuple[float, float | None]:
 
 Rows = dict[str, dict[str, Measured]]
 """Key of a row -> score by label."""
+Tested = tuple[dict[str, Any], dict[str, Estimate], list[str]]
+"""A row of the comparison, its differences by label, and what a reader must know about it."""
 
 
 def _tables(
@@ -434,10 +436,7 @@ def _average(
     return row
 
 
-def _tested(
-    key: str, measured: Mapping[str, Measured], baseline: str, rng: np.random.Generator
-) -> tuple[dict[str, Any], dict[str, Estimate], list[str]]:
-    """One row of the comparison, its differences by label, and what a reader must know about it."""
+def _tested(key: str, measured: Mapping[str, Measured], baseline: str, rng: np.random.Generator) -> Tested:
     row = _row({label: one.score for label, one in measured.items()})
     estimates: dict[str, Estimate] = {}
     notes: list[str] = []

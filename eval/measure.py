@@ -31,25 +31,22 @@ from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, remove, sha256_of, sha256_of_file, sha256_of_tree, write_json, write_text
 from nanophi.core.formatting import duration
 from nanophi.core.names import resolve
+from nanophi.eval import suites
 from nanophi.eval.catalogue import HELDOUT_BITS, score
 from nanophi.eval.metrics import bits_figures, heldout_figures
 from nanophi.eval.models import load_model
 from nanophi.eval.results import ANSWER_METRIC, FORMAT, PROTOCOL, every_score, mean_of, read_result, result_name
 from nanophi.eval.scorer import NotScorable, ScorerLM
 from nanophi.eval.statistics import mean_stderr
-from nanophi.eval.suites import (
-    LoadedSuite,
-    find_data,
-    find_suite,
-    generation_problem,
-    load_suite,
-    quiet,
-    sample_of_items,
-)
+from nanophi.eval.suites import LoadedSuite, generation_problem, quiet
 
 # lm-eval's own seeds (`simple_evaluate`): others would draw other few-shot examples.
 RANDOM_SEED, FEWSHOT_SEED = 0, 1234
 BOOTSTRAP_ITERATIONS = 100_000
+
+Report = Callable[[str], None]
+Parts = dict[str, dict[str, Any]]
+"""What `run_task` returns for each task."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,13 +63,7 @@ class Options:
 
 
 def measure(
-    model: str | Path,
-    suite: str,
-    output: Path,
-    options: Options,
-    report: Callable[[str], None] = print,
-    *,
-    shared: bool = False,
+    model: str | Path, suite: str, output: Path, options: Options, report: Report = print, *, shared: bool = False
 ) -> dict[str, Any]:
     """Measure a model on a suite and write the result file `output`, or one in that folder with a name of its own.
 
@@ -81,17 +72,17 @@ def measure(
     """
     if resolve(model).folder is None:
         report(f"{model}: there is no folder of that name, so it is looked for on the Hub")
-    chosen = find_suite(suite, options.num_fewshot)
-    find_data(chosen, data=options.data, heldout=options.heldout)  # before the model is loaded: a mistyped folder
+    chosen = suites.find_suite(suite, options.num_fewshot)
+    suites.find_data(chosen, data=options.data, heldout=options.heldout)  # before the model is loaded
     with quiet():
         network, tokenizer, identity = load_model(model, options.dtype, options.trust_remote_code)
-    loaded = load_suite(chosen, data=options.data, heldout=options.heldout)
+    loaded = suites.load_suite(chosen, data=options.data, heldout=options.heldout)
     with quiet():
         lm = ScorerLM(network, tokenizer, options.batch_size)
     if lm.unshared_because:
         report(f"{identity['name']}: prefixes are not shared, since {lm.unshared_because}; slower, same results")
     indices = {
-        name: sample_of_items(task, min(filter(None, (options.limit, loaded.entries[name].items)), default=None))
+        name: suites.sample_of_items(task, min(filter(None, (options.limit, loaded.entries[name].items)), default=None))
         for name, task in loaded.tasks.items()
     }
     inputs = {
@@ -132,11 +123,7 @@ def measure(
 
 
 def _result(
-    lm: ScorerLM,
-    loaded: LoadedSuite,
-    parts: dict[str, dict[str, Any]],
-    identity: dict[str, Any],
-    options: Options,
+    lm: ScorerLM, loaded: LoadedSuite, parts: Parts, identity: dict[str, Any], options: Options
 ) -> dict[str, Any]:
     """What lm-eval writes about a measurement, and `nanophi`."""
     result: dict[str, Any] = {
@@ -175,13 +162,9 @@ def _result(
 
 
 def _run_tasks(
-    lm: ScorerLM,
-    loaded: LoadedSuite,
-    indices: dict[str, list[int] | None],
-    partial: Path,
-    report: Callable[[str], None],
-) -> dict[str, dict[str, Any]]:
-    """What `run_task` returns for each task, from the folder `partial` where that is there already."""
+    lm: ScorerLM, loaded: LoadedSuite, indices: dict[str, list[int] | None], partial: Path, report: Report
+) -> Parts:
+    """Run each task that is not in the folder `partial` already."""
     started, scored = time.monotonic(), 0
     paths = {name: partial / f"{name}.json" for name in loaded.tasks}
     waiting = {name: _characters(loaded.tasks[name], indices[name]) for name in paths if not paths[name].exists()}
@@ -329,7 +312,7 @@ def _data_hashes(loaded: LoadedSuite) -> dict[str, str | None]:
     return {dataset: hashed(dataset, folder) if folder else None for dataset, folder in origins}
 
 
-def _merge(loaded: LoadedSuite, parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _merge(loaded: LoadedSuite, parts: Parts) -> dict[str, Any]:
     """Merge the results of single tasks into one lm-eval result, with lm-eval's aggregates of groups."""
     keys = ("results", "configs", "versions", "n-shot", "higher_is_better", "n-samples", "task_hashes", "samples")
     merged: dict[str, Any] = {key: {} for key in keys}

@@ -69,14 +69,7 @@ class ScorerLM(HFLM):
         overflowing: number of requests so far that were cut from the left to fit the context.
     """
 
-    def __init__(
-        self,
-        network: transformers.PreTrainedModel,
-        tokenizer: transformers.PreTrainedTokenizerBase,
-        batch_size: int = 16,
-        *,
-        progress: bool = True,
-    ) -> None:
+    def __init__(self, network: Any, tokenizer: Any, batch_size: int = 16, *, progress: bool = True) -> None:
         super().__init__(pretrained=network, tokenizer=tokenizer, batch_size=batch_size)
         self.overflowing = 0
         self.progress = progress
