@@ -167,7 +167,9 @@ def _run_tasks(
     """Run each task that is not in the folder `partial` already."""
     started, scored = time.monotonic(), 0
     paths = {name: partial / f"{name}.json" for name in loaded.tasks}
-    waiting = {name: _characters(loaded.tasks[name], indices[name]) for name in paths if not paths[name].exists()}
+    # What a task costs is about proportional to its items and the examples in their prompts.
+    costs = {x: len(indices[x] or task.eval_docs) * (1 + task.config.num_fewshot) for x, task in loaded.tasks.items()}
+    waiting = {name: costs[name] for name in paths if not paths[name].exists()}
     if len(waiting) < len(paths):
         report(f"{len(paths) - len(waiting)} of {len(paths)} tasks were finished before")
     for name in list(waiting):
@@ -177,18 +179,6 @@ def _run_tasks(
         left = (time.monotonic() - started) * sum(waiting.values()) / scored
         report(_line(part, name) + (f"; about {duration(left)} left for {len(waiting)} more" if waiting else ""))
     return {name: read_json(path) for name, path in paths.items()}
-
-
-def _characters(task: Task, indices: list[int] | None) -> int:
-    """About how many characters a task's prompts have, from a few of them: a measure of its cost."""
-    task.set_fewshot_seed(FEWSHOT_SEED)
-    docs = task.eval_docs
-    some = [docs[i] for i in (indices or range(len(docs)))[:: max(1, len(indices or docs) // 4)]]
-    if task.OUTPUT_TYPE == "loglikelihood_rolling":
-        texts = [task.doc_to_target(doc) for doc in some]
-    else:
-        texts = [task.fewshot_context(doc, num_fewshot=task.config.num_fewshot) for doc in some]
-    return 1 + sum(len(x if isinstance(x, str) else x[0]) for x in texts) * len(indices or docs) // len(texts)
 
 
 def run_task(lm: ScorerLM, name: str, task: Task, indices: list[int] | None) -> dict[str, Any]:
