@@ -1,8 +1,7 @@
 """The verb `compare`: which models some paths lead to, and which of their differences are more than noise.
 
 Models are compared on the items that both answered: the same document and prompt, by their hashes. A comparison holds
-the items that it is made from; `recompute` derives its figures from them again. The tests are in statistics.py, how
-it is shown in render.py.
+these items, so that `recompute` can derive its figures again. How it is shown is in render.py.
 """
 
 from __future__ import annotations
@@ -184,8 +183,8 @@ def compare_models(
 def recompute(comparison: Mapping[str, Any]) -> dict[str, Any] | None:
     """`TABLES` of a comparison, every figure in them derived again from its `items`; None if it holds none.
 
-    A score is derived too, unless it is one of all items together (F1, a perplexity), which has no items here. Floats
-    agree but for rounding; what comes from the bootstrap only with the same version of numpy.
+    Only scores of all items together (F1, a perplexity) are as they were. Floats agree but for rounding; what comes
+    from the bootstrap only with the same version of numpy.
     """
     if not (items := comparison.get("items")):
         return None

@@ -1,8 +1,7 @@
 """Faster kernels for the same functions, while a model is measured in float32 on a CPU.
 
-oneDNN multiplies faster than torch's linear layers (MKL) on AMD processors, and applies GELU while a product is still
-in the cache: together a fifth of the time (benchmarks/LOG.md, 2026-11-30). The choice depends on the model alone, so a
-measurement repeats bit for bit; results agree with torch's up to rounding.
+oneDNN multiplies faster than torch's linear layers on AMD processors, and applies GELU while a product is in the cache:
+together a fifth of the time (benchmarks/LOG.md, 2026-11-30). Results are torch's but for rounding.
 """
 
 from __future__ import annotations
@@ -58,8 +57,7 @@ class Kernels:
                 del module.forward
 
 
-GELUS = (NewGELUActivation, GELUTanh)
-"""Activations that are GELU in its tanh form (Hendrycks & Gimpel 2016)."""
+GELUS = (NewGELUActivation, GELUTanh)  # in its tanh form (Hendrycks & Gimpel 2016)
 
 
 def _before_gelu(network: PreTrainedModel, linears: list[nn.Linear]) -> dict[nn.Module, nn.Module]:

@@ -1,7 +1,7 @@
 """A prefix tree of token sequences, how it is laid out in rows for the model, and the keys and values of a prefix.
 
-A range of sequences runs as one row, in which every token attends to its own ancestors only, at its own position: what
-the sequences share is computed once. Running the model, and which range becomes a row, is up to scorer.py.
+A range of sequences runs as one row, in which every token attends to its own ancestors only, at its own position.
+Running the model, and which range becomes a row, is up to scorer.py.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """The result file that `nanophi eval` writes: its name and format, and the scores that are derived from it on reading.
 
-It is lm-eval's result JSON (results, versions, n-shot, configs, samples, ...) with the log-likelihoods and metrics of
-every item, and one more key, `nanophi`: which tasks each line of the suite is made of and what a guess scores there,
-the held-out figures by source, the environment, and hashes of model and data. It holds no score twice.
+It is lm-eval's result JSON, with the log-likelihoods and metrics of every item, and one more key, `nanophi`: the lines
+of the suite, the held-out figures by source, the environment, hashes of model and data. It holds no score twice.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ READABLE = (2, 3)  # format 2 has a `headline` of figures, which are not read, i
 PROTOCOL = 2  # of how models are measured, in an evaluation's key: raised when the same inputs give other figures
 FEW_ITEMS = 30  # with fewer items a score's standard error is not taken at its word
 ANSWER_METRIC = "answer_bits_per_byte"
-"""Bits per byte of the right answer: -log2 P(answer | prompt) / bytes of the answer, averaged over the items.
+"""-log2 P(right answer | prompt) / bytes of the answer, averaged over the items.
 
-It uses the same log-likelihoods as accuracy, but improves smoothly while a small model's accuracy is at chance.
+It improves smoothly while a small model's accuracy is at chance.
 """
 
 

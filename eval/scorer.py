@@ -1,13 +1,8 @@
-"""An lm-eval model that gives `HFLM`'s answers in a fraction of the time.
+"""An lm-eval model that gives `HFLM`'s answers, with its way of cutting prompts, in a fraction of the time.
 
-What is scored, and how prompts are cut to the context, is inherited from `HFLM`; how it is computed differs:
-
-- Requests that begin with the same tokens share them: they form a prefix tree, which runs as one sequence in which
-  every token attends to its own ancestors only. The keys and values of a prefix that serves many of them are cached.
-- The LM head runs only at positions whose next token is scored, and for several forward passes together.
-- Generation ends as soon as every sequence has reached one of its stop strings.
-
-A model that does not compute the same this way (probing.py tries it at the start) is run without sharing.
+Requests that begin with the same tokens share them: their prefix tree runs as one sequence, long ones are cached. The
+LM head runs only where the next token is scored. Generation ends once every sequence has reached a stop string. A model
+that does not compute the same this way (probing.py tries it at the start) is run without sharing.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """`nanophi submit`: the Open LLM Leaderboard's own checks of a submission, in its order, and the request files.
 
-The boards are closed (v1 since June 2024, v2 since March 2025), so nothing is sent. A well-formed release still passes
-their checks, and mirrors of the boards read the same request files.
+The boards are closed (v1 since June 2024, v2 since March 2025), so nothing is sent; mirrors read the same files.
 """
 
 from __future__ import annotations
