@@ -236,11 +236,8 @@ def _rows(files: Mapping[str, Sequence[dict[str, Any]]], notes: list[str]) -> di
         for score in results.leading_scores(content):
             row = found.setdefault((score.task, score.shots, score.metric), {})
             if label in row:
-                larger, smaller = sorted((score.items, row[label].score.items), reverse=True)
-                other = "the other" if larger == smaller else f"the one on {smaller}"
-                notes.append(
-                    f"{score.task}: {label} has two results; the one on {larger} items counts, {other} does not"
-                )
+                most = max(score.items, row[label].score.items)
+                notes.append(f"{score.task}: {label} has several results; the one on {most} items counts")
             if label not in row or score.items > row[label].score.items:
                 row[label] = Chosen(score, answers.get(score.task), content)
     rows: dict[str, dict[str, Chosen]] = {}
