@@ -36,6 +36,11 @@ class Entry:
     shots: int | None = None
     items: int | None = None
 
+    @property
+    def name(self) -> str:
+        """As on the command line: `winogrande:5`."""
+        return self.task if self.shots is None else f"{self.task}:{self.shots}"
+
 
 @dataclasses.dataclass(frozen=True)
 class Suite:

@@ -133,8 +133,9 @@ def compare_models(
     if baseline not in results:
         raise UserError(f"baseline '{baseline}' is not one of {', '.join(labels)}")
     files = {label: [read_result(Path(path)) for path in paths] for label, paths in results.items()}
+    every = [(label, content) for label, contents in files.items() for content in contents]
     notes = _identity_notes(files)
-    rows = _rows(files, notes)
+    rows = _rows(every, notes)
     items, values, answers = {}, {}, {}
     for key, row in rows.items():
         items[key], documents = _stored(row)
@@ -144,7 +145,7 @@ def compare_models(
         of_answers = {label: one.answers for label, one in row.items() if one.answers}
         answers[key] = _measured(of_answers, items[key], "answers")
     tables, found = _tables(values, answers, items, labels, baseline, seed)
-    versions = {content["lm_eval_version"] for contents in files.values() for content in contents}
+    versions = {content["lm_eval_version"] for _, content in every}
     if len(versions) > 1:
         found.append(f"measured with different versions of lm-eval: {', '.join(sorted(versions))}")
     comparison: dict[str, Any] = {
@@ -154,12 +155,7 @@ def compare_models(
         "seed": seed,
         "models": {label: [content["nanophi"]["model"] for content in contents] for label, contents in files.items()},
         **tables,
-        "heldout": {
-            label: content["nanophi"]["heldout"]
-            for label, contents in files.items()
-            for content in contents
-            if "heldout" in content["nanophi"]
-        },
+        "heldout": {x: content["nanophi"]["heldout"] for x, content in every if "heldout" in content["nanophi"]},
         "published": references() if set(LEADERBOARD) & set(tables["tasks"]) else None,
         "method": "McNemar's exact test for accuracies, otherwise the larger p-value of the paired bootstrap "
         f"({statistics.RESAMPLES} resamples, seed {seed}) and Student's t test, which for a group of tasks and for the "
@@ -228,10 +224,10 @@ def _identity_notes(files: Mapping[str, Sequence[dict[str, Any]]]) -> list[str]:
     return notes
 
 
-def _rows(files: Mapping[str, Sequence[dict[str, Any]]], notes: list[str]) -> dict[str, dict[str, Chosen]]:
+def _rows(every: Sequence[tuple[str, dict[str, Any]]], notes: list[str]) -> dict[str, dict[str, Chosen]]:
     """Key of each row -> score by label. What was measured differently gets rows of its own, and a note tells so."""
     found: dict[tuple[str, int | None, str], dict[str, Chosen]] = {}
-    for label, content in [(label, content) for label, contents in files.items() for content in contents]:
+    for label, content in every:
         answers = {score.task: score for score in results.answer_scores(content)}
         for score in results.leading_scores(content):
             row = found.setdefault((score.task, score.shots, score.metric), {})
@@ -248,7 +244,8 @@ def _rows(files: Mapping[str, Sequence[dict[str, Any]]], notes: list[str]) -> di
         for (shots, metric), row in ways.items():
             rows[task if len(ways) == 1 else f"{task}:{shots}" if by_shots else f"{task}:{shots}:{metric}"] = row
         if len(ways) > 1:
-            shown = [f"{x}: {shots}-shot {metric}" for x in files for (shots, metric), row in ways.items() if x in row]
+            labels = dict.fromkeys(label for label, _ in every)
+            shown = [f"{x}: {shots}-shot {metric}" for x in labels for (shots, metric), row in ways.items() if x in row]
             unlike.append(f"{task} was not measured alike ({', '.join(shown)})")
     if unlike and all(len(row) == 1 for row in rows.values()):
         raise UserError(f"{unlike[0]}; run `nanophi eval` again with the same --num-fewshot or suite")
@@ -340,10 +337,9 @@ class Measured:
 
 def _measured(scores: Mapping[str, Score], stored: Mapping[str, Any], name: str) -> dict[str, Measured]:
     """Scores by label with their items, `values` or `answers`, of what `_stored` made."""
+    columns = [(leaf, label, column) for leaf, found in stored.items() for label, column in found.get(name, {}).items()]
     return {
-        label: Measured(
-            score, {leaf: _array(found[name][label]) for leaf, found in stored.items() if label in found.get(name, {})}
-        )
+        label: Measured(score, {leaf: _array(column) for leaf, other, column in columns if other == label})
         for label, score in scores.items()
     }
 
@@ -453,15 +449,10 @@ def _tested(key: str, measured: Mapping[str, Measured], baseline: str, rng: np.r
 
 def _row(scores: Mapping[str, Score]) -> dict[str, Any]:
     """A row with the scores of each label, and no differences yet."""
-    one = next(iter(scores.values()))
-    return {
-        **{name: getattr(one, field) for name, field in FACTS.items()},
-        "scores": {
-            label: {"value": score.value, "stderr": score.stderr, "items": score.items}
-            for label, score in scores.items()
-        },
-        "differences": {},
-    }
+    facts = {name: getattr(next(iter(scores.values())), field) for name, field in FACTS.items()}
+    figures = ("value", "stderr", "items")
+    shown = {label: {name: getattr(score, name) for name in figures} for label, score in scores.items()}
+    return {**facts, "scores": shown, "differences": {}}
 
 
 def _paired(ours: Measured, theirs: Measured, rng: np.random.Generator) -> tuple[dict[str, Any], Estimate] | None:

@@ -167,11 +167,8 @@ class ScorerLM(HFLM):
     def _answers(self, scored: Sequence[Scored]) -> Answers:
         """Answers to the requests whose last hidden states have been computed."""
         offsets = np.cumsum([0, *(len(states) for _, states in scored)])
-        requests = [
-            (request, positions + offset)
-            for (found, _), offset in zip(scored, offsets, strict=False)
-            for request, positions in found
-        ]
+        found = [(*pair, offset) for (pairs, _), offset in zip(scored, offsets, strict=False) for pair in pairs]
+        requests = [(request, positions + offset) for request, positions, offset in found]
         rows = np.concatenate([positions for _, positions in requests])
         tokens = np.concatenate([request.tokens for request, _ in requests])
         order = np.argsort(rows, kind="stable")
@@ -236,19 +233,12 @@ class ScorerLM(HFLM):
             count = max(1, tokens // rows[0].tokens)
             batch = [PackedRow(tree, row.ranges, base) for row in rows[:count]]
             rows = rows[count:]
-            scored = [
-                sorted({j for i, path in row.paths.items() for j in path[-tree.scored[i] :].tolist()}) for row in batch
-            ]
+            of = [{j for i, path in row.paths.items() for j in path[-tree.scored[i] :].tolist()} for row in batch]
+            scored = [sorted(positions) for positions in of]
             states = self.forward(batch, past, scored)
             for row, chosen, part in zip(batch, scored, states.split([len(c) for c in scored]), strict=True):
-                yield (
-                    [
-                        (request, np.searchsorted(chosen, path[-len(request.tokens) :]))
-                        for i, path in row.paths.items()
-                        for request in tree.requests[i]
-                    ],
-                    part,
-                )
+                asked = [(request, path) for i, path in row.paths.items() for request in tree.requests[i]]
+                yield [(x, np.searchsorted(chosen, path[-len(x.tokens) :])) for x, path in asked], part
 
     @torch.inference_mode()
     def forward(self, batch: Sequence[PackedRow], past: Past | None, scored: Sequence[Sequence[int]]) -> Tensor:
@@ -265,9 +255,8 @@ class ScorerLM(HFLM):
         arguments: dict[str, Any] = {"input_ids": torch.from_numpy(ids).to(self.device), "use_cache": past is not None}
         if past is not None:
             # A cache of its own, which starts with the prefix in every row and leaves `past` unchanged.
-            arguments["past_key_values"] = DynamicCache(
-                [tuple(x.expand(len(batch), -1, -1, -1) for x in layer) for layer in past]
-            )
+            layers = [tuple(x.expand(len(batch), -1, -1, -1) for x in layer) for layer in past]
+            arguments["past_key_values"] = DynamicCache(layers)
         if not all(row.chain for row in batch):
             # Rows are padded on the right, where causal attention does not look; only a tree needs a mask.
             dtype = self.model.dtype

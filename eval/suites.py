@@ -62,19 +62,13 @@ def find_suite(name: str, num_fewshot: int | None = None) -> Suite:
         raise UserError(f"suite '{fixed[0]}' fixes its number of shots; name tasks instead, such as winogrande:5")
     if name in SUITES:
         return SUITES[name]
-    entries: list[Entry] = []
-    names: list[str] = []
-    for part in parts:
-        if part in SUITES:
-            entries += SUITES[part].entries
-            names.append(part)
-        else:
-            entries.append(entry := _entry(part, num_fewshot))
-            names.append(entry.task + ("" if entry.shots is None else f":{entry.shots}"))
+    groups = [SUITES[part].entries if part in SUITES else (_entry(part, num_fewshot),) for part in parts]
+    entries = [entry for group in groups for entry in group]
     leaves = [leaf for entry in entries for leaf in _leaves(_manager(entries), entry.task)]
     if twice := {leaf for leaf in leaves if leaves.count(leaf) > 1}:
         raise UserError(f"task '{min(twice)}' is named twice in '{name}'; name it once per command")
-    return Suite(",".join(names), tuple(entries))
+    named = (part if part in SUITES else group[0].name for part, group in zip(parts, groups, strict=True))
+    return Suite(",".join(named), tuple(entries))
 
 
 def _entry(text: str, num_fewshot: int | None) -> Entry:

@@ -139,9 +139,7 @@ def test_bits_per_byte_by_source(tmp_path):
     for table, task in (("sources", "manual"), ("tasks", "heldout_bits_per_byte")):
         turned = copy.deepcopy(comparison)
         turned[table][task]["differences"]["a"]["value"] *= -1
-        assert len(list(_underived(turned))) == (1 if table == "sources" else 2), (
-            "a sign that was turned is not what the items give"
-        )
+        assert len(list(_underived(turned))) == (1 if table == "sources" else 2), "not what the items give"
     documents = dict.fromkeys(("manual", "code", "prose"), 60) | {"other (3 sources)": 21}
     assert {name: row["documents"] for name, row in rows.items()} == documents
     verdicts = {name: row["differences"]["a"]["verdict"] for name, row in rows.items()}
