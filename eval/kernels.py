@@ -11,6 +11,7 @@ import ctypes
 import functools
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,16 +31,16 @@ class Kernels:
         linears = [x for x in network.modules() if type(x) is nn.Linear and type(x.weight.data) is Tensor]
         linears = linears if torch.backends.mkldnn.is_available() else []
         fused = _before_gelu(network, linears)
-        for module in linears:
+        for linear in linears:
             product = functools.partial(
                 torch.ops.mkldnn._linear_pointwise,
-                W=module.weight.detach(),
-                B=None if module.bias is None else module.bias.detach(),
-                attr="gelu" if module in fused else "none",
+                W=linear.weight.detach(),
+                B=None if linear.bias is None else linear.bias.detach(),
+                attr="gelu" if linear in fused else "none",
                 scalars=[],
-                algorithm="tanh" if module in fused else "",
+                algorithm="tanh" if linear in fused else "",
             )
-            self.forwards.append((module, product))
+            self.forwards.append((linear, product))
         for module in network.modules():
             if type(module) in GELUS:
                 gelu = functools.partial(nn.functional.gelu, approximate="tanh")
@@ -65,11 +66,12 @@ def _before_gelu(network: PreTrainedModel, linears: list[nn.Linear]) -> dict[nn.
 
     What these names do not tell is found out before anything is scored (probing.py).
     """
-    pairs = (
+    names = (("fc1", "activation_fn"), ("dense_h_to_4h", "act"), ("c_fc", "act"), ("fc_in", "act"))
+    pairs: list[tuple[Any, Any]] = [
         (getattr(block, linear, None), getattr(block, gelu, None))
         for block in network.modules()
-        for linear, gelu in (("fc1", "activation_fn"), ("dense_h_to_4h", "act"), ("c_fc", "act"), ("fc_in", "act"))
-    )
+        for linear, gelu in names
+    ]
     return {linear: gelu for linear, gelu in pairs if linear in linears and type(gelu) in GELUS}
 
 
