@@ -1,36 +1,17 @@
-"""Facts about suites, tasks and metrics, and how a metric's numbers are written.
+"""Facts about suites, tasks and metrics from `tasks.yaml`, and how a metric's numbers are written.
 
-Read from `tasks.yaml`; imports nothing heavy, so that the card and the comparison can use it. Loading tasks and their
-data is for suites.py.
+Imports nothing heavy, so that the card and the comparison can use it. Loading tasks and their data is for suites.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
-
-
-@dataclasses.dataclass(frozen=True)
-class HubDataset:
-    """A benchmark as the leaderboard names it in `model-index`."""
-
-    id: str
-    name: str
-    split: str
-    metric: str
-    config: str | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Leaderboard:
-    """A task's part in the first Open LLM Leaderboard."""
-
-    shots: int
-    title: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,20 +24,22 @@ class Task:
     made_from: str | None = None
     answer_tokens: int = 1
     cut_apart: bool = False
-    hub: HubDataset | None = None
-    leaderboard: Leaderboard | None = None
+    hub: Any = None
+    leaderboard: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One line of a suite: a task, or a group, which counts as one line (`mmlu`: 57 subjects).
-
-    `shots` None: as the task's definition has it; `items` None: all of them.
-    """
+    """One line of a suite: a task or a group. Shots None: as its definition has it; items None: all of them."""
 
     task: str
     shots: int | None = None
     items: int | None = None
+
+    @property
+    def name(self) -> str:
+        """As on the command line: `winogrande:5`."""
+        return self.task if self.shots is None else f"{self.task}:{self.shots}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,9 +50,9 @@ class Suite:
     entries: tuple[Entry, ...]
 
 
-def _task(facts: dict[str, Any]) -> Task:
-    hub, leaderboard = facts.pop("hub", None), facts.pop("leaderboard", None)
-    return Task(**facts, hub=hub and HubDataset(**hub), leaderboard=leaderboard and Leaderboard(**leaderboard))
+def _task(hub: Any = None, leaderboard: Any = None, **facts: Any) -> Task:
+    hub = hub and types.SimpleNamespace(**{"config": None, **hub})
+    return Task(**facts, hub=hub, leaderboard=leaderboard and types.SimpleNamespace(**leaderboard))
 
 
 def _read(name: str) -> dict[str, Any]:
@@ -77,7 +60,7 @@ def _read(name: str) -> dict[str, Any]:
 
 
 _FACTS = _read("tasks.yaml")
-TASKS = {name: _task(facts) for name, facts in _FACTS["tasks"].items()}
+TASKS = {name: _task(**facts) for name, facts in _FACTS["tasks"].items()}
 SUITES = {
     name: Suite(name, tuple(Entry(task, **facts) for task, facts in tasks.items()))
     for name, tasks in _FACTS["suites"].items()

@@ -1,14 +1,7 @@
 """The verb `compare`: which models some paths lead to, and which of their differences are more than noise.
 
-Models are compared on the items that both answered: the same document and prompt, by their hashes. For an accuracy the
-p-value is McNemar's exact test, for anything else the larger of the paired bootstrap's and Student's t test's; each
-comes with the 95 % confidence interval of the difference and the minimum detectable effect. A group of tasks is tested
-by the mean of their differences, each with its own variance. All tests of the main table are corrected together by
-Holm's method, and so are those of each secondary table (a group's subjects, the held-out sources, the right answers'
-bits per byte) among themselves. A difference is called better or worse only if its corrected p-value is below 0.05.
-
-A comparison holds the items that it is made from; `recompute` derives its figures from them again. How it is shown is
-in render.py.
+Models are compared on the items that both answered: the same document and prompt, by their hashes. A comparison holds
+these items, so that `recompute` can derive its figures again. How it is shown is in render.py.
 """
 
 from __future__ import annotations
@@ -18,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import typer
@@ -26,18 +19,20 @@ from typer import Argument, Option
 
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, write_json, write_text
-from nanophi.eval import filter_parts, render, results, statistics
+from nanophi.eval import render, results, statistics
 from nanophi.eval.catalogue import HELDOUT_BITS, LEADERBOARD, is_percent, position, references
 from nanophi.eval.models import model_key
 from nanophi.eval.results import ANSWER_METRIC, Score, distinct, final_results, read_result
 from nanophi.eval.statistics import Estimate, bits_per_byte, bits_per_byte_stderr, holm, mcnemar
+from nanophi.eval.tasks import heldout
 
-FORMAT = 3
-"""Version of `comparison.json`; 3 has `items`."""
-MAX_SOURCES = 12
-"""Held-out sources with a row of their own; every further row makes Holm's correction harsher on all of them."""
-MIN_DOCUMENTS = 20
-"""Documents that a source needs for a row of its own: fewer say little about it."""
+FORMAT = 3  # of `comparison.json`; 3 has `items`
+TABLES = ("tasks", "answers", "subjects", "sources", "filter")
+"""Tasks; bits per byte of right answers; subjects of a group; held-out sources; held-out text that a filter keeps."""
+FACTS = {name: name for name in ("task", "metric", "filter", "chance", "higher_is_better")} | {"num_fewshot": "shots"}
+"""What a row has of all its scores -> its name in `Score`."""
+MAX_SOURCES = 12  # held-out sources with a row of their own: each makes Holm's correction harsher on all of them
+MIN_DOCUMENTS = 20  # that a source needs for a row of its own: fewer say little about it
 
 
 def compare(
@@ -61,48 +56,35 @@ def compare(
 
 
 def label_results(paths: Sequence[Path]) -> dict[str, list[Path]]:
-    """A label for each model that some paths lead to -> its result files.
+    """A label for each model that some paths lead to -> its result files, in the order of the paths.
 
     Of a run directory the last checkpoint counts; result files, also all those in another folder, are grouped by the
     model that they name. Raises `UserError` if a path leads to no results, or is named twice.
     """
-    runs: list[Path] = []
-    files: list[Path] = []
-    for path in paths:
-        resolved = path.resolve()
-        if resolved in (*runs, *files):
-            raise UserError(f"{path} is named twice; name each run or result once")
-        if (path / "checkpoints").is_dir() or (path / "record.json").is_file():
-            runs.append(resolved)
-        elif (path / "config.json").is_file():
-            raise UserError(
-                f"{path} is a model, not results of one: name its run directory, or run `nanophi eval {path}` and name "
-                "the file that it writes"
-            )
-        elif path.is_dir():
-            found = sorted(file.resolve() for file in path.glob("*.json") if not file.name.startswith("curve-"))
-            if not found:
-                raise UserError(f"{path} holds no results; name a run directory, or files that `nanophi eval` wrote")
-            files += found
-        elif len(paths) == 1 or not path.name.startswith("curve-"):  # `evals/*.json` names curves too
-            files.append(resolved)
     models: dict[str, list[Path]] = {}
     identities: dict[str, dict[str, Any]] = {}
-    for file in dict.fromkeys(files):
-        identity = read_result(file)["nanophi"]["model"]
-        models.setdefault(model_key(identity), []).append(file)
-        identities[model_key(identity)] = identity
-    labelled = dict(zip(distinct([str(run) for run in runs]), map(final_results, runs), strict=True))
-    for mark, found in models.items():
-        labelled[_label(identities[mark], [*identities.values()], labelled)] = found
-    # The order in which they were named decides which is the baseline.
-    order = [path.resolve() for path in paths]
-
-    def place(label: str) -> int:
-        file = labelled[label][0]
-        return next(i for i, path in enumerate(order) if file == path or file.is_relative_to(path))
-
-    return {label: labelled[label] for label in sorted(labelled, key=place)}
+    resolved = [path.resolve() for path in paths]
+    for path in resolved:
+        if resolved.count(path) > 1:
+            raise UserError(f"{path} is named twice; name each run or result once")
+        if (path / "checkpoints").is_dir() or (path / "record.json").is_file():
+            models[str(path)] = final_results(path)
+            continue
+        files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+        if path.is_dir() or len(paths) > 1:  # `evals/*.json` names curves too
+            files = [file for file in files if not file.name.startswith("curve-")]
+        if path.is_dir() and not files:
+            raise UserError(f"{path} holds no results; name a run directory, or files that `nanophi eval` wrote")
+        for file in files:
+            identity = read_result(file)["nanophi"]["model"]
+            found = models.setdefault(model_key(identity), [])
+            found += [file] if file not in found else []
+            identities[model_key(identity)] = identity
+    runs = [mark for mark in models if mark not in identities]
+    labels = dict(zip(runs, distinct(runs), strict=True))
+    for mark, identity in identities.items():
+        labels[mark] = _label(identity, [*identities.values()], labels.values())
+    return {labels[mark]: files for mark, files in models.items()}
 
 
 def find_label(labelled: Mapping[str, Sequence[Path]], name: str | None) -> str | None:
@@ -113,7 +95,7 @@ def find_label(labelled: Mapping[str, Sequence[Path]], name: str | None) -> str 
     return next((label for label, files in labelled.items() if files[0].is_relative_to(path)), name)
 
 
-def _label(identity: Mapping[str, Any], others: Sequence[Mapping[str, Any]], taken: Mapping[str, Any]) -> str:
+def _label(identity: Mapping[str, Any], others: Sequence[Mapping[str, Any]], taken: Iterable[str]) -> str:
     """A model's name, with its dtype or the beginning of its hash where the name alone is not unique."""
     same = [other for other in others if other["name"] == identity["name"]]
     label = str(identity["name"])
@@ -123,68 +105,6 @@ def _label(identity: Mapping[str, Any], others: Sequence[Mapping[str, Any]], tak
     if len(same) > 1 or label in taken:
         label += f" ({str(identity.get('sha256') or identity.get('revision'))[:8]})"
     return label
-
-
-@dataclasses.dataclass(frozen=True)
-class Measured:
-    """One model's score on one task or group, with what its items contribute.
-
-    Attributes:
-        items: per leaf task, item -> value: a number, or (log-likelihood in nats, bytes). An item is known by the
-            hashes of its document and prompt; once models are `_aligned`, by its position among all their items.
-        sources: item -> source of a held-out document; empty for other tasks.
-        answers: the bits per byte of the right answers; None where not all items have some.
-    """
-
-    score: Score
-    items: dict[str, dict[Any, Any]]
-    sources: dict[Any, str] = dataclasses.field(default_factory=dict)
-    answers: Measured | None = None
-
-    @property
-    def protocol(self) -> tuple[int | None, str]:
-        """What must be equal for two scores to be comparable: the number of shots, and the metric."""
-        return self.score.shots, self.score.metric
-
-    @property
-    def paired(self) -> bool:
-        """Whether a difference of two such scores is one of their items: bits per byte, or the mean of the items.
-
-        F1, a correlation or BLEU are made of all items together, a perplexity is the exponential of their mean.
-        """
-        if self.score.metric in ("bits_per_byte", ANSWER_METRIC):
-            return True
-        values = [list(items.values()) for items in self.items.values()]
-        if not all(items and all(isinstance(value, int | float) for value in items) for items in values):
-            return False
-        mean = float(np.mean([np.mean(items) for items in values]))
-        return math.isclose(mean, self.score.value, rel_tol=1e-6, abs_tol=1e-9)
-
-    def part(self, leaf: str | None = None, keys: set[Any] | None = None) -> Measured | None:
-        """The score of a group's leaf task alone, or of some of the items; None if it has none of them."""
-        items = {
-            name: {key: value for key, value in values.items() if keys is None or key in keys}
-            for name, values in self.items.items()
-            if leaf in (None, name)
-        }
-        counts = [len(values) for values in items.values()]
-        if not sum(counts):
-            return None
-        means = [_mean(list(values.values())) for values in items.values() if values]
-        value, stderr = means[0] if len(means) == 1 else results.mean(*zip(*means, strict=True))
-        score = dataclasses.replace(
-            self.score, value=value, stderr=stderr, items=sum(counts), task=leaf or self.score.task
-        )
-        return Measured(score, items, self.sources)
-
-
-def _mean(values: Sequence[Any]) -> tuple[float, float | None]:
-    """The score of some items of one task and its standard error, None for a single item."""
-    array = np.array(values, dtype=float)
-    if array.ndim == 1:
-        return float(array.mean()), statistics.mean_stderr(array)
-    nats, sizes = array.T
-    return bits_per_byte(nats, sizes), bits_per_byte_stderr(nats, sizes) if len(array) > 1 else None
 
 
 def compare_models(
@@ -198,17 +118,13 @@ def compare_models(
     """Compare models and write `comparison.json`, `comparison.md` and `comparison.png`.
 
     Args:
-        results: label of each model -> its result files. A task that several of them hold counts from the one with the
-            most items, which a note tells.
+        results: label of each model -> its result files; of those with the same task the one with most items counts.
         baseline: the label that the others are compared with; None: the last one.
         report: called with one line if the folder holds a comparison of other models, which is then replaced.
 
     Returns:
-        what `comparison.json` holds: `labels`, `baseline`, `tasks` (per task `scores` by label and `differences` from
-        the baseline by label), the same for `answers` (bits per byte of the right answers), `subjects` (the parts of a
-        group such as MMLU), `sources` (each held-out source, the small ones together) and `filter` (held-out text that
-        a filter keeps and drops), `heldout` by label, `published`, `notes`, and the `items` that all this is made
-        from. A task that was not measured alike everywhere has a row for each way: `winogrande:0` and `winogrande:5`.
+        what `comparison.json` holds: the `TABLES`, of rows with `scores` and `differences` from the baseline by label,
+        and the `items` that they are made from. What was not measured alike has rows of its own: `winogrande:0`.
     """
     if not results:
         raise UserError("nothing to compare: name at least one result")
@@ -217,12 +133,19 @@ def compare_models(
     if baseline not in results:
         raise UserError(f"baseline '{baseline}' is not one of {', '.join(labels)}")
     files = {label: [read_result(Path(path)) for path in paths] for label, paths in results.items()}
+    every = [(label, content) for label, contents in files.items() for content in contents]
     notes = _identity_notes(files)
-    rows = _rows({label: _measured(label, contents, notes) for label, contents in files.items()}, notes)
-    rows, documents = _aligned(rows)
-    parts = filter_parts.divide(results, documents)
-    tables, found = _tables(rows, parts, labels, baseline, seed)
-    versions = {content["lm_eval_version"] for contents in files.values() for content in contents}
+    rows = _rows(every, notes)
+    items, values, answers = {}, {}, {}
+    for key, row in rows.items():
+        items[key], documents = _stored(row)
+        if key == HELDOUT_BITS and (parts := heldout.kept_and_dropped(results, documents)):
+            items[key][key]["filter"] = parts
+        values[key] = _measured({label: one.score for label, one in row.items()}, items[key], "values")
+        of_answers = {label: one.answers for label, one in row.items() if one.answers}
+        answers[key] = _measured(of_answers, items[key], "answers")
+    tables, found = _tables(values, answers, items, labels, baseline, seed)
+    versions = {content["lm_eval_version"] for _, content in every}
     if len(versions) > 1:
         found.append(f"measured with different versions of lm-eval: {', '.join(sorted(versions))}")
     comparison: dict[str, Any] = {
@@ -232,145 +155,57 @@ def compare_models(
         "seed": seed,
         "models": {label: [content["nanophi"]["model"] for content in contents] for label, contents in files.items()},
         **tables,
-        "heldout": {
-            label: content["nanophi"]["heldout"]
-            for label, contents in files.items()
-            for content in contents
-            if "heldout" in content["nanophi"]
-        },
+        "heldout": {x: content["nanophi"]["heldout"] for x, content in every if "heldout" in content["nanophi"]},
         "published": references() if set(LEADERBOARD) & set(tables["tasks"]) else None,
         "method": "McNemar's exact test for accuracies, otherwise the larger p-value of the paired bootstrap "
         f"({statistics.RESAMPLES} resamples, seed {seed}) and Student's t test, which for a group of tasks and for the "
         "average adds up the tasks' variances; Holm's correction, separately for each "
         "secondary table; minimum detectable effect at 80 % power and the correction's hardest step",
         "notes": notes + found,
-        "items": {key: _stored(row, parts if key == HELDOUT_BITS else {}) for key, row in rows.items()},
+        "items": items,
     }
-    _write(comparison, Path(output), report)
+    output = Path(output)
+    if (output / "comparison.json").is_file():
+        earlier = read_json(output / "comparison.json")
+        if any(earlier.get(key) != comparison[key] for key in ("models", "baseline")):
+            names = ", ".join(earlier["labels"])
+            report(f"{output} held a comparison of {names}, which this one replaces; keep both with --output")
+    write_json(output / "comparison.json", comparison)
+    write_text(output / "comparison.md", render.to_markdown(comparison))
+    render.draw_comparison(comparison, output / "comparison.png")
     return comparison
-
-
-TABLES = ("tasks", "answers", "subjects", "sources", "filter")
 
 
 def recompute(comparison: Mapping[str, Any]) -> dict[str, Any] | None:
     """`TABLES` of a comparison, every figure in them derived again from its `items`; None if it holds none.
 
-    A score is derived too, unless it is one of all items together (F1, a perplexity), which has no items here. Floats
-    agree but for rounding; what comes from the bootstrap only with the same version of numpy.
+    Only scores of all items together (F1, a perplexity) are as they were. Floats agree but for rounding; what comes
+    from the bootstrap only with the same version of numpy.
     """
-    if not comparison.get("items"):
+    if not (items := comparison.get("items")):
         return None
-    rows = {
-        key: _restored(row, comparison["answers"].get(key), comparison["items"].get(key, {}))
-        for key, row in comparison["tasks"].items()
-        if key != "average"
-    }
-    stored = comparison["items"].get(HELDOUT_BITS, {}).get(HELDOUT_BITS, {})
-    parts = {name: set(positions) for name, positions in stored.get("filter", {}).items()}
-    return _tables(rows, parts, comparison["labels"], comparison["baseline"], comparison["seed"])[0]
+
+    def derived(table: str, name: str, key: str) -> dict[str, Measured]:
+        row = comparison[table].get(key, {"scores": {}})
+        facts = {field: row.get(name) for name, field in FACTS.items()}
+        scores = {x: Score(suite="", of=0, leaves=(), **facts, **figures) for x, figures in row["scores"].items()}
+        return {x: one.part() or one for x, one in _measured(scores, items.get(key, {}), name).items()}
+
+    keys = [key for key in comparison["tasks"] if key != "average"]
+    values = {key: derived("tasks", "values", key) for key in keys}
+    answers = {key: derived("answers", "answers", key) for key in keys}
+    return _tables(values, answers, items, comparison["labels"], comparison["baseline"], comparison["seed"])[0]
 
 
-def _tables(
-    rows: Mapping[str, dict[str, Measured]], parts: Mapping[str, set[int]], labels: Sequence[str], base: str, seed: int
-) -> tuple[dict[str, Any], list[str]]:
-    """`TABLES`, and the notes on their rows. The order of the rows decides what each gets of the bootstrap's draws."""
-    tester = Tester(base, np.random.default_rng(seed), [])
-    held = rows.get(HELDOUT_BITS, {})
-    tables: dict[str, Any] = tester.tables(rows, labels)
-    tables |= {"sources": tester.parts(held, _by_source(held)), "filter": tester.parts(held, parts)}
-    return tables, tester.notes
+# Reading
 
 
-def _aligned(rows: Mapping[str, dict[str, Measured]]) -> tuple[dict[str, dict[str, Measured]], list[str]]:
-    """The rows with items known by their position among those of all models; hashes of the held-out documents."""
-    aligned: dict[str, dict[str, Measured]] = {}
-    documents: list[str] = []
-    for row, measured in rows.items():
-        every: dict[str, dict[Any, int]] = {}
-        # The largest first: what a bootstrap draws, in the result file and here, depends on the order of the items.
-        for one in sorted(measured.values(), key=lambda one: -one.score.items):
-            for leaf, items in one.items.items():
-                places = every.setdefault(leaf, {})
-                for key in items:
-                    places.setdefault(key, len(places))
-        if row == HELDOUT_BITS:
-            documents = [document for document, *_ in every[HELDOUT_BITS]]
+class Chosen(NamedTuple):
+    """A model's score on a task, the bits per byte of the right answers if all items have some, and the result file."""
 
-        def moved(one: Measured, every: Mapping[str, Mapping[Any, int]] = every) -> Measured:
-            return Measured(
-                one.score,
-                {x: {n: items[key] for key, n in every[x].items() if key in items} for x, items in one.items.items()},
-                {n: one.sources[key] for x in one.items for key, n in every[x].items() if key in one.sources},
-                one.answers and moved(one.answers, every),
-            )
-
-        aligned[row] = {label: moved(one) for label, one in measured.items()}
-    return aligned, documents
-
-
-def _stored(row: Mapping[str, Measured], parts: Mapping[str, set[int]]) -> dict[str, Any]:
-    """The items of a row, per leaf task: `values` and `answers` by label, None for what a model has not answered."""
-    stored: dict[str, Any] = {}
-    for leaf in _leaves(row):
-        count = 1 + max(max(one.items.get(leaf, {}), default=-1) for one in row.values())
-        sources = {key: source for one in row.values() for key, source in one.sources.items()}
-        stored[leaf] = {
-            name: {label: [one.items.get(leaf, {}).get(n) for n in range(count)] for label, one in found.items()}
-            for name, found in {
-                "values": {label: one for label, one in row.items() if one.paired},
-                "answers": {label: one.answers for label, one in row.items() if one.answers},
-            }.items()
-            if found
-        }
-        if sources:
-            stored[leaf]["sources"] = [sources.get(n) for n in range(count)]
-        if parts:
-            stored[leaf]["filter"] = {name: sorted(positions) for name, positions in parts.items()}
-    return stored
-
-
-def _restored(
-    row: Mapping[str, Any], answers: Mapping[str, Any] | None, stored: Mapping[str, Any]
-) -> dict[str, Measured]:
-    """The models of a row, from what `_stored` made of them."""
-
-    def measured(facts: Mapping[str, Any], name: str, label: str) -> Measured:
-        columns = {leaf: found.get(name, {}).get(label) for leaf, found in stored.items()}
-        items = {
-            leaf: {n: value for n, value in enumerate(column) if value is not None}
-            for leaf, column in columns.items()
-            if column is not None
-        }
-        items = {leaf: values for leaf, values in items.items() if values}
-        names = ("task", "metric", "filter", "chance", "higher_is_better")
-        score = Score(
-            suite="", of=0, shots=facts["num_fewshot"], leaves=tuple(items), **facts["scores"][label],
-            **{key: facts[key] for key in names},
-        )  # fmt: skip
-        sources = {n: x for found in stored.values() for n, x in enumerate(found.get("sources", [])) if x is not None}
-        return Measured(score, items, sources).part() or Measured(score, items)
-
-    restored = {label: measured(row, "values", label) for label in row["scores"]}
-    if answers is not None:
-        for label in answers["scores"]:
-            restored[label] = dataclasses.replace(restored[label], answers=measured(answers, "answers", label))
-    return restored
-
-
-def _leaves(row: Mapping[str, Measured]) -> list[str]:
-    return list(dict.fromkeys(leaf for one in row.values() for leaf in one.items))
-
-
-def _write(comparison: dict[str, Any], output: Path, report: Callable[[str], None]) -> None:
-    if (output / "comparison.json").is_file():
-        earlier = read_json(output / "comparison.json")
-        if any(earlier.get(key) != comparison[key] for key in ("models", "baseline")):
-            names = ", ".join(earlier.get("labels") or ["other models"])
-            report(f"{output} held a comparison of {names}, which this one replaces; keep both with --output")
-    write_json(output / "comparison.json", comparison)
-    write_text(output / "comparison.md", render.to_markdown(comparison))
-    render.draw_comparison(comparison, output / "comparison.png")
+    score: Score
+    answers: Score | None
+    content: dict[str, Any]
 
 
 def _identity_notes(files: Mapping[str, Sequence[dict[str, Any]]]) -> list[str]:
@@ -378,198 +213,257 @@ def _identity_notes(files: Mapping[str, Sequence[dict[str, Any]]]) -> list[str]:
     marks: dict[str, str] = {}
     notes = []
     for label, contents in files.items():
-        found = {model_key(content["nanophi"]["model"]) for content in contents}
-        if len(found) > 1:
-            names = sorted({str(content["nanophi"]["model"]["name"]) for content in contents})
-            raise UserError(f"'{label}' holds results of {len(found)} different models ({', '.join(names)})")
-        for mark in found:
+        models = {model_key(content["nanophi"]["model"]): content["nanophi"]["model"]["name"] for content in contents}
+        if len(models) > 1:
+            names = ", ".join(sorted(set(models.values())))
+            raise UserError(f"'{label}' holds results of {len(models)} different models ({names})")
+        for mark in models:
             if mark in marks:
                 notes.append(f"{marks[mark]} and {label} are the same model")
             marks[mark] = label
     return notes
 
 
-def _measured(label: str, contents: Sequence[dict[str, Any]], notes: list[str]) -> list[Measured]:
-    """One model's scores, each task and way of measuring it once: the one with the most items."""
-    found: dict[tuple[Any, ...], Measured] = {}
-    for content in contents:
-        answers = {score.task: _with_items(content, score) for score in results.answer_scores(content)}
-        for score in results.leading_scores(content):
-            measured = dataclasses.replace(_with_items(content, score), answers=answers.get(score.task))
-            key = (score.task, *measured.protocol)
-            if key in found:
-                larger, smaller = sorted((score.items, found[key].score.items), reverse=True)
-                left_out = "the other" if larger == smaller else f"the one on {smaller}"
-                notes.append(
-                    f"{score.task}: {label} has two results; the one on {larger} items counts, {left_out} does not"
-                )
-                if found[key].score.items >= score.items:
-                    continue
-            found[key] = measured
-    return list(found.values())
-
-
-def _with_items(content: dict[str, Any], score: Score) -> Measured:
-    items: dict[str, dict[Any, Any]] = {}
-    sources: dict[Any, str] = {}
-    for leaf in score.leaves:
-        seen: Counter[tuple[str, str]] = Counter()
-        items[leaf] = {}
-        for sample in content["samples"][leaf]:
-            if sample["filter"] == score.filter and score.metric in sample:
-                hashes = sample["doc_hash"], sample["prompt_hash"]
-                key = *hashes, seen[hashes]  # the same question may be in a benchmark twice
-                seen[hashes] += 1
-                items[leaf][key] = sample[score.metric]
-                if "source" in sample:
-                    sources[key] = sample["source"]
-    return Measured(score, items, sources)
-
-
-def _rows(measured: Mapping[str, Sequence[Measured]], notes: list[str]) -> dict[str, dict[str, Measured]]:
+def _rows(every: Sequence[tuple[str, dict[str, Any]]], notes: list[str]) -> dict[str, dict[str, Chosen]]:
     """Key of each row -> score by label. What was measured differently gets rows of its own, and a note tells so."""
-    every = [(label, one) for label, found in measured.items() for one in found]
-    rows: dict[str, dict[str, Measured]] = {}
+    found: dict[tuple[str, int | None, str], dict[str, Chosen]] = {}
+    for label, content in every:
+        answers = {score.task: score for score in results.answer_scores(content)}
+        for score in results.leading_scores(content):
+            row = found.setdefault((score.task, score.shots, score.metric), {})
+            if label in row:
+                most = max(score.items, row[label].score.items)
+                notes.append(f"{score.task}: {label} has several results; the one on {most} items counts")
+            if label not in row or score.items > row[label].score.items:
+                row[label] = Chosen(score, answers.get(score.task), content)
+    rows: dict[str, dict[str, Chosen]] = {}
     unlike = []
-    for task in sorted(dict.fromkeys(one.score.task for _, one in every), key=position):
-        of_task = [(label, one) for label, one in every if one.score.task == task]
-        protocols = list(dict.fromkeys(one.protocol for _, one in of_task))
-        by_shots = len({shots for shots, _ in protocols}) == len(protocols)
-        for protocol in protocols:
-            key = f"{task}:{protocol[0]}" if by_shots else f"{task}:{protocol[0]}:{protocol[1]}"
-            rows[key if len(protocols) > 1 else task] = {x: one for x, one in of_task if one.protocol == protocol}
-        if len(protocols) > 1:
-            ways = ", ".join(f"{label}: {one.score.shots}-shot {one.score.metric}" for label, one in of_task)
-            unlike.append(f"{task} was not measured alike ({ways})")
-    if unlike and all(len(found) == 1 for found in rows.values()):
+    for task in sorted(dict.fromkeys(task for task, *_ in found), key=position):
+        ways = {(shots, metric): row for (name, shots, metric), row in found.items() if name == task}
+        by_shots = len({shots for shots, _ in ways}) == len(ways)
+        for (shots, metric), row in ways.items():
+            rows[task if len(ways) == 1 else f"{task}:{shots}" if by_shots else f"{task}:{shots}:{metric}"] = row
+        if len(ways) > 1:
+            labels = dict.fromkeys(label for label, _ in every)
+            shown = [f"{x}: {shots}-shot {metric}" for x in labels for (shots, metric), row in ways.items() if x in row]
+            unlike.append(f"{task} was not measured alike ({', '.join(shown)})")
+    if unlike and all(len(row) == 1 for row in rows.values()):
         raise UserError(f"{unlike[0]}; run `nanophi eval` again with the same --num-fewshot or suite")
     notes += [f"{line}; only results with the same number of shots are compared" for line in unlike]
     return rows
 
 
-def _by_source(held: Mapping[str, Measured]) -> dict[str, set[Any]]:
+def _stored(row: Mapping[str, Chosen]) -> tuple[dict[str, Any], list[str]]:
+    """The items of a row per leaf task, in one order for all models; and the hashes of the last task's documents.
+
+    Of each leaf `values` and `answers` by label, None for what a model has not answered, and the `sources` of
+    held-out documents. Scores of which no difference is one of their items have no values.
+    """
+    paired = [label for label, one in row.items() if _of_items(one)]
+    answered = [label for label, one in row.items() if one.answers]
+    # The largest first: what a bootstrap draws, in the result file and here, depends on the order of the items.
+    largest_first = sorted(row, key=lambda label: -row[label].score.items)
+    stored: dict[str, Any] = {}
+    every: dict[Any, dict[str, Any]] = {}
+    for leaf in dict.fromkeys(leaf for one in row.values() for leaf in one.score.leaves):
+        samples = {label: _samples(one, leaf) for label, one in row.items()}
+        every = {}
+        for label in largest_first:
+            for key, sample in samples[label].items():
+                every.setdefault(key, sample)
+        ordered = {label: [samples[label].get(key, {}) for key in every] for label in row}
+        found = {
+            "values": {label: [sample.get(row[label].score.metric) for sample in ordered[label]] for label in paired},
+            "answers": {label: [sample.get(ANSWER_METRIC) for sample in ordered[label]] for label in answered},
+            "sources": [sample["source"] for sample in every.values() if "source" in sample],
+        }
+        stored[leaf] = {name: items for name, items in found.items() if items}
+    return stored, [document for document, *_ in every]
+
+
+def _samples(one: Chosen, leaf: str) -> dict[tuple[str, str, int], dict[str, Any]]:
+    """lm-eval's samples of a leaf task by the hashes of document and prompt, which may be in a benchmark twice."""
+    seen: Counter[tuple[str, str]] = Counter()
+    samples = {}
+    for sample in one.content["samples"][leaf] if leaf in one.score.leaves else ():
+        if sample["filter"] == one.score.filter and one.score.metric in sample:
+            hashes = sample["doc_hash"], sample["prompt_hash"]
+            samples[*hashes, seen[hashes]] = sample
+            seen[hashes] += 1
+    return samples
+
+
+def _of_items(one: Chosen) -> bool:
+    """Whether a difference of two such scores is one of their items: bits per byte, or the mean of the items.
+
+    F1, a correlation or BLEU are made of all items together, a perplexity is the exponential of their mean.
+    """
+    if one.score.metric in ("bits_per_byte", ANSWER_METRIC):
+        return True
+    values = [[x[one.score.metric] for x in _samples(one, leaf).values()] for leaf in one.score.leaves]
+    if not all(items and all(isinstance(value, int | float) for value in items) for items in values):
+        return False
+    mean = float(np.mean([np.mean(items) for items in values]))
+    return math.isclose(mean, one.score.value, rel_tol=1e-6, abs_tol=1e-9)
+
+
+# Figures
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One model's score on one task or group, with what its items contribute.
+
+    `items` has an array per leaf task: [items], or [items, 2] of log-likelihoods in nats and bytes; all models'
+    items in one order, NaN where this one has no answer. It is empty for a score that is made of all items together.
+    """
+
+    score: Score
+    items: dict[str, np.ndarray]
+
+    def part(self, leaf: str | None = None, places: Sequence[int] | None = None) -> Measured | None:
+        """The score derived from the items: of a group's leaf task alone, or of some items; None if it has none."""
+        items = {name: values for name, values in self.items.items() if leaf in (None, name)}
+        if places is not None:
+            items = {name: values[places] for name, values in items.items()}
+        answered = [found for values in items.values() if len(found := values[_answered(values)])]
+        if not answered:
+            return None
+        means = [_mean(values) for values in answered]
+        value, stderr = means[0] if len(means) == 1 else results.mean(*zip(*means, strict=True))
+        count, task = sum(map(len, answered)), leaf or self.score.task
+        return Measured(dataclasses.replace(self.score, value=value, stderr=stderr, items=count, task=task), items)
+
+
+def _measured(scores: Mapping[str, Score], stored: Mapping[str, Any], name: str) -> dict[str, Measured]:
+    """Scores by label with their items, `values` or `answers`, of what `_stored` made."""
+    columns = [(leaf, label, column) for leaf, found in stored.items() for label, column in found.get(name, {}).items()]
+    return {
+        label: Measured(score, {leaf: _array(column) for leaf, other, column in columns if other == label})
+        for label, score in scores.items()
+    }
+
+
+def _array(column: Sequence[Any]) -> np.ndarray:
+    missing = [math.nan, math.nan] if any(isinstance(value, list | tuple) for value in column) else math.nan
+    return np.array([missing if value is None else value for value in column], dtype=float)
+
+
+def _answered(values: np.ndarray) -> np.ndarray:
+    """Which items [items] a model has answered."""
+    return ~np.isnan(values.reshape(len(values), -1)).any(axis=1)
+
+
+def _mean(values: np.ndarray) -> tuple[float, float | None]:
+    """The score of some items of one task and its standard error, None for a single item."""
+    if values.ndim == 1:
+        return float(values.mean()), statistics.mean_stderr(values)
+    nats, sizes = values.T
+    return bits_per_byte(nats, sizes), bits_per_byte_stderr(nats, sizes) if len(values) > 1 else None
+
+
+Rows = dict[str, dict[str, Measured]]
+"""Key of a row -> score by label."""
+Tested = tuple[dict[str, Any], dict[str, Estimate], list[str]]
+"""A row of the comparison, its differences by label, and what a reader must know about it."""
+
+
+def _tables(
+    values: Rows, answers: Rows, items: Mapping[str, Any], labels: Sequence[str], baseline: str, seed: int
+) -> tuple[dict[str, Any], list[str]]:
+    """`TABLES`, and the notes on their rows. The order of the rows decides what each gets of the bootstrap's draws."""
+    rng, notes = np.random.default_rng(seed), []
+    tables: dict[str, dict[str, Any]] = {table: {} for table in TABLES}
+    estimates: dict[str, dict[str, Estimate]] = {}
+    for key, row in values.items():
+        tables["tasks"][key], estimates[key], found = _tested(key, row, baseline, rng)
+        notes += found
+        leaves = dict.fromkeys(leaf for one in row.values() for leaf in one.items)
+        if len(leaves) > 1 and all(one.items for one in row.values()):
+            tables["subjects"][key] = {}
+            for leaf in leaves:
+                of = {label: part for label, one in row.items() if (part := one.part(leaf))}
+                tables["subjects"][key][leaf], _, found = _tested(leaf, of, baseline, rng)
+                notes += found
+        if answers[key]:
+            tables["answers"][key] = _tested(key, answers[key], baseline, rng)[0]
+    if average := _average(values, labels, estimates, rng):
+        tables["tasks"]["average"] = average
+    held, stored = values.get(HELDOUT_BITS, {}), items.get(HELDOUT_BITS, {}).get(HELDOUT_BITS, {})
+    for table, parts in (("sources", _by_source(stored.get("sources", []))), ("filter", stored.get("filter", {}))):
+        for name, places in parts.items():
+            if of := {label: part for label, one in held.items() if (part := one.part(places=places))}:
+                documents = max(one.score.items for one in of.values())
+                tables[table][name] = _tested(name, of, baseline, rng)[0] | {"part": name, "documents": documents}
+    subjects = tables["subjects"].values()
+    for rows in (*subjects, *(tables[table] for table in TABLES if table != "subjects")):
+        _correct(rows.values())
+    return tables, notes
+
+
+def _by_source(sources: Sequence[str]) -> dict[str, list[int]]:
     """The held-out documents of every source that is large enough, and of the other sources together."""
-    every = {key: source for measured in held.values() for key, source in measured.sources.items()}
-    counts = Counter(every.values())
+    counts = Counter(sources)
     large = [source for source, count in counts.most_common(MAX_SOURCES) if count >= MIN_DOCUMENTS]
     small = [source for source in counts if source not in large]
     if len(small) == 1 and len(large) < MAX_SOURCES:
         large, small = large + small, []  # one source together with nothing has a name of its own
     groups = {source: [source] for source in large} | ({f"other ({len(small)} sources)": small} if small else {})
-    return {name: {key for key in every if every[key] in members} for name, members in groups.items()}
+    return {name: [n for n, x in enumerate(sources) if x in members] for name, members in groups.items()}
 
 
-@dataclasses.dataclass(frozen=True)
-class Tester:
-    """Tests models against the baseline, and makes the tables of a comparison.
+def _average(
+    rows: Rows, labels: Sequence[str], estimates: Mapping[str, Mapping[str, Estimate]], rng: np.random.Generator
+) -> dict[str, Any] | None:
+    """The mean of the leaderboard's six tasks, for the labels that have them all; None if no label has."""
+    of = {x: [rows[task][x].score for task in LEADERBOARD if x in rows.get(task, {})] for x in labels}
+    scores = {label: score for label, six in of.items() if (score := results.average_score(six))}
+    if not scores:
+        return None
+    row = _row(scores)
+    for label in labels:
+        if all(label in estimates[task] for task in LEADERBOARD):
+            six = [estimates[task][label] for task in LEADERBOARD]
+            row["differences"][label] = _entry(statistics.mean_estimate(six, rng))
+    return row
 
-    Attributes:
-        rng: of the bootstrap; the order of the rows decides what each gets of it.
-        notes: what a reader must know about the rows; added to.
-    """
 
-    baseline: str
-    rng: np.random.Generator
-    notes: list[str]
-
-    def tables(self, rows: Mapping[str, dict[str, Measured]], labels: Sequence[str]) -> dict[str, dict[str, Any]]:
-        """The main table, the right answers' bits per byte, and the parts of each group."""
-        tasks: dict[str, Any] = {}
-        answers: dict[str, Any] = {}
-        subjects: dict[str, Any] = {}
-        found: dict[str, dict[str, Estimate]] = {}
-        for key, measured in rows.items():
-            tasks[key], found[key] = self.row(key, measured, self.notes)
-            leaves = _leaves(measured)
-            if len(leaves) > 1 and all(one.paired for one in measured.values()):
-                parts = {leaf: {x: part for x, one in measured.items() if (part := one.part(leaf))} for leaf in leaves}
-                subjects[key] = {leaf: self.row(leaf, part, self.notes)[0] for leaf, part in parts.items()}
-                _correct(subjects[key].values())
-            if right := {label: one.answers for label, one in measured.items() if one.answers}:
-                answers[key], _ = self.row(key, right, [])
-        if average := self._average(rows, labels, found):
-            tasks["average"] = average
-        _correct(tasks.values())
-        _correct(answers.values())
-        return {"tasks": tasks, "answers": answers, "subjects": subjects}
-
-    def parts(self, held: Mapping[str, Measured], parts: Mapping[str, set[Any]]) -> dict[str, Any]:
-        """Rows for parts of the held-out documents, corrected among themselves."""
-        rows = {}
-        for name, keys in parts.items():
-            if of_part := {label: part for label, one in held.items() if (part := one.part(keys=keys))}:
-                documents = max(part.score.items for part in of_part.values())
-                rows[name] = self.row(name, of_part, [])[0] | {"part": name, "documents": documents}
-        _correct(rows.values())
-        return rows
-
-    def row(
-        self, key: str, measured: Mapping[str, Measured], notes: list[str]
-    ) -> tuple[dict[str, Any], dict[str, Estimate]]:
-        """One row of the comparison, and its differences by label."""
-        row = _row({label: one.score for label, one in measured.items()})
-        estimates: dict[str, Estimate] = {}
-        others = {x: one for x, one in measured.items() if x != self.baseline and self.baseline in measured}
-        if others and not all(one.paired for one in measured.values()):
-            notes.append(f"{key}: models are not compared, because {row['metric']} is not a mean over items")
-            return row, estimates
-        for label, one in others.items():
-            found = _paired(one, measured[self.baseline], self.rng)
-            if found is None:
-                notes.append(f"{key}: {label} and {self.baseline} have no item with the same prompt in common")
-                continue
-            row["differences"][label], estimates[label] = found
-            common = found[0]["items"]
-            if common < max(one.score.items, measured[self.baseline].score.items):
-                notes.append(
-                    f"{key}: {label} and {self.baseline} are compared on the {common} items that both answered"
-                )
-        return row, estimates
-
-    def _average(
-        self, rows: Mapping[str, Mapping[str, Measured]], labels: Sequence[str], found: dict[str, dict[str, Estimate]]
-    ) -> dict[str, Any] | None:
-        """The mean of the leaderboard's six tasks, for the labels that have them all; None if no label has."""
-        of = {
-            label: [rows[task][label].score for task in LEADERBOARD if label in rows.get(task, {})] for label in labels
-        }
-        scores = {label: score for label, six in of.items() if (score := results.average_score(six))}
-        if not scores:
-            return None
-        row = _row(scores)
-        for label in labels:
-            if all(label in found[task] for task in LEADERBOARD):
-                mean = statistics.mean_estimate([found[task][label] for task in LEADERBOARD], self.rng)
-                row["differences"][label] = _entry(mean)
-        return row
+def _tested(key: str, measured: Mapping[str, Measured], baseline: str, rng: np.random.Generator) -> Tested:
+    row = _row({label: one.score for label, one in measured.items()})
+    estimates: dict[str, Estimate] = {}
+    notes: list[str] = []
+    others = {label: one for label, one in measured.items() if label != baseline and baseline in measured}
+    if others and not all(one.items for one in measured.values()):
+        return row, {}, [f"{key}: models are not compared, because {row['metric']} is not a mean over items"]
+    for label, one in others.items():
+        found = _paired(one, measured[baseline], rng)
+        if found is None:
+            notes.append(f"{key}: {label} and {baseline} have no item with the same prompt in common")
+            continue
+        row["differences"][label], estimates[label] = found
+        common = found[0]["items"]
+        if common < max(one.score.items, measured[baseline].score.items):
+            notes.append(f"{key}: {label} and {baseline} are compared on the {common} items that both answered")
+    return row, estimates, notes
 
 
 def _row(scores: Mapping[str, Score]) -> dict[str, Any]:
     """A row with the scores of each label, and no differences yet."""
-    one = next(iter(scores.values()))
-    return {
-        "task": one.task,
-        "metric": one.metric,
-        "filter": one.filter,
-        "num_fewshot": one.shots,
-        "chance": one.chance,
-        "higher_is_better": one.higher_is_better,
-        "scores": {
-            label: {"value": score.value, "stderr": score.stderr, "items": score.items}
-            for label, score in scores.items()
-        },
-        "differences": {},
-    }
+    facts = {name: getattr(next(iter(scores.values())), field) for name, field in FACTS.items()}
+    figures = ("value", "stderr", "items")
+    shown = {label: {name: getattr(score, name) for name in figures} for label, score in scores.items()}
+    return {**facts, "scores": shown, "differences": {}}
 
 
 def _paired(ours: Measured, theirs: Measured, rng: np.random.Generator) -> tuple[dict[str, Any], Estimate] | None:
     """The difference of two scores over the items that both have; None if there is none."""
     parts, pooled = [], []
     for leaf in ours.items:
-        common = [key for key in ours.items[leaf] if key in theirs.items.get(leaf, {})]
-        if not common:
+        pair = [one.items[leaf] for one in (ours, theirs) if leaf in one.items]
+        both = np.all([_answered(values) for values in pair], axis=0)
+        if len(pair) < 2 or not both.any():
             continue
-        a, b = (np.array([one.items[leaf][key] for key in common], dtype=float) for one in (ours, theirs))
+        a, b = pair[0][both], pair[1][both]
         pooled.append((a, b))
         if a.ndim == 2:
             parts.append(statistics.estimate((b[:, 0] - a[:, 0]) / math.log(2), a[:, 1], rng))

@@ -60,12 +60,7 @@ def evaluate(
 def write_curve(models: Sequence[str | Path], results: Sequence[dict[str, Any]], folder: Path) -> Path | None:
     """Write `curve-<suite>-<hash>.json` and `.png`: scores over the tokens seen, each run a line of its own.
 
-    Args:
-        models: folders and Hub ids.
-        results: the result file's contents of each.
-
-    Returns:
-        the JSON file; None if fewer than two of the models are checkpoints of a run.
+    None if fewer than two of the models are checkpoints of a run. `results` has the result file's contents of each.
     """
     points = [
         {

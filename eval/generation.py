@@ -48,12 +48,8 @@ class StopStrings(transformers.StoppingCriteria):
         self.tokenizer, self.strings, self.start = tokenizer, strings, start
         # Two more tokens than the longest string has, as in HFLM: the same text may be generated in other tokens.
         self.tail = 2 + max((len(tokenizer.encode(s, add_special_tokens=False)) for s in strings), default=0)
-        self.done: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        if self.done is None:
-            self.done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         tails = self.tokenizer.batch_decode(input_ids[:, self.start :][:, -self.tail :])
         found = [any(string in tail for string in self.strings) for tail in tails]
-        self.done = self.done | torch.tensor(found, device=input_ids.device)
-        return self.done
+        return torch.tensor(found, device=input_ids.device)

@@ -1,10 +1,7 @@
 """Faster kernels for the same functions, while a model is measured in float32 on a CPU.
 
-oneDNN, which ships with torch, multiplies faster than torch's linear layers (MKL) on AMD processors, and as fast on
-Intel. It also applies GELU to a product while that is still in the cache: torch's own GELU takes a quarter of the time
-of the product, and transformers' GPT-2 GELU makes eight passes over memory. Together a fifth of the time of an
-evaluation (benchmarks/LOG.md, 2026-11-30). The choice of kernel depends on the model only, never on timings, so a
-measurement repeats bit for bit. Results agree with torch's up to rounding.
+oneDNN multiplies faster than torch's linear layers on AMD processors, and applies GELU while a product is in the cache:
+together a fifth of the time (benchmarks/LOG.md, 2026-11-30). Results are torch's but for rounding.
 """
 
 from __future__ import annotations
@@ -14,6 +11,7 @@ import ctypes
 import functools
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,22 +27,22 @@ class Kernels:
         parameter = next(network.parameters())
         if parameter.device.type != "cpu" or parameter.dtype != torch.float32:
             return
-        onednn = torch.backends.mkldnn.is_available()
-        fused = _before_gelu(network) if onednn else {}
-        fused = {linear: gelu for linear, gelu in fused.items() if type(linear.weight.data) is Tensor}
+        # Quantized weights are tensors of a class of their own, which multiply in their own way.
+        linears = [x for x in network.modules() if type(x) is nn.Linear and type(x.weight.data) is Tensor]
+        linears = linears if torch.backends.mkldnn.is_available() else []
+        fused = _before_gelu(network, linears)
+        for linear in linears:
+            product = functools.partial(
+                torch.ops.mkldnn._linear_pointwise,
+                W=linear.weight.detach(),
+                B=None if linear.bias is None else linear.bias.detach(),
+                attr="gelu" if linear in fused else "none",
+                scalars=[],
+                algorithm="tanh" if linear in fused else "",
+            )
+            self.forwards.append((linear, product))
         for module in network.modules():
-            # Quantized weights are tensors of a class of their own, which multiply in their own way.
-            if type(module) is nn.Linear and onednn and type(module.weight.data) is Tensor:
-                product = functools.partial(
-                    torch.ops.mkldnn._linear_pointwise,
-                    W=module.weight.detach(),
-                    B=None if module.bias is None else module.bias.detach(),
-                    attr="gelu" if module in fused else "none",
-                    scalars=[],
-                    algorithm="tanh" if module in fused else "",
-                )
-                self.forwards.append((module, product))
-            elif type(module) in GELUS:
+            if type(module) in GELUS:
                 gelu = functools.partial(nn.functional.gelu, approximate="tanh")
                 self.forwards.append((module, nn.Identity().forward if module in fused.values() else gelu))
 
@@ -60,36 +58,21 @@ class Kernels:
                 del module.forward
 
 
-GELUS = (NewGELUActivation, GELUTanh)
-"""Activations that are GELU in its tanh form (Hendrycks & Gimpel 2016)."""
+GELUS = (NewGELUActivation, GELUTanh)  # in its tanh form (Hendrycks & Gimpel 2016)
 
 
-def _before_gelu(network: PreTrainedModel) -> dict[nn.Module, nn.Module]:
-    """Linear layers whose output goes into one GELU and nowhere else, with that GELU; found by running the network."""
-    made: dict[int, tuple[nn.Module, Tensor]] = {}
-    pairs: list[tuple[nn.Module, nn.Module]] = []
+def _before_gelu(network: PreTrainedModel, linears: list[nn.Linear]) -> dict[nn.Module, nn.Module]:
+    """Linear layers of an MLP with the GELU that their output goes into, by the names that transformers gives them.
 
-    def remember(module: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
-        made[id(output)] = (module, output)
-
-    def look_up(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        maker = made.get(id(inputs[0]))
-        pairs.append((maker[0] if maker else module, module))
-
-    handles = [module.register_forward_hook(remember) for module in network.modules() if type(module) is nn.Linear]
-    handles += [module.register_forward_pre_hook(look_up) for module in network.modules() if type(module) in GELUS]
-    try:
-        with torch.inference_mode():
-            network(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    makers, gelus = [maker for maker, _ in pairs], [gelu for _, gelu in pairs]
-    return {
-        maker: gelu
-        for maker, gelu in pairs
-        if maker is not gelu and makers.count(maker) == 1 and gelus.count(gelu) == 1
-    }
+    What these names do not tell is found out before anything is scored (probing.py).
+    """
+    names = (("fc1", "activation_fn"), ("dense_h_to_4h", "act"), ("c_fc", "act"), ("fc_in", "act"))
+    pairs: list[tuple[Any, Any]] = [
+        (getattr(block, linear, None), getattr(block, gelu, None))
+        for block in network.modules()
+        for linear, gelu in names
+    ]
+    return {linear: gelu for linear, gelu in pairs if linear in linears and type(gelu) in GELUS}
 
 
 def trim() -> None:

@@ -28,29 +28,25 @@ from lm_eval.utils import hash_string
 
 from nanophi.core.environment import environment
 from nanophi.core.errors import UserError
-from nanophi.core.files import read_json, remove, sha256_of, sha256_of_file, sha256_of_tree, write_json
+from nanophi.core.files import read_json, remove, sha256_of, sha256_of_file, sha256_of_tree, write_json, write_text
 from nanophi.core.formatting import duration
 from nanophi.core.names import resolve
-from nanophi.eval.catalogue import HELDOUT_BITS, Entry, score
+from nanophi.eval import suites
+from nanophi.eval.catalogue import HELDOUT_BITS, score
 from nanophi.eval.metrics import bits_figures, heldout_figures
 from nanophi.eval.models import load_model
-from nanophi.eval.results import ANSWER_METRIC, FORMAT, PROTOCOL, mean_of, read_result, result_name
+from nanophi.eval.results import ANSWER_METRIC, FORMAT, PROTOCOL, every_score, mean_of, read_result, result_name
 from nanophi.eval.scorer import NotScorable, ScorerLM
 from nanophi.eval.statistics import mean_stderr
-from nanophi.eval.suites import (
-    LoadedSuite,
-    find_data,
-    find_suite,
-    generation_problem,
-    load_suite,
-    quiet,
-    sample_of_items,
-)
+from nanophi.eval.suites import LoadedSuite, generation_problem, quiet
 
-# lm-eval's own seeds (`simple_evaluate`). Other seeds would draw other few-shot examples, and scores could not be
-# compared.
+# lm-eval's own seeds (`simple_evaluate`): others would draw other few-shot examples.
 RANDOM_SEED, FEWSHOT_SEED = 0, 1234
 BOOTSTRAP_ITERATIONS = 100_000
+
+Report = Callable[[str], None]
+Parts = dict[str, dict[str, Any]]
+"""What `run_task` returns for each task."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,41 +63,26 @@ class Options:
 
 
 def measure(
-    model: str | Path,
-    suite: str,
-    output: Path,
-    options: Options,
-    report: Callable[[str], None] = print,
-    *,
-    shared: bool = False,
+    model: str | Path, suite: str, output: Path, options: Options, report: Report = print, *, shared: bool = False
 ) -> dict[str, Any]:
-    """Measure a model on a suite and write the result file.
+    """Measure a model on a suite and write the result file `output`, or one in that folder with a name of its own.
 
     Each task's results are kept as soon as it ends (in `.<file's name>.partial/`): killed and called again with the
-    same inputs, it resumes with the next task.
-
-    Args:
-        model: folder or Hub id of any causal language model; `ORG/NAME@revision` for a branch, tag or commit.
-        suite: as for `find_suite`.
-        output: the result file (`.json`), or a folder, in which the file is named after the model, the suite and
-            a hash of everything that the result depends on.
-        shared: whether several models have this `output`: then a file's name is the beginning of each one's.
+    same inputs, it resumes with the next task. If `shared`, the file's name is the beginning of several models' own.
     """
     if resolve(model).folder is None:
         report(f"{model}: there is no folder of that name, so it is looked for on the Hub")
-    chosen = find_suite(suite, options.num_fewshot)
-    find_data(chosen, data=options.data, heldout=options.heldout)  # before the model is loaded: a mistyped folder
+    chosen = suites.find_suite(suite, options.num_fewshot)
+    suites.find_data(chosen, data=options.data, heldout=options.heldout)  # before the model is loaded
     with quiet():
-        network, tokenizer, identity = load_model(
-            model, dtype=options.dtype, trust_remote_code=options.trust_remote_code
-        )
-    loaded = load_suite(chosen, data=options.data, heldout=options.heldout)
+        network, tokenizer, identity = load_model(model, options.dtype, options.trust_remote_code)
+    loaded = suites.load_suite(chosen, data=options.data, heldout=options.heldout)
     with quiet():
         lm = ScorerLM(network, tokenizer, options.batch_size)
     if lm.unshared_because:
         report(f"{identity['name']}: prefixes are not shared, since {lm.unshared_because}; slower, same results")
     indices = {
-        name: sample_of_items(task, min(filter(None, (options.limit, loaded.entries[name].items)), default=None))
+        name: suites.sample_of_items(task, min(filter(None, (options.limit, loaded.entries[name].items)), default=None))
         for name, task in loaded.tasks.items()
     }
     inputs = {
@@ -114,7 +95,7 @@ def measure(
     key = sha256_of(inputs)
     output = Path(output)
     if output.suffix != ".json":
-        output /= result_name(identity["name"], loaded.suite.name, key)
+        output /= result_name(identity["name"], chosen.name, key)
     elif shared:
         output = output.with_name(result_name(output.stem, identity["name"], key))
     if output.exists():
@@ -128,34 +109,25 @@ def measure(
         config = {"output_type": task.OUTPUT_TYPE, "generation_kwargs": task.config.generation_kwargs}
         if problem := generation_problem(f"task '{name}'", config, lm.max_length):
             raise UserError(f"{problem}, which {model} has; choose other tasks (--suite)")
-    partial, started = _open_partial(output, key), time.monotonic()
+    started, partial = time.monotonic(), output.with_name(f".{output.name}.partial")
+    if not (partial / "key").is_file() or (partial / "key").read_text() != key:  # of tasks that are finished
+        remove(partial)
+        write_text(partial / "key", key)
     parts = _run_tasks(lm, loaded, indices, partial, report)
-    result = _merge(loaded, parts) | _described(lm, identity, options)
-    result["total_evaluation_time_seconds"] = str(sum(part["seconds"] for part in parts.values()))
-    result["nanophi"] = {
-        "format": FORMAT,
-        "key": key,
-        "model": identity,
-        "suite": loaded.suite.name,
-        "lines": {entry.task: _suite_line(loaded, entry, parts) for entry in loaded.suite.entries},
-    }
-    if HELDOUT_BITS in parts:
-        result["nanophi"]["heldout"] = heldout_figures(result["samples"][HELDOUT_BITS], parts[HELDOUT_BITS]["bz2"])
-    result["nanophi"] |= {
-        "data": inputs["data"],
-        "environment": environment(),
-        "seconds": {name: part["seconds"] for name, part in parts.items()},
-        "overflowing": {name: part["overflowing"] for name, part in parts.items() if part["overflowing"]},
-    }
+    result = _result(lm, loaded, parts, identity, options)
+    result["nanophi"] |= {"key": key, "data": inputs["data"]}
     write_json(output, result)
     shutil.rmtree(partial)
     report(f"{output.name} written, {duration(time.monotonic() - started)}")
     return result
 
 
-def _described(lm: ScorerLM, identity: dict[str, Any], options: Options) -> dict[str, Any]:
-    """What lm-eval writes about a measurement as a whole."""
-    described: dict[str, Any] = {
+def _result(
+    lm: ScorerLM, loaded: LoadedSuite, parts: Parts, identity: dict[str, Any], options: Options
+) -> dict[str, Any]:
+    """What lm-eval writes about a measurement, and `nanophi`."""
+    result: dict[str, Any] = {
+        **_merge(loaded, parts),
         "config": {
             "model": identity["name"],
             "model_num_parameters": identity["parameters"],
@@ -170,24 +142,34 @@ def _described(lm: ScorerLM, identity: dict[str, Any], options: Options) -> dict
         "date": time.time(),
         "lm_eval_version": lm_eval.__version__,
         "transformers_version": transformers.__version__,
+        "total_evaluation_time_seconds": str(sum(part["seconds"] for part in parts.values())),
     }
-    add_tokenizer_info(described, lm)
-    return described
+    add_tokenizer_info(result, lm)
+    lines = {}
+    for entry in loaded.suite.entries:
+        leaves = [name for name, other in loaded.entries.items() if other is entry]
+        chances = [parts[leaf]["chance"] for leaf in leaves]
+        lines[entry.task] = {"tasks": leaves, "chance": None if None in chances else float(np.mean(chances))}
+    result["nanophi"] = {"format": FORMAT, "model": identity, "suite": loaded.suite.name, "lines": lines}
+    if HELDOUT_BITS in parts:
+        result["nanophi"]["heldout"] = heldout_figures(result["samples"][HELDOUT_BITS], parts[HELDOUT_BITS]["bz2"])
+    result["nanophi"] |= {
+        "environment": environment(),
+        "seconds": {name: part["seconds"] for name, part in parts.items()},
+        "overflowing": {name: part["overflowing"] for name, part in parts.items() if part["overflowing"]},
+    }
+    return result
 
 
 def _run_tasks(
-    lm: ScorerLM,
-    loaded: LoadedSuite,
-    indices: dict[str, list[int] | None],
-    partial: Path,
-    report: Callable[[str], None],
-) -> dict[str, dict[str, Any]]:
-    """What `run_task` returns for each task, from the folder `partial` where that is there already."""
+    lm: ScorerLM, loaded: LoadedSuite, indices: dict[str, list[int] | None], partial: Path, report: Report
+) -> Parts:
+    """Run each task that is not in the folder `partial` already."""
     started, scored = time.monotonic(), 0
     paths = {name: partial / f"{name}.json" for name in loaded.tasks}
-    waiting = {
-        name: _characters(task, indices[name]) for name, task in loaded.tasks.items() if not paths[name].exists()
-    }
+    # What a task costs is about proportional to its items and the examples in their prompts.
+    costs = {x: len(indices[x] or task.eval_docs) * (1 + task.config.num_fewshot) for x, task in loaded.tasks.items()}
+    waiting = {name: costs[name] for name in paths if not paths[name].exists()}
     if len(waiting) < len(paths):
         report(f"{len(paths) - len(waiting)} of {len(paths)} tasks were finished before")
     for name in list(waiting):
@@ -195,28 +177,12 @@ def _run_tasks(
         write_json(paths[name], part)
         scored += waiting.pop(name)
         left = (time.monotonic() - started) * sum(waiting.values()) / scored
-        more = f"; about {duration(left)} left for {len(waiting)} more" if waiting else ""
-        report(_line(part, name) + more)
+        report(_line(part, name) + (f"; about {duration(left)} left for {len(waiting)} more" if waiting else ""))
     return {name: read_json(path) for name, path in paths.items()}
 
 
-def _characters(task: Task, indices: list[int] | None) -> int:
-    """Approximate number of prompt characters in a task's items, from a few of them: a measure of its cost."""
-    task.set_fewshot_seed(FEWSHOT_SEED)
-    docs = task.eval_docs
-    some = (indices or range(len(docs)))[:: max(1, len(indices or docs) // 4)]
-    prompts = [task.fewshot_context(docs[i], num_fewshot=task.config.num_fewshot) for i in some]
-    lengths = [len(prompt if isinstance(prompt, str) else prompt[0]) for prompt in prompts]
-    if task.OUTPUT_TYPE == "loglikelihood_rolling":
-        lengths = [len(task.doc_to_target(docs[i])) for i in some]
-    return 1 + sum(lengths) * len(indices or docs) // len(lengths)
-
-
 def run_task(lm: ScorerLM, name: str, task: Task, indices: list[int] | None) -> dict[str, Any]:
-    """Evaluate one task with lm-eval. Returns JSON-able data, with the samples reduced to what is worth keeping.
-
-    Each item also gets `ANSWER_METRIC` if it has a right answer that was scored.
-    """
+    """Evaluate one task with lm-eval: JSON-able, with samples of what is worth keeping and their `ANSWER_METRIC`."""
     started = time.monotonic()
     overflowing = lm.overflowing
     # What `lm_eval.simple_evaluate` does before it calls `evaluate`.
@@ -238,14 +204,20 @@ def run_task(lm: ScorerLM, name: str, task: Task, indices: list[int] | None) -> 
     try:
         json.dumps([sample["filtered_resps"] for sample in samples], allow_nan=False, default=str)
     except ValueError:
-        raise UserError(
-            f"task '{name}': the model's log-likelihoods are not finite numbers; its weights are damaged"
-        ) from None
-    result["task_hashes"] = {
-        name: hash_string("".join(s["doc_hash"] + s["prompt_hash"] + s["target_hash"] for s in samples))
-    }
+        problem = "the model's log-likelihoods are not finite numbers; its weights are damaged"
+        raise UserError(f"task '{name}': {problem}") from None
+    hashes = "".join(s["doc_hash"] + s["prompt_hash"] + s["target_hash"] for s in samples)
+    result["task_hashes"] = {name: hash_string(hashes)}
     result["chance"] = _chance(samples)
-    _add_answers(task, samples, result["results"][name], result["higher_is_better"][name])
+    answers = [answer_bits_per_byte(task, sample) for sample in samples]
+    for sample, bits in zip(samples, answers, strict=True):
+        sample |= {} if bits is None else {ANSWER_METRIC: bits}
+    if None not in answers:
+        values, figures = np.array(answers, dtype=float), result["results"][name]
+        figures[f"{ANSWER_METRIC},none"] = float(values.mean())
+        if (stderr := mean_stderr(values)) is not None:
+            figures[f"{ANSWER_METRIC}_stderr,none"] = stderr
+        result["higher_is_better"][name][ANSWER_METRIC] = False
     if name == HELDOUT_BITS:
         text = "\n".join(sample["doc"]["text"] for sample in samples).encode()
         result["bz2"] = {"bits_per_byte": 8 * len(bz2.compress(text, 9)) / len(text), "bytes": len(text)}
@@ -253,23 +225,6 @@ def run_task(lm: ScorerLM, name: str, task: Task, indices: list[int] | None) -> 
     result["overflowing"] = lm.overflowing - overflowing
     result["seconds"] = round(time.monotonic() - started, 3)
     return _plain(result)
-
-
-def _add_answers(
-    task: Task, samples: list[dict[str, Any]], figures: dict[str, Any], higher_is_better: dict[str, bool]
-) -> None:
-    """Add `ANSWER_METRIC` to the samples that have it, and its mean to the task's figures if all have it."""
-    for sample in samples:
-        bits = answer_bits_per_byte(task, sample)
-        if bits is not None:
-            sample[ANSWER_METRIC] = bits
-    if not all(ANSWER_METRIC in sample for sample in samples):
-        return
-    values = np.array([sample[ANSWER_METRIC] for sample in samples])
-    figures[f"{ANSWER_METRIC},none"] = float(values.mean())
-    if (stderr := mean_stderr(values)) is not None:
-        figures[f"{ANSWER_METRIC}_stderr,none"] = stderr
-    higher_is_better[ANSWER_METRIC] = False
 
 
 def _reduced(sample: dict[str, Any]) -> dict[str, Any]:
@@ -287,9 +242,8 @@ def _reduced(sample: dict[str, Any]) -> dict[str, Any]:
 def answer_bits_per_byte(task: Task, sample: dict[str, Any]) -> float | None:
     """-log2 P(right answer | prompt) / bytes of the right answer, for one of lm-eval's samples; None if it has none.
 
-    The answer is the text that lm-eval scored, without the delimiter between prompt and answer. If there are several
-    right answers, the likeliest counts. If the choices are prompts and one text follows them all (Winogrande), the
-    answer is that text after the right prompt.
+    The answer is the text that lm-eval scored, without the delimiter before it; of several right ones the likeliest. If
+    the choices are prompts and one text follows them all (Winogrande), it is that text after the right prompt.
     """
     if task.OUTPUT_TYPE not in ("multiple_choice", "loglikelihood"):
         return None
@@ -314,15 +268,13 @@ def _chance(samples: list[dict[str, Any]]) -> float | None:
     """Expected score of a guess: the mean of 1 / choices; for mc2 the share of true answers; None for other tasks."""
     scores = []
     for sample in samples:
-        doc = sample["doc"]
-        if isinstance(doc, dict) and "mc2_targets" in doc and "acc_norm" not in sample["metrics"]:
-            labels = doc["mc2_targets"]["labels"]
-            if len(labels) == len(sample["arguments"]):
-                scores.append(sum(labels) / len(labels))
-                continue
-        if "acc" not in sample["metrics"] or len(sample["arguments"]) < 2:
+        doc, choices = sample["doc"], len(sample["arguments"])
+        if isinstance(doc, dict) and "mc2_targets" in doc and len(doc["mc2_targets"]["labels"]) == choices:
+            scores.append(sum(doc["mc2_targets"]["labels"]) / choices)
+        elif "acc" in sample["metrics"] and choices > 1:
+            scores.append(1 / choices)
+        else:
             return None
-        scores.append(1 / len(sample["arguments"]))
     return float(np.mean(scores))
 
 
@@ -337,40 +289,30 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=convert))
 
 
-def _open_partial(output: Path, key: str) -> Path:
-    """The folder for finished tasks, emptied if they were measured on other inputs."""
-    partial = output.with_name(f".{output.name}.partial")
-    if not (partial / "key").is_file() or (partial / "key").read_text() != key:
-        remove(partial)
-        partial.mkdir(parents=True)
-        (partial / "key").write_text(key)
-    return partial
-
-
-def _data_hashes(loaded: LoadedSuite) -> dict[str, Any]:
+def _data_hashes(loaded: LoadedSuite) -> dict[str, str | None]:
     """SHA-256 of each dataset folder; datasets from the Hub are pinned by the per-item hashes in the samples."""
-    hashes: dict[str, Any] = {}
-    for dataset, folder in dict.fromkeys(loaded.datasets.values()):
-        if folder is None:
-            hashes[dataset] = None
-        elif dataset in ("heldout", "answers"):  # of what else a run has there, items do not depend on it
-            hashes[dataset] = sha256_of({path.name: sha256_of_file(path) for path in folder.glob("heldout*.parquet")})
-        else:
-            hashes[dataset] = sha256_of_tree(folder)
-    return hashes
+
+    def hashed(dataset: str, folder: Path) -> str:
+        if dataset not in ("heldout", "answers"):
+            return sha256_of_tree(folder)
+        # Items do not depend on what else a run has there.
+        return sha256_of({path.name: sha256_of_file(path) for path in folder.glob("heldout*.parquet")})
+
+    origins = dict.fromkeys(loaded.datasets.values())
+    return {dataset: hashed(dataset, folder) if folder else None for dataset, folder in origins}
 
 
-def _merge(loaded: LoadedSuite, parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _merge(loaded: LoadedSuite, parts: Parts) -> dict[str, Any]:
     """Merge the results of single tasks into one lm-eval result, with lm-eval's aggregates of groups."""
     keys = ("results", "configs", "versions", "n-shot", "higher_is_better", "n-samples", "task_hashes", "samples")
     merged: dict[str, Any] = {key: {} for key in keys}
-    for part in parts.values():
-        for key in keys:
+    for key in keys:
+        for part in parts.values():
             merged[key].update(part[key])
     for name in [name for name in loaded.tasks if "bits_per_byte,none" in merged["results"][name]]:
+        pairs = [sample["bits_per_byte"] for sample in merged["samples"][name]]
         # lm-eval has no standard error for it.
-        stderr = bits_figures([sample["bits_per_byte"] for sample in merged["samples"][name]])["bits_per_byte_stderr"]
-        merged["results"][name]["bits_per_byte_stderr,none"] = stderr
+        merged["results"][name]["bits_per_byte_stderr,none"] = bits_figures(pairs)["bits_per_byte_stderr"]
     if loaded.groups:
         merged["group_subtasks"] = {name: group.child_names for name, group in loaded.groups.items()}
         merged["groups"] = {}
@@ -387,22 +329,11 @@ def _merge(loaded: LoadedSuite, parts: dict[str, dict[str, Any]]) -> dict[str, A
     return merged
 
 
-def _suite_line(loaded: LoadedSuite, entry: Entry, parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The leaf tasks of a line of the suite, and the expected score of a guess on them."""
-    leaves = [name for name, other in loaded.entries.items() if other is entry]
-    chances = [parts[leaf]["chance"] for leaf in leaves]
-    return {"tasks": leaves, "chance": None if None in chances else float(np.mean(chances))}
-
-
 def _line(part: dict[str, Any], name: str) -> str:
     """A finished task in one line: `arc_easy: acc 31.20 ± 0.95, ... (2,376 items, 41 s)`."""
-    values = part["results"][name]
-    shown = []
-    for key, value in values.items():
-        if "," in key and "_stderr" not in key and isinstance(value, float):
-            metric, error = key.split(",")[0], values.get(key.replace(",", "_stderr,"))
-            figures = {"value": value, "stderr": error if isinstance(error, float) else None}
-            shown.append(f"{metric} {score(figures, metric)}")
+    scores = every_score(part | {"nanophi": {"suite": name}})
+    shown = ", ".join(f"{one.metric} {score(vars(one), one.metric)}" for one in scores)
     prompts = part["overflowing"]
     cut = f", {prompts} prompt{'s' * (prompts > 1)} cut to the context" if prompts else ""
-    return f"{name}: {', '.join(shown)} ({values['sample_len']} items{cut}, {duration(part['seconds'])})"
+    items = part["results"][name]["sample_len"]
+    return f"{name}: {shown} ({items} items{cut}, {duration(part['seconds'])})"

@@ -13,21 +13,19 @@ from nanophi.eval.statistics import bits_per_byte, bits_per_byte_stderr
 
 
 class BitsPerByte(evaluate.Metric):
-    """-log2 P(text) / bytes(text), over all texts together: how many bits the model needs per byte of UTF-8.
+    """-log2 P(text) / bytes(text), over all texts together: it does not depend on the tokenizer.
 
-    It does not depend on the tokenizer, so models with different vocabularies can be compared, and it stands beside
-    a compressor's figure. `compute(predictions=log_likelihoods, references=byte_counts)` takes natural-log
-    likelihoods and returns `bits_per_byte`, `bits_per_byte_stderr` (bootstrap over the texts, seed 0) and `bytes`.
+    `compute(predictions=log_likelihoods, references=byte_counts)` takes natural-log likelihoods and returns
+    `bits_per_byte`, `bits_per_byte_stderr` (bootstrap over the texts, seed 0) and `bytes`.
     """
 
     def _info(self) -> evaluate.MetricInfo:
+        columns = {"predictions": datasets.Value("float64"), "references": datasets.Value("int64")}
         return evaluate.MetricInfo(
             description="Bits per byte of text under a language model, with a bootstrap standard error.",
             citation="",
             inputs_description="predictions: log-likelihood of each text in nats; references: its length in bytes.",
-            features=datasets.Features(
-                {"predictions": datasets.Value("float64"), "references": datasets.Value("int64")}
-            ),
+            features=datasets.Features(columns),
         )
 
     def _compute(self, predictions: Sequence[float], references: Sequence[int]) -> dict[str, Any]:

@@ -13,8 +13,7 @@ if TYPE_CHECKING:
     import transformers
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-GENERIC_NAMES = ("release", "model", "checkpoint", "main", "final", "best", "last")
-"""Names of folders that tell nothing about the model in them."""
+GENERIC_NAMES = ("release", "model", "checkpoint", "main", "final", "best", "last")  # of folders, that tell nothing
 
 
 def checkpoints_of(model: str | Path) -> list[str | Path]:
@@ -46,15 +45,13 @@ def model_key(identity: dict[str, Any]) -> str:
 
 
 def load_model(
-    model: str | Path, *, dtype: str = "auto", trust_remote_code: bool = False
+    model: str | Path, dtype: str = "auto", trust_remote_code: bool = False
 ) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase, dict[str, Any]]:
     """A causal language model in evaluation mode, on the GPU if there is one, its tokenizer, and what identifies it.
 
     That is `name`, `sha256` of a folder's files or `revision` (the commit) of a Hub id, `parameters`, `dtype` (`auto`
     is bfloat16 on a GPU and float32 on a CPU), `architecture`, and `step` and `tokens_seen` of a run's checkpoint.
-
-    Raises:
-        UserError: if it cannot be loaded, is not a causal language model, or does not fit its tokenizer.
+    Raises `UserError` if it cannot be loaded, is not a causal language model, or does not fit its tokenizer.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype '{dtype}' is not one of {', '.join(DTYPES)}")
@@ -84,10 +81,8 @@ def load_model(
             reason = f"there is no folder of that name, and from the Hub: {reason}"
         raise UserError(f"cannot load {model}: {reason}") from error
     if len(tokenizer) > (rows := network.get_input_embeddings().num_embeddings):
-        raise UserError(
-            f"{model}: the tokenizer has {len(tokenizer)} tokens but the weights only {rows} rows; "
-            "the tokenizer belongs to another model"
-        )
+        sizes = f"the tokenizer has {len(tokenizer)} tokens but the weights only {rows} rows"
+        raise UserError(f"{model}: {sizes}; the tokenizer belongs to another model")
     commit = {"revision": getattr(config, "_commit_hash", None) or str(model)}
     identity: dict[str, Any] = {
         "name": model_name(named),

@@ -1,7 +1,7 @@
 """A prefix tree of token sequences, how it is laid out in rows for the model, and the keys and values of a prefix.
 
-A range of sequences runs as one row, in which every token attends to its own ancestors only, at its own position: what
-the sequences share is computed once. Running the model, and which range becomes a row, is up to scorer.py.
+A range of sequences runs as one row, in which every token attends to its own ancestors only, at its own position.
+Running the model, and which range becomes a row, is up to scorer.py.
 """
 
 from __future__ import annotations
@@ -14,11 +14,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-ROW_TOKENS = 1024
-"""About how many tokens a row has, and a forward pass on a CPU: enough to keep its cores busy."""
-
-PACK_TOKENS = 512
-"""Tokens of a row after a cached prefix. In longer rows too much attention is computed only to be masked."""
+ROW_TOKENS = 1024  # about how many tokens a row has, and a forward pass on a CPU: enough to keep its cores busy
+PACK_TOKENS = 512  # of a row after a cached prefix: in longer rows too much attention is computed only to be masked
 
 Range = tuple[int, int]
 """Sequences [low, high) of a tree."""
@@ -32,18 +29,15 @@ class RowPlan(NamedTuple):
 
 
 class PrefixTree:
-    """Token sequences in lexicographic order, which is the order of a walk through their prefix tree.
+    """Token sequences (int [tokens], all different) in lexicographic order: that of a walk through their prefix tree.
 
-    Args:
-        sequences: each int [tokens], all different, in order.
-        scored: for each sequence the number of its last positions whose next token is scored.
-        requests: for each sequence what is asked at its end; for the scorer alone.
+    For each sequence `scored` has the number of its last positions whose next token is scored, `requests` what is asked
+    at its end, and `shared` how many tokens it has in common with the previous one.
     """
 
     def __init__(self, sequences: Sequence[np.ndarray], scored: Sequence[int], requests: Sequence[Any] = ()) -> None:
         self.sequences, self.scored, self.requests = sequences, scored, requests
         self.shared = [0] * len(sequences)
-        """How many tokens each sequence shares with the previous one."""
         for i in range(1, len(sequences)):
             common = min(len(sequences[i - 1]), len(sequences[i]))
             differs = np.flatnonzero(sequences[i - 1][:common] != sequences[i][:common])
@@ -83,29 +77,22 @@ class PrefixTree:
         return sum(self.new(i, low, base) for i in range(low, high))
 
     def rows(self, ranges: Sequence[Range], base: int) -> list[RowPlan]:
-        """Ranges as rows, longest first.
-
-        After a cached prefix, which is copied for every row of a pass, ranges are merged up to `PACK_TOKENS`.
-        """
+        """Ranges as rows, longest first; after a cached prefix, which is copied for each, packed to `PACK_TOKENS`."""
         rows = [RowPlan(self.tokens(low, high, base), [(low, high)]) for low, high in ranges]
-        if base:
-            packed: list[RowPlan] = []
-            for row in rows:
-                if packed and packed[-1].tokens + row.tokens <= PACK_TOKENS:
-                    packed[-1] = RowPlan(packed[-1].tokens + row.tokens, packed[-1].ranges + row.ranges)
-                else:
-                    packed.append(row)
-            rows = packed
-        return sorted(rows, key=lambda row: -row.tokens)
+        packed: list[RowPlan] = []
+        for row in rows:
+            if base and packed and packed[-1].tokens + row.tokens <= PACK_TOKENS:
+                packed[-1] = RowPlan(packed[-1].tokens + row.tokens, packed[-1].ranges + row.ranges)
+            else:
+                packed.append(row)
+        return sorted(packed, key=lambda row: -row.tokens)
 
 
 class PackedRow:
     """Ranges of a tree as one sequence, without the first `base` tokens of each.
 
-    Attributes:
-        tokens, positions: int64 [tokens of the row].
-        paths: for each sequence, the indices in the row of its tokens after the first `base`.
-        chain: whether every token is the ancestor of the next, so that plain causal attention is correct.
+    `tokens` and `positions` are int64 [tokens of the row]; `paths` has for each sequence the indices in the row of its
+    tokens; in a `chain` every token is the ancestor of the next, so that plain causal attention is correct.
     """
 
     def __init__(self, tree: PrefixTree, ranges: Sequence[Range], base: int) -> None:
@@ -117,15 +104,13 @@ class PackedRow:
         for low, high in ranges:
             path = np.empty(0, dtype=np.int64)
             for i in range(low, high):
-                sequence = tree.sequences[i]
-                start = base if i == low else max(tree.shared[i], base)
-                new = np.arange(length, length + len(sequence) - start)
-                path = np.concatenate([path[: start - base], new])
+                start, end = base if i == low else max(tree.shared[i], base), len(tree.sequences[i])
+                path = np.concatenate([path[: start - base], np.arange(length, length + end - start)])
                 self.paths[i] = path
-                self.blocks.append((len(new), path))
-                tokens.append(sequence[start:])
-                positions.append(np.arange(start, len(sequence)))
-                length += len(new)
+                self.blocks.append((end - start, path))
+                tokens.append(tree.sequences[i][start:])
+                positions.append(np.arange(start, end))
+                length += end - start
         self.tokens, self.positions = np.concatenate(tokens), np.concatenate(positions)
         self.chain = all(len(path) == path[-1] + 1 for _, path in self.blocks if len(path))
 
@@ -146,7 +131,7 @@ Past = list[tuple[Tensor, Tensor]]
 """Keys and values of a prefix, per layer, each [1, key-value heads, tokens, head size]."""
 
 
-class StopForward(Exception):  # noqa: N818  # not an error
+class StopForward(Exception):  # noqa: N818
     """Ends a forward pass once everything that is needed has been computed."""
 
 

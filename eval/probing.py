@@ -20,9 +20,8 @@ from nanophi.eval.prefix_tree import PackedRow, PrefixTree
 def logits_are_the_heads(network: Any) -> bool:
     """Whether a model returns what its LM head computes, with nothing done to it (a soft cap, for example)."""
     made: list[Tensor] = []
-    handle = network.get_output_embeddings().register_forward_hook(
-        lambda _, __, output: made.append(output.float().clone())
-    )
+    head = network.get_output_embeddings()
+    handle = head.register_forward_hook(lambda _, __, output: made.append(output.float().clone()))
     try:
         logits = network(input_ids=torch.zeros(1, 2, dtype=torch.long, device=network.device)).logits
     finally:
@@ -62,10 +61,8 @@ def same_logits(lm: Any, *, shared: bool) -> bool:
 
 
 def _sequences(lm: Any) -> list[tuple[int, ...]]:
-    generator = np.random.default_rng(0)
-    tokens = generator.integers(0, lm.model.get_input_embeddings().num_embeddings, 24).tolist()
-    prefix, middle = tuple(tokens[:8]), tuple(tokens[8:12])
-    return sorted([(*prefix, *middle, *tokens[12:16]), (*prefix, *middle, *tokens[16:19]), (*prefix, *tokens[19:])])
+    tokens = np.random.default_rng(0).integers(0, lm.model.get_input_embeddings().num_embeddings, 24).tolist()
+    return sorted(map(tuple, (tokens[:16], tokens[:12] + tokens[16:19], tokens[:8] + tokens[19:])))
 
 
 def _probe(lm: Any, *, shared: bool) -> Tensor:

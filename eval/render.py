@@ -1,6 +1,6 @@
 """A comparison as plain text, as Markdown and as a picture; scores over training as a picture.
 
-What is compared is decided in comparison.py; nothing here computes a figure.
+What is compared is decided in compare.py; nothing here computes a figure.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ from nanophi.eval.results import ANSWER_METRIC
 
 BZ2 = "bz2 -9 on the same text"
 DETECTABLE = "detectable: the minimum detectable effect, a true difference that 4 of 5 such comparisons would find"
-NORMAL_95 = 1.96
-"""Standard errors on either side of a score that make its 95 % confidence interval."""
+NORMAL_95 = 1.96  # standard errors on either side of a score that make its 95 % confidence interval
 
 
 def to_text(comparison: Mapping[str, Any]) -> str:
@@ -83,51 +82,37 @@ def draw_comparison(comparison: Mapping[str, Any], path: Path) -> None:
     """Bars with 95 % error bars, as a PNG: scores with their chance level, and bits per byte."""
     from matplotlib.patches import Patch
 
-    labels = comparison["labels"]
+    labels, held = comparison["labels"], comparison["heldout"]
     panels: dict[str, list[Any]] = {}
-    for row in comparison["tasks"].values():
+    for row in (*comparison["tasks"].values(), *comparison["answers"].values()):
         if row["task"] != "average":
             panels.setdefault(_unit(row["metric"]), []).append(row)
-    if comparison["answers"]:
-        panels[_unit(ANSWER_METRIC)] = list(comparison["answers"].values())
     widths = [max(1.2 + 0.25 * len(labels), 1.1 * len(rows)) for rows in panels.values()]
     with plots.picture(path, 1.5 + 1.2 * sum(widths), 4.2) as figure:
         axes = figure.subplots(1, len(panels), width_ratios=widths, squeeze=False)
         for axis, (name, rows) in zip(axes[0], panels.items(), strict=True):
-            for place, row in enumerate(rows):
-                _draw_bars(axis, place, row, labels)
             right = 0.6
-            if comparison["heldout"] and HELDOUT_BITS in (found := [row["task"] for row in rows]):
-                place = found.index(HELDOUT_BITS)
-                figures = sorted({held["bz2"]["bits_per_byte"] for held in comparison["heldout"].values()})
-                axis.hlines(figures, place - 0.45, place + 0.45, color="black", linestyle="--", linewidth=1)
-                axis.text(place + 0.48, figures[-1], "bz2 -9", va="center", fontsize=8)
-                right = 0.9  # room for that label beside the bars
+            for place, row in enumerate(rows):
+                factor, width = scale(row["metric"])[0], 0.8 / len(labels)
+                for number, label in enumerate(labels):
+                    if entry := row["scores"].get(label):
+                        middle = place + (number - (len(labels) - 1) / 2) * width
+                        style: Any = {"capsize": 3, "color": _color(number)}
+                        axis.bar(middle, factor * entry["value"], width * 0.9, yerr=_half(entry, factor), **style)
+                line: Any = {"xmin": place - 0.45, "xmax": place + 0.45, "color": "black", "linewidth": 1}
+                if row["chance"] is not None:
+                    axis.hlines(factor * row["chance"], linestyle=":", **line)
+                if row["task"] == HELDOUT_BITS and held:
+                    figures = sorted({one["bz2"]["bits_per_byte"] for one in held.values()})
+                    axis.hlines(figures, linestyle="--", **line)
+                    axis.text(place + 0.48, figures[-1], "bz2 -9", va="center", fontsize=8)
+                    right = 0.9  # room for that label beside the bars
             axis.set_xticks(range(len(rows)), [_title_in_picture(row) for row in rows], fontsize=8)
-            axis.set_xlim(-0.6, max(len(rows), 1) - 1 + right)
+            axis.set_xlim(-0.6, len(rows) - 1 + right)
             axis.margins(y=0.12)
             axis.grid(axis="x", visible=False)
             axis.set_title(name, fontsize=9, wrap=True)
-        handles = [Patch(color=_color(number)) for number in range(len(labels))]
-        # Outside the axes, so that it covers nothing.
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), fontsize=8)
-
-
-def _draw_bars(axis: Any, place: int, row: Mapping[str, Any], labels: Sequence[str]) -> None:
-    """The scores of a row side by side, and its chance level."""
-    factor, width = scale(row["metric"])[0], 0.8 / len(labels)
-    for number, label in enumerate(labels):
-        if entry := row["scores"].get(label):
-            axis.bar(
-                place + (number - (len(labels) - 1) / 2) * width,
-                factor * entry["value"],
-                width * 0.9,
-                yerr=NORMAL_95 * factor * (entry["stderr"] or 0),
-                capsize=3,
-                color=_color(number),
-            )
-    if row["chance"] is not None:
-        axis.hlines(factor * row["chance"], place - 0.45, place + 0.45, color="black", linestyle=":", linewidth=1)
+        _legend(figure, [Patch(color=_color(number)) for number in range(len(labels))], labels)
 
 
 def draw_curve(points: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -147,16 +132,13 @@ def draw_curve(points: Sequence[Mapping[str, Any]], path: Path) -> None:
             for number, run in enumerate(runs):
                 # Side by side, so that one run's error bars do not hide another's.
                 shift = 0.012 * (max(tokens_seen) - min(tokens_seen)) * (number - (len(runs) - 1) / 2)
-                line = [(point["tokens_seen"], point["scores"][task]) for point in points if point["run"] == run]
+                line = [point for point in points if point["run"] == run]
+                entries = [point["scores"][task] for point in line]
                 axis.errorbar(
-                    [tokens + shift for tokens, _ in line],
-                    [factor * entry["value"] for _, entry in line],
-                    yerr=[NORMAL_95 * factor * (entry["stderr"] or 0) for _, entry in line],
-                    marker="o",
-                    markersize=4,
-                    capsize=3,
-                    color=_color(number),
-                    label=run,
+                    [point["tokens_seen"] + shift for point in line],
+                    [factor * entry["value"] for entry in entries],
+                    yerr=[_half(entry, factor) for entry in entries],
+                    **{"marker": "o", "markersize": 4, "capsize": 3, "color": _color(number), "label": run},
                 )
             if first["chance"] is not None:
                 axis.axhline(factor * first["chance"], color="black", linestyle=":", linewidth=1)
@@ -168,8 +150,17 @@ def draw_curve(points: Sequence[Mapping[str, Any]], path: Path) -> None:
         for axis in axes.flat[len(tasks) :]:
             axis.set_visible(False)
         if len(runs) > 1:
-            handles, labels = axes[0][0].get_legend_handles_labels()
-            figure.legend(handles, labels, loc="outside lower center", ncols=min(len(runs), 4), fontsize=8)
+            _legend(figure, *axes[0][0].get_legend_handles_labels())
+
+
+def _legend(figure: Any, handles: Sequence[Any], labels: Sequence[str]) -> None:
+    """Outside the axes, so that it covers nothing."""
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), fontsize=8)
+
+
+def _half(entry: Mapping[str, Any], factor: float) -> float:
+    """Half of a score's 95 % confidence interval."""
+    return NORMAL_95 * factor * (entry["stderr"] or 0)
 
 
 def _color(number: int) -> str:
@@ -215,11 +206,9 @@ def _main_cells(comparison: Mapping[str, Any], bz2: str) -> list[list[str]]:
 def _compared(comparison: Mapping[str, Any]) -> list[tuple[str, list[tuple[Any, Any]]]]:
     """Labels that were compared with the baseline, each with its rows and their differences."""
     every = [*main_rows(comparison), *comparison["answers"].values()]
-    found = {
-        label: [(row, row["differences"][label]) for row in every if label in row["differences"]]
-        for label in comparison["labels"]
-    }
-    return [(label, rows) for label, rows in found.items() if rows]
+    labels = comparison["labels"]
+    found = [(x, [(row, row["differences"][x]) for row in every if x in row["differences"]]) for x in labels]
+    return [(label, rows) for label, rows in found if rows]
 
 
 def _scores(row: Mapping[str, Any], labels: Sequence[str]) -> list[str]:
@@ -252,23 +241,21 @@ def _folded(comparison: Mapping[str, Any], names: Sequence[str]) -> list[tuple[s
     folded = []
     if sources := comparison["sources"]:
         others = [label for label in labels if any(label in row["differences"] for row in sources.values())]
-        head = ["source", "documents", *names]
-        for label in others:
-            head += [f"{markup.text(label)} against {baseline} [95 % interval]", "verdict"]
+        against = [(f"{markup.text(label)} against {baseline} [95 % interval]", "verdict") for label in others]
         rows = []
         for name, row in sources.items():
             rows.append([markup.text(name), f"{row['documents']:,}", *_scores(row, labels)])
             for entry in map(row["differences"].get, others):
                 rows[-1] += [difference(entry, row["metric"]), _verdict(entry)] if entry else ["", ""]
+        head = ["source", "documents", *names, *(cell for pair in against for cell in pair)]
         folded.append(("Held-out bits per byte by source", markup.table(head, rows)))
     for group, parts in comparison["subjects"].items():
         others = [label for label in labels if label != comparison["baseline"]]
         head = ["subject", *names, *(f"{markup.text(label)} against {baseline}" for label in others)]
-        rows = [
-            [name.removeprefix(f"{group}_"), *_scores(row, labels)]
-            + [_verdict(entry) if entry else "" for entry in map(row["differences"].get, others)]
-            for name, row in parts.items()
-        ]
+        rows = []
+        for name, row in parts.items():
+            verdicts = [_verdict(entry) if entry else "" for entry in map(row["differences"].get, others)]
+            rows.append([name.removeprefix(f"{group}_"), *_scores(row, labels), *verdicts])
         folded.append((f"{title(group)} by subject", markup.table(head, rows)))
     return folded
 

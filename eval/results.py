@@ -1,8 +1,7 @@
 """The result file that `nanophi eval` writes: its name and format, and the scores that are derived from it on reading.
 
-It is lm-eval's result JSON (results, versions, n-shot, configs, samples, ...) with the log-likelihoods and metrics of
-every item, and one more key, `nanophi`: which tasks each line of the suite is made of and what a guess scores there,
-the held-out figures by source, the environment, and hashes of model and data. It holds no score twice.
+It is lm-eval's result JSON, with the log-likelihoods and metrics of every item, and one more key, `nanophi`: the lines
+of the suite, the held-out figures by source, the environment, hashes of model and data. It holds no score twice.
 """
 
 from __future__ import annotations
@@ -20,26 +19,15 @@ from nanophi.core.names import step_folders
 from nanophi.eval.catalogue import LEADERBOARD, TASKS, is_percent, title
 from nanophi.eval.models import model_sha256
 
-FORMAT = 3
-"""Version of the `nanophi` key in result files that are written."""
-
-READABLE = (2, 3)
-"""Versions that are read. Format 2 has a `headline` of figures, which are not read; format 3 has `lines` instead."""
-
-PROTOCOL = 2
-"""Version of how models are measured, part of an evaluation's key: raised when the same inputs give other figures."""
-
+FORMAT = 3  # of the `nanophi` key in result files that are written
+READABLE = (2, 3)  # format 2 has a `headline` of figures, which are not read, in place of `lines`
+PROTOCOL = 2  # of how models are measured, in an evaluation's key: raised when the same inputs give other figures
+FEW_ITEMS = 30  # with fewer items a score's standard error is not taken at its word
 ANSWER_METRIC = "answer_bits_per_byte"
-"""Bits per byte of the right answer: -log2 P(answer | prompt) / bytes of the answer, averaged over the items.
+"""-log2 P(right answer | prompt) / bytes of the answer, averaged over the items.
 
-It uses the same log-likelihoods as accuracy, but improves smoothly while a small model's accuracy is at chance.
+It improves smoothly while a small model's accuracy is at chance.
 """
-
-FEW_ITEMS = 30
-"""With fewer items a score's standard error is not taken at its word."""
-
-ItemKey = tuple[int, str]
-"""What pairs an item with another model's: lm-eval's `doc_id` and `doc_hash`."""
 
 
 def file_stem(text: str) -> str:
@@ -48,12 +36,7 @@ def file_stem(text: str) -> str:
 
 
 def result_name(name: str, suite: str, key: str) -> str:
-    """Name of a result file that no other measurement has: `demo-step-000600-heldout-1a2b3c4d.json`.
-
-    Args:
-        name, suite: what a person calls the model and what it was measured on.
-        key: hash of everything that the result depends on.
-    """
+    """Name of a result file that no other measurement has: `demo-step-000600-heldout-1a2b3c4d.json`."""
     return f"{file_stem(name)}-{file_stem(suite)}-{key[:8]}.json"
 
 
@@ -65,13 +48,16 @@ def run_result_name(step: str, suite: str) -> str:
 
 def distinct(paths: Sequence[str]) -> list[str]:
     """The shortest ends of some paths that tell them apart: `a/demo` and `b/demo`, but `demo` alone."""
-    labels = {}
-    for path in set(paths):
-        parts = path.split("/")
-        others = [other.split("/") for other in set(paths) if other != path]
-        length = next((n for n in range(1, len(parts)) if all(o[-n:] != parts[-n:] for o in others)), len(parts))
-        labels[path] = "/".join(parts[-length:])
-    return [labels[path] for path in paths]
+
+    def end(path: str, length: int) -> str:
+        return "/".join(path.split("/")[-length:])
+
+    def shortest(path: str) -> str:
+        others = set(paths) - {path}
+        lengths = range(1, path.count("/") + 1)
+        return next((end(path, n) for n in lengths if all(end(x, n) != end(path, n) for x in others)), path)
+
+    return [shortest(path) for path in paths]
 
 
 def read_result(path: Path) -> dict[str, Any]:
@@ -80,11 +66,9 @@ def read_result(path: Path) -> dict[str, Any]:
     written = content.get("nanophi") if isinstance(content, dict) else None
     if not isinstance(written, dict) or not {"headline", "lines"} & set(written):
         raise UserError(f"{path} is not a result of `nanophi eval`; run it again on that model")
-    if written.get("format") not in READABLE:
+    if (found := written.get("format")) not in READABLE:
         formats = " and ".join(map(str, READABLE))
-        raise UserError(
-            f"{path} has format {written.get('format')}, this version reads {formats}; run `nanophi eval` again"
-        )
+        raise UserError(f"{path} has format {found}, this version reads {formats}; run `nanophi eval` again")
     return content
 
 
@@ -94,15 +78,15 @@ def is_result_of(path: Path, names: Sequence[str]) -> bool:
     return bool({"headline", "lines"} & set(written)) and written["model"]["name"] in names
 
 
-def item_values(content: Mapping[str, Any], task: str, metric: str, filter_name: str = "none") -> dict[ItemKey, Any]:
-    """A metric of every item of a leaf task in a result file's contents: a number, or (nats, bytes) for bits per byte.
+def item_values(content: Mapping[str, Any], task: str, metric: str) -> dict[tuple[int, str], Any]:
+    """A metric of the items of a leaf task in a result file's contents that have it: a number, or (nats, bytes).
 
-    Items that do not have the metric are left out.
+    They are keyed by what pairs an item with another model's: lm-eval's `doc_id` and `doc_hash`.
     """
     return {
         (sample["doc_id"], sample["doc_hash"]): sample[metric]
         for sample in content["samples"][task]
-        if sample["filter"] == filter_name and metric in sample
+        if sample["filter"] == "none" and metric in sample
     }
 
 
@@ -113,17 +97,12 @@ def checkpoint_results(checkpoint: Path) -> dict[str, dict[str, Any]]:
     """
     prefix, evals = f"{checkpoint.name}-", checkpoint.parent.parent / "evals"
     found = {path.stem.removeprefix(prefix): read_result(path) for path in sorted(evals.glob(f"{prefix}*.json"))}
-    measured = {name: content["nanophi"]["model"].get("sha256") for name, content in found.items()}
-    current = model_sha256(checkpoint) if any(measured.values()) else None
-    return {name: content for name, content in found.items() if measured[name] in (None, current)}
+    current = (None, model_sha256(checkpoint)) if found else ()
+    return {name: content for name, content in found.items() if content["nanophi"]["model"].get("sha256") in current}
 
 
 def final_results(run: Path) -> list[Path]:
-    """Result files of a run directory's last checkpoint, in its `evals/`.
-
-    Raises:
-        UserError: if there is none, or one that was measured on other weights than the checkpoint's.
-    """
+    """Result files of a run directory's last checkpoint. Raises `UserError` for none, or one of other weights."""
     checkpoints = step_folders(run / "checkpoints")
     found = sorted((run / "evals").glob(f"{checkpoints[-1].name}-*.json")) if checkpoints else []
     if not found:
@@ -131,39 +110,27 @@ def final_results(run: Path) -> list[Path]:
     expected = model_sha256(checkpoints[-1])
     for path in found:
         if read_result(path)["nanophi"]["model"].get("sha256") != expected:
-            raise UserError(
-                f"{path} was measured on other weights than {checkpoints[-1]}; run `nanophi run` on the recipe again"
-            )
+            other = f"was measured on other weights than {checkpoints[-1]}"
+            raise UserError(f"{path} {other}; run `nanophi run` on the recipe again")
     return found
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """One model's score on one task, or the unweighted mean of a group's; the only form that a score has in memory.
+    """One model's score on one task, or the unweighted mean of a group's; the only form that a score has in memory."""
 
-    Attributes:
-        suite: what was asked for: a suite's name, or names of tasks.
-        task: lm-eval's name of the task or group; `average` for the mean of the leaderboard's six.
-        metric, filter: as lm-eval names them (`acc_norm`, `none`).
-        value, stderr: in the metric's own unit; a share is between 0 and 1. `stderr` is None where it is unknown.
-        items, of: how many items were scored, and how many the task has.
-        shots: examples in the prompt; None for a mean of tasks with different numbers.
-        chance: expected score of a guess; None where there is none.
-        leaves: the tasks that it is the mean of; the task itself where it is no group.
-    """
-
-    suite: str
-    task: str
+    suite: str  # what was asked for: a suite's name, or names of tasks
+    task: str  # lm-eval's name of it; `average` for the mean of the leaderboard's six
     metric: str
     filter: str
-    value: float
+    value: float  # in the metric's own unit; a share is between 0 and 1
     stderr: float | None
     items: int
-    of: int
-    shots: int | None
-    chance: float | None
+    of: int  # items that the task has
+    shots: int | None  # None for a mean of tasks with different numbers of examples in the prompt
+    chance: float | None  # expected score of a guess
     higher_is_better: bool
-    leaves: tuple[str, ...]
+    leaves: tuple[str, ...]  # the tasks that it is the mean of
 
     @property
     def title(self) -> str:
@@ -192,11 +159,7 @@ class Score:
 
 
 def leading_scores(result: Mapping[str, Any]) -> list[Score]:
-    """The score that leads each line of the suite, in the suite's order.
-
-    Args:
-        result: contents of a result file, or what a release ships of one.
-    """
+    """The score that leads each line of the suite, in its order, from a result file or what a release has of one."""
     scores = (_score(result, task, line, _leading_metric(result, task, line)) for task, line in _lines(result).items())
     return [score for score in scores if score]
 
@@ -247,19 +210,14 @@ def mean_of(results: Mapping[str, Any], leaves: Sequence[str], key: str) -> tupl
 
 
 def _lines(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Each line of the suite -> its leaf `tasks`, and the `chance` of a guess: what lm-eval's own keys do not have.
-
-    Files of format 2 have them in their `headline`, beside copies of figures that are not read.
-    """
+    """Each line of the suite -> its leaf `tasks`, and the `chance` of a guess: what lm-eval's own keys do not have."""
     ours = result["nanophi"]
-    return ours["lines"] if "lines" in ours else {line["task"]: line for line in ours["headline"]}
+    return ours["lines"] if "lines" in ours else {line["task"]: line for line in ours["headline"]}  # format 2
 
 
 def _metrics(metrics: Mapping[str, Any]) -> list[str]:
     """The keys `metric,filter` of a task's results that hold a number."""
-    return [
-        key for key, value in metrics.items() if "," in key and "_stderr," not in key and isinstance(value, int | float)
-    ]
+    return [x for x, value in metrics.items() if "," in x and "_stderr," not in x and isinstance(value, int | float)]
 
 
 def _leading_metric(result: Mapping[str, Any], task: str, line: Mapping[str, Any]) -> str:
@@ -275,9 +233,8 @@ def _leading_metric(result: Mapping[str, Any], task: str, line: Mapping[str, Any
 
 def _score(result: Mapping[str, Any], task: str, line: Mapping[str, Any], key: str) -> Score | None:
     """The score of a line of the suite; None if one of its leaf tasks lacks that metric."""
-    leaves, (metric, _, filter_name) = line["tasks"], key.partition(",")
-    found = mean_of(result["results"], leaves, key)
-    if found is None:
+    leaves, (metric, filter_name) = line["tasks"], key.split(",")
+    if (found := mean_of(result["results"], leaves, key)) is None:
         return None
     counts = [result["n-samples"][leaf] for leaf in leaves]
     return Score(

@@ -1,18 +1,8 @@
-"""An lm-eval model that gives `HFLM`'s answers in a fraction of the time.
+"""An lm-eval model that gives `HFLM`'s answers, with its way of cutting prompts, in a fraction of the time.
 
-What is scored, and how prompts are cut to the context, is inherited from `HFLM`; how it is computed differs:
-
-- Requests that begin with the same tokens (the choices of an item; the examples before all items of an MMLU subject)
-  share them. The requests' tokens form a prefix tree, which runs as one sequence in which every token attends
-  to its own ancestors only, at its own position. The keys and values of a prefix that serves many such sequences are
-  computed once and cached.
-- The LM head runs only at positions whose next token is scored, not at every position of the context, and for
-  several forward passes together.
-- Generation ends as soon as every sequence has reached one of its stop strings.
-
-Whether a model computes the same this way is tested on a few random tokens at the start. A model that does not (because
-its attention has a window, its state is not a cache of keys and values, or it takes no position_ids) is run without
-sharing, and `ScorerLM.unshared_because` says why.
+Requests that begin with the same tokens share them: their prefix tree runs as one sequence, long ones are cached. The
+LM head runs only where the next token is scored. Generation ends once every sequence has reached a stop string. A model
+that does not compute the same this way (probing.py tries it at the start) is run without sharing.
 """
 
 from __future__ import annotations
@@ -37,20 +27,11 @@ from nanophi.eval.kernels import Kernels, trim
 from nanophi.eval.prefix_tree import ROW_TOKENS, PackedRow, Past, PrefixCache, PrefixTree, Range, RowPlan, StopForward
 from nanophi.eval.probing import logits_are_the_heads, same_logits, why_not_shared
 
-MAX_LOSS = 0.125
-"""Share of a row's tokens that may be computed twice in order to divide it."""
-
-MIN_GAIN = 256
-"""Tokens that caching a prefix must save to be worth a forward pass of its own."""
-
-MIN_STEM = 256
-"""Unscored tokens at the start of a row that are worth a forward pass of their own on a CPU."""
-
-PAD_TO = 16
-"""Rows are padded to a multiple of this many tokens."""
-
-HEAD_CHUNK = 128
-"""Positions whose logits are computed at a time: enough to keep the LM head fast, few enough to save memory."""
+MAX_LOSS = 0.125  # share of a row's tokens that may be computed twice in order to divide it
+MIN_GAIN = 256  # tokens that caching a prefix must save to be worth a forward pass of its own
+MIN_STEM = 256  # unscored tokens at the start of a row that are worth a forward pass of their own on a CPU
+PAD_TO = 16  # rows are padded to a multiple of this many tokens
+HEAD_CHUNK = 128  # positions whose logits are computed at a time: more take memory, fewer make the LM head slow
 
 Answers = list[tuple[int, tuple[float, bool]]]
 """Request number, its log-likelihood in nats, and whether the continuation is the greedy one."""
@@ -74,10 +55,7 @@ Scored = tuple[list[tuple[Request, np.ndarray]], Tensor]
 class ScorerLM(HFLM):
     """`HFLM` for a causal language model, faster.
 
-    Args:
-        batch_size: rows per forward pass on a GPU. On a CPU one row of `ROW_TOKENS` keeps all cores busy, and
-            more of them only take memory.
-        share: whether to share prefixes; if not, every request is a row of its own.
+    `batch_size` is rows per forward pass on a GPU; on a CPU one row of `ROW_TOKENS` keeps all cores busy.
 
     Attributes:
         unshared_because: why prefixes are not shared; empty if they are.
@@ -86,15 +64,7 @@ class ScorerLM(HFLM):
         overflowing: number of requests so far that were cut from the left to fit the context.
     """
 
-    def __init__(
-        self,
-        network: transformers.PreTrainedModel,
-        tokenizer: transformers.PreTrainedTokenizerBase,
-        batch_size: int = 16,
-        *,
-        share: bool = True,
-        progress: bool = True,
-    ) -> None:
+    def __init__(self, network: Any, tokenizer: Any, batch_size: int = 16, *, progress: bool = True) -> None:
         super().__init__(pretrained=network, tokenizer=tokenizer, batch_size=batch_size)
         self.overflowing = 0
         self.progress = progress
@@ -102,22 +72,16 @@ class ScorerLM(HFLM):
         self._kernels = Kernels(network)
         self.sparse_head = network.get_output_embeddings() is not None
         self.plain_head = self.sparse_head and logits_are_the_heads(network)
-        self.unshared_because = why_not_shared(self) if share else "switched off"
+        self.unshared_because = why_not_shared(self)
         if self.unshared_because and self.sparse_head:
             self.sparse_head = same_logits(self, shared=False)
 
     # Tokens
 
-    def tok_encode(
-        self,
-        string: str,
-        add_special_tokens: bool | None = None,
-        left_truncate_len: int | None = None,
-        **kwargs: Any,
-    ) -> list[int]:
-        if add_special_tokens is None and left_truncate_len is None and string in self._encoded:
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, *args: Any, **kwargs: Any) -> list[int]:
+        if add_special_tokens is None and not args and not kwargs and string in self._encoded:
             return self._encoded[string]
-        return super().tok_encode(string, add_special_tokens, left_truncate_len, **kwargs)
+        return super().tok_encode(string, add_special_tokens, *args, **kwargs)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Like `HFLM.loglikelihood`, but the texts are encoded together, each distinct one once."""
@@ -125,14 +89,11 @@ class ScorerLM(HFLM):
         if all(task in TASKS and TASKS[task].cut_apart for task in tasks):
             encoded = [(r.args, *(self.tok_encode(text, False) for text in r.args)) for r in requests]
             return self._loglikelihood_tokens(encoded, disable_tqdm)
-        texts: dict[str, None] = {}
-        for context, continuation in (request.args for request in requests):
-            if context:
-                texts[context.rstrip()] = texts[context + continuation] = None
         if self.tokenizer.is_fast and self.add_bos_token is None:
             prefix = self.tokenizer.decode(self.prefix_token_id)
-            plain = [text for text in texts if text and not has_bos_prefix(text, prefix)]
-            if plain:
+            pairs = [request.args for request in requests if request.args[0]]
+            texts = dict.fromkeys(text for a, b in pairs for text in (a.rstrip(), a + b))
+            if plain := [text for text in texts if text and not has_bos_prefix(text, prefix)]:
                 self._encoded = dict(zip(plain, self.tokenizer(plain)["input_ids"], strict=True))
         try:
             return super().loglikelihood(requests, disable_tqdm=True)
@@ -143,21 +104,14 @@ class ScorerLM(HFLM):
         """Like `HFLM.loglikelihood_rolling`, but all windows are scored together."""
         windows: list[tuple[Any, list[int], list[int]]] = []
         owners = []
-        for number, (text,) in enumerate(request.args for request in requests):
-            rolling = utils.get_rolling_token_windows(
-                token_list=self.tok_encode(text),
-                prefix_token=self.prefix_token_id,
-                max_seq_len=self.max_length,
-                context_len=1,
-            )
-            for context, continuation in map(utils.make_disjoint_window, rolling):
-                windows.append((None, context, continuation))
+        for number, request in enumerate(requests):
+            tokens = self.tok_encode(request.args[0])
+            for window in utils.get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, 1):
+                windows.append((None, *utils.make_disjoint_window(window)))
                 owners.append(number)
         totals = [0.0] * len(requests)
         for owner, (value, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
             totals[owner] += value
-        for request, total in zip(requests, totals, strict=True):
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
 
     # Scores
@@ -173,24 +127,21 @@ class ScorerLM(HFLM):
         if not self.sparse_head:
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
         # Big-endian bytes sort like the tokens, and take a ninth of a list's memory.
-        windows: dict[bytes, list[tuple[int, list[int]]]] = {}
+        windows: dict[bytes, list[Request]] = {}
         for number, (_, context, continuation) in enumerate(requests):
             whole = context + continuation
             self.overflowing += len(whole) > self.max_length + 1
             # From the left, as HFLM does; the last token is predicted, not read.
             window = np.array(whole[-(self.max_length + 1) :][:-1], dtype=">i4").tobytes()
-            windows.setdefault(window, []).append((number, continuation))
-        keys = sorted(windows)
-        requests_of = [[Request(number, tokens) for number, tokens in windows[key]] for key in keys]
-        sequences = [np.frombuffer(key, dtype=">i4") for key in keys]
-        scored = [max(len(request.tokens) for request in group) for group in requests_of]
+            windows.setdefault(window, []).append(Request(number, continuation))
+        sequences = [np.frombuffer(key, dtype=">i4") for key in sorted(windows)]
+        asked = [windows[key] for key in sorted(windows)]
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         bar = progress_bar(len(requests), "scoring", unit=" requests", disable=not self.progress)
-        for answers in self._score(PrefixTree(sequences, scored, requests_of)):
+        scored = [max(len(request.tokens) for request in group) for group in asked]
+        for answers in self._score(PrefixTree(sequences, scored, asked)):
             for number, answer in answers:
                 results[number] = answer
-                if requests[number][0] is not None:
-                    self.cache_hook.add_partial("loglikelihood", requests[number][0], answer)
             bar.update(len(answers))
         bar.close()
         return results
@@ -216,11 +167,8 @@ class ScorerLM(HFLM):
     def _answers(self, scored: Sequence[Scored]) -> Answers:
         """Answers to the requests whose last hidden states have been computed."""
         offsets = np.cumsum([0, *(len(states) for _, states in scored)])
-        requests = [
-            (request, positions + offset)
-            for (found, _), offset in zip(scored, offsets, strict=False)
-            for request, positions in found
-        ]
+        found = [(*pair, offset) for (pairs, _), offset in zip(scored, offsets, strict=False) for pair in pairs]
+        requests = [(request, positions + offset) for request, positions, offset in found]
         rows = np.concatenate([positions for _, positions in requests])
         tokens = np.concatenate([request.tokens for request, _ in requests])
         order = np.argsort(rows, kind="stable")
@@ -285,30 +233,19 @@ class ScorerLM(HFLM):
             count = max(1, tokens // rows[0].tokens)
             batch = [PackedRow(tree, row.ranges, base) for row in rows[:count]]
             rows = rows[count:]
-            scored = [
-                sorted({j for i, path in row.paths.items() for j in path[-tree.scored[i] :].tolist()}) for row in batch
-            ]
+            of = [{j for i, path in row.paths.items() for j in path[-tree.scored[i] :].tolist()} for row in batch]
+            scored = [sorted(positions) for positions in of]
             states = self.forward(batch, past, scored)
             for row, chosen, part in zip(batch, scored, states.split([len(c) for c in scored]), strict=True):
-                yield (
-                    [
-                        (request, np.searchsorted(chosen, path[-len(request.tokens) :]))
-                        for i, path in row.paths.items()
-                        for request in tree.requests[i]
-                    ],
-                    part,
-                )
+                asked = [(request, path) for i, path in row.paths.items() for request in tree.requests[i]]
+                yield [(x, np.searchsorted(chosen, path[-len(x.tokens) :])) for x, path in asked], part
 
     @torch.inference_mode()
     def forward(self, batch: Sequence[PackedRow], past: Past | None, scored: Sequence[Sequence[int]]) -> Tensor:
         """A forward pass over packed rows of one tree, which share their first `base` tokens (`past`).
 
-        Args:
-            scored: for each row the indices of its tokens whose next token is scored.
-
-        Returns:
-            last hidden states [scored tokens of all rows, hidden]; or their logits, if the model does more than
-            apply its LM head to them.
+        `scored` has for each row the indices of its tokens whose next token is scored. Returns their last hidden states
+        [scored tokens of all rows, hidden]; or their logits, if the model does more than apply its LM head to them.
         """
         base = batch[0].base
         length = self._padded(max(len(row.tokens) for row in batch), base)
@@ -318,9 +255,8 @@ class ScorerLM(HFLM):
         arguments: dict[str, Any] = {"input_ids": torch.from_numpy(ids).to(self.device), "use_cache": past is not None}
         if past is not None:
             # A cache of its own, which starts with the prefix in every row and leaves `past` unchanged.
-            arguments["past_key_values"] = DynamicCache(
-                [tuple(x.expand(len(batch), -1, -1, -1) for x in layer) for layer in past]
-            )
+            layers = [tuple(x.expand(len(batch), -1, -1, -1) for x in layer) for layer in past]
+            arguments["past_key_values"] = DynamicCache(layers)
         if not all(row.chain for row in batch):
             # Rows are padded on the right, where causal attention does not look; only a tree needs a mask.
             dtype = self.model.dtype
@@ -362,10 +298,7 @@ class ScorerLM(HFLM):
         return [(keys[:, :, :end], values[:, :, :end]) for keys, values, _ in cache]
 
     def _padded(self, tokens: int, base: int) -> int:
-        """The length that a row of `tokens` after `base` others is padded to.
-
-        oneDNN keeps compiled code for every length that it has seen, and memory is reused best in few sizes.
-        """
+        """What a row of `tokens` after `base` others is padded to: oneDNN keeps compiled code for every length."""
         return max(tokens, min(-(-tokens // PAD_TO) * PAD_TO, self.max_length - base))
 
     # Generation

@@ -1,7 +1,6 @@
 """The statistics of a comparison: paired tests, bootstrap, Holm's correction, the minimum detectable effect.
 
-Everything here takes arrays and returns numbers; which items are paired is decided in compare.py. scipy is imported by
-the functions that need it: a verb's `--help` need not wait for it.
+Everything here takes arrays and returns numbers; which items are paired is decided in compare.py.
 """
 
 from __future__ import annotations
@@ -11,24 +10,14 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import scipy  # which loads scipy.stats only once it is used
 
-SIGNIFICANCE = 0.05
-"""A difference counts as one if its corrected p-value is below this."""
-
-POWER = 0.8
-"""Probability with which a minimum detectable effect is detected."""
-
-RESAMPLES = 10_000
-"""Bootstrap resamples behind an interval and a p-value."""
-
-STDERR_RESAMPLES = 2000
-"""Bootstrap resamples behind the standard error of a single score."""
-
-FEW = 50
-"""With fewer degrees of freedom the bootstrap's intervals are widened as Student's t distribution is."""
-
-FEW_CHANGED = 30
-"""With fewer items that one model got right and the other wrong, an interval is that of Bonett & Price."""
+SIGNIFICANCE = 0.05  # a difference counts as one if its corrected p-value is below this
+POWER = 0.8  # probability with which a minimum detectable effect is detected
+RESAMPLES = 10_000  # of the bootstrap, behind an interval and a p-value
+STDERR_RESAMPLES = 2000  # behind the standard error of a single score
+FEW = 50  # with fewer degrees of freedom the bootstrap's intervals are widened as Student's t distribution is
+FEW_CHANGED = 30  # with fewer items that one model got right and the other wrong, an interval is Bonett & Price's
 
 
 def verdict(difference: float, p_value: float, higher_is_better: bool) -> str:
@@ -44,7 +33,7 @@ def bits_per_byte(log_likelihoods: np.ndarray, sizes: np.ndarray) -> float:
 
 
 def bits_per_byte_stderr(log_likelihoods: np.ndarray, sizes: np.ndarray, seed: int = 0) -> float:
-    """Standard deviation of `bits_per_byte` over bootstrap resamples of the texts; 0.0 for a single text."""
+    """Standard deviation of `bits_per_byte` over bootstrap resamples of the texts."""
     draws = np.random.default_rng(seed).integers(0, len(sizes), size=(STDERR_RESAMPLES, len(sizes)))
     ratios = (log_likelihoods[draws].sum(axis=1) / sizes[draws].sum(axis=1)) / -math.log(2)
     return float(ratios.std())
@@ -57,11 +46,9 @@ def mean_stderr(values: np.ndarray) -> float | None:
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's step-down correction (1979, Scand. J. Statist. 6): p-values valid for the whole family, in input order."""
-    count = len(p_values)
-    corrected = [0.0] * count
-    highest = 0.0
-    for rank, index in enumerate(sorted(range(count), key=lambda i: p_values[i])):
-        highest = max(highest, min(1.0, (count - rank) * p_values[index]))
+    corrected, highest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(np.argsort(p_values, kind="stable")):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
         corrected[index] = highest
     return corrected
 
@@ -71,8 +58,6 @@ def mcnemar(ours: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:
 
     `gained` and `lost` are the items that only `ours` or only `theirs` got right.
     """
-    import scipy.stats
-
     gained, lost = int(((ours == 1) & (theirs == 0)).sum()), int(((ours == 0) & (theirs == 1)).sum())
     p_value = float(scipy.stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
     return {"gained": gained, "lost": lost, "p_value": p_value}
@@ -81,19 +66,19 @@ def mcnemar(ours: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:
 def bootstrap_mean(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Means of bootstrap resamples of `values` (items,): shape (RESAMPLES,)."""
     distinct, counts = np.unique(values, return_counts=True)
-    if len(distinct) <= 8:
-        # With few distinct values (right or wrong) their counts in a resample are multinomial: no need to draw items.
-        draws = rng.multinomial(len(values), counts / len(values), size=RESAMPLES)
-        return draws @ distinct / len(values)
-    return np.concatenate(
-        [values[rng.integers(0, len(values), (100, len(values)))].mean(1) for _ in range(RESAMPLES // 100)]
-    )
+    if len(distinct) > 8:
+        return bootstrap_ratio(values, None, rng)
+    # With few distinct values (right or wrong) their counts in a resample are multinomial: no need to draw items.
+    draws = rng.multinomial(len(values), counts / len(values), size=RESAMPLES)
+    return draws @ distinct / len(values)
 
 
-def bootstrap_ratio(numerators: np.ndarray, denominators: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Ratios of sums of (items,), such as bits per byte, over bootstrap resamples of the items: shape (RESAMPLES,)."""
+def bootstrap_ratio(numerators: np.ndarray, sizes: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:
+    """Ratios of sums of (items,) over bootstrap resamples of the items: shape (RESAMPLES,). Sizes None: all one."""
     draws = (rng.integers(0, len(numerators), (100, len(numerators))) for _ in range(RESAMPLES // 100))
-    return np.concatenate([numerators[drawn].sum(1) / denominators[drawn].sum(1) for drawn in draws])
+    if sizes is None:
+        return np.concatenate([numerators[drawn].mean(1) for drawn in draws])
+    return np.concatenate([numerators[drawn].sum(1) / sizes[drawn].sum(1) for drawn in draws])
 
 
 def effective_items(sizes: np.ndarray) -> float:
@@ -102,11 +87,7 @@ def effective_items(sizes: np.ndarray) -> float:
 
 
 class Estimate(NamedTuple):
-    """A difference, estimated from `items`, with bootstrap `draws` of it (resamples,).
-
-    Its `stderr` is 0.0 where nothing varied from which to tell, and has so many degrees of `freedom`; 0 or less: it is
-    unknown.
-    """
+    """A difference, estimated from `items`, with bootstrap `draws` of it (resamples,); unknown if `freedom` <= 0."""
 
     value: float
     stderr: float
@@ -121,11 +102,10 @@ class Estimate(NamedTuple):
 
 
 def estimate(differences: np.ndarray, sizes: np.ndarray | None, rng: np.random.Generator) -> Estimate:
-    """`differences.sum() / sizes.sum()`, with `jackknife`'s standard error.
+    """`differences.sum() / sizes.sum()` of (items,), with `jackknife`'s standard error; sizes None: ones, for a mean.
 
-    The differences are of what is summed per item (log-likelihoods, or scores), the sizes of what it is divided by
-    (bytes; None: ones, for a mean). Resampling n items gives (n - 1) / n of their variance, far too little where many
-    parts of few items each are put together; so the draws are spread by that.
+    Resampling n items gives (n - 1) / n of their variance, far too little where many parts of few items each are put
+    together; so the draws are spread by that.
     """
     value, stderr, freedom = jackknife(differences, sizes)
     draws = bootstrap_mean(differences, rng) if sizes is None else bootstrap_ratio(differences, sizes, rng)
@@ -135,10 +115,9 @@ def estimate(differences: np.ndarray, sizes: np.ndarray | None, rng: np.random.G
 
 
 def mean_estimate(parts: Sequence[Estimate], rng: np.random.Generator) -> Estimate:
-    """The unweighted mean of independent differences, such as those of MMLU's subjects.
+    """The unweighted mean of independent differences, with Satterthwaite (1946)'s degrees of freedom.
 
-    Its variance is made of the parts' own, with Satterthwaite's degrees of freedom (1946, Biometrics Bulletin 2). A
-    part of a single item has no variance of its own: then the parts themselves are drawn.
+    A part of a single item has no variance of its own: then the parts themselves are drawn.
     """
     values, items = np.array([part.value for part in parts]), sum(part.items for part in parts)
     if any(part.items < 2 for part in parts):
@@ -153,9 +132,8 @@ def mean_estimate(parts: Sequence[Estimate], rng: np.random.Generator) -> Estima
 def jackknife(differences: np.ndarray, sizes: np.ndarray | None = None) -> tuple[float, float, float]:
     """A ratio of sums, as in `estimate`, its standard error by the jackknife, and its degrees of freedom.
 
-    The degrees of freedom are those of Kish's effective number of items: with few of them, or few that make up most
-    of the bytes, the bootstrap alone is overconfident. For items of equal size these are the figures of the paired
-    t test.
+    These are of Kish's effective number of items: with few of them, or few that make up most of the bytes, the
+    bootstrap alone is overconfident. For items of equal size the figures are those of the paired t test.
     """
     sizes = np.ones(len(differences)) if sizes is None else sizes
     count, total = len(sizes), sizes.sum()
@@ -169,8 +147,6 @@ def jackknife(differences: np.ndarray, sizes: np.ndarray | None = None) -> tuple
 
 def student(value: float, stderr: float, freedom: float) -> float:
     """p-value of Student's t test that a difference with this standard error is zero."""
-    import scipy.stats
-
     if freedom <= 0 or value == 0:
         return 1.0
     return float(2 * scipy.stats.t.sf(abs(value) / stderr, freedom)) if stderr else 0.0
@@ -179,11 +155,9 @@ def student(value: float, stderr: float, freedom: float) -> float:
 def interval(found: Estimate) -> list[float] | None:
     """The 95 % confidence interval of a difference; None where nothing varied from which to tell.
 
-    The bootstrap's quantiles; below `FEW` degrees of freedom they are spread to the width of Student's t (Hesterberg
-    2015, The American Statistician 69) and hold its interval: by themselves they cover 91 % with 8 items.
+    The bootstrap's quantiles; of few items spread to the width of Student's t (Hesterberg 2015, The American
+    Statistician 69), since they cover 91 % by themselves with 8 items.
     """
-    import scipy.stats
-
     if found.freedom <= 0 or not found.stderr:
         return None
     tails = [SIGNIFICANCE / 2, 1 - SIGNIFICANCE / 2]
@@ -199,11 +173,9 @@ def interval(found: Estimate) -> list[float] | None:
 def interval_of_shares(found: Estimate) -> list[float]:
     """The 95 % confidence interval of a difference of shares (of right answers), of which few changed.
 
-    As if there were two more items, one gained and one lost (Bonett & Price 2012, J. Educ. Behav. Stat. 37): nothing
-    has changed in these items, or all in one direction, proves no certainty about others.
+    As if one more item were gained and one lost (Bonett & Price 2012, J. Educ. Behav. Stat. 37): that nothing
+    changed in these items, or all in one direction, proves no certainty about others.
     """
-    import scipy.stats
-
     more = found.items + 2
     value = found.value * found.items / more
     stderr = math.sqrt((found.stderr * found.items / more) ** 2 + 2 / more**2)
@@ -221,11 +193,8 @@ def bootstrap_p_value(draws: np.ndarray) -> float:
 def minimum_detectable_effect(stderr: float, *, tests: int = 1, freedom: float = math.inf) -> float:
     """The smallest true difference that a test detects with probability `POWER` (Bloom 1995, Evaluation Review 19).
 
-    Of `tests` that are corrected together, it must pass Holm's first and hardest step, `SIGNIFICANCE / tests`, so that
-    it is detected whatever the others show. `freedom` is that of `stderr`; infinite: the normal distribution.
+    Of `tests` that are corrected together, it passes Holm's first and hardest step. `freedom` is that of `stderr`.
     """
-    import scipy.stats
-
     distribution = scipy.stats.t(freedom)
     return float(stderr * (distribution.isf(SIGNIFICANCE / tests / 2) + distribution.isf(1 - POWER)))
 

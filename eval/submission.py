@@ -1,11 +1,11 @@
 """`nanophi submit`: the Open LLM Leaderboard's own checks of a submission, in its order, and the request files.
 
-The boards are closed (v1 since June 2024, v2 since March 2025), so nothing is sent. A well-formed release still passes
-their checks, and mirrors of the boards read the same request files.
+The boards are closed (v1 since June 2024, v2 since March 2025), so nothing is sent; mirrors read the same files.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
@@ -14,6 +14,9 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 import yaml
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.hf_api import RepoFile
+from safetensors import safe_open
 from typer import Option
 
 from nanophi.core.errors import UserError, one_line
@@ -24,7 +27,6 @@ from nanophi.core.options import ReleaseOrId, Revision
 from nanophi.core.run import now
 
 WITHOUT_CHAT = ("pretrained", "continuously pretrained")
-"""Those model types that have learned no conversation."""
 MODEL_TYPES = (*WITHOUT_CHAT, "fine-tuned", "chat", "merge")
 PRECISIONS = ("float16", "bfloat16", "float32")
 MIN_CARD_CHARACTERS = 200
@@ -37,7 +39,7 @@ SECOND = (
 SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "README.md", "records/*"]
 """What is downloaded of a repository: everything but the weights."""
 Found = tuple[bool, str] | tuple[bool, str, str]
-"""Whether a check passed, what was found, and a remedy in place of the check's own."""
+"""Whether a check passed, what was found, and a remedy if it is not the one in `CHECKS`."""
 
 
 class Check(NamedTuple):
@@ -82,22 +84,12 @@ def submit(
         typer.echo(f"written: {path}")
 
 
-CHECKS: list[tuple[str, str, Callable[[Submission], Found]]] = []
-"""The boards' checks, in their order: name, what to do if it fails, function."""
-
-
-def _check(name: str, remedy: str) -> Callable[[Callable[[Submission], Found]], None]:
-    """Make a function the next one of `CHECKS`. What it raises is what was found; the remedy may name the model."""
-    return lambda function: CHECKS.append((name, remedy, function))
-
-
 @dataclasses.dataclass
 class Submission:
     """A model to be submitted, and what its checks have found out about it.
 
-    A folder's contents are checked where they are, and compared with those of `repo_id` on the Hub, which a board would
-    read. What is not given is what the release's records state. A request that is in the folder `requests` already
-    fails a check.
+    A folder is checked where it is and compared with `repo_id` on the Hub, which a board would read. What is not given
+    is what the release's records state.
     """
 
     model: str | Path
@@ -120,7 +112,6 @@ class Submission:
         self.template, self.parameters, self.license = False, 0, ""
         self.info: Any = None
         self.config: Any = None
-        self.card: Any = None
 
     def checks(self) -> list[Check]:
         """The board's checks, in order; each runs whether or not the ones before it passed."""
@@ -147,7 +138,7 @@ class Submission:
             "status": "PENDING",
             "submitted_time": now(),
             "model_type": self.model_type,
-            "likes": getattr(self.info, "likes", 0) or 0,
+            "likes": self.info.likes or 0,
             "license": self.license,
             "job_id": -1,
             "job_start_time": None,
@@ -159,50 +150,34 @@ class Submission:
         return {"v1": first, "v2": second | {"revision": self.info.sha}}
 
 
-@_check("model type", "say what the model is: --model-type")
 def _type(model: Submission) -> Found:
-    recorded, base = _origin(model)
-    model.model_type, model.base_model = model.model_type or recorded, model.base_model or base
+    with contextlib.suppress(Exception):  # the release has no records, or not ours
+        recipe = yaml.safe_load((model.folder / "records/recipe.yaml").read_text(encoding="utf-8"))
+        base = split_revision(recipe["base"] or "")[0]
+        if recipe["conversations"]:
+            recorded = {"sft": "fine-tuned", "dpo": "chat"}[recipe["method"]]
+            base = read_json(model.folder / "records/conversations.json")["repo_id"]
+        else:
+            recorded = "continuously pretrained" if base else "pretrained"
+        model.model_type = model.model_type or recorded
+        model.base_model = model.base_model or (base if is_hub_id(base or "") else None)
+    found = f"{model.model_type} from {model.base_model or 'scratch'}, {model.precision}"
     if not model.model_type:
         return False, "there are no records of nanophi"
-    found = model.model_type + (f" from {model.base_model}" if model.base_model else "") + f", {model.precision}"
     if model.model_type not in MODEL_TYPES or model.precision not in PRECISIONS:
-        known = f"model type is one of {', '.join(MODEL_TYPES)}; precision one of {', '.join(PRECISIONS)}"
-        return False, found, known
+        return False, found, f"model type is one of {', '.join(MODEL_TYPES)}; precision of {', '.join(PRECISIONS)}"
     if model.model_type != "pretrained" and not model.base_model:
         return False, found, "the base has no name on the Hub: publish it first, or name it: --base-model"
     return True, found
 
 
-def _origin(model: Submission) -> tuple[str | None, str | None]:
-    """Model type and the base's Hub id, as the release's records have them; None where they do not say."""
-    try:
-        recipe = yaml.safe_load((model.folder / "records/recipe.yaml").read_text(encoding="utf-8"))
-        if recipe["conversations"]:
-            base = read_json(model.folder / "records/conversations.json")["repo_id"]
-            return {"sft": "fine-tuned", "dpo": "chat"}[recipe["method"]], base
-        if not recipe["base"]:
-            return "pretrained", None
-        base = split_revision(recipe["base"])[0]
-        return "continuously pretrained", base if is_hub_id(base) else None
-    except Exception:  # of the Hub, the network or the file: they are not there, or not ours
-        return None, None
-
-
-@_check("revision", "push it first (nanophi push), and check that {0.revision} is a branch, tag or commit there")
 def _revision(model: Submission) -> Found:
-    from huggingface_hub import HfApi
-
     if not model.repo_id:
         return False, "no repository was named", "name it: --repo-id ORG/NAME"
     model.info = HfApi().model_info(model.repo_id, revision=model.revision)
     return True, f"{model.revision} is {model.info.sha}"
 
 
-@_check(
-    "configuration without remote code",
-    "boards run no remote code: config.json must name a model_type that transformers knows",
-)
 def _config(model: Submission) -> Found:
     from transformers import AutoConfig
 
@@ -210,7 +185,6 @@ def _config(model: Submission) -> Found:
     return True, type(model.config).__name__
 
 
-@_check("tokenizer", "put tokenizer.json and tokenizer_config.json beside the weights")
 def _tokenizer(model: Submission) -> Found:
     from transformers import AutoTokenizer
 
@@ -219,70 +193,51 @@ def _tokenizer(model: Submission) -> Found:
     return True, f"{type(tokenizer).__name__}, {len(tokenizer)} tokens"
 
 
-@_check("model information", "a board reads what is public: nanophi push {0.release} --repo-id {0.repo_id} --public")
 def _reachable(model: Submission) -> Found:
     if model.info is None:
         return False, "the Hub returns none", "the repository must exist, and be public"
     return not model.info.private, "private" if model.info.private else "public"
 
 
-@_check("license", "set `license` in the card's metadata, or `license_name` and `license_link` where it is `other`")
 def _license(model: Submission) -> Found:
-    from huggingface_hub import ModelCard
-
-    model.card = ModelCard((model.folder / "README.md").read_text(encoding="utf-8"))
-    data = model.card.data.to_dict()
+    data = ModelCard.load(model.folder / "README.md").data.to_dict()
     model.license = str(data.get("license_name") or data.get("license") or "")
     named = bool(data.get("license_name") and data.get("license_link"))
     return named or data.get("license") not in (None, "", "other"), model.license or "none"
 
 
-@_check("card", "describe in README.md what the model is and how it was made")
-def _card_text(model: Submission) -> Found:
-    count = len(model.card.text.strip()) if model.card else 0
+def _card(model: Submission) -> Found:
+    count = len(ModelCard.load(model.folder / "README.md").text.strip())
     return count >= MIN_CARD_CHARACTERS, f"{count} characters, {MIN_CARD_CHARACTERS} needed"
 
 
-@_check("safetensors", "save the weights as safetensors")
 def _safetensors(model: Submission) -> Found:
-    """Weights in safetensors, by the counts in their headers."""
-    from huggingface_hub import HfApi
-    from safetensors import safe_open
-
     if model.on_hub:
         counts = HfApi().get_safetensors_metadata(model.repo_id, revision=model.revision).parameter_count
         model.parameters = sum(counts.values())
     for path in [] if model.on_hub else model.folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as tensors:
-            slices = (tensors.get_slice(key) for key in tensors.keys())  # noqa: SIM118
-            model.parameters += sum(math.prod(tensor.get_shape()) for tensor in slices)
+            model.parameters += sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118
     return model.parameters > 0, f"{model.parameters:,} parameters"
 
 
-@_check("same model on the Hub", "push this folder to {0.repo_id} first, or name its own")
 def _same_on_hub(model: Submission) -> Found:
     """Whether the board, which reads the Hub, would get the model that was checked here."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.hf_api import RepoFile
-
     if model.on_hub:
         return True, "it was read from there"
     if not model.repo_id:
         return False, "no repository was named", "name it: --repo-id ORG/NAME"
     tree = HfApi().list_repo_tree(model.repo_id, revision=model.revision)
     there = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
-    here = [*model.folder.glob("*.safetensors"), *(model.folder / file for file in ("config.json", "tokenizer.json"))]
-    files = {path.name: path for path in here if path.is_file()}
-    same = {name for name, path in files.items() if name in there and same_on_hub(path, there[name])}
-    other = sorted({*files, *(path for path in there if path.endswith(".safetensors"))} - same)
-    return (
-        not other,
-        f"{', '.join(other)} differ from {model.repo_id}" if other else f"{len(files)} files are the same",
-    )
+    every = {*there, *(path.name for path in model.folder.iterdir())}
+    names = {name for name in every if name.endswith(".safetensors") or name in ("config.json", "tokenizer.json")}
+    same = {x for x in names if x in there and (model.folder / x).is_file() and same_on_hub(model.folder / x, there[x])}
+    if other := sorted(names - same):
+        return False, f"{', '.join(other)} differ from {model.repo_id}"
+    return True, f"{len(same)} files are the same"
 
 
-@_check("first of its kind", "it is in the queue; submit another revision or precision")
-def _not_twice(model: Submission) -> Found:
+def _first(model: Submission) -> Found:
     for path in sorted(model.requests.glob("**/*_eval_request_*.json")):
         request = read_json(path)
         same = request.get("model") == model.repo_id and request.get("precision") == model.precision
@@ -291,11 +246,24 @@ def _not_twice(model: Submission) -> Found:
     return True, "no earlier request"
 
 
-@_check(
-    "chat template in tokenizer_config.json", "v2 reads the chat template from tokenizer_config.json: move it there"
-)
-def _chat_template(model: Submission) -> Found:
-    if not any((model.folder / f"chat_template.{suffix}").exists() for suffix in ("jinja", "json")):
+def _template(model: Submission) -> Found:
+    if not (model.folder / "chat_template.jinja").exists():
         return True, "in tokenizer_config.json, or there is none"
     inside = "chat_template" in read_json(model.folder / "tokenizer_config.json")
     return inside, "in both" if inside else "in a file of its own"
+
+
+CHECKS: list[tuple[str, str, Callable[[Submission], Found]]] = [
+    ("model type", "say what the model is: --model-type", _type),
+    ("revision", "push it first (nanophi push), and check that {0.revision} is a branch, tag or commit", _revision),
+    ("configuration without remote code", "config.json must name a model_type that transformers knows", _config),
+    ("tokenizer", "put tokenizer.json and tokenizer_config.json beside the weights", _tokenizer),
+    ("model information", "make it public: nanophi push {0.release} --repo-id {0.repo_id} --public", _reachable),
+    ("license", "set the card's `license`; where it is `other`, also `license_name` and `license_link`", _license),
+    ("card", "describe in README.md what the model is and how it was made", _card),
+    ("safetensors", "save the weights as safetensors", _safetensors),
+    ("same model on the Hub", "push this folder to {0.repo_id} first, or name its own", _same_on_hub),
+    ("first of its kind", "it is in the queue; submit another revision or precision", _first),
+    ("chat template in tokenizer_config.json", "v2 reads it from there: move it", _template),
+]
+"""The boards' checks, in their order: name, what to do if it fails, and the function."""

@@ -1,8 +1,7 @@
 """Loading the tasks of a suite: where lm-eval defines them, where their data is, which items are drawn.
 
-The task definitions are lm-eval's own, unmodified (and ours under `tasks/`, in lm-eval's format); only the location of
-the data and the number of shots are set here. A task that is named by itself runs as lm-eval defines it. The suites
-themselves are entries of `tasks.yaml`.
+The tasks are lm-eval's own, unmodified (and ours under `tasks/`, in its format); only the location of the data and the
+number of shots are set here. The suites themselves are entries of `tasks.yaml`.
 """
 
 from __future__ import annotations
@@ -31,27 +30,25 @@ from nanophi.core.errors import UserError, one_line, suggest
 from nanophi.eval.catalogue import SUITES, TASKS, Entry, Suite, made_from, too_long
 
 OUR_TASKS = Path(__file__).parent / "tasks"
-GENERATED_TOKENS = 256
-"""Tokens that lm-eval generates for a task that does not say how many."""
+GENERATED_TOKENS = 256  # by lm-eval, for a task that does not say how many
+
+
+Origins = dict[str, tuple[str, Path | None]]
+"""Per leaf task, the id of its dataset and the folder that it is read from (None: the Hub)."""
 
 
 @dataclasses.dataclass
 class LoadedSuite:
-    """A suite whose tasks are loaded and ready to run.
+    """A suite whose leaf tasks are loaded, in its order, with the suite's entry and the data of each, and the groups.
 
-    Attributes:
-        suite: from `find_suite`.
-        tasks: every leaf task by name, in the order of the suite.
-        entries: the suite's entry that each leaf task belongs to.
-        groups: lm-eval groups (`mmlu` and its four categories) by name, with their children.
-        datasets: per leaf task, the id of its dataset and the folder it was read from (None: the Hub).
+    `groups` are lm-eval's (`mmlu` and its four categories), with their children.
     """
 
     suite: Suite
     tasks: dict[str, Task]
     entries: dict[str, Entry]
     groups: dict[str, Group]
-    datasets: dict[str, tuple[str, Path | None]]
+    datasets: Origins
 
 
 def find_suite(name: str, num_fewshot: int | None = None) -> Suite:
@@ -60,31 +57,22 @@ def find_suite(name: str, num_fewshot: int | None = None) -> Suite:
     A task may have its number of examples in the prompt, `winogrande:5,arc_easy`; any other has `num_fewshot`, or what
     its definition has. Raises `UserError` for an unknown task, and for a suite with `num_fewshot`.
     """
-    if num_fewshot is not None and (fixed := [part for part in name.split(",") if part.strip() in SUITES]):
-        raise UserError(
-            f"suite '{fixed[0].strip()}' fixes its number of shots; name tasks instead, such as winogrande:5"
-        )
+    parts = [part.strip() for part in name.split(",")]
+    if num_fewshot is not None and (fixed := [part for part in parts if part in SUITES]):
+        raise UserError(f"suite '{fixed[0]}' fixes its number of shots; name tasks instead, such as winogrande:5")
     if name in SUITES:
         return SUITES[name]
-    entries: list[Entry] = []
-    names: list[str] = []
-    for part in (part.strip() for part in name.split(",")):
-        found = SUITES[part].entries if part in SUITES else (_entry(part, num_fewshot),)
-        entries += found
-        names += [part] if part in SUITES else [e.task + ("" if e.shots is None else f":{e.shots}") for e in found]
-    manager = _manager(entries)
-    leaves = [leaf for entry in entries for leaf in _leaves(manager, entry.task)]
+    groups = [SUITES[part].entries if part in SUITES else (_entry(part, num_fewshot),) for part in parts]
+    entries = [entry for group in groups for entry in group]
+    leaves = [leaf for entry in entries for leaf in _leaves(_manager(entries), entry.task)]
     if twice := {leaf for leaf in leaves if leaves.count(leaf) > 1}:
         raise UserError(f"task '{min(twice)}' is named twice in '{name}'; name it once per command")
-    return Suite(",".join(names), tuple(entries))
+    named = (part if part in SUITES else group[0].name for part, group in zip(parts, groups, strict=True))
+    return Suite(",".join(named), tuple(entries))
 
 
 def _entry(text: str, num_fewshot: int | None) -> Entry:
     """An entry from `task` or `task:shots`."""
-    if text.endswith((".yaml", ".yml")) or "/" in text:
-        raise UserError(
-            f"'{text}' is a file; tasks are named, not read from YAML files, which may run code of their own"
-        )
     task, colon, shots = text.partition(":")
     if colon and not shots.isdecimal():
         raise UserError(f"'{text}' does not name a number of shots; write it like {task or 'winogrande'}:5")
@@ -94,11 +82,10 @@ def _entry(text: str, num_fewshot: int | None) -> Entry:
     return Entry(underscored if known else task, int(shots) if colon else num_fewshot)
 
 
-def context_problem(suites: Sequence[str], max_position_embeddings: int) -> str:
+def context_problem(suites: Sequence[str], context: int) -> str:
     """Which task of some suites needs a longer context than a model has, in one line; empty if none does.
 
-    This reads the definitions of the tasks, not their data, so that it can be checked before a model is trained.
-    Prompts that are too long are cut from the left, as in lm-eval; answers cannot be cut.
+    This reads the tasks' definitions, not their data. Long prompts are cut from the left; answers are not.
     """
     for name in suites:
         suite = find_suite(name)
@@ -107,10 +94,8 @@ def context_problem(suites: Sequence[str], max_position_embeddings: int) -> str:
             answer = TASKS[entry.task].answer_tokens if entry.task in TASKS else 1
             for leaf in _leaves(manager, entry.task):
                 what, config = f"task '{leaf}' (suite '{name}')", manager.task_index[leaf].cfg or {}
-                problem = generation_problem(what, config, max_position_embeddings) or too_long(
-                    f"{what} has answers of about {answer} tokens", answer, max_position_embeddings
-                )
-                if problem:
+                about = f"{what} has answers of about {answer} tokens"
+                if problem := generation_problem(what, config, context) or too_long(about, answer, context):
                     return f"{problem}; choose other suites or a larger max_position_embeddings"
     return ""
 
@@ -124,11 +109,7 @@ def generation_problem(what: str, config: Mapping[str, Any], context: int) -> st
 
 
 def check_heldout(suites: Sequence[str], documents: Path, tokenizer: Path, max_position_embeddings: int) -> None:
-    """Whether a run can be measured on its held-out `documents`, before a model is trained on the others.
-
-    Tasks of the suites on other data are not looked at. Raises `UserError` if a task cannot be made from these
-    documents, or an answer is longer than the context.
-    """
+    """Raise `UserError` if a task cannot be made of held-out `documents`, or an answer is longer than the context."""
     entries = (entry for name in suites for entry in find_suite(name).entries if made_from(entry.task) == "documents")
     suite = Suite("heldout", tuple(dict.fromkeys(entries)))
     if not suite.entries:
@@ -138,28 +119,23 @@ def check_heldout(suites: Sequence[str], documents: Path, tokenizer: Path, max_p
     except UserError as error:
         raise UserError(f"evaluation.suites: {error}") from error
     encode = transformers.AutoTokenizer.from_pretrained(str(tokenizer))
+
+    def tokens(text: str) -> int:
+        return len(encode(text, verbose=False)["input_ids"])
+
     for name, task in loaded.tasks.items():
         with quiet():
             task.build_all_requests()
         pairs = [request.args for request in task.instances if request.request_type == "loglikelihood"]
         # As the scorer counts them: what an answer adds to the tokens of its prompt.
-        texts = list({text for prompt, answer in pairs for text in (prompt.rstrip(), prompt + answer)})
-        tokens = dict(zip(texts, map(len, encode(texts, verbose=False)["input_ids"]), strict=True)) if texts else {}
-        needed = max((tokens[prompt + answer] - tokens[prompt.rstrip()] for prompt, answer in pairs), default=0)
+        needed = max((tokens(prompt + answer) - tokens(prompt.rstrip()) for prompt, answer in pairs), default=0)
         if problem := too_long(f"an answer of task '{name}' has {needed} tokens", needed, max_position_embeddings):
-            raise UserError(
-                f"evaluation.suites: {problem}; choose other evaluation.suites, or a larger "
-                "model.max_position_embeddings"
-            )
+            remedy = "choose other evaluation.suites, or a larger model.max_position_embeddings"
+            raise UserError(f"evaluation.suites: {problem}; {remedy}")
 
 
-def find_data(
-    suite: Suite, *, data: Path | None = None, heldout: Path | None = None
-) -> dict[str, tuple[str, Path | None]]:
-    """Where the data of every leaf task is: the id of its dataset, and the folder (None: the Hub). Reads no data.
-
-    The arguments are those of `load_suite`. Raises `UserError` for data that is missing.
-    """
+def find_data(suite: Suite, *, data: Path | None = None, heldout: Path | None = None) -> Origins:
+    """Where the data of every leaf task is. Reads no data; raises `UserError` for data that is missing."""
     manager = _manager(suite.entries)
     leaves = [leaf for entry in suite.entries for leaf in _leaves(manager, entry.task)]
     return {leaf: _origin(leaf, manager.task_index[leaf].cfg or {}, data, heldout) for leaf in leaves}
@@ -168,9 +144,8 @@ def find_data(
 def load_suite(suite: Suite, *, data: Path | None = None, heldout: Path | None = None) -> LoadedSuite:
     """Build the suite's tasks and read their data.
 
-    Args:
-        data: folder with the datasets under their Hub ids (`<data>/allenai/ai2_arc`); None: the Hub.
-        heldout: folder with `heldout-*.parquet`, for the tasks that are made from held-out documents.
+    `data` has the datasets under their Hub ids (`<data>/allenai/ai2_arc`; None: the Hub), `heldout` a run's held-out
+    documents.
     """
     manager, origins = _manager(suite.entries), find_data(suite, data=data, heldout=heldout)
     loaded = LoadedSuite(suite, {}, {}, {}, origins)
@@ -178,17 +153,14 @@ def load_suite(suite: Suite, *, data: Path | None = None, heldout: Path | None =
         for leaf in _leaves(manager, entry.task):
             loaded.entries[leaf] = entry
             loaded.tasks[leaf] = _load_task(manager, leaf, entry, *origins[leaf])
-        for name in reversed(_below(manager, entry.task)):
-            if name in manager.all_groups:
-                loaded.groups[name] = _group(manager, name, loaded)
+        _members(manager, entry.task, loaded)
     return loaded
 
 
 def sample_of_items(task: Task, items: int | None) -> list[int] | None:
     """Indices of a fixed sample of a task's items, ascending; None: all.
 
-    The sample is drawn by hash of the index, so it is spread over the task (the first items of HellaSwag, for one,
-    all come from the same source) and a larger sample contains a smaller one.
+    It is drawn by hash of the index, so that it is spread over the task and a larger sample contains a smaller one.
     """
     total = len(task.eval_docs)
     if items is None or items >= total:
@@ -238,44 +210,43 @@ def _children(manager: TaskManager, name: str) -> list[str]:
     return children
 
 
-def _below(manager: TaskManager, name: str) -> list[str]:
-    """A name with all tasks, groups and tags in it, each before its children."""
-    return [name, *(inner for child in _children(manager, name) for inner in _below(manager, child))]
-
-
 def _leaves(manager: TaskManager, name: str) -> list[str]:
-    return [inner for inner in _below(manager, name) if inner in manager.all_subtasks]
+    """All tasks in a task, group or tag."""
+    if name in manager.all_subtasks:
+        return [name]
+    return [leaf for child in _children(manager, name) for leaf in _leaves(manager, child)]
 
 
-def _group(manager: TaskManager, name: str, loaded: LoadedSuite) -> Group:
-    """lm-eval's group of that name, with its children, which are loaded."""
+def _members(manager: TaskManager, name: str, loaded: LoadedSuite) -> list[Task | Group]:
+    """The task or group of that name, or what a tag stands for; lm-eval's groups are added to `loaded`."""
+    if name in loaded.tasks:
+        return [loaded.tasks[name]]
+    members = [member for child in _children(manager, name) for member in _members(manager, child, loaded)]
+    if name not in manager.all_groups:
+        return members
     fields, config = dataclasses.fields(GroupConfig), manager.task_index[name].cfg or {}
-    group = Group.from_config({field.name: config[field.name] for field in fields if field.name in config})
-    for child in _children(manager, name):
-        members = [loaded.groups[child]] if child in loaded.groups else map(loaded.tasks.get, _leaves(manager, child))
-        for member in members:
-            group.add(member)
-    return group
+    loaded.groups[name] = Group.from_config({x.name: config[x.name] for x in fields if x.name in config})
+    for member in members:
+        loaded.groups[name].add(member)
+    return [loaded.groups[name]]
 
 
 def _origin(task: str, config: dict[str, Any], data: Path | None, heldout: Path | None) -> tuple[str, Path | None]:
-    """Dataset id and local folder of a task's data. Raises `UserError` if `data` does not contain it."""
+    """Dataset id and local folder of a task's data. Raises `UserError` if it is not there."""
+    heldout = heldout and Path(heldout).resolve()
     if made_from(task) == "documents":
-        if heldout is None:
-            raise UserError(f"task '{task}' needs held-out documents; name a run's data/documents folder (--heldout)")
-        if not list(Path(heldout).glob("heldout-*.parquet")):
-            raise UserError(f"no heldout-*.parquet in {heldout}; name a run's data/documents folder (--heldout)")
-        return "heldout", Path(heldout).resolve()
+        if heldout is None or not list(heldout.glob("heldout-*.parquet")):
+            needs = f"task '{task}' needs held-out documents"
+            raise UserError(f"{needs} (heldout-*.parquet); name a run's data/documents folder (--heldout)")
+        return "heldout", heldout
     if made_from(task) == "conversations":
-        folder = Path(heldout).resolve().parent / "conversations" if heldout is not None else None
+        folder = heldout and heldout.parent / "conversations"
         if folder is None or not (folder / "heldout.parquet").is_file():
             raise UserError(f"task '{task}' needs the data/documents folder of a run with conversations (--heldout)")
         return "answers", folder
     dataset = str(config.get("dataset_path"))
-    if data is None:
-        return dataset, None
-    folder = Path(data).resolve() / dataset
-    if not folder.is_dir():
+    folder = data and Path(data).resolve() / dataset
+    if folder and not folder.is_dir():
         raise UserError(f"task '{task}' needs the dataset {dataset}, which is not in {data} (looked for {folder})")
     return dataset, folder
 
@@ -305,17 +276,14 @@ def _load_task(manager: TaskManager, name: str, entry: Entry, dataset: str, fold
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silence the libraries' logging and progress bars, which would drown the lines about the evaluation itself."""
-    bars = transformers.utils.logging
+    bars, hub = transformers.utils.logging, huggingface_hub.utils
+    libraries = (
+        (bars.is_progress_bar_enabled(), bars.disable_progress_bar, bars.enable_progress_bar),
+        (not datasets.are_progress_bars_disabled(), datasets.disable_progress_bars, datasets.enable_progress_bars),
+        (not hub.are_progress_bars_disabled(), hub.disable_progress_bars, hub.enable_progress_bars),
+    )
     with contextlib.ExitStack() as stack:
-        for is_shown, hide, show in (
-            (bars.is_progress_bar_enabled(), bars.disable_progress_bar, bars.enable_progress_bar),
-            (not datasets.are_progress_bars_disabled(), datasets.disable_progress_bars, datasets.enable_progress_bars),
-            (
-                not huggingface_hub.utils.are_progress_bars_disabled(),
-                huggingface_hub.utils.disable_progress_bars,
-                huggingface_hub.utils.enable_progress_bars,
-            ),
-        ):
+        for is_shown, hide, show in libraries:
             if is_shown:
                 hide()
                 stack.callback(show)

@@ -1,6 +1,6 @@
 """Items made from a run's held-out documents: the data behind the `heldout_*.yaml` tasks.
 
-Items depend on the documents only, and are drawn by the hash of a document's id. All models that are measured on the
+Items depend on the documents only, and are drawn by the hash of a document's id: all models that are measured on the
 same documents get the same items, so their results can be paired.
 """
 
@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import pyarrow.parquet as pq
 
 from nanophi.core.errors import UserError
 from nanophi.data.documents import heldout as read_heldout
@@ -34,11 +36,10 @@ def documents(heldout: str, **_: Any) -> dict[str, datasets.Dataset]:
     rows: list[dict[str, Any]] = []
     total = 0
     for row in texts(heldout):
-        size = len(row["text"].encode())
-        if rows and total + size > MAX_BYTES:
+        total += len(row["text"].encode())
+        if rows and total > MAX_BYTES:
             break
         rows.append(row)
-        total += size
     return _table(rows)
 
 
@@ -51,6 +52,23 @@ def texts(heldout: str) -> Iterator[dict[str, Any]]:
 def doc_hash(row: dict[str, Any]) -> str:
     """What lm-eval writes as `doc_hash` of an item."""
     return hashlib.sha256(json.dumps(row, indent=2, ensure_ascii=False).encode()).hexdigest()
+
+
+def kept_and_dropped(results: Mapping[str, Sequence[Path]], hashes: Sequence[str]) -> dict[str, list[int]]:
+    """Positions in lm-eval's `hashes` of documents, of those that a run's filter keeps, and of those that it drops.
+
+    A filtered model may be worse on all held-out text and better on the text that it was made for. The filter is that
+    of the first run with one that any result file belongs to.
+    """
+    for label, files in results.items():
+        for run in {Path(file).resolve().parent.parent for file in files}:
+            scores, own = run / "data/quality/heldout.parquet", run / "data/documents"
+            if scores.exists() and own.is_dir():
+                kept = {row["id"]: bool(row["kept"]) for row in pq.read_table(scores).to_pylist()}
+                of = {doc_hash(row): kept[row["id"]] for row in texts(str(own))}
+                parts = {f"held-out text, kept by {label}": True, f"held-out text, dropped by {label}": False}
+                return {name: [n for n, x in enumerate(hashes) if of.get(x) is keep] for name, keep in parts.items()}
+    return {}
 
 
 def continuation(heldout: str, **_: Any) -> dict[str, datasets.Dataset]:

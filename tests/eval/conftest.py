@@ -81,22 +81,19 @@ def benchmarks(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("benchmarks")
 
     def arc(count: int) -> pyarrow.Table:
-        rows = []
-        for i in range(count):
-            choices = {"text": [text(rng, rng.randint(1, 4)) for _ in range(4)], "label": ["A", "B", "C", "D"]}
-            rows.append(
-                {"id": str(i), "question": text(rng, 8), "choices": choices, "answerKey": "ABCD"[rng.randrange(4)]}
-            )
-        return pyarrow.Table.from_pylist(rows)
+        return pyarrow.Table.from_pylist([
+            {"id": str(i), "question": text(rng, 8)}
+            | {"choices": {"text": [text(rng, rng.randint(1, 4)) for _ in range(4)], "label": ["A", "B", "C", "D"]}}
+            | {"answerKey": "ABCD"[rng.randrange(4)]}
+            for i in range(count)
+        ])  # fmt: skip
 
     def winogrande(count: int) -> pyarrow.Table:
-        names = ["option1", "option2"]
-        rows = [
+        return pyarrow.Table.from_pylist([
             {"sentence": f"{text(rng, 4)} _ {text(rng, 5)}", "answer": str(rng.randrange(1, 3))}
-            | {name: text(rng, rng.randint(1, 3)) for name in names}
+            | {name: text(rng, rng.randint(1, 3)) for name in ("option1", "option2")}
             for _ in range(count)
-        ]
-        return pyarrow.Table.from_pylist(rows)
+        ])  # fmt: skip
 
     write(root / "allenai/ai2_arc", "ARC-Easy", {"train": arc(8), "validation": arc(8), "test": arc(120)})
     write(root / "allenai/winogrande", "winogrande_xl", {"train": winogrande(20), "validation": winogrande(40)})

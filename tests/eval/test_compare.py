@@ -28,22 +28,8 @@ from nanophi.model_card.card import differences
 from nanophi.model_card.consistency import _underived
 
 
-def result(
-    path,
-    scores,
-    *,
-    task="arc_easy",
-    metric=None,
-    chance=0.25,
-    shots=0,
-    prompts="p",
-    sources=None,
-    model=None,
-    value=None,
-    stderr=0.01,
-    answers=None,
-    **fields,
-):
+def result(path, scores, *, task="arc_easy", metric=None, chance=0.25, shots=0, prompts="p", sources=None, model=None,
+           value=None, answers=None, **fields):  # fmt: skip
     """A result file with these scores per item, or per leaf task and item, of a model named like the file.
 
     `sources` and `answers` (bits per byte of the right answers) are per item; `value` is the score where it is not the
@@ -64,7 +50,7 @@ def result(
         if value is None:
             values = np.array(items, dtype=float)
             found = -values[:, 0].sum() / values[:, 1].sum() / math.log(2) if pairs else float(values.mean())
-        content["results"][leaf] = {f"{metric},{filter_name}": found, f"{metric}_stderr,{filter_name}": stderr}
+        content["results"][leaf] = {f"{metric},{filter_name}": found, f"{metric}_stderr,{filter_name}": 0.01}
         if answers is not None:
             for sample, answer in zip(samples, answers, strict=True):
                 sample[ANSWER_METRIC] = answer
@@ -80,23 +66,11 @@ def result(
 
 
 def bits(path, nats, sizes, sources=None):
-    held = {
-        "bits_per_byte": 1.0,
-        "bz2": {"bits_per_byte": 2.25},
-        "by_source": {"s": {"bits_per_byte": 1.0, "bits_per_byte_stderr": 0.1}},
-    }
+    held = {"bits_per_byte": 1.0, "bz2": {"bits_per_byte": 2.25}}
     scores = list(zip(nats.tolist(), sizes.tolist(), strict=True))
     return result(
         path, scores, task="heldout_bits_per_byte", metric="bits_per_byte", chance=None, heldout=held, sources=sources
     )
-
-
-def assert_recomputed(folder):
-    """Every figure of a comparison on disk follows from the items in it."""
-    comparison = read_json(folder / "comparison.json")
-    again = recompute(comparison)
-    for table in TABLES:
-        assert again[table] == approximately(comparison[table]), table
 
 
 def approximately(value):
@@ -118,11 +92,8 @@ def test_better_is_found_and_noise_is_not(tmp_path):
     better = np.maximum(base, rng.random(1000) < 0.15)
     flips = rng.random(1000) < 0.1
     same = np.where(flips, rng.permutation(base), base)
-    files = {
-        "better": [result(tmp_path / "b.json", better.tolist())],
-        "same": [result(tmp_path / "s.json", same.tolist())],
-        "control": [result(tmp_path / "c.json", base.tolist())],
-    }
+    scores = {"better": better, "same": same, "control": base}
+    files = {name: [result(tmp_path / f"{name}.json", values.tolist())] for name, values in scores.items()}
     comparison = compare_models(files, tmp_path / "out")
     assert comparison["baseline"] == "control"
     differences = comparison["tasks"]["arc_easy"]["differences"]
@@ -168,15 +139,9 @@ def test_bits_per_byte_by_source(tmp_path):
     for table, task in (("sources", "manual"), ("tasks", "heldout_bits_per_byte")):
         turned = copy.deepcopy(comparison)
         turned[table][task]["differences"]["a"]["value"] *= -1
-        assert len(list(_underived(turned))) == (1 if table == "sources" else 2), (
-            "a sign that was turned is not what the items give"
-        )
-    assert {name: row["documents"] for name, row in rows.items()} == {
-        "manual": 60,
-        "code": 60,
-        "prose": 60,
-        "other (3 sources)": 21,
-    }
+        assert len(list(_underived(turned))) == (1 if table == "sources" else 2), "not what the items give"
+    documents = dict.fromkeys(("manual", "code", "prose"), 60) | {"other (3 sources)": 21}
+    assert {name: row["documents"] for name, row in rows.items()} == documents
     verdicts = {name: row["differences"]["a"]["verdict"] for name, row in rows.items()}
     assert verdicts["manual"] == "better" and verdicts["code"] == "worse"
     assert verdicts["prose"] == verdicts["other (3 sources)"] == "within noise"
@@ -188,9 +153,8 @@ def test_bits_per_byte_by_source(tmp_path):
     corrected = holm([row["differences"]["a"]["p_value"] for row in rows.values()])
     assert [row["differences"]["a"]["p_corrected"] for row in rows.values()] == pytest.approx(corrected)
     markdown = unpadded(tmp_path / "comparison.md")
-    assert (
-        "<summary>Held-out bits per byte by source</summary>" in markdown and "| other (3 sources) | 21 |" in markdown
-    )
+    assert "<summary>Held-out bits per byte by source</summary>" in markdown
+    assert "| other (3 sources) | 21 |" in markdown
 
 
 def test_noise_in_many_small_sources_stays_noise(tmp_path):
@@ -240,23 +204,15 @@ def test_only_items_with_the_same_prompt_are_paired(tmp_path):
     c = result(tmp_path / "c.json", [0.0] * 12)
     comparison = compare_models({"a": [a], "c": [c]}, tmp_path)
     assert comparison["tasks"]["arc_easy"]["differences"]["a"]["items"] == 12
+    assert comparison["notes"] == ["arc_easy: a and c are compared on the 12 items that both answered"]
 
 
 def test_groups_count_by_their_unweighted_mean_and_show_their_parts(tmp_path):
     rng = np.random.default_rng(4)
-    files = {
-        label: [
-            result(
-                tmp_path / f"{label}.json",
-                {
-                    f"mmlu_{x}": (rng.random(size) < skill).astype(float).tolist()
-                    for x, size in (("law", 400), ("art", 40))
-                },
-                task="mmlu",
-            )
-        ]
-        for label, skill in (("a", 0.5), ("b", 0.3))
-    }
+    files = {}
+    for label, skill in (("a", 0.5), ("b", 0.3)):
+        scores = {f"mmlu_{x}": (rng.random(n) < skill).astype(float).tolist() for x, n in (("law", 400), ("art", 40))}
+        files[label] = [result(tmp_path / f"{label}.json", scores, task="mmlu")]
     comparison = compare_models(files, tmp_path)
     row, parts = comparison["tasks"]["mmlu"], comparison["subjects"]["mmlu"]
     subjects = [parts[f"mmlu_{subject}"]["differences"]["a"]["value"] for subject in ("law", "art")]
@@ -303,7 +259,8 @@ def test_every_figure_follows_from_the_items_of_the_comparison(tmp_path):
             path.write_text(json.dumps(content))
         files[label] = found
     comparison = compare_models(files, tmp_path / "out")
-    assert_recomputed(tmp_path / "out")
+    again = recompute(read_json(tmp_path / "out/comparison.json"))
+    assert {table: again[table] for table in TABLES} == approximately({table: comparison[table] for table in TABLES})
     group = comparison["tasks"]["mmlu"]["differences"]
     assert (group["a"]["items"], group["b"]["items"]) == (56, 28), "what both have, of all subjects"
     assert set(comparison["subjects"]["mmlu"]["mmlu_x"]["differences"]) == {"a"}
@@ -337,9 +294,7 @@ def test_bad_input(tmp_path):
         assert not (tmp_path / "out").exists()
         return str(error.value)
 
-    old = json.loads(good.read_text())
-    old["nanophi"]["format"] = 0
-    (tmp_path / "old.json").write_text(json.dumps(old))
+    (tmp_path / "old.json").write_text(good.read_text().replace(f'"format": {FORMAT}', '"format": 0'))
     assert "has format 0, this version reads 2 and 3" in problem({"a": [tmp_path / "old.json"]})
     (tmp_path / "other.json").write_text("{}")
     assert "is not a result of `nanophi eval`" in problem({"a": [tmp_path / "other.json"]})
@@ -382,12 +337,9 @@ def test_unlike_shots_have_rows_of_their_own(tmp_path):
 
 def test_two_results_of_a_model_count_once_and_a_note_says_which(tmp_path):
     few, many = (result(tmp_path / f"{n}.json", [1.0, 0.0] * n, model="m") for n in (20, 50))
-    other = result(tmp_path / "other.json", [0.0, 1.0] * 50)
-    comparison = compare_models({"m": [few, many], "other": [other]}, tmp_path)
+    comparison = compare_models({"m": [few, many], "other": [result(tmp_path / "o.json", [0.0, 1.0] * 50)]}, tmp_path)
     assert comparison["tasks"]["arc_easy"]["scores"]["m"]["items"] == 100
-    assert comparison["notes"] == ["arc_easy: m has two results; the one on 100 items counts, the one on 40 does not"]
-    smaller = compare_models({"m": [few], "other": [other]}, tmp_path)
-    assert smaller["notes"] == ["arc_easy: m and other are compared on the 40 items that both answered"]
+    assert comparison["notes"] == ["arc_easy: m has several results; the one on 100 items counts"]
 
 
 def test_labels_tell_models_apart_and_suites_of_one_model_together(tmp_path):
@@ -420,9 +372,6 @@ def test_labels_tell_models_apart_and_suites_of_one_model_together(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no results"):
         label_results([tmp_path / "empty"])
-    (tmp_path / "empty/config.json").write_text("{}")
-    with pytest.raises(UserError, match="is a model, not results"):
-        label_results([one, tmp_path / "empty"])
 
 
 def test_run_directories_of_one_name_and_a_result_of_other_weights(tmp_path):
@@ -519,9 +468,8 @@ def test_scores_of_all_items_together_are_shown_and_not_compared(metric, tmp_pat
     row = comparison["tasks"]["t"]
     assert [row["scores"][label]["value"] for label in "ab"] == values and row["differences"] == {}
     assert comparison["notes"] == [f"t: models are not compared, because {metric} is not a mean over items"]
-    assert comparison["notes"][0] in to_text(comparison) and set(comparison["tasks"]["arc_easy"]["differences"]) == {
-        "a"
-    }
+    assert comparison["notes"][0] in to_text(comparison)
+    assert set(comparison["tasks"]["arc_easy"]["differences"]) == {"a"}
     shown = "\n".join([to_text(comparison), (tmp_path / "out/comparison.md").read_text()])
     assert shown.count(f"t ({metric}, 0-shot)") == 2, "in the tables of scores, not in those of differences"
     assert set(differences(comparison)["a"][0]) and len(differences(comparison)["a"]) == 1
@@ -530,27 +478,21 @@ def test_scores_of_all_items_together_are_shown_and_not_compared(metric, tmp_pat
     assert differences(alone) == {} and (tmp_path / "alone/comparison.png").exists()
 
 
-def test_a_group_of_such_scores_has_no_rows_for_its_parts_and_one_of_bits_per_byte_has(tmp_path):
+def test_a_group_of_bits_per_byte_has_rows_for_its_parts(tmp_path):
     rng = np.random.default_rng(11)
     parts = {"one": rng.integers(20, 60, 30), "two": rng.integers(20, 60, 40)}
-    for metric in ("bits_per_byte", "byte_perplexity"):
-        files, expected = {}, {}
-        for label, factor in (("a", 1.0), ("b", 1.1)):
-            nats = {leaf: -factor * sizes * rng.normal(1.3, 0.01, len(sizes)) for leaf, sizes in parts.items()}
-            expected[label] = {leaf: -nats[leaf].sum() / sizes.sum() / math.log(2) for leaf, sizes in parts.items()}
-            pairs = {x: list(zip(nats[x].tolist(), sizes.tolist(), strict=True)) for x, sizes in parts.items()}
-            value = None if metric == "bits_per_byte" else 2.5
-            path = tmp_path / f"{label}.json"
-            files[label] = [result(path, pairs, task="texts", metric=metric, chance=None, value=value)]
-        comparison = compare_models(files, tmp_path / "out")
-        if metric == "bits_per_byte":
-            rows = comparison["subjects"]["texts"]
-            found = {leaf: {label: s["value"] for label, s in row["scores"].items()} for leaf, row in rows.items()}
-            assert found == {leaf: {x: pytest.approx(expected[x][leaf]) for x in "ab"} for leaf in parts}
-            assert {row["differences"]["a"]["verdict"] for row in rows.values()} == {"better"}
-            assert comparison["tasks"]["texts"]["differences"]["a"]["verdict"] == "better"
-        else:
-            assert comparison["subjects"] == {} and comparison["tasks"]["texts"]["differences"] == {}
+    files, expected = {}, {}
+    for label, factor in (("a", 1.0), ("b", 1.1)):
+        nats = {leaf: -factor * sizes * rng.normal(1.3, 0.01, len(sizes)) for leaf, sizes in parts.items()}
+        expected[label] = {leaf: -nats[leaf].sum() / sizes.sum() / math.log(2) for leaf, sizes in parts.items()}
+        pairs = {x: list(zip(nats[x].tolist(), sizes.tolist(), strict=True)) for x, sizes in parts.items()}
+        files[label] = [result(tmp_path / f"{label}.json", pairs, task="texts", metric="bits_per_byte", chance=None)]
+    comparison = compare_models(files, tmp_path / "out")
+    rows = comparison["subjects"]["texts"]
+    found = {leaf: {label: s["value"] for label, s in row["scores"].items()} for leaf, row in rows.items()}
+    assert found == {leaf: {x: pytest.approx(expected[x][leaf]) for x in "ab"} for leaf in parts}
+    assert {row["differences"]["a"]["verdict"] for row in rows.values()} == {"better"}
+    assert comparison["tasks"]["texts"]["differences"]["a"]["verdict"] == "better"
 
 
 @pytest.mark.parametrize("items", [1, 2, 4])
@@ -558,15 +500,13 @@ def test_groups_of_few_items_each_are_told_apart_as_often_as_chance_says(items, 
     """57 subjects of models of equal quality: a difference in 5 of 100 comparisons, and a true one is found."""
     monkeypatch.setattr("nanophi.eval.statistics.RESAMPLES", 500)
     rng = np.random.default_rng(12)
-    keys = [[(i, f"{subject}.{i}") for i in range(items)] for subject in range(57)]
 
     def p_value(effect):
         skill = 0.1 + 0.5 * rng.random((57, items))
         scores = []
         for more in (effect, 0.0):
             right = (rng.random(skill.shape) < skill + more).astype(float)
-            leaves = {str(subject): dict(zip(keys[subject], row, strict=True)) for subject, row in enumerate(right)}
-            scores.append(Measured(None, leaves))
+            scores.append(Measured(None, {str(subject): row for subject, row in enumerate(right)}))
         entry, _ = _paired(scores[0], scores[1], rng)
         low, high = entry["interval"]
         quantile = scipy.stats.t.isf(0.025, entry["freedom"])
@@ -614,26 +554,9 @@ def test_the_average_is_tested_with_the_variances_of_its_tasks(items, tmp_path):
     assert p_value <= difference["p_value"] < p_value + 0.2  # the bootstrap of few items has ties at zero
 
 
-def test_the_averages_standard_error_is_unknown_if_one_tasks_is(tmp_path):
-    def average(unknown):
-        files = [
-            result(tmp_path / f"{task}.json", [1.0, 0.0] * 5, task=task, shots=shots, model="m",
-                   stderr="N/A" if task == unknown else 0.01)
-            for task, shots in LEADERBOARD.items()
-        ]  # fmt: skip
-        return compare_models({"m": files}, tmp_path / "out")["tasks"]["average"]["scores"]["m"]
-
-    assert average(None) == {"value": 0.5, "stderr": pytest.approx(0.01 / math.sqrt(6)), "items": 60}
-    assert average("mmlu") == {"value": 0.5, "stderr": None, "items": 60}
-    assert "| average | 50.00 |" in unpadded(tmp_path / "out/comparison.md")
-
-
 def test_names_are_not_markup(tmp_path):
-    files = {
-        name: [result(tmp_path / f"{number}.json", [1.0, 0.0])]
-        for number, name in enumerate(("<script>x</script>|y", "a`*b*"))
-    }
-    compare_models(files, tmp_path)
+    names = ("<script>x</script>|y", "a`*b*")
+    compare_models({x: [result(tmp_path / f"{n}.json", [1.0, 0.0])] for n, x in enumerate(names)}, tmp_path)
     markdown = (tmp_path / "comparison.md").read_text()
     assert "<script>" not in markdown.replace("\\<", "") and "\\|y" in markdown
 
@@ -643,8 +566,7 @@ def test_a_comparison_of_other_models_is_replaced_with_a_word(tmp_path):
     lines: list[str] = []
     for labels, baseline in (("ab", None), ("ab", None), ("ac", None), ("ac", "a")):
         compare_models({x: files[x] for x in labels}, tmp_path / "out", baseline=baseline, report=lines.append)
-    assert [line.split("comparison of ")[1].split(",")[0] for line in lines] == ["a", "a"]
-    assert lines[0].endswith("out held a comparison of a, b, which this one replaces; keep both with --output")
+    assert [line.split("comparison of ")[1][:4] for line in lines] == ["a, b", "a, c"]
 
 
 def test_the_command_takes_a_label_or_a_path_as_baseline(tmp_path, monkeypatch, capsys):

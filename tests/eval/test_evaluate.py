@@ -75,7 +75,6 @@ def test_result_is_lm_evals_and_ours(result, model, heldout):
     for key in ("results", "versions", "n-shot", "n-samples", "configs", "config", "samples", "lm_eval_version"):
         assert key in result
     assert [score.task for score in leading_scores(result)] == list(result["results"])
-    assert "headline" not in result["nanophi"] and "average" not in result["nanophi"]
     assert result["nanophi"]["model"]["parameters"] == result["config"]["model_num_parameters"] > 0
     sample = result["samples"]["heldout_continuation"][0]
     assert len(sample["filtered_resps"]) == 4
@@ -88,44 +87,34 @@ def test_bits_per_byte_is_the_models_loss_in_other_units(result, model, heldout)
     network = transformers.AutoModelForCausalLM.from_pretrained(model).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     loaded = load_suite(find_suite("heldout_bits_per_byte"), heldout=heldout)
-    nats = total = 0.0
-    by_source: dict[str, list[float]] = {}
+    sums = {"all": np.zeros(2)}  # nats, bytes
     for doc in loaded.tasks["heldout_bits_per_byte"].eval_docs:
-        tokens = tokenizer.encode(doc["text"])
-        document = 0.0
-        for start in range(0, len(tokens), 256):
-            window = tokens[max(start - 1, 0) : start + 256] if start else [0, *tokens[:256]]
+        tokens, nats = [0, *tokenizer.encode(doc["text"])], 0.0
+        for start in range(0, len(tokens) - 1, 256):
             # A last window shorter than the context is filled up with what comes before it.
-            scored = min(256, len(tokens) - start)
-            whole = ([0, *tokens])[max(0, start + scored - 256) : start + scored + 1]
-            ids = torch.tensor([whole if start else window])
+            scored = min(256, len(tokens) - 1 - start)
+            ids = torch.tensor([tokens[max(0, start + scored - 256) : start + scored + 1]])
             with torch.no_grad():
                 scores = torch.log_softmax(network(ids[:, :-1]).logits[0], -1)
-            targets = ids[0, 1:]
-            document += float(scores[torch.arange(len(targets)), targets][-scored:].sum())
-        nats, total = nats + document, total + len(doc["text"].encode())
-        sums = by_source.setdefault(doc["source"], [0.0, 0.0])
-        sums[0], sums[1] = sums[0] + document, sums[1] + len(doc["text"].encode())
+            nats += float(scores.gather(1, ids[0, 1:, None])[-scored:].sum())
+        for part in ("all", doc["source"]):
+            sums[part] = sums.get(part, 0) + np.array([nats, len(doc["text"].encode())])
     held = result["nanophi"]["heldout"]
-    assert held["bits_per_byte"] == pytest.approx(-nats / total / math.log(2), rel=1e-4)
-    assert held["bytes"] == total
-    for source, (document, size) in by_source.items():
-        assert held["by_source"][source]["bits_per_byte"] == pytest.approx(-document / size / math.log(2), rel=1e-4)
+    for part, (nats, size) in sums.items():
+        found = held if part == "all" else held["by_source"][part]
+        assert found["bits_per_byte"] == pytest.approx(-nats / size / math.log(2), rel=1e-4)
+        assert found["bytes"] == size
     score = leading_scores(result)[0]
     assert score.value == pytest.approx(held["bits_per_byte"]) and 0 < score.stderr < 0.5
     assert 1 < held["bz2"]["bits_per_byte"] < 8
 
 
-def test_metric_and_its_standard_error():
+def test_the_metrics_standard_error_by_the_delta_method():
     rng = np.random.default_rng(0)
     sizes = rng.integers(100, 1000, 200)
     nats = -sizes * rng.normal(1.2, 0.1, 200)
     found = BitsPerByte(keep_in_memory=True).compute(predictions=nats.tolist(), references=sizes.tolist())
-    assert found["bits_per_byte"] == pytest.approx(-nats.sum() / sizes.sum() / math.log(2))
-    assert found["bytes"] == sizes.sum()
-    # The ratio estimator's standard error by the delta method.
-    ratio = nats.sum() / sizes.sum()
-    expected = np.sqrt(((nats - ratio * sizes) ** 2).sum()) / sizes.sum() / math.log(2)
+    expected = np.sqrt(((nats - nats.sum() / sizes.sum() * sizes) ** 2).sum()) / sizes.sum() / math.log(2)
     assert found["bits_per_byte_stderr"] == pytest.approx(expected, rel=0.1)
 
 
@@ -137,9 +126,8 @@ def answers_of_arc(sample):
 
 
 def answers_of_winogrande(sample):
-    return sample["doc"]["sentence"].split("_")[1].strip(), sample["filtered_resps"][int(sample["doc"]["answer"]) - 1][
-        0
-    ]
+    after = sample["doc"]["sentence"].split("_")[1].strip()
+    return after, sample["filtered_resps"][int(sample["doc"]["answer"]) - 1][0]
 
 
 @pytest.mark.parametrize(
@@ -223,17 +211,16 @@ def test_the_leaderboards_average_of_tasks_with_and_without_a_standard_error(unk
     assert average_score([score("arc_challenge", 5), *six[1:]]) is None, "not at the board's shots"
 
 
-def test_files_of_format_2_give_the_figures_of_their_headline(tmp_path):
+def test_files_of_format_2_give_the_figures_of_their_headline():
     """A file that an earlier version wrote: what it has twice is read once."""
-    path = Path(__file__).with_name("format_2.json")
-    old = read_result(path)
+    old = read_result(Path(__file__).with_name("format_2.json"))
     answers = {score.task: {"value": score.value, "stderr": score.stderr} for score in answer_scores(old)}
     names = {"num_fewshot": "shots", "tasks": "leaves"}
     for score, line in zip(leading_scores(old), old["nanophi"]["headline"], strict=True):
         assert line.pop("answer_bits_per_byte") == answers.get(score.task)
         assert {key: getattr(score, names.get(key, key)) for key in line} == line | {"tasks": tuple(line["tasks"])}
     average = average_score(leading_scores(old))
-    assert (average.value, average.stderr) == tuple(old["nanophi"]["average"][key] for key in ("value", "stderr"))
+    assert {"value": average.value, "stderr": average.stderr}.items() <= old["nanophi"]["average"].items()
     subjects = [score for score in every_score(old) if score.task.startswith("mmlu_")]
     assert len(subjects) == 2 * 3 and all(score.leaves == (score.task,) for score in subjects)
 
@@ -258,8 +245,6 @@ def test_number_of_shots(tmp_path):
     assert entries("winogrande:0,arc_easy", 2) == [("winogrande", 0), ("arc_easy", 2)]
     assert find_suite("winogrande:5, arc-easy").name == "winogrande:5,arc_easy"
     assert entries("heldout,arc_easy")[-2:] == [("heldout_order", 0), ("arc_easy", None)]
-    shots = {entry.task: entry.shots for entry in SUITES["open-llm-v1"].entries}
-    assert (shots["arc_challenge"], shots["hellaswag"], shots["truthfulqa_mc2"], shots["winogrande"]) == (25, 10, 0, 5)
     for name, count, problem in (
         ("quick", 5, "suite 'quick' fixes its number of shots"),
         ("winogrande:many", None, "'winogrande:many' does not name a number of shots"),
@@ -295,31 +280,26 @@ def test_signal_tasks_from_a_folder(model, write_dataset, tmp_path):
         return " ".join(random.Random(count).choices(["the", "of", "to", "and", "one", "two", "red"], k=3 + count % 3))
 
     tables = {
-        "allenai/sciq": {"support": 1, "question": 2, "correct_answer": 3, "distractor1": 4, "distractor2": 5}
-        | {"distractor3": 6},
         "baber/piqa": {"goal": 1, "sol1": 2, "sol2": 3, "label": None},
         "EleutherAI/lambada_openai": {"text": 1},
         "nyu-mll/blimp": {"sentence_good": 1, "sentence_bad": 2},
     }
     for dataset, columns in tables.items():
         rows = [{k: i % 2 if n is None else words(7 * i + n) for k, n in columns.items()} for i in range(6)]
-        table = pyarrow.Table.from_pylist(rows)
+        splits = dict.fromkeys(("train", "validation", "test"), pyarrow.Table.from_pylist(rows))
         config = "causative" if dataset.endswith("blimp") else "default"
-        write_dataset(tmp_path / "data" / dataset, config, dict.fromkeys(("train", "validation", "test"), table))
-    tasks = "sciq,piqa,lambada_openai,blimp_causative"
+        write_dataset(tmp_path / "data" / dataset, config, splits)
     assert {"sciq", "piqa", "lambada_openai", "blimp"} <= {entry.task for entry in find_suite("signal").entries}
+    tasks = "piqa,lambada_openai,blimp_causative"
     result = measure(model, tasks, tmp_path / "m.json", data=tmp_path / "data")
-    scores = leading_scores(result)
-    assert [(score.metric, score.chance) for score in scores] == [("acc", x) for x in (0.25, 0.5, None, 0.5)]
+    assert [(score.metric, score.chance) for score in leading_scores(result)] == [("acc", x) for x in (0.5, None, 0.5)]
     answers = {score.task: score.value for score in answer_scores(result)}
-    for task in answers:
-        values = [sample["answer_bits_per_byte"] for sample in result["samples"][task]]
-        assert answers[task] == pytest.approx(np.mean(values)) and len(values) == 6
+    assert list(answers) == tasks.split(",")
     # lambada's answer is the last word, without the space before it.
     texts = [words(7 * i + 1) for i in range(6)]
     scores = [sample["filtered_resps"][0][0] for sample in result["samples"]["lambada_openai"]]
     expected = [-score / math.log(2) / len(text.split()[-1]) for score, text in zip(scores, texts, strict=True)]
-    assert answers["lambada_openai"] == pytest.approx(np.mean(expected)) and len(answers) == 4
+    assert answers["lambada_openai"] == pytest.approx(np.mean(expected))
 
 
 @pytest.mark.parametrize(
@@ -351,18 +331,14 @@ def test_held_out_answers_against_the_context_before_training(model, make_model,
         assert said.endswith("choose other evaluation.suites, or a larger model.max_position_embeddings")
         longest[task] = int(re.findall("[0-9]+", said)[0])
         check_heldout([task], heldout, model, longest[task])
-        with pytest.raises(
-            UserError, match=f"has {longest[task]} tokens, too many for a context of {longest[task] - 1} tokens;"
-        ):
+        with pytest.raises(UserError, match=f"has {longest[task]} tokens, too many for a context of "):
             check_heldout(["arc_easy", task], heldout, model, longest[task] - 1)
     check_heldout(["heldout"], heldout, model, max(longest.values()))
     task, tokens = max(longest.items(), key=lambda item: item[1])
     options = {"heldout": heldout}
     fits, narrow = (make_model(12, max_position_embeddings=tokens - less) for less in (0, 1))
     measure(fits, task, tmp_path / "fits.json", **options)
-    with pytest.raises(
-        UserError, match=f"an answer has {tokens} tokens, too many for a context of {tokens - 1} tokens"
-    ):
+    with pytest.raises(UserError, match=f"an answer has {tokens} tokens, too many for a context of {tokens - 1} "):
         measure(narrow, task, tmp_path / "narrow.json", **options)
 
 
@@ -370,20 +346,12 @@ def test_held_out_tasks_that_cannot_be_made_are_found_before_training(model, tmp
     folder = folder_of_documents(tmp_path)
     check_heldout(["heldout_bits_per_byte,heldout_order"], folder, model, 256)
     check_heldout(["quick"], tmp_path / "nowhere", tmp_path / "nowhere", 1)  # it needs no held-out documents
-    remedy = "; name other suites or tasks, or hold out more text"
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError, match=r"evaluation\.suites: heldout_continuation: too few documents of 600"):
         check_heldout(["quick", "heldout"], folder, model, 256)
-    problem = "heldout_continuation: too few documents of 600 characters or more in any one source"
-    assert str(refused.value) == f"evaluation.suites: {problem}{remedy}"
     rows = [{"id": "1", "source": "s", "text": "One sentence, and no end of it " * 30}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "heldout-00000.parquet")
-    with pytest.raises(UserError) as refused:
-        check_heldout(["heldout_order"], folder, model, 256)
-    few = f"heldout_order: too few documents with five sentences{remedy}"
-    assert str(refused.value) == f"evaluation.suites: {few}"
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError, match=r"^heldout_order: too few documents with five sentences; name other suites"):
         load_suite(find_suite("heldout_order"), heldout=folder)
-    assert str(refused.value) == few
 
 
 def test_leaderboard_tasks_on_real_items(make_model, tmp_path):
@@ -400,18 +368,14 @@ def test_leaderboard_tasks_on_real_items(make_model, tmp_path):
     ours = ScorerLM(network, tokenizer, progress=False)
     loaded = load_suite(Suite("all", tuple(entries)), data=data)
     shots = {name: task.config.num_fewshot for name, task in loaded.tasks.items()}
-    assert (
-        shots["arc_challenge"] == 25 and shots["hellaswag"] == 10 and shots["truthfulqa_mc2"] == shots["arc_easy"] == 0
-    )
-    assert shots["winogrande"] == shots["gsm8k"] == shots["mmlu_anatomy"] == 5
+    assert shots == {entry.task: entry.shots for entry in entries}
     for name, task in loaded.tasks.items():
         indices = sample_of_items(task, 1 if name == "gsm8k" else 3)
         found, expected = (measuring.run_task(lm, name, task, indices) for lm in (ours, Stock(stock)))
         assert found["task_hashes"] == expected["task_hashes"]
         for a, b in zip(found["samples"][name], expected["samples"][name], strict=True):
-            assert [a[metric] for metric in a["metrics"]] == pytest.approx(
-                [b[metric] for metric in b["metrics"]], abs=1e-3
-            )
+            values = [[sample[metric] for metric in sample["metrics"]] for sample in (a, b)]
+            assert values[0] == pytest.approx(values[1], abs=1e-3)
     assert ours.overflowing > 20
 
 
@@ -439,26 +403,19 @@ def test_killed_evaluation_goes_on(model, heldout, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         measure(model, "heldout", output, heldout=heldout, limit=8)
     assert not output.exists()
+    parts = shutil.copytree(output.with_name(f".{output.name}.partial"), tmp_path / ".other.json.partial")
     monkeypatch.setattr(measuring, "run_task", lambda lm, name, *rest: ran.append(name) or original(lm, name, *rest))
     lines: list[str] = []
     found = measure(model, "heldout", output, heldout=heldout, limit=8, report=lines.append)
     assert ran == ["heldout_bits_per_byte", "heldout_continuation", "heldout_order"]
     assert "1 of 3 tasks were finished before" in lines
+    assert parts.exists() and measure(model, "heldout", tmp_path / "other.json", heldout=heldout, limit=6)
+    assert len(ran) == 6, "the parts of another limit are not used"
     monkeypatch.undo()
     again = measure(model, "heldout", tmp_path / "again.json", heldout=heldout, limit=8)
     assert again["results"] == found["results"] and again["samples"] == found["samples"]
     assert measure(model, "heldout", output, heldout=heldout, limit=8, report=lines.append) == found
     assert lines[-1] == f"{output.name} is up to date"
-
-
-def test_other_limit_does_not_reuse_parts(model, heldout, tmp_path, monkeypatch):
-    output = tmp_path / "m.json"
-    monkeypatch.setattr(measuring, "_merge", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        measure(model, "heldout_order", output, heldout=heldout, limit=4)
-    monkeypatch.undo()
-    found = measure(model, "heldout_order", output, heldout=heldout, limit=6)
-    assert len(found["samples"]["heldout_order"]) == 6
 
 
 def test_limit_is_a_fixed_sample_spread_over_the_task(model, benchmarks, heldout):
@@ -484,13 +441,8 @@ def test_heldout_items_are_sound(heldout):
 
 def test_untrained_model_is_at_chance(make_model, heldout, benchmarks, tmp_path):
     model = make_model(5)
-    found = measure(
-        model,
-        "arc_easy,heldout_order,heldout_continuation",
-        tmp_path / "m.json",
-        heldout=heldout,
-        data=benchmarks,
-    )
+    tasks = "arc_easy,heldout_order,heldout_continuation"
+    found = measure(model, tasks, tmp_path / "m.json", heldout=heldout, data=benchmarks)
     for score in leading_scores(found):
         assert abs(score.value - score.chance) < 3 * score.stderr, score
 
@@ -525,8 +477,8 @@ def test_the_meter_moves(make_model, benchmarks, tmp_path):
 
 def checkpoint_of(folder, model, step):
     shutil.copytree(model, folder / f"checkpoints/step-{step:06d}")
-    written = json.dumps({"step": step, "tokens_seen": 1000 * step})
-    (folder / f"checkpoints/step-{step:06d}/checkpoint.json").write_text(written)
+    state = folder / f"checkpoints/step-{step:06d}/checkpoint.json"
+    state.write_text(json.dumps({"step": step, "tokens_seen": 1000 * step}))
 
 
 def test_curve_over_checkpoints_with_a_line_for_each_run(make_model, heldout, tmp_path):
@@ -551,35 +503,27 @@ def test_every_measurement_has_a_file_of_its_own(make_model, heldout, benchmarks
     for number in (1, 2):
         shutil.copytree(make_model(number), tmp_path / f"m{number}/release")
     lines: list[str] = []
-    options = {"heldout": heldout, "data": benchmarks, "report": lines.append}
-    models = [tmp_path / "m1/release", tmp_path / "m2/release"]
-    folder = tmp_path / "evals"
-    measure_all(models, "heldout_order", folder, limit=4, **options)
-    measure_all(models[:1], "heldout_order", folder, limit=5, **options)
-    measure_all(models[:1], "heldout_order", folder, limit=4, dtype="bfloat16", **options)
-    measure_all(models[:1], "arc_easy", folder, limit=4, **options)
-    measure_all(models[:1], "arc_easy:2", folder, limit=4, **options)
-    files = sorted(path.name for path in folder.glob("*.json"))
-    assert len(files) == 6
-    assert sorted(re.sub("-[0-9a-f]{8}.json", "", name) for name in files) == [
-        "m1-release-arc_easy",
-        "m1-release-arc_easy-2",
-        *["m1-release-heldout_order"] * 3,
-        "m2-release-heldout_order",
-    ]
+    models, folder = [tmp_path / "m1/release", tmp_path / "m2/release"], tmp_path / "evals"
+
+    def measure_again(suite, output=folder, limit=4, models=models[:1], **options):
+        options |= {"heldout": heldout, "data": benchmarks, "report": lines.append}
+        for model in models:
+            measure(model, suite, output, limit=limit, **options)
+
+    measure_again("heldout_order", models=models)
+    measure_again("heldout_order", limit=5)
+    measure_again("heldout_order", dtype="bfloat16")
+    measure_again("arc_easy")
+    measure_again("arc_easy:2")
+    names = [re.sub("-[0-9a-f]{8}.json", "", path.name) for path in folder.glob("*.json")]
+    expected = ["arc_easy", "arc_easy-2", *["heldout_order"] * 3]
+    assert sorted(names) == [*(f"m1-release-{suite}" for suite in expected), "m2-release-heldout_order"]
     assert str(tmp_path) not in "".join(path.read_text() for path in folder.glob("*.json"))
-    again = len(lines)
-    measure_all(models[:1], "heldout_order", folder, limit=4, **options)
-    assert "is up to date" in "".join(lines[again:]) and len(list(folder.glob("*.json"))) == 6
-
-
-def test_a_named_file_that_holds_another_measurement_is_replaced_with_a_word(make_model, heldout, tmp_path):
-    output, lines = tmp_path / "result.json", []
+    measure_again("heldout_order")
+    assert "is up to date" in lines[-1] and len(list(folder.glob("*.json"))) == 6
     for limit in (4, 5):
-        measure(make_model(1), "heldout_order", output, heldout=heldout, limit=limit, report=lines.append)
-    assert [line for line in lines if "another measurement" in line] == [
-        "result.json holds another measurement, which this one will replace"
-    ]
+        measure_again("heldout_order", tmp_path / "result.json", limit)
+    assert "result.json holds another measurement, which this one will replace" in lines
 
 
 def test_a_named_file_is_of_one_model_and_of_this_command(make_model, heldout, tmp_path, monkeypatch, capsys):
@@ -588,10 +532,8 @@ def test_a_named_file_is_of_one_model_and_of_this_command(make_model, heldout, t
     models = [str(make_model(seed)) for seed in (21, 22)]
 
     def run(*arguments):
-        monkeypatch.setattr(
-            "sys.argv",
-            ["nanophi", "eval", *arguments, "--suite", "heldout_order", "--heldout", str(heldout), "--limit", "4"],
-        )
+        options = ["--suite", "heldout_order", "--heldout", str(heldout), "--limit", "4"]
+        monkeypatch.setattr("sys.argv", ["nanophi", "eval", *arguments, *options])
         with pytest.raises(SystemExit) as stopped:
             main()
         return str(stopped.value.code or "")
@@ -631,15 +573,11 @@ def test_scores_against_chance(value, stderr, items, expected, result):
 @pytest.mark.parametrize(
     ("suite", "problem"),
     [
-        ("of_mine.yaml", r"'of_mine.yaml' is a file; tasks are named, not read from YAML files"),
-        ("heldout,tasks/of_mine.yml", r"'tasks/of_mine.yml' is a file; tasks are named"),
-        ("heldoot", r"unknown suite or task 'heldoot'; did you mean 'heldout'"),
-        ("arc-easyy", r"unknown suite or task 'arc_easyy'; did you mean .*'arc_easy'"),
-        (
-            "hellaswag",
-            r"task 'hellaswag' needs the dataset Rowan/hellaswag, which is not in .*looked for .*Rowan/hellaswag",
-        ),
-        ("heldout", r"needs held-out documents"),
+        ("of_mine.yaml", "unknown suite or task 'of_mine.yaml'"),  # which may run code of its own
+        ("heldoot", "unknown suite or task 'heldoot'; did you mean 'heldout'"),
+        ("arc-easyy", "unknown suite or task 'arc_easyy'; did you mean .*'arc_easy'"),
+        ("hellaswag", "task 'hellaswag' needs the dataset Rowan/hellaswag, which is not in .*looked for .*hellaswag"),
+        ("heldout", "needs held-out documents"),
     ],
 )
 def test_bad_suites(suite, problem, model, benchmarks, tmp_path):

@@ -23,15 +23,7 @@ CONFIGS = {
     "gpt2": transformers.GPT2Config(
         vocab_size=512, n_positions=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0
     ),
-    "opt": transformers.OPTConfig(
-        **SIZES,
-        hidden_size=32,
-        ffn_dim=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        word_embed_proj_dim=32,
-        pad_token_id=1,
-    ),
+    "opt": transformers.OPTConfig(**SHAPE, ffn_dim=48, word_embed_proj_dim=32, pad_token_id=1),
     "gemma2": transformers.Gemma2Config(
         **SHAPE, num_key_value_heads=2, head_dim=8, sliding_window=4096, final_logit_softcapping=2.0
     ),
@@ -83,12 +75,18 @@ def requests() -> list[Instance]:
     return [Instance("loglikelihood", {}, pair, 0) for pair in pairs]
 
 
+def shrink(monkeypatch, rows, pack, gain):
+    """Several rows and kept prefixes, also at this size."""
+    for module, name, value in (
+        (scorer, "ROW_TOKENS", rows), (prefix_tree, "ROW_TOKENS", rows), (prefix_tree, "PACK_TOKENS", pack),
+        (scorer, "MIN_GAIN", gain),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, value)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_log_likelihoods_are_those_of_hflm(name, tokenizer, monkeypatch):
-    monkeypatch.setattr(scorer, "ROW_TOKENS", 48)  # several rows and kept prefixes, also at this size
-    monkeypatch.setattr(prefix_tree, "ROW_TOKENS", 48)
-    monkeypatch.setattr(prefix_tree, "PACK_TOKENS", 32)
-    monkeypatch.setattr(scorer, "MIN_GAIN", 24)
+    shrink(monkeypatch, rows=48, pack=32, gain=24)
     monkeypatch.setattr(scorer, "MIN_STEM", 40)
     model = network(name)
     max_length = 64 if name in ("bloom", "mamba") else None
@@ -129,10 +127,7 @@ def test_one_sequence_per_document_and_logits_only_where_scored(tokenizer, monke
 
 
 def test_a_subjects_examples_run_once(tokenizer, monkeypatch):
-    monkeypatch.setattr(scorer, "ROW_TOKENS", 64)
-    monkeypatch.setattr(prefix_tree, "ROW_TOKENS", 64)
-    monkeypatch.setattr(prefix_tree, "PACK_TOKENS", 64)
-    monkeypatch.setattr(scorer, "MIN_GAIN", 32)
+    shrink(monkeypatch, rows=64, pack=64, gain=32)
     model = network("llama")
     ours = ScorerLM(model, tokenizer, progress=False)
     rng = random.Random(0)

@@ -14,21 +14,9 @@ from huggingface_hub.hf_api import RepoFile
 
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json
-from nanophi.eval.submission import Submission, submit
+from nanophi.eval.submission import CHECKS, FIRST, SECOND, Submission, submit
 
-NAMES = [
-    "model type",
-    "revision",
-    "configuration without remote code",
-    "tokenizer",
-    "model information",
-    "license",
-    "card",
-    "safetensors",
-    "same model on the Hub",
-    "first of its kind",
-    "chat template in tokenizer_config.json",
-]
+NAMES = [name for name, *_ in CHECKS]
 CARD = "---\nlicense: apache-2.0\nlanguage: en\n---\n# nano\n\n" + "It was trained from scratch. " * 10
 
 
@@ -93,13 +81,7 @@ def test_sound_release_passes_in_order_and_both_requests_are_written(release, hu
         "v2/ORG/nano_eval_request_False_bfloat16_Original.json",
     ]
     first, second = map(read_json, files)
-    assert " ".join(first) == (
-        "model base_model revision private precision weight_type status submitted_time model_type likes params license"
-    )
-    assert " ".join(second) == (
-        "model base_model revision precision params architectures weight_type status submitted_time model_type "
-        "job_id job_start_time use_chat_template sender"
-    )
+    assert (" ".join(first), " ".join(second)) == (FIRST, SECOND)
     assert (first["revision"], second["revision"]) == ("main", "c0ffee")
     assert (first["likes"], first["license"], first["status"]) == (3, "apache-2.0", "PENDING")
     assert (second["architectures"], second["job_id"], second["sender"]) == ("PhiForCausalLM", -1, "me")
@@ -155,24 +137,20 @@ def test_what_the_hub_does_not_know(release, hub):
         check(release, repo_id="nano")
 
 
-@pytest.mark.parametrize("change", ["weights", "another file", "configuration", "nothing but the card"])
-def test_a_folder_against_another_models_repository(change, release, hub, make_model, tmp_path):
-    """What a board would read from the Hub is not what was checked here."""
+@pytest.mark.parametrize("change", ["weights", "another file", "configuration"])
+def test_a_folder_against_another_models_repository(change, release, hub, make_model):
+    """What a board would read from the Hub is not what was checked here; the card may differ."""
+    (release / "README.md").write_text(CARD + "A later word.")
+    assert failed(check(release, repo_id="ORG/nano")) == []
     if change == "weights":
         shutil.copy(make_model(1) / "model.safetensors", release)
     elif change == "another file":
         (release / "model.safetensors").rename(release / "model-00001-of-00001.safetensors")
-    elif change == "configuration":
-        edit(release / "config.json", rope_theta=123.0)
     else:
-        (release / "README.md").write_text(CARD + "A later word.")
-        assert failed(check(release, repo_id="ORG/nano")) == []
-        return
+        edit(release / "config.json", rope_theta=123.0)
     checks = check(release, repo_id="ORG/nano")
     assert failed(checks) == ["same model on the Hub"]
     assert "differ from ORG/nano" in next(entry.found for entry in checks if not entry.passed)
-    with pytest.raises(UserError, match="1 of 11 checks failed"):
-        submit(str(release), output=tmp_path / "requests", repo_id="ORG/nano")
 
 
 def requests_of(folder, output, **options):
