@@ -163,7 +163,7 @@ def _read_part(
                 found = contamination.find(_benchmark_index(benchmarks), words)
                 hits.extend([documents + row, items] for row, items in enumerate(found) if items)
             documents += len(batch)
-    return {"origin": number_of_source, "documents": documents, **tally.summary(), "contaminated": hits}
+    return {"origin": number_of_source, "documents": documents, **vars(tally), "contaminated": hits}
 
 
 def _batches(documents: Iterable[sources.Document]) -> Iterator[list[sources.Document]]:

@@ -122,7 +122,7 @@ def _encode_shard(
             for ids_of_text in encoder.encode(texts):
                 tokens = np.append(ids_of_text, np.uint32(eos))
                 if int((tokens == eos).sum()) != 1:
-                    raise UserError(f"{tokenizer}: some text became the end-of-text token; mark that as special there")
+                    raise UserError(f"{tokenizer}: some text became the end-of-text token; use another tokenizer")
                 output.write(tokens.tobytes())
                 columns["tokens"].append(len(tokens))
             columns["bytes"].extend(len(text.encode()) for text in texts)

