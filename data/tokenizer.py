@@ -180,8 +180,7 @@ class Encoder:
         self.eos_token = str(eos["content"] if isinstance(eos, dict) else eos)
         self.eos_token_id = vocabulary[self.eos_token]
         added = [token for token in content["added_tokens"] if not token["special"]]
-        longest_first = sorted((re.escape(token["content"]) for token in added), key=len, reverse=True)
-        self._added = re.compile(f"({'|'.join(longest_first)})") if added else None
+        self._added = _any_of([token["content"] for token in added])
         gpt_2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
         self._by_words = (
             content["model"]["type"] == "BPE"
@@ -219,6 +218,14 @@ _WORD = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{
 # The same for ASCII text, in the standard library's engine, which is twice as fast.
 _ASCII_WORD = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", re.ASCII)
 _CACHED_WORDS = 1_000_000
+
+
+def _any_of(tokens: list[str]) -> re.Pattern[str] | None:
+    """A pattern that splits text at any of the tokens, longest first, and keeps them; None without tokens."""
+    characters = "".join(sorted({re.escape(character) for token in tokens for character in token}))
+    longest_first = "|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))
+    # A cheap test first: most positions of a text begin no token.
+    return re.compile(f"((?=[{characters}]{{{min(map(len, tokens))}}})(?:{longest_first}))") if tokens else None
 
 
 def _train(documents: Path, vocab_size: int, seed: int, output: Path) -> None:
