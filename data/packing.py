@@ -40,16 +40,11 @@ LONGEST_TOKEN = 8
 def pack(
     documents: Path, kept: Path, tokenizer: Path, context_length: int, data: Data, seed: int, output: Path
 ) -> dict[str, Any]:
-    """Tokenize and pack.
+    """Tokenize the training documents in `kept` (the folder of `scoring.select`) and all held-out ones, and pack them.
 
-    Of the training documents those in `kept`, the folder of `scoring.select`, are packed; held-out documents are all
-    packed, so that a filtered run and its control are measured on the same text. It resumes after a kill.
-
-    Args:
-        data: the recipe's section, for the sources' weights, the number of workers, and `max_tokens`: the training
-            split then has that many tokens, in whole rows, if there are so many.
-        seed: of the order of the training documents, of which of them make up `max_tokens`, and of which are repeated
-            under a fractional weight.
+    So a filtered run and its control are measured on the same text. It resumes after a kill. With `data.max_tokens` the
+    training split has that many tokens, in whole rows, if there are so many. The seed decides the order of the training
+    documents, which make up `max_tokens`, and which are repeated under a fractional weight.
 
     Returns:
         by split `{documents, bytes, tokens, rows, tail_tokens, tokens_by_source, bytes_per_token, sha256}`. `tokens`
@@ -59,14 +54,13 @@ def pack(
     Raises:
         UserError: if a split does not fill one row.
     """
-    done = output / "tokens.json"
+    done, work = output / "tokens.json", output / ".parts"
     if done.exists():
         return read_json(done)
     output.mkdir(parents=True, exist_ok=True)
     # The same folders may hold something else than when this process packed before.
     _encoder.cache_clear()
     _kept_ids.cache_clear()
-    work = output / ".parts"
     read = read_json(documents / "documents.json")["sources"]
     # `gather` checked the weights of its day, which may have been changed since.
     origins = {name: source.get("origins", [source["origin"]]) for name, source in read.items()}
@@ -78,10 +72,8 @@ def pack(
         if limit is not None:
             share = min(share, LONGEST_TOKEN * limit / read_json(kept / "quality.json")["kept_bytes"])
         while True:
-            parts = [
-                (path, kept / "kept.parquet" if train else None, share, seed, tokenizer)
-                for path in shards(documents, split)
-            ]
+            ids = kept / "kept.parquet" if train else None
+            parts = [(path, ids, share, seed, tokenizer) for path in shards(documents, split)]
             folder = work / f"{split}-{'documents' if share == 1 else 'sample'}"
             counts = run_parts(_encode_shard, parts, folder, f"tokenizing {split}", data.workers, data.engine)
             stream = _Stream(folder, counts, weights if train else {}, seed, limit)
@@ -163,9 +155,7 @@ class _Stream:
     def blocks(self) -> Iterator[np.ndarray]:
         """The token stream, int32, in blocks of about `_WRITE_TOKENS`."""
         # An empty file cannot be mapped, and no document lies in it.
-        tokens = [
-            np.memmap(file, np.uint32, "r") if file.stat().st_size else np.zeros(0, np.uint32) for file in self._files
-        ]
+        tokens = [np.memmap(file, np.uint32, "r") if file.stat().st_size else np.zeros(0, int) for file in self._files]
         pending: list[np.ndarray] = []
         size = 0
         for part, start, length in zip(self._parts, self._starts, self.documents["tokens"].to_numpy(), strict=True):
@@ -204,7 +194,6 @@ def _write(
     if rows * context_length + len(rest) != total:
         raise UserError(f"{split}: {total} tokens went in, {rows * context_length + len(rest)} came out")
     _save_dataset(flat, digest.hexdigest()[:16], work / f"{split}-saved", output)
-    # What filled no row: with the rows, it is what `sha256` is of, so that a training can check what it reads.
     output.with_name(f"{split}-rest.bin").write_bytes(rest.astype("<i4").tobytes())
     documents = stream.documents
     if split == "heldout":
@@ -226,10 +215,7 @@ def _write(
 
 
 def _save_dataset(flat: Path, fingerprint: str, saved: Path, output: Path) -> None:
-    """Make a `datasets` folder of an Arrow stream, which is removed.
-
-    By default the fingerprint follows from the file's time; this one makes equal tokens equal folders.
-    """
+    """Make a `datasets` folder of an Arrow stream, which is removed; equal fingerprints make equal folders."""
     import datasets
 
     shutil.rmtree(saved, ignore_errors=True)

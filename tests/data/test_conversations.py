@@ -67,7 +67,7 @@ def recipe_on_base(runs, name, **fields):
         ({"messages": [{"role": "tool", "content": "x"}]}, "sft", "bad.jsonl:3: unknown role 'tool'; roles are system"),
         ({"messages": [user("Hi"), assistant(" ")]}, "sft", r"bad.jsonl:3: a turn of role 'assistant' has no text"),
         ({"text": "Hi"}, "sft", r"bad.jsonl:3: a row has 'messages', or 'prompt' and 'completion'; this one has text"),
-        ({"prompt": "Hi", "chosen": "Hello"}, "dpo", r"bad.jsonl:3: a preference has 'chosen' and 'rejected'"),
+        ({"prompt": "Hi", "chosen": "Hello"}, "dpo", r"bad.jsonl:3: a row has 'chosen' and 'rejected'"),
         ({"chosen": [assistant("a")], "rejected": [assistant("b")]}, "dpo", r"bad.jsonl:3: .* no prompt in common"),
         ({"prompt": "Hi", "chosen": "Hello", "rejected": []}, "dpo", r"bad.jsonl:3: 'rejected' does not end with"),
     ],
