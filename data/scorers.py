@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
     from nanophi.core.recipe import Data, Quality
 
+BATCH = 32
+"""Texts that a classifier reads at a time."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Scorer:
@@ -91,10 +94,9 @@ class Scorer:
         bad = ~((scores >= low) & (scores <= high))
         if bad.any():
             first = int(bad.argmax())
-            hint = "" if self.scale else "; if they have another range, state it, for example quality.scale: [0, 5]"
             raise UserError(
-                f"document {ids[first]} has quality score {scores[first]:g} ({bad.sum()} such documents); "
-                f"scores must be numbers from {low:g} to {high:g}{hint}"
+                f"document {ids[first]} has quality score {scores[first]:g} ({bad.sum()} such documents); scores must "
+                f"be numbers from {low:g} to {high:g}; state another range by quality.scale"
             )
 
 
@@ -151,8 +153,8 @@ class LinearScorer(Scorer):
     @classmethod
     def load(cls, folder: Path) -> LinearScorer:
         """The scorer in a folder. Raises `UserError` if there is none."""
-        scorer = cls(str(folder))
         forget()
+        scorer = cls(str(folder))
         _loaded(scorer)
         return scorer
 
@@ -272,17 +274,16 @@ class _Classifier:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.values = None if values is None else torch.tensor(values, device=self.device)
         # RoBERTa and its like count positions from the padding's id on.
-        embeddings = [module for module in model.modules() if hasattr(module, "position_embeddings")]
-        first = max((module.padding_idx + 1 for module in embeddings if hasattr(module, "padding_idx")), default=0)
+        paddings = [
+            getattr(module, "padding_idx", None) for module in model.modules() if hasattr(module, "position_embeddings")
+        ]
+        first = max((padding + 1 for padding in paddings if padding is not None), default=0)
         positions = getattr(model.config, "max_position_embeddings", 512) - first
         self.limit = min(tokenizer.model_max_length, positions, 512)
         tokenizer.padding_side = "right"
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        self.batch_size = 1 if tokenizer.pad_token is None else 32
-        if tokenizer.pad_token is not None:
-            # Decoders find a text's last token by it, whatever the configuration says that they were padded with.
-            model.config.pad_token_id = tokenizer.pad_token_id
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        # Decoders find a text's last token by it, whatever the configuration says that they were padded with.
+        model.config.pad_token_id = tokenizer.pad_token_id
         self.model, self.tokenizer = model.eval().to(self.device), tokenizer
         self.sigmoid = model.config.problem_type == "multi_label_classification" or model.config.num_labels == 1
 
@@ -293,9 +294,9 @@ class _Classifier:
         scores = np.empty(len(texts), np.float32)
         # By length, so that a batch is not padded to one long document.
         order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
-        options = {"truncation": True, "max_length": self.limit, "padding": self.batch_size > 1, "return_tensors": "pt"}
-        for start in range(0, len(order), self.batch_size):
-            rows = order[start : start + self.batch_size]
+        options = {"truncation": True, "max_length": self.limit, "padding": True, "return_tensors": "pt"}
+        for start in range(0, len(order), BATCH):
+            rows = order[start : start + BATCH]
             batch = [texts[row].decode()[: 20 * self.limit] for row in rows]
             with torch.inference_mode():
                 logits = self.model(**self.tokenizer(batch, **options).to(self.device)).logits.float()
@@ -319,37 +320,32 @@ def output_values(scorer: ModelScorer) -> list[float] | None:
     """
     from transformers import AutoConfig
 
-    what, label, (low, high) = f"quality.scorer: {scorer.name}", scorer.label, scorer.range
+    what, label, scale = f"quality.scorer: {scorer.name}", scorer.label, scorer.scale
     name = resolve(scorer.name, "quality.scorer").folder or scorer.name
     with user_errors(f"{what} cannot be loaded as a text classifier"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, revision=scorer.revision)
     names = [str(config.id2label[index]) for index in sorted(config.id2label)]
-    problem = getattr(config, "problem_type", None)
-    one = len(names) == 1
-    number = one and problem in (None, "regression")
-    several = not one and label is None
-    numbers = [re.search(r"\d+(\.\d+)?$", entry) for entry in names]
-    values = [float(found.group()) for found in numbers if found] or [0.0]
-    ordered = all(numbers) and problem != "multi_label_classification"
-    least, most = min(values), max(values)
-    listed = ("one output, " if one else "") + ", ".join(names)
-    expected = f", or quality.scale: [{least:g}, {most:g}] for their expected value" if ordered else ""
-    refusals = {
-        f" has {len(names)} outputs of a regression, none of which is a quality score": not one
-        and problem == "regression",
-        f" has no label '{label}'; it has {listed}": label not in (None, *names),
-        " has one output (regression); state its range, for example quality.scale: [0, 5]": number and not scorer.scale,
-        ": the score of a label is a probability; leave out quality.scale or quality.label": not one
-        and not several
-        and (low, high) != (0.0, 1.0),
-        f" has the labels {listed}; set quality.label to the one that means good text{expected}": several
-        and not (scorer.scale and ordered),
-        f": its labels go from {least:g} to {most:g}, outside quality.scale": several
-        and not low <= least <= most <= high,
-    }
-    for message, refused in refusals.items():
-        if refused:
-            raise UserError(what + message)
+    problem, one, listed = getattr(config, "problem_type", None), len(names) == 1, ", ".join(names)
+    if problem == "regression" and not one:
+        raise UserError(f"{what} has {len(names)} outputs of a regression, none of which is a quality score")
+    if label is not None and label not in names:
+        raise UserError(f"{what} has no label '{label}'; it has {listed}")
+    if one and problem in (None, "regression"):
+        if scale is None:
+            raise UserError(f"{what} has one output (regression); state its range, for example quality.scale: [0, 5]")
+        return None
     if one:
-        return None if number else [1.0]
-    return values if label is None else [float(entry == label) for entry in names]
+        return [1.0]
+    if label is not None:
+        if scorer.range != (0.0, 1.0):
+            raise UserError(f"{what}: the score of a label is a probability; leave out quality.scale or quality.label")
+        return [float(entry == label) for entry in names]
+    found = [re.search(r"\d+(\.\d+)?$", entry) for entry in names]
+    values = [float(number.group()) for number in found if number]
+    ordered = len(values) == len(names) and problem != "multi_label_classification"
+    if not ordered or scale is None:
+        hint = f", or quality.scale: [{min(values):g}, {max(values):g}] for their expected value" if ordered else ""
+        raise UserError(f"{what} has the labels {listed}; set quality.label to the one that means good text{hint}")
+    if not scale[0] <= min(values) <= max(values) <= scale[1]:
+        raise UserError(f"{what}: its labels go from {min(values):g} to {max(values):g}, outside quality.scale")
+    return values
