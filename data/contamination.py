@@ -1,10 +1,7 @@
-"""Documents that contain evaluation items, found by shared word n-grams.
+"""Documents that contain evaluation items: they share one `ngram` (13 words by default) with an item of a scored split.
 
-Protocol: a document is contaminated if it shares one `ngram` (13 words by default) with an item of a benchmark's scored
-splits, as in GPT-3 (Brown et al., 2020, appendix C), which also uses shorter n-grams, down to 8, for short items. An
-item is searched for in several forms: its question, the question followed by each choice (or with the choice in its
-blank), and followed by all of them. A form of 8 to `ngram - 1` words must occur as a whole. Items that are shorter in
-every form are counted as too short.
+As in GPT-3 (Brown et al., 2020, appendix C), items of 8 to `ngram - 1` words must occur as a whole. An item's question
+is searched for alone, with each choice, and with all of them. Items too short in every form are counted.
 """
 
 from __future__ import annotations
@@ -35,11 +32,8 @@ _CHOICES = (
 class BenchmarkIndex:
     """Hashed n-grams of evaluation items.
 
-    Attributes:
-        names: benchmarks, `dataset id[/config]`.
-        items: items per benchmark; `too_short`: how many of these are too short to be found.
-        grams: by n, sorted uint64 n-gram hashes.
-        owners: by n, uint32 index of the item that each n-gram came from (over all benchmarks).
+    `names` are benchmarks (`dataset id[/config]`), with their number of `items`, and of those that are `too_short` to
+    be found; by n, `grams` are sorted uint64 hashes and `owners` uint32 indices (over all benchmarks) of their items.
     """
 
     names: list[str]
@@ -81,11 +75,7 @@ class BenchmarkIndex:
 
 
 def load_benchmarks(folder: Path, ngram: int) -> BenchmarkIndex:
-    """Index the items of every benchmark in a folder of Hub-layout datasets, of the splits that may be scored.
-
-    Raises:
-        UserError: if the folder is missing or holds no benchmark.
-    """
+    """Index the items of every benchmark in a folder of Hub-layout datasets, of the splits that may be scored."""
     if not folder.is_dir():
         raise UserError(f"data.decontamination.benchmarks: {folder} is not a folder")
     index, shortest = BenchmarkIndex([], [], [], {}, {}), min(SHORTEST, ngram)

@@ -2,9 +2,6 @@
 
 train.parquet      input_ids and assistant_masks (sft), or prompt, chosen and rejected as messages (dpo)
 heldout.parquet    id, source, messages; the prompt as text, ending where an answer begins; the answer
-
-Every row that is read is trained on, held out, or left out for a reason that is counted. Files are found by
-`sources.py` and read by `formats.py`; the stage around this, with the base's files, is in `stages.py`.
 """
 
 from __future__ import annotations
@@ -78,16 +75,9 @@ def build(
     output: Path,
     max_dropped: float = 0.2,
 ) -> dict[str, Any]:
-    """Write the conversations of some sources to a folder, in the chat template of `tokenizer`.
+    """Write the conversations of some sources to a folder, in the chat template of `tokenizer`, up to `context` tokens.
 
-    Args:
-        given: the recipe's sources.
-        method: `sft` or `dpo`.
-        tokenizer: of the base.
-        context: tokens that the model reads; turns beyond it are left out.
-        base_text: `data/documents` of the base, whose training text must not hold a held-out answer; None: unknown.
-        output: folder to create.
-        max_dropped: share of a source's rows that may be unusable.
+    `method` is `sft` or `dpo`; `base_text`, `data/documents` of the base, must not hold a held-out answer.
 
     Returns:
         `{"train", "heldout": counts, "tokens", "sources": {name: {outcome: count}}, "shortened": {name: count},
@@ -217,8 +207,7 @@ def heldout(run: Path, count: int = 5) -> list[dict[str, Any]]:
 def conversation(row: Any, method: str) -> tuple[Messages, Messages, Messages]:
     """A row's prompt, its (chosen) completion and, for `dpo`, its rejected one. Raises `UnusableError`.
 
-    `chosen`, `rejected` and `completion` may be whole conversations, with the prompt at their beginning; a prompt that
-    is given as a text beside them is then not read again.
+    A prompt that is given beside whole conversations, which begin with it, is not read again.
     """
     if isinstance(row, formats.Unusable):
         raise UnusableError(row.reason, "its line cannot be read")
@@ -296,12 +285,8 @@ def _text(content: Any, role: str) -> str:
 
 
 def encode(tokenizer: Any, messages: Messages, context: int) -> tuple[list[int], list[int], bool]:
-    """A conversation in its template, up to the last answer that ends within `context` tokens.
-
-    As in inference, a prompt and its answer are cut into tokens apart.
-
-    Returns:
-        token ids; 1 where the assistant speaks, the end of its turn included; whether this is all of it.
+    """Token ids of a conversation up to the last answer that ends in `context` tokens; 1 where the assistant speaks,
+    the end of its turn included; whether this is all of it. As in inference, prompt and answer are cut apart.
     """
     ids, mask, text = list[int](), list[int](), ""
     for number, turn in enumerate(messages):

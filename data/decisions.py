@@ -1,7 +1,6 @@
 """What becomes of each document: trained on, held out, or dropped as a repeat or for an evaluation item; and how many.
 
-Decides by hashes alone, over the whole corpus at once: it reads no text and writes no file. A document that is recorded
-as kept in place of others is kept, in whatever order they come and for whatever reason they are dropped.
+Decides by hashes alone, over the whole corpus at once. A document that is recorded as kept in place of others is kept.
 """
 
 from __future__ import annotations
@@ -23,10 +22,7 @@ OUTCOMES = ("train", "heldout", "exact_duplicate", "near_duplicate", "contaminat
 
 
 class Counts:
-    """Documents read (and their bytes), trained on, held out and dropped, by number of the source, name and reason.
-
-    `read` is what the parts read, as `gather` stores it; `add` counts what became of their usable documents.
-    """
+    """Documents read (and their bytes), trained on, held out and dropped, by number of the source, name and reason."""
 
     def __init__(self, read: Sequence[dict[str, Any]]) -> None:
         self.counts: Counter[tuple[int, str, str]] = Counter()
@@ -77,13 +73,8 @@ def decide(
 ) -> tuple[np.ndarray, np.ndarray]:
     """What becomes of each document (uint8), and the index of the one that stays in its place (its own if it stays).
 
-    Args:
-        data: the recipe's section.
-        ids: uint64 `[documents]`.
-        signatures: uint32 `[documents, deduplication.PERMUTATIONS]`.
-        contaminated: bool `[documents]`: which hold an evaluation item.
-        held_sources: bool `[documents]`: which are of sources that are held out as a whole.
-        remedy: what to do if there are too few documents, for the message.
+    Per document: `ids` uint64; `signatures` uint32 `[documents, PERMUTATIONS]`; whether it holds an evaluation item and
+    whether its source is held out as a whole. `remedy` ends the message if too few are left.
     """
     settings, own = data.deduplication, np.arange(len(ids))
     first = exact_duplicates(ids)

@@ -1,9 +1,6 @@
 """The one reader of a run's documents (`data/documents/`), for every stage after `gather`.
 
-    train-NNNNN.parquet, heldout-NNNNN.parquet   id (16 hex digits of the text's SHA-256), text, source, [columns]
-
-The order of the documents is that of the shards and of the rows in them; `heldout` alone has the order in which the
-evaluation numbers the held-out documents.
+train-NNNNN.parquet, heldout-NNNNN.parquet   id (16 hex digits of the text's SHA-256), text, source, [columns]
 """
 
 from __future__ import annotations
@@ -32,10 +29,9 @@ def shards(documents: Path, split: str) -> list[Path]:
 
 
 def batches(paths: Path | Sequence[Path], columns: Sequence[str], rows: int | None = 256) -> Iterator[pa.RecordBatch]:
-    """The documents of some shards, in order, with some columns in the file's order.
+    """The documents of some shards, in order, with some columns in the file's order. Raises `UserError` for a bad file.
 
-    `rows` are documents per batch; None: as they were written, about 4 MB of text at a time. Raises `UserError` naming
-    a file that is missing or damaged, or a column that it lacks.
+    `rows` are documents per batch; None: as they were written, about 4 MB of text at a time.
     """
     for path in [paths] if isinstance(paths, Path) else paths:
         try:
@@ -71,7 +67,6 @@ def ids_to_uint64(ids: pa.Array | pa.ChunkedArray | Iterable[str]) -> np.ndarray
 def uniform_from_id(ids: np.ndarray | pa.Array | Iterable[str], seed: int | None = None) -> np.ndarray:
     """The draw by hash: a number in [0, 1) for each id that depends on it and the seed alone, float64 `[documents]`.
 
-    The documents whose number is below a share are a sample of about that share which the corpus's order cannot skew.
     Without a seed the numbers are in the order of the ids.
     """
     numbers = ids if isinstance(ids, np.ndarray) else ids_to_uint64(ids)

@@ -1,8 +1,7 @@
 """Readers: a class for each format that a source's files may have, which yields the file's rows.
 
-`READERS`, at the end, maps the endings of file names to the classes: a new format is a class here and a line there.
-Texts are decoded, cleaned and checked here and nowhere else. A row without a usable text is yielded as well: what is
-read, kept and dropped is counted in `sources.py`, which also chooses the files.
+`READERS`, at the end, maps the endings of file names to the classes. Texts are decoded, cleaned and checked here; a row
+without a usable text is yielded as well, and counted in `sources.py`.
 """
 
 from __future__ import annotations
@@ -45,8 +44,7 @@ _DECOMPRESSED = {
 class Unusable(NamedTuple):
     """Stands for a document's text where the source holds none; `found` is what was there instead.
 
-    `reason`: `no_text` (no such column, or null), `not_text` (another type), `not_json`, `malformed` (a row with more
-    fields than columns), `invalid_utf8`, `empty`, `oversize`.
+    `reason`: `no_text`, `not_text`, `not_json`, `malformed` (too many fields), `invalid_utf8`, `empty`, `oversize`.
     """
 
     reason: str

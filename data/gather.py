@@ -1,14 +1,7 @@
 """Gathers the documents of a recipe: reads the sources, removes repeats and evaluation items, holds some out.
 
-    output/train-NNNNN.parquet    id (16 hex digits of the text's SHA-256), text, source, [score]
-    output/heldout-NNNNN.parquet  the same columns
-    output/documents.json         what was read, kept and dropped, by source and reason
-    output/duplicates.parquet     id, source, reason (exact, near), kept (id of the document that stayed)
-    output/contamination.json     evaluation items found, by benchmark (with data.decontamination.benchmarks)
-
-The corpus is cut into parts of about 16 MB, each of which is read and hashed by one process in small batches; only
-hashes are compared across the corpus. Memory therefore grows by 600 bytes per document only, most of them in a
-memory-mapped file. What becomes of a document is decided in `decisions.py`.
+Writes train- and heldout-NNNNN.parquet, documents.json (counts by source and reason), duplicates.parquet and
+contamination.json. Only hashes are compared across the corpus: 600 bytes per document, most in a memory-mapped file.
 """
 
 from __future__ import annotations
@@ -46,12 +39,8 @@ def gather(
 ) -> dict[str, Any]:
     """Write the documents of `data` to `output` (see the module) and return the counts of `documents.json`.
 
-    Which documents are held out depends on their text alone, so that runs with different seeds are measured on the
-    same ones. It resumes where a killed attempt stopped. `score` is the column of the sources with a quality score,
-    kept as `SCORE`; `report` gets a line for each source.
-
-    Raises:
-        UserError: if a source cannot be read, keeps nothing, or has more than `data.max_dropped` unusable documents.
+    Which are held out depends on their text alone. It resumes where a killed attempt stopped. `score` is the sources'
+    column with a quality score, kept as `SCORE`; `report` gets a line for each source.
     """
     done, work = output / "documents.json", output / ".parts"
     if done.exists():
@@ -195,10 +184,9 @@ def _benchmark_index(path: Path) -> contamination.BenchmarkIndex:
 
 
 class _Documents:
-    """Hashes, signatures and sources of all parts' documents, in order.
+    """Hashes, signatures and sources of all parts' documents, in order; part `i` has rows `starts[i]:starts[i + 1]`.
 
-    `origins` are the numbers of their sources in the recipe, `codes` indices of their sources' names in `names`,
-    `hits` the rows that hold evaluation items, with these; part `i` has the rows from `starts[i]` to `starts[i + 1]`.
+    `origins` are numbers of sources in the recipe, `codes` indices in `names`, `hits` rows that hold evaluation items.
     """
 
     def __init__(self, work: Path, read: Sequence[dict[str, Any]]) -> None:

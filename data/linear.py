@@ -1,7 +1,6 @@
 """The linear scorer's arithmetic: features of a text, the fit on labelled documents, the file of weights.
 
-Which documents are examples comes from the recipe (`fit_on_documents`) or a command (`quality.py`); how a recipe names
-the scorer is defined in `scorers.py`.
+How a recipe names the scorer is defined in `scorers.py`.
 """
 
 from __future__ import annotations
@@ -52,11 +51,9 @@ for _number, _members in enumerate(_CLASSES.values()):
 
 
 def features(texts: Sequence[bytes]) -> tuple[csr_matrix, np.ndarray]:
-    """What the linear scorer sees of each document's first `EXCERPT_BYTES`.
-
-    Returns:
-        hashed words and word pairs, float32 `[documents, BUCKETS]`, counts over the square root of their sum; and
-        statistics, float32 `[documents, len(_CLASSES) + 2]`: shares of character classes, mean word and line length.
+    """What the linear scorer sees of each document's first `EXCERPT_BYTES`: hashed words and word pairs, float32
+    `[documents, BUCKETS]`, counts over the square root of their sum; and statistics, float32
+    `[documents, len(_CLASSES) + 2]`: shares of character classes, mean word and line length.
     """
     excerpts = [text[:EXCERPT_BYTES] for text in texts]
     words = hash_words(excerpts)
@@ -84,12 +81,7 @@ def features(texts: Sequence[bytes]) -> tuple[csr_matrix, np.ndarray]:
 
 @dataclasses.dataclass(frozen=True)
 class LinearModel:
-    """Logistic regression on `features`.
-
-    Attributes:
-        weights: float32 `[BUCKETS]`; `statistic_weights`, `mean`, `scale`: float32 `[len(_CLASSES) + 2]`.
-        intercept: float.
-    """
+    """Logistic regression on `features`: float32 `[BUCKETS]` weights, `[len(_CLASSES) + 2]` for the statistics."""
 
     weights: np.ndarray
     statistic_weights: np.ndarray
@@ -127,8 +119,7 @@ def fit(
 ) -> tuple[LinearModel, dict[str, Any]]:
     """Fit a linear scorer; returns it, and `{documents, test_documents, roc_auc, brier, calibration}`.
 
-    Labels weigh the same, and so do the sources within a label, so that a large source does not become the definition
-    of its label. The seed chooses `TEST_SHARE` of the documents, on which the report is made.
+    Labels weigh the same, and so do the sources within a label. The report is made on `TEST_SHARE` of the documents.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import brier_score_loss, roc_auc_score

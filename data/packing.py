@@ -40,19 +40,13 @@ LONGEST_TOKEN = 8
 def pack(
     documents: Path, kept: Path, tokenizer: Path, context_length: int, data: Data, seed: int, output: Path
 ) -> dict[str, Any]:
-    """Tokenize the training documents in `kept` (the folder of `scoring.select`) and all held-out ones, and pack them.
+    """Tokenize the training documents in `kept` (the folder of `scoring.select`) and all held-out ones, and pack.
 
-    So a filtered run and its control are measured on the same text. It resumes after a kill. With `data.max_tokens` the
-    training split has that many tokens, in whole rows, if there are so many. The seed decides the order of the training
-    documents, which make up `max_tokens`, and which are repeated under a fractional weight.
+    It resumes after a kill. With `data.max_tokens` the training split has that many tokens, in whole rows, if there are
+    so many. The seed orders the training documents and chooses those of `max_tokens` and of a fractional weight.
 
-    Returns:
-        by split `{documents, bytes, tokens, rows, tail_tokens, tokens_by_source, bytes_per_token, sha256}`. `tokens`
-        includes one end-of-text per document, and `tokens == rows * context_length + tail_tokens`. `sha256` is that
-        of the whole stream as little-endian int32. `bytes_per_token` is `bytes / tokens`.
-
-    Raises:
-        UserError: if a split does not fill one row.
+    Returns by split `{documents, bytes, tokens, rows, tail_tokens, tokens_by_source, bytes_per_token, sha256}`: `tokens`
+    with one end-of-text per document, `sha256` of the whole stream as little-endian int32.
     """
     done, work = output / "tokens.json", output / ".parts"
     if done.exists():

@@ -1,7 +1,4 @@
-"""The filter on files, without a run: the verbs of `nanophi quality`.
-
-Files are read as a recipe's sources are. How a run scores and selects its documents is in `scoring.py`.
-"""
+"""The filter on files, without a run: the verbs of `nanophi quality`. A run scores in `scoring.py`."""
 
 from __future__ import annotations
 

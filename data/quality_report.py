@@ -1,7 +1,4 @@
-"""The report on a filter: counts, histogram, sweep, shares by source, examples; as JSON, Markdown and a figure.
-
-What is kept was decided before, in `selection.py`. The page's text is `quality.md`.
-"""
+"""The report on a filter: counts, histogram, sweep, shares by source, examples; as JSON, Markdown and a figure."""
 
 from __future__ import annotations
 
@@ -38,13 +35,8 @@ def write(
 ) -> dict[str, Any]:
     """Write quality.json, quality.md and quality.png to a folder; returns the contents of the first.
 
-    Args:
-        table: of the training documents: id, source (dictionary), bytes, quality_score.
-        selection: which of them are kept.
-        quality: the recipe's section, for the rule in words.
-        scorer: contents of `scorer.json`.
-        excerpts_of: gives the texts of some documents by id.
-        output: the folder.
+    `table` has id, source (dictionary), bytes and quality_score of the training documents, `scorer` the contents of
+    `scorer.json`; `excerpts_of` gives the texts of some documents by id.
     """
     output.mkdir(parents=True, exist_ok=True)
     report = describe(table, selection, quality)

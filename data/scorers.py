@@ -1,8 +1,6 @@
 """Scorers: what gives a document its quality score. A kind is one class here and one line in `core/registry.py`.
 
-The recipe, the stages and the scorer's page ask the class; nothing else knows a kind by name. A recipe's check imports
-this module, so numpy, torch and transformers are imported where they are used. The linear scorer's features and fit are
-in `linear.py`; what happens to scores is decided in `scoring.py` and `selection.py`.
+A recipe's check imports this module, so numpy, torch and transformers are imported where they are used.
 """
 
 from __future__ import annotations
@@ -311,12 +309,9 @@ class _Classifier:
 def output_values(scorer: ModelScorer) -> list[float] | None:
     """What each output of a classifier counts for, by its configuration alone; None: the one output is the score.
 
-    One output without a `problem_type`, or with `regression`, is a number on `scale`; another single output is a
-    logit. Of several labels the score is the probability of `label` or, with `scale`, the expected value of the
-    numbers that the labels' names end in (`0` to `5`, `LABEL_0` to `LABEL_5`).
-
-    Raises:
-        UserError: if that is not defined by the recipe, or not possible.
+    One output without a `problem_type`, or with `regression`, is a number on `scale`; another single output is a logit.
+    Of several labels the score is the probability of `label` or, with `scale`, the expected value of the numbers that
+    their names end in (`0` to `5`, `LABEL_0` to `LABEL_5`).
     """
     from transformers import AutoConfig
 

@@ -1,15 +1,8 @@
 """Two stages of a run: a quality score for every document, and which documents the filter keeps.
 
-    scores/scores.parquet     id, source, split, bytes, quality_score (float32), in the order of the documents
-    scores/scorer.json        what the scorer is, what it was fitted on, how well it separates what it did not see
-    scores/scorer.safetensors its weights (linear)
-    quality/kept.parquet      id, quality_score of the training documents that the filter keeps
-    quality/heldout.parquet   id, quality_score, kept of the held-out documents: whether the filter would keep them (not
-                              for a control or a random share, which treat all alike)
-    quality/quality.json|.md|.png   the report: histogram, sweep over thresholds, kept share by source, examples
-
-What gives a score is defined in `scorers.py`, the rule in `selection.py`, the report in `quality_report.py`; the filter
-on files without a run is `quality.py`.
+scores/scores.parquet     in the order of the documents; scorer.json, scorer.safetensors: what gave them
+quality/kept.parquet      of the training documents; heldout.parquet: whether the filter would keep each of these
+quality/quality.json|.md|.png   the report
 """
 
 from __future__ import annotations
@@ -45,16 +38,10 @@ SCHEMA = pa.schema(
 def score(
     documents: Path, quality: Quality, data: Data, seed: int, output: Path, revision: str | None = None
 ) -> dict[str, Any]:
-    """Score every document, training and held-out (see the module for the files).
+    """Score every document, training and held-out; returns `{scorer, scored, mean_score, ...}` with the fit's report.
 
-    The threshold plays no part, so that a filtered run and its control share the scores. It resumes after a kill. The
-    seed chooses the sample that the linear scorer is fitted on; `revision` is that of a classifier on the Hub.
-
-    Returns:
-        `{scorer, scored, mean_score, ...}` with the fit's report for a linear scorer.
-
-    Raises:
-        UserError: for a scorer that cannot be used, or a score outside the scale, naming the document.
+    The threshold plays no part. It resumes after a kill. The seed chooses what a linear scorer is fitted on;
+    `revision` is that of a classifier on the Hub.
     """
     output.mkdir(parents=True, exist_ok=True)
     scorer = scorers.of_section(quality, revision).prepare(documents, quality, data, seed, output)
@@ -85,9 +72,6 @@ def write_scores(
     """Score batches of documents (id, text, source and, for a column's scores, `SCORE`) and write what `schema` names.
 
     A column `text` holds the first `excerpt` characters. Returns the number of `documents` and the `sum` of scores.
-
-    Raises:
-        UserError: for a score that is none.
     """
     total, number = 0.0, 0
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
@@ -112,14 +96,7 @@ def write_scores(
 
 
 def select(documents: Path, scores: Path, quality: Quality, output: Path, seed: int = 0) -> dict[str, Any]:
-    """Keep training documents by threshold or share, and write the report.
-
-    Returns:
-        `quality.json` without the examples.
-
-    Raises:
-        UserError: if nothing is kept, or a share cannot be chosen.
-    """
+    """Keep training documents by threshold or share, and write the report; returns it without the examples."""
     output.mkdir(parents=True, exist_ok=True)
     table = pq.read_table(scores / "scores.parquet")
     values, sizes = table["quality_score"].to_numpy(), table["bytes"].to_numpy()

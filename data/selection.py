@@ -24,12 +24,8 @@ class Selection:
 def choose(scores: np.ndarray, sizes: np.ndarray, ids: np.ndarray, quality: Quality, seed: int) -> Selection:
     """Choose training documents, of which scores, sizes in bytes and distinct ids are given.
 
-    A share is taken from the best, the worst or a random end of the documents until their bytes come nearest to it.
-    Documents with equal scores come in random order, so that no source is favoured by its position in the corpus.
-    What is chosen depends on the documents and the seed, not on their order.
-
-    Raises:
-        UserError: if nothing is kept, or all scores are equal where a best or worst share is asked for.
+    A share is taken from the best, the worst or a random end of the documents until their bytes come nearest to it,
+    those with equal scores in random order. What is chosen depends on the documents and the seed, not on their order.
     """
     if quality.share is None:
         kept = np.ones(len(scores), bool) if quality.threshold is None else scores > quality.threshold
@@ -62,10 +58,7 @@ def choose(scores: np.ndarray, sizes: np.ndarray, ids: np.ndarray, quality: Qual
 
 
 def divide(scores: np.ndarray, quality: Quality, cutoff: float | None) -> np.ndarray | None:
-    """Which documents the filter would keep of those that it did not choose from, such as the held-out ones.
-
-    None for a control or a random share, which treat no document as better than another.
-    """
+    """Which documents the filter would keep of those that it did not choose from; None if it treats all alike."""
     if cutoff is not None:
         return scores >= cutoff if quality.select == "best" else scores <= cutoff
     return None if quality.threshold is None else scores > quality.threshold

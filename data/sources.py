@@ -1,8 +1,7 @@
 """The sources of a recipe: which files one has, the parts they are cut into, and the documents of a part.
 
 A source is the embedded corpus, files (a path, a folder or a glob), or a dataset in Hub layout (a folder, one that
-`save_to_disk` wrote, or an id on the Hub). `datasets` lists the files of a split of the latter. What a file holds is
-read by `formats.py`, whichever source it is of.
+`save_to_disk` wrote, or an id on the Hub), of which `datasets` lists the files of a split.
 """
 
 from __future__ import annotations
@@ -81,10 +80,7 @@ def check_usable(
     max_dropped: float,
     what: str = "documents",
 ) -> None:
-    """Raise `UserError` for a source that has no usable document, or too many unusable ones (empty ones apart).
-
-    `refused` are the first of them, as `Tally` names them; `max_dropped` is the largest share of unusable ones.
-    """
+    """Raise `UserError` for a source without a usable document, or with too many unusable ones (empty apart)."""
     if total == 0:
         raise UserError(f"source {name} holds no {what}")
     share = (dropped.total() - dropped["empty"]) / total
@@ -240,8 +236,7 @@ def _locate_on_hub(source: Source) -> Located:
 def plan(source: Source, score: str | None) -> tuple[list[Part], list[str]]:
     """The parts of a source, and the names of files beside its own that are not read.
 
-    Small files share a part, so that the number of parts follows the bytes. A source with `max_documents` is one part,
-    whose reading stops there. `score` is the column that holds a quality score, if one is used.
+    A source with `max_documents` is one part. `score` is the column that holds a quality score, if one is used.
     """
     if source.embedded:
         if score:
@@ -305,10 +300,7 @@ def fingerprint(source: Source, contents: Contents) -> Any:
 
 
 def read(source: Source, part: Part, score: str | None, tally: Tally) -> Iterator[Document]:
-    """The usable documents of a part, in order; the others are counted in `tally`.
-
-    Raises `UserError` with the file and the last row that could be read, for whatever a library raises.
-    """
+    """The usable documents of a part, in order; the others are counted in `tally`."""
     default = _label(name_of(source))
     for file, row in itertools.islice(_rows(source, part, score), source.max_documents):
         label = default if row.label is None else _label(row.label) or default

@@ -1,7 +1,6 @@
 """The tokenizer of a run: one that exists, or a byte-level BPE trained on the run's own documents.
 
-Either is saved so that `AutoTokenizer.from_pretrained(folder)` loads it, without trust and without warnings, in
-transformers 4.37.2 and later.
+Either is saved so that `AutoTokenizer.from_pretrained(folder)` of transformers 4.37.2 and later loads it without trust.
 """
 
 from __future__ import annotations
@@ -46,17 +45,12 @@ def build(
     revision: str | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Write a tokenizer to `output`.
+    """Write a tokenizer to `output`; `report` gets a line if a copied one had to be changed.
 
-    One is trained on the documents before the quality filter, so that a filtered run and its control share it; `seed`
-    chooses a sample of them if they exceed `TRAINING_BYTES`. `report` gets a line if a copied one had to be changed.
+    One is trained on the documents before the quality filter; `seed` chooses a sample of `TRAINING_BYTES`.
 
-    Returns:
-        `{origin, vocab_size, eos_token, eos_token_id, heldout_bytes, heldout_tokens, bytes_per_token}`; bytes per
-        token (the fertility's inverse) are those of the held-out documents, without end-of-text.
-
-    Raises:
-        UserError: if `path` cannot be loaded or has no end-of-text token.
+    Returns `{origin, vocab_size, eos_token, eos_token_id, heldout_bytes, heldout_tokens, bytes_per_token}`; bytes per
+    token are those of the held-out documents, without end-of-text.
     """
     output.mkdir(parents=True, exist_ok=True)
     if tokenizer.path is None:
@@ -86,14 +80,9 @@ def build(
 def check(documents: Path, folder: Path, max_lost: float, report: Callable[[str], None]) -> dict[str, Any]:
     """Compare `Encoder` with `AutoTokenizer` on a sample of every source, and the decoded tokens with the text.
 
-    A character is lost if it does not come back, but for its case, its compatibility form, and which white space it is.
-
-    Returns:
-        `{documents, bytes, lost, changed}`: the sample, the share of its bytes that is lost, and how many of its
-        documents come back as another text.
-
-    Raises:
-        UserError: for other ids, or if more than `max_lost` of a source's bytes is lost.
+    A character is lost if it does not come back, but for its case, compatibility form, and which white space it is.
+    Returns `{documents, bytes, lost (share of the bytes), changed (documents)}`; raises `UserError` for other ids, or
+    if more than `max_lost` of a source's bytes is lost.
     """
     from transformers import AutoTokenizer
 
@@ -158,15 +147,10 @@ def _bytes(characters: Counter[str]) -> int:
 
 
 class Encoder:
-    """Text to token ids, for many documents, without special tokens.
+    """Text to token ids, for many documents; no name of a special token in a text becomes that token.
 
-    The ids are those of the saved tokenizer, but no name of a special token in a text becomes that token. BPE works
-    within the words that the pre-tokenizer cuts, and most words of a corpus are repetitions: for a tokenizer with
-    GPT-2's pre-tokenizer the words are cut here and each distinct one is encoded once, which is 2.8 times as fast.
-
-    Attributes:
-        vocab_size: one more than the highest id.
-        eos_token, eos_token_id: the end-of-text token.
+    BPE works within the words that the pre-tokenizer cuts, and most words are repetitions: for a tokenizer with GPT-2's
+    pre-tokenizer the words are cut here and each distinct one is encoded once, which is 2.8 times as fast.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -1,9 +1,7 @@
 """The verb `trace`: which spans of a text occur verbatim in a run's training tokens, and in which documents.
 
-One pass over the memory-mapped rows, without an index: a table over the vocabulary marks the stream's tokens that the
-text has, and only where `SHORTEST` of them follow each other are n-grams compared. Spans never cross the end of a
-document. A span counts if it is surprising: under a model that draws every token by its frequency in the training text,
-it would be expected less than `EXPECTED` times. (OLMoTrace, arXiv 2504.07096, ranks spans by the same probability.)
+One pass over the mapped rows, without an index. Spans never cross a document's end, and count if chance (every token
+drawn by its frequency) would give less than `EXPECTED` of them; OLMoTrace (arXiv 2504.07096) ranks likewise.
 """
 
 from __future__ import annotations
@@ -36,10 +34,7 @@ _BLOCK = 1 << 20
 
 @dataclasses.dataclass
 class Span:
-    """Tokens `start` to `start + length` of the text, which occur in `documents` documents of the training text.
-
-    `expected` is how often they would occur by chance; `places` are positions in the stream, of the first few.
-    """
+    """Tokens `start` to `start + length` of the text, which are in `documents` documents, by chance in `expected`."""
 
     start: int
     length: int
@@ -88,11 +83,7 @@ class Stream:
 
 
 def find_spans(stream: Stream, ids: np.ndarray, vocabulary: int, shortest: int = SHORTEST) -> list[Span]:
-    """The maximal spans of `ids` (int, of a text without special tokens) in the stream, longest first.
-
-    Only spans that no other span of the
-    result contains are listed. All occurrences of a span count, also those within longer matches.
-    """
+    """The spans of `ids` (int, of a text without special tokens) in the stream that no other has, longest first."""
     if len(ids) < shortest:
         return []
     wanted = np.zeros(vocabulary + 1, bool)
@@ -167,11 +158,7 @@ def _outermost(spans: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
 
 
 def trace_text(run: Path, text: str, shortest: int = SHORTEST) -> list[dict[str, Any]]:
-    """Each span of a text that occurs in a run's training tokens, as JSON, with documents that hold it.
-
-    Raises:
-        UserError: if the run's tokens, tokenizer or recipe are not there.
-    """
+    """Each span of a text that occurs in a run's training tokens, as JSON, with documents that hold it."""
     for part in ("data/tokens/train", "data/tokenizer/tokenizer.json", "recipe.yaml"):
         if not (run / part).exists():
             raise UserError(f"{run} has no {part}; a trace needs a run directory with its training tokens")
