@@ -27,28 +27,19 @@ class Counts:
     def __init__(self, read: Sequence[dict[str, Any]]) -> None:
         self.counts: Counter[tuple[int, str, str]] = Counter()
         for part in read:
-            found = [(name, what, count) for what in ("read", "bytes") for name, count in part[what].items()]
-            found += [(name, why, count) for name, lost in part["dropped"].items() for why, count in lost.items()]
-            for name, what, count in found:
-                self.counts[part["origin"], name, what] += count
+            for what in ("read", "bytes"):
+                self.counts.update({(part["origin"], name, what): count for name, count in part[what].items()})
+            for name, lost in part["dropped"].items():
+                self.counts.update({(part["origin"], name, why): count for why, count in lost.items()})
 
     def add(self, origins: np.ndarray, codes: np.ndarray, names: Sequence[str], decisions: np.ndarray) -> None:
         """Count decisions; per document: number of its source, index of its name in `names`, what becomes of it."""
-        shape = (len(OUTCOMES), int(origins.max(initial=0)) + 1, len(names) or 1)
-        cells = np.ravel_multi_index((decisions, origins, codes), shape)
-        numbers = np.bincount(cells, minlength=int(np.prod(shape))).reshape(shape)
-        for outcome, origin, code in np.argwhere(numbers).tolist():
-            self.counts[origin, names[code], OUTCOMES[outcome]] += int(numbers[outcome, origin, code])
+        cells = Counter(zip(origins.tolist(), codes.tolist(), decisions.tolist(), strict=True))
+        for (origin, code, outcome), count in cells.items():
+            self.counts[origin, names[code], OUTCOMES[outcome]] += count
 
-    def by_source(self) -> dict[int, Counter[str]]:
-        """Counts of each source, by its number in the recipe."""
-        return self._grouped(0)
-
-    def by_name(self) -> dict[str, Counter[str]]:
-        """Counts of each name that documents have."""
-        return self._grouped(1)
-
-    def _grouped(self, position: int) -> dict[Any, Counter[str]]:
+    def grouped(self, position: int) -> dict[Any, Counter[str]]:
+        """Counts of each source, by its number in the recipe (position 0), or of each name that documents have (1)."""
         grouped: dict[Any, Counter[str]] = defaultdict(Counter)
         for key, count in self.counts.items():
             grouped[key[position]][key[2]] += count
@@ -94,7 +85,7 @@ def decide(
     candidates = np.flatnonzero(decisions == TRAIN)
     if len(candidates) < 2:
         left = f"{len(candidates)} of {len(ids)} documents are left, too few to hold one out"
-        raise UserError(left + (f" (dropped: {found})" if (found := _described(decisions)) else "") + remedy)
+        raise UserError(f"{left} (dropped: {_described(decisions)}){remedy}")
     if held_sources.any():
         heldout = candidates[held_sources[candidates]]
         if len(heldout) in (0, len(candidates)):

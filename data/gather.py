@@ -26,6 +26,7 @@ from nanophi.core.names import local
 from nanophi.core.recipe import Data, Source
 from nanophi.data import contamination, deduplication, sources
 from nanophi.data.decisions import CONTAMINATED, EXACT, HELDOUT, NEAR, TRAIN, Counts, decide, dropped
+from nanophi.data.formats import listed
 from nanophi.data.ngrams import hash_words
 from nanophi.data.parallel import run_parts
 
@@ -51,13 +52,13 @@ def gather(
         planned, others = sources.plan(source, score)
         parts += [(number, source, part) for part in planned]
         if others:
-            names = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
-            report(f"{sources.name_of(source)}: {len(others)} other files are not read: {names}")
+            report(f"{sources.name_of(source)}: {len(others)} other files are not read: {listed(others, 3)}")
+    plan = work / "plan.txt"
     cut = sha256_of([[number, part] for number, _, part in parts])
-    if not (work / "plan.txt").exists() or (work / "plan.txt").read_text() != cut:
+    if not plan.exists() or plan.read_text() != cut:
         for left in (work / "read", work / "written"):  # of parts that were cut otherwise
             remove(left)
-        write_text(work / "plan.txt", cut)
+        write_text(plan, cut)
     _benchmark_index.cache_clear()  # this folder may have held another one
     benchmarks = _index_benchmarks(data, work)
     run = functools.partial(run_parts, workers=data.workers, engine=data.engine)
@@ -65,7 +66,7 @@ def gather(
     refused = [(part["origin"], entry) for part in read for entry in part["refused"]]
     counts = Counts(read)
     sources.weights(data.sources, counts.origins())
-    by_source = counts.by_source()
+    by_source = counts.grouped(0)
     for number, source in enumerate(data.sources):  # before hours of work
         mine, bad = by_source.get(number, Counter()), [entry for origin, entry in refused if origin == number]
         sources.check_usable(sources.name_of(source), mine["read"], dropped(mine), bad, data.max_dropped)
@@ -80,38 +81,32 @@ def gather(
         f"; set the separator of {', '.join(sorted(undivided))} to split a text file into documents" * bool(undivided),
     )
     counts.add(documents.origins, documents.codes, documents.names, decisions)
-    for number, mine in counts.by_source().items():
+    for number, mine in counts.grouped(0).items():
         name, lost, kept = sources.name_of(data.sources[number]), dropped(mine), mine["train"] + mine["heldout"]
         line = f"{name}: {integer(mine['read'])} documents read, {integer(kept)} kept"
         report(line + (f", {integer(lost.total())} dropped ({sources.reasons(lost)})" if lost.total() else ""))
         if kept == 0:
             raise UserError(f"source {name} keeps nothing: {sources.reasons(lost)}; leave it out")
     np.save(work / "decisions.npy", decisions)
-    to_write = [
-        (work / "read" / f"{index:05d}.parquet", start, output, index)
-        for index, start in enumerate(documents.starts[:-1])
-    ]
+    files = [work / "read" / f"{index:05d}.parquet" for index in range(len(parts))]
+    to_write = [(*part, output, index) for index, part in enumerate(zip(files, documents.starts, strict=False))]
     written = run(_write_part, to_write, work / "written", "writing documents")
     summary = _summary(counts, leaders, [entry for _, entry in refused[:100]])
     kept = summary["train"] + summary["heldout"]
-    if (
-        not sum(part["train"] + part["heldout"] for part in written)
-        == kept
-        == summary["read"] - sum(summary["dropped"].values())
-    ):
+    done_parts = sum(part["train"] + part["heldout"] for part in written)
+    if not done_parts == kept == summary["read"] - sum(summary["dropped"].values()):
         raise UserError(f"{output}: documents were lost between reading and writing; delete the run's .work folder")
     _write_duplicates(output / "duplicates.parquet", documents, decisions, leaders)
     if benchmarks is not None:
         hits = [
-            (f"{documents.ids[row]:016x}", documents.source(row), items)
+            (f"{documents.ids[row]:016x}", documents.names[documents.codes[row]], items)
             for row, items in documents.hits
             if decisions[row] == CONTAMINATED
         ]
         found = contamination.report(contamination.BenchmarkIndex.load(benchmarks), hits)
         write_json(output / "contamination.json", found)
-        summary["contamination"] = {
-            name: {key: value for key, value in entry.items() if key != "examples"} for name, entry in found.items()
-        }
+        numbers = ("items", "too_short", "items_found", "documents")
+        summary["contamination"] = {name: {key: entry[key] for key in numbers} for name, entry in found.items()}
     write_json(done, summary)
     shutil.rmtree(work)
     return summary
@@ -196,23 +191,17 @@ class _Documents:
         self.ids = np.concatenate([np.fromfile(path.with_suffix(".ids"), ">u8") for path in paths]).astype(np.uint64)
         if len(self.ids) != self.starts[-1]:
             raise UserError(f"{work / 'read'} is incomplete; delete it and run again")
-        joined, shape = work / "signatures.bin", (len(self.ids), deduplication.PERMUTATIONS)
+        joined = work / "signatures.bin"
         with joined.open("wb") as file:
             for path in paths:
                 with path.with_suffix(".signatures").open("rb") as part:
                     shutil.copyfileobj(part, file, 1 << 20)
+        shape = (len(self.ids), deduplication.PERMUTATIONS)
         empty = np.zeros(shape, np.uint32)  # a file of no bytes cannot be mapped
         self.signatures = np.memmap(joined, np.uint32, "r", shape=shape) if len(self.ids) else empty
-        known: dict[str, int] = {}
-        codes = [np.zeros(0, np.int32)]
-        for path in paths:
-            with pq.ParquetFile(path.with_suffix(".parquet"), read_dictionary=["source"]) as table:
-                for batch in table.iter_batches(columns=["source"]):
-                    column = batch.column("source")
-                    names = column.dictionary.to_pylist()
-                    mapping = np.array([known.setdefault(name, len(known)) for name in names], np.int32)
-                    codes.append(mapping[column.indices.to_numpy(zero_copy_only=False)])
-        self.codes, self.names = np.concatenate(codes), list(known)
+        tables = [pq.read_table(path.with_suffix(".parquet"), columns=["source"]) for path in paths]
+        sources = pa.concat_tables(tables)["source"].combine_chunks().dictionary_encode()
+        self.codes, self.names = sources.indices.to_numpy(), sources.dictionary.to_pylist()
         self.origins = np.repeat(np.array([part["origin"] for part in read], np.int64), counts)
         self.hits = [
             (start + row, items)
@@ -222,27 +211,22 @@ class _Documents:
         self.contaminated = np.zeros(len(self.ids), bool)
         self.contaminated[[row for row, _ in self.hits]] = True
 
-    def source(self, row: int) -> str:
-        return self.names[int(self.codes[row])]
-
 
 # Writing
 
 
-def _summary(counts: Counts, leaders: np.ndarray, refused: list[dict[str, str]]) -> dict[str, Any]:
-    def entry(mine: Counter[str]) -> dict[str, Any]:
-        totals = {what: mine[what] for what in ("read", "bytes", "train", "heldout")}
-        return totals | {"dropped": dict(sorted(dropped(mine).items()))}
+def _entry(mine: Counter[str]) -> dict[str, Any]:
+    totals = {what: mine[what] for what in ("read", "bytes", "train", "heldout")}
+    return totals | {"dropped": dict(sorted(dropped(mine).items()))}
 
-    origins, by_name = counts.origins(), counts.by_name()
-    return {
-        **entry(sum(by_name.values(), Counter())),
-        "duplicates": deduplication.cluster_counts(leaders),
-        "sources": {
-            name: {"origin": origins[name][0], "origins": origins[name]} | entry(mine) for name, mine in by_name.items()
-        },
-        "refused": refused,
+
+def _summary(counts: Counts, leaders: np.ndarray, refused: list[dict[str, str]]) -> dict[str, Any]:
+    origins, by_name = counts.origins(), counts.grouped(1)
+    by_source = {
+        name: {"origin": origins[name][0], "origins": origins[name]} | _entry(by_name[name]) for name in by_name
     }
+    clusters = {"duplicates": deduplication.cluster_counts(leaders), "sources": by_source, "refused": refused}
+    return _entry(sum(by_name.values(), Counter())) | clusters
 
 
 def _write_part(part: Path, start: int, output: Path, index: int, path: Path) -> dict[str, Any]:
@@ -257,12 +241,10 @@ def _write_part(part: Path, start: int, output: Path, index: int, path: Path) ->
             start += len(table)
             for split, code in (("train", TRAIN), ("heldout", HELDOUT)):
                 kept = table.filter(pa.array(codes == code))
+                if len(kept) and split not in writers:
+                    shard = output / f"{split}-{index:05d}.parquet"
+                    writers[split] = stack.enter_context(pq.ParquetWriter(shard, kept.schema, compression="zstd"))
                 if len(kept):
-                    if split not in writers:
-                        shard = pq.ParquetWriter(
-                            output / f"{split}-{index:05d}.parquet", kept.schema, compression="zstd"
-                        )
-                        writers[split] = stack.enter_context(shard)
                     writers[split].write_table(kept)
                     counts[split] += len(kept)
     return counts
@@ -271,11 +253,9 @@ def _write_part(part: Path, start: int, output: Path, index: int, path: Path) ->
 def _write_duplicates(path: Path, documents: _Documents, decisions: np.ndarray, leaders: np.ndarray) -> None:
     rows = np.flatnonzero((decisions == EXACT) | (decisions == NEAR))
     rows = rows[np.lexsort((rows, leaders[rows]))]
-    columns = {
-        "id": [f"{value:016x}" for value in documents.ids[rows].tolist()],
-        "source": [documents.source(row) for row in rows.tolist()],
-        "reason": ["exact" if decisions[row] == EXACT else "near" for row in rows],
-        "kept": [f"{value:016x}" for value in documents.ids[leaders[rows]].tolist()],
-    }
+    ids, kept = ([f"{value:016x}" for value in documents.ids[chosen].tolist()] for chosen in (rows, leaders[rows]))
+    names = [documents.names[code] for code in documents.codes[rows]]
+    reasons = np.where(decisions[rows] == EXACT, "exact", "near").tolist()
+    columns = {"id": ids, "source": names, "reason": reasons, "kept": kept}
     table = pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
     pq.write_table(table, path, compression="zstd")

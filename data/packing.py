@@ -45,8 +45,8 @@ def pack(
     It resumes after a kill. With `data.max_tokens` the training split has that many tokens, in whole rows, if there are
     so many. The seed orders the training documents and chooses those of `max_tokens` and of a fractional weight.
 
-    Returns by split `{documents, bytes, tokens, rows, tail_tokens, tokens_by_source, bytes_per_token, sha256}`: `tokens`
-    with one end-of-text per document, `sha256` of the whole stream as little-endian int32.
+    Returns by split `{documents, bytes, tokens, rows, tail_tokens, tokens_by_source, bytes_per_token, sha256}`, tokens
+    with one end-of-text per document, and the SHA-256 of the whole stream as little-endian int32.
     """
     done, work = output / "tokens.json", output / ".parts"
     if done.exists():
