@@ -58,21 +58,6 @@ class BenchmarkIndex:
         """Benchmark `b` owns items `starts[b]:starts[b + 1]`, int64 `[names + 1]`."""
         return np.concatenate([[0], np.cumsum(self.items)])
 
-    def save(self, path: Path) -> None:
-        """Write to an `.npz` file (plain arrays)."""
-        arrays: dict[str, Any] = {name: np.array(getattr(self, name)) for name in ("names", "items", "too_short")}
-        arrays |= {f"grams-{length}": grams for length, grams in self.grams.items()}
-        arrays |= {f"owners-{length}": owners for length, owners in self.owners.items()}
-        np.savez(path, **arrays)
-
-    @classmethod
-    def load(cls, path: Path) -> BenchmarkIndex:
-        """Read what `save` wrote."""
-        with np.load(path, allow_pickle=False) as arrays:
-            lengths = sorted(int(name.removeprefix("grams-")) for name in arrays if name.startswith("grams-"))
-            by_length = [{length: arrays[f"{kind}-{length}"] for length in lengths} for kind in ("grams", "owners")]
-            return cls(*(arrays[name].tolist() for name in ("names", "items", "too_short")), *by_length)
-
 
 def load_benchmarks(folder: Path, ngram: int) -> BenchmarkIndex:
     """Index the items of every benchmark in a folder of Hub-layout datasets, of the splits that may be scored."""
@@ -97,15 +82,13 @@ def load_benchmarks(folder: Path, ngram: int) -> BenchmarkIndex:
         index.items.append(items)
         index.too_short.append(too_short)
     if not index.names:
-        raise UserError(
-            f"data.decontamination.benchmarks: {folder} holds no dataset (folders with README.md and parquet)"
-        )
+        raise UserError(f"data.decontamination.benchmarks: {folder} holds no dataset (with README.md and parquet)")
     for length, found in pairs.items():
         values, owners = (np.concatenate(part) for part in zip(*found, strict=True))
         order = np.lexsort((owners, values))
-        values, owners = values[order], owners[order]
-        if len(values):
+        if len(order):
             # An n-gram of several items is there once for each.
+            values, owners = values[order], owners[order]
             new = np.append(True, (np.diff(values) != 0) | (np.diff(owners) != 0))
             index.grams[length], index.owners[length] = values[new], owners[new]
     return index
@@ -117,13 +100,12 @@ def find(index: BenchmarkIndex, words: Words) -> list[list[int]]:
     for length, hashed in ngrams_of_lengths(words, index.grams).items():
         known, (table, shift) = index.grams[length], index.tables[length]
         maybe = np.flatnonzero(table[hashed.hashes >> shift])
-        values = hashed.hashes[maybe]
-        first = np.searchsorted(known, values)
-        count = np.searchsorted(known, values, side="right") - first
-        document = np.repeat(np.searchsorted(hashed.offsets, maybe, side="right") - 1, count)
-        position = np.repeat(first - np.cumsum(count) + count, count) + np.arange(count.sum())
-        for owner, where in zip(index.owners[length][position].tolist(), document.tolist(), strict=True):
-            hits[where].add(owner)
+        values, owners = hashed.hashes[maybe], index.owners[length]
+        first, last = np.searchsorted(known, values), np.searchsorted(known, values, side="right")
+        hit = np.flatnonzero(first < last)
+        document = np.searchsorted(hashed.offsets, maybe[hit], side="right") - 1
+        for where, low, high in zip(document.tolist(), first[hit], last[hit], strict=True):
+            hits[where].update(owners[low:high].tolist())
     return [sorted(items) for items in hits]
 
 

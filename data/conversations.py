@@ -317,7 +317,7 @@ def _read(source: Source) -> Iterator[tuple[str, Any, bool | None]]:
             yield f"questions:{number}", {"prompt": question, "completion": answer}, held
         return
     every_column = source.model_copy(update={"text_column": ""})
-    for file in sources.locate(source).files:
+    for file in sources.locate(source)[0]:
         reader = formats.reader_of(file)
         if reader is None or reader.one_document:
             raise UserError(f"source {shown(file)}: conversations are not read from text files")

@@ -153,8 +153,6 @@ class Reader:
     `source`, the recipe's entry, names the columns; `score` is the one with a quality score, if one is used.
     """
 
-    compressed: ClassVar[bool] = True
-    """Whether the format is also read as .gz, .bz2, .xz or .zst."""
     one_document: ClassVar[bool] = False
     """Whether a file is one document, unless the source has a separator."""
 
@@ -210,8 +208,6 @@ class Reader:
 
 
 class Parquet(Reader):
-    compressed = False
-
     def pieces(self) -> list[Any]:
         with user_errors(f"{self.name} is not a whole parquet file"), pq.ParquetFile(open_file(self.location)) as table:
             self.check_columns(table.schema_arrow.names)
@@ -321,11 +317,6 @@ class Text(Reader):
 
     one_document = True
 
-    def pieces(self) -> list[Any]:
-        if column := self.score or self.source.source_column:
-            raise UserError(f"{self.name} is a text file, which has no column '{column}'")
-        return [None]
-
     def records(self, piece: Any) -> Iterator[tuple[str, Any]]:
         with open_text(self.location, None) as file:
             if self.source.separator:
@@ -372,6 +363,4 @@ KNOWN = f"{', '.join(READERS)} (all but tables also as {', '.join(_DECOMPRESSED)
 def reader_of(name: str) -> type[Reader] | None:
     """The class that reads a file, by its name; None for anything else."""
     path = Path(name.lower())
-    compressed = path.suffix in _DECOMPRESSED
-    reader = READERS.get(Path(path.stem).suffix if compressed else path.suffix)
-    return None if reader is None or (compressed and not reader.compressed) else reader
+    return READERS.get(Path(path.stem).suffix if path.suffix in _DECOMPRESSED else path.suffix)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import pickle
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -103,7 +104,7 @@ def gather(
             for row, items in documents.hits
             if decisions[row] == CONTAMINATED
         ]
-        found = contamination.report(contamination.BenchmarkIndex.load(benchmarks), hits)
+        found = contamination.report(_benchmark_index(benchmarks), hits)
         write_json(output / "contamination.json", found)
         numbers = ("items", "too_short", "items_found", "documents")
         summary["contamination"] = {name: {key: entry[key] for key in numbers} for name, entry in found.items()}
@@ -129,7 +130,7 @@ def _read_part(
         path.with_suffix(".ids").open("wb") as ids,
         path.with_suffix(".signatures").open("wb") as signatures,
     ):
-        for batch in _batches(sources.read(source, part, score, tally)):
+        for batch in in_batches(sources.read(source, part, score, tally)):
             texts = [document.text for document in batch]
             digests = [hashlib.sha256(text).digest()[:8] for text in texts]
             columns = [
@@ -150,7 +151,8 @@ def _read_part(
     return {"origin": number_of_source, "documents": documents, **vars(tally), "contaminated": hits}
 
 
-def _batches(documents: Iterable[sources.Document]) -> Iterator[list[sources.Document]]:
+def in_batches(documents: Iterable[sources.Document]) -> Iterator[list[sources.Document]]:
+    """Documents, about `BATCH_BYTES` of text at a time."""
     batch: list[sources.Document] = []
     size = 0
     for document in documents:
@@ -166,16 +168,17 @@ def _batches(documents: Iterable[sources.Document]) -> Iterator[list[sources.Doc
 def _index_benchmarks(data: Data, work: Path) -> Path | None:
     if data.decontamination.benchmarks is None:
         return None
-    path, partial = work / "benchmarks.npz", work / "benchmarks.part.npz"
+    path = work / "benchmarks.pickle"
     if not path.exists():
-        contamination.load_benchmarks(local(data.decontamination.benchmarks), data.decontamination.ngram).save(partial)
-        partial.replace(path)
+        index = contamination.load_benchmarks(local(data.decontamination.benchmarks), data.decontamination.ngram)
+        path.with_suffix(".part").write_bytes(pickle.dumps(index))
+        path.with_suffix(".part").replace(path)
     return path
 
 
 @functools.lru_cache(maxsize=1)
 def _benchmark_index(path: Path) -> contamination.BenchmarkIndex:
-    return contamination.BenchmarkIndex.load(path)
+    return pickle.loads(path.read_bytes())  # type: ignore[no-any-return]
 
 
 class _Documents:

@@ -7,6 +7,7 @@ typographic punctuation as its ASCII spelling does.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Collection, Sequence
 
 import numpy as np
@@ -94,25 +95,19 @@ def _hash_chunk(texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
     starts = edges[0::2]
     if len(starts) == 0:
         return np.zeros(0, np.uint64), np.zeros(len(texts), np.int64)
-    power, inverse = _powers(len(characters))
-    hashes = np.add.reduceat(characters * power, edges)[0::2] * inverse[starts]
+    power, inverse = _powers(1 << len(characters).bit_length())
+    hashes = np.add.reduceat(characters * power[: len(characters)], edges)[0::2] * inverse[starts]
     document_starts = np.cumsum([0] + [len(text) + 1 for text in texts])
     counts = np.diff(np.searchsorted(starts, document_starts))
     return _mix(hashes), counts
 
 
-_POWERS: tuple[np.ndarray, np.ndarray] = (np.ones(1, np.uint64), np.ones(1, np.uint64))
-
-
+@functools.lru_cache(maxsize=2)
 def _powers(length: int) -> tuple[np.ndarray, np.ndarray]:
     """`_BASE**i` and its inverse modulo 2**64 for `i < length`."""
-    global _POWERS
-    if len(_POWERS[0]) < length:
-        factors = np.full(length, _BASE, np.uint64), np.full(length, pow(_BASE, -1, 1 << 64), np.uint64)
-        for factor in factors:
-            factor[0] = 1
-        _POWERS = np.cumprod(factors[0]), np.cumprod(factors[1])
-    return _POWERS[0][:length], _POWERS[1][:length]
+    factors = (_BASE, pow(_BASE, -1, 1 << 64))
+    powers = [np.cumprod(np.append(np.uint64(1), np.full(length - 1, factor, np.uint64))) for factor in factors]
+    return powers[0], powers[1]
 
 
 def _mix(values: np.ndarray) -> np.ndarray:

@@ -39,21 +39,17 @@ def write(
     `scorer.json`; `excerpts_of` gives the texts of some documents by id.
     """
     output.mkdir(parents=True, exist_ok=True)
-    report = describe(table, selection, quality)
-    report["scorer"] = scorer
+    report = describe(table, selection, quality) | {"scorer": scorer}
     if quality.scorer == "none":
-        for part in ("scale", "mean_score", "histogram", "sweep"):
-            del report[part]
-        for source in report["sources"].values():
-            del source["mean_score"]
-        write_json(output / "quality.json", report)
-        write_text(output / "quality.md", markdown(report))
-        return report
-    cut = _cut(report)
-    report["examples"] = _examples(table, sum(report["scale"]) / 2 if cut is None else cut, excerpts_of)
+        for section in (report, *report["sources"].values()):
+            for part in ("scale", "mean_score", "histogram", "sweep"):
+                section.pop(part, None)
+    else:
+        cut = _cut(report)
+        report["examples"] = _examples(table, sum(report["scale"]) / 2 if cut is None else cut, excerpts_of)
+        plot(report, output / "quality.png")
     write_json(output / "quality.json", report)
     write_text(output / "quality.md", markdown(report))
-    plot(report, output / "quality.png")
     return report
 
 

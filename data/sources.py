@@ -27,15 +27,10 @@ _METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "st
 REFUSED = 20
 """Unusable documents that a part names."""
 
+Located = tuple[list[str], list[str]]
+"""The files of a source in order, as paths or `hf://` addresses, and names of files that are none of its."""
 Part = tuple[tuple[str, Any], ...]
 """What one process reads: files, each with the piece of it that its reader gave; or groups of the embedded corpus."""
-
-
-class Located(NamedTuple):
-    """The files of a source in order, as paths or `hf://` addresses, and names of files that are none of its."""
-
-    files: list[str]
-    others: list[str]
 
 
 class Document(NamedTuple):
@@ -140,7 +135,7 @@ def _locate_files(source: Source) -> Located:
     for path in found:
         if path.is_dir():
             saved = _locate_saved(source, path)
-            files += saved.files if saved else _files_below(path, others)
+            files += saved[0] if saved else _files_below(path, others)
         elif _is_read(path):
             files.append(str(path))
         else:
@@ -148,7 +143,7 @@ def _locate_files(source: Source) -> Located:
     if not files:
         there = f"; there is {listed(others, 3)}" if others else ""
         raise UserError(f"source {source.files}: no {KNOWN} file is there{there}")
-    return Located(list(dict.fromkeys(files)), others)
+    return list(dict.fromkeys(files)), others
 
 
 def _files_below(folder: Path, others: list[str]) -> list[str]:
@@ -180,7 +175,7 @@ def _locate_saved(source: Source, folder: Path) -> Located | None:
     state = read_json(folder / "state.json") if (folder / "state.json").exists() else {}
     if "_data_files" not in state:
         return None
-    return Located([str(folder / entry["filename"]) for entry in state["_data_files"]], [])
+    return [str(folder / entry["filename"]) for entry in state["_data_files"]], []
 
 
 def _check_split(source: Source, path: str | Path, splits: Collection[str]) -> None:
@@ -207,7 +202,7 @@ def _locate_split(source: Source, path: str) -> Located:
     files = [str(file) for file in splits[source.split]]
     if unknown := [file for file in files if reader_of(file) is None]:
         raise UserError(f"dataset {shown(path)}: {shown(Path(unknown[0]).name)} is not a {KNOWN} file")
-    return Located(files, others)
+    return files, others
 
 
 def _locate_on_hub(source: Source) -> Located:
@@ -221,13 +216,13 @@ def _locate_on_hub(source: Source) -> Located:
     if not listed.exists():
         located = _locate_split(source.model_copy(update={"revision": commit}), repo_id)
         start = f"hf://datasets/{repo_id}@{commit}/"
-        write_json(listed, [file.removeprefix(start) for file in located.files])
+        write_json(listed, [file.removeprefix(start) for file in located[0]])
     files = read_json(listed)
     if source.streaming:
-        return Located([f"hf://datasets/{repo_id}@{commit}/{file}" for file in files], [])
+        return ([f"hf://datasets/{repo_id}@{commit}/{file}" for file in files], [])
     with user_errors(f"dataset {repo_id} cannot be downloaded"):
         download = huggingface_hub.hf_hub_download
-        return Located([download(repo_id, file, repo_type="dataset", revision=commit) for file in files], [])
+        return ([download(repo_id, file, repo_type="dataset", revision=commit) for file in files], [])
 
 
 # The parts
@@ -293,7 +288,7 @@ def fingerprint(source: Source, contents: Contents) -> Any:
     if source.hub and is_on_hub(source):
         commit = resolve_commit(source.hub, source.revision, "dataset")
         return {"hub": source.hub, "config": source.config, "split": source.split, "commit": commit}
-    return contents.files(Path(file) for file in locate(source).files)
+    return contents.files(Path(file) for file in locate(source)[0])
 
 
 # The documents

@@ -72,21 +72,6 @@ def test_short_and_wordless_documents() -> None:
     assert found.tolist() == [0, 0, 2, 3, 4, 5, 6]
 
 
-def test_documents_that_are_no_candidates_stay_alone() -> None:
-    matrix = deduplication.signatures(hash_words([b"a b c d e f g"] * 3))
-    assert deduplication.near_duplicates(matrix, np.array([True, False, True]), 0.5).tolist() == [0, 1, 0]
-    assert deduplication.near_duplicates(matrix[:0], np.zeros(0, bool), 0.5).tolist() == []
-
-
-def test_a_chain_of_many_copies_is_one_cluster() -> None:
-    generator = np.random.default_rng(2)
-    base = document(generator, 400)
-    texts = [" ".join(changed(base, generator, 0.02)) for _ in range(40)]
-    found = leaders(texts)
-    assert (found == 0).mean() >= 0.95
-    assert deduplication.cluster_counts(found)["largest"] >= 38
-
-
 DOCUMENTS = st.lists(
     st.tuples(st.integers(0, 5), st.integers(0, 2), st.booleans(), st.booleans()), min_size=3, max_size=25
 )

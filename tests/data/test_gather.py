@@ -221,21 +221,6 @@ def test_columns_caps_and_source_columns(tmp_path: Path) -> None:
         gather.gather(data(source), tmp_path / "other", "quality")
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_a_folder_in_hub_layout(tmp_path: Path, streaming: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = [text(number) for number in range(60)]
-    for part in range(3):
-        write_parquet(tmp_path / "set" / "data" / f"train-{part}.parquet", texts[20 * part : 20 * part + 20])
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    source = {"hub": str(tmp_path / "set"), "streaming": streaming, "name": "set"}
-    summary = gather.gather(data(source), tmp_path / "out")
-    assert summary["read"] == summary["train"] + summary["heldout"] == 60
-    capped = gather.gather(data({**source, "max_documents": 30}), tmp_path / "capped")
-    assert capped["read"] == 30
-    with pytest.raises(UserError, match="has no column 'body'"):
-        gather.gather(data({**source, "text_column": "body"}), tmp_path / "none")
-
-
 GATHER = """
 import json, sys
 from pathlib import Path

@@ -198,7 +198,3 @@ def test_parts_without_their_marks_are_not_finished(tmp_path: Path, monkeypatch:
         discard_parts(tmp_path)
     assert len(run_parts(square, parts, tmp_path, "squares", 1)) == 3
     assert (tmp_path / "00000.txt").exists()
-
-
-def test_no_parts(tmp_path: Path) -> None:
-    assert run_parts(square, [], tmp_path, "nothing", 2) == []

@@ -121,14 +121,6 @@ def test_features_are_counts_of_hashed_words_and_pairs() -> None:
     assert statistics[2, list(linear._CLASSES).index("digit")] == pytest.approx(2 / 14)
 
 
-def test_fit_is_calibrated_on_what_it_left_out(folder: Path, tmp_path: Path) -> None:
-    scoring.score(folder / "documents", LINEAR, settings(folder), 0, tmp_path)
-    report = json.loads((tmp_path / "scorer.json").read_text())
-    assert sum(entry["documents"] for entry in report["calibration"]) == report["test_documents"]
-    assert 0.1 < report["test_documents"] / (report["documents"] + report["test_documents"]) < 0.3
-    assert all(0 <= entry["share_good"] <= 1 for entry in report["calibration"])
-
-
 def test_column_scores_and_threshold(folder: Path, tmp_path: Path) -> None:
     column = Quality(scorer="column:score", threshold=0.5)
     scoring.score(folder / "documents", column, settings(folder), 0, tmp_path / "scores")
@@ -257,29 +249,6 @@ def test_labels_must_name_sources(folder: Path, tmp_path: Path) -> None:
         scoring.score(
             folder / "documents", Quality(high=["novel"], low=["chat-x"]), settings(folder), 0, tmp_path / "a"
         )
-
-
-def test_a_column_with_another_scale_and_one_of_our_names(tmp_path: Path) -> None:
-    lines = [{"text": f"Document number {n} of those that are scored " * 5, "source": n % 6} for n in range(60)]
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
-    section = Quality.model_validate({"scorer": "column:source", "scale": [0, 5], "threshold": 3})
-    data = Data.model_validate(
-        {
-            "sources": [{"files": str(tmp_path / "a.jsonl"), "name": "mine"}],
-            "deduplication": {"near": False},
-            "workers": 1,
-        }
-    )
-    gather.gather(data, tmp_path / "documents", "source")
-    scoring.score(tmp_path / "documents", section, data, 0, tmp_path / "scores")
-    report = scoring.select(tmp_path / "documents", tmp_path / "scores", section, tmp_path / "quality")
-    assert report["scale"] == [0, 5] and report["rule"] == "score > 3 on a scale from 0 to 5"
-    assert set(report["sources"]) == {"mine"}
-    assert report["histogram"]["edges"][-1] == 5 and sum(report["histogram"]["documents"]) == report["documents"]
-    assert {step["threshold"]: step["documents"] for step in report["sweep"]}[3.0] == report["kept_documents"]
-    with pytest.raises(UserError, match=r"scores must be numbers from 0 to 1; state another range"):
-        wrong = Quality.model_validate({"scorer": "column:source"})
-        scoring.score(tmp_path / "documents", wrong, data, 0, tmp_path / "other")
 
 
 def test_report_of_a_run_counts_tokens(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -165,15 +165,6 @@ def test_words_are_forgotten_when_there_are_too_many(trained: Path, monkeypatch:
     assert encoder._word.cache_info().currsize < 40
 
 
-def test_phi_2_keeps_its_tokens(phi_2: Path) -> None:
-    from transformers import AutoTokenizer
-
-    ours, theirs = AutoTokenizer.from_pretrained(phi_2), AutoTokenizer.from_pretrained(PHI_2)
-    assert len(ours) == len(theirs) == 50_295
-    for text in odd_texts()[:300]:
-        assert ours(text)["input_ids"] == theirs(text)["input_ids"]
-
-
 def test_what_is_no_tokenizer_is_refused(documents: Path, trained: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be loaded as a tokenizer") as caught:
         tokenizer.build(documents, Tokenizer(path=str(tmp_path / "nowhere")), 0, tmp_path / "out")
@@ -297,13 +288,3 @@ def test_other_ids_than_the_tokenizers_are_refused(mixed: Path, trained: Path, m
     monkeypatch.setattr(tokenizer.Encoder, "encode", lambda self, texts: [np.array([5, 6])] * len(texts))
     with pytest.raises(UserError, match="trained on other tokens than AutoTokenizer gives for"):
         tokenizer.check(mixed, trained, 1.0, print)
-
-
-def test_a_hole_in_the_vocabulary_is_part_of_its_size(mixed: Path, tmp_path: Path) -> None:
-    folder = save(tmp_path / "theirs", byte_level(pre_tokenizers.ByteLevel.alphabet()))
-    content = json.loads((folder / "tokenizer.json").read_text())
-    vocabulary = content["model"]["vocab"]
-    content["model"]["vocab"] = {name: index + 30 * (index > 200) for name, index in vocabulary.items()}
-    (folder / "tokenizer.json").write_text(json.dumps(content))
-    size = tokenizer.build(mixed, Tokenizer(path=str(folder)), 0, tmp_path / "ours")["vocab_size"]
-    assert size == max(vocabulary.values()) + 31
