@@ -56,10 +56,7 @@ _STOPWORDS = {
 def inputs() -> dict[str, Any]:
     """What the corpus depends on: Python's version and every installed distribution's."""
     versions = sorted({f"{_name(distribution)}=={distribution.version}" for distribution in _distributions()})
-    return {
-        "python": platform.python_version(),
-        "packages": hashlib.sha256("\n".join(versions).encode()).hexdigest(),
-    }
+    return {"python": platform.python_version(), "packages": hashlib.sha256("\n".join(versions).encode()).hexdigest()}
 
 
 def groups() -> list[str]:

@@ -75,7 +75,6 @@ def score(
 
     chosen = scorers.find_scorer(scorer, label, scale)
     check_own_file(output, lambda: MADE_BY in (pq.read_schema(output).metadata or {}), "quality score")
-    scorers.forget()
     made_by = {MADE_BY: json.dumps({"scorer": chosen.name, "scale": chosen.range})}
     schema = scoring.SCHEMA.remove(scoring.SCHEMA.get_field_index("split"))
     schema = schema.append(pa.field("text", pa.string())).with_metadata(made_by)

@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 
     from nanophi.core.recipe import Data, Quality
 
-BATCH = 32
-"""Texts that a classifier reads at a time."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Scorer:
@@ -115,15 +112,6 @@ def find_scorer(name: str, label: str | None = None, scale: tuple[float, float] 
     return kind(name, label, scale).resolved()
 
 
-@functools.lru_cache(maxsize=1)
-def _loaded(scorer: Scorer) -> Any:
-    """The weights of a scorer, which a process loads once; `forget` before a folder may hold others."""
-    return scorer._load()  # type: ignore[attr-defined]
-
-
-forget = _loaded.cache_clear
-
-
 class ColumnScorer(Scorer):
     """A number that came with the data."""
 
@@ -132,11 +120,9 @@ class ColumnScorer(Scorer):
 
     @property
     def column(self) -> str | None:
-        """The column of the sources that holds the scores."""
         return self.name
 
     def score(self, texts: Sequence[bytes], values: Sequence[float] | None = None) -> np.ndarray:
-        """The values themselves, float32."""
         import numpy as np
 
         return np.array(values, np.float32)
@@ -151,14 +137,12 @@ class LinearScorer(Scorer):
     @classmethod
     def load(cls, folder: Path) -> LinearScorer:
         """The scorer in a folder. Raises `UserError` if there is none."""
-        forget()
         scorer = cls(str(folder))
-        _loaded(scorer)
+        assert scorer.model
         return scorer
 
     @classmethod
     def check_section(cls, quality: Quality, data: Data) -> None:
-        """It is fitted on sources that the recipe names, or on those of the embedded corpus."""
         if not all(source.embedded for source in data.sources) and not (quality.high and quality.low):
             raise ValueError(
                 "quality.scorer 'linear' needs quality.high and quality.low (names of sources); to keep every "
@@ -166,7 +150,6 @@ class LinearScorer(Scorer):
             )
 
     def prepare(self, documents: Path, quality: Quality, data: Data, seed: int, output: Path) -> Scorer:
-        """Fit it on a share of the documents, unless that is done."""
         if not (output / "scorer.json").exists():
             from nanophi.data.linear import fit_on_documents
 
@@ -174,10 +157,12 @@ class LinearScorer(Scorer):
         return LinearScorer(str(output))
 
     def score(self, texts: Sequence[bytes], values: Sequence[float] | None = None) -> np.ndarray:
-        """Probability that each document is good, float32 `[documents]`."""
-        return _loaded(self).score(texts)
+        scores: np.ndarray = self.model.score(texts)
+        return scores
 
-    def _load(self) -> Any:
+    @functools.cached_property
+    def model(self) -> Any:
+        """The weights, which are loaded once."""
         from nanophi.data.linear import LinearModel
 
         return LinearModel.load(Path(self.name))
@@ -190,12 +175,10 @@ class NoScorer(Scorer):
 
     @classmethod
     def check_section(cls, quality: Quality, data: Data) -> None:
-        """Only what looks at no score can be asked for."""
         if quality.threshold is not None or (quality.share is not None and quality.select != "random"):
             raise ValueError("quality.scorer 'none' scores nothing: threshold must be null, and a share 'random'")
 
     def score(self, texts: Sequence[bytes], values: Sequence[float] | None = None) -> np.ndarray:
-        """Zero for every document, float32."""
         import numpy as np
 
         return np.zeros(len(texts), np.float32)
@@ -215,11 +198,9 @@ class ModelScorer(Scorer):
         object.__setattr__(self, "revision", self.revision or revision)
 
     def identity(self, model: Callable[..., dict[str, str]]) -> dict[str, Any]:
-        """The hash of its folder, or its commit."""
         return {"scorer": model(self.name, revision=self.revision)}
 
     def check(self) -> None:
-        """Its configuration shows what its outputs mean."""
         if self.resolved() is self:
             output_values(self)
 
@@ -245,69 +226,53 @@ class ModelScorer(Scorer):
 
     def score(self, texts: Sequence[bytes], values: Sequence[float] | None = None) -> np.ndarray:
         """Scores by the first 512 tokens, float32 `[documents]`."""
-        return _loaded(self).score(texts)
+        import numpy as np
 
-    def _load(self) -> Any:
-        return _Classifier(self)
+        classify, counts, limit = self.classifier
+        scores = np.empty(len(texts), np.float32)
+        # By length, so that a batch is not padded to one long document.
+        order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
+        cut = [texts[row].decode()[: 20 * limit] for row in order]
+        for row, found in zip(order, classify(cut, truncation=True, max_length=limit), strict=True):
+            if counts is None:
+                scores[row] = np.clip(found[0]["score"], *self.range)
+            else:
+                scores[row] = sum(counts[output["label"]] * output["score"] for output in found)
+        return scores
 
-
-class _Classifier:
-    """A transformers text classifier. What its outputs mean is defined by its configuration and by the recipe."""
-
-    def __init__(self, scorer: ModelScorer) -> None:
+    @functools.cached_property
+    def classifier(self) -> tuple[Any, dict[str, float] | None, int]:
+        """The pipeline of transformers, what each label counts for, and the number of tokens that it reads."""
         import torch
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
-        values, self.range = output_values(scorer), scorer.range
-        name = local(scorer.name) if local(scorer.name).exists() else scorer.name
-        options: dict[str, Any] = {"trust_remote_code": False, "revision": scorer.revision}
-        with user_errors(f"quality.scorer: {scorer.name} cannot be loaded as a text classifier"):
+        counts = output_values(self)
+        name = local(self.name) if local(self.name).exists() else self.name
+        options: dict[str, Any] = {"trust_remote_code": False, "revision": self.revision}
+        with user_errors(f"quality.scorer: {self.name} cannot be loaded as a text classifier"):
             tokenizer = AutoTokenizer.from_pretrained(name, **options)
             model, info = AutoModelForSequenceClassification.from_pretrained(name, output_loading_info=True, **options)
         if info["missing_keys"]:
             raise UserError(
-                f"quality.scorer: {scorer.name} has no weights for {min(info['missing_keys'])}: it is a model that was "
+                f"quality.scorer: {self.name} has no weights for {min(info['missing_keys'])}: it is a model that was "
                 "not trained to classify text, and its scores would be random"
             )
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.values = None if values is None else torch.tensor(values, device=self.device)
         # RoBERTa and its like count positions from the padding's id on.
-        paddings = [
-            getattr(module, "padding_idx", None) for module in model.modules() if hasattr(module, "position_embeddings")
-        ]
-        first = max((padding + 1 for padding in paddings if padding is not None), default=0)
+        embeddings = [module for module in model.modules() if hasattr(module, "position_embeddings")]
+        first = max((module.padding_idx + 1 for module in embeddings if hasattr(module, "padding_idx")), default=0)
         positions = getattr(model.config, "max_position_embeddings", 512) - first
-        self.limit = min(tokenizer.model_max_length, positions, 512)
         tokenizer.padding_side = "right"
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         # Decoders find a text's last token by it, whatever the configuration says that they were padded with.
         model.config.pad_token_id = tokenizer.pad_token_id
-        self.model, self.tokenizer = model.eval().to(self.device), tokenizer
-        self.sigmoid = model.config.problem_type == "multi_label_classification" or model.config.num_labels == 1
-
-    def score(self, texts: Sequence[bytes]) -> np.ndarray:
-        import numpy as np
-        import torch
-
-        scores = np.empty(len(texts), np.float32)
-        # By length, so that a batch is not padded to one long document.
-        order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
-        options = {"truncation": True, "max_length": self.limit, "padding": True, "return_tensors": "pt"}
-        for start in range(0, len(order), BATCH):
-            rows = order[start : start + BATCH]
-            batch = [texts[row].decode()[: 20 * self.limit] for row in rows]
-            with torch.inference_mode():
-                logits = self.model(**self.tokenizer(batch, **options).to(self.device)).logits.float()
-            if self.values is None:
-                scores[rows] = logits[:, 0].clamp(*self.range).cpu().numpy()
-            else:
-                shares = logits.sigmoid() if self.sigmoid else logits.softmax(-1)
-                scores[rows] = (shares * self.values).sum(-1).cpu().numpy()
-        return scores
+        use = {"top_k": None, "batch_size": 32, "function_to_apply": "none" if counts is None else None}
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        classify = pipeline("text-classification", model=model, tokenizer=tokenizer, device=device, **use)
+        return classify, counts, min(tokenizer.model_max_length, positions, 512)
 
 
-def output_values(scorer: ModelScorer) -> list[float] | None:
-    """What each output of a classifier counts for, by its configuration alone; None: the one output is the score.
+def output_values(scorer: ModelScorer) -> dict[str, float] | None:
+    """What each label of a classifier counts for, by its configuration alone; None: the one output is the score.
 
     One output without a `problem_type`, or with `regression`, is a number on `scale`; another single output is a logit.
     Of several labels the score is the probability of `label` or, with `scale`, the expected value of the numbers that
@@ -330,11 +295,11 @@ def output_values(scorer: ModelScorer) -> list[float] | None:
             raise UserError(f"{what} has one output (regression); state its range, for example quality.scale: [0, 5]")
         return None
     if one:
-        return [1.0]
+        return {names[0]: 1.0}
     if label is not None:
         if scorer.range != (0.0, 1.0):
             raise UserError(f"{what}: the score of a label is a probability; leave out quality.scale or quality.label")
-        return [float(entry == label) for entry in names]
+        return {entry: float(entry == label) for entry in names}
     found = [re.search(r"\d+(\.\d+)?$", entry) for entry in names]
     values = [float(number.group()) for number in found if number]
     ordered = len(values) == len(names) and problem != "multi_label_classification"
@@ -343,4 +308,4 @@ def output_values(scorer: ModelScorer) -> list[float] | None:
         raise UserError(f"{what} has the labels {listed}; set quality.label to the one that means good text{hint}")
     if not scale[0] <= min(values) <= max(values) <= scale[1]:
         raise UserError(f"{what}: its labels go from {min(values):g} to {max(values):g}, outside quality.scale")
-    return values
+    return dict(zip(names, values, strict=True))

@@ -45,7 +45,6 @@ def score(
     """
     output.mkdir(parents=True, exist_ok=True)
     scorer = scorers.of_section(quality, revision).prepare(documents, quality, data, seed, output)
-    scorers.forget()
     work = output / ".parts"
     parts = [(path, split, scorer) for split in SPLITS for path in shards(documents, split)]
     workers = data.workers if scorer.parallel else 1

@@ -355,10 +355,7 @@ def test_each_source_is_reported_and_a_loss_stops_the_run(tmp_path: Path) -> Non
         assert summary["read"] == summary["train"] + summary["heldout"] + sum(summary["dropped"].values())
         return lines
 
-    assert run(*files[:2]) == [
-        "a: 20 documents read, 20 kept",
-        "b: 20 documents read, 16 kept, 4 dropped (no_text 4)",
-    ]
+    assert run(*files[:2]) == ["a: 20 documents read, 20 kept", "b: 20 documents read, 16 kept, 4 dropped (no_text 4)"]
     with pytest.raises(UserError) as caught:
         run(files[0], files[2], output="stopped")
     assert str(caught.value) == (
