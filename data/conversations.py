@@ -188,10 +188,7 @@ def _hold_out(rows: _Rows, base_text: Path | None, counts: dict[str, Counter[str
         counts[row["source"]][outcome] += 1
     if not kept:
         why = f" ({sources.reasons(found)})" if found else ""
-        raise UserError(
-            f"no conversation is left to be held out{why}; add a source with heldout: true whose answers are neither "
-            "in the base's text nor among those to train on"
-        )
+        raise UserError(f"no conversation is left to be held out{why}; add a source with heldout: true")
     return kept
 
 
@@ -199,9 +196,6 @@ def heldout(run: Path, count: int = 5) -> list[dict[str, Any]]:
     """The first held-out conversations of a run: `messages` to answer, and the reference `answer`."""
     rows = pq.read_table(run / "data/conversations/heldout.parquet", columns=["messages", "answer"])
     return list(rows.slice(0, count).to_pylist())
-
-
-# Rows
 
 
 def conversation(row: Any, method: str) -> tuple[Messages, Messages, Messages]:
@@ -305,9 +299,6 @@ def encode(tokenizer: Any, messages: Messages, context: int) -> tuple[list[int],
         mask += [0] * len(parts[0]) + [1] * len(parts[1])
         text = after
     return ids, mask, True
-
-
-# Files
 
 
 def _read(source: Source) -> Iterator[tuple[str, Any, bool | None]]:

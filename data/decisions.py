@@ -60,12 +60,12 @@ def dropped(counts: Counter[str]) -> Counter[str]:
 
 
 def decide(
-    data: Data, ids: np.ndarray, signatures: np.ndarray, contaminated: np.ndarray, held_sources: np.ndarray, remedy: str
+    data: Data, ids: np.ndarray, signatures: np.ndarray, contaminated: np.ndarray, held_sources: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """What becomes of each document (uint8), and the index of the one that stays in its place (its own if it stays).
 
     Per document: `ids` uint64; `signatures` uint32 `[documents, PERMUTATIONS]`; whether it holds an evaluation item and
-    whether its source is held out as a whole. `remedy` ends the message if too few are left.
+    whether its source is held out as a whole.
     """
     settings, own = data.deduplication, np.arange(len(ids))
     first = exact_duplicates(ids)
@@ -85,7 +85,7 @@ def decide(
     candidates = np.flatnonzero(decisions == TRAIN)
     if len(candidates) < 2:
         left = f"{len(candidates)} of {len(ids)} documents are left, too few to hold one out"
-        raise UserError(f"{left} (dropped: {_described(decisions)}){remedy}")
+        raise UserError(f"{left} (dropped: {_described(decisions)})")
     if held_sources.any():
         heldout = candidates[held_sources[candidates]]
         if len(heldout) in (0, len(candidates)):
@@ -104,9 +104,7 @@ def decide(
         # The copies of such a document are dropped for the same reason: it does not stay in their place.
         decisions[(decisions == EXACT) & (decisions[leaders] == HELDOUT_NEAR)] = HELDOUT_NEAR
         if not (decisions == HELDOUT).any():
-            raise UserError(
-                "every held-out document has a near-duplicate among the others; set deduplication.near: true"
-            )
+            raise UserError("every held-out document is near one to train on; set deduplication.near: true")
     if not (decisions == TRAIN).any():
         raise UserError(f"no document is left to train on: {_described(decisions)}")
     return decisions, leaders

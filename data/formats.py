@@ -76,9 +76,6 @@ def clean(text: Any) -> bytes | Unusable:
     return Unusable("oversize") if len(encoded) > MAXIMUM_DOCUMENT_BYTES else encoded
 
 
-# Files
-
-
 def open_file(location: str) -> Any:
     """A file on disk or, for `hf://...`, on the Hub, opened to read bytes."""
     if not location.startswith("hf://"):
@@ -94,9 +91,6 @@ def open_text(location: str, newline: str | None) -> io.TextIOWrapper:
     if suffix in _DECOMPRESSED:
         file = _DECOMPRESSED[suffix](file)
     return io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline=newline)
-
-
-# Columns
 
 
 def _steps(path: str) -> list[str]:
@@ -204,9 +198,6 @@ class Reader:
         return number
 
 
-# Tables
-
-
 class Parquet(Reader):
     def pieces(self) -> list[Any]:
         with user_errors(f"{self.name} is not a whole parquet file"), pq.ParquetFile(open_file(self.location)) as table:
@@ -276,9 +267,6 @@ class Tsv(Csv):
     delimiter = "\t"
 
 
-# JSON and text
-
-
 class JsonLines(Reader):
     """An object, or a text, on each line."""
 
@@ -325,10 +313,8 @@ class Text(Reader):
             text = file.read(4 * MAXIMUM_DOCUMENT_BYTES + 1)
         marks = _END_OF_DOCUMENT.findall(text) if self.source.separator is None else []
         if len(marks) > 1:
-            raise UserError(
-                f"{self.name} holds many documents: {len(marks)} lines are like {marks[0]}; set the source's separator "
-                f'to "{marks[0]}", or to "" if the file is one document'
-            )
+            many = f'{len(marks)} lines are like {marks[0]}; set the source\'s separator ("" for one document)'
+            raise UserError(f"{self.name} holds many documents: {many}")
         yield self.name, text if len(text) <= 4 * MAXIMUM_DOCUMENT_BYTES else Unusable("oversize")
 
     def _separated(self, file: io.TextIOWrapper, separator: str) -> Iterator[tuple[str, Any]]:

@@ -72,14 +72,12 @@ def gather(
         mine, bad = by_source.get(number, Counter()), [entry for origin, entry in refused if origin == number]
         sources.check_usable(sources.name_of(source), mine["read"], dropped(mine), bad, data.max_dropped)
     documents = _Documents(work, read)
-    undivided = {sources.name_of(source) for _, source, part in parts if sources.is_undivided(source, part)}
     decisions, leaders = decide(
         data,
         documents.ids,
         documents.signatures,
         documents.contaminated,
         np.array([source.heldout for source in data.sources])[documents.origins],
-        f"; set the separator of {', '.join(sorted(undivided))} to split a text file into documents" * bool(undivided),
     )
     counts.add(documents.origins, documents.codes, documents.names, decisions)
     for number, mine in counts.grouped(0).items():
@@ -111,9 +109,6 @@ def gather(
     write_json(done, summary)
     shutil.rmtree(work)
     return summary
-
-
-# Reading
 
 
 def _read_part(
@@ -192,8 +187,6 @@ class _Documents:
         counts = [part["documents"] for part in read]
         self.starts = np.cumsum([0, *counts]).tolist()
         self.ids = np.concatenate([np.fromfile(path.with_suffix(".ids"), ">u8") for path in paths]).astype(np.uint64)
-        if len(self.ids) != self.starts[-1]:
-            raise UserError(f"{work / 'read'} is incomplete; delete it and run again")
         joined = work / "signatures.bin"
         with joined.open("wb") as file:
             for path in paths:
@@ -213,9 +206,6 @@ class _Documents:
         ]
         self.contaminated = np.zeros(len(self.ids), bool)
         self.contaminated[[row for row, _ in self.hits]] = True
-
-
-# Writing
 
 
 def _entry(mine: Counter[str]) -> dict[str, Any]:

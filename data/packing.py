@@ -125,9 +125,6 @@ class _Stream:
     ) -> None:
         paths = [folder / f"{index:05d}" for index in range(len(counts))]
         self._files = [path.with_suffix(".tokens") for path in paths]
-        for file, part in zip(self._files, counts, strict=True):
-            if file.stat().st_size != 4 * part["tokens"]:
-                raise UserError(f"{file} is incomplete; delete the run's .work folder and run again")
         tables = [pq.read_table(path.with_suffix(".parquet"), read_dictionary=["source"]) for path in paths]
         documents = pa.concat_tables(tables).unify_dictionaries()
         order = np.arange(len(documents))

@@ -57,10 +57,8 @@ def run_parts(
                 # A cluster is only seen to be at work: how far it is, the marks show.
                 progress.update(finished or sum(mark.exists() for mark in marks) - progress.n)
         except WorkerDiedError:
-            raise UserError(
-                f"{label}: a worker process died (out of memory?); run again with fewer data.workers, "
-                "finished parts are not repeated"
-            ) from None
+            problem = f"{label}: a worker process died (out of memory?); run again with fewer data.workers"
+            raise UserError(problem) from None
     # Whatever the engine reports, every part must have written its counts.
     return [read_json(mark) for mark in marks]
 
@@ -75,9 +73,7 @@ def _run(tasks: Sequence[Task], workers: int | None, engine: str, folder: Path) 
     try:
         cluster = registry.find(CLUSTERS, engine, "data.engine")
     except ImportError as error:
-        raise UserError(
-            f"data.engine 'ray' and 'slurm' require optional dependencies: pip install 'nanophi[cluster]' ({error})"
-        ) from None
+        raise UserError(f"data.engine '{engine}' needs pip install 'nanophi[cluster]' ({error})") from None
     found: Iterable[None] = cluster(tasks, workers, folder / "datatrove")
     return found
 

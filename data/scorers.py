@@ -89,10 +89,8 @@ class Scorer:
         bad = ~((scores >= low) & (scores <= high))
         if bad.any():
             first = int(bad.argmax())
-            raise UserError(
-                f"document {ids[first]} has quality score {scores[first]:g} ({bad.sum()} such documents); scores must "
-                f"be numbers from {low:g} to {high:g}; state another range by quality.scale"
-            )
+            scale = f"scores must be numbers from {low:g} to {high:g} (quality.scale)"
+            raise UserError(f"document {ids[first]} has quality score {scores[first]:g}; {scale}")
 
 
 def of_section(quality: Quality, revision: str | None = None) -> Scorer:
@@ -144,10 +142,7 @@ class LinearScorer(Scorer):
     @classmethod
     def check_section(cls, quality: Quality, data: Data) -> None:
         if not all(source.embedded for source in data.sources) and not (quality.high and quality.low):
-            raise ValueError(
-                "quality.scorer 'linear' needs quality.high and quality.low (names of sources); to keep every "
-                "document, leave out 'quality'"
-            )
+            raise ValueError("quality.scorer 'linear' needs quality.high and quality.low (names of sources)")
 
     def prepare(self, documents: Path, quality: Quality, data: Data, seed: int, output: Path) -> Scorer:
         if not (output / "scorer.json").exists():
@@ -253,10 +248,8 @@ class ModelScorer(Scorer):
             tokenizer = AutoTokenizer.from_pretrained(name, **options)
             model, info = AutoModelForSequenceClassification.from_pretrained(name, output_loading_info=True, **options)
         if info["missing_keys"]:
-            raise UserError(
-                f"quality.scorer: {self.name} has no weights for {min(info['missing_keys'])}: it is a model that was "
-                "not trained to classify text, and its scores would be random"
-            )
+            missing = f"has no weights for {min(info['missing_keys'])}: its scores would be random"
+            raise UserError(f"quality.scorer: {self.name} {missing}")
         # RoBERTa and its like count positions from the padding's id on.
         embeddings = [module for module in model.modules() if hasattr(module, "position_embeddings")]
         first = max((module.padding_idx + 1 for module in embeddings if hasattr(module, "padding_idx")), default=0)

@@ -35,10 +35,7 @@ def choose(scores: np.ndarray, sizes: np.ndarray, ids: np.ndarray, quality: Qual
         return Selection(kept)
     by_score = quality.select != "random"
     if by_score and quality.share < 1 and len(scores) and scores.min() == scores.max():
-        raise UserError(
-            f"quality.select '{quality.select}': every document has the score {scores[0]:.4f}, so none is better than "
-            "another; use another quality.scorer, or quality.select 'random'"
-        )
+        raise UserError(f"quality.select '{quality.select}': every document has the score {scores[0]:.4f}")
     shuffled = np.argsort(ids, kind="stable")
     np.random.default_rng([seed, 1]).shuffle(shuffled)
     key = {"best": -scores, "worst": scores, "random": np.zeros(len(scores))}[quality.select]
@@ -46,12 +43,7 @@ def choose(scores: np.ndarray, sizes: np.ndarray, ids: np.ndarray, quality: Qual
     reached = np.concatenate([[0], np.cumsum(sizes[order], dtype=np.int64)])
     count = int(np.argmin(np.abs(reached - quality.share * reached[-1])))
     if count == 0:
-        raise UserError(
-            f"quality.share {quality.share:g} of {reached[-1]:,} bytes keeps no document; the first has "
-            f"{sizes[order[0]]:,} bytes"
-            if len(order)
-            else "there is no training document to choose from"
-        )
+        raise UserError(f"quality.share {quality.share:g} of {reached[-1]:,} bytes keeps no document")
     kept = np.zeros(len(scores), bool)
     kept[order[:count]] = True
     return Selection(kept, float(scores[order[count - 1]]) if by_score else None)

@@ -102,9 +102,6 @@ def weights(sources: Sequence[Source], origins: Mapping[str, Sequence[int]]) -> 
     return {name: sources[numbers[0]].weight for name, numbers in origins.items()}
 
 
-# Which files
-
-
 def locate(source: Source) -> Located:
     """The files of a source that is not embedded. Raises `UserError` if there are none, or for a dangling link."""
     if source.files:
@@ -192,17 +189,10 @@ def _locate_split(source: Source, path: str) -> Located:
         builder = datasets.load_dataset_builder(path, source.config, revision=source.revision)
     splits = {str(split): files for split, files in (builder.config.data_files or {}).items()}
     _check_split(source, path, splits)
-    others = []
-    if Path(path).is_dir() and source.config is None:
-        # Of a folder with files in several formats it takes the ones that most have.
-        used = {str(Path(file).resolve()) for files in splits.values() for file in files if "://" not in file}
-        others = [
-            shown(Path(file).name) for file in _files_below(Path(path), []) if str(Path(file).resolve()) not in used
-        ]
     files = [str(file) for file in splits[source.split]]
     if unknown := [file for file in files if reader_of(file) is None]:
         raise UserError(f"dataset {shown(path)}: {shown(Path(unknown[0]).name)} is not a {KNOWN} file")
-    return files, others
+    return files, []
 
 
 def _locate_on_hub(source: Source) -> Located:
@@ -223,9 +213,6 @@ def _locate_on_hub(source: Source) -> Located:
     with user_errors(f"dataset {repo_id} cannot be downloaded"):
         download = huggingface_hub.hf_hub_download
         return ([download(repo_id, file, repo_type="dataset", revision=commit) for file in files], [])
-
-
-# The parts
 
 
 def plan(source: Source, score: str | None) -> tuple[list[Part], list[str]]:
@@ -266,11 +253,6 @@ def _parts(source: Source, files: Sequence[str], score: str | None) -> list[Part
     return [*parts, tuple(begun)] if begun else parts
 
 
-def is_undivided(source: Source, part: Part) -> bool:
-    """Whether a part's text files are one document each because the source has no separator."""
-    return not source.embedded and source.separator is None and _reader(source, part[0][0]).one_document
-
-
 def _reader(source: Source, file: str, score: str | None = None) -> Reader:
     return _reader_class(file)(file, source, score)
 
@@ -289,9 +271,6 @@ def fingerprint(source: Source, contents: Contents) -> Any:
         commit = resolve_commit(source.hub, source.revision, "dataset")
         return {"hub": source.hub, "config": source.config, "split": source.split, "commit": commit}
     return contents.files(Path(file) for file in locate(source)[0])
-
-
-# The documents
 
 
 def read(source: Source, part: Part, score: str | None, tally: Tally) -> Iterator[Document]:

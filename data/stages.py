@@ -112,9 +112,6 @@ def _selects_otherwise(run: RunDirectory, work: Path) -> bool:
     return kept[0] != kept[1]
 
 
-# Documents
-
-
 def _document_inputs(run: Runner) -> dict[str, Any]:
     from nanophi.data import sources
 
@@ -134,9 +131,6 @@ def _documents(run: Runner, work: Path) -> Summary:
 
     data = run.recipe.data.model_copy(update={"sources": pinned(run, run.recipe.data.sources)})
     return gather.gather(data, work / "data/documents", scorers.of_section(run.recipe.quality).column, run.report)
-
-
-# Scores and selection
 
 
 def _score_inputs(run: Runner) -> dict[str, Any]:
@@ -172,9 +166,6 @@ def _quality(run: Runner, work: Path) -> Summary:
     return scoring.select(*folders, recipe.quality, work / "data/quality", recipe.training_seed)
 
 
-# Tokens
-
-
 def _tokenizer_files(run: Runner) -> dict[str, Any]:
     path = run.recipe.tokenizer.path
     # A tokenizer's folder may hold a model's weights too, which are large and play no part.
@@ -206,9 +197,6 @@ def _tokens(run: Runner, work: Path) -> Summary:
     context = recipe.model_config_for().max_position_embeddings
     folders = data / "documents", data / "quality", data / "tokenizer"
     return packing.pack(*folders, context, recipe.data, recipe.training_seed, work / "data/tokens")
-
-
-# Conversations
 
 
 def _conversation_inputs(run: Runner) -> dict[str, Any]:

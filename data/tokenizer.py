@@ -98,10 +98,8 @@ def check(documents: Path, folder: Path, max_lost: float, report: Callable[[str]
         if ours != expected:
             at = next((n for n, pair in enumerate(zip(ours, expected, strict=False)) if pair[0] != pair[1]), 0)
             tokens = [theirs.convert_ids_to_tokens(ids[at : at + 4]) for ids in (ours, expected)]
-            raise UserError(
-                f"tokenizer: the run would be trained on other tokens than AutoTokenizer gives for {text[:40]!r}: "
-                f"{tokens[0]}, not {tokens[1]}"
-            )
+            wrong = f"the run's tokens are {tokens[0]}, AutoTokenizer's {tokens[1]}"
+            raise UserError(f"tokenizer: for {text[:40]!r} {wrong}")
         known = [token for token in ours if token != unknown]
         decoded = str(theirs.decode(known, skip_special_tokens=False, clean_up_tokenization_spaces=False))
         count += 1
@@ -117,10 +115,7 @@ def check(documents: Path, folder: Path, max_lost: float, report: Callable[[str]
             often = ", ".join(repr(character) for character, _ in characters.most_common(3))
             line = f"{percent(share, 2)} of the bytes of source '{source}' are in no token, such as {often}"
             if share > max_lost:
-                raise UserError(
-                    f"tokenizer: {line}; the limit is data.max_lost, {percent(max_lost, 2)}: use a tokenizer that "
-                    "knows these characters, or raise the limit"
-                )
+                raise UserError(f"tokenizer: {line}; the limit is data.max_lost, {percent(max_lost, 2)}")
             report(line)
     return result | {"changed": changed}
 

@@ -100,7 +100,7 @@ def test_decisions_against_brute_force(
     }
     try:
         decisions, leaders = decide(
-            Data.model_validate({**recipe, "heldout_fraction": 0.3}), ids, matrix, contaminated, held, ""
+            Data.model_validate({**recipe, "heldout_fraction": 0.3}), ids, matrix, contaminated, held
         )
     except UserError:
         return

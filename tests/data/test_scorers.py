@@ -139,7 +139,7 @@ def test_a_model_that_was_not_trained_to_classify_is_refused(tmp_path: Path) -> 
 
     folder = classifier(tmp_path / "model", ["bad", "good"])
     BertForSequenceClassification.from_pretrained(folder).bert.save_pretrained(folder)
-    with pytest.raises(UserError, match=r"has no weights for classifier\.bias: .* its scores would be random"):
+    with pytest.raises(UserError, match=r"has no weights for classifier\.bias: its scores would be random"):
         ModelScorer(str(folder), "good").score(TEXTS)
 
 

@@ -147,8 +147,6 @@ def test_shards_of_a_hub_folder_may_have_different_columns(tmp_path: Path, strea
     (tmp_path / "data" / "test-0.jsonl").write_text('{"text": "Not this."}\n')
     found, tally = read(hub=str(tmp_path), streaming=streaming)
     assert (found, tally.dropped_total()) == ([*TEXTS, "More."], {"not_json": 1})
-    (tmp_path / "data" / "notes.txt").write_text("In another format.")
-    assert sources.plan(Source(hub=str(tmp_path)), None)[1] == ["notes.txt"]
 
 
 def test_a_folder_with_a_script_and_a_name_that_is_nothing(tmp_path: Path) -> None:
@@ -219,9 +217,8 @@ def test_a_separator_splits_in_pieces_of_any_size(tmp_path: Path, monkeypatch: p
 def test_a_text_file_that_holds_many_documents_says_so(tmp_path: Path, mark: str) -> None:
     path = tmp_path / "stories.txt"
     path.write_text(f"\n{mark}\n".join(TEXTS))
-    with pytest.raises(UserError, match=r"stories\.txt holds many documents: 2 lines are ") as caught:
+    with pytest.raises(UserError, match=rf"stories\.txt holds many documents: 2 lines are like {re.escape(mark)};"):
         read(files=str(path))
-    assert f'separator to "{mark}"' in str(caught.value)
     assert read(files=str(path), separator=mark)[0] == TEXTS
     assert len(read(files=str(path), separator="")[0]) == 1
     path.write_text(f"Only a mention of {mark} in a sentence, twice: {mark}.")
@@ -367,8 +364,3 @@ def test_each_source_is_reported_and_a_loss_stops_the_run(tmp_path: Path) -> Non
     with pytest.raises(UserError, match=r"source again keeps nothing: exact_duplicate 20; leave it out"):
         (tmp_path / "again.jsonl").write_text((tmp_path / "a.jsonl").read_text())
         run(files[0], str(tmp_path / "again.jsonl"), output="repeated")
-    (tmp_path / "one.txt").write_text("A single document. " * 30)
-    with pytest.raises(
-        UserError, match=r"1 of 1 documents are left, .*; set the separator of one to split a text file"
-    ):
-        run(str(tmp_path / "one.txt"), output="one")

@@ -216,5 +216,5 @@ def test_a_scorer_that_gives_one_value(recipe, tmp_path):
     values["data"]["sources"][0]["files"] = str(tmp_path / "same.jsonl")
     path = tmp_path / "recipe.yaml"
     path.write_text(json.dumps(values))
-    with pytest.raises(UserError, match=r"every document has the score 0\.5000, so none is better than another"):
+    with pytest.raises(UserError, match=r"every document has the score 0\.5000"):
         Ablation(load_recipe(path), tmp_path / "runs", tmp_path / "output", report=str, **OPTIONS).plan()
