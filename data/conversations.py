@@ -174,13 +174,14 @@ def _hold_out(rows: _Rows, base_text: Path | None, counts: dict[str, Counter[str
     """The candidates whose answers nobody has read, counted by source. Raises `UserError` if there are none."""
     answers = {row["answer"] for row in rows.candidates.values()}
     known = set() if base_text is None else _in_text(base_text, answers)
+    read = known | rows.learned
     kept: list[dict[str, Any]] = []
     found: Counter[str] = Counter()
     for _, row in sorted(rows.candidates.items()):
         outcome = "heldout"
         if len(kept) == HELDOUT_MAXIMUM:
             outcome = "not_needed"
-        elif row["answer"] in known | rows.learned:
+        elif row["answer"] in read:
             outcome = "answer_in_base_text" if row["answer"] in known else "answer_learned"
         else:
             kept.append(row)
@@ -308,20 +309,14 @@ def _read(source: Source) -> Iterator[tuple[str, Any, bool | None]]:
             yield f"questions:{number}", {"prompt": question, "completion": answer}, held
         return
     every_column = source.model_copy(update={"text_column": ""})
-    for file in sources.locate(source)[0]:
+    for file in sources.locate(source):
         reader = formats.reader_of(file)
         if reader is None or reader.one_document:
             raise UserError(f"source {shown(file)}: conversations are not read from text files")
-        opened, last = reader(file, every_column), "its beginning"
-        try:
-            for piece in opened.pieces():
-                for where, row in opened.records(piece):
-                    last = where
-                    yield where, row, source.heldout or None
-        except UserError:
-            raise
-        except Exception as error:  # of a damaged file a decoder raises anything
-            raise UserError(f"{shown(file)} cannot be read after {last} ({one_line(error)})") from error
+        opened = reader(file, every_column)
+        for piece in opened.pieces():
+            for where, row in sources.guarded(file, opened.records(piece)):
+                yield where, row, source.heldout or None
 
 
 def _in_text(folder: Path, answers: Collection[str]) -> set[str]:

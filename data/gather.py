@@ -27,7 +27,6 @@ from nanophi.core.names import local
 from nanophi.core.recipe import Data, Source
 from nanophi.data import contamination, deduplication, sources
 from nanophi.data.decisions import CONTAMINATED, EXACT, HELDOUT, NEAR, TRAIN, Counts, decide, dropped
-from nanophi.data.formats import listed
 from nanophi.data.ngrams import hash_words
 from nanophi.data.parallel import run_parts
 
@@ -50,10 +49,7 @@ def gather(
     work.mkdir(parents=True, exist_ok=True)
     parts: list[tuple[int, Source, sources.Part]] = []
     for number, source in enumerate(data.sources):
-        planned, others = sources.plan(source, score)
-        parts += [(number, source, part) for part in planned]
-        if others:
-            report(f"{sources.name_of(source)}: {len(others)} other files are not read: {listed(others, 3)}")
+        parts += [(number, source, part) for part in sources.plan(source, score)]
     plan = work / "plan.txt"
     cut = sha256_of([[number, part] for number, _, part in parts])
     if not plan.exists() or plan.read_text() != cut:

@@ -98,7 +98,7 @@ def _read(files: str, text_column: str, column: str | None = None, tally: Tally 
 
     tally = sources.Tally() if tally is None else tally
     source = Source(files=files, text_column=text_column)
-    for part in sources.plan(source, column)[0]:
+    for part in sources.plan(source, column):
         yield from sources.read(source, part, column, tally)
     sources.check_usable(files, tally.read.total(), tally.dropped_total(), tally.refused, 1.0)
 

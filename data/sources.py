@@ -10,7 +10,7 @@ import glob
 import itertools
 import os
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,14 +21,12 @@ from nanophi.core.inputs import Contents, resolve_commit
 from nanophi.core.names import is_hub_id, local, shown, walk
 from nanophi.core.recipe import Source
 from nanophi.data import installed_docs
-from nanophi.data.formats import KNOWN, PART_BYTES, Reader, Row, Unusable, clean, listed, reader_of, remedy
+from nanophi.data.formats import KNOWN, PART_BYTES, Reader, Row, Unusable, clean, reader_of, remedy
 
 _METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 REFUSED = 20
 """Unusable documents that a part names."""
 
-Located = tuple[list[str], list[str]]
-"""The files of a source in order, as paths or `hf://` addresses, and names of files that are none of its."""
 Part = tuple[tuple[str, Any], ...]
 """What one process reads: files, each with the piece of it that its reader gave; or groups of the embedded corpus."""
 
@@ -102,8 +100,8 @@ def weights(sources: Sequence[Source], origins: Mapping[str, Sequence[int]]) -> 
     return {name: sources[numbers[0]].weight for name, numbers in origins.items()}
 
 
-def locate(source: Source) -> Located:
-    """The files of a source that is not embedded. Raises `UserError` if there are none, or for a dangling link."""
+def locate(source: Source) -> list[str]:
+    """The files of a source that is not embedded, as paths or `hf://` addresses. Raises `UserError` if none."""
     if source.files:
         return _locate_files(source)
     if is_on_hub(source):
@@ -117,40 +115,30 @@ def is_on_hub(source: Source) -> bool:
     path = local(str(source.hub))
     if path.is_dir() and source.revision is not None:
         raise UserError(f"dataset {source.hub} is a folder here, which has no revisions; leave out 'revision'")
-    if path.is_file():
-        raise UserError(f"dataset {source.hub} cannot be loaded: it is a file; name it by 'files'")
-    if not path.exists() and not is_hub_id(str(source.hub)):
-        raise UserError(f"dataset {source.hub} cannot be loaded: no such folder, and no Hub id like ORG/NAME")
-    return not path.exists()
+    if not path.is_dir() and (path.exists() or not is_hub_id(str(source.hub))):
+        raise UserError(f"dataset {source.hub} is no folder and no Hub id like ORG/NAME; name files by 'files'")
+    return not path.is_dir()
 
 
-def _locate_files(source: Source) -> Located:
+def _locate_files(source: Source) -> list[str]:
     given = local(str(source.files))
     found = [given] if os.path.lexists(given) else map(Path, sorted(glob.glob(str(given), recursive=True)))  # noqa: PTH207
     files: list[str] = []
-    others: list[str] = []
     for path in found:
         if path.is_dir():
-            saved = _locate_saved(source, path)
-            files += saved[0] if saved else _files_below(path, others)
+            files += _locate_saved(source, path) or _files_below(path)
         elif _is_read(path):
             files.append(str(path))
         else:
             raise UserError(f"source {shown(path)}: not a {KNOWN} file")
     if not files:
-        there = f"; there is {listed(others, 3)}" if others else ""
-        raise UserError(f"source {source.files}: no {KNOWN} file is there{there}")
-    return list(dict.fromkeys(files)), others
+        raise UserError(f"source {source.files}: no {KNOWN} file is there")
+    return list(dict.fromkeys(files))
 
 
-def _files_below(folder: Path, others: list[str]) -> list[str]:
-    """Every file below a folder in a format that is read, sorted; the names of the rest go to `others`."""
-    found: list[Path] = []
-    for path in walk(folder):
-        if _is_read(path) and path.name not in _METADATA:
-            found.append(path)
-        else:
-            others.append(shown(path.name))
+def _files_below(folder: Path) -> list[str]:
+    """Every file below a folder in a format that is read, sorted."""
+    found = [path for path in walk(folder) if _is_read(path) and path.name not in _METADATA]
     # The card of a dataset is not one of its documents.
     has_card = not all(_reader_class(path.name).one_document for path in found)
     return [str(path) for path in found if not (has_card and path.name == "README.md")]
@@ -163,16 +151,14 @@ def _is_read(path: Path) -> bool:
     return reader_of(path.name) is not None
 
 
-def _locate_saved(source: Source, folder: Path) -> Located | None:
-    """The files of a folder that `save_to_disk` wrote (`datasets.Dataset`, or a `DatasetDict` of splits)."""
+def _locate_saved(source: Source, folder: Path) -> list[str]:
+    """The files of a folder that `save_to_disk` wrote (`datasets.Dataset`, or a `DatasetDict` of splits), if it did."""
     splits = folder / "dataset_dict.json"
     if splits.exists():
         _check_split(source, folder, read_json(splits).get("splits", []))
         folder = folder / source.split
     state = read_json(folder / "state.json") if (folder / "state.json").exists() else {}
-    if "_data_files" not in state:
-        return None
-    return [str(folder / entry["filename"]) for entry in state["_data_files"]], []
+    return [str(folder / entry["filename"]) for entry in state.get("_data_files", [])]
 
 
 def _check_split(source: Source, path: str | Path, splits: Collection[str]) -> None:
@@ -181,7 +167,7 @@ def _check_split(source: Source, path: str | Path, splits: Collection[str]) -> N
         raise UserError(f"dataset {shown(path)} has no split '{source.split}'; it has {known}")
 
 
-def _locate_split(source: Source, path: str) -> Located:
+def _locate_split(source: Source, path: str) -> list[str]:
     """The files that `datasets` finds for a split of a folder or of a repository on the Hub."""
     import datasets
 
@@ -192,47 +178,44 @@ def _locate_split(source: Source, path: str) -> Located:
     files = [str(file) for file in splits[source.split]]
     if unknown := [file for file in files if reader_of(file) is None]:
         raise UserError(f"dataset {shown(path)}: {shown(Path(unknown[0]).name)} is not a {KNOWN} file")
-    return files, []
+    return files
 
 
-def _locate_on_hub(source: Source) -> Located:
+def _locate_on_hub(source: Source) -> list[str]:
     """The files of a split of a dataset on the Hub: `hf://` addresses when streaming, else in the Hub's cache here."""
     import huggingface_hub
 
     repo_id = str(source.hub)
     commit = resolve_commit(repo_id, source.revision, "dataset")
+    start = f"hf://datasets/{repo_id}@{commit}/"
     # A commit does not change, so its files need no second look, and a second run needs no network.
     listed = huggingface_hub.cached_assets_path("nanophi", repo_id, commit) / f"{source.config}-{source.split}.json"
     if not listed.exists():
-        located = _locate_split(source.model_copy(update={"revision": commit}), repo_id)
-        start = f"hf://datasets/{repo_id}@{commit}/"
-        write_json(listed, [file.removeprefix(start) for file in located[0]])
+        found = _locate_split(source.model_copy(update={"revision": commit}), repo_id)
+        write_json(listed, [file.removeprefix(start) for file in found])
     files = read_json(listed)
     if source.streaming:
-        return ([f"hf://datasets/{repo_id}@{commit}/{file}" for file in files], [])
+        return [start + file for file in files]
     with user_errors(f"dataset {repo_id} cannot be downloaded"):
         download = huggingface_hub.hf_hub_download
-        return ([download(repo_id, file, repo_type="dataset", revision=commit) for file in files], [])
+        return [download(repo_id, file, repo_type="dataset", revision=commit) for file in files]
 
 
-def plan(source: Source, score: str | None) -> tuple[list[Part], list[str]]:
-    """The parts of a source, and the names of files beside its own that are not read.
-
-    A source with `max_documents` is one part. `score` is the column that holds a quality score, if one is used.
-    """
+def plan(source: Source, score: str | None) -> list[Part]:
+    """The parts of a source; of one with `max_documents` a single one. `score` is the column with a quality score."""
     if source.embedded:
         if score:
             raise UserError(f"the embedded corpus has no column '{score}'; use quality.scorer 'linear' or 'model:'")
         groups = [(group, None) for group in installed_docs.groups()]
-        parts, others = [tuple(groups[start : start + 16]) for start in range(0, len(groups), 16)], list[str]()
+        parts: list[Part] = [tuple(groups[start : start + 16]) for start in range(0, len(groups), 16)]
     else:
-        files, others = locate(source)
+        files = locate(source)
         parts = _parts(source, files, score)
         if source.separator and not any(_reader(source, file).one_document for file in files):
             raise UserError(f"source {name_of(source)}: 'separator' is for text files (.txt, .md), and it has none")
     if source.max_documents and parts:
         parts = [tuple(piece for part in parts for piece in part)]
-    return parts, others
+    return parts
 
 
 def _parts(source: Source, files: Sequence[str], score: str | None) -> list[Part]:
@@ -270,7 +253,7 @@ def fingerprint(source: Source, contents: Contents) -> Any:
     if source.hub and is_on_hub(source):
         commit = resolve_commit(source.hub, source.revision, "dataset")
         return {"hub": source.hub, "config": source.config, "split": source.split, "commit": commit}
-    return contents.files(Path(file) for file in locate(source)[0])
+    return contents.files(Path(file) for file in locate(source))
 
 
 def read(source: Source, part: Part, score: str | None, tally: Tally) -> Iterator[Document]:
@@ -290,18 +273,23 @@ def _rows(source: Source, part: Part, score: str | None) -> Iterator[tuple[str, 
     """The rows of a part, each with its file."""
     for file, piece in part:
         if source.embedded:
-            for number, (name, text) in enumerate(installed_docs.documents(file)):
-                yield file, Row(f"{file}:{number}", clean(text), name)
-            continue
-        last = "its beginning"
-        try:
-            for row in _reader(source, file, score).rows(piece):
-                last = row.where
-                yield file, row
-        except UserError:
-            raise
-        except Exception as error:  # of a damaged file a decoder raises anything
-            raise UserError(f"{shown(file)} cannot be read after {last} ({one_line(error)})") from error
+            texts = enumerate(installed_docs.documents(file))
+            yield from ((file, Row(f"{file}:{number}", clean(text), name)) for number, (name, text) in texts)
+        else:
+            yield from ((file, row) for row in guarded(file, _reader(source, file, score).rows(piece)))
+
+
+def guarded(file: str, rows: Iterable[Any]) -> Iterator[Any]:
+    """Rows, which begin with where they are; whatever a decoder raises of a damaged file names the last of them."""
+    last = "its beginning"
+    try:
+        for row in rows:
+            last = row[0]
+            yield row
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{shown(file)} cannot be read after {last} ({one_line(error)})") from error
 
 
 def _label(value: Any) -> str:

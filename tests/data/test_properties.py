@@ -59,7 +59,7 @@ def outcome(source: Source, score: str | None = None) -> tuple[list[sources.Docu
     """What reading a source gives; None for a refusal, which must be one printable line."""
     tally = sources.Tally()
     try:
-        parts, others = sources.plan(source, score)
+        parts = sources.plan(source, score)
         found = [document for part in parts for document in sources.read(source, part, score, tally)]
     except UserError as error:
         message = str(error)
@@ -68,7 +68,7 @@ def outcome(source: Source, score: str | None = None) -> tuple[list[sources.Docu
         return None
     assert tally.read.total() == len(found) + tally.dropped_total().total()
     assert sum(len(document.text) for document in found) == tally.bytes.total()
-    json.dumps([vars(tally), others], ensure_ascii=False, allow_nan=False).encode()
+    json.dumps(vars(tally), ensure_ascii=False, allow_nan=False).encode()
     for document in found:
         text = document.text.decode()
         assert text == text.strip() != "" and not set(text) & set("\r\0\ufeff")
