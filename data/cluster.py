@@ -4,8 +4,6 @@
 them to the machines. These need nanophi installed, and the run directory under the same path.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shlex

@@ -4,8 +4,6 @@ As in GPT-3 (Brown et al., 2020, appendix C), items of 8 to `ngram - 1` words mu
 is searched for alone, with each choice, and with all of them. Items too short in every form are counted.
 """
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import functools

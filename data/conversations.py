@@ -4,8 +4,6 @@ train.parquet      input_ids and assistant_masks (sft), or prompt, chosen and re
 heldout.parquet    id, source, messages; the prompt as text, ending where an answer begins; the answer
 """
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections import Counter

@@ -3,8 +3,6 @@
 Decides by hashes alone, over the whole corpus at once. A document that is recorded as kept in place of others is kept.
 """
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -55,7 +53,6 @@ class Counts:
 
 
 def dropped(counts: Counter[str]) -> Counter[str]:
-    """Why documents were dropped, of one group's counts."""
     return Counter({what: count for what, count in counts.items() if what not in ("read", "bytes", *OUTCOMES[:2])})
 
 

@@ -3,8 +3,6 @@
 Documents that agree in one of `BANDS` bands of their signatures are compared; connected ones form a cluster.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -3,8 +3,6 @@
 train-NNNNN.parquet, heldout-NNNNN.parquet   id (16 hex digits of the text's SHA-256), text, source, [columns]
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path

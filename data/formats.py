@@ -4,8 +4,6 @@
 without a usable text is yielded as well, and counted in `sources.py`.
 """
 
-from __future__ import annotations
-
 import bz2
 import contextlib
 import csv
@@ -214,8 +212,7 @@ class Parquet(Reader):
             yield from self.records_of(batches, piece[0])
 
     def records_of(self, batches: Iterable[pa.RecordBatch], first: int) -> Iterator[tuple[str, Any]]:
-        """The records of a table's batches, numbered after `first`."""
-        rows = (row for batch in batches for row in _with_bytes(batch).to_pylist())
+        rows = (row for batch in batches for row in batch.to_pylist())
         return ((f"{self.name}:{first}:{number}", row) for number, row in enumerate(rows))
 
 
@@ -233,16 +230,6 @@ class Arrow(Parquet):
             columns = self.check_columns(file.schema.names)
             batches = map(file.get_batch, range(file.num_record_batches)) if indexed else file
             yield from self.records_of((batch.select(columns) for batch in batches), 0)
-
-
-def _with_bytes(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """Texts as bytes: Arrow does not check UTF-8 when it reads, and one bad document must not fail a batch."""
-    columns = [
-        column.dictionary_decode() if pa.types.is_dictionary(column.type) else column for column in batch.columns
-    ]
-    texts = (pa.string(), pa.large_string(), pa.string_view())
-    columns = [column.cast(pa.large_binary()) if column.type in texts else column for column in columns]
-    return pa.RecordBatch.from_arrays(columns, batch.schema.names)
 
 
 class Csv(Reader):
@@ -275,7 +262,6 @@ class JsonLines(Reader):
             yield from self.records_of(lines)
 
     def records_of(self, lines: Iterable[str]) -> Iterator[tuple[str, Any]]:
-        """The records of some lines, blank ones apart."""
         return ((f"{self.name}:{number}", _parse(line)) for number, line in enumerate(lines, 1) if line.strip())
 
 

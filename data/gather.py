@@ -4,8 +4,6 @@ Writes train- and heldout-NNNNN.parquet, documents.json (counts by source and re
 contamination.json. Only hashes are compared across the corpus: 600 bytes per document, most in a memory-mapped file.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib
@@ -219,7 +217,6 @@ def _summary(counts: Counts, leaders: np.ndarray, refused: list[dict[str, str]])
 
 
 def _write_part(part: Path, start: int, output: Path, index: int, path: Path) -> dict[str, Any]:
-    """Write the documents that stay of one part to its train and held-out shards."""
     counts = {"train": 0, "heldout": 0}
     decisions = np.load(output / ".parts" / "decisions.npy", mmap_mode="r")
     with contextlib.ExitStack() as stack:

@@ -11,8 +11,6 @@ Sources, by the name that documents carry:
 Modules are parsed, not imported. The same installed versions always give the same documents in the same order.
 """
 
-from __future__ import annotations
-
 import ast
 import gc
 import hashlib

@@ -96,7 +96,6 @@ class LinearModel:
         return (1 / (1 + np.exp(-np.clip(logits + self.intercept, -30, 30)))).astype(np.float32)
 
     def save(self, folder: Path) -> None:
-        """Write `scorer.safetensors`."""
         arrays = {**vars(self), "intercept": np.array([self.intercept], np.float32)}
         save_file(arrays, folder / "scorer.safetensors")
         permit(folder / "scorer.safetensors")

@@ -10,8 +10,6 @@ End-of-text never stands for anything but a boundary, so training can find the d
     output/tokens.json             counts, by split
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import shutil

@@ -4,8 +4,6 @@ A part's function writes its files and returns its counts, which are written las
 outcome does not depend on the number of processes.
 """
 
-from __future__ import annotations
-
 import itertools
 import multiprocessing
 import os

@@ -119,7 +119,6 @@ def _spread(documents: Iterator[Document], room: int) -> list[bytes]:
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[Any]:
-    """Documents as `scoring.write_scores` reads them."""
     import pyarrow as pa
 
     from nanophi.data.documents import id_of

@@ -1,7 +1,5 @@
 """The report on a filter: counts, histogram, sweep, shares by source, examples; as JSON, Markdown and a figure."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

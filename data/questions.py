@@ -5,8 +5,6 @@ Which arguments does os.path.join take? from its signature
 Where do I find join of os.path?        its kind and module
 """
 
-from __future__ import annotations
-
 import ast
 import inspect
 import re

@@ -49,7 +49,6 @@ class Scorer:
 
     @property
     def range(self) -> tuple[float, float]:
-        """Lowest and highest score."""
         return self.scale or (0.0, 1.0)
 
     @property
@@ -157,7 +156,6 @@ class LinearScorer(Scorer):
 
     @functools.cached_property
     def model(self) -> Any:
-        """The weights, which are loaded once."""
         from nanophi.data.linear import LinearModel
 
         return LinearModel.load(Path(self.name))

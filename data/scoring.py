@@ -5,8 +5,6 @@ quality/kept.parquet      of the training documents; heldout.parquet: whether th
 quality/quality.json|.md|.png   the report
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any

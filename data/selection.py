@@ -1,7 +1,5 @@
 """Which training documents the filter keeps: those above a threshold, or a share of the training bytes."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import numpy as np

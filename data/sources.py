@@ -4,8 +4,6 @@ A source is the embedded corpus, files (a path, a folder or a glob), or a datase
 `save_to_disk` wrote, or an id on the Hub), of which `datasets` lists the files of a split.
 """
 
-from __future__ import annotations
-
 import glob
 import itertools
 import os
@@ -56,7 +54,6 @@ class Tally:
             self.refused.append({"document": where, "reason": bad.reason, "remedy": printable(remedy(bad, column))})
 
     def dropped_total(self) -> Counter[str]:
-        """Unusable documents by reason."""
         return sum(self.dropped.values(), Counter())
 
 
@@ -137,7 +134,6 @@ def _locate_files(source: Source) -> list[str]:
 
 
 def _files_below(folder: Path) -> list[str]:
-    """Every file below a folder in a format that is read, sorted."""
     found = [path for path in walk(folder) if _is_read(path) and path.name not in _METADATA]
     # The card of a dataset is not one of its documents.
     has_card = not all(_reader_class(path.name).one_document for path in found)
@@ -270,7 +266,6 @@ def read(source: Source, part: Part, score: str | None, tally: Tally) -> Iterato
 
 
 def _rows(source: Source, part: Part, score: str | None) -> Iterator[tuple[str, Row]]:
-    """The rows of a part, each with its file."""
     for file, piece in part:
         if source.embedded:
             texts = enumerate(installed_docs.documents(file))

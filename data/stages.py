@@ -1,7 +1,5 @@
 """The stages from sources to packed tokens, or to conversations: what each depends on and writes, and what makes it."""
 
-from __future__ import annotations
-
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -149,7 +147,6 @@ def _check_scorer(run: Runner) -> None:
 
 
 def _scores(run: Runner, work: Path) -> Summary:
-    """A quality score for every document."""
     from nanophi.data import scoring
 
     recipe, commit = run.recipe, _score_inputs(run).get("scorer", {}).get("commit")
@@ -158,7 +155,6 @@ def _scores(run: Runner, work: Path) -> Summary:
 
 
 def _quality(run: Runner, work: Path) -> Summary:
-    """The documents that the filter keeps, and the report on it."""
     from nanophi.data import scoring
 
     data, recipe = run.path / "data", run.recipe
@@ -190,7 +186,6 @@ def _tokenizer(run: Runner, work: Path) -> Summary:
 
 
 def _tokens(run: Runner, work: Path) -> Summary:
-    """Kept documents as packed rows of tokens."""
     from nanophi.data import packing
 
     data, recipe = run.path / "data", run.recipe

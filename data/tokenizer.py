@@ -3,8 +3,6 @@
 Either is saved so that `AutoTokenizer.from_pretrained(folder)` of transformers 4.37.2 and later loads it without trust.
 """
 
-from __future__ import annotations
-
 import functools
 import heapq
 import json

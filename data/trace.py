@@ -4,8 +4,6 @@ One pass over the mapped rows, without an index. Spans never cross a document's 
 drawn by its frequency) would give less than `EXPECTED` of them; OLMoTrace (arXiv 2504.07096) ranks likewise.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import json
