@@ -412,16 +412,6 @@ def test_questions_are_split_by_object(monkeypatch, tmp_path):
     assert len({question for _, question, _ in rows}) == len(rows)
 
 
-def test_embedded_questions_are_a_source(runs, monkeypatch):
-    rows = [(number % 3 == 0, f"What is {number}?", f"Number {number}.") for number in range(9)]
-    monkeypatch.setattr(questions, "conversations", lambda: iter(rows))
-    recipe = recipe_on_base(runs, "asked")
-    run = Pipeline(recipe, runs, report=lambda line: None)
-    with pytest.raises(UserError, match="is missing; run `nanophi prepare`"):
-        Pipeline(recipe, runs, build=("training",), report=lambda line: None).make("training")
-    assert run.tokens()["sources"] == {"questions": {"read": 9, "train": 6, "heldout": 3}}
-
-
 def test_conversations_read_are_used_or_left_out_for_a_reason(runs, monkeypatch):
     held = [("Long " * 60, "Yes."), ("Once?", "Held."), ("Once?", "Again."), ("Learned?", "Known.")]
     held += [(f"More {number}?", f"Number {number}.") for number in range(3)]

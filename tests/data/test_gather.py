@@ -58,24 +58,6 @@ def tree_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def test_where_documents_come_from_does_not_change_which_are_held_out(tmp_path: Path) -> None:
-    texts = [text(number) for number in range(40)]
-    write_parquet(tmp_path / "a.parquet", texts)
-    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": entry, "other": 1}) + "\n" for entry in texts))
-    for number, entry in enumerate(texts):
-        (tmp_path / f"e{number:02}.txt").write_text(entry)
-    found = set()
-    for name in ("a.parquet", "b.jsonl", "e*.txt"):
-        output = tmp_path / "out" / name.strip("*")
-        summary = gather.gather(data({"files": str(tmp_path / name), "name": "mine"}), output)
-        assert summary["read"] == summary["train"] + summary["heldout"] == 40
-        rows = pa.concat_tables([documents(output, split) for split in ("train", "heldout")]).to_pylist()
-        assert {(row["text"], row["source"]) for row in rows} == {(entry, "mine") for entry in texts}
-        assert all(row["id"] == hashlib.sha256(row["text"].encode()).hexdigest()[:16] for row in rows)
-        found.add(tuple(sorted(documents(output, "heldout")["id"].to_pylist())))
-    assert len(found) == 1
-
-
 def test_unusable_documents_are_counted_and_named(tmp_path: Path) -> None:
     good = [text(number) for number in range(20)]
     raw = [entry.encode() for entry in good] + [b"", b" \n\t ", b"x" * 50_000_000]
@@ -352,16 +334,3 @@ def test_embedded_documents_are_english_and_the_same_each_time() -> None:
     docs = [entry for source, entry in installed_docs.documents("python") if source == "python-docs"]
     assert sum(map(len, docs)) > 300_000
     assert any('The "try" statement' in entry for entry in docs)
-
-
-@pytest.mark.parametrize(
-    "entry",
-    [
-        "iVBORw0KGgoAAAANSUhEUgAAAAUAAAAFCAYAAACNbyblAAAAHElEQVQI12P4" * 10,
-        "| 1 | 2 | 3 |\n|---|---|---|\n" * 30,
-        "Dies ist ein deutscher Text über die Sprache Python und ihre vielen Bibliotheken. " * 8,
-        "这是一个关于编程语言的文档。" * 40,
-    ],
-)
-def test_embedded_corpus_leaves_out_what_is_not_english(entry: str) -> None:
-    assert not installed_docs._is_english(entry)

@@ -147,23 +147,6 @@ def test_column_scores_and_threshold(folder: Path, tmp_path: Path) -> None:
     assert "| essay-x |" in (tmp_path / "quality" / "quality.md").read_text()
 
 
-def test_a_document_at_the_threshold_is_dropped_and_a_control_keeps_all(folder: Path, tmp_path: Path) -> None:
-    column = Quality(scorer="column:score", threshold=None)
-    scoring.score(folder / "documents", column, settings(folder), 0, tmp_path / "scores")
-    control = scoring.select(folder / "documents", tmp_path / "scores", column, tmp_path / "control")
-    assert control["kept_documents"] == control["documents"] and control["kept_bytes_fraction"] == 1.0
-    exactly = float(np.float32(0.2))
-    at = scoring.select(
-        folder / "documents", tmp_path / "scores", column.model_copy(update={"threshold": exactly}), tmp_path / "at"
-    )
-    assert at["kept_documents"] == sum(
-        entry["documents"] for name, entry in at["sources"].items() if name.startswith("essay")
-    )
-    with pytest.raises(UserError, match=r"threshold 0\.95 keeps no document; the highest score is 0\.9000"):
-        high = column.model_copy(update={"threshold": 0.95})
-        scoring.select(folder / "documents", tmp_path / "scores", high, tmp_path / "none")
-
-
 def test_a_share_is_kept_and_the_heldout_documents_are_divided_alike(folder: Path, tmp_path: Path) -> None:
     data, documents, scores = settings(folder), folder / "documents", tmp_path / "scores"
     column = Quality(scorer="column:score", share=0.25)  # less than the essays' part

@@ -22,7 +22,6 @@ from nanophi.core.errors import UserError
 from nanophi.core.inputs import Contents
 from nanophi.core.recipe import Data, Source
 from nanophi.data import formats, gather, sources
-from nanophi.data.formats import Unusable, reader_of, text_of
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="names in bytes, links and pipes as Linux has them")
 TEXTS = ["The first document.", 'A second one, with "quotes"; and\ncolumns', "Третий, naïve"]
@@ -247,26 +246,7 @@ def test_text_may_lie_deeper_than_a_column(tmp_path: Path, suffix: str) -> None:
     assert tally.refused[0]["remedy"].startswith("'turns' holds no text; text_column may be a path, as meta.text")
 
 
-def test_a_column_with_the_name_of_a_path_comes_first() -> None:
-    assert text_of({"a.b": "named", "a": {"b": "inner"}}, "a.b") == "named"
-    assert text_of({"a": {"b": "inner"}}, "a.b") == "inner"
-    assert text_of({"b": 1}, "a") == Unusable("no_text", ["b"])
-    assert reader_of("x.TXT.zst") is formats.Text and reader_of("x.pdf") is None
-
-
 # What a row may hold
-
-
-def test_empty_row_groups_dictionaries_and_large_strings(tmp_path: Path) -> None:
-    schema = pa.schema([("text", pa.dictionary(pa.int32(), pa.large_string()))])
-    with pq.ParquetWriter(tmp_path / "a.parquet", schema) as writer:
-        writer.write_table(pa.table({"text": pa.array([], pa.string())}).cast(schema))
-        writer.write_table(pa.table({"text": TEXTS}).cast(schema))
-        writer.write_table(pa.table({"text": pa.array([], pa.string())}).cast(schema))
-    with pq.ParquetWriter(tmp_path / "none.parquet", schema):
-        pass
-    assert read(files=str(tmp_path / "*.parquet"))[0] == TEXTS
-    assert read(files=str(tmp_path / "none.parquet"))[0] == []
 
 
 def test_scores_of_tables(tmp_path: Path) -> None:
