@@ -31,7 +31,7 @@ PART_BYTES = 16 << 20
 _CHUNK = 1 << 20
 _BATCH_ROWS = 256
 _END_OF_DOCUMENT = re.compile(r"^[ \t]*(<\|\w{1,40}\|>|</s>|<eos>)[ \t]*$", re.MULTILINE | re.ASCII)
-_DECOMPRESSED = {
+_DECOMPRESSED: dict[str, Any] = {
     ".gz": gzip.open,
     ".bz2": bz2.open,
     ".xz": lzma.open,
@@ -184,7 +184,7 @@ class Reader:
                 raise UserError(f"{self.name} has no column '{lacking}'; it has {listed(names)}")
         return wanted
 
-    def _number(self, where: str, record: dict[str, Any]) -> float:
+    def _number(self, where: str, record: dict[Any, Any]) -> float:
         """A record's score. Raises `UserError` for anything that is no finite number."""
         try:
             number = float(record[self.score])

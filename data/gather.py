@@ -167,7 +167,8 @@ def _index_benchmarks(data: Data, work: Path) -> Path | None:
 
 @functools.lru_cache(maxsize=1)
 def _benchmark_index(path: Path) -> contamination.BenchmarkIndex:
-    return pickle.loads(path.read_bytes())  # type: ignore[no-any-return]
+    index: contamination.BenchmarkIndex = pickle.loads(path.read_bytes())
+    return index
 
 
 class _Documents:

@@ -237,7 +237,7 @@ class ModelScorer(Scorer):
     def classifier(self) -> tuple[Any, dict[str, float] | None, int]:
         """The pipeline of transformers, what each label counts for, and the number of tokens that it reads."""
         import torch
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer, TextClassificationPipeline
 
         counts = output_values(self)
         name = local(self.name) if local(self.name).exists() else self.name
@@ -256,9 +256,9 @@ class ModelScorer(Scorer):
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         # Decoders find a text's last token by it, whatever the configuration says that they were padded with.
         model.config.pad_token_id = tokenizer.pad_token_id
-        use = {"top_k": None, "batch_size": 32, "function_to_apply": "none" if counts is None else None}
+        use: Any = {"top_k": None, "batch_size": 32, "function_to_apply": "none" if counts is None else None}
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        classify = pipeline("text-classification", model=model, tokenizer=tokenizer, device=device, **use)
+        classify = TextClassificationPipeline(model=model, tokenizer=tokenizer, device=device, **use)
         return classify, counts, min(tokenizer.model_max_length, positions, 512)
 
 

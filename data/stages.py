@@ -27,9 +27,9 @@ def data_stages(recipe: Recipe) -> list[Stage]:
     """What `nanophi prepare` makes for a recipe; the last stage is what a training reads."""
     if recipe.conversations:
         folders = ("base", "conversations", "tokenizer", "tokens", "documents", "quality")
-        written, fields = tuple(f"data/{name}" for name in folders), {"portable": True, "shared": False}
-        hooks = {"outside": _conversation_inputs, "changed": changed_data}
-        return [Stage("conversations", written, _conversations, **hooks, **fields)]
+        written = tuple(f"data/{name}" for name in folders)
+        fields: dict[str, Any] = {"outside": _conversation_inputs, "changed": changed_data, "shared": False}
+        return [Stage("conversations", written, _conversations, portable=True, **fields)]
     quality, seed = recipe.quality, recipe.training_seed
     share = {} if quality.share is None else {"share": quality.share, "select": quality.select, "seed": seed}
     chosen = {"threshold": quality.threshold, **share}
@@ -45,8 +45,8 @@ def data_stages(recipe: Recipe) -> list[Stage]:
         failure = f"{'the tokenizer' if name == 'tokenizer' else 'documents'} cannot be {done}"
         return Stage(name, (f"data/{name}",), build, needs, failure=failure, portable=True, **fields)
 
-    weights = {"changed": changed_data}
-    checked = {"outside": _tokenizer_files, "check": _check_tokenizer}
+    weights: dict[str, Any] = {"changed": changed_data}
+    checked: dict[str, Any] = {"outside": _tokenizer_files, "check": _check_tokenizer}
     return [
         stage("documents", _documents, (), "gathered", outside=_document_inputs),
         stage("scores", _scores, ("documents",), "scored", outside=_score_inputs, check=_check_scorer),
