@@ -4,6 +4,7 @@ A part's function writes its files and returns its counts, which are written las
 outcome does not depend on the number of processes.
 """
 
+import contextlib
 import itertools
 import multiprocessing
 import os
@@ -83,13 +84,8 @@ def in_processes(tasks: Sequence[Task], workers: int) -> Iterator[int]:
     context.set_forkserver_preload(["nanophi.data.parallel", *(sorted({task[0].__module__ for task in tasks}))])
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin) as pool:
         try:
-            # A terminal sends Ctrl-C to every process: blocked while they start, it stays so in them, and only this one
-            # is interrupted.
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-            try:
+            with _without_interrupts():
                 futures = [pool.submit(run_task, *task) for task in tasks]
-            finally:
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             for future in as_completed(futures):
                 yield future.result()
         except BrokenProcessPool:
@@ -107,6 +103,24 @@ def run_task(function: Callable[..., dict[str, Any]], part: tuple[Any, ...], pat
     counts = function(*part, path)
     write_json(path.with_suffix(".json"), counts)
     return 1
+
+
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Ctrl-C waits until the end; the processes started here never get it, as a blocked signal stays so in them."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        yield  # only the main thread handles signals
+        return
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.signal(signal.SIGINT, before)
+    if came:
+        raise KeyboardInterrupt
 
 
 def _begin() -> None:
