@@ -40,7 +40,7 @@ _DECOMPRESSED: dict[str, Any] = {
 
 
 class Unusable(NamedTuple):
-    """Stands for a document's text where the source holds none; `found` is what was there instead.
+    """Stands for a document's text where the source holds none; `found` are the columns of a row without its text.
 
     `reason`: `no_text`, `not_text`, `not_json`, `malformed` (too many fields), `invalid_utf8`, `empty`, `oversize`.
     """
@@ -124,10 +124,8 @@ def remedy(bad: Unusable, path: str) -> str:
     }.get(bad.reason, "")
 
 
-def listed(names: Iterable[Any], most: int = 12) -> str:
-    """The first names, with commas between them."""
-    first = [str(name) for name in itertools.islice(names, most + 1)]
-    return ", ".join(first[:most]) + (", ..." if len(first) > most else "")
+def listed(names: Iterable[Any]) -> str:
+    return ", ".join(map(str, list(names)[:12]))
 
 
 def _leaves(value: Any, steps: Sequence[str]) -> list[Any]:
@@ -145,8 +143,7 @@ class Reader:
     `source`, the recipe's entry, names the columns; `score` is the one with a quality score, if one is used.
     """
 
-    one_document: ClassVar[bool] = False
-    """Whether a file is one document, unless the source has a separator."""
+    one_document: ClassVar[bool] = False  # whether a file is one document, unless the source has a separator
 
     def __init__(self, location: str, source: Source, score: str | None = None) -> None:
         self.location, self.source, self.score = location, source, score
@@ -167,7 +164,7 @@ class Reader:
             if isinstance(record, dict):
                 text = clean(text_of(record, self.source.text_column))
             else:
-                text = clean(record if isinstance(record, str | Unusable) else Unusable("not_json", record))
+                text = clean(record if isinstance(record, str | Unusable) else Unusable("not_json"))
             score = self._number(where, columns) if self.score and isinstance(text, bytes) else None
             yield Row(where, text, columns.get(self.source.source_column), score)
 
@@ -246,8 +243,7 @@ class Csv(Reader):
                 self.check_columns(reader.fieldnames)
             for record in reader:
                 # A comma too many is one that belongs to the text.
-                bad = Unusable("malformed", record) if None in record else None
-                yield f"{self.name}:{reader.line_num}", bad or record
+                yield f"{self.name}:{reader.line_num}", Unusable("malformed") if None in record else record
 
 
 class Tsv(Csv):
@@ -283,7 +279,7 @@ def _parse(text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        return Unusable("not_json", text[:40])
+        return Unusable("not_json")
 
 
 class Text(Reader):

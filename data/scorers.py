@@ -26,26 +26,16 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Scorer:
-    """A scorer as a recipe or command chooses it, and as it is handed to the processes that score.
+    """A scorer as a recipe or command chooses it, and as it is handed to the processes that score."""
 
-    Attributes:
-        form: how `quality.scorer` spells it: a kind alone, or a kind, a colon and a `name`.
-        keys: of `label` and `scale` those that mean something to it.
-        parallel: whether several processes score at once.
-        weights: file of a run's `data/scores` that can be published as a scorer of its own.
-        label: of a classifier, the name of the label whose probability is the score.
-        scale: lowest and highest score; None: 0 to 1.
-        revision: of a repository on the Hub.
-    """
-
-    form: ClassVar[str]
-    keys: ClassVar[tuple[str, ...]] = ()
-    parallel: ClassVar[bool] = True
-    weights: ClassVar[str | None] = None
+    form: ClassVar[str]  # how `quality.scorer` spells it: a kind alone, or a kind, a colon and a `name`
+    keys: ClassVar[tuple[str, ...]] = ()  # of `label` and `scale` those that mean something to it
+    parallel: ClassVar[bool] = True  # whether several processes score at once
+    weights: ClassVar[str | None] = None  # file of a run's `data/scores` that can be published as a scorer of its own
     name: str = ""
-    label: str | None = None
-    scale: tuple[float, float] | None = None
-    revision: str | None = None
+    label: str | None = None  # of a classifier, the name of the label whose probability is the score
+    scale: tuple[float, float] | None = None  # lowest and highest score; None: 0 to 1
+    revision: str | None = None  # of a repository on the Hub
 
     @property
     def range(self) -> tuple[float, float]:
