@@ -164,7 +164,7 @@ def report(
     import pyarrow.parquet as pq
 
     from nanophi.core.recipe import Quality
-    from nanophi.data.selection import Selection
+    from nanophi.data.quality_report import Selection
 
     output = output or Path("quality")
     check_own_folder(output, ("quality.json", "quality.md", "quality.png"), "quality report")

@@ -1,5 +1,6 @@
 """The report on a filter: counts, histogram, sweep, shares by source, examples; as JSON, Markdown and a figure."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ import pyarrow as pa
 from nanophi.core import formatting, markup, plots
 from nanophi.core.files import write_json, write_text
 from nanophi.core.recipe import Quality
-from nanophi.data.selection import Selection, describe_rule
 
 EXCERPT = 400
 """Characters of a document that the report shows."""
@@ -21,6 +21,16 @@ TITLES = {
     "nearest_above": "Just above the cut",
     "nearest_below": "Just below the cut",
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """What is kept: `kept`, bool `[documents]`."""
+
+    kept: np.ndarray
+    cutoff: float | None = None
+    """The score of the last document that a share took, by which held-out documents are divided the same way; None: the
+    threshold divides them, or nothing does."""
 
 
 def write(
@@ -170,3 +180,14 @@ def plot(report: dict[str, Any], path: Path) -> None:
             axis.plot(x, y, "o-", color=plots.BLUE)
             title = f"Calibration, left-out documents (Brier {report['scorer']['brier']:.3f})"
             axis.set(xlabel="mean score", ylabel="share labelled good", title=title, xlim=(0, 1), ylim=(0, 1))
+
+
+def describe_rule(quality: Quality) -> str:
+    """The filter in words: `score > 0.5`, `the best 42.0 % of the bytes`, `all`."""
+    if quality.share is not None:
+        article = "a random" if quality.select == "random" else f"the {quality.select}"
+        return f"{article} {formatting.percent(quality.share)} of the bytes"
+    if quality.threshold is None:
+        return "all"
+    scale = "" if quality.scale is None else f" on a scale from {quality.scale[0]:g} to {quality.scale[1]:g}"
+    return f"score > {quality.threshold:g}{scale}"

@@ -13,14 +13,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from nanophi.core.errors import UserError
 from nanophi.core.files import read_json
 from nanophi.core.recipe import Data, Quality
 from nanophi.data import quality_report, scorers
 from nanophi.data.documents import SPLITS, batches, find, ids_to_uint64, shards
 from nanophi.data.gather import SCORE
 from nanophi.data.parallel import discard_parts, run_parts
+from nanophi.data.quality_report import Selection
 from nanophi.data.scorers import Scorer
-from nanophi.data.selection import choose, divide
 
 SCHEMA = pa.schema(
     [
@@ -116,3 +117,38 @@ def select(documents: Path, scores: Path, quality: Quality, output: Path, seed: 
         output,
     )
     return {key: value for key, value in report.items() if key != "examples"}
+
+
+def choose(scores: np.ndarray, sizes: np.ndarray, ids: np.ndarray, quality: Quality, seed: int) -> Selection:
+    """Choose training documents, of which scores, sizes in bytes and distinct ids are given.
+
+    A share is taken from the best, the worst or a random end of the documents until their bytes come nearest to it,
+    those with equal scores in random order. What is chosen depends on the documents and the seed, not on their order.
+    """
+    if quality.share is None:
+        kept = np.ones(len(scores), bool) if quality.threshold is None else scores > quality.threshold
+        if not kept.any():
+            highest = f"; the highest score is {scores.max():.4f}" if len(scores) else ""
+            raise UserError(f"quality.threshold {quality.threshold} keeps no document{highest}")
+        return Selection(kept)
+    by_score = quality.select != "random"
+    if by_score and quality.share < 1 and len(scores) and scores.min() == scores.max():
+        raise UserError(f"quality.select '{quality.select}': every document has the score {scores[0]:.4f}")
+    shuffled = np.argsort(ids, kind="stable")
+    np.random.default_rng([seed, 1]).shuffle(shuffled)
+    key = {"best": -scores, "worst": scores, "random": np.zeros(len(scores))}[quality.select]
+    order = shuffled[np.argsort(key[shuffled], kind="stable")]
+    reached = np.concatenate([[0], np.cumsum(sizes[order], dtype=np.int64)])
+    count = int(np.argmin(np.abs(reached - quality.share * reached[-1])))
+    if count == 0:
+        raise UserError(f"quality.share {quality.share:g} of {reached[-1]:,} bytes keeps no document")
+    kept = np.zeros(len(scores), bool)
+    kept[order[:count]] = True
+    return Selection(kept, float(scores[order[count - 1]]) if by_score else None)
+
+
+def divide(scores: np.ndarray, quality: Quality, cutoff: float | None) -> np.ndarray | None:
+    """Which documents the filter would keep of those that it did not choose from; None if it treats all alike."""
+    if cutoff is not None:
+        return scores >= cutoff if quality.select == "best" else scores <= cutoff
+    return None if quality.threshold is None else scores > quality.threshold

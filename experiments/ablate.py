@@ -207,7 +207,7 @@ class Ablation:
     def _make_plan(self, question: Mapping[str, Any]) -> dict[str, Any]:
         from nanophi.core.environment import environment
         from nanophi.core.run import now
-        from nanophi.data.selection import describe_rule
+        from nanophi.data.quality_report import describe_rule
         from nanophi.experiments import ablation
 
         recipe, seen = self.recipe, records.tokens_seen(self.recipe)

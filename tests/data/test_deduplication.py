@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from nanophi.core.errors import UserError
 from nanophi.core.recipe import Data
 from nanophi.data import deduplication
-from nanophi.data.decisions import CONTAMINATED, EXACT, HELDOUT, HELDOUT_NEAR, NEAR, TRAIN, decide
+from nanophi.data.gather import CONTAMINATED, EXACT, HELDOUT, HELDOUT_NEAR, NEAR, TRAIN, decide
 from nanophi.data.ngrams import hash_words, ngrams
 
 VOCABULARY = [f"w{number}" for number in range(5000)]

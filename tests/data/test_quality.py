@@ -16,8 +16,8 @@ from nanophi.core.recipe import Data, Quality
 from nanophi.data import gather, linear, quality, quality_report, scoring, sources
 from nanophi.data.documents import shards
 from nanophi.data.ngrams import hash_words, ngrams
+from nanophi.data.quality_report import Selection
 from nanophi.data.scorers import LinearScorer
-from nanophi.data.selection import Selection
 
 GOOD = (
     "the a of in which that is are because however a language reason example people water energy system cell "

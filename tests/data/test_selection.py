@@ -5,7 +5,8 @@ import pytest
 
 from nanophi.core.errors import UserError
 from nanophi.core.recipe import Quality
-from nanophi.data.selection import choose, describe_rule, divide
+from nanophi.data.quality_report import describe_rule
+from nanophi.data.scoring import choose, divide
 
 
 def documents(count=1000, seed=0):
