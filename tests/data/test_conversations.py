@@ -334,24 +334,6 @@ def test_an_empty_file_is_passed_over(runs, monkeypatch):
     assert Pipeline(recipe, runs, report=lambda line: None).tokens()["sources"][str(folder)]["read"] == 4
 
 
-def test_held_out_answers_are_in_no_text_that_was_read(runs):
-    held = [
-        {"prompt": "One?", "completion": "The known answer."},  # the base has read it, over two lines
-        {"prompt": "Two?", "completion": "Yes, 1."},  # one to train on gives it too
-        {"prompt": "Three?", "completion": "Nobody said this."},
-    ]
-    file = runs / "own.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in held))
-    run = pipeline(runs, ROWS, "leak", held=False)
-    sources = [*run.recipe.conversations, run.recipe.conversations[0].model_copy(update={"files": str(file)})]
-    sources[1] = sources[1].model_copy(update={"heldout": True})
-    run.recipe = run.recipe.model_copy(update={"conversations": sources})
-    summary = run.tokens()
-    (row,) = pq.read_table(run.path / "data/conversations/heldout.parquet").to_pylist()
-    assert (row["answer"], row["prompt"]) == ("Nobody said this.", f"User:\nThree?{END}Assistant:\n")
-    assert (summary["answers_in_base_text"], summary["train"]) == (1, 4)
-
-
 def test_an_answer_is_looked_for_in_the_base_text_by_words(runs):
     """Over line ends; one whose letters are part of other words is not there."""
     said = "The first line of it.\nThe second line of it."

@@ -58,41 +58,6 @@ def tree_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def test_unusable_documents_are_counted_and_named(tmp_path: Path) -> None:
-    good = [text(number) for number in range(20)]
-    raw = [entry.encode() for entry in good] + [b"", b" \n\t ", b"x" * 50_000_000]
-    table = pa.table({"text": pa.Array.from_buffers(pa.string(), len(raw), pa.array(raw, pa.binary()).buffers())})
-    pq.write_table(table, tmp_path / "a.parquet")
-    bad = [
-        b'{"text": 3}',
-        b'{"text": null}',
-        b'{"other": "x"}',
-        b"{broken",
-        b'{"text": "\\ud800"}',
-        b'{"text": "\xff"}',
-    ]
-    rows = [json.dumps({"text": text(100 + number)}).encode() for number in range(5)] + bad
-    (tmp_path / "b.jsonl").write_bytes(b"\n".join(rows) + b"\n\n")
-    (tmp_path / "c.txt").write_bytes(b"y" * 50_000_000)
-    (tmp_path / "d.txt").write_text(text(999))
-    sources = [{"files": str(tmp_path / name), "name": name} for name in ("a.parquet", "b.jsonl", "[cd].txt")]
-    lines: list[str] = []
-    summary = gather.gather(data(*sources, max_dropped=1), tmp_path / "out", report=lines.append)
-    assert summary["sources"]["a.parquet"]["dropped"] == {"empty": 2, "oversize": 1}
-    assert summary["sources"]["b.jsonl"]["dropped"] == {"invalid_utf8": 2, "no_text": 2, "not_json": 1, "not_text": 1}
-    assert summary["sources"]["[cd].txt"]["dropped"] == {"oversize": 1}
-    assert summary["read"] == 23 + 11 + 2
-    assert lines[1] == (
-        "b.jsonl: 11 documents read, 5 kept, 6 dropped (no_text 2, invalid_utf8 2, not_text 1, not_json 1)"
-    )
-    with pytest.raises(UserError, match=r"b\.jsonl: only 45\.5 % of 11 documents can be used .*; the first is .*:6: "):
-        gather.gather(data(*sources), tmp_path / "again")
-    assert summary["read"] == summary["train"] + summary["heldout"] + sum(summary["dropped"].values())
-    named = {(Path(entry["document"].split(":")[0]).name, entry["reason"]) for entry in summary["refused"]}
-    assert ("c.txt", "oversize") in named and ("b.jsonl", "not_text") in named
-    assert any(entry["document"].endswith("b.jsonl:9") for entry in summary["refused"])
-
-
 @pytest.mark.parametrize(
     ("source", "message"),
     [

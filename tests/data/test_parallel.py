@@ -95,13 +95,6 @@ def test_without_the_cluster_extra_the_engine_is_refused_in_one_line(
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_results_keep_the_order_of_the_parts(tmp_path: Path, workers: int) -> None:
-    results = run_parts(square, [(number,) for number in range(7)], tmp_path, "squares", workers)
-    assert results == [{"square": number**2} for number in range(7)]
-    assert (tmp_path / "00006.txt").read_text() == "6"
-
-
-@pytest.mark.parametrize("workers", [1, 2])
 def test_a_failure_is_raised_and_what_was_finished_stays(tmp_path: Path, workers: int) -> None:
     parts = [(number,) for number in range(5)]
     with pytest.raises(UserError, match="part three is bad"):
