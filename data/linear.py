@@ -60,12 +60,10 @@ def features(texts: Sequence[bytes]) -> tuple[csr_matrix, np.ndarray]:
     pairs = ngrams(words, 2)
     counts = words.counts + pairs.counts
     offsets = np.concatenate([[0], np.cumsum(counts)])
-    indices = np.empty(offsets[-1], np.int32)
     # Each document's words, then its pairs.
-    target = np.repeat(offsets[:-1] - words.offsets[:-1], words.counts) + np.arange(len(words.hashes))
-    indices[target] = (words.hashes % np.uint64(BUCKETS)).astype(np.int32)
-    target = np.repeat(offsets[:-1] + words.counts - pairs.offsets[:-1], pairs.counts) + np.arange(len(pairs.hashes))
-    indices[target] = (pairs.hashes % np.uint64(BUCKETS)).astype(np.int32)
+    document = np.concatenate([np.repeat(np.arange(len(texts)), part.counts) for part in (words, pairs)])
+    hashes = np.concatenate([words.hashes, pairs.hashes])[np.argsort(document, kind="stable")]
+    indices = (hashes % np.uint64(BUCKETS)).astype(np.int32)
     values = np.repeat(1 / np.sqrt(np.maximum(counts, 1)), counts).astype(np.float32)
     hashed = csr_matrix((values, indices, offsets), shape=(len(texts), BUCKETS))
 
