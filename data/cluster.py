@@ -4,8 +4,6 @@
 them to the machines. These need nanophi installed, and the run directory under the same path.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shlex
@@ -30,6 +28,7 @@ from nanophi.data.parallel import Task, WorkerDiedError, in_processes
 
 POLL_SECONDS = 2.0
 SLURM_WORKERS = 16
+_ERRORS = {"UserError": UserError, "WorkerDiedError": WorkerDiedError}
 
 
 class Parts(PipelineStep):
@@ -40,8 +39,7 @@ class Parts(PipelineStep):
 
     def __init__(self, tasks: Sequence[Task], failures: Path) -> None:
         super().__init__()
-        self.tasks = tasks
-        self.failures = failures
+        self.tasks, self.failures = tasks, failures
 
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Any]:
         """Called by datatrove in every task of the pipeline."""
@@ -50,8 +48,8 @@ class Parts(PipelineStep):
             for _ in in_processes(self.tasks[rank::world_size], 1):
                 self.stat_update("parts")
         except Exception as error:
-            kind = next((kind.__name__ for kind in (UserError, WorkerDiedError) if isinstance(error, kind)), None)
-            text = str(error) if kind else traceback.format_exc()
+            kind = type(error).__name__
+            text = str(error) if kind in _ERRORS else traceback.format_exc()
             write_json(self.failures / f"{rank:05d}.json", {"kind": kind, "text": text})
             raise
         yield from data or ()
@@ -61,24 +59,22 @@ class Parts(PipelineStep):
 def _step(tasks: Sequence[Task], folder: Path) -> Iterator[Parts]:
     """The pipeline's one step, in an empty folder for its logs; raises what stopped a task (the first one)."""
     logger.disable("datatrove")
-    job = folder / "job"
-    if job.exists():  # of a run that was killed while its job kept running
-        _cancel(job.read_text())
+    if (folder / "job").exists():  # of a run that was killed while its job kept running
+        _cancel((folder / "job").read_text())
     shutil.rmtree(folder, ignore_errors=True)
     step = Parts(tasks, folder / "failures")
     step.failures.mkdir(parents=True)
     yield step
-    for failure in map(read_json, sorted(step.failures.glob("*.json"))):
-        if failure["kind"] == "WorkerDiedError":
-            raise WorkerDiedError
-        raise UserError(failure["text"]) if failure["kind"] else RuntimeError(failure["text"])
-    if not all(path.with_suffix(".json").exists() for _, _, path in tasks):
-        for log in sorted((folder / "slurm_logs").glob("*.out")):
-            rank = int(log.stem.rpartition("_")[2])
-            if not (folder / "completions" / f"{rank:05d}").exists():  # it did not begin, or Slurm ended it
-                last = next(filter(str.strip, reversed(log.read_text(errors="replace").splitlines())), "nothing")
-                raise UserError(f"a Slurm task ended before its parts were finished: {last} (its log is {log})")
-        raise WorkerDiedError
+    for _ in range(5):  # a shared file system may show what another machine wrote a moment later
+        failures = sorted(step.failures.glob("*.json"))
+        missing = [path for _, _, path in tasks if not path.with_suffix(".json").exists()]
+        if failures or not missing:
+            break
+        time.sleep(POLL_SECONDS)
+    for failure in map(read_json, failures):
+        raise _ERRORS.get(failure["kind"], RuntimeError)(failure["text"])
+    if missing:
+        raise UserError(f"a task of the cluster ended before its parts were finished; the logs are in {folder}")
 
 
 def ray(tasks: Sequence[Task], workers: int | None, folder: Path) -> Iterator[None]:
@@ -124,15 +120,11 @@ class _Slurm(SlurmPipelineExecutor):
 
 def slurm(tasks: Sequence[Task], workers: int | None, folder: Path) -> Iterator[None]:
     """Run tasks as a Slurm job array of at most `workers` jobs; None: of `SLURM_WORKERS`."""
-    if "SLURM_ARRAY_TASK_ID" in os.environ:
-        raise UserError("data.engine 'slurm' submits a job array: start nanophi outside of one, on a login node")
-    for command in ("sbatch", "squeue", "scancel"):
-        if shutil.which(command) is None:
-            raise UserError(f"data.engine 'slurm' needs {command} on the PATH: start nanophi where jobs are submitted")
+    if "SLURM_ARRAY_TASK_ID" in os.environ or not all(map(shutil.which, ("sbatch", "squeue", "scancel"))):
+        raise UserError("data.engine 'slurm' submits a job array: start nanophi on a login node, where sbatch is")
     # The command that datatrove's script calls, in this very environment; its argument there has no quotes.
-    launch = shlex.join(
-        [sys.executable, "-m", "datatrove.tools.launch_pickled_pipeline", f"{folder.absolute()}/executor.pik"]
-    )
+    module = "datatrove.tools.launch_pickled_pipeline"
+    launch = shlex.join([sys.executable, "-m", module, f"{folder.absolute()}/executor.pik"])
     with _step(tasks, folder) as step:
         executor = _Slurm(
             [step],
@@ -161,21 +153,14 @@ def slurm(tasks: Sequence[Task], workers: int | None, folder: Path) -> Iterator[
         except BaseException:
             _cancel(job)
             raise
-        # A shared file system may show what another machine wrote a moment later.
-        for _ in range(5):
-            if len(executor.get_incomplete_ranks(skip_completed=True)) == 0 or any(step.failures.iterdir()):
-                break
-            time.sleep(POLL_SECONDS)
         (folder / "job").unlink()
 
 
 def _is_queued(job: str) -> bool:
     """Whether Slurm still has tasks of a job to run or running."""
     done = subprocess.run(["squeue", "--noheader", "--jobs", job], capture_output=True, text=True)
-    if done.returncode:
-        # Slurm forgets a finished job after some minutes; a controller that does not answer says nothing about it.
-        return "Invalid job id" not in done.stderr
-    return bool(done.stdout.strip())
+    # Slurm forgets a finished job after some minutes; a controller that does not answer says nothing about it.
+    return bool(done.stdout.strip()) or (done.returncode != 0 and "Invalid job id" not in done.stderr)
 
 
 def _cancel(job: str) -> None:

@@ -1,13 +1,8 @@
-"""Documents that contain evaluation items, found by shared word n-grams.
+"""Documents that contain evaluation items: they share one `ngram` (13 words by default) with an item of a scored split.
 
-Protocol: a document is contaminated if it shares one `ngram` (13 words by default) with an item of a benchmark's scored
-splits, as in GPT-3 (Brown et al., 2020, appendix C), which also uses shorter n-grams, down to 8, for short items. An
-item is searched for in several forms: its question, the question followed by each choice (or with the choice in its
-blank), and followed by all of them. A form of 8 to `ngram - 1` words must occur as a whole. Items that are shorter in
-every form are counted as too short.
+As in GPT-3 (Brown et al., 2020, appendix C), items of 8 to `ngram - 1` words must occur as a whole. An item's question
+is searched for alone, with each choice, and with all of them. Items too short in every form are counted.
 """
-
-from __future__ import annotations
 
 import collections
 import dataclasses
@@ -35,11 +30,8 @@ _CHOICES = (
 class BenchmarkIndex:
     """Hashed n-grams of evaluation items.
 
-    Attributes:
-        names: benchmarks, `dataset id[/config]`.
-        items: items per benchmark; `too_short`: how many of these are too short to be found.
-        grams: by n, sorted uint64 n-gram hashes.
-        owners: by n, uint32 index of the item that each n-gram came from (over all benchmarks).
+    `names` are benchmarks (`dataset id[/config]`), with their number of `items`, and of those that are `too_short` to
+    be found; by n, `grams` are sorted uint64 hashes and `owners` uint32 indices (over all benchmarks) of their items.
     """
 
     names: list[str]
@@ -64,28 +56,9 @@ class BenchmarkIndex:
         """Benchmark `b` owns items `starts[b]:starts[b + 1]`, int64 `[names + 1]`."""
         return np.concatenate([[0], np.cumsum(self.items)])
 
-    def save(self, path: Path) -> None:
-        """Write to an `.npz` file (plain arrays)."""
-        arrays: dict[str, Any] = {name: np.array(getattr(self, name)) for name in ("names", "items", "too_short")}
-        arrays |= {f"grams-{length}": grams for length, grams in self.grams.items()}
-        arrays |= {f"owners-{length}": owners for length, owners in self.owners.items()}
-        np.savez(path, **arrays)
-
-    @classmethod
-    def load(cls, path: Path) -> BenchmarkIndex:
-        """Read what `save` wrote."""
-        with np.load(path, allow_pickle=False) as arrays:
-            lengths = sorted(int(name.removeprefix("grams-")) for name in arrays if name.startswith("grams-"))
-            by_length = [{length: arrays[f"{kind}-{length}"] for length in lengths} for kind in ("grams", "owners")]
-            return cls(*(arrays[name].tolist() for name in ("names", "items", "too_short")), *by_length)
-
 
 def load_benchmarks(folder: Path, ngram: int) -> BenchmarkIndex:
-    """Index the items of every benchmark in a folder of Hub-layout datasets, of the splits that may be scored.
-
-    Raises:
-        UserError: if the folder is missing or holds no benchmark.
-    """
+    """Index the items of every benchmark in a folder of Hub-layout datasets, of the splits that may be scored."""
     if not folder.is_dir():
         raise UserError(f"data.decontamination.benchmarks: {folder} is not a folder")
     index, shortest = BenchmarkIndex([], [], [], {}, {}), min(SHORTEST, ngram)
@@ -107,15 +80,13 @@ def load_benchmarks(folder: Path, ngram: int) -> BenchmarkIndex:
         index.items.append(items)
         index.too_short.append(too_short)
     if not index.names:
-        raise UserError(
-            f"data.decontamination.benchmarks: {folder} holds no dataset (folders with README.md and parquet)"
-        )
+        raise UserError(f"data.decontamination.benchmarks: {folder} holds no dataset (with README.md and parquet)")
     for length, found in pairs.items():
         values, owners = (np.concatenate(part) for part in zip(*found, strict=True))
         order = np.lexsort((owners, values))
-        values, owners = values[order], owners[order]
-        if len(values):
+        if len(order):
             # An n-gram of several items is there once for each.
+            values, owners = values[order], owners[order]
             new = np.append(True, (np.diff(values) != 0) | (np.diff(owners) != 0))
             index.grams[length], index.owners[length] = values[new], owners[new]
     return index
@@ -127,13 +98,12 @@ def find(index: BenchmarkIndex, words: Words) -> list[list[int]]:
     for length, hashed in ngrams_of_lengths(words, index.grams).items():
         known, (table, shift) = index.grams[length], index.tables[length]
         maybe = np.flatnonzero(table[hashed.hashes >> shift])
-        values = hashed.hashes[maybe]
-        first = np.searchsorted(known, values)
-        count = np.searchsorted(known, values, side="right") - first
-        document = np.repeat(np.searchsorted(hashed.offsets, maybe, side="right") - 1, count)
-        position = np.repeat(first - np.cumsum(count) + count, count) + np.arange(count.sum())
-        for owner, where in zip(index.owners[length][position].tolist(), document.tolist(), strict=True):
-            hits[where].add(owner)
+        values, owners = hashed.hashes[maybe], index.owners[length]
+        first, last = np.searchsorted(known, values), np.searchsorted(known, values, side="right")
+        hit = np.flatnonzero(first < last)
+        document = np.searchsorted(hashed.offsets, maybe[hit], side="right") - 1
+        for where, low, high in zip(document.tolist(), first[hit], last[hit], strict=True):
+            hits[where].update(owners[low:high].tolist())
     return [sorted(items) for items in hits]
 
 

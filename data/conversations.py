@@ -2,12 +2,7 @@
 
 train.parquet      input_ids and assistant_masks (sft), or prompt, chosen and rejected as messages (dpo)
 heldout.parquet    id, source, messages; the prompt as text, ending where an answer begins; the answer
-
-Every row that is read is trained on, held out, or left out for a reason that is counted. Files are found by
-`sources.py` and read by `formats.py`; the stage around this, with the base's files, is in `stages.py`.
 """
-
-from __future__ import annotations
 
 import itertools
 import re
@@ -78,23 +73,13 @@ def build(
     output: Path,
     max_dropped: float = 0.2,
 ) -> dict[str, Any]:
-    """Write the conversations of some sources to a folder.
+    """Write the conversations of some sources to a folder, in the chat template of `tokenizer`, up to `context` tokens.
 
-    Args:
-        given: the recipe's sources.
-        method: `sft` or `dpo`.
-        tokenizer: with the chat template.
-        context: tokens that the model reads; turns beyond it are left out.
-        base_text: `data/documents` of the base, whose training text must not hold a held-out answer; None: unknown.
-        output: folder to create.
-        max_dropped: share of a source's rows that may be unusable.
+    `method` is `sft` or `dpo`; `base_text`, `data/documents` of the base, must not hold a held-out answer.
 
     Returns:
         `{"train", "heldout": counts, "tokens", "sources": {name: {outcome: count}}, "shortened": {name: count},
         "answers_in_base_text": count or None, "train_sha256", "heldout_sha256"}`.
-
-    Raises:
-        UserError: for a source with too many rows that cannot be used, naming the first; with nothing to train on.
     """
     rows = _Rows(method, tokenizer, context, split=not any(source.heldout for source in given))
     counts: dict[str, Counter[str]] = {}
@@ -187,26 +172,22 @@ def _hold_out(rows: _Rows, base_text: Path | None, counts: dict[str, Counter[str
     """The candidates whose answers nobody has read, counted by source. Raises `UserError` if there are none."""
     answers = {row["answer"] for row in rows.candidates.values()}
     known = set() if base_text is None else _in_text(base_text, answers)
+    read = known | rows.learned
     kept: list[dict[str, Any]] = []
     found: Counter[str] = Counter()
     for _, row in sorted(rows.candidates.items()):
+        outcome = "heldout"
         if len(kept) == HELDOUT_MAXIMUM:
             outcome = "not_needed"
-        elif row["answer"] in known:
-            outcome = "answer_in_base_text"
-        elif row["answer"] in rows.learned:
-            outcome = "answer_learned"
+        elif row["answer"] in read:
+            outcome = "answer_in_base_text" if row["answer"] in known else "answer_learned"
         else:
-            outcome = "heldout"
             kept.append(row)
         found[outcome] += 1
         counts[row["source"]][outcome] += 1
     if not kept:
         why = f" ({sources.reasons(found)})" if found else ""
-        raise UserError(
-            f"no conversation is left to be held out{why}; add a source with heldout: true whose answers are neither "
-            "in the base's text nor among those to train on"
-        )
+        raise UserError(f"no conversation is left to be held out{why}; add a source with heldout: true")
     return kept
 
 
@@ -216,29 +197,37 @@ def heldout(run: Path, count: int = 5) -> list[dict[str, Any]]:
     return list(rows.slice(0, count).to_pylist())
 
 
-# Rows
-
-
 def conversation(row: Any, method: str) -> tuple[Messages, Messages, Messages]:
     """A row's prompt, its (chosen) completion and, for `dpo`, its rejected one. Raises `UnusableError`.
 
-    `chosen`, `rejected` and `completion` may be whole conversations, with the prompt at their beginning; a prompt that
-    is given as a text beside them is then not read again.
+    A prompt that is given beside whole conversations, which begin with it, is not read again.
     """
     if isinstance(row, formats.Unusable):
         raise UnusableError(row.reason, "its line cannot be read")
     row = {key: value for key, value in row.items() if value is not None} if isinstance(row, dict) else {}
-    return _preference(row) if method == "dpo" else _demonstration(row)
+    needed = {"dpo": ["chosen", "rejected"], "sft": ["messages"] if "messages" in row else ["prompt", "completion"]}
+    if not set(needed[method]) <= set(row):
+        what = "'chosen' and 'rejected'" if method == "dpo" else "'messages', or 'prompt' and 'completion'"
+        raise UnusableError("columns", f"a row has {what}; this one has {', '.join(row)}")
+    prompt = _turns(row["prompt"], "user") if "prompt" in row and "messages" not in needed[method] else []
+    if method == "dpo":
+        return _preference(prompt, row)
+    chosen = _turns(row[needed[method][-1]], "user" if "messages" in row else "assistant")
+    if prompt and _begins(chosen, prompt, row["prompt"]):
+        prompt = []
+    while chosen and chosen[-1]["role"] != "assistant":
+        chosen.pop()  # nobody answers it
+    if not chosen:
+        raise UnusableError("no_answer", "the conversation has no assistant's turn")
+    return prompt, chosen, []
 
 
-def _preference(row: dict[str, Any]) -> tuple[Messages, Messages, Messages]:
-    if not {"chosen", "rejected"} <= set(row):
-        raise UnusableError("columns", f"a preference has 'chosen' and 'rejected'; the row has {', '.join(row)}")
-    prompt = _turns(row["prompt"], "user") if "prompt" in row else []
+def _preference(prompt: Messages, row: dict[str, Any]) -> tuple[Messages, Messages, Messages]:
     chosen, rejected = (_turns(row[key], "assistant") for key in ("chosen", "rejected"))
     pairs = zip(chosen, rejected, strict=False)
     shared = [one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
-    if _stripped(chosen) == _stripped(rejected):
+    texts = [[(turn["role"], turn["content"].strip()) for turn in turns] for turns in (chosen, rejected)]
+    if texts[0] == texts[1]:
         raise UnusableError("same_answers", "'chosen' and 'rejected' are the same")
     if not prompt or _begins(shared, prompt, row["prompt"]):
         prompt, chosen, rejected = shared, chosen[len(shared) :], rejected[len(shared) :]
@@ -250,30 +239,9 @@ def _preference(row: dict[str, Any]) -> tuple[Messages, Messages, Messages]:
     return prompt, chosen, rejected
 
 
-def _demonstration(row: dict[str, Any]) -> tuple[Messages, Messages, Messages]:
-    if "messages" in row:
-        prompt, chosen = [], _turns(row["messages"], "user")
-    elif {"prompt", "completion"} <= set(row):
-        prompt, chosen = _turns(row["prompt"], "user"), _turns(row["completion"], "assistant")
-        if _begins(chosen, prompt, row["prompt"]):
-            prompt = []
-    else:
-        problem = f"a row has 'messages', or 'prompt' and 'completion'; this one has {', '.join(row)}"
-        raise UnusableError("columns", problem)
-    while chosen and chosen[-1]["role"] != "assistant":
-        chosen.pop()  # nobody answers it
-    if not chosen:
-        raise UnusableError("no_answer", "the conversation has no assistant's turn")
-    return prompt, chosen, []
-
-
 def _begins(turns: Messages, prompt: Messages, given: Any) -> bool:
     """Whether turns begin with the prompt: with its messages or, where a text was given, with anybody's question."""
     return turns[: len(prompt)] == prompt if isinstance(given, list) else bool(turns) and turns[0]["role"] != ROLES[2]
-
-
-def _stripped(turns: Messages) -> list[tuple[str, str]]:
-    return [(turn["role"], turn["content"].strip()) for turn in turns]
 
 
 def _turns(value: Any, role: str) -> Messages:
@@ -285,43 +253,33 @@ def _turns(value: Any, role: str) -> Messages:
         if turn.get("tool_calls") or turn.get("function_call"):
             raise UnusableError("tool_call", "a turn calls a tool, which the chat template cannot write")
         if turn.get("role") not in ROLES:
-            problem = f"unknown role {str(turn.get('role'))[:40]!r}; roles are {', '.join(ROLES)}"
-            raise UnusableError("role", problem)
+            raise UnusableError("role", f"unknown role {str(turn.get('role'))[:40]!r}; roles are {', '.join(ROLES)}")
     return [{"role": turn["role"], "content": _text(turn.get("content"), turn["role"])} for turn in turns]
 
 
 def _text(content: Any, role: str) -> str:
     """A turn's text: a string, a number of a table, or content parts that are text."""
-    problem = f"a turn of role '{role}' has no text as its 'content'"
-    if isinstance(content, list):
-        parts = [part for part in content if isinstance(part, dict) and part.get("type", "text") == "text"]
-        if len(parts) < len(content) or not all(isinstance(part.get("text"), str) for part in parts):
-            raise UnusableError("not_text", problem)
-        content = "".join(part["text"] for part in content)
+    if isinstance(content, list) and all(
+        isinstance(part, dict) and part.get("type", "text") == "text" for part in content
+    ):
+        parts = [part.get("text") for part in content]
+        content = "".join(parts) if all(isinstance(part, str) for part in parts) else content
     elif isinstance(content, bytes):
         content = content.decode(errors="surrogateescape")
-    elif content is None or content != content:  # a table's number that is missing is not equal to itself
-        content = ""
-    elif isinstance(content, int | float) and not isinstance(content, bool):
+    elif isinstance(content, int | float):
         content = str(content)
-    if not isinstance(content, str):
-        raise UnusableError("not_text", problem)
-    if not content.strip():
-        raise UnusableError("empty_turn", problem)
-    try:
-        content.encode()
-    except UnicodeEncodeError:
-        raise UnusableError("invalid_utf8", f"a turn of role '{role}' is no UTF-8") from None
-    return content
+    if not isinstance(content, str | None):
+        raise UnusableError("not_text", f"a turn of role '{role}' has no text as its 'content'")
+    cleaned = formats.clean(content or "")
+    if isinstance(cleaned, formats.Unusable):
+        reason = "empty_turn" if cleaned.reason == "empty" else cleaned.reason
+        raise UnusableError(reason, f"a turn of role '{role}' has no text as its 'content'")
+    return str(content)
 
 
 def encode(tokenizer: Any, messages: Messages, context: int) -> tuple[list[int], list[int], bool]:
-    """A conversation in its template, up to the last answer that ends within `context` tokens.
-
-    As in inference, a prompt and its answer are cut into tokens apart.
-
-    Returns:
-        token ids; 1 where the assistant speaks, the end of its turn included; whether this is all of it.
+    """Token ids of a conversation up to the last answer that ends in `context` tokens; 1 where the assistant speaks,
+    the end of its turn included; whether this is all of it. As in inference, prompt and answer are cut apart.
     """
     ids, mask, text = list[int](), list[int](), ""
     for number, turn in enumerate(messages):
@@ -342,9 +300,6 @@ def encode(tokenizer: Any, messages: Messages, context: int) -> tuple[list[int],
     return ids, mask, True
 
 
-# Files
-
-
 def _read(source: Source) -> Iterator[tuple[str, Any, bool | None]]:
     """Where a row is, the row, and whether it is held out (None: its hash decides, unless a whole source is)."""
     if source.embedded:
@@ -352,20 +307,14 @@ def _read(source: Source) -> Iterator[tuple[str, Any, bool | None]]:
             yield f"questions:{number}", {"prompt": question, "completion": answer}, held
         return
     every_column = source.model_copy(update={"text_column": ""})
-    for file in sources.locate(source).files:
+    for file in sources.locate(source):
         reader = formats.reader_of(file)
         if reader is None or reader.one_document:
             raise UserError(f"source {shown(file)}: conversations are not read from text files")
-        opened, last = reader(file, every_column), "its beginning"
-        try:
-            for piece in opened.pieces():
-                for where, row in opened.records(piece):
-                    last = where
-                    yield where, row, source.heldout or None
-        except UserError:
-            raise
-        except Exception as error:  # of a damaged file a decoder raises anything
-            raise UserError(f"{shown(file)} cannot be read after {last} ({one_line(error)})") from error
+        opened = reader(file, every_column)
+        for piece in opened.pieces():
+            for where, row in sources.guarded(file, opened.records(piece)):
+                yield where, row, source.heldout or None
 
 
 def _in_text(folder: Path, answers: Collection[str]) -> set[str]:

@@ -1,12 +1,7 @@
-"""Repeated documents: exact ones by hash, near ones by MinHash.
+"""Repeated documents: exact ones by hash, near ones by MinHash over word 5-grams (Broder, 1997).
 
-A document's signature holds `PERMUTATIONS` minima over its word 5-grams; the share of equal minima estimates the
-Jaccard similarity of two documents (Broder, "On the resemblance and containment of documents", 1997). Documents that
-agree in all of one band's minima are candidates (locality-sensitive hashing), candidates are checked against the
-whole signature, and connected ones form a cluster. Which document of a cluster stays is decided in `decisions.py`.
+Documents that agree in one of `BANDS` bands of their signatures are compared; connected ones form a cluster.
 """
-
-from __future__ import annotations
 
 from typing import Any
 
@@ -25,11 +20,7 @@ _SEED = 20231
 
 
 def signatures(words: Words) -> np.ndarray:
-    """MinHash signatures, uint32 `[documents, PERMUTATIONS]`.
-
-    A document of fewer than five words is one n-gram; one without any word gets a signature of zeros, which
-    `near_duplicates` matches with nothing.
-    """
+    """MinHash signatures, uint32 `[documents, PERMUTATIONS]`; zeros for a document without any word."""
     if len(words.counts) == 0:
         return np.zeros((0, PERMUTATIONS), np.uint32)
     grams, whole = ngrams(words, NGRAM), np.zeros(len(words.counts), np.uint64)
@@ -55,9 +46,8 @@ def exact_duplicates(hashes: np.ndarray) -> np.ndarray:
 def near_duplicates(matrix: np.ndarray, candidates: np.ndarray, similarity: float) -> np.ndarray:
     """For each document the index of the first one of its cluster, int64 `[documents]`.
 
-    `matrix` are the signatures, `candidates` (bool `[documents]`) those that are compared, the others stay alone, and
-    `similarity` is the estimate from which two documents are the same. It works band by band, so that beside the
-    signatures (which may be memory-mapped) it holds a few tens of bytes per document.
+    `candidates` (bool `[documents]`) are compared, the others stay alone. Band by band, so that beside the signatures
+    (which may be memory-mapped) it holds a few tens of bytes per document.
     """
     rows = np.flatnonzero(candidates)
     width = PERMUTATIONS // BANDS

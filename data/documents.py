@@ -1,12 +1,7 @@
 """The one reader of a run's documents (`data/documents/`), for every stage after `gather`.
 
-    train-NNNNN.parquet, heldout-NNNNN.parquet   id (16 hex digits of the text's SHA-256), text, source, [columns]
-
-The order of the documents is that of the shards and of the rows in them; `heldout` alone has the order in which the
-evaluation numbers the held-out documents.
+train-NNNNN.parquet, heldout-NNNNN.parquet   id (16 hex digits of the text's SHA-256), text, source, [columns]
 """
-
-from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -15,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from nanophi.core.errors import UserError, one_line
@@ -32,10 +26,9 @@ def shards(documents: Path, split: str) -> list[Path]:
 
 
 def batches(paths: Path | Sequence[Path], columns: Sequence[str], rows: int | None = 256) -> Iterator[pa.RecordBatch]:
-    """The documents of some shards, in order, with some columns in the file's order.
+    """The documents of some shards, in order, with some columns in the file's order. Raises `UserError` for a bad file.
 
-    `rows` are documents per batch; None: as they were written, about 4 MB of text at a time. Raises `UserError` naming
-    a file that is missing or damaged, or a column that it lacks.
+    `rows` are documents per batch; None: as they were written, about 4 MB of text at a time.
     """
     for path in [paths] if isinstance(paths, Path) else paths:
         try:
@@ -71,7 +64,6 @@ def ids_to_uint64(ids: pa.Array | pa.ChunkedArray | Iterable[str]) -> np.ndarray
 def uniform_from_id(ids: np.ndarray | pa.Array | Iterable[str], seed: int | None = None) -> np.ndarray:
     """The draw by hash: a number in [0, 1) for each id that depends on it and the seed alone, float64 `[documents]`.
 
-    The documents whose number is below a share are a sample of about that share which the corpus's order cannot skew.
     Without a seed the numbers are in the order of the ids.
     """
     numbers = ids if isinstance(ids, np.ndarray) else ids_to_uint64(ids)
@@ -82,17 +74,10 @@ def uniform_from_id(ids: np.ndarray | pa.Array | Iterable[str], seed: int | None
 
 def find(documents: Path, wanted: Collection[str], columns: Sequence[str], split: str = "train") -> dict[str, Any]:
     """Some documents by id: `{id: {column: value}}`; ids that are not there are left out."""
-    values = pa.array(sorted(wanted), pa.string())
-    found: dict[str, Any] = {}
-    for shard in shards(documents, split):
-        with pq.ParquetFile(shard) as file:
-            for group in range(file.num_row_groups):
-                # The ids first: texts are most of a file.
-                mask = pc.is_in(file.read_row_group(group, columns=["id"])["id"], values)
-                if pc.any(mask).as_py():
-                    table = file.read_row_group(group, columns=list(dict.fromkeys(["id", *columns])))
-                    found.update((row["id"], row) for row in table.filter(mask).to_pylist())
-    return found
+    names, chosen = list(dict.fromkeys(["id", *columns])), [("id", "in", list(wanted))]
+    return {
+        row["id"]: row for row in pq.read_table(shards(documents, split), columns=names, filters=chosen).to_pylist()
+    }
 
 
 def heldout(documents: Path, columns: Sequence[str] = ("id", "source", "text")) -> list[dict[str, Any]]:

@@ -1,23 +1,15 @@
 """Gathers the documents of a recipe: reads the sources, removes repeats and evaluation items, holds some out.
 
-    output/train-NNNNN.parquet    id (16 hex digits of the text's SHA-256), text, source, [score]
-    output/heldout-NNNNN.parquet  the same columns
-    output/documents.json         what was read, kept and dropped, by source and reason
-    output/duplicates.parquet     id, source, reason (exact, near), kept (id of the document that stayed)
-    output/contamination.json     evaluation items found, by benchmark (with data.decontamination.benchmarks)
-
-The corpus is cut into parts of about 16 MB, each of which is read and hashed by one process in small batches; only
-hashes are compared across the corpus. Memory therefore grows by 600 bytes per document only, most of them in a
-memory-mapped file. What becomes of a document is decided in `decisions.py`.
+Writes train- and heldout-NNNNN.parquet, documents.json (counts by source and reason), duplicates.parquet and
+contamination.json. Only hashes are compared across the corpus: 600 bytes per document, most in a memory-mapped file.
 """
-
-from __future__ import annotations
 
 import contextlib
 import functools
 import hashlib
+import pickle
 import shutil
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,10 +24,13 @@ from nanophi.core.formatting import integer
 from nanophi.core.names import local
 from nanophi.core.recipe import Data, Source
 from nanophi.data import contamination, deduplication, sources
-from nanophi.data.decisions import CONTAMINATED, EXACT, HELDOUT, NEAR, TRAIN, Counts, decide, dropped
+from nanophi.data.deduplication import exact_duplicates, near_duplicates
+from nanophi.data.documents import uniform_from_id
 from nanophi.data.ngrams import hash_words
 from nanophi.data.parallel import run_parts
 
+TRAIN, HELDOUT, EXACT, NEAR, CONTAMINATED, HELDOUT_NEAR = range(6)
+OUTCOMES = ("train", "heldout", "exact_duplicate", "near_duplicate", "contaminated", "heldout_near_train")
 BATCH_BYTES = 4 << 20
 SCORE = "score"
 """The documents' column with the number that came with the data (quality.scorer `column:...`), float64."""
@@ -46,12 +41,8 @@ def gather(
 ) -> dict[str, Any]:
     """Write the documents of `data` to `output` (see the module) and return the counts of `documents.json`.
 
-    Which documents are held out depends on their text alone, so that runs with different seeds are measured on the
-    same ones. It resumes where a killed attempt stopped. `score` is the column of the sources with a quality score,
-    kept as `SCORE`; `report` gets a line for each source.
-
-    Raises:
-        UserError: if a source cannot be read, keeps nothing, or has more than `data.max_dropped` unusable documents.
+    Which are held out depends on their text alone. It resumes where a killed attempt stopped. `score` is the sources'
+    column with a quality score, kept as `SCORE`; `report` gets a line for each source.
     """
     done, work = output / "documents.json", output / ".parts"
     if done.exists():
@@ -59,16 +50,13 @@ def gather(
     work.mkdir(parents=True, exist_ok=True)
     parts: list[tuple[int, Source, sources.Part]] = []
     for number, source in enumerate(data.sources):
-        planned, others = sources.plan(source, score)
-        parts += [(number, source, part) for part in planned]
-        if others:
-            names = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
-            report(f"{sources.name_of(source)}: {len(others)} other files are not read: {names}")
+        parts += [(number, source, part) for part in sources.plan(source, score)]
+    plan = work / "plan.txt"
     cut = sha256_of([[number, part] for number, _, part in parts])
-    if not (work / "plan.txt").exists() or (work / "plan.txt").read_text() != cut:
+    if not plan.exists() or plan.read_text() != cut:
         for left in (work / "read", work / "written"):  # of parts that were cut otherwise
             remove(left)
-        write_text(work / "plan.txt", cut)
+        write_text(plan, cut)
     _benchmark_index.cache_clear()  # this folder may have held another one
     benchmarks = _index_benchmarks(data, work)
     run = functools.partial(run_parts, workers=data.workers, engine=data.engine)
@@ -76,59 +64,48 @@ def gather(
     refused = [(part["origin"], entry) for part in read for entry in part["refused"]]
     counts = Counts(read)
     sources.weights(data.sources, counts.origins())
-    by_source = counts.by_source()
+    by_source = counts.grouped(0)
     for number, source in enumerate(data.sources):  # before hours of work
         mine, bad = by_source.get(number, Counter()), [entry for origin, entry in refused if origin == number]
         sources.check_usable(sources.name_of(source), mine["read"], dropped(mine), bad, data.max_dropped)
     documents = _Documents(work, read)
-    undivided = {sources.name_of(source) for _, source, part in parts if sources.is_undivided(source, part)}
     decisions, leaders = decide(
         data,
         documents.ids,
         documents.signatures,
         documents.contaminated,
         np.array([source.heldout for source in data.sources])[documents.origins],
-        f"; set the separator of {', '.join(sorted(undivided))} to split a text file into documents" * bool(undivided),
     )
     counts.add(documents.origins, documents.codes, documents.names, decisions)
-    for number, mine in counts.by_source().items():
+    for number, mine in counts.grouped(0).items():
         name, lost, kept = sources.name_of(data.sources[number]), dropped(mine), mine["train"] + mine["heldout"]
         line = f"{name}: {integer(mine['read'])} documents read, {integer(kept)} kept"
         report(line + (f", {integer(lost.total())} dropped ({sources.reasons(lost)})" if lost.total() else ""))
         if kept == 0:
             raise UserError(f"source {name} keeps nothing: {sources.reasons(lost)}; leave it out")
     np.save(work / "decisions.npy", decisions)
-    to_write = [
-        (work / "read" / f"{index:05d}.parquet", start, output, index)
-        for index, start in enumerate(documents.starts[:-1])
-    ]
+    files = [work / "read" / f"{index:05d}.parquet" for index in range(len(parts))]
+    to_write = [(*part, output, index) for index, part in enumerate(zip(files, documents.starts, strict=False))]
     written = run(_write_part, to_write, work / "written", "writing documents")
     summary = _summary(counts, leaders, [entry for _, entry in refused[:100]])
     kept = summary["train"] + summary["heldout"]
-    if (
-        not sum(part["train"] + part["heldout"] for part in written)
-        == kept
-        == summary["read"] - sum(summary["dropped"].values())
-    ):
+    done_parts = sum(part["train"] + part["heldout"] for part in written)
+    if not done_parts == kept == summary["read"] - sum(summary["dropped"].values()):
         raise UserError(f"{output}: documents were lost between reading and writing; delete the run's .work folder")
     _write_duplicates(output / "duplicates.parquet", documents, decisions, leaders)
     if benchmarks is not None:
         hits = [
-            (f"{documents.ids[row]:016x}", documents.source(row), items)
+            (f"{documents.ids[row]:016x}", documents.names[documents.codes[row]], items)
             for row, items in documents.hits
             if decisions[row] == CONTAMINATED
         ]
-        found = contamination.report(contamination.BenchmarkIndex.load(benchmarks), hits)
+        found = contamination.report(_benchmark_index(benchmarks), hits)
         write_json(output / "contamination.json", found)
-        summary["contamination"] = {
-            name: {key: value for key, value in entry.items() if key != "examples"} for name, entry in found.items()
-        }
+        numbers = ("items", "too_short", "items_found", "documents")
+        summary["contamination"] = {name: {key: entry[key] for key in numbers} for name, entry in found.items()}
     write_json(done, summary)
     shutil.rmtree(work)
     return summary
-
-
-# Reading
 
 
 def _read_part(
@@ -145,7 +122,7 @@ def _read_part(
         path.with_suffix(".ids").open("wb") as ids,
         path.with_suffix(".signatures").open("wb") as signatures,
     ):
-        for batch in _batches(sources.read(source, part, score, tally)):
+        for batch in in_batches(sources.read(source, part, score, tally)):
             texts = [document.text for document in batch]
             digests = [hashlib.sha256(text).digest()[:8] for text in texts]
             columns = [
@@ -163,10 +140,11 @@ def _read_part(
                 found = contamination.find(_benchmark_index(benchmarks), words)
                 hits.extend([documents + row, items] for row, items in enumerate(found) if items)
             documents += len(batch)
-    return {"origin": number_of_source, "documents": documents, **tally.summary(), "contaminated": hits}
+    return {"origin": number_of_source, "documents": documents, **vars(tally), "contaminated": hits}
 
 
-def _batches(documents: Iterable[sources.Document]) -> Iterator[list[sources.Document]]:
+def in_batches(documents: Iterable[sources.Document]) -> Iterator[list[sources.Document]]:
+    """Documents, about `BATCH_BYTES` of text at a time."""
     batch: list[sources.Document] = []
     size = 0
     for document in documents:
@@ -182,23 +160,24 @@ def _batches(documents: Iterable[sources.Document]) -> Iterator[list[sources.Doc
 def _index_benchmarks(data: Data, work: Path) -> Path | None:
     if data.decontamination.benchmarks is None:
         return None
-    path, partial = work / "benchmarks.npz", work / "benchmarks.part.npz"
+    path = work / "benchmarks.pickle"
     if not path.exists():
-        contamination.load_benchmarks(local(data.decontamination.benchmarks), data.decontamination.ngram).save(partial)
-        partial.replace(path)
+        index = contamination.load_benchmarks(local(data.decontamination.benchmarks), data.decontamination.ngram)
+        path.with_suffix(".part").write_bytes(pickle.dumps(index))
+        path.with_suffix(".part").replace(path)
     return path
 
 
 @functools.lru_cache(maxsize=1)
 def _benchmark_index(path: Path) -> contamination.BenchmarkIndex:
-    return contamination.BenchmarkIndex.load(path)
+    index: contamination.BenchmarkIndex = pickle.loads(path.read_bytes())
+    return index
 
 
 class _Documents:
-    """Hashes, signatures and sources of all parts' documents, in order.
+    """Hashes, signatures and sources of all parts' documents, in order; part `i` has rows `starts[i]:starts[i + 1]`.
 
-    `origins` are the numbers of their sources in the recipe, `codes` indices of their sources' names in `names`,
-    `hits` the rows that hold evaluation items, with these; part `i` has the rows from `starts[i]` to `starts[i + 1]`.
+    `origins` are numbers of sources in the recipe, `codes` indices in `names`, `hits` rows that hold evaluation items.
     """
 
     def __init__(self, work: Path, read: Sequence[dict[str, Any]]) -> None:
@@ -206,25 +185,17 @@ class _Documents:
         counts = [part["documents"] for part in read]
         self.starts = np.cumsum([0, *counts]).tolist()
         self.ids = np.concatenate([np.fromfile(path.with_suffix(".ids"), ">u8") for path in paths]).astype(np.uint64)
-        if len(self.ids) != self.starts[-1]:
-            raise UserError(f"{work / 'read'} is incomplete; delete it and run again")
-        joined, shape = work / "signatures.bin", (len(self.ids), deduplication.PERMUTATIONS)
+        joined = work / "signatures.bin"
         with joined.open("wb") as file:
             for path in paths:
                 with path.with_suffix(".signatures").open("rb") as part:
                     shutil.copyfileobj(part, file, 1 << 20)
+        shape = (len(self.ids), deduplication.PERMUTATIONS)
         empty = np.zeros(shape, np.uint32)  # a file of no bytes cannot be mapped
         self.signatures = np.memmap(joined, np.uint32, "r", shape=shape) if len(self.ids) else empty
-        known: dict[str, int] = {}
-        codes = [np.zeros(0, np.int32)]
-        for path in paths:
-            with pq.ParquetFile(path.with_suffix(".parquet"), read_dictionary=["source"]) as table:
-                for batch in table.iter_batches(columns=["source"]):
-                    column = batch.column("source")
-                    names = column.dictionary.to_pylist()
-                    mapping = np.array([known.setdefault(name, len(known)) for name in names], np.int32)
-                    codes.append(mapping[column.indices.to_numpy(zero_copy_only=False)])
-        self.codes, self.names = np.concatenate(codes), list(known)
+        tables = [pq.read_table(path.with_suffix(".parquet"), columns=["source"]) for path in paths]
+        sources = pa.concat_tables(tables)["source"].combine_chunks().dictionary_encode()
+        self.codes, self.names = sources.indices.to_numpy(), sources.dictionary.to_pylist()
         self.origins = np.repeat(np.array([part["origin"] for part in read], np.int64), counts)
         self.hits = [
             (start + row, items)
@@ -234,31 +205,59 @@ class _Documents:
         self.contaminated = np.zeros(len(self.ids), bool)
         self.contaminated[[row for row, _ in self.hits]] = True
 
-    def source(self, row: int) -> str:
-        return self.names[int(self.codes[row])]
+
+class Counts:
+    """Documents read (and their bytes), trained on, held out and dropped, by number of the source, name and reason."""
+
+    def __init__(self, read: Sequence[dict[str, Any]]) -> None:
+        self.counts: Counter[tuple[int, str, str]] = Counter()
+        for part in read:
+            for what in ("read", "bytes"):
+                self.counts.update({(part["origin"], name, what): count for name, count in part[what].items()})
+            for name, lost in part["dropped"].items():
+                self.counts.update({(part["origin"], name, why): count for why, count in lost.items()})
+
+    def add(self, origins: np.ndarray, codes: np.ndarray, names: Sequence[str], decisions: np.ndarray) -> None:
+        """Count decisions; per document: number of its source, index of its name in `names`, what becomes of it."""
+        cells = Counter(zip(origins.tolist(), codes.tolist(), decisions.tolist(), strict=True))
+        for (origin, code, outcome), count in cells.items():
+            self.counts[origin, names[code], OUTCOMES[outcome]] += count
+
+    def grouped(self, position: int) -> dict[Any, Counter[str]]:
+        """Counts of each source, by its number in the recipe (position 0), or of each name that documents have (1)."""
+        grouped: dict[Any, Counter[str]] = defaultdict(Counter)
+        for key, count in self.counts.items():
+            grouped[key[position]][key[2]] += count
+        return dict(sorted(grouped.items()))
+
+    def origins(self) -> dict[str, list[int]]:
+        """Every name with the numbers of the sources that give it."""
+        found: dict[str, list[int]] = defaultdict(list)
+        for number, name, what in self.counts:
+            if what == "read":
+                found[name].append(number)
+        return found
 
 
-# Writing
+def dropped(counts: Counter[str]) -> Counter[str]:
+    return Counter({what: count for what, count in counts.items() if what not in ("read", "bytes", *OUTCOMES[:2])})
+
+
+def _entry(mine: Counter[str]) -> dict[str, Any]:
+    totals = {what: mine[what] for what in ("read", "bytes", "train", "heldout")}
+    return totals | {"dropped": dict(sorted(dropped(mine).items()))}
 
 
 def _summary(counts: Counts, leaders: np.ndarray, refused: list[dict[str, str]]) -> dict[str, Any]:
-    def entry(mine: Counter[str]) -> dict[str, Any]:
-        totals = {what: mine[what] for what in ("read", "bytes", "train", "heldout")}
-        return totals | {"dropped": dict(sorted(dropped(mine).items()))}
-
-    origins, by_name = counts.origins(), counts.by_name()
-    return {
-        **entry(sum(by_name.values(), Counter())),
-        "duplicates": deduplication.cluster_counts(leaders),
-        "sources": {
-            name: {"origin": origins[name][0], "origins": origins[name]} | entry(mine) for name, mine in by_name.items()
-        },
-        "refused": refused,
+    origins, by_name = counts.origins(), counts.grouped(1)
+    by_source = {
+        name: {"origin": origins[name][0], "origins": origins[name]} | _entry(by_name[name]) for name in by_name
     }
+    clusters = {"duplicates": deduplication.cluster_counts(leaders), "sources": by_source, "refused": refused}
+    return _entry(sum(by_name.values(), Counter())) | clusters
 
 
 def _write_part(part: Path, start: int, output: Path, index: int, path: Path) -> dict[str, Any]:
-    """Write the documents that stay of one part to its train and held-out shards."""
     counts = {"train": 0, "heldout": 0}
     decisions = np.load(output / ".parts" / "decisions.npy", mmap_mode="r")
     with contextlib.ExitStack() as stack:
@@ -269,12 +268,10 @@ def _write_part(part: Path, start: int, output: Path, index: int, path: Path) ->
             start += len(table)
             for split, code in (("train", TRAIN), ("heldout", HELDOUT)):
                 kept = table.filter(pa.array(codes == code))
+                if len(kept) and split not in writers:
+                    shard = output / f"{split}-{index:05d}.parquet"
+                    writers[split] = stack.enter_context(pq.ParquetWriter(shard, kept.schema, compression="zstd"))
                 if len(kept):
-                    if split not in writers:
-                        shard = pq.ParquetWriter(
-                            output / f"{split}-{index:05d}.parquet", kept.schema, compression="zstd"
-                        )
-                        writers[split] = stack.enter_context(shard)
                     writers[split].write_table(kept)
                     counts[split] += len(kept)
     return counts
@@ -283,11 +280,64 @@ def _write_part(part: Path, start: int, output: Path, index: int, path: Path) ->
 def _write_duplicates(path: Path, documents: _Documents, decisions: np.ndarray, leaders: np.ndarray) -> None:
     rows = np.flatnonzero((decisions == EXACT) | (decisions == NEAR))
     rows = rows[np.lexsort((rows, leaders[rows]))]
-    columns = {
-        "id": [f"{value:016x}" for value in documents.ids[rows].tolist()],
-        "source": [documents.source(row) for row in rows.tolist()],
-        "reason": ["exact" if decisions[row] == EXACT else "near" for row in rows],
-        "kept": [f"{value:016x}" for value in documents.ids[leaders[rows]].tolist()],
-    }
+    ids, kept = ([f"{value:016x}" for value in documents.ids[chosen].tolist()] for chosen in (rows, leaders[rows]))
+    names = [documents.names[code] for code in documents.codes[rows]]
+    reasons = np.where(decisions[rows] == EXACT, "exact", "near").tolist()
+    columns = {"id": ids, "source": names, "reason": reasons, "kept": kept}
     table = pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
     pq.write_table(table, path, compression="zstd")
+
+
+def decide(
+    data: Data, ids: np.ndarray, signatures: np.ndarray, contaminated: np.ndarray, held_sources: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """What becomes of each document (uint8), and the index of the one that stays in its place (its own if it stays).
+
+    Per document: `ids` uint64; `signatures` uint32 `[documents, PERMUTATIONS]`; whether it holds an evaluation item and
+    whether its source is held out as a whole.
+    """
+    settings, own = data.deduplication, np.arange(len(ids))
+    first = exact_duplicates(ids)
+    # Also without near-duplicate removal: held-out documents must not have near-duplicates among those trained on.
+    similar = near_duplicates(signatures, first == own, settings.similarity)[first]
+    clusters = similar if settings.near else first if settings.exact else own
+    # Of a cluster the first document without an evaluation item stays; of one that has none, the first stands for it.
+    clean = np.flatnonzero(~contaminated)
+    labels, positions = np.unique(clusters[clean], return_index=True)
+    keepers = own.copy()
+    keepers[labels] = clean[positions]
+    leaders = keepers[clusters]
+    if not settings.exact:
+        leaders = np.where(first == first[leaders], own, leaders)
+    decisions = np.where(leaders == own, TRAIN, np.where(settings.exact & (first != own), EXACT, NEAR)).astype(np.uint8)
+    decisions[contaminated] = CONTAMINATED
+    candidates = np.flatnonzero(decisions == TRAIN)
+    if len(candidates) < 2:
+        left = f"{len(candidates)} of {len(ids)} documents are left, too few to hold one out"
+        raise UserError(f"{left} (dropped: {_described(decisions)})")
+    if held_sources.any():
+        heldout = candidates[held_sources[candidates]]
+        if len(heldout) in (0, len(candidates)):
+            where = "repeat the other sources" if len(heldout) == 0 else "are all that is left"
+            raise UserError(f"the documents of the held-out sources {where}: {_described(decisions)}")
+    else:
+        # By hash: the same document is held out in every run, whatever else the corpus holds.
+        order = candidates[np.argsort(ids[candidates], kind="stable")]
+        chosen = int((uniform_from_id(ids[order]) < data.heldout_fraction).sum())
+        heldout = order[: max(1, min(chosen, data.heldout_max_documents))]
+    decisions[heldout] = HELDOUT
+    if not (settings.near and settings.exact):
+        trained = np.zeros(len(ids), bool)
+        trained[similar[decisions == TRAIN]] = True
+        decisions[heldout[trained[similar[heldout]]]] = HELDOUT_NEAR
+        # The copies of such a document are dropped for the same reason: it does not stay in their place.
+        decisions[(decisions == EXACT) & (decisions[leaders] == HELDOUT_NEAR)] = HELDOUT_NEAR
+        if not (decisions == HELDOUT).any():
+            raise UserError("every held-out document is near one to train on; set deduplication.near: true")
+    if not (decisions == TRAIN).any():
+        raise UserError(f"no document is left to train on: {_described(decisions)}")
+    return decisions, leaders
+
+
+def _described(decisions: np.ndarray) -> str:
+    return sources.reasons(dropped(Counter(OUTCOMES[code] for code in decisions.tolist())))

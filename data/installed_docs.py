@@ -11,8 +11,6 @@ Sources, by the name that documents carry:
 Modules are parsed, not imported. The same installed versions always give the same documents in the same order.
 """
 
-from __future__ import annotations
-
 import ast
 import gc
 import hashlib
@@ -56,10 +54,7 @@ _STOPWORDS = {
 def inputs() -> dict[str, Any]:
     """What the corpus depends on: Python's version and every installed distribution's."""
     versions = sorted({f"{_name(distribution)}=={distribution.version}" for distribution in _distributions()})
-    return {
-        "python": platform.python_version(),
-        "packages": hashlib.sha256("\n".join(versions).encode()).hexdigest(),
-    }
+    return {"python": platform.python_version(), "packages": hashlib.sha256("\n".join(versions).encode()).hexdigest()}
 
 
 def groups() -> list[str]:

@@ -1,7 +1,6 @@
 """The linear scorer's arithmetic: features of a text, the fit on labelled documents, the file of weights.
 
-Which documents are examples comes from the recipe (`fit_on_documents`) or a command (`quality.py`); how a recipe names
-the scorer is defined in `scorers.py`.
+How a recipe names the scorer is defined in `scorers.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 from scipy.sparse import csr_matrix, hstack, vstack
 
-from nanophi.core.errors import UserError
+from nanophi.core.errors import UserError, user_errors
 from nanophi.core.files import permit, read_json, write_json
 from nanophi.core.recipe import Data, Quality
 from nanophi.data import installed_docs
@@ -52,23 +51,19 @@ for _number, _members in enumerate(_CLASSES.values()):
 
 
 def features(texts: Sequence[bytes]) -> tuple[csr_matrix, np.ndarray]:
-    """What the linear scorer sees of each document's first `EXCERPT_BYTES`.
-
-    Returns:
-        hashed words and word pairs, float32 `[documents, BUCKETS]`, counts over the square root of their sum; and
-        statistics, float32 `[documents, len(_CLASSES) + 2]`: shares of character classes, mean word and line length.
+    """What the linear scorer sees of each document's first `EXCERPT_BYTES`: hashed words and word pairs, float32
+    `[documents, BUCKETS]`, counts over the square root of their sum; and statistics, float32
+    `[documents, len(_CLASSES) + 2]`: shares of character classes, mean word and line length.
     """
     excerpts = [text[:EXCERPT_BYTES] for text in texts]
     words = hash_words(excerpts)
     pairs = ngrams(words, 2)
     counts = words.counts + pairs.counts
     offsets = np.concatenate([[0], np.cumsum(counts)])
-    indices = np.empty(offsets[-1], np.int32)
     # Each document's words, then its pairs.
-    target = np.repeat(offsets[:-1] - words.offsets[:-1], words.counts) + np.arange(len(words.hashes))
-    indices[target] = (words.hashes % np.uint64(BUCKETS)).astype(np.int32)
-    target = np.repeat(offsets[:-1] + words.counts - pairs.offsets[:-1], pairs.counts) + np.arange(len(pairs.hashes))
-    indices[target] = (pairs.hashes % np.uint64(BUCKETS)).astype(np.int32)
+    document = np.concatenate([np.repeat(np.arange(len(texts)), part.counts) for part in (words, pairs)])
+    hashes = np.concatenate([words.hashes, pairs.hashes])[np.argsort(document, kind="stable")]
+    indices = (hashes % np.uint64(BUCKETS)).astype(np.int32)
     values = np.repeat(1 / np.sqrt(np.maximum(counts, 1)), counts).astype(np.float32)
     hashed = csr_matrix((values, indices, offsets), shape=(len(texts), BUCKETS))
 
@@ -84,12 +79,7 @@ def features(texts: Sequence[bytes]) -> tuple[csr_matrix, np.ndarray]:
 
 @dataclasses.dataclass(frozen=True)
 class LinearModel:
-    """Logistic regression on `features`.
-
-    Attributes:
-        weights: float32 `[BUCKETS]`; `statistic_weights`, `mean`, `scale`: float32 `[len(_CLASSES) + 2]`.
-        intercept: float.
-    """
+    """Logistic regression on `features`: float32 `[BUCKETS]` weights, `[len(_CLASSES) + 2]` for the statistics."""
 
     weights: np.ndarray
     statistic_weights: np.ndarray
@@ -104,24 +94,16 @@ class LinearModel:
         return (1 / (1 + np.exp(-np.clip(logits + self.intercept, -30, 30)))).astype(np.float32)
 
     def save(self, folder: Path) -> None:
-        """Write `scorer.safetensors`."""
-        arrays = {field: getattr(self, field) for field in ("weights", "statistic_weights", "mean", "scale")}
-        save_file({**arrays, "intercept": np.array([self.intercept], np.float32)}, folder / "scorer.safetensors")
+        arrays = {**vars(self), "intercept": np.array([self.intercept], np.float32)}
+        save_file(arrays, folder / "scorer.safetensors")
         permit(folder / "scorer.safetensors")
 
     @classmethod
     def load(cls, folder: Path) -> LinearModel:
         """Read what `save` wrote."""
-        try:
+        with user_errors(f"{folder}/scorer.safetensors is not a linear scorer"):
             arrays = load_file(folder / "scorer.safetensors")
-            intercept = float(arrays.pop("intercept")[0])
-            if arrays["weights"].shape != (BUCKETS,):
-                raise KeyError("weights")
-            return cls(intercept=intercept, **arrays)
-        except FileNotFoundError:
-            raise UserError(f"{folder} holds no scorer.safetensors") from None
-        except Exception as error:
-            raise UserError(f"{folder}/scorer.safetensors is not a linear scorer ({type(error).__name__})") from None
+            return cls(intercept=float(arrays.pop("intercept")[0]), **arrays)
 
 
 def _clip(statistics: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> np.ndarray:
@@ -132,19 +114,13 @@ def _clip(statistics: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> np.nda
 def fit(
     texts: Sequence[bytes], good: np.ndarray, sources: Sequence[str], seed: int
 ) -> tuple[LinearModel, dict[str, Any]]:
-    """Fit a linear scorer.
+    """Fit a linear scorer; returns it, and `{documents, test_documents, roc_auc, brier, calibration}`.
 
-    Labels weigh the same, and so do the sources within a label, so that a large source does not become the definition
-    of its label. The seed chooses `TEST_SHARE` of the documents, on which the report is made.
-
-    Returns:
-        the scorer, and `{documents, test_documents, roc_auc, brier, calibration}`.
+    Labels weigh the same, and so do the sources within a label. The report is made on `TEST_SHARE` of the documents.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import brier_score_loss, roc_auc_score
 
-    if good.all() or not good.any():
-        raise UserError("the linear scorer found documents of one label only; see quality.high and quality.low")
     weight = np.zeros(len(texts))
     names = np.array(sources)
     for label in (False, True):
@@ -157,25 +133,17 @@ def fit(
         raise UserError("the linear scorer needs at least ten documents of each label (quality.high, quality.low)")
     # In small batches: on the way to its features a text takes some thirty times its size.
     batches = [features(texts[start : start + _FIT_BATCH]) for start in range(0, len(texts), _FIT_BATCH)]
-    statistics = np.concatenate([batch for _, batch in batches])
+    hashed, statistics = vstack([batch for batch, _ in batches], "csr"), np.concatenate([batch for _, batch in batches])
+    hashed.sum_duplicates()
     mean, scale = statistics[~test].mean(axis=0), statistics[~test].std(axis=0) + 1e-4
-    fitted, left_out = [], []
-    for start in range(0, len(texts), _FIT_BATCH):
-        hashed, batch = batches.pop(0)
-        hashed.sum_duplicates()
-        rows = hstack([hashed, csr_matrix(_clip(batch, mean, scale) * _STATISTIC_SCALE)], format="csr")
-        unseen = test[start : start + _FIT_BATCH]
-        fitted.append(rows[~unseen])
-        left_out.append(rows[unseen])
-    inputs, test_inputs = vstack(fitted, format="csr"), vstack(left_out, format="csr")
-    del fitted, left_out
+    inputs = hstack([hashed, csr_matrix(_clip(statistics, mean, scale) * _STATISTIC_SCALE)], format="csr")
     model = LogisticRegression(C=_REGULARISATION, max_iter=300, tol=1e-3)
-    model.fit(inputs, good[~test], sample_weight=weight[~test])
+    model.fit(inputs[~test], good[~test], sample_weight=weight[~test])
     weights = model.coef_[0].astype(np.float32)
     hashed_weights, statistic_weights = weights[:BUCKETS], weights[BUCKETS:] * np.float32(_STATISTIC_SCALE)
     mean, scale = mean.astype(np.float32), scale.astype(np.float32)
     scorer = LinearModel(hashed_weights, statistic_weights, mean, scale, float(model.intercept_[0]))
-    scores = model.predict_proba(test_inputs)[:, 1]
+    scores = model.predict_proba(inputs[test])[:, 1]
     return scorer, {
         "documents": int((~test).sum()),
         "test_documents": int(test.sum()),
@@ -201,11 +169,7 @@ def fit_and_save(
     examples: Iterable[tuple[bytes, bool, str]], high: Sequence[str], low: Sequence[str], seed: int, output: Path
 ) -> dict[str, Any]:
     """Fit on text, label and source of some documents; write weights and `scorer.json`, whose contents are returned."""
-    texts, good, names = [], [], []
-    for text, is_good, name in examples:
-        texts.append(text[:EXCERPT_BYTES])
-        good.append(is_good)
-        names.append(name)
+    texts, good, names = zip(*((text[:EXCERPT_BYTES], *rest) for text, *rest in examples), strict=True)
     model, report = fit(texts, np.array(good, bool), names, seed)
     report = {"scorer": "linear", "high": list(high), "low": list(low), **report}
     model.save(output)
@@ -222,10 +186,12 @@ def fit_on_documents(documents: Path, quality: Quality, data: Data, seed: int, o
     elif missing := [name for name in (*high, *low) if name not in known]:
         raise UserError(f"quality.high or quality.low names source '{missing[0]}'; there is {', '.join(known)}")
     # The same share of each source's documents, chosen by hash: a cross-section that the corpus's order cannot skew.
-    share: dict[str, float] = {}
-    for group in (high, low):
-        present = [name for name in group if name in known]
-        share |= {name: min(1.0, FIT_BYTES / len(present) / max(1, known[name]["bytes"])) for name in present}
+    share = {
+        name: min(1.0, FIT_BYTES / sum(other in known for other in group) / max(1, known[name]["bytes"]))
+        for group in (high, low)
+        for name in group
+        if name in known
+    }
 
     def examples() -> Iterable[tuple[bytes, bool, str]]:
         for batch in batches(shards(documents, "train"), ["id", "text", "source"]):

@@ -1,17 +1,13 @@
-"""Hashes of words and word n-grams for a whole batch of documents at once.
+"""Hashes of words and word n-grams for a whole batch of documents at once, in numpy: about 70 MB/s on one core.
 
-Deduplication, decontamination and the linear quality scorer all look at hashed words. They share this module, so
-that a document is cut into words in one way, and in numpy: about 70 MB/s on one core, against 3 to 5 MB/s for a
-loop over words in Python, which at several hundred megabytes decides how long `prepare` takes.
-
-A word is a run of ASCII letters and digits, lower-cased, or of other letters' bytes; everything else separates words.
-Typographic punctuation does as its ASCII spelling does: a text with curly quotes, long dashes and no-break spaces has
-the words of the same text without.
+A word is a run of ASCII letters and digits, lower-cased, or of other letters' bytes; everything else separates words,
+typographic punctuation as its ASCII spelling does.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Collection, Sequence
 
 import numpy as np
@@ -29,12 +25,7 @@ _CHARACTERS = np.array(
 
 @dataclasses.dataclass(frozen=True)
 class Words:
-    """Hashed words of a batch.
-
-    Attributes:
-        hashes: uint64 `[total_words]`, all documents one after another.
-        offsets: int64 `[documents + 1]`; document `i` has `hashes[offsets[i]:offsets[i + 1]]`.
-    """
+    """Hashed words of a batch: uint64 `hashes`; document `i` has `hashes[offsets[i]:offsets[i + 1]]`."""
 
     hashes: np.ndarray
     offsets: np.ndarray
@@ -52,10 +43,9 @@ class Words:
 
 
 def hash_words(texts: Sequence[bytes]) -> Words:
-    """Hash every word of every document (UTF-8 bytes).
+    """Hash every word of every document (UTF-8 bytes), the same in every process and batch.
 
-    The hash of a word is a polynomial in its bytes modulo 2**64, evaluated for all words by one cumulative product
-    and one segmented sum, then mixed. It does not depend on the process, the platform or the batch.
+    A word's hash is a polynomial in its bytes modulo 2**64, evaluated by one cumulative product and one segmented sum.
     """
     hashes, counts = [np.zeros(0, np.uint64)], [np.zeros(1, np.int64)]
     chunk: list[bytes] = []
@@ -105,25 +95,19 @@ def _hash_chunk(texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
     starts = edges[0::2]
     if len(starts) == 0:
         return np.zeros(0, np.uint64), np.zeros(len(texts), np.int64)
-    power, inverse = _powers(len(characters))
-    hashes = np.add.reduceat(characters * power, edges)[0::2] * inverse[starts]
+    power, inverse = _powers(1 << len(characters).bit_length())
+    hashes = np.add.reduceat(characters * power[: len(characters)], edges)[0::2] * inverse[starts]
     document_starts = np.cumsum([0] + [len(text) + 1 for text in texts])
     counts = np.diff(np.searchsorted(starts, document_starts))
     return _mix(hashes), counts
 
 
-_POWERS: tuple[np.ndarray, np.ndarray] = (np.ones(1, np.uint64), np.ones(1, np.uint64))
-
-
+@functools.lru_cache(maxsize=2)
 def _powers(length: int) -> tuple[np.ndarray, np.ndarray]:
     """`_BASE**i` and its inverse modulo 2**64 for `i < length`."""
-    global _POWERS
-    if len(_POWERS[0]) < length:
-        factors = np.full(length, _BASE, np.uint64), np.full(length, pow(_BASE, -1, 1 << 64), np.uint64)
-        for factor in factors:
-            factor[0] = 1
-        _POWERS = np.cumprod(factors[0]), np.cumprod(factors[1])
-    return _POWERS[0][:length], _POWERS[1][:length]
+    factors = (_BASE, pow(_BASE, -1, 1 << 64))
+    powers = [np.cumprod(np.append(np.uint64(1), np.full(length - 1, factor, np.uint64))) for factor in factors]
+    return powers[0], powers[1]
 
 
 def _mix(values: np.ndarray) -> np.ndarray:

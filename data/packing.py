@@ -10,8 +10,6 @@ End-of-text never stands for anything but a boundary, so training can find the d
     output/tokens.json             counts, by split
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import shutil
@@ -40,33 +38,21 @@ LONGEST_TOKEN = 8
 def pack(
     documents: Path, kept: Path, tokenizer: Path, context_length: int, data: Data, seed: int, output: Path
 ) -> dict[str, Any]:
-    """Tokenize and pack.
+    """Tokenize the training documents in `kept` (the folder of `scoring.select`) and all held-out ones, and pack.
 
-    Of the training documents those in `kept`, the folder of `scoring.select`, are packed; held-out documents are all
-    packed, so that a filtered run and its control are measured on the same text. It resumes after a kill.
+    It resumes after a kill. With `data.max_tokens` the training split has that many tokens, in whole rows, if there are
+    so many. The seed orders the training documents and chooses those of `max_tokens` and of a fractional weight.
 
-    Args:
-        data: the recipe's section, for the sources' weights, the number of workers, and `max_tokens`: the training
-            split then has that many tokens, in whole rows, if there are so many.
-        seed: of the order of the training documents, of which of them make up `max_tokens`, and of which are repeated
-            under a fractional weight.
-
-    Returns:
-        by split `{documents, bytes, tokens, rows, tail_tokens, tokens_by_source, bytes_per_token, sha256}`. `tokens`
-        includes one end-of-text per document, and `tokens == rows * context_length + tail_tokens`. `sha256` is that
-        of the whole stream as little-endian int32. `bytes_per_token` is `bytes / tokens`.
-
-    Raises:
-        UserError: if a split does not fill one row.
+    Returns by split `{documents, bytes, tokens, rows, tail_tokens, tokens_by_source, bytes_per_token, sha256}`, tokens
+    with one end-of-text per document, and the SHA-256 of the whole stream as little-endian int32.
     """
-    done = output / "tokens.json"
+    done, work = output / "tokens.json", output / ".parts"
     if done.exists():
         return read_json(done)
     output.mkdir(parents=True, exist_ok=True)
     # The same folders may hold something else than when this process packed before.
     _encoder.cache_clear()
     _kept_ids.cache_clear()
-    work = output / ".parts"
     read = read_json(documents / "documents.json")["sources"]
     # `gather` checked the weights of its day, which may have been changed since.
     origins = {name: source.get("origins", [source["origin"]]) for name, source in read.items()}
@@ -78,10 +64,8 @@ def pack(
         if limit is not None:
             share = min(share, LONGEST_TOKEN * limit / read_json(kept / "quality.json")["kept_bytes"])
         while True:
-            parts = [
-                (path, kept / "kept.parquet" if train else None, share, seed, tokenizer)
-                for path in shards(documents, split)
-            ]
+            ids = kept / "kept.parquet" if train else None
+            parts = [(path, ids, share, seed, tokenizer) for path in shards(documents, split)]
             folder = work / f"{split}-{'documents' if share == 1 else 'sample'}"
             counts = run_parts(_encode_shard, parts, folder, f"tokenizing {split}", data.workers, data.engine)
             stream = _Stream(folder, counts, weights if train else {}, seed, limit)
@@ -122,7 +106,7 @@ def _encode_shard(
             for ids_of_text in encoder.encode(texts):
                 tokens = np.append(ids_of_text, np.uint32(eos))
                 if int((tokens == eos).sum()) != 1:
-                    raise UserError(f"{tokenizer}: some text became the end-of-text token; mark that as special there")
+                    raise UserError(f"{tokenizer}: some text became the end-of-text token; use another tokenizer")
                 output.write(tokens.tobytes())
                 columns["tokens"].append(len(tokens))
             columns["bytes"].extend(len(text.encode()) for text in texts)
@@ -139,9 +123,6 @@ class _Stream:
     ) -> None:
         paths = [folder / f"{index:05d}" for index in range(len(counts))]
         self._files = [path.with_suffix(".tokens") for path in paths]
-        for file, part in zip(self._files, counts, strict=True):
-            if file.stat().st_size != 4 * part["tokens"]:
-                raise UserError(f"{file} is incomplete; delete the run's .work folder and run again")
         tables = [pq.read_table(path.with_suffix(".parquet"), read_dictionary=["source"]) for path in paths]
         documents = pa.concat_tables(tables).unify_dictionaries()
         order = np.arange(len(documents))
@@ -163,9 +144,7 @@ class _Stream:
     def blocks(self) -> Iterator[np.ndarray]:
         """The token stream, int32, in blocks of about `_WRITE_TOKENS`."""
         # An empty file cannot be mapped, and no document lies in it.
-        tokens = [
-            np.memmap(file, np.uint32, "r") if file.stat().st_size else np.zeros(0, np.uint32) for file in self._files
-        ]
+        tokens = [np.memmap(file, np.uint32, "r") if file.stat().st_size else np.zeros(0, int) for file in self._files]
         pending: list[np.ndarray] = []
         size = 0
         for part, start, length in zip(self._parts, self._starts, self.documents["tokens"].to_numpy(), strict=True):
@@ -204,7 +183,6 @@ def _write(
     if rows * context_length + len(rest) != total:
         raise UserError(f"{split}: {total} tokens went in, {rows * context_length + len(rest)} came out")
     _save_dataset(flat, digest.hexdigest()[:16], work / f"{split}-saved", output)
-    # What filled no row: with the rows, it is what `sha256` is of, so that a training can check what it reads.
     output.with_name(f"{split}-rest.bin").write_bytes(rest.astype("<i4").tobytes())
     documents = stream.documents
     if split == "heldout":
@@ -226,10 +204,7 @@ def _write(
 
 
 def _save_dataset(flat: Path, fingerprint: str, saved: Path, output: Path) -> None:
-    """Make a `datasets` folder of an Arrow stream, which is removed.
-
-    By default the fingerprint follows from the file's time; this one makes equal tokens equal folders.
-    """
+    """Make a `datasets` folder of an Arrow stream, which is removed; equal fingerprints make equal folders."""
     import datasets
 
     shutil.rmtree(saved, ignore_errors=True)

@@ -1,11 +1,8 @@
 """Runs one function over many parts of a corpus, on all cores or a cluster; resumes where a killed run stopped.
 
-A part's function writes its files and returns its counts. The counts are written last, beside the files, and mark the
-part as finished. Parts are cut by size, never by the number of workers, and results keep the parts' order, so the
-outcome does not depend on the number of processes. What a part holds is not known here.
+A part's function writes its files and returns its counts, which are written last and mark the part as finished. The
+outcome does not depend on the number of processes.
 """
-
-from __future__ import annotations
 
 import contextlib
 import itertools
@@ -45,13 +42,9 @@ def run_parts(
 ) -> list[dict[str, Any]]:
     """Call `function(*part, path)` for every part and return the counts in the order of the parts.
 
-    `function`, of a module's own, writes files whose names begin with `path` (`folder/00007`), replacing those of a
-    killed attempt, and returns JSON-able counts. A part whose `NNNNN.json` is there already is not run again.
-    `workers` are processes; None: one per core (of the cluster). `engine` is `local`; or, through datatrove, `ray` (on
-    the cluster that RAY_ADDRESS names, else on one started here) or `slurm` (submits a job array and waits for it).
-
-    Raises:
-        UserError: from a part (the first one), or if a worker died.
+    `function`, of a module's own, writes files whose names begin with `path` (`folder/00007`) and returns JSON-able
+    counts. A part whose `NNNNN.json` is there is not run again. `workers` are processes; None: one per core. `engine`
+    is `local` or, through datatrove, `ray` (on RAY_ADDRESS, else started here) or `slurm` (a job array).
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{index:05d}" for index in range(len(parts))]
@@ -63,10 +56,8 @@ def run_parts(
                 # A cluster is only seen to be at work: how far it is, the marks show.
                 progress.update(finished or sum(mark.exists() for mark in marks) - progress.n)
         except WorkerDiedError:
-            raise UserError(
-                f"{label}: a worker process died (out of memory?); run again with fewer data.workers, "
-                "finished parts are not repeated"
-            ) from None
+            problem = f"{label}: a worker process died (out of memory?); run again with fewer data.workers"
+            raise UserError(problem) from None
     # Whatever the engine reports, every part must have written its counts.
     return [read_json(mark) for mark in marks]
 
@@ -81,9 +72,7 @@ def _run(tasks: Sequence[Task], workers: int | None, engine: str, folder: Path) 
     try:
         cluster = registry.find(CLUSTERS, engine, "data.engine")
     except ImportError as error:
-        raise UserError(
-            f"data.engine 'ray' and 'slurm' require optional dependencies: pip install 'nanophi[cluster]' ({error})"
-        ) from None
+        raise UserError(f"data.engine '{engine}' needs pip install 'nanophi[cluster]' ({error})") from None
     found: Iterable[None] = cluster(tasks, workers, folder / "datatrove")
     return found
 
@@ -118,10 +107,7 @@ def run_task(function: Callable[..., dict[str, Any]], part: tuple[Any, ...], pat
 
 @contextlib.contextmanager
 def _without_interrupts() -> Iterator[None]:
-    """Ctrl-C waits until the end; the processes started here never get it, as this one stops them.
-
-    A terminal sends it to all of them, and each would print a traceback. A blocked signal stays so in a new process.
-    """
+    """Ctrl-C waits until the end; the processes started here never get it, as a blocked signal stays so in them."""
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         yield  # only the main thread handles signals
         return

@@ -1,10 +1,8 @@
-"""The filter on files, without a run: the verbs of `nanophi quality`.
-
-Files are read as a recipe's sources are. How a run scores and selects its documents is in `scoring.py`.
-"""
+"""The filter on files, without a run: the verbs of `nanophi quality`. A run scores in `scoring.py`."""
 
 from __future__ import annotations
 
+import heapq
 import json
 import os
 from collections.abc import Iterator
@@ -23,7 +21,6 @@ if TYPE_CHECKING:
 
 MADE_BY = b"nanophi"
 """Key of the metadata of a Parquet file that `nanophi quality score` wrote: which scorer, which scale."""
-BATCH_BYTES = 4 << 20
 
 
 @user_errors("the scorer cannot be fitted; --debug shows where it stopped")
@@ -78,7 +75,6 @@ def score(
 
     chosen = scorers.find_scorer(scorer, label, scale)
     check_own_file(output, lambda: MADE_BY in (pq.read_schema(output).metadata or {}), "quality score")
-    scorers.forget()
     made_by = {MADE_BY: json.dumps({"scorer": chosen.name, "scale": chosen.range})}
     schema = scoring.SCHEMA.remove(scoring.SCHEMA.get_field_index("split"))
     schema = schema.append(pa.field("text", pa.string())).with_metadata(made_by)
@@ -102,7 +98,7 @@ def _read(files: str, text_column: str, column: str | None = None, tally: Tally 
 
     tally = sources.Tally() if tally is None else tally
     source = Source(files=files, text_column=text_column)
-    for part in sources.plan(source, column)[0]:
+    for part in sources.plan(source, column):
         yield from sources.read(source, part, column, tally)
     sources.check_usable(files, tally.read.total(), tally.dropped_total(), tally.refused, 1.0)
 
@@ -112,47 +108,30 @@ def _spread(documents: Iterator[Document], room: int) -> list[bytes]:
     from nanophi.data.documents import id_of
     from nanophi.data.linear import EXCERPT_BYTES
 
-    chosen: dict[tuple[str, int], bytes] = {}
-    size, below = 0, ("g", 0)  # above every id
+    chosen: list[tuple[int, int, bytes]] = []
+    size = 0
     for number, document in enumerate(documents):
-        key = id_of(document.text), number
-        if key < below:
-            chosen[key] = document.text[:EXCERPT_BYTES]
-            size += len(chosen[key])
-        if size > room and len(chosen) > 1:
-            # A fifth at once, so that it is sorted rarely.
-            below = sorted(chosen)[len(chosen) * 4 // 5]
-            chosen = {key: text for key, text in chosen.items() if key < below}
-            size = sum(map(len, chosen.values()))
-    return list(chosen.values())
+        heapq.heappush(chosen, (-int(id_of(document.text), 16), number, document.text[:EXCERPT_BYTES]))
+        size += len(document.text[:EXCERPT_BYTES])
+        while size > room and len(chosen) > 1:
+            size -= len(heapq.heappop(chosen)[2])
+    return [text for _, _, text in sorted(chosen, key=lambda entry: entry[1])]
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[Any]:
-    """Documents as `scoring.write_scores` reads them, about `BATCH_BYTES` of text at a time."""
     import pyarrow as pa
 
     from nanophi.data.documents import id_of
-    from nanophi.data.gather import SCORE
+    from nanophi.data.gather import SCORE, in_batches
 
-    def batch() -> Any:
+    for rows in in_batches(documents):
         columns = {
             "id": [id_of(document.text) for document in rows],
             "text": pa.array([document.text for document in rows], pa.binary()),
             "source": pa.array([document.file for document in rows], pa.string()),
             SCORE: pa.array([document.score for document in rows], pa.float64()),
         }
-        return pa.RecordBatch.from_pydict(columns)
-
-    rows: list[Document] = []
-    size = 0
-    for document in documents:
-        rows.append(document)
-        size += len(document.text)
-        if size >= BATCH_BYTES:
-            yield batch()
-            rows, size = [], 0
-    if rows:
-        yield batch()
+        yield pa.RecordBatch.from_pydict(columns)
 
 
 @user_errors("the report cannot be written; --debug shows where it stopped")
@@ -171,16 +150,21 @@ def report(
 
     Example: nanophi quality report scores.parquet --threshold 0.3
     """
+    from nanophi.data import quality_report
+
     if scores.is_dir():
         if threshold is not None or output is not None:
             raise UserError("--threshold and --output are for a file of scores; a run has its own report")
-        typer.echo(_report_of_run(scores))
+        selected, tokens = scores / "data/quality/quality.json", scores / "data/tokens/tokens.json"
+        if not selected.is_file():
+            raise UserError(f"{scores} is not a run whose documents were selected; run `nanophi prepare` on its recipe")
+        bytes_per_token = read_json(tokens)["train"]["bytes_per_token"] if tokens.exists() else None
+        typer.echo(quality_report.markdown(read_json(selected), bytes_per_token))
         return
     import pyarrow.parquet as pq
 
     from nanophi.core.recipe import Quality
-    from nanophi.data import quality_report
-    from nanophi.data.selection import Selection
+    from nanophi.data.quality_report import Selection
 
     output = output or Path("quality")
     check_own_folder(output, ("quality.json", "quality.md", "quality.png"), "quality report")
@@ -190,8 +174,7 @@ def report(
     if made_by is None:
         raise UserError(f"{scores} was not written by `nanophi quality score`")
     low, high = made_by["scale"]
-    if threshold is None:
-        threshold = (low + high) / 2
+    threshold = (low + high) / 2 if threshold is None else threshold
     if not low <= threshold <= high:
         raise UserError(f"--threshold {threshold:g} lies outside the scale of the scores, {low:g} to {high:g}")
     texts = dict(zip(table["id"].to_pylist(), table["text"].to_pylist(), strict=True))
@@ -200,15 +183,3 @@ def report(
     quality = Quality(scorer="column:quality_score", scale=(low, high), threshold=threshold)
     quality_report.write(table, selection, quality, made_by, lambda ids: {key: texts[key] for key in ids}, output)
     typer.echo(output / "quality.md")
-
-
-def _report_of_run(run: Path) -> str:
-    """A run's own report, with tokens if it got so far. Raises `UserError` without one."""
-    from nanophi.data import quality_report
-
-    selected = run / "data/quality/quality.json"
-    if not selected.is_file():
-        raise UserError(f"{run} is not a run whose documents were selected; run `nanophi prepare` on its recipe")
-    tokens = run / "data/tokens/tokens.json"
-    bytes_per_token = read_json(tokens)["train"]["bytes_per_token"] if tokens.exists() else None
-    return quality_report.markdown(read_json(selected), bytes_per_token)

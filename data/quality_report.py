@@ -1,10 +1,6 @@
-"""The report on a filter: counts, histogram, sweep, shares by source, examples; as JSON, Markdown and a figure.
+"""The report on a filter: counts, histogram, sweep, shares by source, examples; as JSON, Markdown and a figure."""
 
-What is kept was decided before, in `selection.py`. The page's text is `quality.md`.
-"""
-
-from __future__ import annotations
-
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +11,6 @@ import pyarrow as pa
 from nanophi.core import formatting, markup, plots
 from nanophi.core.files import write_json, write_text
 from nanophi.core.recipe import Quality
-from nanophi.data.selection import Selection, describe_rule
 
 EXCERPT = 400
 """Characters of a document that the report shows."""
@@ -28,6 +23,16 @@ TITLES = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """What is kept: `kept`, bool `[documents]`."""
+
+    kept: np.ndarray
+    cutoff: float | None = None
+    """The score of the last document that a share took, by which held-out documents are divided the same way; None: the
+    threshold divides them, or nothing does."""
+
+
 def write(
     table: pa.Table,
     selection: Selection,
@@ -38,30 +43,21 @@ def write(
 ) -> dict[str, Any]:
     """Write quality.json, quality.md and quality.png to a folder; returns the contents of the first.
 
-    Args:
-        table: of the training documents: id, source (dictionary), bytes, quality_score.
-        selection: which of them are kept.
-        quality: the recipe's section, for the rule in words.
-        scorer: contents of `scorer.json`.
-        excerpts_of: gives the texts of some documents by id.
-        output: the folder.
+    `table` has id, source (dictionary), bytes and quality_score of the training documents, `scorer` the contents of
+    `scorer.json`; `excerpts_of` gives the texts of some documents by id.
     """
     output.mkdir(parents=True, exist_ok=True)
-    report = describe(table, selection, quality)
-    report["scorer"] = scorer
+    report = describe(table, selection, quality) | {"scorer": scorer}
     if quality.scorer == "none":
-        for part in ("scale", "mean_score", "histogram", "sweep"):
-            del report[part]
-        for source in report["sources"].values():
-            del source["mean_score"]
-        write_json(output / "quality.json", report)
-        write_text(output / "quality.md", markdown(report))
-        return report
-    cut = _cut(report)
-    report["examples"] = _examples(table, sum(report["scale"]) / 2 if cut is None else cut, excerpts_of)
+        for section in (report, *report["sources"].values()):
+            for part in ("scale", "mean_score", "histogram", "sweep"):
+                section.pop(part, None)
+    else:
+        cut = _cut(report)
+        report["examples"] = _examples(table, sum(report["scale"]) / 2 if cut is None else cut, excerpts_of)
+        plot(report, output / "quality.png")
     write_json(output / "quality.json", report)
     write_text(output / "quality.md", markdown(report))
-    plot(report, output / "quality.png")
     return report
 
 
@@ -184,3 +180,14 @@ def plot(report: dict[str, Any], path: Path) -> None:
             axis.plot(x, y, "o-", color=plots.BLUE)
             title = f"Calibration, left-out documents (Brier {report['scorer']['brier']:.3f})"
             axis.set(xlabel="mean score", ylabel="share labelled good", title=title, xlim=(0, 1), ylim=(0, 1))
+
+
+def describe_rule(quality: Quality) -> str:
+    """The filter in words: `score > 0.5`, `the best 42.0 % of the bytes`, `all`."""
+    if quality.share is not None:
+        article = "a random" if quality.select == "random" else f"the {quality.select}"
+        return f"{article} {formatting.percent(quality.share)} of the bytes"
+    if quality.threshold is None:
+        return "all"
+    scale = "" if quality.scale is None else f" on a scale from {quality.scale[0]:g} to {quality.scale[1]:g}"
+    return f"score > {quality.threshold:g}{scale}"

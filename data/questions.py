@@ -1,15 +1,9 @@
 """The embedded questions: what the documentation of Python and of the installed packages answers.
 
-    What does os.path.join do?              the first sentence of its docstring
-    What is collections.OrderedDict?        the same, of a class or a module
-    Which arguments does os.path.join take? from its signature
-    Where do I find join of os.path?        its kind and module
-
-Modules are parsed, not imported. Objects with the same first sentence are held out together, and only where nothing
-that they answer with is long enough for the embedded corpus, so that a base has not read the answers.
+What does os.path.join do?              the first sentence of its docstring; of a class: What is ...?
+Which arguments does os.path.join take? from its signature
+Where do I find join of os.path?        its kind and module
 """
-
-from __future__ import annotations
 
 import ast
 import inspect

@@ -1,8 +1,6 @@
 """Scorers: what gives a document its quality score. A kind is one class here and one line in `core/registry.py`.
 
-The recipe, the stages and the scorer's page ask the class; nothing else knows a kind by name. A recipe's check imports
-this module, so numpy, torch and transformers are imported where they are used. The linear scorer's features and fit are
-in `linear.py`; what happens to scores is decided in `scoring.py` and `selection.py`.
+A recipe's check imports this module, so numpy, torch and transformers are imported where they are used.
 """
 
 from __future__ import annotations
@@ -28,30 +26,19 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Scorer:
-    """A scorer as a recipe or command chooses it, and as it is handed to the processes that score.
+    """A scorer as a recipe or command chooses it, and as it is handed to the processes that score."""
 
-    Attributes:
-        form: how `quality.scorer` spells it: a kind alone, or a kind, a colon and a `name`.
-        keys: of `label` and `scale` those that mean something to it.
-        parallel: whether several processes score at once.
-        weights: file of a run's `data/scores` that can be published as a scorer of its own.
-        label: of a classifier, the name of the label whose probability is the score.
-        scale: lowest and highest score; None: 0 to 1.
-        revision: of a repository on the Hub.
-    """
-
-    form: ClassVar[str]
-    keys: ClassVar[tuple[str, ...]] = ()
-    parallel: ClassVar[bool] = True
-    weights: ClassVar[str | None] = None
+    form: ClassVar[str]  # how `quality.scorer` spells it: a kind alone, or a kind, a colon and a `name`
+    keys: ClassVar[tuple[str, ...]] = ()  # of `label` and `scale` those that mean something to it
+    parallel: ClassVar[bool] = True  # whether several processes score at once
+    weights: ClassVar[str | None] = None  # file of a run's `data/scores` that can be published as a scorer of its own
     name: str = ""
-    label: str | None = None
-    scale: tuple[float, float] | None = None
-    revision: str | None = None
+    label: str | None = None  # of a classifier, the name of the label whose probability is the score
+    scale: tuple[float, float] | None = None  # lowest and highest score; None: 0 to 1
+    revision: str | None = None  # of a repository on the Hub
 
     @property
     def range(self) -> tuple[float, float]:
-        """Lowest and highest score."""
         return self.scale or (0.0, 1.0)
 
     @property
@@ -91,11 +78,8 @@ class Scorer:
         bad = ~((scores >= low) & (scores <= high))
         if bad.any():
             first = int(bad.argmax())
-            hint = "" if self.scale else "; if they have another range, state it, for example quality.scale: [0, 5]"
-            raise UserError(
-                f"document {ids[first]} has quality score {scores[first]:g} ({bad.sum()} such documents); "
-                f"scores must be numbers from {low:g} to {high:g}{hint}"
-            )
+            scale = f"scores must be numbers from {low:g} to {high:g} (quality.scale)"
+            raise UserError(f"document {ids[first]} has quality score {scores[first]:g}; {scale}")
 
 
 def of_section(quality: Quality, revision: str | None = None) -> Scorer:
@@ -115,15 +99,6 @@ def find_scorer(name: str, label: str | None = None, scale: tuple[float, float] 
     return kind(name, label, scale).resolved()
 
 
-@functools.lru_cache(maxsize=1)
-def _loaded(scorer: Scorer) -> Any:
-    """The weights of a scorer, which a process loads once; `forget` before a folder may hold others."""
-    return scorer._load()  # type: ignore[attr-defined]
-
-
-forget = _loaded.cache_clear
-
-
 class ColumnScorer(Scorer):
     """A number that came with the data."""
 
@@ -132,11 +107,9 @@ class ColumnScorer(Scorer):
 
     @property
     def column(self) -> str | None:
-        """The column of the sources that holds the scores."""
         return self.name
 
     def score(self, texts: Sequence[bytes], values: Sequence[float] | None = None) -> np.ndarray:
-        """The values themselves, float32."""
         import numpy as np
 
         return np.array(values, np.float32)
@@ -152,21 +125,15 @@ class LinearScorer(Scorer):
     def load(cls, folder: Path) -> LinearScorer:
         """The scorer in a folder. Raises `UserError` if there is none."""
         scorer = cls(str(folder))
-        forget()
-        _loaded(scorer)
+        assert scorer.model
         return scorer
 
     @classmethod
     def check_section(cls, quality: Quality, data: Data) -> None:
-        """It is fitted on sources that the recipe names, or on those of the embedded corpus."""
         if not all(source.embedded for source in data.sources) and not (quality.high and quality.low):
-            raise ValueError(
-                "quality.scorer 'linear' needs quality.high and quality.low (names of sources); to keep every "
-                "document, leave out 'quality'"
-            )
+            raise ValueError("quality.scorer 'linear' needs quality.high and quality.low (names of sources)")
 
     def prepare(self, documents: Path, quality: Quality, data: Data, seed: int, output: Path) -> Scorer:
-        """Fit it on a share of the documents, unless that is done."""
         if not (output / "scorer.json").exists():
             from nanophi.data.linear import fit_on_documents
 
@@ -174,10 +141,11 @@ class LinearScorer(Scorer):
         return LinearScorer(str(output))
 
     def score(self, texts: Sequence[bytes], values: Sequence[float] | None = None) -> np.ndarray:
-        """Probability that each document is good, float32 `[documents]`."""
-        return _loaded(self).score(texts)
+        scores: np.ndarray = self.model.score(texts)
+        return scores
 
-    def _load(self) -> Any:
+    @functools.cached_property
+    def model(self) -> Any:
         from nanophi.data.linear import LinearModel
 
         return LinearModel.load(Path(self.name))
@@ -190,12 +158,10 @@ class NoScorer(Scorer):
 
     @classmethod
     def check_section(cls, quality: Quality, data: Data) -> None:
-        """Only what looks at no score can be asked for."""
         if quality.threshold is not None or (quality.share is not None and quality.select != "random"):
             raise ValueError("quality.scorer 'none' scores nothing: threshold must be null, and a share 'random'")
 
     def score(self, texts: Sequence[bytes], values: Sequence[float] | None = None) -> np.ndarray:
-        """Zero for every document, float32."""
         import numpy as np
 
         return np.zeros(len(texts), np.float32)
@@ -215,11 +181,9 @@ class ModelScorer(Scorer):
         object.__setattr__(self, "revision", self.revision or revision)
 
     def identity(self, model: Callable[..., dict[str, str]]) -> dict[str, Any]:
-        """The hash of its folder, or its commit."""
         return {"scorer": model(self.name, revision=self.revision)}
 
     def check(self) -> None:
-        """Its configuration shows what its outputs mean."""
         if self.resolved() is self:
             output_values(self)
 
@@ -245,111 +209,84 @@ class ModelScorer(Scorer):
 
     def score(self, texts: Sequence[bytes], values: Sequence[float] | None = None) -> np.ndarray:
         """Scores by the first 512 tokens, float32 `[documents]`."""
-        return _loaded(self).score(texts)
+        import numpy as np
 
-    def _load(self) -> Any:
-        return _Classifier(self)
+        classify, counts, limit = self.classifier
+        scores = np.empty(len(texts), np.float32)
+        # By length, so that a batch is not padded to one long document.
+        order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
+        cut = [texts[row].decode()[: 20 * limit] for row in order]
+        for row, found in zip(order, classify(cut, truncation=True, max_length=limit), strict=True):
+            if counts is None:
+                scores[row] = np.clip(found[0]["score"], *self.range)
+            else:
+                scores[row] = sum(counts[output["label"]] * output["score"] for output in found)
+        return scores
 
-
-class _Classifier:
-    """A transformers text classifier. What its outputs mean is defined by its configuration and by the recipe."""
-
-    def __init__(self, scorer: ModelScorer) -> None:
+    @functools.cached_property
+    def classifier(self) -> tuple[Any, dict[str, float] | None, int]:
+        """The pipeline of transformers, what each label counts for, and the number of tokens that it reads."""
         import torch
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer, TextClassificationPipeline
 
-        values, self.range = output_values(scorer), scorer.range
-        name = local(scorer.name) if local(scorer.name).exists() else scorer.name
-        options: dict[str, Any] = {"trust_remote_code": False, "revision": scorer.revision}
-        with user_errors(f"quality.scorer: {scorer.name} cannot be loaded as a text classifier"):
+        counts = output_values(self)
+        name = local(self.name) if local(self.name).exists() else self.name
+        options: dict[str, Any] = {"trust_remote_code": False, "revision": self.revision}
+        with user_errors(f"quality.scorer: {self.name} cannot be loaded as a text classifier"):
             tokenizer = AutoTokenizer.from_pretrained(name, **options)
             model, info = AutoModelForSequenceClassification.from_pretrained(name, output_loading_info=True, **options)
         if info["missing_keys"]:
-            raise UserError(
-                f"quality.scorer: {scorer.name} has no weights for {min(info['missing_keys'])}: it is a model that was "
-                "not trained to classify text, and its scores would be random"
-            )
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.values = None if values is None else torch.tensor(values, device=self.device)
+            missing = f"has no weights for {min(info['missing_keys'])}: its scores would be random"
+            raise UserError(f"quality.scorer: {self.name} {missing}")
         # RoBERTa and its like count positions from the padding's id on.
         embeddings = [module for module in model.modules() if hasattr(module, "position_embeddings")]
         first = max((module.padding_idx + 1 for module in embeddings if hasattr(module, "padding_idx")), default=0)
         positions = getattr(model.config, "max_position_embeddings", 512) - first
-        self.limit = min(tokenizer.model_max_length, positions, 512)
         tokenizer.padding_side = "right"
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        self.batch_size = 1 if tokenizer.pad_token is None else 32
-        if tokenizer.pad_token is not None:
-            # Decoders find a text's last token by it, whatever the configuration says that they were padded with.
-            model.config.pad_token_id = tokenizer.pad_token_id
-        self.model, self.tokenizer = model.eval().to(self.device), tokenizer
-        self.sigmoid = model.config.problem_type == "multi_label_classification" or model.config.num_labels == 1
-
-    def score(self, texts: Sequence[bytes]) -> np.ndarray:
-        import numpy as np
-        import torch
-
-        scores = np.empty(len(texts), np.float32)
-        # By length, so that a batch is not padded to one long document.
-        order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
-        options = {"truncation": True, "max_length": self.limit, "padding": self.batch_size > 1, "return_tensors": "pt"}
-        for start in range(0, len(order), self.batch_size):
-            rows = order[start : start + self.batch_size]
-            batch = [texts[row].decode()[: 20 * self.limit] for row in rows]
-            with torch.inference_mode():
-                logits = self.model(**self.tokenizer(batch, **options).to(self.device)).logits.float()
-            if self.values is None:
-                scores[rows] = logits[:, 0].clamp(*self.range).cpu().numpy()
-            else:
-                shares = logits.sigmoid() if self.sigmoid else logits.softmax(-1)
-                scores[rows] = (shares * self.values).sum(-1).cpu().numpy()
-        return scores
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        # Decoders find a text's last token by it, whatever the configuration says that they were padded with.
+        model.config.pad_token_id = tokenizer.pad_token_id
+        use: Any = {"top_k": None, "batch_size": 32, "function_to_apply": "none" if counts is None else None}
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        classify = TextClassificationPipeline(model=model, tokenizer=tokenizer, device=device, **use)
+        return classify, counts, min(tokenizer.model_max_length, positions, 512)
 
 
-def output_values(scorer: ModelScorer) -> list[float] | None:
-    """What each output of a classifier counts for, by its configuration alone; None: the one output is the score.
+def output_values(scorer: ModelScorer) -> dict[str, float] | None:
+    """What each label of a classifier counts for, by its configuration alone; None: the one output is the score.
 
-    One output without a `problem_type`, or with `regression`, is a number on `scale`; another single output is a
-    logit. Of several labels the score is the probability of `label` or, with `scale`, the expected value of the
-    numbers that the labels' names end in (`0` to `5`, `LABEL_0` to `LABEL_5`).
-
-    Raises:
-        UserError: if that is not defined by the recipe, or not possible.
+    One output without a `problem_type`, or with `regression`, is a number on `scale`; another single output is a logit.
+    Of several labels the score is the probability of `label` or, with `scale`, the expected value of the numbers that
+    their names end in (`0` to `5`, `LABEL_0` to `LABEL_5`).
     """
     from transformers import AutoConfig
 
-    what, label, (low, high) = f"quality.scorer: {scorer.name}", scorer.label, scorer.range
+    what, label, scale = f"quality.scorer: {scorer.name}", scorer.label, scorer.scale
     name = resolve(scorer.name, "quality.scorer").folder or scorer.name
     with user_errors(f"{what} cannot be loaded as a text classifier"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, revision=scorer.revision)
     names = [str(config.id2label[index]) for index in sorted(config.id2label)]
-    problem = getattr(config, "problem_type", None)
-    one = len(names) == 1
-    number = one and problem in (None, "regression")
-    several = not one and label is None
-    numbers = [re.search(r"\d+(\.\d+)?$", entry) for entry in names]
-    values = [float(found.group()) for found in numbers if found] or [0.0]
-    ordered = all(numbers) and problem != "multi_label_classification"
-    least, most = min(values), max(values)
-    listed = ("one output, " if one else "") + ", ".join(names)
-    expected = f", or quality.scale: [{least:g}, {most:g}] for their expected value" if ordered else ""
-    refusals = {
-        f" has {len(names)} outputs of a regression, none of which is a quality score": not one
-        and problem == "regression",
-        f" has no label '{label}'; it has {listed}": label not in (None, *names),
-        " has one output (regression); state its range, for example quality.scale: [0, 5]": number and not scorer.scale,
-        ": the score of a label is a probability; leave out quality.scale or quality.label": not one
-        and not several
-        and (low, high) != (0.0, 1.0),
-        f" has the labels {listed}; set quality.label to the one that means good text{expected}": several
-        and not (scorer.scale and ordered),
-        f": its labels go from {least:g} to {most:g}, outside quality.scale": several
-        and not low <= least <= most <= high,
-    }
-    for message, refused in refusals.items():
-        if refused:
-            raise UserError(what + message)
+    problem, one, listed = getattr(config, "problem_type", None), len(names) == 1, ", ".join(names)
+    if problem == "regression" and not one:
+        raise UserError(f"{what} has {len(names)} outputs of a regression, none of which is a quality score")
+    if label is not None and label not in names:
+        raise UserError(f"{what} has no label '{label}'; it has {listed}")
+    if one and problem in (None, "regression"):
+        if scale is None:
+            raise UserError(f"{what} has one output (regression); state its range, for example quality.scale: [0, 5]")
+        return None
     if one:
-        return None if number else [1.0]
-    return values if label is None else [float(entry == label) for entry in names]
+        return {names[0]: 1.0}
+    if label is not None:
+        if scorer.range != (0.0, 1.0):
+            raise UserError(f"{what}: the score of a label is a probability; leave out quality.scale or quality.label")
+        return {entry: float(entry == label) for entry in names}
+    found = [re.search(r"\d+(\.\d+)?$", entry) for entry in names]
+    values = [float(number.group()) for number in found if number]
+    ordered = len(values) == len(names) and problem != "multi_label_classification"
+    if not ordered or scale is None:
+        hint = f", or quality.scale: [{min(values):g}, {max(values):g}] for their expected value" if ordered else ""
+        raise UserError(f"{what} has the labels {listed}; set quality.label to the one that means good text{hint}")
+    if not scale[0] <= min(values) <= max(values) <= scale[1]:
+        raise UserError(f"{what}: its labels go from {min(values):g} to {max(values):g}, outside quality.scale")
+    return dict(zip(names, values, strict=True))

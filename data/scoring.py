@@ -1,18 +1,9 @@
 """Two stages of a run: a quality score for every document, and which documents the filter keeps.
 
-    scores/scores.parquet     id, source, split, bytes, quality_score (float32), in the order of the documents
-    scores/scorer.json        what the scorer is, what it was fitted on, how well it separates what it did not see
-    scores/scorer.safetensors its weights (linear)
-    quality/kept.parquet      id, quality_score of the training documents that the filter keeps
-    quality/heldout.parquet   id, quality_score, kept of the held-out documents: whether the filter would keep them (not
-                              for a control or a random share, which treat all alike)
-    quality/quality.json|.md|.png   the report: histogram, sweep over thresholds, kept share by source, examples
-
-What gives a score is defined in `scorers.py`, the rule in `selection.py`, the report in `quality_report.py`; the filter
-on files without a run is `quality.py`.
+scores/scores.parquet     in the order of the documents; scorer.json, scorer.safetensors: what gave them
+quality/kept.parquet      of the training documents; heldout.parquet: whether the filter would keep each of these
+quality/quality.json|.md|.png   the report
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,14 +13,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from nanophi.core.errors import UserError
 from nanophi.core.files import read_json
 from nanophi.core.recipe import Data, Quality
 from nanophi.data import quality_report, scorers
 from nanophi.data.documents import SPLITS, batches, find, ids_to_uint64, shards
 from nanophi.data.gather import SCORE
 from nanophi.data.parallel import discard_parts, run_parts
+from nanophi.data.quality_report import Selection
 from nanophi.data.scorers import Scorer
-from nanophi.data.selection import choose, divide
 
 SCHEMA = pa.schema(
     [
@@ -45,20 +37,13 @@ SCHEMA = pa.schema(
 def score(
     documents: Path, quality: Quality, data: Data, seed: int, output: Path, revision: str | None = None
 ) -> dict[str, Any]:
-    """Score every document, training and held-out (see the module for the files).
+    """Score every document, training and held-out; returns `{scorer, scored, mean_score, ...}` with the fit's report.
 
-    The threshold plays no part, so that a filtered run and its control share the scores. It resumes after a kill. The
-    seed chooses the sample that the linear scorer is fitted on; `revision` is that of a classifier on the Hub.
-
-    Returns:
-        `{scorer, scored, mean_score, ...}` with the fit's report for a linear scorer.
-
-    Raises:
-        UserError: for a scorer that cannot be used, or a score outside the scale, naming the document.
+    The threshold plays no part. It resumes after a kill. The seed chooses what a linear scorer is fitted on;
+    `revision` is that of a classifier on the Hub.
     """
     output.mkdir(parents=True, exist_ok=True)
     scorer = scorers.of_section(quality, revision).prepare(documents, quality, data, seed, output)
-    scorers.forget()
     work = output / ".parts"
     parts = [(path, split, scorer) for split in SPLITS for path in shards(documents, split)]
     workers = data.workers if scorer.parallel else 1
@@ -85,9 +70,6 @@ def write_scores(
     """Score batches of documents (id, text, source and, for a column's scores, `SCORE`) and write what `schema` names.
 
     A column `text` holds the first `excerpt` characters. Returns the number of `documents` and the `sum` of scores.
-
-    Raises:
-        UserError: for a score that is none.
     """
     total, number = 0.0, 0
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
@@ -112,14 +94,7 @@ def write_scores(
 
 
 def select(documents: Path, scores: Path, quality: Quality, output: Path, seed: int = 0) -> dict[str, Any]:
-    """Keep training documents by threshold or share, and write the report.
-
-    Returns:
-        `quality.json` without the examples.
-
-    Raises:
-        UserError: if nothing is kept, or a share cannot be chosen.
-    """
+    """Keep training documents by threshold or share, and write the report; returns it without the examples."""
     output.mkdir(parents=True, exist_ok=True)
     table = pq.read_table(scores / "scores.parquet")
     values, sizes = table["quality_score"].to_numpy(), table["bytes"].to_numpy()
@@ -142,3 +117,38 @@ def select(documents: Path, scores: Path, quality: Quality, output: Path, seed: 
         output,
     )
     return {key: value for key, value in report.items() if key != "examples"}
+
+
+def choose(scores: np.ndarray, sizes: np.ndarray, ids: np.ndarray, quality: Quality, seed: int) -> Selection:
+    """Choose training documents, of which scores, sizes in bytes and distinct ids are given.
+
+    A share is taken from the best, the worst or a random end of the documents until their bytes come nearest to it,
+    those with equal scores in random order. What is chosen depends on the documents and the seed, not on their order.
+    """
+    if quality.share is None:
+        kept = np.ones(len(scores), bool) if quality.threshold is None else scores > quality.threshold
+        if not kept.any():
+            highest = f"; the highest score is {scores.max():.4f}" if len(scores) else ""
+            raise UserError(f"quality.threshold {quality.threshold} keeps no document{highest}")
+        return Selection(kept)
+    by_score = quality.select != "random"
+    if by_score and quality.share < 1 and len(scores) and scores.min() == scores.max():
+        raise UserError(f"quality.select '{quality.select}': every document has the score {scores[0]:.4f}")
+    shuffled = np.argsort(ids, kind="stable")
+    np.random.default_rng([seed, 1]).shuffle(shuffled)
+    key = {"best": -scores, "worst": scores, "random": np.zeros(len(scores))}[quality.select]
+    order = shuffled[np.argsort(key[shuffled], kind="stable")]
+    reached = np.concatenate([[0], np.cumsum(sizes[order], dtype=np.int64)])
+    count = int(np.argmin(np.abs(reached - quality.share * reached[-1])))
+    if count == 0:
+        raise UserError(f"quality.share {quality.share:g} of {reached[-1]:,} bytes keeps no document")
+    kept = np.zeros(len(scores), bool)
+    kept[order[:count]] = True
+    return Selection(kept, float(scores[order[count - 1]]) if by_score else None)
+
+
+def divide(scores: np.ndarray, quality: Quality, cutoff: float | None) -> np.ndarray | None:
+    """Which documents the filter would keep of those that it did not choose from; None if it treats all alike."""
+    if cutoff is not None:
+        return scores >= cutoff if quality.select == "best" else scores <= cutoff
+    return None if quality.threshold is None else scores > quality.threshold

@@ -1,18 +1,14 @@
 """The sources of a recipe: which files one has, the parts they are cut into, and the documents of a part.
 
 A source is the embedded corpus, files (a path, a folder or a glob), or a dataset in Hub layout (a folder, one that
-`save_to_disk` wrote, or an id on the Hub). `datasets` lists the files of a split of the latter. What a file holds is
-read by `formats.py`, whichever source it is of.
+`save_to_disk` wrote, or an id on the Hub), of which `datasets` lists the files of a split.
 """
 
-from __future__ import annotations
-
-import errno
 import glob
 import itertools
 import os
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +19,7 @@ from nanophi.core.inputs import Contents, resolve_commit
 from nanophi.core.names import is_hub_id, local, shown, walk
 from nanophi.core.recipe import Source
 from nanophi.data import installed_docs
-from nanophi.data.formats import KNOWN, PART_BYTES, Reader, Row, TextColumn, Unusable, clean, reader_of
+from nanophi.data.formats import KNOWN, PART_BYTES, Reader, Row, Unusable, clean, reader_of, remedy
 
 _METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 REFUSED = 20
@@ -31,13 +27,6 @@ REFUSED = 20
 
 Part = tuple[tuple[str, Any], ...]
 """What one process reads: files, each with the piece of it that its reader gave; or groups of the embedded corpus."""
-
-
-class Located(NamedTuple):
-    """The files of a source in order, as paths or `hf://` addresses, and names of files that are none of its."""
-
-    files: list[str]
-    others: list[str]
 
 
 class Document(NamedTuple):
@@ -58,19 +47,14 @@ class Tally:
         self.dropped: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self.refused: list[dict[str, str]] = []
 
-    def drop(self, label: str, where: str, bad: Unusable, column: TextColumn) -> None:
+    def drop(self, label: str, where: str, bad: Unusable, column: str) -> None:
         """Count a document that cannot be used; the first ones are named."""
         self.dropped[label][bad.reason] += 1
         if bad.reason != "empty" and len(self.refused) < REFUSED:
-            self.refused.append({"document": where, "reason": bad.reason, "remedy": printable(column.remedy(bad))})
+            self.refused.append({"document": where, "reason": bad.reason, "remedy": printable(remedy(bad, column))})
 
     def dropped_total(self) -> Counter[str]:
-        """Unusable documents by reason."""
         return sum(self.dropped.values(), Counter())
-
-    def summary(self) -> dict[str, Any]:
-        """JSON-able: read, bytes, dropped, refused."""
-        return {"read": self.read, "bytes": self.bytes, "dropped": self.dropped, "refused": self.refused}
 
 
 def reasons(counts: Counter[str]) -> str:
@@ -86,18 +70,14 @@ def check_usable(
     max_dropped: float,
     what: str = "documents",
 ) -> None:
-    """Raise `UserError` for a source that has no usable document, or too many unusable ones (empty ones apart).
-
-    `refused` are the first of them, as `Tally` names them; `max_dropped` is the largest share of unusable ones.
-    """
+    """Raise `UserError` for a source without a usable document, or with too many unusable ones (empty apart)."""
     if total == 0:
         raise UserError(f"source {name} holds no {what}")
-    nothing = dropped.total() == total
     share = (dropped.total() - dropped["empty"]) / total
-    if share <= max_dropped and not nothing:
+    if share <= max_dropped and dropped.total() < total:
         return
-    usable = "none" if nothing else f"only {percent(1 - share)}"
-    limit = "" if nothing else f" (data.max_dropped is {max_dropped:g})"
+    usable = "none" if dropped.total() == total else f"only {percent(1 - share)}"
+    limit = f" (data.max_dropped is {max_dropped:g})" * (dropped.total() < total)
     example = "".join(f"; the first is {first['document']}: {first['remedy']}".rstrip(": ") for first in refused[:1])
     raise UserError(
         f"source {name}: {usable} of {integer(total)} {what} can be used{limit}: {reasons(dropped)}{example}"
@@ -117,11 +97,8 @@ def weights(sources: Sequence[Source], origins: Mapping[str, Sequence[int]]) -> 
     return {name: sources[numbers[0]].weight for name, numbers in origins.items()}
 
 
-# Which files
-
-
-def locate(source: Source) -> Located:
-    """The files of a source that is not embedded. Raises `UserError` if there are none, or for a dangling link."""
+def locate(source: Source) -> list[str]:
+    """The files of a source that is not embedded, as paths or `hf://` addresses. Raises `UserError` if none."""
     if source.files:
         return _locate_files(source)
     if is_on_hub(source):
@@ -133,88 +110,51 @@ def locate(source: Source) -> Located:
 def is_on_hub(source: Source) -> bool:
     """Whether a dataset is on the Hub, and not a folder here. Raises `UserError` if its name is neither."""
     path = local(str(source.hub))
-    if path.is_dir():
-        if source.revision is not None:
-            raise UserError(f"dataset {source.hub} is a folder here, which has no revisions; leave out 'revision'")
-        return False
-    if path.exists() or not is_hub_id(str(source.hub)):
-        problem = "it is a file; name it by 'files'" if path.exists() else "no such folder, and no Hub id like ORG/NAME"
-        raise UserError(f"dataset {source.hub} cannot be loaded: {problem}")
-    return True
+    if path.is_dir() and source.revision is not None:
+        raise UserError(f"dataset {source.hub} is a folder here, which has no revisions; leave out 'revision'")
+    if not path.is_dir() and (path.exists() or not is_hub_id(str(source.hub))):
+        raise UserError(f"dataset {source.hub} is no folder and no Hub id like ORG/NAME; name files by 'files'")
+    return not path.is_dir()
 
 
-def _locate_files(source: Source) -> Located:
+def _locate_files(source: Source) -> list[str]:
     given = local(str(source.files))
-    found = [given]
-    if not given.exists() and not given.is_symlink():
-        found = [Path(path) for path in sorted(_glob(given))]
-    files: dict[Path, None] = {}
-    others: list[str] = []
+    found = [given] if os.path.lexists(given) else map(Path, sorted(glob.glob(str(given), recursive=True)))  # noqa: PTH207
+    files: list[str] = []
     for path in found:
         if path.is_dir():
-            saved = _locate_saved(source, path)
-            inside = [Path(file) for file in saved.files] if saved else _files_below(path, others)
-            if path == given and not inside:
-                there = f", but {', '.join(others[:3])}{', ...' if len(others) > 3 else ''}" if others else ""
-                raise UserError(f"source {source.files}: the folder holds no {KNOWN} file{there}")
-            files.update(dict.fromkeys(inside))
-        elif reader_of(path.name) is None:
+            files += _locate_saved(source, path) or _files_below(path)
+        elif _is_read(path):
+            files.append(str(path))
+        else:
             raise UserError(f"source {shown(path)}: not a {KNOWN} file")
-        else:
-            _check_file(path)
-            files[path] = None
     if not files:
-        raise UserError(f"source {source.files}: no such file or folder")
-    return Located([str(path) for path in files], others)
+        raise UserError(f"source {source.files}: no {KNOWN} file is there")
+    return list(dict.fromkeys(files))
 
 
-def _glob(pattern: Path) -> list[str]:
-    """What a pattern stands for. Raises PermissionError for a folder that `glob` would pass over in silence."""
-    for depth in range(1, len(pattern.parts)):
-        above, needed = str(Path(*pattern.parts[:depth])), os.X_OK
-        if glob.has_magic(pattern.parts[depth]):
-            needed |= os.R_OK
-        for folder in glob.glob(above, recursive=True):  # noqa: PTH207 (may be absolute)
-            if Path(folder).is_dir() and not os.access(folder, needed):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), folder)
-    return glob.glob(str(pattern), recursive=True)  # noqa: PTH207
-
-
-def _files_below(folder: Path, others: list[str]) -> list[Path]:
-    """Every file below a folder in a format that is read, sorted; the names of the rest go to `others`."""
-    found: dict[Path, Any] = {}
-    for path in walk(folder):
-        _check_file(path)
-        reader = reader_of(path.name)
-        if reader is not None and path.name not in _METADATA:
-            found[path] = reader
-        else:
-            others.append(shown(path.name))
+def _files_below(folder: Path) -> list[str]:
+    found = [path for path in walk(folder) if _is_read(path) and path.name not in _METADATA]
     # The card of a dataset is not one of its documents.
-    has_card = not all(reader.one_document for reader in found.values())
-    return [path for path in found if not (has_card and path.name == "README.md")]
+    has_card = not all(_reader_class(path.name).one_document for path in found)
+    return [str(path) for path in found if not (has_card and path.name == "README.md")]
 
 
-def _check_file(path: Path) -> None:
-    """Raise `UserError` for a link that leads nowhere, or for what is no file (reading a pipe would never end)."""
-    if path.is_symlink() and not path.exists():
-        raise UserError(f"source {shown(path)} is a dangling link to {shown(path.readlink())}; fix or remove it")
+def _is_read(path: Path) -> bool:
+    """Whether a file is in a format that is read. Raises `UserError` for a pipe, which would never end, or the like."""
     if not path.is_file():
-        raise UserError(f"source {shown(path)} is not a regular file; remove it")
+        raise UserError(f"source {shown(path)} is a dangling link, or not a regular file; remove it")
+    return reader_of(path.name) is not None
 
 
-def _locate_saved(source: Source, folder: Path) -> Located | None:
-    """The files of a folder that `save_to_disk` wrote (`datasets.Dataset`, or a `DatasetDict` of splits)."""
+def _locate_saved(source: Source, folder: Path) -> list[str]:
+    """The files of a folder that `save_to_disk` wrote (`datasets.Dataset`, or a `DatasetDict` of splits), if it did."""
     splits = folder / "dataset_dict.json"
     if splits.exists():
         _check_split(source, folder, read_json(splits).get("splits", []))
         folder = folder / source.split
-    state = folder / "state.json"
-    if not state.exists() or "_data_files" not in read_json(state):
-        return None
-    if source.config is not None:
-        raise UserError(f"dataset {shown(folder)} was saved by `save_to_disk`, without configs; leave out 'config'")
-    return Located([str(folder / entry["filename"]) for entry in read_json(state)["_data_files"]], [])
+    state = read_json(folder / "state.json") if (folder / "state.json").exists() else {}
+    return [str(folder / entry["filename"]) for entry in state.get("_data_files", [])]
 
 
 def _check_split(source: Source, path: str | Path, splits: Collection[str]) -> None:
@@ -223,104 +163,83 @@ def _check_split(source: Source, path: str | Path, splits: Collection[str]) -> N
         raise UserError(f"dataset {shown(path)} has no split '{source.split}'; it has {known}")
 
 
-def _locate_split(source: Source, path: str) -> Located:
+def _locate_split(source: Source, path: str) -> list[str]:
     """The files that `datasets` finds for a split of a folder or of a repository on the Hub."""
     import datasets
 
-    problem = f"dataset {shown(path)} cannot be loaded"
-    with user_errors(problem):
-        try:
-            builder = datasets.load_dataset_builder(path, source.config, revision=source.revision)
-        except RuntimeError as error:
-            raise UserError(f"{problem}: {one_line(error)}; name its data files by 'files'") from None
+    with user_errors(f"dataset {shown(path)} cannot be loaded; files can be named by 'files'"):
+        builder = datasets.load_dataset_builder(path, source.config, revision=source.revision)
     splits = {str(split): files for split, files in (builder.config.data_files or {}).items()}
     _check_split(source, path, splits)
-    others = []
-    if Path(path).is_dir() and source.config is None:
-        # Of a folder with files in several formats it takes the ones that most have.
-        used = {str(Path(file).resolve()) for files in splits.values() for file in files if "://" not in file}
-        others = [shown(file.name) for file in _files_below(Path(path), []) if str(file.resolve()) not in used]
     files = [str(file) for file in splits[source.split]]
-    for file in files:
-        if reader_of(file) is None:
-            raise UserError(f"dataset {shown(path)}: {shown(Path(file).name)} is not a {KNOWN} file")
-    return Located(files, others)
+    if unknown := [file for file in files if reader_of(file) is None]:
+        raise UserError(f"dataset {shown(path)}: {shown(Path(unknown[0]).name)} is not a {KNOWN} file")
+    return files
 
 
-def _locate_on_hub(source: Source) -> Located:
+def _locate_on_hub(source: Source) -> list[str]:
     """The files of a split of a dataset on the Hub: `hf://` addresses when streaming, else in the Hub's cache here."""
     import huggingface_hub
 
     repo_id = str(source.hub)
     commit = resolve_commit(repo_id, source.revision, "dataset")
+    start = f"hf://datasets/{repo_id}@{commit}/"
     # A commit does not change, so its files need no second look, and a second run needs no network.
     listed = huggingface_hub.cached_assets_path("nanophi", repo_id, commit) / f"{source.config}-{source.split}.json"
     if not listed.exists():
-        located = _locate_split(source.model_copy(update={"revision": commit}), repo_id)
-        start = f"hf://datasets/{repo_id}@{commit}/"
-        write_json(listed, [file.removeprefix(start) for file in located.files])
+        found = _locate_split(source.model_copy(update={"revision": commit}), repo_id)
+        write_json(listed, [file.removeprefix(start) for file in found])
     files = read_json(listed)
     if source.streaming:
-        return Located([f"hf://datasets/{repo_id}@{commit}/{file}" for file in files], [])
+        return [start + file for file in files]
     with user_errors(f"dataset {repo_id} cannot be downloaded"):
         download = huggingface_hub.hf_hub_download
-        return Located([download(repo_id, file, repo_type="dataset", revision=commit) for file in files], [])
+        return [download(repo_id, file, repo_type="dataset", revision=commit) for file in files]
 
 
-# The parts
-
-
-def plan(source: Source, score: str | None) -> tuple[list[Part], list[str]]:
-    """The parts of a source, and the names of files beside its own that are not read.
-
-    Small files share a part, so that the number of parts follows the bytes. A source with `max_documents` is one part,
-    whose reading stops there. `score` is the column that holds a quality score, if one is used.
-    """
+def plan(source: Source, score: str | None) -> list[Part]:
+    """The parts of a source; of one with `max_documents` a single one. `score` is the column with a quality score."""
     if source.embedded:
         if score:
             raise UserError(f"the embedded corpus has no column '{score}'; use quality.scorer 'linear' or 'model:'")
         groups = [(group, None) for group in installed_docs.groups()]
         parts: list[Part] = [tuple(groups[start : start + 16]) for start in range(0, len(groups), 16)]
-        others: list[str] = []
     else:
-        files, others = locate(source)
+        files = locate(source)
         parts = _parts(source, files, score)
-        if source.separator and not any(_reader(source, file, score).one_document for file in files):
+        if source.separator and not any(_reader(source, file).one_document for file in files):
             raise UserError(f"source {name_of(source)}: 'separator' is for text files (.txt, .md), and it has none")
     if source.max_documents and parts:
         parts = [tuple(piece for part in parts for piece in part)]
-    return parts, others
+    return parts
 
 
 def _parts(source: Source, files: Sequence[str], score: str | None) -> list[Part]:
-    """The pieces of files in order, in parts of about `PART_BYTES`; text files of one document each by themselves."""
+    """The pieces of files in order, in parts of about `PART_BYTES`."""
     parts: list[Part] = []
-    begun: dict[bool, list[tuple[str, Any]]] = {False: [], True: []}
-    size = {False: 0, True: 0}
+    begun: list[tuple[str, Any]] = []
+    size = 0
     for file in files:
-        reader = _reader(source, file, score)
-        whole, pieces = reader.one_document and not source.separator, reader.pieces()
+        pieces = _reader(source, file, score).pieces()
+        # How large a file on the Hub is, only the Hub knows.
+        whole = len(pieces) == 1 and not file.startswith("hf://")
         for piece in pieces:
-            begun[whole].append((file, piece))
-            if not file.startswith("hf://"):
-                size[whole] += Path(file).stat().st_size if len(pieces) == 1 else PART_BYTES
-            elif not whole:  # how large it is, only the Hub knows
-                size[whole] += PART_BYTES
-            if size[whole] >= PART_BYTES:
-                parts.append(tuple(begun[whole]))
-                begun[whole], size[whole] = [], 0
-    return parts + [tuple(pieces) for pieces in begun.values() if pieces]
+            begun.append((file, piece))
+            size += Path(file).stat().st_size if whole else PART_BYTES
+            if size >= PART_BYTES:
+                parts.append(tuple(begun))
+                begun, size = [], 0
+    return [*parts, tuple(begun)] if begun else parts
 
 
-def is_undivided(source: Source, part: Part) -> bool:
-    """Whether a part's text files are one document each because the source has no separator."""
-    return not source.embedded and source.separator is None and _reader(source, part[0][0], None).one_document
+def _reader(source: Source, file: str, score: str | None = None) -> Reader:
+    return _reader_class(file)(file, source, score)
 
 
-def _reader(source: Source, file: str, score: str | None) -> Reader:
-    reader = reader_of(file)
-    assert reader is not None  # by locate
-    return reader(file, source, score)
+def _reader_class(file: str) -> type[Reader]:
+    found = reader_of(file)
+    assert found is not None  # by locate
+    return found
 
 
 def fingerprint(source: Source, contents: Contents) -> Any:
@@ -330,46 +249,42 @@ def fingerprint(source: Source, contents: Contents) -> Any:
     if source.hub and is_on_hub(source):
         commit = resolve_commit(source.hub, source.revision, "dataset")
         return {"hub": source.hub, "config": source.config, "split": source.split, "commit": commit}
-    return contents.files(Path(file) for file in locate(source).files)
-
-
-# The documents
+    return contents.files(Path(file) for file in locate(source))
 
 
 def read(source: Source, part: Part, score: str | None, tally: Tally) -> Iterator[Document]:
-    """The usable documents of a part, in order; the others are counted in `tally`.
-
-    Raises `UserError` with the file and the last row that could be read, for whatever a library raises.
-    """
-    column = TextColumn(source.text_column)
+    """The usable documents of a part, in order; the others are counted in `tally`."""
     default = _label(name_of(source))
     for file, row in itertools.islice(_rows(source, part, score), source.max_documents):
         label = default if row.label is None else _label(row.label) or default
         tally.read[label] += 1
         if isinstance(row.text, Unusable):
-            tally.drop(label, row.where, row.text, column)
+            tally.drop(label, row.where, row.text, source.text_column)
             continue
         tally.bytes[label] += len(row.text)
         yield Document(shown(file), label, row.text, row.score)
 
 
 def _rows(source: Source, part: Part, score: str | None) -> Iterator[tuple[str, Row]]:
-    """The rows of a part, each with its file."""
     for file, piece in part:
         if source.embedded:
-            for number, (name, text) in enumerate(installed_docs.documents(file)):
-                yield file, Row(f"{file}:{number}", clean(text), name)
-            continue
-        last = "its beginning"
-        try:
-            for row in _reader(source, file, score).rows(piece):
-                last = row.where
-                yield file, row
-        except UserError:
-            raise
-        except Exception as error:  # of a damaged file a decoder raises anything
-            hint = "; compress it again without --long" if "requires too much memory" in str(error) else ""
-            raise UserError(f"{shown(file)} cannot be read after {last} ({one_line(error)}){hint}") from error
+            texts = enumerate(installed_docs.documents(file))
+            yield from ((file, Row(f"{file}:{number}", clean(text), name)) for number, (name, text) in texts)
+        else:
+            yield from ((file, row) for row in guarded(file, _reader(source, file, score).rows(piece)))
+
+
+def guarded(file: str, rows: Iterable[Any]) -> Iterator[Any]:
+    """Rows, which begin with where they are; whatever a decoder raises of a damaged file names the last of them."""
+    last = "its beginning"
+    try:
+        for row in rows:
+            last = row[0]
+            yield row
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{shown(file)} cannot be read after {last} ({one_line(error)})") from error
 
 
 def _label(value: Any) -> str:

@@ -1,9 +1,4 @@
-"""The stages from sources to packed tokens, or to conversations: what each depends on and writes, and what makes it.
-
-How a stage is keyed and run is in `core/stages.py`; the work itself is in the modules of this folder.
-"""
-
-from __future__ import annotations
+"""The stages from sources to packed tokens, or to conversations: what each depends on and writes, and what makes it."""
 
 import shutil
 from collections import Counter
@@ -31,76 +26,34 @@ LATER: Any = {
 def data_stages(recipe: Recipe) -> list[Stage]:
     """What `nanophi prepare` makes for a recipe; the last stage is what a training reads."""
     if recipe.conversations:
-        return [
-            Stage(
-                "conversations",
-                ("data/base", "data/conversations", "data/tokenizer", "data/tokens", "data/documents", "data/quality"),
-                _conversations,
-                outside=_conversation_inputs,
-                changed=changed_data,
-                portable=True,
-                shared=False,
-            )
-        ]
-    data, quality, seed = recipe.data, recipe.quality, recipe.training_seed
+        folders = ("base", "conversations", "tokenizer", "tokens", "documents", "quality")
+        written = tuple(f"data/{name}" for name in folders)
+        fields: dict[str, Any] = {"outside": _conversation_inputs, "changed": changed_data, "shared": False}
+        return [Stage("conversations", written, _conversations, portable=True, **fields)]
+    quality, seed = recipe.quality, recipe.training_seed
     share = {} if quality.share is None else {"share": quality.share, "select": quality.select, "seed": seed}
+    chosen = {"threshold": quality.threshold, **share}
+    trained = {"tokenizer": recipe.tokenizer.model_dump(mode="json"), "seed": recipe.seed}
+    packed = {
+        "context_length": recipe.model_config_for().max_position_embeddings,
+        "max_tokens": recipe.data.max_tokens,
+        "weights": [source.weight for source in recipe.data.sources],
+        "seed": seed,
+    }
+
+    def stage(name: str, build: Any, needs: tuple[str, ...], done: str, **fields: Any) -> Stage:
+        failure = f"{'the tokenizer' if name == 'tokenizer' else 'documents'} cannot be {done}"
+        return Stage(name, (f"data/{name}",), build, needs, failure=failure, portable=True, **fields)
+
+    weights: dict[str, Any] = {"changed": changed_data}
+    checked: dict[str, Any] = {"outside": _tokenizer_files, "check": _check_tokenizer}
     return [
-        Stage(
-            "documents",
-            ("data/documents",),
-            _documents,
-            outside=_document_inputs,
-            failure="documents cannot be gathered",
-            portable=True,
-        ),
-        Stage(
-            "scores",
-            ("data/scores",),
-            _scores,
-            needs=("documents",),
-            outside=_score_inputs,
-            check=_check_scorer,
-            failure="documents cannot be scored",
-            portable=True,
-        ),
-        Stage(
-            "quality",
-            ("data/quality",),
-            _quality,
-            needs=("scores",),
-            values={"threshold": quality.threshold, **share},
-            changed=changed_data,
-            failure="documents cannot be selected",
-            portable=True,
-        ),
+        stage("documents", _documents, (), "gathered", outside=_document_inputs),
+        stage("scores", _scores, ("documents",), "scored", outside=_score_inputs, check=_check_scorer),
+        stage("quality", _quality, ("scores",), "selected", values=chosen, **weights),
         # Trained on all documents, so that a filtered run and its control share it.
-        Stage(
-            "tokenizer",
-            ("data/tokenizer",),
-            _tokenizer,
-            needs=("documents",),
-            values={"tokenizer": recipe.tokenizer.model_dump(mode="json"), "seed": recipe.seed},
-            outside=_tokenizer_files,
-            check=_check_tokenizer,
-            changed=changed_data,
-            failure="the tokenizer cannot be made",
-            portable=True,
-        ),
-        Stage(
-            "tokens",
-            ("data/tokens",),
-            _tokens,
-            needs=("quality", "tokenizer"),
-            values={
-                "context_length": recipe.model_config_for().max_position_embeddings,
-                "max_tokens": data.max_tokens,
-                "weights": [source.weight for source in data.sources],
-                "seed": seed,
-            },
-            changed=changed_data,
-            failure="documents cannot be tokenized",
-            portable=True,
-        ),
+        stage("tokenizer", _tokenizer, ("documents",), "made", values=trained, **checked, **weights),
+        stage("tokens", _tokens, ("quality", "tokenizer"), "tokenized", values=packed, **weights),
     ]
 
 
@@ -131,9 +84,12 @@ def changed_data(run: RunDirectory, work: Path) -> list[str]:
     if (work / "data/tokens").exists():
         names = {"train": "training tokens", "heldout": "held-out tokens"}
         names |= {"chat_train": "conversations", "chat_heldout": "held-out conversations"}
-        for name, value in token_hashes(read_json(work / "data/tokens/tokens.json")).items():
-            if value != trained["data"].get(name):
-                changed.append(names[name.removesuffix("_sha256")])
+        hashes = token_hashes(read_json(work / "data/tokens/tokens.json"))
+        changed = [
+            what
+            for name, what in names.items()
+            if hashes.get(f"{name}_sha256") != trained["data"].get(f"{name}_sha256")
+        ]
     if (work / "data/quality/kept.parquet").exists() and _selects_otherwise(run, work):
         changed.append("training tokens")
     if (work / "data/tokenizer").exists():
@@ -149,14 +105,9 @@ def _selects_otherwise(run: RunDirectory, work: Path) -> bool:
     before = run.path / "data/quality/kept.parquet"
     if tokens is None or quality is None or tokens["quality"] != quality["key"] or not before.exists():
         return False
-    ids = [
-        sorted(pq.read_table(file, columns=["id"])["id"].to_pylist())
-        for file in (before, work / "data/quality/kept.parquet")
-    ]
-    return ids[0] != ids[1]
-
-
-# Documents
+    files = (before, work / "data/quality/kept.parquet")
+    kept = [sorted(pq.read_table(file, columns=["id"])["id"].to_pylist()) for file in files]
+    return kept[0] != kept[1]
 
 
 def _document_inputs(run: Runner) -> dict[str, Any]:
@@ -177,11 +128,7 @@ def _documents(run: Runner, work: Path) -> Summary:
     from nanophi.data import gather
 
     data = run.recipe.data.model_copy(update={"sources": pinned(run, run.recipe.data.sources)})
-    column = scorers.of_section(run.recipe.quality).column
-    return gather.gather(data, work / "data/documents", column, run.report)
-
-
-# Scores and selection
+    return gather.gather(data, work / "data/documents", scorers.of_section(run.recipe.quality).column, run.report)
 
 
 def _score_inputs(run: Runner) -> dict[str, Any]:
@@ -200,24 +147,19 @@ def _check_scorer(run: Runner) -> None:
 
 
 def _scores(run: Runner, work: Path) -> Summary:
-    """A quality score for every document."""
     from nanophi.data import scoring
 
     recipe, commit = run.recipe, _score_inputs(run).get("scorer", {}).get("commit")
-    folders = run.path / "data/documents", work / "data/scores"
-    return scoring.score(folders[0], recipe.quality, recipe.data, recipe.seed, folders[1], revision=commit)
+    documents, output = run.path / "data/documents", work / "data/scores"
+    return scoring.score(documents, recipe.quality, recipe.data, recipe.seed, output, revision=commit)
 
 
 def _quality(run: Runner, work: Path) -> Summary:
-    """The documents that the filter keeps, and the report on it."""
     from nanophi.data import scoring
 
     data, recipe = run.path / "data", run.recipe
-    output = work / "data/quality"
-    return scoring.select(data / "documents", data / "scores", recipe.quality, output, recipe.training_seed)
-
-
-# Tokens
+    folders = data / "documents", data / "scores"
+    return scoring.select(*folders, recipe.quality, work / "data/quality", recipe.training_seed)
 
 
 def _tokenizer_files(run: Runner) -> dict[str, Any]:
@@ -244,16 +186,12 @@ def _tokenizer(run: Runner, work: Path) -> Summary:
 
 
 def _tokens(run: Runner, work: Path) -> Summary:
-    """Kept documents as packed rows of tokens."""
     from nanophi.data import packing
 
     data, recipe = run.path / "data", run.recipe
     context = recipe.model_config_for().max_position_embeddings
     folders = data / "documents", data / "quality", data / "tokenizer"
     return packing.pack(*folders, context, recipe.data, recipe.training_seed, work / "data/tokens")
-
-
-# Conversations
 
 
 def _conversation_inputs(run: Runner) -> dict[str, Any]:

@@ -1,17 +1,14 @@
 """The tokenizer of a run: one that exists, or a byte-level BPE trained on the run's own documents.
 
-Either is saved so that `AutoTokenizer.from_pretrained(folder)` loads it, without trust and without warnings, in
-transformers 4.37.2 and later.
+Either is saved so that `AutoTokenizer.from_pretrained(folder)` of transformers 4.37.2 and later loads it without trust.
 """
-
-from __future__ import annotations
 
 import functools
 import heapq
 import json
 import re
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,29 +43,21 @@ def build(
     revision: str | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Write a tokenizer to `output`.
+    """Write a tokenizer to `output`; `report` gets a line if a copied one had to be changed.
 
-    One is trained on the documents before the quality filter, so that a filtered run and its control share it; `seed`
-    chooses a sample of them if they exceed `TRAINING_BYTES`. `report` gets a line if a copied one had to be changed.
+    One is trained on the documents before the quality filter; `seed` chooses a sample of `TRAINING_BYTES`.
 
-    Returns:
-        `{origin, vocab_size, eos_token, eos_token_id, heldout_bytes, heldout_tokens, bytes_per_token}`; bytes per
-        token (the fertility's inverse) are those of the held-out documents, without end-of-text.
-
-    Raises:
-        UserError: if `path` cannot be loaded or has no end-of-text token.
+    Returns `{origin, vocab_size, eos_token, eos_token_id, heldout_bytes, heldout_tokens, bytes_per_token}`; bytes per
+    token are those of the held-out documents, without end-of-text.
     """
     output.mkdir(parents=True, exist_ok=True)
     if tokenizer.path is None:
         _train(documents, tokenizer.vocab_size, seed, output)
-    else:
-        _copy(tokenizer.path, revision, output)
-        added = _without_begin_and_end(output)
-        if added:
-            report(
-                f"{tokenizer.path} adds {' and '.join(added)} to a prompt; documents are trained on without, so the "
-                "run's copy no longer adds anything"
-            )
+    elif added := _copy(tokenizer.path, revision, output):
+        report(
+            f"{tokenizer.path} adds {' and '.join(added)} to a prompt; documents are trained on without, so the run's "
+            "copy no longer adds anything"
+        )
     encoder = Encoder(output)
     size = tokens = 0
     for batch in batches(shards(documents, "heldout"), ["text"]):
@@ -89,41 +78,33 @@ def build(
 def check(documents: Path, folder: Path, max_lost: float, report: Callable[[str], None]) -> dict[str, Any]:
     """Compare `Encoder` with `AutoTokenizer` on a sample of every source, and the decoded tokens with the text.
 
-    A character is lost if it does not come back, but for its case, its compatibility form, and which white space it is.
-
-    Returns:
-        `{documents, bytes, lost, changed}`: the sample, the share of its bytes that is lost, and how many of its
-        documents come back as another text.
-
-    Raises:
-        UserError: for other ids, or if more than `max_lost` of a source's bytes is lost.
+    A character is lost if it does not come back, but for its case, compatibility form, and which white space it is.
+    Returns `{documents, bytes, lost (share of the bytes), changed (documents)}`; raises `UserError` for other ids, or
+    if more than `max_lost` of a source's bytes is lost.
     """
     from transformers import AutoTokenizer
 
     encoder, theirs = Encoder(folder), AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    special = _any_of(sorted({token.content for token in theirs.added_tokens_decoder.values() if token.special}))
+    model = read_json(folder / "tokenizer.json")["model"]
+    unknown = model.get("unk_id") if model.get("unk_token") is None else encoder.backend.token_to_id(model["unk_token"])
     sizes: Counter[str] = Counter()
-    missing: dict[str, Counter[str]] = {}
+    missing: defaultdict[str, Counter[str]] = defaultdict(Counter)
     count = changed = 0
     for source, text in _sample_of_sources(documents):
-        # What spells a special token is a special token there, and text here.
-        for part in special.split(text)[::2] if special else [text]:
-            ours, expected = encoder.encode([part])[0].tolist(), theirs(part, add_special_tokens=False)["input_ids"]
-            if ours != expected:
-                at = next((n for n, pair in enumerate(zip(ours, expected, strict=False)) if pair[0] != pair[1]), 0)
-                raise UserError(
-                    f"tokenizer: the run would be trained on other tokens than AutoTokenizer gives for {part[:40]!r}: "
-                    f"{theirs.convert_ids_to_tokens(ours[at : at + 4])}, not "
-                    f"{theirs.convert_ids_to_tokens(expected[at : at + 4])}"
-                )
-        ids = [token for token in encoder.encode([text])[0].tolist() if token != encoder.unknown_id]
-        decoded = str(theirs.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        ours = encoder.encode([text])[0].tolist()
+        expected = theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        if ours != expected:
+            at = next((n for n, pair in enumerate(zip(ours, expected, strict=False)) if pair[0] != pair[1]), 0)
+            tokens = [theirs.convert_ids_to_tokens(ids[at : at + 4]) for ids in (ours, expected)]
+            wrong = f"the run's tokens are {tokens[0]}, AutoTokenizer's {tokens[1]}"
+            raise UserError(f"tokenizer: for {text[:40]!r} {wrong}")
+        known = [token for token in ours if token != unknown]
+        decoded = str(theirs.decode(known, skip_special_tokens=False, clean_up_tokenization_spaces=False))
         count += 1
-        before = _characters(text)
-        sizes[source] += _bytes(before)
+        sizes[source] += _bytes(_characters(text))
         if decoded != text:
             changed += 1
-            missing[source] = missing.get(source, Counter()) + (before - _characters(decoded))
+            missing[source] += _characters(text) - _characters(decoded)
     total = sum(missing.values(), Counter())
     result = {"documents": count, "bytes": sizes.total(), "lost": round(_bytes(total) / max(1, sizes.total()), 6)}
     for source, characters in missing.items():
@@ -132,10 +113,7 @@ def check(documents: Path, folder: Path, max_lost: float, report: Callable[[str]
             often = ", ".join(repr(character) for character, _ in characters.most_common(3))
             line = f"{percent(share, 2)} of the bytes of source '{source}' are in no token, such as {often}"
             if share > max_lost:
-                raise UserError(
-                    f"tokenizer: {line}; the limit is data.max_lost, {percent(max_lost, 2)}: use a tokenizer that "
-                    "knows these characters, or raise the limit"
-                )
+                raise UserError(f"tokenizer: {line}; the limit is data.max_lost, {percent(max_lost, 2)}")
             report(line)
     return result | {"changed": changed}
 
@@ -162,16 +140,10 @@ def _bytes(characters: Counter[str]) -> int:
 
 
 class Encoder:
-    """Text to token ids, for many documents, without special tokens.
+    """Text to token ids, for many documents; no name of a special token in a text becomes that token.
 
-    The ids are those of the saved tokenizer, except that no text ever becomes a special token. BPE works within the
-    words that the pre-tokenizer cuts, and most words of a corpus are repetitions: for a tokenizer with GPT-2's
+    BPE works within the words that the pre-tokenizer cuts, and most words are repetitions: for a tokenizer with GPT-2's
     pre-tokenizer the words are cut here and each distinct one is encoded once, which is 2.8 times as fast.
-
-    Attributes:
-        vocab_size: one more than the highest id.
-        eos_token, eos_token_id: the end-of-text token.
-        unknown_id: the token that the model gives for what it does not know; None: it has none.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -179,40 +151,19 @@ class Encoder:
         self.backend = BackendTokenizer.from_file(str(folder / "tokenizer.json"))
         self.backend.no_truncation()
         self.backend.no_padding()
-        self.vocab_size = max(self.backend.get_vocab().values()) + 1
-        unknown = content["model"].get("unk_token")
-        self.unknown_id = content["model"].get("unk_id") if unknown is None else self.backend.token_to_id(unknown)
-        roles = {
-            key: value for key, value in config.items() if key.endswith("_token") and isinstance(value, str | dict)
-        }
-        names = {key: str(value["content"] if isinstance(value, dict) else value) for key, value in roles.items()}
-        self.eos_token = names["eos_token"]
-        eos_token_id = self.backend.token_to_id(self.eos_token)
-        if eos_token_id is None:
-            raise UserError(f"{folder}: the end-of-text token is not in the vocabulary")
-        self.eos_token_id: int = eos_token_id
-        special = {token["content"] for token in content["added_tokens"] if token["special"]}
-        special |= {name for name in names.values() if self.backend.token_to_id(name) is not None}
-        self.backend.add_special_tokens(sorted(special))
         self.backend.encode_special_tokens = True  # as text
-        # A model that looks up whole pieces (Unigram, WordLevel, WordPiece, BPE with `ignore_merges`) finds special
-        # tokens in its vocabulary even so. A name of letters alone, or of one character, is a word of the language
-        # whatever its role (Llama 3's padding is often "!").
-        words = {name for name in special if name.lstrip("▁").isalpha() or len(name) == 1} - {self.eos_token}
-        reached = [
-            name for name in special - words if self.backend.token_to_id(name) in self._ids_of(f"{name} x{name}y")
-        ]
-        self._found_in_text = _any_of(reached)
-        added = [token for token in content["added_tokens"] if token["content"] not in special]
+        vocabulary, eos = self.backend.get_vocab(), config["eos_token"]
+        self.vocab_size = max(vocabulary.values()) + 1
+        self.eos_token = str(eos["content"] if isinstance(eos, dict) else eos)
+        self.eos_token_id = vocabulary[self.eos_token]
+        added = [token for token in content["added_tokens"] if not token["special"]]
         self._added = _any_of([token["content"] for token in added])
+        gpt_2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
         self._by_words = (
-            self._found_in_text is None
-            and content["model"]["type"] == "BPE"
+            content["model"]["type"] == "BPE"
             and not content["model"].get("dropout")
             and content["normalizer"] is None
-            and (content["pre_tokenizer"] or {}).get("type") == "ByteLevel"
-            and content["pre_tokenizer"]["use_regex"]
-            and not content["pre_tokenizer"]["add_prefix_space"]
+            and gpt_2.items() <= (content["pre_tokenizer"] or {}).items()
             and not any(token["single_word"] or token["lstrip"] or token["rstrip"] for token in added)
         )
         self._word = functools.cache(lambda word: np.array(self._ids_of(word), np.uint32).tobytes())
@@ -224,10 +175,7 @@ class Encoder:
                 self._word.cache_clear()
             return [np.frombuffer(self._encode(text), np.uint32) for text in texts]
         encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
-        return [
-            np.array(self._spelled(text) or encoding.ids, np.uint32)
-            for text, encoding in zip(texts, encodings, strict=True)
-        ]
+        return [np.array(encoding.ids, np.uint32) for encoding in encodings]
 
     def _ids_of(self, text: str) -> list[int]:
         return self.backend.encode(text, add_special_tokens=False).ids
@@ -241,18 +189,6 @@ class Encoder:
             result.extend(map(self._word, words))
         return b"".join(result)
 
-    def _spelled(self, text: str) -> list[int] | None:
-        """Token ids of a text with names of special tokens, each cut after its first character; None without any."""
-        if self._found_in_text is None:
-            return None
-        if self.backend.normalizer is not None:  # which may make a name of what was none
-            text = self.backend.normalizer.normalize_str(text)
-        parts = self._found_in_text.split(text)
-        for number in range(1, len(parts), 2):
-            parts[number - 1] += parts[number][0]
-            parts[number + 1] = parts[number][1:] + parts[number + 1]
-        return [token for part in parts[::2] for token in self._ids_of(part)] if len(parts) > 1 else None
-
 
 # GPT-2's pre-tokenizer (Radford et al., 2019), the pattern behind `ByteLevel(use_regex=True)`.
 _WORD = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
@@ -262,13 +198,11 @@ _CACHED_WORDS = 1_000_000
 
 
 def _any_of(tokens: list[str]) -> re.Pattern[str] | None:
-    """A pattern that splits text at any of the tokens, leftmost-longest, and keeps them; None without tokens."""
-    if not tokens:
-        return None
+    """A pattern that splits text at any of the tokens, longest first, and keeps them; None without tokens."""
     characters = "".join(sorted({re.escape(character) for token in tokens for character in token}))
+    longest_first = "|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))
     # A cheap test first: most positions of a text begin no token.
-    guard = f"(?=[{characters}]{{{min(map(len, tokens))}}})"
-    return re.compile(f"({guard}(?:{'|'.join(map(re.escape, sorted(tokens, key=len, reverse=True)))}))")
+    return re.compile(f"((?=[{characters}]{{{min(map(len, tokens))}}})(?:{longest_first}))") if tokens else None
 
 
 def _train(documents: Path, vocab_size: int, seed: int, output: Path) -> None:
@@ -283,7 +217,6 @@ def _train(documents: Path, vocab_size: int, seed: int, output: Path) -> None:
         show_progress=False,
     )
     backend.train_from_iterator(_sample(documents, seed), trainer)
-    backend.save(str(output / "tokenizer.json"))
     config = {
         "add_prefix_space": False,
         "bos_token": END_OF_TEXT,
@@ -294,8 +227,7 @@ def _train(documents: Path, vocab_size: int, seed: int, output: Path) -> None:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "unk_token": END_OF_TEXT,
     }
-    write_json(output / "tokenizer_config.json", config)
-    _spell_merges_as_strings(output / "tokenizer.json")
+    _write(output, json.loads(backend.to_str()), config)
 
 
 def _sample(documents: Path, seed: int) -> Iterator[list[str]]:
@@ -322,54 +254,31 @@ def load(path: str, revision: str | None) -> Any:
     return tokenizer
 
 
-def _copy(path: str, revision: str | None, output: Path) -> None:
-    load(path, revision).save_pretrained(output)
-    config = read_json(output / "tokenizer_config.json")
-    if config.get("tokenizer_class") == "TokenizersBackend":  # transformers 5's name, unknown to 4
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    # How this copy was loaded is not a property of the tokenizer.
-    config = {key: value for key, value in config.items() if key not in ("is_local", "local_files_only", "backend")}
-    write_json(output / "tokenizer_config.json", config)
-    _spell_merges_as_strings(output / "tokenizer.json")
-
-
-def _without_begin_and_end(folder: Path) -> list[str]:
-    """Make a saved tokenizer add nothing to a prompt, as documents are trained on; returns the tokens that it added.
-
-    Raises:
-        UserError: if it keeps adding them.
-    """
-    before = _added_to_a_prompt(folder)
-    if not before:
-        return []
-    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    processor = content["post_processor"] or {}
-    steps = [step for step in processor.get("processors", [processor]) if step.get("type") == "ByteLevel"]
-    content["post_processor"] = steps[0] if steps else None
-    write_text(folder / "tokenizer.json", json.dumps(content, ensure_ascii=False))
-    config = {**read_json(folder / "tokenizer_config.json"), "add_bos_token": False, "add_eos_token": False}
-    # Classes of one model's tokenizer may add tokens by themselves.
-    for kind in (config.get("tokenizer_class"), "PreTrainedTokenizerFast"):
-        write_json(folder / "tokenizer_config.json", {**config, "tokenizer_class": kind})
-        if not _added_to_a_prompt(folder):
-            return before
-    raise UserError(f"tokenizer.path: it adds {' and '.join(before)} to every prompt, and cannot be made to stop")
-
-
-def _added_to_a_prompt(folder: Path) -> list[str]:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    prompt = "The end"
-    plain, whole = (tokenizer(prompt, add_special_tokens=special)["input_ids"] for special in (False, True))
+def _copy(path: str, revision: str | None, output: Path) -> list[str]:
+    """Save a tokenizer so that it adds nothing to a prompt, as documents are trained on; returns what it added."""
+    tokenizer = load(path, revision)
+    plain, whole = (tokenizer("The end", add_special_tokens=special)["input_ids"] for special in (False, True))
     added = [token for token in whole if token not in plain] or whole[len(plain) :]
+    tokenizer.save_pretrained(output)
+    content, config = (read_json(output / f"{name}.json") for name in ("tokenizer", "tokenizer_config"))
+    if added:
+        processor = content["post_processor"] or {}
+        steps = [step for step in processor.get("processors", [processor]) if step.get("type") == "ByteLevel"]
+        content["post_processor"] = steps[0] if steps else None
+        config |= {"add_bos_token": False, "add_eos_token": False}
+    # Classes of one model's tokenizer may add tokens by themselves; transformers 4 does not know 5's name.
+    if added or config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    for key in ("is_local", "local_files_only", "backend"):  # how this copy was loaded
+        config.pop(key, None)
+    _write(output, content, config)
     return [str(tokenizer.convert_ids_to_tokens(token)) for token in added]
 
 
-def _spell_merges_as_strings(path: Path) -> None:
-    """tokenizers 0.23 writes merges as pairs; tokenizers 0.15 (transformers 4.37) reads only `"a b"`."""
-    content = json.loads(path.read_text(encoding="utf-8"))
+def _write(output: Path, content: dict[str, Any], config: dict[str, Any]) -> None:
+    """tokenizers 0.23 has merges as pairs; tokenizers 0.15 (transformers 4.37) reads only `"a b"`."""
     merges = content["model"].get("merges")
     if merges and not isinstance(merges[0], str):
         content["model"]["merges"] = [" ".join(pair) for pair in merges]
-    write_text(path, json.dumps(content, ensure_ascii=False))
+    write_text(output / "tokenizer.json", json.dumps(content, ensure_ascii=False))
+    write_json(output / "tokenizer_config.json", config)

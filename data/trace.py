@@ -1,12 +1,8 @@
 """The verb `trace`: which spans of a text occur verbatim in a run's training tokens, and in which documents.
 
-One pass over the memory-mapped rows, without an index: a table over the vocabulary marks the stream's tokens that the
-text has, and only where `SHORTEST` of them follow each other are n-grams compared. Spans never cross the end of a
-document. A span counts if it is surprising: under a model that draws every token by its frequency in the training text,
-it would be expected less than `EXPECTED` times. (OLMoTrace, arXiv 2504.07096, ranks spans by the same probability.)
+One pass over the mapped rows, without an index. Spans never cross a document's end, and count if chance (every token
+drawn by its frequency) would give less than `EXPECTED` of them; OLMoTrace (arXiv 2504.07096) ranks likewise.
 """
-
-from __future__ import annotations
 
 import dataclasses
 import itertools
@@ -36,10 +32,7 @@ _BLOCK = 1 << 20
 
 @dataclasses.dataclass
 class Span:
-    """Tokens `start` to `start + length` of the text, which occur in `documents` documents of the training text.
-
-    `expected` is how often they would occur by chance; `places` are positions in the stream, of the first few.
-    """
+    """Tokens `start` to `start + length` of the text, which are in `documents` documents, by chance in `expected`."""
 
     start: int
     length: int
@@ -88,11 +81,7 @@ class Stream:
 
 
 def find_spans(stream: Stream, ids: np.ndarray, vocabulary: int, shortest: int = SHORTEST) -> list[Span]:
-    """The maximal spans of `ids` (int, of a text without special tokens) in the stream, longest first.
-
-    Only spans that no other span of the
-    result contains are listed. All occurrences of a span count, also those within longer matches.
-    """
+    """The spans of `ids` (int, of a text without special tokens) in the stream that no other has, longest first."""
     if len(ids) < shortest:
         return []
     wanted = np.zeros(vocabulary + 1, bool)
@@ -167,66 +156,45 @@ def _outermost(spans: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
 
 
 def trace_text(run: Path, text: str, shortest: int = SHORTEST) -> list[dict[str, Any]]:
-    """Each span of a text that occurs in a run's training tokens, as JSON, with documents that hold it.
-
-    Raises:
-        UserError: if the run's tokens, tokenizer or recipe are not there.
-    """
+    """Each span of a text that occurs in a run's training tokens, as JSON, with documents that hold it."""
     for part in ("data/tokens/train", "data/tokenizer/tokenizer.json", "recipe.yaml"):
         if not (run / part).exists():
             raise UserError(f"{run} has no {part}; a trace needs a run directory with its training tokens")
     from transformers import AutoTokenizer
 
+    from nanophi.data.documents import id_of
+
     tokenizer = AutoTokenizer.from_pretrained(run / "data/tokenizer")
     stream = Stream(run / "data/tokens/train", tokenizer.eos_token_id)
     ids = np.array(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"], np.int64)
-    known = _Documents(run)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for span in find_spans(stream, ids, len(tokenizer), shortest):
-        quoted: list[dict[str, Any]] = []
-        seen: set[int] = set()
+        quoted: dict[int, tuple[str, str]] = {}
         for place in span.places:
             first, document = stream.document(place)
-            if first in seen or len(quoted) == EXAMPLES:
-                continue
-            seen.add(first)
-            low, high = max(0, place - first - AROUND), place - first + span.length + AROUND
-            context = tokenizer.decode(document[low:high])
-            quoted.append({**known.of(str(tokenizer.decode(document))), "context": context})
+            if first not in quoted and len(quoted) < EXAMPLES:
+                low, high = max(0, place - first - AROUND), place - first + span.length + AROUND
+                quoted[first] = id_of(str(tokenizer.decode(document))), str(tokenizer.decode(document[low:high]))
         row = dataclasses.asdict(span) | {"text": tokenizer.decode(ids[span.start : span.start + span.length])}
         del row["places"]
-        rows.append(row | {"examples": quoted})
+        rows.append(row | {"examples": list(quoted.values())})
+    known = _documents(run, {id_ for row in rows for id_, _ in row["examples"]})
+    for row in rows:
+        row["examples"] = [known.get(id_, {}) | {"context": context} for id_, context in row["examples"]]
     return rows
 
 
-class _Documents:
-    """Source, score and licence of a run's training documents, by their text; what is not known is left out."""
+def _documents(run: Path, ids: set[str]) -> dict[str, dict[str, Any]]:
+    """Source, score and licence of some of a run's training documents, by id; what is not known is left out."""
+    import pyarrow.parquet as pq
 
-    def __init__(self, run: Path) -> None:
-        self.run = run
-        recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
-        sources = recipe["data"]["sources"]
-        names = [source["name"] or source["hub"] or source["files"] for source in sources]
-        self.licenses = {name: source.get("license") for name, source in zip(names, sources, strict=True)}
-        self.rows: dict[str, dict[str, Any]] | None = None
-
-    def of(self, text: str) -> dict[str, Any]:
-        from nanophi.data.documents import id_of
-
-        if self.rows is None:
-            self.rows = self._read()
-        row = self.rows.get(id_of(text), {})
-        return row | ({"license": self.licenses.get(row["source"])} if row else {})
-
-    def _read(self) -> dict[str, dict[str, Any]]:
-        import pyarrow.parquet as pq
-
-        path = self.run / "data/scores/scores.parquet"
-        if not path.is_file():
-            return {}
-        table = pq.read_table(path, columns=["id", "source", "quality_score"]).to_pydict()
-        keys = ("id", "source", "quality_score")
-        return {row[0]: dict(zip(keys, row, strict=True)) for row in zip(*(table[key] for key in keys), strict=True)}
+    path = run / "data/scores/scores.parquet"
+    if not ids or not path.is_file():
+        return {}
+    sources = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))["data"]["sources"]
+    licenses = {source["name"] or source["hub"] or source["files"]: source.get("license") for source in sources}
+    found = pq.read_table(path, columns=["id", "source", "quality_score"], filters=[("id", "in", ids)]).to_pylist()
+    return {row["id"]: row | {"license": licenses.get(row["source"])} for row in found}
 
 
 def trace(

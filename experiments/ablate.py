@@ -210,7 +210,7 @@ class Ablation:
 
     def _make_plan(self, question: Mapping[str, Any]) -> dict[str, Any]:
         from nanophi.core.environment import environment
-        from nanophi.data.selection import describe_rule
+        from nanophi.data.quality_report import describe_rule
         from nanophi.experiments import ablation
 
         training, context = self.recipe.training, self.recipe.model_config_for().max_position_embeddings

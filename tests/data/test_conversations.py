@@ -63,11 +63,9 @@ def recipe_on_base(runs, name, **fields):
 @pytest.mark.parametrize(
     ("row", "method", "message"),
     [
-        ({"messages": [user("Hi")]}, "sft", r"bad.jsonl:3: the conversation has no assistant's turn"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "sft", "bad.jsonl:3: unknown role 'tool'; roles are system"),
-        ({"messages": [user("Hi"), assistant(" ")]}, "sft", r"bad.jsonl:3: a turn of role 'assistant' has no text"),
         ({"text": "Hi"}, "sft", r"bad.jsonl:3: a row has 'messages', or 'prompt' and 'completion'; this one has text"),
-        ({"prompt": "Hi", "chosen": "Hello"}, "dpo", r"bad.jsonl:3: a preference has 'chosen' and 'rejected'"),
+        ({"prompt": "Hi", "chosen": "Hello"}, "dpo", r"bad.jsonl:3: a row has 'chosen' and 'rejected'"),
         ({"chosen": [assistant("a")], "rejected": [assistant("b")]}, "dpo", r"bad.jsonl:3: .* no prompt in common"),
         ({"prompt": "Hi", "chosen": "Hello", "rejected": []}, "dpo", r"bad.jsonl:3: 'rejected' does not end with"),
     ],
@@ -93,6 +91,7 @@ def test_a_row_that_is_no_conversation_is_named_before_work(runs, row, method, m
         ("not_messages", ["Hi", "Hello"]),
         ("special_token", [user("Hi"), assistant(f"So {END}")]),
         ("too_long", [user("Hi"), assistant("x" * 200)]),
+        ("nothing_asked", [assistant("Welcome!"), *talk(8)]),
     ],
 )
 def test_one_row_that_cannot_be_used_is_counted_and_stops_nothing(runs, reason, turns):
@@ -103,13 +102,6 @@ def test_one_row_that_cannot_be_used_is_counted_and_stops_nothing(runs, reason, 
         UserError, match=rf"only 83.3 % of 6 conv.*max_dropped is 0.1\): {reason} 1; the first is .*:6: "
     ):
         counted(runs, [*rows, {"messages": turns}], "two", data={"max_dropped": 0.1})
-
-
-def test_lines_that_are_no_rows_are_counted(runs):
-    run = pipeline(runs, ROWS, "lines")
-    with (runs / "lines.jsonl").open("a") as file:
-        file.write('{"messages": [\n')
-    assert run.tokens()["sources"][str(runs / "lines.jsonl")] == {"read": 5, "train": 4, "not_json": 1}
 
 
 @pytest.mark.parametrize("whole", [True, False])
@@ -280,13 +272,6 @@ def test_a_recipe_that_repeats_its_base_loads_with_it_and_without(runs, tmp_path
         assert load_recipe(tmp_path / "recipe.yaml").dump() == dumped
 
 
-@pytest.mark.parametrize("section", ["card", "evaluation"])
-@pytest.mark.parametrize("value", [None, 5, []])
-def test_a_section_that_is_no_mapping_is_refused_as_in_every_recipe(runs, section, value):
-    with pytest.raises(UserError, match=f"otherwise.yaml: '{section}': Input should be a valid dictionary .*, got "):
-        recipe_on_base(runs, "otherwise", **{section: value})
-
-
 def test_a_release_is_a_base_too(runs):
     """It brings its recipe and records; its held-out text only where its run is."""
     release = runs / "release"
@@ -336,48 +321,17 @@ def test_a_preference_is_compared_whole_or_left_out(runs):
         pipeline(runs, rows, "cut", method="dpo").tokens()
 
 
-@pytest.mark.parametrize("method", ["sft", "dpo"])
-def test_a_conversation_that_begins_with_an_answer_is_left_out_and_counted(runs, method):
-    greeting = [assistant("Welcome!"), user("Hi"), assistant("Hello.")]
-    if method == "sft":
-        rows = [*ROWS, {"messages": greeting}]
-    else:
-        rows = [{"prompt": f"Say {n}.", "chosen": f"It is {n}.", "rejected": "No."} for n in range(4)]
-        rows.append({"prompt": greeting[:2], "chosen": "Hello.", "rejected": "No."})
-    summary = pipeline(runs, rows, f"greeted-{method}", method=method).tokens()
-    assert summary["sources"][str(runs / f"greeted-{method}.jsonl")] == {"read": 5, "train": 4, "nothing_asked": 1}
-
-
-@pytest.mark.parametrize("name", ["empty.jsonl", "empty.jsonl.gz"])
-def test_an_empty_file_is_passed_over(runs, name, monkeypatch):
+def test_an_empty_file_is_passed_over(runs, monkeypatch):
     monkeypatch.setattr(questions, "conversations", lambda: iter([(True, "What?", "Held out.")]))
-    folder = runs / f"folder-of-{name}"
+    folder = runs / "folder"
     folder.mkdir()
-    (folder / name).write_bytes(gzip.compress(b"") if name.endswith(".gz") else b"")
+    (folder / "empty.jsonl.gz").write_bytes(gzip.compress(b""))
     source = {"files": str(folder)}
     with pytest.raises(UserError, match=rf"^source {folder} holds no conversations$"):
         Pipeline(recipe_on_base(runs, "empty", conversations=[source]), runs, report=lambda line: None).tokens()
     (folder / "full.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    recipe = recipe_on_base(runs, name, conversations=[source, {"embedded": "questions"}])
+    recipe = recipe_on_base(runs, "passed", conversations=[source, {"embedded": "questions"}])
     assert Pipeline(recipe, runs, report=lambda line: None).tokens()["sources"][str(folder)]["read"] == 4
-
-
-def test_held_out_answers_are_in_no_text_that_was_read(runs):
-    held = [
-        {"prompt": "One?", "completion": "The known answer."},  # the base has read it, over two lines
-        {"prompt": "Two?", "completion": "Yes, 1."},  # one to train on gives it too
-        {"prompt": "Three?", "completion": "Nobody said this."},
-    ]
-    file = runs / "own.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in held))
-    run = pipeline(runs, ROWS, "leak", held=False)
-    sources = [*run.recipe.conversations, run.recipe.conversations[0].model_copy(update={"files": str(file)})]
-    sources[1] = sources[1].model_copy(update={"heldout": True})
-    run.recipe = run.recipe.model_copy(update={"conversations": sources})
-    summary = run.tokens()
-    (row,) = pq.read_table(run.path / "data/conversations/heldout.parquet").to_pylist()
-    assert (row["answer"], row["prompt"]) == ("Nobody said this.", f"User:\nThree?{END}Assistant:\n")
-    assert (summary["answers_in_base_text"], summary["train"]) == (1, 4)
 
 
 def test_an_answer_is_looked_for_in_the_base_text_by_words(runs):
@@ -393,19 +347,8 @@ def test_an_answer_is_looked_for_in_the_base_text_by_words(runs):
     assert run.tokens()["answers_in_base_text"] == 4
     assert {row["answer"] for row in conversations.heldout(run.path)} == {"New.", "other", "2", "cat"}
     write_rows(runs / "lines-heldout.jsonl", held[-1:])
-    with pytest.raises(UserError, match=r"to be held out \(answer_in_base_text 1\); .* neither in the base's text nor"):
+    with pytest.raises(UserError, match=r"to be held out \(answer_in_base_text 1\); add a source with heldout: true"):
         Pipeline(run.recipe, runs, report=lambda line: None).tokens()
-
-
-def test_reading_that_was_interrupted_is_done_again(runs, monkeypatch):
-    def interrupted(*arguments, **options):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(conversations, "build", interrupted)
-        pipeline(runs, ROWS, "interrupted").tokens()
-    assert list((runs / "interrupted/.work").iterdir())
-    assert pipeline(runs, ROWS, "interrupted").tokens()
 
 
 def test_a_template_that_the_base_has_is_kept(runs):
@@ -449,16 +392,6 @@ def test_questions_are_split_by_object(monkeypatch, tmp_path):
     assert held and not held & {answer for out, _, answer in rows if not out}
     assert any(row[1:] == ("Which arguments does m0.f0 take?", "It takes a and *b.") for row in rows)
     assert len({question for _, question, _ in rows}) == len(rows)
-
-
-def test_embedded_questions_are_a_source(runs, monkeypatch):
-    rows = [(number % 3 == 0, f"What is {number}?", f"Number {number}.") for number in range(9)]
-    monkeypatch.setattr(questions, "conversations", lambda: iter(rows))
-    recipe = recipe_on_base(runs, "asked")
-    run = Pipeline(recipe, runs, report=lambda line: None)
-    with pytest.raises(UserError, match="is missing; run `nanophi prepare`"):
-        Pipeline(recipe, runs, build=("training",), report=lambda line: None).make("training")
-    assert run.tokens()["sources"] == {"questions": {"read": 9, "train": 6, "heldout": 3}}
 
 
 def test_conversations_read_are_used_or_left_out_for_a_reason(runs, monkeypatch):

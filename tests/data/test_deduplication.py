@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from nanophi.core.errors import UserError
 from nanophi.core.recipe import Data
 from nanophi.data import deduplication
-from nanophi.data.decisions import CONTAMINATED, EXACT, HELDOUT, HELDOUT_NEAR, NEAR, TRAIN, decide
+from nanophi.data.gather import CONTAMINATED, EXACT, HELDOUT, HELDOUT_NEAR, NEAR, TRAIN, decide
 from nanophi.data.ngrams import hash_words, ngrams
 
 VOCABULARY = [f"w{number}" for number in range(5000)]
@@ -72,21 +72,6 @@ def test_short_and_wordless_documents() -> None:
     assert found.tolist() == [0, 0, 2, 3, 4, 5, 6]
 
 
-def test_documents_that_are_no_candidates_stay_alone() -> None:
-    matrix = deduplication.signatures(hash_words([b"a b c d e f g"] * 3))
-    assert deduplication.near_duplicates(matrix, np.array([True, False, True]), 0.5).tolist() == [0, 1, 0]
-    assert deduplication.near_duplicates(matrix[:0], np.zeros(0, bool), 0.5).tolist() == []
-
-
-def test_a_chain_of_many_copies_is_one_cluster() -> None:
-    generator = np.random.default_rng(2)
-    base = document(generator, 400)
-    texts = [" ".join(changed(base, generator, 0.02)) for _ in range(40)]
-    found = leaders(texts)
-    assert (found == 0).mean() >= 0.95
-    assert deduplication.cluster_counts(found)["largest"] >= 38
-
-
 DOCUMENTS = st.lists(
     st.tuples(st.integers(0, 5), st.integers(0, 2), st.booleans(), st.booleans()), min_size=3, max_size=25
 )
@@ -115,7 +100,7 @@ def test_decisions_against_brute_force(
     }
     try:
         decisions, leaders = decide(
-            Data.model_validate({**recipe, "heldout_fraction": 0.3}), ids, matrix, contaminated, held, ""
+            Data.model_validate({**recipe, "heldout_fraction": 0.3}), ids, matrix, contaminated, held
         )
     except UserError:
         return

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import pytest
 from killed import run_killed
 
 from nanophi.core.errors import UserError
-from nanophi.core.files import read_json, write_json
 from nanophi.core.recipe import Data, Quality, Tokenizer
 from nanophi.data import gather, packing, scoring, tokenizer
 from nanophi.data.documents import shards
@@ -58,20 +56,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pack(folder: Path, output: Path, seed: int = 0, context: int = CONTEXT, **kwargs: Any) -> dict[str, Any]:
     inputs = (folder / name for name in ("documents", "quality", "tokenizer"))
     return packing.pack(*inputs, context, settings(folder, **kwargs), seed, output)
-
-
-def test_one_name_with_two_weights_is_refused_here_too(folder: Path, tmp_path: Path) -> None:
-    work = tmp_path / "work"
-    shutil.copytree(folder, work)
-    record = read_json(work / "documents/documents.json")
-    for entry in record["sources"].values():
-        entry["origins"] = [0, 1]
-    write_json(work / "documents/documents.json", record)
-    data = settings(folder)
-    sources = [data.sources[0], data.sources[0].model_copy(update={"weight": 5.0})]
-    folders = (work / "documents", work / "quality", work / "tokenizer")
-    with pytest.raises(UserError, match="two sources of different weight give the same name '"):
-        packing.pack(*folders, CONTEXT, data.model_copy(update={"sources": sources}), 0, tmp_path / "tokens")
 
 
 def rows(output: Path, split: str) -> np.ndarray:
@@ -128,14 +112,6 @@ def test_heldout_documents_are_known_by_source_in_packed_order(folder: Path, tmp
         assert len(text.encode()) == document["bytes"]
     assert sum(document["tokens"] for document in documents) == len(stream) + summary["tail_tokens"]
     assert {document["source"] for document in documents} == {"a", "b"}
-
-
-def test_dataset_is_memory_mapped_rows_of_fixed_length(folder: Path, tmp_path: Path) -> None:
-    pack(folder, tmp_path / "tokens")
-    dataset = datasets.load_from_disk(str(tmp_path / "tokens" / "train"))
-    assert dataset.features == datasets.Features({"input_ids": datasets.List(datasets.Value("int32"), length=CONTEXT)})
-    assert dataset.cache_files
-    assert not (tmp_path / "tokens" / ".parts").exists()
 
 
 def test_workers_change_nothing_and_the_seed_changes_the_order(folder: Path, tmp_path: Path) -> None:

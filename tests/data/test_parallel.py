@@ -1,8 +1,6 @@
 """Parts run once each, on any number of processes, and say so when one fails."""
 
-import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -88,41 +86,12 @@ def test_a_cluster_gives_the_same_and_fails_alike(tmp_path: Path, engine: str) -
     assert finished and all(path.stat().st_mtime_ns == changed for path, changed in finished.items())
 
 
-def test_documents_and_tokens_are_the_same_on_a_cluster(tmp_path: Path, engine: str) -> None:
-    from nanophi.core.recipe import Data, Quality, Tokenizer
-    from nanophi.data import gather, packing, scoring, tokenizer
-
-    generator = random.Random(0)
-    for name in "abc":
-        rows = [{"text": " ".join(f"w{generator.randrange(3000)}" for _ in range(80)), "score": 0.7} for _ in range(50)]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    sums = []
-    for where in ("local", engine):
-        source = {"files": str(tmp_path / "*.jsonl")}
-        data = Data.model_validate({"sources": [source], "engine": where, "workers": 2, "heldout_fraction": 0.2})
-        work, scorer = tmp_path / where, Quality(scorer="column:score")
-        documents = gather.gather(data, work / "documents", "score")
-        scoring.score(work / "documents", scorer, data, 0, work / "scores")
-        scoring.select(work / "documents", work / "scores", scorer, work / "quality")
-        tokenizer.build(work / "documents", Tokenizer(vocab_size=300), 0, work / "tokenizer")
-        folders = (work / "documents", work / "quality", work / "tokenizer")
-        sums.append((documents, packing.pack(*folders, 64, data, 0, work / "tokens")))
-    assert sums[0] == sums[1]
-
-
 def test_without_the_cluster_extra_the_engine_is_refused_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "nanophi.data.cluster", None)
     with pytest.raises(UserError, match=r"pip install 'nanophi\[cluster\]'"):
         run_parts(square, [(1,)], tmp_path, "squares", 2, "ray")
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_results_keep_the_order_of_the_parts(tmp_path: Path, workers: int) -> None:
-    results = run_parts(square, [(number,) for number in range(7)], tmp_path, "squares", workers)
-    assert results == [{"square": number**2} for number in range(7)]
-    assert (tmp_path / "00006.txt").read_text() == "6"
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -198,7 +167,3 @@ def test_parts_without_their_marks_are_not_finished(tmp_path: Path, monkeypatch:
         discard_parts(tmp_path)
     assert len(run_parts(square, parts, tmp_path, "squares", 1)) == 3
     assert (tmp_path / "00000.txt").exists()
-
-
-def test_no_parts(tmp_path: Path) -> None:
-    assert run_parts(square, [], tmp_path, "nothing", 2) == []

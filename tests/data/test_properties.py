@@ -59,7 +59,7 @@ def outcome(source: Source, score: str | None = None) -> tuple[list[sources.Docu
     """What reading a source gives; None for a refusal, which must be one printable line."""
     tally = sources.Tally()
     try:
-        parts, others = sources.plan(source, score)
+        parts = sources.plan(source, score)
         found = [document for part in parts for document in sources.read(source, part, score, tally)]
     except UserError as error:
         message = str(error)
@@ -68,7 +68,7 @@ def outcome(source: Source, score: str | None = None) -> tuple[list[sources.Docu
         return None
     assert tally.read.total() == len(found) + tally.dropped_total().total()
     assert sum(len(document.text) for document in found) == tally.bytes.total()
-    json.dumps([tally.summary(), others], ensure_ascii=False, allow_nan=False).encode()
+    json.dumps(vars(tally), ensure_ascii=False, allow_nan=False).encode()
     for document in found:
         text = document.text.decode()
         assert text == text.strip() != "" and not set(text) & set("\r\0\ufeff")
@@ -81,7 +81,7 @@ def outcome(source: Source, score: str | None = None) -> tuple[list[sources.Docu
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse names that are no text")
 @QUICK
 @given(
-    content=st.binary(max_size=200) | st.text(max_size=100).map(lambda text: text.encode("utf-16")),
+    content=st.binary(max_size=200),
     name=NAMES,
     suffix=st.sampled_from(SUFFIXES),
     compression=st.sampled_from(["", ".gz", ".bz2", ".xz", ".zst"]),
@@ -132,7 +132,7 @@ def _is_text(text: str) -> bool:
 @QUICK
 @given(
     texts=st.lists(st.text(st.characters(codec="utf-8"), max_size=40), max_size=6),
-    encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-32"]),
+    encoding=st.sampled_from(["utf-8", "utf-8-sig"]),
     suffix=st.sampled_from([".jsonl", ".json", ".csv", ".parquet"]),
     compression=st.sampled_from(sorted(COMPRESSIONS)),
 )
@@ -167,18 +167,17 @@ def test_any_value_as_a_score(tmp_path: Path, values: list[Any]) -> None:
     folder = fresh(tmp_path / "in")
     (folder / "a.jsonl").write_text("".join(json.dumps({"text": "x", "q": value}) + "\n" for value in values))
     found = outcome(Source(files=str(folder)), "q")
-    numbers = [value for value in values if isinstance(value, int | float) and _is_finite(value)]
-    if found is None:
-        assert len(numbers) < len(values)
-    else:
-        assert [document.score for document in found[0]] == [float(value) for value in numbers]
+    numbers = [_number(value) for value in values]
+    assert (found is None) == any(map(math.isnan, numbers))
+    assert found is None or [document.score for document in found[0]] == numbers
 
 
-def _is_finite(value: float) -> bool:
+def _number(value: Any) -> float:
     try:
-        return math.isfinite(float(value))
-    except OverflowError:
-        return False
+        number = float(value)
+    except (OverflowError, TypeError, ValueError):
+        return math.nan
+    return number if math.isfinite(number) else math.nan
 
 
 @settings(QUICK, max_examples=25)

@@ -111,7 +111,7 @@ NUMBERED = [str(number) for number in range(6)]
         (NUMBERED, None, None, (0, 4), r"labels go from 0 to 5, outside quality\.scale"),
         (NUMBERED, "multi_label_classification", None, (0, 5), r"set quality\.label to the one that [a-z ]*$"),
         (["LABEL_0"], "regression", None, None, r"has one output \(regression\); state its range"),
-        (["LABEL_0"], None, "good", (0, 5), "has no label 'good'; it has one output, LABEL_0"),
+        (["LABEL_0"], None, "good", (0, 5), "has no label 'good'; it has LABEL_0"),
         (["a", "b"], "regression", "a", None, "2 outputs of a regression"),
     ],
 )
@@ -139,7 +139,7 @@ def test_a_model_that_was_not_trained_to_classify_is_refused(tmp_path: Path) -> 
 
     folder = classifier(tmp_path / "model", ["bad", "good"])
     BertForSequenceClassification.from_pretrained(folder).bert.save_pretrained(folder)
-    with pytest.raises(UserError, match=r"has no weights for classifier\.bias: .* its scores would be random"):
+    with pytest.raises(UserError, match=r"has no weights for classifier\.bias: its scores would be random"):
         ModelScorer(str(folder), "good").score(TEXTS)
 
 

@@ -5,7 +5,8 @@ import pytest
 
 from nanophi.core.errors import UserError
 from nanophi.core.recipe import Quality
-from nanophi.data.selection import choose, describe_rule, divide
+from nanophi.data.quality_report import describe_rule
+from nanophi.data.scoring import choose, divide
 
 
 def documents(count=1000, seed=0):
@@ -41,23 +42,6 @@ def test_the_choice_depends_on_the_seed_and_not_on_the_order():
         assert chosen[0] != chosen[1]
 
 
-def test_two_seeds_share_no_more_documents_than_chance():
-    scores, sizes, ids = documents(4000)
-    kept = [choose(scores, sizes, ids, Quality(share=0.4, select="random"), seed).kept for seed in range(6)]
-    for first in range(6):
-        for second in range(first):
-            assert abs((kept[first] & kept[second]).mean() - 0.16) < 0.03
-
-
-def test_equal_scores_are_drawn_evenly_from_the_corpus():
-    _, sizes, ids = documents(2000)
-    scores = np.where(np.arange(2000) % 4 == 0, 0.9, 0.1)  # the share reaches into the ties of 0.1
-    kept = choose(scores, sizes, ids, Quality(share=0.5), seed=0).kept
-    assert kept[scores > 0.5].all()
-    tied = kept[scores < 0.5]
-    assert abs(tied[:750].mean() - tied[750:].mean()) < 0.1
-
-
 def test_what_cannot_be_chosen_is_refused():
     scores, sizes, ids = documents(50)
     with pytest.raises(UserError, match=r"share 1e-06 of .* bytes keeps no document"):
@@ -86,13 +70,6 @@ def test_what_cannot_be_chosen_is_refused():
 def test_impossible_sections_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
         Quality(**values)
-
-
-def test_a_share_replaces_the_default_threshold_and_survives_writing_out():
-    quality = Quality(share=0.42)
-    assert quality.threshold is None
-    assert Quality(**quality.model_dump()) == quality
-    assert Quality().threshold == 0.5
 
 
 def test_other_documents_are_divided_as_the_chosen_ones_were():

@@ -22,7 +22,6 @@ from nanophi.core.errors import UserError
 from nanophi.core.inputs import Contents
 from nanophi.core.recipe import Data, Source
 from nanophi.data import formats, gather, sources
-from nanophi.data.formats import TextColumn, Unusable, reader_of
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="names in bytes, links and pipes as Linux has them")
 TEXTS = ["The first document.", 'A second one, with "quotes"; and\ncolumns', "Третий, naïve"]
@@ -31,7 +30,7 @@ TEXTS = ["The first document.", 'A second one, with "quotes"; and\ncolumns', "Т
 def read(score: str | None = None, **fields: Any) -> tuple[list[str], sources.Tally]:
     """The texts of a source, and what was counted."""
     source, tally = Source.model_validate(fields), sources.Tally()
-    parts, _ = sources.plan(source, score)
+    parts = sources.plan(source, score)
     return [document.text.decode() for part in parts for document in sources.read(source, part, score, tally)], tally
 
 
@@ -53,15 +52,15 @@ FILES = {
     "a.jsonl": LINES.encode(),
     "b.ndjson": LINES.encode("utf-8-sig"),
     "c.jsonl.bz2": bz2.compress(LINES.encode()),
-    "d.JSONL.GZ": gzip.compress(LINES.encode("utf-16")),
+    "d.JSONL.GZ": gzip.compress(LINES.encode("utf-8-sig")),
     "e.jsonl.xz": lzma.compress(LINES.encode()),
     "f.json": json.dumps(ROWS, indent=1).encode(),
     "g.json": LINES.encode(),
-    "h.json": json.dumps(TEXTS).encode("utf-16"),
+    "h.json": json.dumps(TEXTS).encode(),
     "i.csv": csv_of(ROWS).encode("utf-8-sig"),
-    "j.csv": csv_of(ROWS).encode("utf-16"),
+    "j.csv.zst": zst(csv_of(ROWS).encode()),
     "k.tsv.gz": gzip.compress(csv_of(ROWS, "\t").encode()),
-    "l.txt": "\n<|end|>\n".join(TEXTS).encode("utf-32"),
+    "l.txt": "\n<|end|>\n".join(TEXTS).encode(),
     "m.md.bz2": bz2.compress("<|end|>".join([*TEXTS, ""]).encode("utf-8-sig")),
 }
 
@@ -93,8 +92,6 @@ def test_arrow_files_and_what_save_to_disk_wrote(tmp_path: Path, kind: str) -> N
     assert read(files=str(folder))[0] == TEXTS
     if kind in ("saved", "splits"):
         assert read(hub=str(folder))[0] == TEXTS
-        with pytest.raises(UserError, match="saved by `save_to_disk`, without configs; leave out 'config'"):
-            read(hub=str(folder), config="en")
     with pytest.raises(UserError, match="is a folder here, which has no revisions; leave out 'revision'"):
         read(hub=str(folder), revision="v9")
     if kind == "splits":
@@ -116,10 +113,9 @@ def test_a_folder_stands_for_the_files_below_it(tmp_path: Path, monkeypatch: pyt
     for pattern in (tmp_path / "crawl [2024]", folder, tmp_path / "crawl*", "~/crawl [2024]"):
         found, _ = read(files=str(pattern))
         assert sorted(found) == sorted(expected)
-    assert sources.plan(Source(files=str(folder)), None)[1] == ["picture.png"]
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "x.png").touch()
-    with pytest.raises(UserError, match=r"holds no \.parquet, .* file, but x\.png"):
+    with pytest.raises(UserError, match=r"no \.parquet, .* file is there"):
         read(files=str(tmp_path / "pictures"))
 
 
@@ -132,25 +128,12 @@ def test_links_are_followed_and_pipes_are_not_read(tmp_path: Path) -> None:
     (folder / "linked").symlink_to(elsewhere)
     (elsewhere / "round").symlink_to(folder)
     assert read(files=str(folder))[0] == TEXTS
-    with pytest.raises(UserError, match="it is a file; name it by 'files'"):
+    with pytest.raises(UserError, match="is no folder and no Hub id"):
         read(hub=str(elsewhere / "a.jsonl"))
     os.mkfifo(folder / "pipe.jsonl")
-    for files in (folder, folder / "pipe.jsonl"):
-        with pytest.raises(UserError, match=r"pipe\.jsonl is not a regular file"):
-            read(files=str(files))
-
-
-@LINUX
-def test_names_that_are_not_utf8_and_dangling_links(tmp_path: Path) -> None:
-    with open(os.fsencode(tmp_path) + b"/caf\xe9.jsonl", "wb") as file:  # noqa: PTH123
-        file.write(LINES.encode() + b"broken\n")
-    found, tally = read(files=str(tmp_path / "*.jsonl"))
-    assert found == TEXTS
-    assert tally.refused[0]["document"].endswith("/caf\\xe9.jsonl:4")
-    json.dumps(tally.summary(), ensure_ascii=False).encode()
-    (tmp_path / "x.jsonl").symlink_to("gone.jsonl")
-    for files in (tmp_path / "*.jsonl", tmp_path, tmp_path / "x.jsonl"):
-        with pytest.raises(UserError, match=r"x\.jsonl is a dangling link to gone\.jsonl"):
+    (elsewhere / "x.jsonl").symlink_to("gone.jsonl")
+    for files in (folder, folder / "pipe.jsonl", elsewhere / "x.jsonl"):
+        with pytest.raises(UserError, match=r"(pipe|x)\.jsonl is a dangling link, or not a regular file"):
             read(files=str(files))
 
 
@@ -162,8 +145,6 @@ def test_shards_of_a_hub_folder_may_have_different_columns(tmp_path: Path, strea
     (tmp_path / "data" / "test-0.jsonl").write_text('{"text": "Not this."}\n')
     found, tally = read(hub=str(tmp_path), streaming=streaming)
     assert (found, tally.dropped_total()) == ([*TEXTS, "More."], {"not_json": 1})
-    (tmp_path / "data" / "notes.txt").write_text("In another format.")
-    assert sources.plan(Source(hub=str(tmp_path)), None)[1] == ["notes.txt"]
 
 
 def test_a_folder_with_a_script_and_a_name_that_is_nothing(tmp_path: Path) -> None:
@@ -171,40 +152,14 @@ def test_a_folder_with_a_script_and_a_name_that_is_nothing(tmp_path: Path) -> No
     folder.mkdir()
     (folder / "mine.py").write_text("import datasets")
     (folder / "train.jsonl").write_text(LINES)
-    with pytest.raises(UserError, match=r"scripts are no longer supported.*; name its data files by 'files'"):
+    with pytest.raises(UserError, match=r"files can be named by 'files' \(.*scripts are no longer supported"):
         read(hub=str(folder))
     (tmp_path / "file.jsonl").write_text("{}")
-    for hub, message in (
-        ("../nowhere/at/all", "no such folder, and no Hub id"),
-        (str(tmp_path / "file.jsonl"), "it is a file; name it by 'files'"),
-    ):
-        with pytest.raises(UserError, match=message):
+    for hub in ("../nowhere/at/all", str(tmp_path / "file.jsonl")):
+        with pytest.raises(UserError, match="is no folder and no Hub id"):
             read(hub=hub)
-        with pytest.raises(UserError, match=message):  # before the Hub is asked
+        with pytest.raises(UserError, match="is no folder and no Hub id"):  # before the Hub is asked
             sources.fingerprint(Source(hub=hub), Contents())
-
-
-def test_a_folder_that_a_pattern_may_not_enter_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("a/x", "b/x"):
-        (tmp_path / name).mkdir(parents=True)
-        (tmp_path / name / "y.jsonl").write_text(LINES)
-    allowed = os.access
-
-    def access(path: str, mode: int) -> bool:
-        return not path.rstrip("/").endswith(("b", "b/x")[where]) and allowed(path, mode)
-
-    monkeypatch.setattr(os, "access", access)  # a superuser may enter every folder
-    for where, pattern in (
-        (0, "**/*.jsonl"),
-        (0, "*/x/y.jsonl"),
-        (0, "b/*/y.jsonl"),
-        (1, "*/x/y.json*"),
-        (1, "**/y.jsonl"),
-    ):
-        with pytest.raises(PermissionError) as caught:
-            read(files=str(tmp_path / pattern))
-        assert str(caught.value.filename).rstrip("/").endswith(("/b", "/b/x")[where])
-    assert len(read(files=str(tmp_path / "[a]/*/y.jsonl"))[0]) == 3
 
 
 def test_small_files_share_a_part_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,20 +167,19 @@ def test_small_files_share_a_part_in_order(tmp_path: Path, monkeypatch: pytest.M
     for number in range(20):
         (tmp_path / f"{number:02}.jsonl").write_text(LINES.replace("document", f"document {number}"))
     pq.write_table(pa.table({"text": TEXTS}), tmp_path / "x.parquet")
-    (tmp_path / "y.txt").write_text("By itself.")
-    parts, _ = sources.plan(Source(files=str(tmp_path / "*.*")), None)
-    assert len(parts) == 8 and parts[-1] == ((str(tmp_path / "y.txt"), None),)
+    parts = sources.plan(Source(files=str(tmp_path / "*.*")), None)
+    assert len(parts) == 7 and parts[-1][-1][0] == str(tmp_path / "x.parquet")
     found, tally = read(files=str(tmp_path / "*.*"))
     first = [text for text in found if text.startswith("The first")]
     assert first[:20] == [f"The first document {number}." for number in range(20)]
-    assert tally.read.total() == 64
+    assert tally.read.total() == 63
 
 
 # Text is what it is
 
 
 def test_marks_are_removed_and_bytes_that_are_no_text_are_named(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes("\ufeffWith a mark\r\nand two lines\0".encode("utf-16"))
+    (tmp_path / "a.txt").write_bytes("\ufeffWith a mark\r\nand two lines\0".encode())
     (tmp_path / "b.txt").write_bytes("\ufeffInside \ufeffit".encode())
     (tmp_path / "c.txt").write_bytes("caf\xe9".encode("latin-1"))
     found, tally = read(files=str(tmp_path / "*.txt"))
@@ -258,9 +212,8 @@ def test_a_separator_splits_in_pieces_of_any_size(tmp_path: Path, monkeypatch: p
 def test_a_text_file_that_holds_many_documents_says_so(tmp_path: Path, mark: str) -> None:
     path = tmp_path / "stories.txt"
     path.write_text(f"\n{mark}\n".join(TEXTS))
-    with pytest.raises(UserError, match=r"stories\.txt holds many documents: 2 lines are ") as caught:
+    with pytest.raises(UserError, match=rf"stories\.txt holds many documents: 2 lines are like {re.escape(mark)};"):
         read(files=str(path))
-    assert f'separator to "{mark}"' in str(caught.value)
     assert read(files=str(path), separator=mark)[0] == TEXTS
     assert len(read(files=str(path), separator="")[0]) == 1
     path.write_text(f"Only a mention of {mark} in a sentence, twice: {mark}.")
@@ -290,82 +243,19 @@ def test_text_may_lie_deeper_than_a_column(tmp_path: Path, suffix: str) -> None:
         assert found == [expected] and tally.dropped_total() == {"no_text": 1}
     _, tally = read(files=str(path), text_column="turns")
     assert tally.dropped_total() == {"not_text": 2}
-    assert tally.refused[0]["remedy"].startswith("'turns' holds a list; text_column may be a path, as meta.text")
-
-
-def test_a_column_with_the_name_of_a_path_comes_first() -> None:
-    assert TextColumn("a.b").of({"a.b": "named", "a": {"b": "inner"}}) == "named"
-    assert TextColumn("a.b").of({"a": {"b": "inner"}}) == "inner"
-    assert TextColumn("a").of({"b": 1}) == Unusable("no_text", {"b": 1})
-    assert reader_of("x.parquet.gz") is None and reader_of("x.TXT.zst") is formats.Text and reader_of("x.pdf") is None
+    assert tally.refused[0]["remedy"].startswith("'turns' holds no text; text_column may be a path, as meta.text")
 
 
 # What a row may hold
 
 
-def test_rows_that_only_a_part_of_a_file_has(tmp_path: Path) -> None:
-    lines = [
-        '{"text": "A row."}',
-        '{"text": "A label.", "site": "\\ud83d \\n  x|y"}',
-        "[" * 100_000,
-        '{"text": NaN}',
-        '"A text by itself."',
-        '{"text": "Numbers as labels.", "site": 7}',
-    ]
-    (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    source, tally = Source(files=str(tmp_path / "a.jsonl"), source_column="site", name="mine"), sources.Tally()
-    (part,), _ = sources.plan(source, None)
-    found = [(document.label, document.text.decode()) for document in sources.read(source, part, None, tally)]
-    assert found == [
-        ("mine", "A row."),
-        ("\\ud83d x|y", "A label."),
-        ("mine", "A text by itself."),
-        ("7", "Numbers as labels."),
-    ]
-    assert tally.dropped_total() == {"not_json": 1, "not_text": 1}
-
-
-def test_empty_row_groups_dictionaries_and_large_strings(tmp_path: Path) -> None:
-    schema = pa.schema([("text", pa.dictionary(pa.int32(), pa.large_string()))])
-    with pq.ParquetWriter(tmp_path / "a.parquet", schema) as writer:
-        writer.write_table(pa.table({"text": pa.array([], pa.string())}).cast(schema))
-        writer.write_table(pa.table({"text": TEXTS}).cast(schema))
-        writer.write_table(pa.table({"text": pa.array([], pa.string())}).cast(schema))
-    with pq.ParquetWriter(tmp_path / "none.parquet", schema):
-        pass
-    assert read(files=str(tmp_path / "*.parquet"))[0] == TEXTS
-    assert read(files=str(tmp_path / "none.parquet"))[0] == []
-
-
-@pytest.mark.parametrize(
-    ("value", "problem"),
-    [
-        ('"high"', '"high"'),
-        ("null", "null"),
-        ("1" * 400, "1" * 40),
-        ("NaN", "NaN"),
-        ("1e999", "Infinity"),
-        ("[1]", "[1]"),
-        ("{}", "{}"),
-    ],
-)
-def test_a_score_that_is_none_is_called_what_it_is(tmp_path: Path, value: str, problem: str) -> None:
-    (tmp_path / "a.jsonl").write_text('{"text": "Fine.", "q": 0.5}\n{"text": "Bad.", "q": ' + value + "}\n")
-    with pytest.raises(UserError) as caught:
-        read("q", files=str(tmp_path / "a.jsonl"))
-    assert f"a.jsonl:2 has no quality score: column 'q' holds {problem}; a score is a number" in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("value", "shown"), [(datetime.datetime(2024, 1, 1), '"2024-01-01 00:00:00"'), (b"0.5", "\"b'0.5'\"")]
-)
-def test_scores_of_tables(tmp_path: Path, value: Any, shown: str) -> None:
-    pq.write_table(pa.table({"text": ["x"], "q": [value]}), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=f"column 'q' holds {shown}; a score is a number"):
+def test_scores_of_tables(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["x"], "q": [datetime.datetime(2024, 1, 1)]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="column 'q' holds 2024-01-01 00:00:00; a score is a number"):
         read("q", files=str(tmp_path / "a.parquet"))
     (tmp_path / "a.csv").write_text("text,q\nx,0.25\n")
     source, tally = Source(files=str(tmp_path / "a.csv")), sources.Tally()
-    (part,), _ = sources.plan(source, "q")
+    (part,) = sources.plan(source, "q")
     assert [document.score for document in sources.read(source, part, "q", tally)] == [0.25]
 
 
@@ -373,26 +263,25 @@ def test_scores_of_tables(tmp_path: Path, value: Any, shown: str) -> None:
 def test_all_streams_of_a_compressed_file_are_read(
     tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    padded = {".xz": lambda content: lzma.compress(content) + bytes(8)}
-    compress = {".gz": gzip.compress, ".bz2": bz2.compress, ".zst": zst, **padded}[suffix]
+    compress = {".gz": gzip.compress, ".bz2": bz2.compress, ".zst": zst, ".xz": lzma.compress}[suffix]
     monkeypatch.setattr(formats, "_CHUNK", 61)
     (tmp_path / f"a.jsonl{suffix}").write_bytes(compress(LINES.encode()) + compress(b"") + compress(LINES.encode()))
     assert read(files=str(tmp_path / f"a.jsonl{suffix}"))[0] == TEXTS + TEXTS
 
 
-def test_a_row_with_a_comma_too_many_is_counted_and_blank_lines_before_the_header_are_not(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text('\n\nid,text\n1,"Hello, world."\n2,Hello, world.\n3,Short\n')
+def test_a_row_with_a_comma_too_many_is_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('id,text\n1,"Hello, world."\n2,Hello, world.\n3,Short\n')
     found, tally = read(files=str(tmp_path / "a.csv"))
     assert found == ["Hello, world.", "Short"]
     assert tally.dropped_total() == {"malformed": 1}
-    assert tally.refused[0]["document"].endswith("a.csv:5")
+    assert tally.refused[0]["document"].endswith("a.csv:3")
     (tmp_path / "b.tsv").write_text("text\nA tab\tinside\n")
     assert read(files=str(tmp_path / "b.tsv"))[1].dropped_total() == {"malformed": 1}
-    (tmp_path / "c.csv").write_text("\n \n")
+    (tmp_path / "c.csv").write_text("")
     assert read(files=str(tmp_path / "c.csv"))[0] == []
 
 
-BZ2, XZ, MANY = bz2.compress(b'{"text": "One."}\n'), lzma.compress(b'{"text": "One."}\n'), LINES.encode() * 50
+MANY = LINES.encode() * 50
 AFTER = "{0} cannot be read after "
 
 
@@ -401,25 +290,14 @@ AFTER = "{0} cannot be read after "
     [
         ("a.jsonl.gz", gzip.compress(MANY)[:-30], AFTER + r".*{0}:\d+ \("),
         ("a.jsonl.bz2", b"BZh9 this is not bzip2", AFTER + r"its beginning \("),
-        ("a.jsonl.bz2", BZ2 + b"X" + BZ2[1:], AFTER + r".*\(Invalid data stream"),
-        ("a.jsonl.xz", XZ + b"X" + XZ[1:] + XZ, AFTER + r".*\("),
-        ("a.jsonl.xz", XZ + XZ[:-9], AFTER + r".*\(the file ends before its end"),
         ("a.jsonl.xz", b"\xfd7zXZ\0broken", AFTER + r"its beginning \("),
         ("a.jsonl.zst", b"(\xb5/\xfd broken", AFTER + r"its beginning \("),
         ("a.jsonl.zst", zst(MANY)[:-20], AFTER),
         ("a.parquet", b"PAR1 broken PAR1", r"{0} is not a whole parquet file \("),
         ("a.arrow", b"ARROW1\0\0 broken", AFTER + r"its beginning \("),
         ("a.csv", b'text,n\n"never closed,1\nx,2\n', AFTER + r"its beginning \(unexpected end of data"),
-        ("a.csv", b"text,n,text\nx,1,y\n", "{0} has the column 'text' twice"),
         ("a.csv", b"body,n\nx,1\n", "{0} has no column 'text'; it has body, n"),
         ("a.csv", b"text;n\nx;1\n", "{0} has no column 'text'; it has text;n"),
-        ("a.json", b'{"data": [{"text": "x"}]}', "{0} has no row with a column 'text'; the last has data"),
-        ("a.json", b'[{"body": "x"}]', "{0} has no row with a column 'text'; the last has body"),
-        ("a.jsonl", gzip.compress(b"", mtime=0), r"{0} is \.gz data; rename it to end in \.gz"),
-        ("a.csv", BZ2, r"{0} is \.bz2 data"),
-        ("a.json", XZ, r"{0} is \.xz data"),
-        ("a.txt", zst(b"text"), r"{0} is \.zst data"),
-        ("a.jsonl", b"PAR1 and so on", r"{0} is \.parquet data"),
     ],
 )
 def test_a_damaged_file_gives_one_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -450,10 +328,7 @@ def test_each_source_is_reported_and_a_loss_stops_the_run(tmp_path: Path) -> Non
         assert summary["read"] == summary["train"] + summary["heldout"] + sum(summary["dropped"].values())
         return lines
 
-    assert run(*files[:2]) == [
-        "a: 20 documents read, 20 kept",
-        "b: 20 documents read, 16 kept, 4 dropped (no_text 4)",
-    ]
+    assert run(*files[:2]) == ["a: 20 documents read, 20 kept", "b: 20 documents read, 16 kept, 4 dropped (no_text 4)"]
     with pytest.raises(UserError) as caught:
         run(files[0], files[2], output="stopped")
     assert str(caught.value) == (
@@ -465,8 +340,3 @@ def test_each_source_is_reported_and_a_loss_stops_the_run(tmp_path: Path) -> Non
     with pytest.raises(UserError, match=r"source again keeps nothing: exact_duplicate 20; leave it out"):
         (tmp_path / "again.jsonl").write_text((tmp_path / "a.jsonl").read_text())
         run(files[0], str(tmp_path / "again.jsonl"), output="repeated")
-    (tmp_path / "one.txt").write_text("A single document. " * 30)
-    with pytest.raises(
-        UserError, match=r"1 of 1 documents are left, .*; set the separator of one to split a text file"
-    ):
-        run(str(tmp_path / "one.txt"), output="one")
