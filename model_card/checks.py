@@ -34,16 +34,14 @@ LOG_LIKELIHOOD_TOLERANCE = 2e-3
 """Relative: recorded scores may come from bfloat16 or a GPU, the check computes in float32 on the CPU."""
 
 BAD_MESSAGES = re.compile(
-    r"newly initialized|not used when|of type .* to instantiate|should probably TRAIN|mismatch", re.S
+    "(?s)newly initialized|not used when|of type .* to instantiate|should probably TRAIN|mismatch"
 )
 
 
 def has_same_code(folder: Path) -> bool:
     """Whether the release's two Python files are those of this nanophi."""
-    root = Path(__file__).parents[1]
-    return all(
-        (folder / name).is_file() and (folder / name).read_bytes() == (root / name).read_bytes() for name in CODE_FILES
-    )
+    pairs = [(folder / name, Path(__file__).parents[1] / name) for name in CODE_FILES]
+    return all(theirs.is_file() and theirs.read_bytes() == ours.read_bytes() for theirs, ours in pairs)
 
 
 def card(folder: Path, records: ShippedRecords) -> tuple[list[str], str]:
@@ -61,9 +59,8 @@ def card(folder: Path, records: ShippedRecords) -> tuple[list[str], str]:
     except UserError as error:
         return [str(error)], compared
     published = {path.name: path.read_bytes() for path in (folder / ".eval_results").glob("*") if path.is_file()}
-    for name in sorted({*given, *published}):
-        if published.get(name) != given.get(name):
-            wrong.append(f".eval_results/{name} is not what the records give")
+    differing = sorted(name for name in {*given, *published} if published.get(name) != given.get(name))
+    wrong += [f".eval_results/{name} is not what the records give" for name in differing]
     if text == expected or written_by == __version__:
         return wrong + _differences(text.splitlines(), expected.splitlines()), compared
     # Another version words its card otherwise; its numbers must follow all the same.
@@ -71,8 +68,7 @@ def card(folder: Path, records: ShippedRecords) -> tuple[list[str], str]:
         [line for line in page.splitlines() if line.startswith("|") and _numbers(line)] for page in (text, expected)
     )
     wrong += _differences(rows, expected_rows, _numbers, added=False)
-    unknown = sorted(set(_numbers(text)) - set(_numbers(expected)))
-    if unknown:
+    if unknown := sorted(set(_numbers(text)) - set(_numbers(expected))):
         wrong.append(f"README.md has {', '.join(unknown)}, which the records do not")
     return wrong, f"written by nanophi {written_by}: only its numbers were compared, those of tables in order"
 
@@ -105,8 +101,7 @@ def provenance(folder: Path, records: ShippedRecords) -> list[str]:
         recipe, environment, data = (manifest[key] for key in ("recipe_sha256", "environment", "data_sha256"))
     except (UserError, KeyError, TypeError):
         return [f"{MANIFEST} has no provenance"]
-    absent = [f"{name} is missing" for name in ("revisions.json", WEIGHTS) if not (folder / name).is_file()]
-    if absent:
+    if absent := [f"{name} is missing" for name in ("revisions.json", WEIGHTS) if not (folder / name).is_file()]:
         return absent
     weights = sha256_of_file(folder / WEIGHTS)
     with complete_records():
@@ -115,18 +110,17 @@ def provenance(folder: Path, records: ShippedRecords) -> list[str]:
         # The training's record is of its last step, in the type that it was trained in.
         trained = run["final"] and records["recipe.yaml"]["release"]["dtype"] == "float32"
         recorded = training["summary"]["weights_sha256"] if trained else weights
-        compared = [
-            ("records/recipe.yaml is not the recipe of", recipe, sha256_of_file(folder / "records" / "recipe.yaml")),
-            ("records/run.json has another environment than", environment, run["environment"]),
-            ("records/tokens.json has other tokens than", data, tokens),
-            (f"{WEIGHTS} has other weights than", manifest.get("weights_sha256", weights), weights),
-        ]
-        wrong = [f"{line} the manifest" for line, listed, found in compared if listed != found]
-        if recorded != weights:
-            wrong.append(f"{WEIGHTS} has other weights than records/training.json")
-        if read_json(folder / "revisions.json") != records["revisions.json"]:
-            wrong.append("revisions.json differs from records/revisions.json")
-    return wrong
+        shipped_recipe = sha256_of_file(folder / "records" / "recipe.yaml")
+        same = {
+            "records/recipe.yaml is not the recipe of the manifest": recipe == shipped_recipe,
+            "records/run.json has another environment than the manifest": environment == run["environment"],
+            "records/tokens.json has other tokens than the manifest": data == tokens,
+            f"{WEIGHTS} has other weights than the manifest": manifest.get("weights_sha256", weights) == weights,
+            f"{WEIGHTS} has other weights than records/training.json": recorded == weights,
+            "revisions.json differs from records/revisions.json": read_json(folder / "revisions.json")
+            == records["revisions.json"],
+        }
+    return [line for line, agrees in same.items() if not agrees]
 
 
 def computed(folder: Path, records: ShippedRecords, scratch: Path) -> Iterator[tuple[str, list[str], str]]:
@@ -141,7 +135,9 @@ def computed(folder: Path, records: ShippedRecords, scratch: Path) -> Iterator[t
     if "class" in stock and "class" in remote:
         yield "loaders agree", _agree(stock, remote), f"same greedy text, logits within {TOLERANCE:g}"
     if "class" in stock:
-        yield "parameters", _parameters(stock, records), formatting.integer(stock["parameters"])
+        expected, found = records["model.json"]["parameters"], stock["parameters"]
+        wrong = [f"the model has {found:,}, the card has {expected:,}"] if found != expected else []
+        yield "parameters", wrong, formatting.integer(found)
         yield "sample", _sample(stock, records), "the card's sample regenerates"
         if measures_heldout(records) or "heldout.json" in records:
             number = len(records.get("heldout.json", []))
@@ -165,11 +161,8 @@ def configuration(folder: Path, records: ShippedRecords) -> list[str]:
     dtypes = dict.fromkeys(("dtype", "torch_dtype"), recipe["release"]["dtype"])
     expected = {**records["model.json"]["config"], **ids, **dtypes}
     found |= {key: config.get(key) for key in (*ids, *dtypes)}
-    wrong = [
-        f"config.json has {key} {found.get(key)!r}, not {value!r}"
-        for key, value in expected.items()
-        if found.get(key) != value
-    ]
+    differing = {key: value for key, value in expected.items() if found.get(key) != value}
+    wrong = [f"config.json has {key} {found.get(key)!r}, not {value!r}" for key, value in differing.items()]
     # What is left out or false is the library's default, and `use_cache` only a matter of speed.
     left_out = ("transformers_version", "use_cache", "pad_token_id")
     written = {
@@ -177,21 +170,18 @@ def configuration(folder: Path, records: ShippedRecords) -> list[str]:
         for key, value in generation.items()
         if value is not None and value is not False and key not in left_out
     }
-    pads, own = (
-        {tokenizer.pad_token_id, tokenizer.eos_token_id},
-        {key: id_ for key, id_ in ids.items() if id_ is not None},
-    )
+    own = {key: number for key, number in ids.items() if number is not None}
+    pads = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     if generation.get("do_sample") is not False or generation.get("pad_token_id") not in pads or written != own:
         wrong.append("generation_config.json is not the one that nanophi writes for this tokenizer")
-    license_file = folder / "LICENSE"
+    license_file, template = folder / "LICENSE", folder / "chat_template.jinja"
     if not license_file.is_file() or license_file.read_text(encoding="utf-8") != license_text(records):
         wrong.append(f"LICENSE is not that of the recipe, {recipe['card']['license']}")
-    template = folder / "chat_template.jinja"
     templates = [settings.get("chat_template"), template.read_text(encoding="utf-8") if template.is_file() else None]
     chat = records.get("conversations.json", {"own_template": recipe["tokenizer"]["path"] is None})
-    if chat["own_template"]:  # otherwise it is that of a tokenizer from elsewhere
-        ours = (TEMPLATE, TEXT_TEMPLATE, None) if "conversations.json" in records else (None,)
-        wrong += ["the chat template is not the one that nanophi ships" for text in templates if text not in ours][:1]
+    ours = (TEMPLATE, TEXT_TEMPLATE, None) if "conversations.json" in records else (None,)
+    if chat["own_template"] and not set(templates) <= set(ours):  # otherwise it is that of a tokenizer from elsewhere
+        wrong.append("the chat template is not the one that nanophi ships")
     return wrong
 
 
@@ -200,9 +190,7 @@ def _loads(loaded: dict[str, Any], expected: str) -> list[str]:
         return [loaded["error"]]
     wrong = [f"{key}: {', '.join(value[:3])}" for key, value in loaded["loading"].items()]
     wrong += [message.splitlines()[0] for message in loaded["messages"] if BAD_MESSAGES.search(message)]
-    if loaded["class"] != expected:
-        wrong.append(f"loaded {loaded['class']}, expected {expected}")
-    return wrong
+    return wrong + ([f"loaded {loaded['class']}, expected {expected}"] if loaded["class"] != expected else [])
 
 
 def _agree(stock: dict[str, Any], remote: dict[str, Any]) -> list[str]:
@@ -210,17 +198,10 @@ def _agree(stock: dict[str, Any], remote: dict[str, Any]) -> list[str]:
 
     wrong = []
     if stock["text"] != remote["text"]:
-        wrong.append(f"texts differ: {_short(stock['texts'])} and {_short(remote['texts'])}")
-    a, b = load_file(stock["logits"])["logits"], load_file(remote["logits"])["logits"]
+        wrong.append(f"texts differ: {_short([stock['text']])} and {_short([remote['text']])}")
+    a, b = (load_file(loaded["logits"])["logits"] for loaded in (stock, remote))
     difference = (a - b).abs().max().item() if a.shape == b.shape else math.inf
-    if not difference <= TOLERANCE:
-        wrong.append(f"logits differ by {difference:.2g}")
-    return wrong
-
-
-def _parameters(stock: dict[str, Any], records: ShippedRecords) -> list[str]:
-    recorded, found = records["model.json"]["parameters"], stock["parameters"]
-    return [] if found == recorded else [f"the model has {found:,}, the card has {recorded:,}"]
+    return wrong if difference <= TOLERANCE else [*wrong, f"logits differ by {difference:.2g}"]
 
 
 def _sample(stock: dict[str, Any], records: ShippedRecords) -> list[str]:

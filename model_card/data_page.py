@@ -1,7 +1,5 @@
 """A run's documents as a data set on the Hub: their scores, or their text as well, with a card.
 
-README.md  LICENSE  quality.png  data/train-NNNNN.parquet  data/heldout-NNNNN.parquet  MANIFEST.json
-
 A row has `id` (SHA-256 of the text as the run has it, UTF-8), `source`, `split`, `quality_score`, `kept`, and `text` if
 it was asked for. The rows are in the order of the run's documents, so that a recipe over them gives the same tokens.
 """
@@ -26,8 +24,7 @@ from nanophi.data import documents, quality_report, sources
 from nanophi.model_card import secrets
 from nanophi.model_card.companions import Source, license_of, write_filter_page
 
-FILE_BYTES = 256 << 20
-"""Text of a file, uncompressed."""
+FILE_BYTES = 256 << 20  # text of a file, uncompressed
 
 _COLUMNS = {"id": pa.string(), "source": pa.string(), "split": pa.string(), "quality_score": pa.float32()}
 SCHEMA = pa.schema({**_COLUMNS, "kept": pa.bool_()})
@@ -89,7 +86,7 @@ def _write_split(
                 "kept": rows["kept"],
                 "text": batch["text"],
             }
-            table = pa.table([columns[name] for name in schema.names], schema=schema)
+            table = pa.table({name: columns[name] for name in schema.names}, schema=schema)
             if room <= 0:
                 stack.close()  # the file before
                 file = folder / f"{split}-{number:05d}.parquet"
@@ -105,8 +102,7 @@ def _scores(run: Path, split: str) -> pa.Table:
     """id, quality_score and kept of a split's documents in their order; kept is null where the filter does not say."""
     table = pq.read_table(run / "data" / "scores" / "scores.parquet", columns=["id", "split", "quality_score"])
     table = table.filter(pc.equal(table["split"].cast(pa.string()), split)).drop_columns("split")
-    name = "kept" if split == "train" else "heldout"
-    path = run / "data" / "quality" / f"{name}.parquet"
+    path = run / "data" / "quality" / f"{'kept' if split == 'train' else 'heldout'}.parquet"
     if not path.exists():
         return table.append_column("kept", pa.nulls(len(table), pa.bool_())).combine_chunks()
     chosen = pq.read_table(path)

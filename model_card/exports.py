@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-FIRST = "4.37.2"
-"""The first transformers whose Phi is promised to compute a release."""
+FIRST = "4.37.2"  # the first transformers whose Phi is promised to compute a release
 
 OLD_SCALING = ("linear", "dynamic")
 """Types of `rope_scaling` that every Phi computes; of the others versions before 5 compute something else."""
@@ -70,9 +69,7 @@ def beyond_llama_cpp(config: Any) -> str | None:
     if config.hidden_act not in TANH_GELU:
         return f"llama.cpp's phi2 computes {TANH_GELU[0]}, not hidden_act {config.hidden_act!r}"
     if scaled and not (scaled["rope_type"] == "linear" and _is_old(scaled)):
-        return (
-            f"llama.cpp's phi2 computes rope_type default and linear, not {scaled['rope_type']} as rope_parameters ask"
-        )
+        return f"llama.cpp's phi2 computes rope_type default and linear, not {scaled['rope_type']} of rope_parameters"
     if not isinstance(config.bos_token_id, int) or not isinstance(config.eos_token_id, int):
         return "a GGUF file needs one bos_token_id and one eos_token_id"
     return None

@@ -17,8 +17,7 @@ from nanophi.model_card.records import ShippedRecords, leading_scores
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-UNLIKE = 0.05
-"""Share of differing pixels from which on a figure shows something else; machines set text a little differently."""
+UNLIKE = 0.05  # share of differing pixels of another figure; machines set text a little differently
 
 
 def names(records: ShippedRecords) -> list[str]:
@@ -30,18 +29,16 @@ def names(records: ShippedRecords) -> list[str]:
 def build(records: ShippedRecords, output: Path) -> list[str]:
     """Draw every figure as PNG. Returns the file names."""
     draw = {"loss": _loss, "quality": _quality, "evaluation": _evaluation}
-    drawn = names(records)
-    for name in drawn:
+    for name in names(records):
         height = 4.0 if name != "evaluation" else 1.3 + 0.42 * len(_bars(records))
         with plots.picture(output / f"{name}.png", 9.0, height) as figure:
             draw[name](records, figure.subplots())
-    return [f"{name}.png" for name in drawn]
+    return [f"{name}.png" for name in names(records)]
 
 
 def drawn_alike(records: ShippedRecords) -> bool:
     """Whether this nanophi and matplotlib are those that drew a release's figures, so that they can be compared."""
-    there = records["run.json"]["environment"]
-    here = importlib.metadata.version("matplotlib")
+    there, here = records["run.json"]["environment"], importlib.metadata.version("matplotlib")
     return (there["nanophi"], there["packages"].get("matplotlib")) == (__version__, here)
 
 
@@ -75,8 +72,7 @@ def _loss(records: ShippedRecords, axes: Axes) -> None:
     scale, unit = next((entry for entry in units if most >= 2 * entry[0]), (1, ""))
     axes.plot([e["tokens_seen"] / scale for e in log], [e["loss"] for e in log], color=BLUE, lw=1.2, label="training")
     if evaluations:
-        seen = [e["tokens_seen"] / scale for e in evaluations]
-        losses = [e["loss"] for e in evaluations]
+        seen, losses = [e["tokens_seen"] / scale for e in evaluations], [e["loss"] for e in evaluations]
         axes.plot(seen, losses, "o-", color=ORANGE, ms=4, lw=1.2, label="held-out documents")
         place = axes.annotate(f"{losses[-1]:.3f}", (seen[-1], losses[-1]), (7, 0), textcoords="offset points")
         place.set(va="center", color=ORANGE)
@@ -109,19 +105,18 @@ def _quality(records: ShippedRecords, axes: Axes) -> None:
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set_ylim(0, 1.08 * max(counts))
     axes.set_ylabel("documents (square-root scale)")
-    total, kept_documents = quality["documents"], quality["kept_documents"]
     if cut is not None:
         axes.axvline(cut, color=ORANGE, lw=1.5)
+    kept_documents, total = quality["kept_documents"], quality["documents"]
     axes.set_title(f"kept: {quality['rule']}, {kept_documents:,} of {total:,} documents", loc="left")
 
 
 def _square_root_ticks(highest: int) -> list[int]:
     """0 and round counts up to `highest`, at least a tenth of a square-root axis apart."""
     ticks = [0]
-    for power in range(len(str(highest))):
-        for tick in (factor * 10**power for factor in (1, 2, 5)):
-            if tick <= highest and (tick / highest) ** 0.5 >= (ticks[-1] / highest) ** 0.5 + 0.1:
-                ticks.append(tick)
+    for tick in (factor * 10**power for power in range(len(str(highest))) for factor in (1, 2, 5)):
+        if tick <= highest and (tick / highest) ** 0.5 >= (ticks[-1] / highest) ** 0.5 + 0.1:
+            ticks.append(tick)
     return ticks
 
 
@@ -145,7 +140,6 @@ def _evaluation(records: ShippedRecords, axes: Axes) -> None:
     axes.set_ylim(-0.6, len(scores) - 0.4)
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("percent, with 95 % confidence intervals")
-    chances = [line for line in axes.lines if line.get_color() == ORANGE]
-    if chances:
+    if chances := [line for line in axes.lines if line.get_color() == ORANGE]:
         # Above the plot: inside it would hide a bar.
         axes.legend(chances[:1], ["chance"], loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)

@@ -1,18 +1,11 @@
 """GGUF files of a release, for llama.cpp and the programs built on it.
 
-llama.cpp has Phi's function as the architecture `phi2`. Its own converter writes as many key/value heads as query
-heads, which is wrong under grouped-query attention, so the metadata is written here, from the release's config.
-
-A folder holds what a companion repository `ORG/NAME-GGUF` does on the Hub, where programs look for these files:
-
-    <name>-f16.gguf  <name>-q8_0.gguf  README.md  MANIFEST.json
-
-The files are the same, byte for byte, whenever and wherever they are built from the same release.
+llama.cpp has Phi's function as the architecture `phi2`. Its own converter is wrong under grouped-query attention, so
+the metadata is written here, from the release's config. The same release gives the same bytes.
 """
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,14 +44,13 @@ def export(release: Path, kinds: Sequence[str], output: Path) -> list[dict[str, 
         raise UserError(f"{output} lies inside the release {release}, which must stay as it is; choose another folder")
     repo_id, header = _repo_id(release), _front_matter(release)
     name, on_hub = repo_id.split("/")[-1], is_hub_id(repo_id)
-    metadata: dict[str, Any] = {
-        key: header[key] for key in ("license", "language", "pipeline_tag", "datasets") if key in header
-    }
+    kept = ("license", "language", "pipeline_tag", "datasets")
+    metadata: dict[str, Any] = {key: header[key] for key in kept if key in header}
     metadata |= {"base_model": repo_id, "base_model_relation": "quantized"} if on_hub else {}
     metadata |= {"library_name": "gguf", "tags": ["gguf", "phi"]}
+    files = [f"{name}-{kind}.gguf" for kind in kinds]
     with atomic_folder(output) as work:
-        names = [f"{name}-{kind}.gguf" for kind in kinds]
-        results = [write(release, work / file, kind) for file, kind in zip(names, kinds, strict=True)]
+        results = [write(release, work / file, kind) for file, kind in zip(files, kinds, strict=True)]
         write_page(
             work,
             "gguf.md",
@@ -67,14 +59,14 @@ def export(release: Path, kinds: Sequence[str], output: Path) -> list[dict[str, 
             name=name,
             repo_id=repo_id,
             on_hub=on_hub,
-            files=[{"name": file, **result} for file, result in zip(names, results, strict=True)],
+            files=[{"name": file, **result} for file, result in zip(files, results, strict=True)],
             chat=_chat_template(release) is not None,
         )
-    return [{**result, "path": str(output / file)} for file, result in zip(names, results, strict=True)]
+    return [{**result, "path": str(output / file)} for file, result in zip(files, results, strict=True)]
 
 
 def write(release: Path, output: Path, kind: str) -> dict[str, Any]:
-    """Write one GGUF file of a kind in `KINDS`, whole or not at all, from a release's config, weights and tokenizer.
+    """Write one GGUF file of a kind in `KINDS` from a release's config, weights and tokenizer.
 
     Returns `{"kind", "tensors": count, "bytes", "sha256"}`. `UserError`: the release is incomplete, or llama.cpp's phi2
     cannot express it.
@@ -96,22 +88,12 @@ def write(release: Path, output: Path, kind: str) -> dict[str, Any]:
     for name, (data, raw_dtype) in tensors.items():
         writer.add_tensor(name, data, raw_dtype=raw_dtype)
     output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.name}.{os.getpid()}.part")
-    try:
-        writer.write_header_to_file(partial)
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        partial.replace(output)
-    finally:
-        writer.close()
-        partial.unlink(missing_ok=True)
-    return {
-        "kind": kind,
-        "tensors": len(tensors),
-        "bytes": output.stat().st_size,
-        "sha256": sha256_of_file(output),
-    }
+    writer.write_header_to_file(output)
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    size, sha256 = output.stat().st_size, sha256_of_file(output)
+    return {"kind": kind, "tensors": len(tensors), "bytes": size, "sha256": sha256}
 
 
 def _library() -> Any:
@@ -141,9 +123,8 @@ def _add_metadata(writer: GGUFWriter, release: Path, config: NanoPhiConfig, kind
         writer.add_base_model_name(0, name)
         writer.add_base_model_organization(0, organization)
         writer.add_base_model_repo_url(0, f"https://huggingface.co/{repo_id}")
-    if license_name := _front_matter(release).get("license"):
-        writer.add_license(license_name)
     values = {
+        "license": _front_matter(release).get("license"),
         "file_type": gguf.LlamaFileType[KINDS[kind]],
         "quantization_version": gguf.GGML_QUANT_VERSION,
         "vocab_size": config.vocab_size,
@@ -160,7 +141,8 @@ def _add_metadata(writer: GGUFWriter, release: Path, config: NanoPhiConfig, kind
     if scaled := exports.scaling(config.rope_parameters):
         values |= {"rope_scaling_type": gguf.RopeScalingType.LINEAR, "rope_scaling_factor": float(scaled["factor"])}
     for key, value in values.items():
-        getattr(writer, f"add_{key}")(value)
+        if value is not None:
+            getattr(writer, f"add_{key}")(value)
 
 
 def _add_tokenizer(writer: GGUFWriter, release: Path, config: NanoPhiConfig) -> None:
@@ -168,21 +150,19 @@ def _add_tokenizer(writer: GGUFWriter, release: Path, config: NanoPhiConfig) -> 
     from tokenizers import Tokenizer
 
     gguf, vocab_size = _library(), config.vocab_size
+    path = release / "tokenizer.json"
     bos: Any = config.bos_token_id
     eos: Any = config.eos_token_id
-    path = release / "tokenizer.json"
     content = read_json(path)
     model, splitter = content["model"], content["pre_tokenizer"] or {}
     byte_level = splitter.get("type") == "ByteLevel" and splitter.get("use_regex", True)
-    byte_level &= not splitter.get("add_prefix_space")
-    if model["type"] != "BPE" or not byte_level or content["normalizer"] is not None:
-        raise UserError(f"{path}: only byte-level BPE with GPT-2's words and no normalizer can go into a GGUF file")
-    if any(model.get(key) for key in ("dropout", "byte_fallback", "ignore_merges", "end_of_word_suffix")):
+    byte_level &= not splitter.get("add_prefix_space") and content["normalizer"] is None
+    extras = [model.get(key) for key in ("dropout", "byte_fallback", "ignore_merges", "end_of_word_suffix")]
+    extras += [token[key] for token in content["added_tokens"] for key in ("single_word", "lstrip", "rstrip")]
+    if model["type"] != "BPE" or not byte_level or any(extras):
         raise UserError(
-            f"{path}: BPE with dropout, byte fallback, suffixes or ignored merges cannot go into a GGUF file"
+            f"{path}: only plain byte-level BPE with GPT-2's words and no normalizer can go into a GGUF file"
         )
-    if any(token[key] for token in content["added_tokens"] for key in ("single_word", "lstrip", "rstrip")):
-        raise UserError(f"{path}: llama.cpp knows no added tokens that strip spaces or match whole words only")
     backend = Tokenizer.from_file(str(path))
     bare = backend.encode("a", add_special_tokens=False).ids
     around = [token for token in backend.encode("a").ids if token not in bare]

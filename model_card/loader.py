@@ -20,11 +20,8 @@ from nanophi.model_card.records import ShippedRecords
 def load(folder: Path, records: ShippedRecords, scratch: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Load a release with both loaders at once, each in a process of its own; `scratch` is an empty folder.
 
-    There the sample's prompt is continued, and the held-out documents are scored.
-
-    Returns:
-        of stock Phi and of the remote code: `class`, `parameters`, `loading` (what did not fit), `messages`, `text`,
-        `scores` and `logits` (a safetensors file); or `error`, one line.
+    Returns what `load_release.py` answers for stock Phi and for the remote code, with the path of its `logits`; or
+    `error`, one line.
     """
     script = importlib.resources.files("nanophi.model_card").joinpath("load_release.py").read_text(encoding="utf-8")
     sample = records.get("sample.json", {"prompt": "The ", "settings": {"do_sample": False, "max_new_tokens": 30}})

@@ -6,7 +6,6 @@ What the files say of each other is compared in `checks.py`.
 
 from __future__ import annotations
 
-import contextlib
 import re
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,8 @@ _LEFT_BEHIND = re.compile(
     r"^\.git(attributes$|ignore$|/|$)|^\.cache/|(^|/)(\.DS_Store|\._[^/]*|Thumbs\.db|desktop\.ini)$"
 )
 """What git, the Hub's client and the file managers of operating systems leave in a folder: no part of it."""
+
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def list_files(folder: Path) -> list[str]:
@@ -60,31 +61,24 @@ def file_problems(folder: Path, partial: bool = False, written: re.Pattern[str] 
 def checksums(folder: Path, files: list[str]) -> list[str]:
     """Where the files are not those that the manifest lists."""
     try:
-        listed = read_json(folder / MANIFEST)["files"]
-        expected = {name: (entry["sha256"], entry["size"]) for name, entry in listed.items()}
-    except UserError:
-        return [f"{MANIFEST} is not valid JSON"]
-    except (KeyError, TypeError, AttributeError):
-        return [f"{MANIFEST} does not list files with their sha256 and size"]
+        expected = {name: entry["sha256"] for name, entry in read_json(folder / MANIFEST)["files"].items()}
+    except (UserError, KeyError, TypeError, AttributeError):
+        return [f"{MANIFEST} does not list files with their sha256"]
     wrong = [f"{name} is missing" for name in sorted(set(expected) - set(files))]
-    wrong += [f"{name} is not in the manifest" for name in files if name not in {*expected, MANIFEST, SIGNATURE}]
     for name in files:
-        if name in expected:
-            sha256, size = expected[name]
-            if _is_lfs_pointer(folder / name):
-                wrong.append(f"{name} is only a pointer of Git LFS; run `git lfs pull` in the clone")
-            elif not (folder / name).is_file():
-                wrong.append(f"{name} is a link to nothing")
-            elif (folder / name).stat().st_size != size or sha256_of_file(folder / name) != sha256:
-                wrong.append(f"{name} was changed")
+        if name not in {*expected, MANIFEST, SIGNATURE}:
+            wrong.append(f"{name} is not in the manifest")
+        elif not (folder / name).is_file():
+            wrong.append(f"{name} is a link to nothing")
+        elif name in expected and sha256_of_file(folder / name) != expected[name]:
+            pointer = "is only a pointer of Git LFS; run `git lfs pull` in the clone"
+            wrong.append(f"{name} {pointer if _is_lfs_pointer(folder / name) else 'was changed'}")
     return wrong
 
 
 def _is_lfs_pointer(path: Path) -> bool:
-    start = b"version https://git-lfs.github.com/spec/"
-    with contextlib.suppress(OSError), path.open("rb") as file:
-        return file.read(len(start)) == start
-    return False
+    with path.open("rb") as file:
+        return file.read(len(_LFS_POINTER)) == _LFS_POINTER
 
 
 def foreign_files(folder: Path, files: list[str], written: re.Pattern[str] = FILES) -> list[str]:
@@ -100,10 +94,10 @@ def foreign_files(folder: Path, files: list[str], written: re.Pattern[str] = FIL
             wrong.append(f"{name} is a link")
         elif not written.fullmatch(name):
             wrong.append(f"{name} is not a file that nanophi writes")
-        elif path.suffix == ".safetensors" and path.is_file() and not _is_lfs_pointer(path):  # `checksums` names those
+        elif path.suffix == ".safetensors" and not _is_lfs_pointer(path):  # `checksums` names those
             try:
-                with safe_open(path, "pt") as file:
-                    file.keys()
+                with safe_open(path, "pt"):
+                    pass
             except SafetensorError as error:
                 wrong.append(f"{name} is not a valid safetensors file ({error})")
     return wrong
@@ -113,16 +107,13 @@ def foreign_references(folder: Path) -> list[str]:
     """`auto_map` entries that point elsewhere, and other ways of a config to have code run."""
     modules = {Path(name).stem for name in CODE_FILES}
     wrong = []
-    for path in sorted(folder.glob("*.json")):
-        if path.name == MANIFEST:
-            continue
+    for path in sorted(set(folder.glob("*.json")) - {folder / MANIFEST}):
         try:
             config = read_json(path)
         except UserError:
             wrong.append(f"{path.name} is not valid JSON")
             continue
-        if not isinstance(config, dict):
-            continue
+        config = config if isinstance(config, dict) else {}
         targets = config.get("auto_map") or {}
         if not isinstance(targets, dict):
             wrong.append(f"{path.name}: auto_map is not a mapping")
@@ -131,9 +122,6 @@ def foreign_references(folder: Path) -> list[str]:
             for reference in target if isinstance(target, list) else [target]:
                 if reference is not None and str(reference).rpartition(".")[0] not in modules:
                     wrong.append(f"{path.name}: auto_map names {reference}")
-        wrong += [
-            f"{path.name}: has '{key}'"
-            for key in ("custom_generate", "custom_pipelines", "trust_remote_code")
-            if config.get(key)
-        ]
+        runs_code = ("custom_generate", "custom_pipelines", "trust_remote_code")
+        wrong += [f"{path.name}: has '{key}'" for key in runs_code if config.get(key)]
     return wrong

@@ -1,17 +1,15 @@
 """The records that are shipped with a release: what the card, the figures and `nanophi verify` are made from.
 
 `collect` reduces a run's records to what a stranger needs: no paths of this machine, and of the documents only a few
-short held-out ones. Whoever has the shipped records can render the card again and must get the same text. What they
-contradict each other in is found in `consistency.py`.
+short held-out ones. What they contradict each other in is found in `consistency.py`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -44,61 +42,55 @@ KEPT_RESULTS = (
     *("results", "groups", "group_subtasks", "versions", "n-shot", "n-samples", "higher_is_better", "task_hashes"),
     *("lm_eval_version", "transformers_version"),
 )
+PRIVATE_CONFIG = ("model", "model_args", "device")
 KEPT_OF_OURS = ("format", "suite", "lines", "headline", "average", "heldout", "data")
 """Keys of lm-eval's results, and of our part of them, that are shipped: no samples, machine details and paths."""
 
 OF_DATA = ("documents.json", "quality.json", "tokens.json")
 IF_THERE = (*OF_DATA, "sample.json", "conversations.json", "comparison.json")
 REQUIRED = ("recipe.yaml", "run.json", "model.json", "training.json", "checkpoint.json", "revisions.json", *OF_DATA)
-"""Records that every release has."""
 
 ShippedRecords = dict[str, Any]
 """Relative file name under `records/` -> contents."""
 
 
 def collect(run: Path, checkpoint: Path) -> ShippedRecords:
-    """The records of one checkpoint, a folder under `run/checkpoints/`, in the form in which they are shipped.
-
-    Raises:
-        UserError: naming a record that is missing or damaged.
-    """
-    portable = secrets.PathRemover(run)
-    final, record = final_checkpoint(run), read_json(run / "record.json")
+    """The records of one checkpoint, a folder under `run/checkpoints/`, in the form in which they are shipped."""
+    record, training = read_json(run / "record.json"), read_json(run / "training.json")
+    final = checkpoint.name == final_checkpoint(run).name
     with user_errors(f"{run / 'recipe.yaml'} cannot be read; run `nanophi run` on its recipe"):
         recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
-    training = read_json(run / "training.json")
     if "samples" in training:
         training["samples"] = [entry for entry in training["samples"] if not secrets.found_in(entry["text"])]
     records: ShippedRecords = {
-        "recipe.yaml": portable(recipe),
+        "recipe.yaml": recipe,
         "run.json": {
             "repo_id": recipe["card"]["repo_id"] or recipe["name"],
             "revision": checkpoint.name,
             # Of another folder of runs than the default one nothing is told: local paths are private.
             "folder": f"{'runs/' if run.resolve().parent.name == 'runs' else ''}{run.name}/release",
             "tag": recipe["card"]["version"],
-            "final": checkpoint.name == final.name,
+            "final": final,
             "finished": record["stages"]["training"]["finished"],
-            "environment": portable(record["environment"]),
+            "environment": record["environment"],
             "seconds": {name: stage["seconds"] for name, stage in record["stages"].items() if name not in LATER_STAGES},
         },
         "model.json": model_record(checkpoint),
-        "training.json": portable(training),
-        "checkpoint.json": portable(read_json(checkpoint / "checkpoint.json")),
+        "training.json": training,
+        "checkpoint.json": read_json(checkpoint / "checkpoint.json"),
         "revisions.json": revisions(run),
     }
     for name in IF_THERE:
         path = run / (name if name in ("sample.json", "comparison.json") else f"data/{Path(name).stem}/{name}")
-        # A comparison is one of finished models.
-        if path.exists() and (name != "comparison.json" or records["run.json"]["final"]):
-            records[name] = portable({key: value for key, value in read_json(path).items() if key not in PRIVATE_KEYS})
-    if "sample.json" in records:
-        sample = records["sample.json"]
+        if path.exists() and (name != "comparison.json" or final):  # a comparison is one of finished models
+            records[name] = {key: value for key, value in read_json(path).items() if key not in PRIVATE_KEYS}
+    if sample := records.get("sample.json"):
         sample["text"] = sample.get("checkpoints", {}).get(checkpoint.name, sample["text"])
-    records |= portable(evaluations(run, checkpoint.name))
+    records |= evaluations(run, checkpoint.name)
     if measures_heldout(records):
-        records["heldout.json"] = list(itertools.islice(_heldout_items(run, checkpoint.name), HELDOUT_ITEMS))
-    return records
+        records["heldout.json"] = _heldout_items(run, checkpoint.name)
+    shipped: ShippedRecords = secrets.PathRemover(run)(records)
+    return shipped
 
 
 def revisions(run: Path) -> list[dict[str, Any]]:
@@ -120,19 +112,16 @@ def evaluations(run: Path, checkpoint: str) -> dict[str, dict[str, Any]]:
 
     Results of other weights, which a run that was trained again may still hold, are passed over.
     """
-    return {
-        f"evals/{name}.json": {
-            **{key: content[key] for key in KEPT_RESULTS if key in content},
-            "config": {
-                key: value for key, value in content["config"].items() if key not in ("model", "model_args", "device")
-            },
-            "nanophi": {key: content["nanophi"][key] for key in KEPT_OF_OURS if key in content["nanophi"]},
-        }
-        for name, content in evaluation.checkpoint_results(run / "checkpoints" / checkpoint).items()
-    }
+    shipped = {}
+    for name, content in evaluation.checkpoint_results(run / "checkpoints" / checkpoint).items():
+        kept = {key: content[key] for key in KEPT_RESULTS if key in content}
+        config = {key: value for key, value in content["config"].items() if key not in PRIVATE_CONFIG}
+        ours = {key: content["nanophi"][key] for key in KEPT_OF_OURS if key in content["nanophi"]}
+        shipped[f"evals/{name}.json"] = {**kept, "config": config, "nanophi": ours}
+    return shipped
 
 
-def _heldout_items(run: Path, checkpoint: str) -> Iterator[dict[str, Any]]:
+def _heldout_items(run: Path, checkpoint: str) -> list[dict[str, Any]]:
     """Short held-out documents with their recorded log-likelihoods, so that a stranger can score them again.
 
     Documents that hold something like a secret, or a path of this machine, are left out: the records are public.
@@ -141,15 +130,17 @@ def _heldout_items(run: Path, checkpoint: str) -> Iterator[dict[str, Any]]:
     evaluated = evaluation.checkpoint_results(run / "checkpoints" / checkpoint).values()
     samples: list[Any] = next((one["samples"][task] for one in evaluated if task in one["samples"]), [])
     texts = [row["text"] for row in documents.heldout(run / "data" / "documents", ["text"])] if samples else []
-    found: list[tuple[int, dict[str, Any]]] = []
+    short: list[dict[str, Any]] = []
+    long: list[dict[str, Any]] = []
     for sample in samples:
         log_likelihood, size = sample["bits_per_byte"]
         text = texts[sample["doc_id"]] if sample["doc_id"] < len(texts) else ""
         if size == len(text.encode()) and not secrets.found_in(text, [run]):
-            found.append((size, {"text": text, "log_likelihood": log_likelihood}))
-    short = [item for size, item in found if size <= HELDOUT_ITEM_BYTES]
+            (short if size <= HELDOUT_ITEM_BYTES else long).append({"text": text, "log_likelihood": log_likelihood})
+            if len(short) == HELDOUT_ITEMS:
+                break
     # With none that is short, the shortest: a release whose figures nobody can check is none.
-    yield from short or [item for _, item in sorted(found, key=lambda entry: entry[0])[:1]]
+    return short or sorted(long, key=lambda item: len(item["text"].encode()))[:1]
 
 
 def write_records(records: ShippedRecords, folder: Path) -> None:
@@ -178,14 +169,9 @@ def read_records(folder: Path) -> ShippedRecords:
     return records
 
 
-@contextlib.contextmanager
-def complete_records() -> Iterator[None]:
+def complete_records() -> AbstractContextManager[None]:
     """What a record lacks, or has in another form, becomes a `UserError`."""
-    try:
-        yield
-    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
-        detail = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"the records are not complete ({detail})") from error
+    return user_errors("the records are not complete")
 
 
 def model_record(checkpoint: Path) -> dict[str, Any]:
@@ -231,7 +217,7 @@ def in_order(records: ShippedRecords, derive: Callable[[dict[str, Any]], list[Sc
 
 
 def measures_heldout(records: ShippedRecords) -> bool:
-    """Whether held-out documents were scored, so that `heldout.json` must be there, though none may fit into it."""
+    """Whether held-out documents were scored, so that `heldout.json` must be there."""
     return any(score.task == catalogue.HELDOUT_BITS for score in leading_scores(records))
 
 

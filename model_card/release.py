@@ -1,17 +1,12 @@
 """The release folder: exactly what is pushed to the Hub, and nothing that depends on when or where it was built.
 
-README.md  LICENSE  figures/             the model card, the licence
-config.json  model.safetensors  ...      loads as PhiForCausalLM without remote code, as NanoPhi with it
-records/  .eval_results/                 what the card's numbers come from
-revisions.json                           the checkpoints that are published as branches
-MANIFEST.json                            SHA-256 of every file, and the provenance
-
-The card is made in `card.py`, and sent to the Hub in `push.py`.
+Card and licence, a model that loads as PhiForCausalLM without remote code and as NanoPhi with it, the records behind
+the card's numbers, the checkpoints that become branches, and a manifest of every file. The card is made
+in `card.py`, and sent to the Hub in `push.py`.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 import types
 from collections.abc import Mapping
@@ -31,8 +26,7 @@ from nanophi.model_card.records import LATER_STAGES, ShippedRecords, read_record
 def build(run: Path, checkpoint: Path, card: Path, output: Path, dtype: str = "float32") -> dict[str, Any]:
     """Write the release folder of a checkpoint, with what `card.build` wrote for it. Two builds are byte-identical.
 
-    `dtype`: `float32` or `bfloat16`, the type of the released weights. `UserError`: the checkpoint is incomplete, or
-    stock transformers could not load it.
+    `dtype`: `float32` or `bfloat16`. `UserError`: the checkpoint is incomplete, or stock transformers cannot load it.
     """
     output.mkdir(parents=True, exist_ok=True)
     for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", *CODE_FILES):
@@ -81,10 +75,8 @@ def _config(config: dict[str, Any], dtype: str, checkpoint: Path) -> dict[str, A
     """A config that transformers 4.37 to 5.x read alike: the older top-level keys as well as `rope_parameters`."""
     from nanophi.configuration_nanophi import AUTO_MAP
 
-    if config.get("model_type") != "phi":
-        raise UserError(
-            f"{checkpoint / 'config.json'}: model_type is {config.get('model_type')!r}, a release needs 'phi'"
-        )
+    if (found := config.get("model_type")) != "phi":
+        raise UserError(f"{checkpoint / 'config.json'}: model_type is {found!r}, a release needs 'phi'")
     rope = config.get("rope_parameters") or {}
     if rope.get("rope_type") in exports.NOT_IN_PHI:
         raise UserError(f"{checkpoint / 'config.json'}: stock Phi cannot compute rope_type {rope['rope_type']!r}")
@@ -113,8 +105,7 @@ def _complete_tokenizer(folder: Path) -> None:
     tokenizer.setdefault("pad_token", tokenizer.get("eos_token"))
     tokenizer |= {"padding_side": "left", "model_max_length": config["max_position_embeddings"]}
     write_json(folder / "tokenizer_config.json", tokenizer)
-    special = folder / "special_tokens_map.json"
-    if special.is_file():
+    if (special := folder / "special_tokens_map.json").is_file():
         write_json(special, {"pad_token": tokenizer["pad_token"], **read_json(special)})
     generation = read_json(folder / "generation_config.json")
     if generation.get("pad_token_id") is None and isinstance(config.get("eos_token_id"), int):
@@ -153,10 +144,8 @@ def _write_weights(checkpoint: Path, target: Path, dtype: str) -> None:
     if not tensors:
         raise UserError(f"{checkpoint} has no .safetensors file; the checkpoint is incomplete, train it again")
     converted = {name: tensor.to(getattr(torch, dtype)).contiguous() for name, tensor in sorted(tensors.items())}
-    partial = target.with_name(f".{target.name}.{os.getpid()}.part")
-    save_file(converted, partial, metadata={"format": "pt"})
-    permit(partial)
-    partial.replace(target)
+    save_file(converted, target, metadata={"format": "pt"})
+    permit(target)
 
 
 def _provenance(run: Path, output: Path) -> dict[str, Any]:

@@ -1,7 +1,4 @@
-"""The quality scorer as a repository of its own: its weights, what they were fitted on, and a card.
-
-README.md  LICENSE  quality.png  scorer.safetensors  scorer.json  MANIFEST.json
-"""
+"""The quality scorer as a repository of its own: its weights, what they were fitted on, and a card."""
 
 from __future__ import annotations
 
@@ -34,10 +31,8 @@ def build(source: Source, repo_id: str, folder: Path) -> None:
     run, recipe = source.run, source.recipe
     weights = scorers.of_section(recipe.quality).weights
     if weights is None:
-        raise UserError(
-            f"{run}: quality.scorer is '{recipe.quality.scorer}', so there is no scorer of this run to publish; "
-            "leave out --scorer"
-        )
+        none = f"quality.scorer is '{recipe.quality.scorer}', so there is no scorer of this run to publish"
+        raise UserError(f"{run}: {none}; leave out --scorer")
     portable = secrets.PathRemover(run)
     report = portable(read_json(run / "data" / "scores" / "scorer.json"))
     folder.mkdir(parents=True)
@@ -70,16 +65,10 @@ def _labelled(run: Path, report: dict[str, Any], portable: secrets.PathRemover) 
     table = table.set_column(0, "source", table["source"].cast(pa.string()))
     table = table.append_column("above", pc.greater(table["quality_score"], 0.5))
     means = table.group_by("source").aggregate([("quality_score", "mean"), ("above", "mean"), ("above", "count")])
-    rows = [
-        {
-            "source": source,
-            "label": f"{label} quality",
-            "documents": row["above_count"],
-            "mean_score": row["quality_score_mean"],
-            "wrong": 1 - row["above_mean"] if label == "high" else row["above_mean"],
-        }
-        for row in means.to_pylist()
-        for label in ("high", "low")
-        if (source := portable(row["source"])) in report[label]
-    ]
+    rows = []
+    for row in means.to_pylist():
+        source, above, mean = portable(row["source"]), row["above_mean"], row["quality_score_mean"]
+        found = {"source": source, "documents": row["above_count"], "mean_score": mean}
+        for label, wrong in (("high", 1 - above), ("low", above)):
+            rows += [{**found, "label": f"{label} quality", "wrong": wrong}] if source in report[label] else []
     return sorted(rows, key=lambda row: (-row["wrong"], row["source"]))

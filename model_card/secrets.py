@@ -28,9 +28,7 @@ SECRETS = {
 }
 
 _KEY_WITH_DATA = re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----(\s|\\[nr])*(Proc-Type|[A-Za-z0-9+/=]{4})")
-
-MOST_NAMED = 5
-"""Documents of a file that an error names."""
+MOST_NAMED = 5  # documents of a file that an error names
 
 _SECRET_VARIABLE = re.compile(r"(TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY)$")
 _TOKENIZER_VARIABLE = re.compile(r"(^|_)(BOS|EOS|EOT|PAD|UNK|SEP|CLS|MASK|START|STOP|END|SPECIAL)_TOKEN$")
@@ -49,9 +47,8 @@ _INNER_PATH = r"(?<=[=\s:,(])(?:~|[A-Za-z]:)?[\\/](?=[^\s\\/])[^\"\n]*?[\\/][^\"
 def found_in(content: str | bytes, folders: Iterable[Path] = (), document: bool = False) -> list[str]:
     """What in a text must not be published, in words: the kind of a secret, never the secret; or a path.
 
-    The paths of `folders` are private too, besides those of the user, the interpreter and the current folder. A
-    `document` is somebody's text, which may show how a key begins and name folders that many machines have: a key
-    counts with its first characters, and a path below `/root` or `/tmp` if it leads to something on this machine.
+    The paths of `folders` are private too. A `document` is somebody's text, which may show how a key begins and name
+    folders that many machines have: there a key counts with its first characters, and a path if it leads somewhere.
     """
     data = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
     kinds = SECRETS | ({"a private key": _KEY_WITH_DATA} if document else {})
@@ -71,9 +68,8 @@ def found_in_file(path: Path, folders: Iterable[Path] = ()) -> list[str]:
     if path.suffix == ".parquet":
         return list(itertools.islice(_found_in_parquet(path, list(folders)), MOST_NAMED))
     with path.open("rb") as file:
-        return found_in(
-            file.read(int.from_bytes(file.read(8), "little")) if path.suffix == ".safetensors" else file.read(), folders
-        )
+        size = int.from_bytes(file.read(8), "little") if path.suffix == ".safetensors" else -1
+        return found_in(file.read(size), folders)
 
 
 def _found_in_parquet(path: Path, folders: list[Path]) -> Iterator[str]:
@@ -82,10 +78,10 @@ def _found_in_parquet(path: Path, folders: list[Path]) -> Iterator[str]:
     literal = map(re.escape, (*_environment_secrets(), *_roots(folders, document=True)))
     suspect = b"|".join([*simple, *literal]).decode("utf-8", "replace")
     with pq.ParquetFile(path) as file:
+        texts = [field.name for field in file.schema_arrow if field.type in (pa.string(), pa.large_string())]
         for batch in file.iter_batches(batch_size=512):
-            for column, name in zip(batch.columns, batch.schema.names, strict=True):
-                if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
-                    continue
+            for name in texts:
+                column = batch[name]
                 for row in np.flatnonzero(pc.match_substring_regex(column, suspect).to_numpy(zero_copy_only=False)):
                     where = batch["id"][int(row)].as_py()[:16] if "id" in batch.schema.names else str(row)
                     for kind in found_in(column[int(row)].as_py(), folders, document=True):
@@ -112,25 +108,20 @@ def _roots(folders: Iterable[Path] = (), document: bool = False) -> set[bytes]:
 
 
 def _machine_paths(roots: Iterable[bytes], document: bool = False) -> re.Pattern[bytes]:
-    """Matches the paths below these folders.
-
-    One part (`/root`, `/tmp`) is too common a word of documentation to be called a leak without what follows it.
-    """
+    """Matches the paths below these folders; one part alone (`/root`, `/tmp`) is a common word of documentation."""
     common, rare = (rb"/[^\s\"'`<>()\[\]{},;:]+", rb"(?![\w-])") if document else (rb"/[\w.]", b"")
     longest_first = sorted(roots, key=lambda root: (-root.count(b"/"), root))
     return re.compile(b"|".join(re.escape(root) + (common if root.count(b"/") < 2 else rare) for root in longest_first))
 
 
 class PathRemover:
-    """Replaces the paths in a JSON-able value by their last parts, different paths by different names.
+    """Returns a copy of a JSON-able value with its paths cut to their last parts, different ones to different names.
 
-    Called on a value, it returns a copy in which every string (key or value) that is a path as a whole is cut, unless
-    it is relative and stays below the current folder, and so are absolute paths within longer strings. Not-a-number and
-    infinity become None.
+    A relative path below the current folder stays; not-a-number and infinity become None.
     """
 
+    # Keys whose values are texts, which stay as they are: a text may begin with a slash.
     TEXTS = frozenset(("text", "prompt", "notes", "title", "developers", "checkpoints"))
-    """Keys whose values are texts, which stay as they are: a text may begin with a slash."""
 
     def __init__(self, run: Path) -> None:
         self._within = re.compile(rf"{_INNER_PATH}|(?:{os.fsdecode(_machine_paths(_roots([run])).pattern)})[^\s\"']*")
@@ -138,10 +129,7 @@ class PathRemover:
 
     def __call__(self, value: Any) -> Any:
         if isinstance(value, dict):
-            return {
-                self._cut(key) if isinstance(key, str) else key: item if key in self.TEXTS else self(item)
-                for key, item in value.items()
-            }
+            return {self(key): item if key in self.TEXTS else self(item) for key, item in value.items()}
         if isinstance(value, list):
             return [self(item) for item in value]
         if isinstance(value, str):
@@ -159,7 +147,6 @@ class PathRemover:
         if path not in self._names:
             windows = "\\" in path and "/" not in path
             last = (PureWindowsPath(path) if windows else PurePosixPath(path)).name or "folder"
-            taken = set(self._names.values())
             names = itertools.chain([last], (f"{last} ({number})" for number in itertools.count(2)))
-            self._names[path] = next(name for name in names if name not in taken)
+            self._names[path] = next(name for name in names if name not in self._names.values())
         return self._names[path]

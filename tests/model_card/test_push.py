@@ -326,7 +326,7 @@ def test_a_busy_hub_is_asked_again(
     built_release: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch, status: int, headers: dict[str, str]
 ) -> None:
     waits: list[float] = []
-    monkeypatch.setattr("nanophi.model_card.hub.time.sleep", waits.append)
+    monkeypatch.setattr("nanophi.model_card.upload.time.sleep", waits.append)
     hub.fail("POST .*/commit/main", status, 2, **headers)
     push(built_release, "org/demo")
     assert_complete(hub)
@@ -534,9 +534,9 @@ def test_a_branch_that_needed_nothing_gets_nothing_though_it_changes_meanwhile(
         create_commit=lambda *args, **options: sent.append(args),
         create_tag=lambda *args, revision, **options: tagged.append(revision),
     )
-    monkeypatch.setattr(upload.hub, "branches_and_tags", lambda *args: ({"main": head[0]}, {}))
+    monkeypatch.setattr(upload, "branches_and_tags", lambda *args: ({"main": head[0]}, {}))
     monkeypatch.setattr(
-        upload.hub, "files_at", lambda api, name, commit, kind="model": {p: entry(c) for p, c in files[commit].items()}
+        upload, "files_at", lambda api, name, commit, kind="model": {p: entry(c) for p, c in files[commit].items()}
     )
     repository = upload.Repository("org/name", {"main": tmp_path}, "v1")
     changes = upload.plan(api, repository, tmp_path / "scratch")
