@@ -4,8 +4,6 @@ The card is a pure function of the records that are shipped with it: that is how
 is in `card.md` and `sections/`, its YAML header in `metadata.py`.
 """
 
-from __future__ import annotations
-
 import statistics
 from pathlib import Path
 from typing import Any
@@ -37,11 +35,7 @@ RECORDS = (
 
 
 def build(run: Path, output: Path, checkpoint: Path | None = None, repo_id: str | None = None) -> dict[str, Any]:
-    """Write `README.md`, `figures/`, `records/` and `.eval_results/` of a run's checkpoint (None: the last one).
-
-    `repo_id` is where it will be on the Hub; None: what the recipe has. `UserError`: a record is missing, records
-    contradict each other, or the Hub would refuse the metadata.
-    """
+    """Write the card of a run's checkpoint (None: the last one), figures and records; `repo_id` None: the recipe's."""
     shipped = records.collect(run, checkpoint or final_checkpoint(run))
     if repo_id is not None:
         shipped["run.json"] |= {"repo_id": repo_id, "folder": None}
@@ -134,11 +128,7 @@ def differences(comparison: dict[str, Any] | None) -> dict[str, list[dict[str, A
 
 
 def by_source(shipped: ShippedRecords) -> dict[str, Any] | None:
-    """Held-out bits per byte of the compared models by source; None unless two or more were measured.
-
-    A row's `kept` is the share of the source's bytes that the filter kept, None if it is not trained on; its `scores`
-    are cells in the order of the `labels`, the models' names.
-    """
+    """Held-out bits per byte of the compared models by source, and the share of it that the filter kept."""
     comparison = shipped.get("comparison.json") or {}
     heldout = comparison.get("heldout") or {}
     labels = [label for label in comparison.get("labels", []) if label in heldout]

@@ -3,8 +3,6 @@
 Which of them are made, and in which order, is in `verify.py`; the files by themselves are checked in `manifest.py`.
 """
 
-from __future__ import annotations
-
 import difflib
 import math
 import re
@@ -26,16 +24,10 @@ from nanophi.model_card.records import ShippedRecords, complete_records, measure
 from nanophi.model_card.release import license_text
 
 WEIGHTS = "model.safetensors"
-
-TOLERANCE = 1e-4
-"""Largest absolute difference of logits between the loaders, both in float32 on the CPU."""
-
+TOLERANCE = 1e-4  # largest absolute difference of logits between the loaders, both in float32 on the CPU
+# Relative: recorded scores may come from bfloat16 or a GPU, the check computes in float32 on the CPU.
 LOG_LIKELIHOOD_TOLERANCE = 2e-3
-"""Relative: recorded scores may come from bfloat16 or a GPU, the check computes in float32 on the CPU."""
-
-BAD_MESSAGES = re.compile(
-    "(?s)newly initialized|not used when|of type .* to instantiate|should probably TRAIN|mismatch"
-)
+BAD_MESSAGES = "(?s)newly initialized|not used when|of type .* to instantiate|should probably TRAIN|mismatch"
 
 
 def has_same_code(folder: Path) -> bool:
@@ -64,10 +56,7 @@ def card(folder: Path, records: ShippedRecords) -> tuple[list[str], str]:
     if text == expected or written_by == __version__:
         return wrong + _differences(text.splitlines(), expected.splitlines()), compared
     # Another version words its card otherwise; its numbers must follow all the same.
-    rows, expected_rows = (
-        [line for line in page.splitlines() if line.startswith("|") and _numbers(line)] for page in (text, expected)
-    )
-    wrong += _differences(rows, expected_rows, _numbers, added=False)
+    wrong += _differences(_table_rows(text), _table_rows(expected), _numbers, added=False)
     if unknown := sorted(set(_numbers(text)) - set(_numbers(expected))):
         wrong.append(f"README.md has {', '.join(unknown)}, which the records do not")
     return wrong, f"written by nanophi {written_by}: only its numbers were compared, those of tables in order"
@@ -83,6 +72,10 @@ def _differences(
         for tag, a, b, c, d in matcher.get_opcodes()
         if tag != "equal" and (added or b > a)
     ]
+
+
+def _table_rows(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("|") and _numbers(line)]
 
 
 def _numbers(text: str) -> tuple[str, ...]:
@@ -110,15 +103,14 @@ def provenance(folder: Path, records: ShippedRecords) -> list[str]:
         # The training's record is of its last step, in the type that it was trained in.
         trained = run["final"] and records["recipe.yaml"]["release"]["dtype"] == "float32"
         recorded = training["summary"]["weights_sha256"] if trained else weights
-        shipped_recipe = sha256_of_file(folder / "records" / "recipe.yaml")
+        shipped, revisions = sha256_of_file(folder / "records/recipe.yaml"), read_json(folder / "revisions.json")
         same = {
-            "records/recipe.yaml is not the recipe of the manifest": recipe == shipped_recipe,
+            "records/recipe.yaml is not the recipe of the manifest": recipe == shipped,
             "records/run.json has another environment than the manifest": environment == run["environment"],
             "records/tokens.json has other tokens than the manifest": data == tokens,
             f"{WEIGHTS} has other weights than the manifest": manifest.get("weights_sha256", weights) == weights,
             f"{WEIGHTS} has other weights than records/training.json": recorded == weights,
-            "revisions.json differs from records/revisions.json": read_json(folder / "revisions.json")
-            == records["revisions.json"],
+            "revisions.json differs from records/revisions.json": revisions == records["revisions.json"],
         }
     return [line for line, agrees in same.items() if not agrees]
 
@@ -148,13 +140,11 @@ def configuration(folder: Path, records: ShippedRecords) -> list[str]:
     """Where the files beside the weights are not what the records have, or what `release.build` writes."""
     from transformers import AutoTokenizer
 
-    recipe = records["recipe.yaml"]
+    recipe, parts = records["recipe.yaml"], ("config", "generation_config", "tokenizer_config")
     try:
         found = model_record(folder)["config"]
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        config, generation, settings = (
-            read_json(folder / name) for name in ("config.json", "generation_config.json", "tokenizer_config.json")
-        )
+        config, generation, settings = (read_json(folder / f"{part}.json") for part in parts)
     except Exception as error:  # whatever transformers makes of these files
         return [f"configuration or tokenizer cannot be read ({one_line(error)})"]
     ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id")}
@@ -165,22 +155,20 @@ def configuration(folder: Path, records: ShippedRecords) -> list[str]:
     wrong = [f"config.json has {key} {found.get(key)!r}, not {value!r}" for key, value in differing.items()]
     # What is left out or false is the library's default, and `use_cache` only a matter of speed.
     left_out = ("transformers_version", "use_cache", "pad_token_id")
-    written = {
-        key: value
-        for key, value in generation.items()
-        if value is not None and value is not False and key not in left_out
-    }
+    stated = {key: value for key, value in generation.items() if key not in left_out}
+    written = {key: value for key, value in stated.items() if value is not None and value is not False}
     own = {key: number for key, number in ids.items() if number is not None}
     pads = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     if generation.get("do_sample") is not False or generation.get("pad_token_id") not in pads or written != own:
         wrong.append("generation_config.json is not the one that nanophi writes for this tokenizer")
-    license_file, template = folder / "LICENSE", folder / "chat_template.jinja"
-    if not license_file.is_file() or license_file.read_text(encoding="utf-8") != license_text(records):
+    texts = [folder / "LICENSE", folder / "chat_template.jinja"]
+    licence, template = (path.read_text(encoding="utf-8") if path.is_file() else None for path in texts)
+    if licence != license_text(records):
         wrong.append(f"LICENSE is not that of the recipe, {recipe['card']['license']}")
-    templates = [settings.get("chat_template"), template.read_text(encoding="utf-8") if template.is_file() else None]
-    chat = records.get("conversations.json", {"own_template": recipe["tokenizer"]["path"] is None})
-    ours = (TEMPLATE, TEXT_TEMPLATE, None) if "conversations.json" in records else (None,)
-    if chat["own_template"] and not set(templates) <= set(ours):  # otherwise it is that of a tokenizer from elsewhere
+    templates = [settings.get("chat_template"), template]
+    chat = records.get("conversations.json")
+    own_template = chat["own_template"] if chat else recipe["tokenizer"]["path"] is None  # or that of another tokenizer
+    if own_template and not set(templates) <= {None, *((TEMPLATE, TEXT_TEMPLATE) if chat else ())}:
         wrong.append("the chat template is not the one that nanophi ships")
     return wrong
 
@@ -189,7 +177,7 @@ def _loads(loaded: dict[str, Any], expected: str) -> list[str]:
     if "error" in loaded:
         return [loaded["error"]]
     wrong = [f"{key}: {', '.join(value[:3])}" for key, value in loaded["loading"].items()]
-    wrong += [message.splitlines()[0] for message in loaded["messages"] if BAD_MESSAGES.search(message)]
+    wrong += [message.splitlines()[0] for message in loaded["messages"] if re.search(BAD_MESSAGES, message)]
     return wrong + ([f"loaded {loaded['class']}, expected {expected}"] if loaded["class"] != expected else [])
 
 

@@ -3,22 +3,34 @@
 A new one is a line of `COMPANIONS` and a module that writes its folder. When they are sent is decided in `push.py`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import importlib
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from huggingface_hub import CardData
 
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, write_text
 from nanophi.core.inputs import Kind
 from nanophi.core.recipe import Recipe, load_recipe
+from nanophi.data import quality_report
+from nanophi.model_card import pages, secrets
 from nanophi.model_card.manifest import MANIFEST
+from nanophi.model_card.release import license_line
 
-if TYPE_CHECKING:
-    from huggingface_hub import CardData
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What companions are made from: the release as on `main`, the run around it; Hub ids and options by part."""
+
+    release: Path
+    run: Path
+    recipe: Recipe
+    model_id: str
+    links: dict[str, str]
+    asked: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,27 +62,12 @@ class Companion:
 
 _SCORER_FILES = r"quality\.png|scorer\.(json|safetensors)"
 _DATA_FILES = r"quality\.png|data/(train|heldout)-\d+\.parquet"
+# In the order in which they are sent, after the model.
 COMPANIONS = (
     Companion("scorer", "quality", "scorer_page", _SCORER_FILES, "The quality filter that chose its text"),
     Companion("data", "data", "data_page", _DATA_FILES, "The documents' quality scores", kind="dataset"),
     Companion("gguf", "GGUF", "gguf", r"[^/]+\.gguf", "The model for llama.cpp", of_run=False),
 )
-"""In the order in which they are sent, after the model."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """What companions are made from: the release as it will be on `main`, and for those `of_run` the run around it.
-
-    `links` are Hub ids of what else is published, `asked` the values of the companions' options, both by part.
-    """
-
-    release: Path
-    run: Path
-    recipe: Recipe
-    model_id: str
-    links: dict[str, str]
-    asked: dict[str, Any]
 
 
 def recipe_of_run(release: Path) -> Recipe:
@@ -80,10 +77,8 @@ def recipe_of_run(release: Path) -> Recipe:
         raise UserError(f"{release} is not in its run directory, which holds what --scorer and --data publish")
     recipe = load_recipe(run / "recipe.yaml")
     if recipe.quality.scorer == "none" or not (run / "data" / "scores" / "scores.parquet").is_file():
-        raise UserError(
-            f"{run} has no scored documents, which --scorer and --data publish (those of a chat model are its base's); "
-            "leave them out"
-        )
+        what = "scored documents, which --scorer and --data publish (a chat model's are its base's)"
+        raise UserError(f"{run} has no {what}; leave them out")
     made = read_json(release / MANIFEST)["provenance"]["stages"]
     there = {name: stage["key"] for name, stage in read_json(run / "record.json")["stages"].items()}
     if any(made.get(name) != there.get(name) for name in ("documents", "scores", "quality")):
@@ -100,10 +95,6 @@ def write_filter_page(
     source: Source, repo_id: str, folder: Path, template: str, metadata: CardData, **values: Any
 ) -> None:
     """Write the page of what belongs to the run's filter, the filter's figure, the licence and the manifest."""
-    from nanophi.data import quality_report
-    from nanophi.model_card import pages, secrets
-    from nanophi.model_card.release import license_line
-
     recipe = source.recipe.model_dump(mode="json")
     quality = secrets.PathRemover(source.run)(read_json(source.run / "data" / "quality" / "quality.json"))
     quality_report.plot(quality, folder / "quality.png")

@@ -4,15 +4,15 @@ Scores are derived from lm-eval's results wherever they are shown, so what is co
 that others computed: the comparison, the held-out text by source, and what releases of an earlier format repeat.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from typing import Any
 
 from nanophi.core.names import step_name
 from nanophi.eval import results
+from nanophi.eval.compare import TABLES, recompute
 from nanophi.eval.results import ANSWER_METRIC, Score
+from nanophi.eval.statistics import verdict
 from nanophi.model_card.records import ShippedRecords, leading_scores
 
 
@@ -76,8 +76,6 @@ def _repeated(what: str, copy: dict[str, Any], score: Score) -> Iterator[str]:
 
 def _comparison(records: ShippedRecords) -> Iterator[str]:
     """The comparison against this model's own scores, and its verdicts against the differences that they are about."""
-    from nanophi.eval.statistics import verdict
-
     comparison, ours = records["comparison.json"], records["recipe.yaml"]["name"]
     for score in leading_scores(records):
         compared = comparison["tasks"].get(score.task, {"scores": {}})
@@ -103,8 +101,6 @@ def _comparison(records: ShippedRecords) -> Iterator[str]:
 
 def _differences(comparison: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any], str, dict[str, Any]]]:
     """Table (or group of subjects), task, row, label and difference of every difference in a comparison."""
-    from nanophi.eval.compare import TABLES
-
     tables = {table: comparison.get(table) or {} for table in TABLES if table != "subjects"}
     for table, rows in {**tables, **(comparison.get("subjects") or {})}.items():
         for task, row in rows.items():
@@ -114,8 +110,6 @@ def _differences(comparison: dict[str, Any]) -> Iterator[tuple[str, str, dict[st
 
 def _underived(comparison: dict[str, Any]) -> Iterator[str]:
     """Differences that the comparison's scores or, in a comparison that holds items, these do not give."""
-    from nanophi.eval.compare import recompute
-
     derived = recompute(comparison)
     again = {entry[:2] + entry[3:4]: entry[4]["value"] for entry in (_differences(derived) if derived else ())}
     for table, task, row, label, entry in _differences(comparison):

@@ -1,11 +1,11 @@
 """The card's figures, drawn from the shipped records: the loss curve, the scores of the filter, the evaluation."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
+
+import numpy as np
 
 from nanophi.core import plots
 from nanophi.core.formatting import percent
@@ -13,9 +13,6 @@ from nanophi.core.plots import BLUE, DARK, GREY, ORANGE
 from nanophi.core.version import __version__
 from nanophi.eval.results import Score
 from nanophi.model_card.records import ShippedRecords, leading_scores
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 UNLIKE = 0.05  # share of differing pixels of another figure; machines set text a little differently
 
@@ -44,7 +41,6 @@ def drawn_alike(records: ShippedRecords) -> bool:
 
 def problems(records: ShippedRecords, folder: Path) -> list[str]:
     """Figures in a folder that are not those of the records, by drawing them again if they were `drawn_alike`."""
-    import numpy as np
     from matplotlib.image import imread
 
     expected, there = {f"{name}.png" for name in names(records)}, {path.name for path in folder.glob("*.png")}
@@ -64,7 +60,7 @@ def problems(records: ShippedRecords, folder: Path) -> list[str]:
     return wrong
 
 
-def _loss(records: ShippedRecords, axes: Axes) -> None:
+def _loss(records: ShippedRecords, axes: Any) -> None:
     training = records["training.json"]
     log, evaluations = training["log"], training.get("evaluations", [])
     most = log[-1]["tokens_seen"]
@@ -86,10 +82,7 @@ def _loss(records: ShippedRecords, axes: Axes) -> None:
     axes.legend()
 
 
-def _quality(records: ShippedRecords, axes: Axes) -> None:
-    import numpy as np
-    from matplotlib.ticker import StrMethodFormatter
-
+def _quality(records: ShippedRecords, axes: Any) -> None:
     quality = records["quality.json"]
     counts, edges = quality["histogram"]["documents"], quality["histogram"]["edges"]
     cut = quality["cutoff"] if quality["threshold"] is None else quality["threshold"]
@@ -102,7 +95,7 @@ def _quality(records: ShippedRecords, axes: Axes) -> None:
     # Most scores lie at the ends; on a linear scale the middle, where the threshold is, would vanish.
     axes.set_yscale("function", functions=(lambda y: np.sqrt(np.maximum(y, 0)), np.square))
     axes.set_yticks(_square_root_ticks(max(counts)))
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.set_ylim(0, 1.08 * max(counts))
     axes.set_ylabel("documents (square-root scale)")
     if cut is not None:
@@ -124,7 +117,7 @@ def _bars(records: ShippedRecords) -> list[Score]:
     return [score for score in leading_scores(records) if score.percent]
 
 
-def _evaluation(records: ShippedRecords, axes: Axes) -> None:
+def _evaluation(records: ShippedRecords, axes: Any) -> None:
     scores = _bars(records)[::-1]
     for position, score in enumerate(scores):
         error = 1.96 * score.stderr if score.stderr else 0

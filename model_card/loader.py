@@ -4,8 +4,6 @@ The process has an empty cache, the packages of this one, and no nanophi. What i
 report has to be, in `checks.py`.
 """
 
-from __future__ import annotations
-
 import importlib.resources
 import os
 import subprocess
@@ -18,11 +16,7 @@ from nanophi.model_card.records import ShippedRecords
 
 
 def load(folder: Path, records: ShippedRecords, scratch: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Load a release with both loaders at once, each in a process of its own; `scratch` is an empty folder.
-
-    Returns what `load_release.py` answers for stock Phi and for the remote code, with the path of its `logits`; or
-    `error`, one line.
-    """
+    """What `load_release.py` answers for stock Phi and for the remote code, run at once; or `error`, one line."""
     script = importlib.resources.files("nanophi.model_card").joinpath("load_release.py").read_text(encoding="utf-8")
     sample = records.get("sample.json", {"prompt": "The ", "settings": {"do_sample": False, "max_new_tokens": 30}})
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "HF_", "TRANSFORMERS_"))}

@@ -4,8 +4,6 @@ A list of what is allowed, not of what is harmful: code and pickles can have any
 What the files say of each other is compared in `checks.py`.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any
@@ -16,19 +14,16 @@ from nanophi.core.names import CODE_FILES, MODEL_FILES, TOKENIZER_FILES
 
 MANIFEST = "MANIFEST.json"
 SIGNATURE = "model.sig"
-
 _WHOLE = ("README.md", "LICENSE", "revisions.json", MANIFEST, SIGNATURE, *MODEL_FILES, *CODE_FILES, *TOKENIZER_FILES)
+# The names of all files that a release may have.
 FILES = re.compile(
     "|".join(map(re.escape, _WHOLE))
     + r"|figures/(loss|quality|evaluation)\.png|records/(evals/)?[^/]+\.(json|yaml)|\.eval_results/[^/]+\.yaml"
 )
-"""The names of all files that a release may have."""
-
+# What git, the Hub's client and the file managers of operating systems leave in a folder: no part of it.
 _LEFT_BEHIND = re.compile(
     r"^\.git(attributes$|ignore$|/|$)|^\.cache/|(^|/)(\.DS_Store|\._[^/]*|Thumbs\.db|desktop\.ini)$"
 )
-"""What git, the Hub's client and the file managers of operating systems leave in a folder: no part of it."""
-
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -49,10 +44,7 @@ def write_manifest(folder: Path, provenance: dict[str, Any]) -> None:
 
 
 def file_problems(folder: Path, partial: bool = False, written: re.Pattern[str] = FILES) -> list[str]:
-    """What is wrong with a release's files before anything is loaded: changed, foreign, or naming foreign code.
-
-    Of a `partial` download what is there is checked; `written` are the names of files that such a folder may have.
-    """
+    """What is wrong with a release's files, before anything is loaded; of a `partial` download, of what is there."""
     files = list_files(folder)
     changed = [line for line in checksums(folder, files) if not (partial and line.endswith(" is missing"))]
     return changed + foreign_files(folder, files, written) + foreign_references(folder)

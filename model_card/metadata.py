@@ -3,8 +3,6 @@
 The Hub's specification: https://huggingface.co/docs/hub/model-cards and .../docs/hub/eval-results
 """
 
-from __future__ import annotations
-
 import re
 from typing import Any
 
@@ -16,9 +14,8 @@ from nanophi.core.names import is_hub_id, split_revision
 from nanophi.eval.catalogue import TASKS, scale
 from nanophi.model_card.records import ShippedRecords, hardware, leading_scores, training_sources
 
+# lm-eval's metrics that the Hub has a page for, and its names of them.
 HUB_METRICS = {"acc": "accuracy", "acc_norm": "accuracy", "exact_match": "exact_match", "f1": "f1"}
-"""lm-eval's metrics that the Hub has a page for, and its names of them."""
-
 LINKS = {"scorer": "quality_scorer", "control": "control_model"}  # published beside a model; the Hub has no key for it
 
 

@@ -5,15 +5,13 @@ push touches only what an earlier push of the same run put there, unless it is f
 the commits are in `upload.py`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from typer import Argument, Option
@@ -22,13 +20,13 @@ from nanophi.core.errors import UserError
 from nanophi.core.files import read_json
 from nanophi.core.names import is_hub_id
 from nanophi.core.options import Gguf
+from nanophi.model_card import card, checks, secrets, signature, upload
+from nanophi.model_card import release as releases
+from nanophi.model_card.companions import COMPANIONS, Companion, Source, recipe_of_run
 from nanophi.model_card.manifest import FILES, MANIFEST, file_problems, list_files
-
-if TYPE_CHECKING:
-    from nanophi.model_card.companions import Companion
-    from nanophi.model_card.upload import Plan, Repository, RetryingApi
-
-Report = Callable[[str], None]
+from nanophi.model_card.records import complete_records, read_records
+from nanophi.model_card.upload import Report, Repository, RetryingApi
+from nanophi.model_card.verify import find_release
 
 
 def push(
@@ -62,7 +60,7 @@ def push(
 
     Example: nanophi push runs/demo/release --repo-id ORG/nano-phi-demo --dry-run
     """
-    from nanophi.model_card.gguf import parse_kinds
+    from nanophi.model_card.gguf import parse_kinds  # with transformers, which takes a second
 
     asked = {"scorer": scorer, "data": data, "gguf": parse_kinds(gguf)}
     options = Options(repo_id, public, dry_run, force, signing_key, control, collection, asked)
@@ -95,16 +93,11 @@ class Options:
 
     def companions(self) -> dict[Companion, str]:
         """The companions that are asked for, with their Hub ids."""
-        from nanophi.model_card.companions import COMPANIONS
-
         return {entry: f"{self.repo_id}-{entry.suffix}" for entry in COMPANIONS if self.asked.get(entry.part)}
 
 
 def publish(release: Path, options: Options, report: Report = typer.echo) -> list[str]:
     """Publish a release folder on the Hub, or resume a push that was cut off. Returns the URLs, none in a dry run."""
-    from nanophi.model_card import upload
-    from nanophi.model_card.verify import find_release
-
     options.check()
     if not release.is_dir():
         raise UserError(f"folder {release} does not exist")
@@ -112,20 +105,21 @@ def publish(release: Path, options: Options, report: Report = typer.echo) -> lis
     with tempfile.TemporaryDirectory(prefix="nanophi-push-") as temporary:
         scratch, api = Path(temporary), upload.RetryingApi(report)
         repositories = _build(api, release, options, scratch, report)
-        plans = [_plan(api, repository, options, scratch / "there", report) for repository in repositories]
+        for repository in repositories:
+            _plan(api, repository, options, scratch / "there", report)
         if options.dry_run:
             report(f"tag {repositories[0].tag}; nothing was sent (dry run)")
             return []
         urls: list[str] = []
-        steps: list[Callable[[Repository, Plan], Any]] = [
-            lambda repository, _: upload.check_metadata(repository, report),
-            lambda repository, plan: urls.append(upload.send(api, repository, plan, report)),
-            lambda repository, _: api.update_repo_settings(repository.name, repo_type=repository.kind, private=False),
+        steps: list[Callable[[Repository], Any]] = [
+            lambda repository: upload.check_metadata(repository, report),
+            lambda repository: urls.append(upload.send(api, repository, report)),
+            lambda repository: api.update_repo_settings(repository.name, repo_type=repository.kind, private=False),
         ]
         for step in steps if options.public else steps[:2]:  # of all repositories, before the next step of any
-            for repository, plan in zip(repositories, plans, strict=True):
+            for repository in repositories:
                 with upload.one_line_errors(repository.name):
-                    step(repository, plan)
+                    step(repository)
         if options.collection is not None:
             notes = ["The model", *(companion.note for companion in options.companions())]
             items = [(entry.name, entry.kind, note) for entry, note in zip(repositories, notes, strict=True)]
@@ -138,11 +132,6 @@ def publish(release: Path, options: Options, report: Report = typer.echo) -> lis
 
 def _build(api: RetryingApi, release: Path, options: Options, scratch: Path, report: Report) -> list[Repository]:
     """The folders of every repository as they will be on the Hub, the model's first; all are fit to publish."""
-    from nanophi.model_card import signature
-    from nanophi.model_card.companions import Source, recipe_of_run
-    from nanophi.model_card.records import complete_records
-    from nanophi.model_card.upload import Repository
-
     companions = options.companions()
     of_run = {entry.part: name for entry, name in companions.items() if entry.of_run}
     recipe: Any = recipe_of_run(release) if of_run else None
@@ -159,40 +148,30 @@ def _build(api: RetryingApi, release: Path, options: Options, scratch: Path, rep
         repositories.append(Repository(name, {"main": scratch / entry.part}, tag, entry.kind))
     for repository, written in zip(repositories, [FILES, *(entry.written for entry in companions)], strict=True):
         for branch, folder in repository.revisions.items():
-            _refuse(branch if written is FILES else repository.name, problems(folder, release, written))
+            _refuse(f"{repository.name} {branch}", problems(folder, release, written))
             if options.signing_key is not None:
                 signature.sign(folder, options.signing_key)
     return repositories
 
 
-def _plan(api: RetryingApi, repository: Repository, options: Options, scratch: Path, report: Report) -> Plan:
-    """What changes in one repository, shown and refused where that must not be; nothing is sent."""
-    from nanophi.model_card import upload
-
+def _plan(api: RetryingApi, repository: Repository, options: Options, scratch: Path, report: Report) -> None:
+    """Find what changes in one repository; shown, and refused where that must not be. Nothing is sent."""
     try:
         with upload.one_line_errors(repository.name):
-            plan = upload.plan(api, repository, scratch)
+            upload.plan(api, repository, scratch)
     except UserError as error:
         if not options.dry_run or "connection failed" not in str(error):
             raise
         report(f"{repository.name}: the Hub cannot be reached; files are listed as if there were none")
-        plan = upload.everything(repository)
-    upload.show(repository, plan, options.dry_run, report)
-    if not options.force and (refused := upload.refusal(repository, plan)):
+    upload.show(repository, options.dry_run, report)
+    if not options.force and (refused := upload.refusal(repository)):
         if not options.dry_run:
             raise UserError(refused)
         report(f"refused without --force: {refused.partition('; choose another')[0]}")
-    return plan
 
 
 def problems(folder: Path, release: Path | None = None, written: re.Pattern[str] = FILES) -> list[str]:
-    """What in a folder must not be published, one line each, secrets named by file and kind only.
-
-    The path of the `release` that it was built from is private too; `written` are the names of what it may have.
-    """
-    from nanophi.model_card import checks, secrets
-    from nanophi.model_card.records import read_records
-
+    """What in a folder must not be published, one line each, secrets named by file and kind only."""
     wrong, private = file_problems(folder, written=written), [folder, *([release] if release else [])]
     leaks = [
         f"{name} {'names' if found.startswith('a path') else 'holds'} {found}"
@@ -212,30 +191,19 @@ def _refuse(what: Path | str, wrong: list[str]) -> None:
 
 def _links_there(api: RetryingApi, options: Options, scratch: Path) -> dict[str, str]:
     """What the card on the Hub links already: published by an earlier push, it stays linked."""
-    from nanophi.model_card import upload
-
     try:
         with upload.one_line_errors(options.repo_id):
             record = upload.read_file(api, options.repo_id, "records/run.json", "main", scratch)
         links = json.loads(record or b"{}").get("links", {})
         return {key: name for key, name in links.items() if key in ("data", "scorer", "control") and is_hub_id(name)}
-    except UserError:
-        if options.dry_run:
-            return {}
-        raise
-    except (ValueError, TypeError, AttributeError):
-        return {}  # A repository of somebody else, which is refused later.
+    except (UserError, ValueError, TypeError, AttributeError) as error:
+        if isinstance(error, UserError) and not options.dry_run:
+            raise
+        return {}  # A repository of somebody else is refused later.
 
 
 def _revisions(release: Path, repo_id: str, scratch: Path, report: Report, links: dict[str, str]) -> dict[str, Path]:
-    """Name of each revision -> folder as it will be on the Hub; `main` last.
-
-    The branches' checkpoints are those of the run directory around the release; away from it there are no branches.
-    """
-    from nanophi.model_card import card
-    from nanophi.model_card import release as releases
-    from nanophi.model_card.records import read_records
-
+    """Name of each revision -> folder as it will be on the Hub, `main` last; branches need the run's checkpoints."""
     run = release.resolve().parent
     records = read_records(release / "records")
     dtype, described = records["recipe.yaml"]["release"]["dtype"], records["run.json"]["revision"]

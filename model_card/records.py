@@ -4,8 +4,6 @@
 short held-out ones. What they contradict each other in is found in `consistency.py`.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable
@@ -24,34 +22,26 @@ from nanophi.eval import results as evaluation
 from nanophi.eval.results import Score
 from nanophi.model_card import exports, secrets
 
+# Left out of the records: a second build must find the same ones as the first.
 LATER_STAGES = ("comparison", "report", "card", "release", "verification")
-"""Left out of the records: a second build must find the same ones as the first."""
-
-PRIVATE_KEYS = ("examples", "refused")
-"""Keys of the data stages' records with other people's text or names of files: of use only to who made the run."""
-
+PRIVATE_KEYS = ("examples", "refused")  # of the data stages' records: other people's text, names of files
 HELDOUT_ITEMS, HELDOUT_ITEM_BYTES = 12, 1500
-
 CONFIG_KEYS = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size"),
     *("vocab_size", "max_position_embeddings", "partial_rotary_factor", "rope_theta", "hidden_act", "layer_norm_eps"),
     *("qk_layernorm", "tie_word_embeddings"),
 )
-
 KEPT_RESULTS = (
     *("results", "groups", "group_subtasks", "versions", "n-shot", "n-samples", "higher_is_better", "task_hashes"),
     *("lm_eval_version", "transformers_version"),
 )
 PRIVATE_CONFIG = ("model", "model_args", "device")
+# Keys of lm-eval's results, and of our part of them, that are shipped: no samples, machine details and paths.
 KEPT_OF_OURS = ("format", "suite", "lines", "headline", "average", "heldout", "data")
-"""Keys of lm-eval's results, and of our part of them, that are shipped: no samples, machine details and paths."""
-
 OF_DATA = ("documents.json", "quality.json", "tokens.json")
 IF_THERE = (*OF_DATA, "sample.json", "conversations.json", "comparison.json")
 REQUIRED = ("recipe.yaml", "run.json", "model.json", "training.json", "checkpoint.json", "revisions.json", *OF_DATA)
-
-ShippedRecords = dict[str, Any]
-"""Relative file name under `records/` -> contents."""
+ShippedRecords = dict[str, Any]  # relative file name under `records/` -> contents
 
 
 def collect(run: Path, checkpoint: Path) -> ShippedRecords:
@@ -108,10 +98,7 @@ def revisions(run: Path) -> list[dict[str, Any]]:
 
 
 def evaluations(run: Path, checkpoint: str) -> dict[str, dict[str, Any]]:
-    """The records `evals/SUITE.json`: lm-eval's results for a checkpoint, reduced to what is shipped.
-
-    Results of other weights, which a run that was trained again may still hold, are passed over.
-    """
+    """The records `evals/SUITE.json`: lm-eval's results for a checkpoint's own weights, reduced to what is shipped."""
     shipped = {}
     for name, content in evaluation.checkpoint_results(run / "checkpoints" / checkpoint).items():
         kept = {key: content[key] for key in KEPT_RESULTS if key in content}
@@ -122,10 +109,7 @@ def evaluations(run: Path, checkpoint: str) -> dict[str, dict[str, Any]]:
 
 
 def _heldout_items(run: Path, checkpoint: str) -> list[dict[str, Any]]:
-    """Short held-out documents with their recorded log-likelihoods, so that a stranger can score them again.
-
-    Documents that hold something like a secret, or a path of this machine, are left out: the records are public.
-    """
+    """Short held-out documents without secrets, with their log-likelihoods: a stranger can score them again."""
     task = catalogue.HELDOUT_BITS
     evaluated = evaluation.checkpoint_results(run / "checkpoints" / checkpoint).values()
     samples: list[Any] = next((one["samples"][task] for one in evaluated if task in one["samples"]), [])
@@ -155,13 +139,11 @@ def write_records(records: ShippedRecords, folder: Path) -> None:
 def read_records(folder: Path) -> ShippedRecords:
     """Read what `write_records` wrote. Raises `UserError` for a file that is missing, or cannot be parsed."""
     records: ShippedRecords = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.suffix not in (".yaml", ".json"):
-            continue
+    parsers = {".yaml": yaml.safe_load, ".json": json.loads}
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in parsers):
         with user_errors(f"{path} is not valid {path.suffix[1:].upper()}"):
-            text = path.read_text(encoding="utf-8")
-            records[name] = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
+            content = parsers[path.suffix](path.read_text(encoding="utf-8"))
+        records[path.relative_to(folder).as_posix()] = content
     for name in [*REQUIRED, *records]:
         if not isinstance(records.get(name), list if name in ("revisions.json", "heldout.json") else dict):
             what = "has another form than nanophi gives it" if name in records else "is missing"
@@ -189,15 +171,9 @@ def model_record(checkpoint: Path) -> dict[str, Any]:
             sizes |= {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a dict)
     if not sizes:
         raise UserError(f"{checkpoint} has no .safetensors file; the checkpoint is incomplete, train it again")
-    total = sum(sizes.values())
-    return {
-        "config": {key: config[key] for key in CONFIG_KEYS} | ({"rope_scaling": scaled} if scaled else {}),
-        "parameters": total,
-        "parameters_without_embeddings": total - sizes["model.embed_tokens.weight"] - sizes.get("lm_head.weight", 0),
-    }
-
-
-# What the records hold, in the form in which card, figures, report page and reproduction use it
+    total, embeddings = sum(sizes.values()), sizes["model.embed_tokens.weight"] + sizes.get("lm_head.weight", 0)
+    kept = {key: config[key] for key in CONFIG_KEYS} | ({"rope_scaling": scaled} if scaled else {})
+    return {"config": kept, "parameters": total, "parameters_without_embeddings": total - embeddings}
 
 
 def results(records: ShippedRecords) -> list[dict[str, Any]]:
@@ -229,8 +205,7 @@ def training_sources(recipe: dict[str, Any]) -> list[dict[str, Any]]:
 def hardware(records: ShippedRecords) -> str:
     """The machine in words."""
     environment = records["run.json"]["environment"]
-    devices = environment.get("devices", [])
-    if devices:
+    if devices := environment.get("devices"):
         return " + ".join(f"{devices.count(name)} x {name}" for name in dict.fromkeys(devices))
     threads = environment["cpu_threads"]
     return f"{environment['processor']}, {threads} thread{'s' if threads != 1 else ''}, no GPU"

@@ -1,11 +1,8 @@
 """The release folder: exactly what is pushed to the Hub, and nothing that depends on when or where it was built.
 
-Card and licence, a model that loads as PhiForCausalLM without remote code and as NanoPhi with it, the records behind
-the card's numbers, the checkpoints that become branches, and a manifest of every file. The card is made
-in `card.py`, and sent to the Hub in `push.py`.
+The model loads as PhiForCausalLM without remote code and as NanoPhi with it. The card is made in `card.py`, and sent to
+the Hub in `push.py`.
 """
-
-from __future__ import annotations
 
 import shutil
 import types
@@ -24,10 +21,7 @@ from nanophi.model_card.records import LATER_STAGES, ShippedRecords, read_record
 
 
 def build(run: Path, checkpoint: Path, card: Path, output: Path, dtype: str = "float32") -> dict[str, Any]:
-    """Write the release folder of a checkpoint, with what `card.build` wrote for it. Two builds are byte-identical.
-
-    `dtype`: `float32` or `bfloat16`. `UserError`: the checkpoint is incomplete, or stock transformers cannot load it.
-    """
+    """Write the release of a checkpoint, with what `card.build` wrote for it. Two builds are byte-identical."""
     output.mkdir(parents=True, exist_ok=True)
     for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", *CODE_FILES):
         if not (checkpoint / name).is_file():
@@ -46,20 +40,14 @@ def build(run: Path, checkpoint: Path, card: Path, output: Path, dtype: str = "f
     write_text(output / "LICENSE", license_text(read_records(output / "records")))
     write_manifest(output, _provenance(run, output))
     files = read_json(output / MANIFEST)["files"]
-    return {
-        "files": len(files),
-        "bytes": sum(entry["size"] for entry in files.values()),
-        "weights_sha256": files["model.safetensors"]["sha256"],
-    }
+    size = sum(entry["size"] for entry in files.values())
+    return {"files": len(files), "bytes": size, "weights_sha256": files["model.safetensors"]["sha256"]}
 
 
 def copy_for_repo(
     release: Path, repo_id: str, output: Path, links: Mapping[str, str] = types.MappingProxyType({})
 ) -> None:
-    """Copy a release to a new folder as it will be on the Hub, its card naming `repo_id` in the snippets.
-
-    `links` are Hub ids of its `data`, `scorer` and `control`, where they are published.
-    """
+    """Copy a release as it will be on the Hub, its card naming `repo_id` and linking what is published beside it."""
     for name in list_files(release):  # not the folders' permissions: somebody else's release may be read-only
         (output / name).parent.mkdir(parents=True, exist_ok=True)
         link_or_copy(str(release / name), str(output / name))
@@ -87,21 +75,15 @@ def _config(config: dict[str, Any], dtype: str, checkpoint: Path) -> dict[str, A
 
 
 def _generation_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Without lengths: lm-eval would take them over its own and truncate generated answers.
-
-    `do_sample` is set, not left open: `pipeline` would sample, `generate` would not, and the card's sample is greedy.
-    """
+    """Without lengths, which lm-eval would take over its own; greedy, as the card's sample is."""
     left_out = ("max_new_tokens", "max_length", "_from_model_config")
     return {key: value for key, value in sorted({**config, "do_sample": False}.items()) if key not in left_out}
 
 
 def _complete_tokenizer(folder: Path) -> None:
-    """What batched generation needs: a token to pad with, on the left, and the length at which a prompt is too long.
-
-    The token that ends a text pads it, as is usual where there is no other. `config.json` does not name it: there it
-    would keep the model from learning that token's embedding.
-    """
+    """What batched generation needs: a token to pad with, on the left, and a prompt's greatest length."""
     config, tokenizer = (read_json(folder / name) for name in ("config.json", "tokenizer_config.json"))
+    # `config.json` does not name it, the end of text: there it would keep the model from learning its embedding.
     tokenizer.setdefault("pad_token", tokenizer.get("eos_token"))
     tokenizer |= {"padding_side": "left", "model_max_length": config["max_position_embeddings"]}
     write_json(folder / "tokenizer_config.json", tokenizer)

@@ -3,17 +3,20 @@
 Unlike the card it is for the person who made the run: it shows documents, and is not part of the release.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from nanophi.core import formatting
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, write_text
 from nanophi.core.names import final_checkpoint
+from nanophi.data.documents import find
 from nanophi.eval import catalogue
 from nanophi.model_card import records
 from nanophi.model_card.card import by_source, differences
@@ -23,7 +26,6 @@ DOCUMENTS_PER_BIN = 6
 BINS = 20
 DOCUMENT_CHARACTERS = 1500
 MAX_POINTS = 600
-
 OF_QUALITY = ("rule", "threshold", "documents", "bytes", "histogram", "sources")
 OF_LOG = ("step", "loss", "learning_rate", "grad_norm", "tokens_seen", "tokens_per_second")
 
@@ -143,16 +145,7 @@ def _thinned(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _documents(run: Path, edges: list[float]) -> list[dict[str, Any]]:
-    """A few training documents from each twentieth of the scores' scale, which the histogram's `edges` span.
-
-    They are taken in the order of their ids, which are hashes: the choice is arbitrary and always the same.
-    """
-    import numpy as np
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    from nanophi.data.documents import find
-
+    """A few training documents, always the same, from each twentieth of the scale that the histogram's `edges` span."""
     path = run / "data" / "scores" / "scores.parquet"
     if not path.exists():
         raise UserError(f"{path} is missing; run `nanophi prepare` on its recipe")

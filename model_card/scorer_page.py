@@ -1,7 +1,5 @@
 """The quality scorer as a repository of its own: its weights, what they were fitted on, and a card."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,12 +16,12 @@ from nanophi.data.scorers import LinearScorer
 from nanophi.model_card import secrets
 from nanophi.model_card.companions import Source, license_of, write_filter_page
 
+# What the card shows the scores of.
 EXAMPLES = (
     "A module is a file that holds definitions. Another module imports it by name, and the first import runs its code "
     "once; later imports find the finished module and return at once.",
     "HOME | LOGIN | CART (0) >>> click here!!! free free free $$$ (c) 2019 all rights reserved >>> next page >>>",
 )
-"""What the card shows the scores of."""
 
 
 def build(source: Source, repo_id: str, folder: Path) -> None:

@@ -1,7 +1,5 @@
 """What must not be published: credentials, and paths of the machine that made a run."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import re
@@ -26,22 +24,18 @@ SECRETS = {
     "a Weights & Biases key": re.compile(rb"WANDB_API_KEY\W{1,3}[0-9a-f]{40}"),
     "a private key": re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----"),
 }
-
 _KEY_WITH_DATA = re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----(\s|\\[nr])*(Proc-Type|[A-Za-z0-9+/=]{4})")
 MOST_NAMED = 5  # documents of a file that an error names
-
 _SECRET_VARIABLE = re.compile(r"(TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY)$")
 _TOKENIZER_VARIABLE = re.compile(r"(^|_)(BOS|EOS|EOT|PAD|UNK|SEP|CLS|MASK|START|STOP|END|SPECIAL)_TOKEN$")
+# No space, quote, angle or square bracket (as in `<|endoftext|>`, `[PAD]`), and more than one word or number.
 _SECRET_VALUE = re.compile(r"(?![A-Za-z]+$)(?![\d.]+$)[!#-;=?-Z^-z~]{12,}")
-"""No space, quote, angle or square bracket (as in `<|endoftext|>`, `[PAD]`), and more than one word or number."""
-
+# A string that is a path as a whole, perhaps behind `model:`; not `https://...`.
 _PATH = re.compile(
     r"(?P<scheme>[A-Za-z]{2,}:(?!//))?(?P<path>~?[\\/].*|~\w+[\\/].*|[A-Za-z]:[\\/].*|\.\.[\\/].*)", re.DOTALL
 )
-"""A string that is a path as a whole, perhaps behind `model:`; not `https://...`."""
-
+# A path of two parts or more to the end of a longer string: `dir=/home/me/some where`.
 _INNER_PATH = r"(?<=[=\s:,(])(?:~|[A-Za-z]:)?[\\/](?=[^\s\\/])[^\"\n]*?[\\/][^\"\n]*"
-"""A path of two parts or more to the end of a longer string: `dir=/home/me/some where`."""
 
 
 def found_in(content: str | bytes, folders: Iterable[Path] = (), document: bool = False) -> list[str]:
@@ -90,14 +84,9 @@ def _found_in_parquet(path: Path, folders: list[Path]) -> Iterator[str]:
 
 def _environment_secrets() -> list[bytes]:
     """Values of environment variables that are called like a secret and can be one."""
-    return [
-        value.encode("utf-8", "surrogateescape")
-        for name, value in os.environ.items()
-        if _SECRET_VARIABLE.search(name)
-        and not _TOKENIZER_VARIABLE.search(name)
-        and _SECRET_VALUE.fullmatch(value)
-        and not Path(value).exists()  # The file that holds the token.
-    ]
+    named = [name for name in os.environ if _SECRET_VARIABLE.search(name) and not _TOKENIZER_VARIABLE.search(name)]
+    values = [os.environ[name] for name in named if _SECRET_VALUE.fullmatch(os.environ[name])]
+    return [os.fsencode(value) for value in values if not Path(value).exists()]  # not the file that holds the token
 
 
 def _roots(folders: Iterable[Path] = (), document: bool = False) -> set[bytes]:
@@ -115,10 +104,7 @@ def _machine_paths(roots: Iterable[bytes], document: bool = False) -> re.Pattern
 
 
 class PathRemover:
-    """Returns a copy of a JSON-able value with its paths cut to their last parts, different ones to different names.
-
-    A relative path below the current folder stays; not-a-number and infinity become None.
-    """
+    """Copies a JSON-able value with its paths cut to their last parts; not-a-number and infinity become None."""
 
     # Keys whose values are texts, which stay as they are: a text may begin with a slash.
     TEXTS = frozenset(("text", "prompt", "notes", "title", "developers", "checkpoints"))
@@ -133,15 +119,10 @@ class PathRemover:
         if isinstance(value, list):
             return [self(item) for item in value]
         if isinstance(value, str):
-            return self._cut(value)
-        if isinstance(value, float) and value - value != 0:
-            return None
-        return value
-
-    def _cut(self, text: str) -> str:
-        if whole := _PATH.fullmatch(text):
-            return (whole["scheme"] or "") + self._name(whole["path"])
-        return self._within.sub(lambda match: self._name(match.group()), text)
+            if whole := _PATH.fullmatch(value):
+                return (whole["scheme"] or "") + self._name(whole["path"])
+            return self._within.sub(lambda match: self._name(match.group()), value)
+        return None if isinstance(value, float) and value - value != 0 else value
 
     def _name(self, path: str) -> str:
         if path not in self._names:

@@ -4,8 +4,6 @@ The manifest says that the files belong together; the signature says whose they 
 curve: `openssl ecparam -name prime256v1 -genkey -noout -out key.pem`, `openssl ec -in key.pem -pubout -out key.pub`.
 """
 
-from __future__ import annotations
-
 import importlib
 from pathlib import Path
 from typing import Any

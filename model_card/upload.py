@@ -4,8 +4,6 @@ Every revision is one commit, so the Hub has it whole or not at all. What was cu
 errors are one line with their remedy. What a repository holds, and when it is sent, is decided in `push.py`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools
@@ -72,10 +70,7 @@ def _explain(error: HfHubHTTPError) -> str:
 
 
 def with_retries(call: Callable[[], Result], report: Report) -> Result:
-    """The result of a call to the Hub, made again after the time that a busy server asks for (429 and 5xx).
-
-    The client has retries of its own for lists and for the upload of large files, but for nothing else.
-    """
+    """The result of a call, made again after the time that a busy Hub asks for: the client retries lists alone."""
     for attempt in range(1, ATTEMPTS):
         try:
             return call()
@@ -132,66 +127,53 @@ def read_file(api: HfApi, repo_id: str, path: str, revision: str, folder: Path, 
     return Path(file).read_bytes()
 
 
+KINDS = ("new", "replaced", "deleted")
 RECIPE = "records/recipe.yaml"
+# Files of a release that change when its card comes to link what was published beside it; the tag stays.
 LINKED = {"README.md", "records/run.json", MANIFEST, SIGNATURE}
-"""Files of a release that change when its card comes to link what was published beside it; the tag stays."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Repository:
-    """What a repository is to hold: folders by branch, `main` last; `main` gets the tag."""
-
-    name: str
-    revisions: dict[str, Path]
-    tag: str
-    kind: Kind = "model"
 
 
 @dataclasses.dataclass
 class Change:
-    """What a push does to one branch: names of files by what happens to them.
+    """What a push does to one branch: what happens to which `files` (`new`, `replaced`, `deleted`).
 
     `head`: the commit that it starts from, None without a repository; `foreign`: the replaced and deleted files that no
     push put there, with what is known of them; `run`: the run whose release is there, if it is another one.
     """
 
     head: str | None
-    new: list[str]
-    replaced: list[str] = dataclasses.field(default_factory=list)
-    deleted: list[str] = dataclasses.field(default_factory=list)
+    files: dict[str, str]
     foreign: list[str] = dataclasses.field(default_factory=list)
     run: str = ""
 
-    @property
-    def files(self) -> list[str]:
-        """All that it touches."""
-        return [*self.new, *self.replaced, *self.deleted]
+
+@dataclasses.dataclass
+class Repository:
+    """What a repository is to hold: folders by branch, `main` last, which gets the tag; and what a push will change."""
+
+    name: str
+    revisions: dict[str, Path]
+    tag: str
+    kind: Kind = "model"
+    changes: dict[str, Change] = dataclasses.field(default_factory=dict)
 
 
-Plan = dict[str, Change]  # by branch
-
-
-def everything(repository: Repository) -> Plan:
-    """The plan where there is no repository yet."""
-    return {branch: Change(None, list_files(folder)) for branch, folder in repository.revisions.items()}
-
-
-def plan(api: HfApi, repository: Repository, scratch: Path) -> Plan:
-    """What would change on each branch, file by file. `UserError` if another release has the tag: it is never moved."""
-    name, tag = repository.name, repository.tag
+def plan(api: HfApi, repository: Repository, scratch: Path) -> None:
+    """Find what would change on each branch. `UserError` if another release has the tag: it is never moved."""
+    name, tag, revisions = repository.name, repository.tag, repository.revisions
+    new = {branch: dict.fromkeys(list_files(folder), "new") for branch, folder in revisions.items()}
+    repository.changes = {branch: Change(None, files) for branch, files in new.items()}
     if (refs := branches_and_tags(api, name, repository.kind)) is None:
-        return everything(repository)
+        return
     branches, tags = refs
-    if tag in tags and not LINKED.issuperset(_change(api, repository, tags[tag], repository.revisions["main"]).files):
+    if tag in tags and not LINKED.issuperset(_change(api, repository, tags[tag], revisions["main"]).files):
         raise UserError(
             f"{name} has a tag {tag} of another release; if it is to hold this model, raise card.version in the "
             "recipe and run `nanophi release`; if not, choose another --repo-id"
         )
     first = _first_commit(api, repository)
-    return {
-        branch: _change(api, repository, branches.get(branch, first), folder, scratch)
-        for branch, folder in repository.revisions.items()
-    }
+    for branch, folder in revisions.items():
+        repository.changes[branch] = _change(api, repository, branches.get(branch, first), folder, scratch)
 
 
 def _first_commit(api: HfApi, repository: Repository) -> str:
@@ -202,19 +184,18 @@ def _first_commit(api: HfApi, repository: Repository) -> str:
 def _change(api: HfApi, repository: Repository, commit: str, folder: Path, scratch: Path | None = None) -> Change:
     """From a commit on the Hub to a folder here. With `scratch`, also which of the files there are not ours."""
     there, here = files_at(api, repository.name, commit, repository.kind), list_files(folder)
+    files = {name: "new" for name in here if name not in there}
+    files |= {name: "replaced" for name in here if name in there and not same_on_hub(folder / name, there[name])}
+    files |= dict.fromkeys(sorted(set(there) - set(here)), "deleted")
     change = Change(
-        commit,
-        new=[name for name in here if name not in there],
-        replaced=[name for name in here if name in there and not same_on_hub(folder / name, there[name])],
-        deleted=sorted(set(there) - set(here)),
-    )
-    if change.files == [SIGNATURE] and change.replaced:
-        change.replaced = []  # Two signatures of the same files differ.
-    if scratch is not None and (touched := [*change.replaced, *change.deleted]):
+        commit, {} if files == {SIGNATURE: "replaced"} else files
+    )  # two signatures of the same files differ
+    if scratch is not None and (touched := {name: there[name] for name in change.files if name in there}):
         read = functools.partial(read_file, api, repository.name, revision=commit, folder=scratch, kind=repository.kind)
-        change.foreign = _foreign(read, {name: there[name] for name in touched})
-        if RECIPE in change.replaced and (run := _run_name(read(RECIPE))) != _run_name((folder / RECIPE).read_bytes()):
-            change.run = run
+        change.foreign = _foreign(read, touched)
+        if RECIPE in touched and RECIPE in here:
+            run = _run_name(read(RECIPE))
+            change.run = "" if run == _run_name((folder / RECIPE).read_bytes()) else run
     return change
 
 
@@ -241,37 +222,34 @@ def _foreign(read: Callable[[str], bytes | None], touched: dict[str, RepoFile]) 
         return [f"{name} (there is no {MANIFEST} of ours)" for name in sorted(touched)]
     wrong = []
     for name, file in touched.items():
-        if name not in (MANIFEST, SIGNATURE):
-            sha256 = file.lfs.sha256 if file.lfs else hashlib.sha256(read(name) or b"").hexdigest()
-            if listed.get(name) != sha256:
-                wrong.append(f"{name} ({'changed' if name in listed else 'added'} there)")
+        sha256 = file.lfs.sha256 if file.lfs else hashlib.sha256(read(name) or b"").hexdigest()
+        if name not in (MANIFEST, SIGNATURE) and listed.get(name) != sha256:
+            wrong.append(f"{name} ({'changed' if name in listed else 'added'} there)")
     return wrong
 
 
-def show(repository: Repository, changes: Plan, dry_run: bool, report: Report) -> None:
+def show(repository: Repository, dry_run: bool, report: Report) -> None:
     """Name the files that a push is about to replace and delete; in a dry run, all files with what happens to them."""
-    for branch, change in changes.items():
+    for branch, change in repository.changes.items():
+        by_kind = {kind: [name for name, what in change.files.items() if what == kind] for kind in KINDS}
         if not dry_run:
-            words = {"replaces": change.replaced, "deletes": change.deleted}
+            words = {"replaces": by_kind["replaced"], "deletes": by_kind["deleted"]}
             if losses := [f"{word} {', '.join(files)}" for word, files in words.items() if files]:
                 report(f"{branch}: {'; '.join(losses)}")
             continue
         folder = repository.revisions[branch]
         sizes = {name: (folder / name).stat().st_size for name in list_files(folder)}
-        report(
-            f"{repository.name} {branch}: {len(sizes)} files, {sum(sizes.values()):,} bytes; {len(change.new)} new, "
-            f"{len(change.replaced)} replaced, {len(change.deleted)} deleted"
-        )
+        counts = ", ".join(f"{len(files)} {kind}" for kind, files in by_kind.items())
+        report(f"{repository.name} {branch}: {len(sizes)} files, {sum(sizes.values()):,} bytes; {counts}")
         for name, size in sizes.items():
-            what = "new" if name in change.new else "replaced" if name in change.replaced else "same"
-            report(f"    {size:>14,}  {what:<8}  {name}")
-        for name in change.deleted:
+            report(f"    {size:>14,}  {change.files.get(name, 'same'):<8}  {name}")
+        for name in by_kind["deleted"]:
             report(f"    {'':>14}  deleted   {name}")
 
 
-def refusal(repository: Repository, changes: Plan) -> str | None:
+def refusal(repository: Repository) -> str | None:
     """Why a push needs --force: the repository is another run's, or has files of no push of ours; None if neither."""
-    advice = "choose another --repo-id, or replace {} with --force"
+    advice, changes = "choose another --repo-id, or replace {} with --force", repository.changes
     if runs := sorted({change.run for change in changes.values() if change.run}):
         ours = _run_name((repository.revisions["main"] / RECIPE).read_bytes())
         return f"{repository.name} holds the run '{', '.join(runs)}', this is '{ours}'; {advice.format('it')}"
@@ -290,7 +268,7 @@ def check_metadata(repository: Repository, report: Report) -> None:
             raise UserError(f"{repository.name}: the Hub refuses the card's metadata: {reason}") from None
 
 
-def send(api: HfApi, repository: Repository, changes: Plan, report: Report) -> str:
+def send(api: HfApi, repository: Repository, report: Report) -> str:
     """Bring one repository to what its folders hold: the branches, `main` last, then the tag. Returns its URL."""
     name, kind, tag = repository.name, repository.kind, repository.tag
     url = str(api.create_repo(name, private=True, exist_ok=True, repo_type=kind))
@@ -299,28 +277,29 @@ def send(api: HfApi, repository: Repository, changes: Plan, report: Report) -> s
     for branch in repository.revisions:
         if branch not in branches:
             api.create_branch(name, branch=branch, revision=first, repo_type=kind, exist_ok=True)
-        change = changes[branch]
-        head = _commit(api, repository, branch, change, change.head or branches.get(branch, first), report)
+        parent = repository.changes[branch].head or branches.get(branch, first)
+        head = _commit(api, repository, branch, parent, report)
     if tag not in tags:
         api.create_tag(name, tag=tag, revision=head, exist_ok=True, repo_type=kind)
     report(f"{url}: {', '.join(repository.revisions)}, tag {tag}")
     return url
 
 
-def _commit(api: HfApi, repository: Repository, branch: str, change: Change, parent: str, report: Report) -> str:
+def _commit(api: HfApi, repository: Repository, branch: str, parent: str, report: Report) -> str:
     """Make a branch hold exactly its folder, in one commit on `parent`; returns its hash."""
-    name, folder = repository.name, repository.revisions[branch]
+    name, folder, change = repository.name, repository.revisions[branch], repository.changes[branch]
     if not change.files:
         report(f"{branch}: up to date")
         return parent
-    added = [CommitOperationAdd(file, folder / file) for file in (*change.new, *change.replaced)]
-    operations: list[Any] = [*added, *map(CommitOperationDelete, change.deleted)]
+    operations = [
+        CommitOperationDelete(file) if what == "deleted" else CommitOperationAdd(file, folder / file)
+        for file, what in change.files.items()
+    ]
     where: Any = {"repo_type": repository.kind, "revision": branch}
     try:
         # With a parent, somebody else's commit in between makes this one fail, not mix with it.
-        head = api.create_commit(
-            name, operations, commit_message=f"Release {branch}", parent_commit=parent, **where
-        ).oid
+        made = api.create_commit(name, operations, commit_message=f"Release {branch}", parent_commit=parent, **where)
+        head = made.oid
     except HfHubHTTPError as error:
         head = str(api.repo_info(name, **where).sha)
         # The commit may have been made although the answer was an error.
@@ -331,11 +310,7 @@ def _commit(api: HfApi, repository: Repository, branch: str, change: Change, par
 
 
 def collect(api: HfApi, title: str, items: list[tuple[str, Kind, str]], public: bool, report: Report) -> str:
-    """Make a collection, or extend the one of that title; what is in it already stays. Returns its URL.
-
-    `items` are Hub id, kind and note of each repository; the first one's owner is the collection's. Unless it is to be
-    public a new one is private, and one that exists stays as it is.
-    """
+    """Make a collection, or extend the one of that title; what is in it stays. Returns its URL."""
     owner = items[0][0].partition("/")[0]
     slug = next((entry.slug for entry in api.list_collections(owner=owner) if entry.title == title), None)
     slug = slug or api.create_collection(title, namespace=owner, private=not public, exists_ok=True).slug

@@ -5,8 +5,6 @@ they compute is compared: with each other, with the card's sample, with the ship
 checks are in `manifest.py` and `checks.py`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import tempfile
 from collections.abc import Callable
@@ -19,7 +17,9 @@ from nanophi.core.errors import UserError
 from nanophi.core.names import resolve
 from nanophi.core.options import ReleaseOrId, Revision, Trust
 from nanophi.core.version import __version__
+from nanophi.model_card import checks, signature
 from nanophi.model_card.manifest import MANIFEST, checksums, foreign_files, foreign_references, list_files
+from nanophi.model_card.records import complete_records, read_records
 
 Check = dict[str, Any]  # {"name": str, "passed": bool, "detail": one line}
 
@@ -61,9 +61,6 @@ def check(
     the release must have its owner's signature. Raises `UserError` if there is no such release.
     """
     folder = find_release(release, revision)
-    from nanophi.model_card import checks, signature
-    from nanophi.model_card.records import complete_records, read_records
-
     found: list[Check] = []
 
     def add(name: str, wrong: list[str], right: str) -> bool:
@@ -101,10 +98,7 @@ def check(
 
 
 def find_release(release: str, revision: str | None = None, patterns: list[str] | None = None) -> Path:
-    """A release's folder; one on the Hub, or the files there that `patterns` match, is downloaded into the Hub's cache.
-
-    Raises `UserError` if there is no such release.
-    """
+    """A release's folder; one on the Hub, or what `patterns` match there, is downloaded into the Hub's cache."""
     named = resolve(release)
     if revision is not None and named.folder is not None:
         raise UserError(f"--revision is for a repository on the Hub; {release} is a folder")

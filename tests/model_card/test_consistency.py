@@ -1,7 +1,5 @@
 """Records that contradict each other are named: a card rendered from them would be a forgery that renders."""
 
-from __future__ import annotations
-
 import copy
 import re
 from collections.abc import Callable
@@ -45,6 +43,10 @@ def in_heldout(record: Any, **figures: Any) -> None:
     record["nanophi"]["heldout"].update(figures)
 
 
+def of_licences(record: Any) -> dict[str, Any]:
+    return record["nanophi"]["heldout"]["by_source"]["licences"]
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -54,15 +56,12 @@ def in_heldout(record: Any, **figures: Any) -> None:
         (lambda r: in_headline(r, items=2000), "heldout_continuation items 2000, the results give 200"),
         (lambda r: in_headline(r, higher_is_better=False), "higher_is_better False, the results give True"),
         (
-            lambda r: in_headline(r, answer_bits_per_byte={"value": 0.5, "stderr": 0.02}),
-            "heldout_continuation answer_bits_per_byte value 0.5, the results give 1.9",
+            lambda r: in_headline(r, answer_bits_per_byte={"value": 0.5}),
+            "bits_per_byte value 0.5, the results give 1.9",
         ),
         (lambda r: in_heldout(r, bits_per_byte=1.0), "held-out bits per byte: value 1.0, the results give 2.15"),
         (lambda r: in_heldout(r, documents=51), "held-out bits per byte: items 51, the results give 50"),
-        (
-            lambda r: r["nanophi"]["heldout"]["by_source"]["licences"].update(bits_per_byte=1.15),
-            "of the held-out text, its sources give 1.75",
-        ),
+        (lambda r: of_licences(r).update(bits_per_byte=1.15), "of the held-out text, its sources give 1.75"),
     ],
 )
 def test_figures_that_the_results_do_not_give_are_named(

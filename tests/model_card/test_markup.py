@@ -1,7 +1,5 @@
 """Data in Markdown, read back by a Markdown parser: the same text, and no markup in it."""
 
-from __future__ import annotations
-
 import copy
 from html.parser import HTMLParser
 from pathlib import Path
@@ -28,28 +26,14 @@ NAMES = [
 ]
 
 
-class Reader(HTMLParser):
-    """Text and tags of HTML."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.text, self.tags = "", []
-
-    def handle_starttag(self, tag: str, attrs: object) -> None:
-        self.tags.append(tag)
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-    def handle_comment(self, data: str) -> None:
-        self.tags.append("comment")
-
-
 def read(markdown: str) -> tuple[str, list[str]]:
-    reader = Reader()
+    """Text and tags of what a Markdown parser makes of it."""
+    text, tags, reader = [], [], HTMLParser()
+    reader.handle_data, reader.handle_starttag = text.append, lambda tag, attrs: tags.append(tag)
+    reader.handle_comment = lambda data: tags.append("comment")
     reader.feed(MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).render(markdown))
     reader.close()
-    return reader.text, reader.tags
+    return "".join(text), tags
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,18 +1,14 @@
 """Verification: a sound release passes, and each kind of tampering is named."""
 
-from __future__ import annotations
-
-import io
 import json
 import os
 import pickle
-import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from forging import card_problems, failures, sign_again  # type: ignore[import-not-found]
+from forging import card_problems, edit_json, failures, sign_again  # type: ignore[import-not-found]
 from safetensors.torch import load_file, save_file
 
 from nanophi.core.errors import UserError
@@ -35,17 +31,9 @@ def test_a_sound_release_passes_every_check(
     lines: list[str] = []
     checks = verify.check(relative, report=lines.append)
     assert [check["name"] for check in checks if not check["passed"]] == []
-    assert {
-        "checksums",
-        "files",
-        "card",
-        "configuration",
-        "stock Phi",
-        "remote code",
-        "loaders agree",
-        "sample",
-        "evaluation",
-    } <= {check["name"] for check in checks}
+    names = ["checksums", "files", "code references", "code", "card", "provenance", "configuration", "figures"]
+    names += ["stock Phi", "remote code", "loaders agree", "parameters", "sample", "evaluation"]
+    assert [check["name"] for check in checks] == names
     assert len(lines) == len(checks) and all("ok" in line for line in lines)
 
 
@@ -63,18 +51,6 @@ def add(name: str, content: bytes) -> Callable[[Path], None]:
     return tamper
 
 
-def add_torch_archive(folder: Path) -> None:
-    import torch
-
-    buffer = io.BytesIO()
-    torch.save({"a": torch.ones(1)}, buffer)
-    (folder / "figures" / "more.png").write_bytes(buffer.getvalue())
-
-
-def add_other_weights(folder: Path) -> None:
-    shutil.copyfile(folder / "model.safetensors", folder / "consolidated.safetensors")
-
-
 def add_link(folder: Path) -> None:
     (folder / "figures" / "link.png").symlink_to("/etc/hostname")
 
@@ -83,11 +59,6 @@ def name_foreign_code(folder: Path) -> None:
     config = read_json(folder / "config.json")
     config["auto_map"]["AutoModelForCausalLM"] = "somebody/else--modeling.Model"
     write_json(folder / "config.json", config)
-
-
-def name_tokenizer_code(folder: Path) -> None:
-    config = read_json(folder / "tokenizer_config.json")
-    write_json(folder / "tokenizer_config.json", {**config, "auto_map": {"AutoTokenizer": ["tok.Tok", None]}})
 
 
 def drop_a_file(folder: Path) -> None:
@@ -104,17 +75,18 @@ def break_weights(folder: Path) -> None:
         (flip_a_byte, "checksums", "model.safetensors was changed"),
         (drop_a_file, "checksums", "generation_config.json is missing"),
         (add("extra.bin", pickle.dumps({"a": 1})), "files", "extra.bin is not a file that nanophi writes"),
-        (add("weights.dat", pickle.dumps({"a": 1}, protocol=0)), "files", "weights.dat is not a file"),
         (add("tokenization_extra.py", b"import os"), "files", "tokenization_extra.py is not a file"),
-        (add("install.bat", b"del *"), "files", "install.bat is not a file"),
         (add("records/setup", b"#!/bin/sh\nexit"), "files", "records/setup is not a file"),
-        (add("model.onnx", b"\x08\x07"), "files", "model.onnx is not a file"),
-        (add_other_weights, "files", "consolidated.safetensors is not a file"),
-        (add_torch_archive, "files", "figures/more.png is not a file that nanophi writes"),
+        (add("consolidated.safetensors", b"\x08\x07"), "files", "consolidated.safetensors is not a file"),
+        (add("figures/more.png", b"\x80\x02"), "files", "figures/more.png is not a file that nanophi writes"),
         (add_link, "files", "figures/link.png is a link"),
         (break_weights, "files", "model.safetensors is not a valid safetensors file"),
         (name_foreign_code, "code references", "somebody/else--modeling.Model"),
-        (name_tokenizer_code, "code references", "tok.Tok"),
+        (
+            edit_json("tokenizer_config.json", auto_map={"AutoTokenizer": ["tok.Tok", None]}),
+            "code references",
+            "tok.Tok",
+        ),
     ],
 )
 def test_tampered_files_are_named_and_nothing_is_loaded(
@@ -131,22 +103,17 @@ def test_tampered_files_are_named_and_nothing_is_loaded(
         assert list(failures(copied)) == [check, *also, "loaders"]
 
 
-def test_a_result_for_the_hub_that_was_never_measured_is_named(copied: Path) -> None:
+def test_what_was_never_measured_is_named(copied: Path) -> None:
     (copied / ".eval_results").mkdir()
     (copied / ".eval_results" / "gsm8k.yaml").write_text("- dataset: {id: openai/gsm8k}\n  value: 91.5\n")
-    sign_again(copied)
-    records = shipped.read_records(copied / "records")
-    assert card_problems(copied, records) == [".eval_results/gsm8k.yaml is not what the records give"]
-
-
-def test_a_number_edited_in_the_card_is_named(copied: Path) -> None:
+    assert card_problems(copied) == [".eval_results/gsm8k.yaml is not what the records give"]
     card = copied / "README.md"
     text = card.read_text()
     assert "| held-out continuation | accuracy, length-normalised | 41.00 |" in text
     card.write_text(text.replace("length-normalised | 41.00", "length-normalised | 61.00", 1))
     assert "README.md was changed" in failures(copied)["checksums"]
-    wrong = card_problems(copied)
-    assert len(wrong) == 1 and "61.00" in wrong[0] and "41.00" in wrong[0]
+    (wrong,) = card_problems(copied)[1:]
+    assert "61.00" in wrong and "41.00" in wrong
 
 
 def test_a_card_of_another_version_is_checked_by_its_numbers(copied: Path) -> None:
@@ -234,15 +201,14 @@ def test_bad_manifest_is_one_line(copied: Path, manifest: str) -> None:
     assert all("\n" not in detail for detail in failed.values())
 
 
-@pytest.mark.parametrize("name", ["absent", "/absent/folder", "a/b/c", "../x/y"])
-def test_what_is_no_release_is_one_line(name: str) -> None:
-    with pytest.raises(UserError, match="does not exist, and it is not a Hub id"):
-        verify.check(name)
-
-
-def test_revision_of_a_folder_is_refused(built_release: Path) -> None:
+def test_what_is_no_release_is_one_line(built_release: Path) -> None:
+    for name in ("absent", "/absent/folder", "a/b/c", "../x/y"):
+        with pytest.raises(UserError, match="does not exist, and it is not a Hub id"):
+            verify.check(name)
     with pytest.raises(UserError, match="--revision"):
         verify.check(str(built_release), "main")
+    with pytest.raises(UserError, match=rf"did you mean {built_release}\?"):
+        verify.check(str(built_release.parent))
 
 
 # What people have: clones, caches, folders that an operating system has looked into
@@ -273,13 +239,6 @@ def test_a_snapshot_in_the_hubs_cache_may_be_named_by_its_path(copied: Path, tmp
         blob.write_bytes((copied / name).read_bytes())
         link.symlink_to(os.path.relpath(blob, link.parent))
     assert file_problems(snapshot) == []
-    with pytest.raises(UserError, match=rf"this is the Hub's cache, name one of its snapshots: .*{'0' * 40}"):
-        verify.check(str(cache))
     (snapshot / "figures" / "loss.png").unlink()
     (snapshot / "figures" / "loss.png").symlink_to("/etc/hostname")
     assert "figures/loss.png is a link" in file_problems(snapshot)
-
-
-def test_a_run_directory_is_told_from_its_release(built_release: Path) -> None:
-    with pytest.raises(UserError, match=rf"did you mean {built_release}\?"):
-        verify.check(str(built_release.parent))
