@@ -139,7 +139,7 @@ def write_records(records: ShippedRecords, folder: Path) -> None:
 def read_records(folder: Path) -> ShippedRecords:
     """Read what `write_records` wrote. Raises `UserError` for a file that is missing, or cannot be parsed."""
     records: ShippedRecords = {}
-    parsers = {".yaml": yaml.safe_load, ".json": json.loads}
+    parsers: dict[str, Callable[[str], Any]] = {".yaml": yaml.safe_load, ".json": json.loads}
     for path in sorted(path for path in folder.rglob("*") if path.suffix in parsers):
         with user_errors(f"{path} is not valid {path.suffix[1:].upper()}"):
             content = parsers[path.suffix](path.read_text(encoding="utf-8"))

@@ -227,36 +227,16 @@ def build_run(run: Path) -> None:
 
     write_data(run)
 
-    log = [
-        {
-            "step": step,
-            "loss": 5.7 - step / 20,
-            "learning_rate": 1e-3,
-            "grad_norm": 1.0,
-            "tokens_seen": step * TOKENS,
-            "tokens_per_second": 1000.0,
-            "mfu": None,
-            "elapsed_seconds": step * 0.5,
-        }
-        for step in range(1, STEPS + 1)
-    ]
-    evaluations = [
-        {
-            "step": step,
-            "tokens_seen": step * TOKENS,
-            "loss": 5.8 - step / 20,
-            "bits_per_byte": round(2.9 - step / 40, 5),
-        }
-        for step in (*KEPT_STEPS, STEPS)
-    ]
-    summary = {
-        "checkpoint": f"checkpoints/step-{STEPS:06d}",
-        "steps": STEPS,
-        "tokens_seen": STEPS * TOKENS,
-        "epochs": 1.5,
-        "parameters": 34412,
-        "precision": "fp32",
-        "seconds": 15.0,
+    def at(step: int, **values: Any) -> dict[str, Any]:
+        return {"step": step, "tokens_seen": step * TOKENS, **values}
+
+    rates = {"learning_rate": 1e-3, "grad_norm": 1.0, "tokens_per_second": 1000.0, "mfu": None}
+    log = [at(step, loss=5.7 - step / 20, elapsed_seconds=step * 0.5, **rates) for step in range(1, STEPS + 1)]
+    losses = {step: (5.8 - step / 20, round(2.9 - step / 40, 5)) for step in (*KEPT_STEPS, STEPS)}
+    evaluations = [at(step, loss=loss, bits_per_byte=bits) for step, (loss, bits) in losses.items()]
+    summary = {"checkpoint": f"checkpoints/step-{STEPS:06d}", "steps": STEPS, "tokens_seen": STEPS * TOKENS}
+    summary |= {"epochs": 1.5, "parameters": 34412, "precision": "fp32", "seconds": 15.0}
+    summary |= {
         "tokens_per_second": 1000.0,
         "flops_per_token": 300000,
         "weights_sha256": sha256_of_file(run / "checkpoints" / f"step-{STEPS:06d}" / "model.safetensors"),

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -25,7 +24,7 @@ def raises(error, call):
 
 
 @pytest.fixture
-def hub() -> Iterator[HubServer]:
+def hub():
     with HubServer() as server:
         yield server
 
@@ -39,7 +38,7 @@ def run_client(hub: HubServer, home: Path, script: str, **variables: str) -> str
     return done.stdout
 
 
-def test_commit_branch_tag_and_download(hub: HubServer, tmp_path: Path) -> None:
+def test_commit_branch_tag_and_download(hub, tmp_path):
     run_client(
         hub,
         tmp_path,
@@ -79,7 +78,7 @@ assert raises(RepositoryNotFoundError, lambda: hf_hub_download("org/absent", "RE
     assert sum(line.startswith("PUT /lfs/") for line in hub.requests) == 2
 
 
-def test_metadata_that_the_hub_refuses(hub: HubServer, tmp_path: Path) -> None:
+def test_metadata_that_the_hub_refuses(hub, tmp_path):
     refused = {
         "license: gpl-7": "gpl-7",
         "datasets: [/data/mine]": "/data/mine",
@@ -102,7 +101,7 @@ for metadata, named in {refused!r}.items():
     assert len(hub.repositories["model", "org/model"].commits) == 1
 
 
-def test_private_repository_is_hidden_from_strangers(hub: HubServer, tmp_path: Path) -> None:
+def test_private_repository_is_hidden_from_strangers(hub, tmp_path):
     hub.add_repository("model", "org/secret", {"config.json": b"{}"}, private=True)
     run_client(hub, tmp_path / "a", 'hf_hub_download("org/secret", "config.json")')
     script = 'raises(RepositoryNotFoundError, lambda: hf_hub_download("org/secret", "config.json"))'
@@ -111,7 +110,7 @@ def test_private_repository_is_hidden_from_strangers(hub: HubServer, tmp_path: P
     run_client(hub, tmp_path / "d", 'hf_hub_download("org/secret", "config.json")', HF_TOKEN="hf_of_somebody_else")
 
 
-def test_load_dataset(hub: HubServer, tmp_path: Path) -> None:
+def test_load_dataset(hub, tmp_path):
     frame = pd.DataFrame({"text": ["one", "two", "three"], "quality_score_v1": [0.1, 0.6, 0.9]})
     frame.to_parquet(tmp_path / "part.parquet")
     card = b"---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/*.parquet\n---\n"
@@ -132,7 +131,7 @@ print(plain["quality_score_v1"][:])
 
 
 @pytest.mark.parametrize("moment", ["before", "during", "after"])
-def test_a_cut_connection_stays_cut_until_restored(hub: HubServer, moment: str) -> None:
+def test_a_cut_connection_stays_cut_until_restored(hub, moment):
     import http.client
 
     hub.add_repository("model", "org/model", {"a": b"1"})

@@ -25,16 +25,21 @@ from nanophi.model_card.records import ShippedRecords
 
 
 @pytest.fixture(scope="module")
-def records(finished_run: Path) -> ShippedRecords:
+def records(finished_run):
     return shipped.collect(finished_run, final_checkpoint(finished_run))
 
 
 @pytest.fixture
-def run_copy(finished_run: Path, tmp_path: Path) -> Path:
+def changed(records):
+    """Records that a test may change."""
+    return copy.deepcopy(records)
+
+
+@pytest.fixture
+def run_copy(finished_run, tmp_path):
     """A run that a test may change; the weights are links."""
-    return Path(
-        shutil.copytree(finished_run, tmp_path / finished_run.name, ignore=shutil.ignore_patterns("release", "card"))
-    )
+    ignored = shutil.ignore_patterns("release", "card")
+    return Path(shutil.copytree(finished_run, tmp_path / finished_run.name, ignore=ignored))
 
 
 def edit(path: Path, change: Callable[[Any], None]) -> None:
@@ -43,7 +48,7 @@ def edit(path: Path, change: Callable[[Any], None]) -> None:
     write_json(path, content)
 
 
-def test_every_field_of_the_hubs_template_is_answered(records: ShippedRecords) -> None:
+def test_every_field_of_the_hubs_template_is_answered(records):
     text = card.render(published(records))
     assert metadata.problems(text) == [] and metadata_errors(text) == []
     # Field of huggingface_hub's own template -> how this card says it, by a bold name or another mark.
@@ -76,7 +81,7 @@ def published(records: ShippedRecords, repo_id: str = "org/tiny") -> ShippedReco
     return {**records, "run.json": {**records["run.json"], "repo_id": repo_id}}
 
 
-def test_snippets_use_the_folder_until_there_is_a_repository(records: ShippedRecords) -> None:
+def test_snippets_use_the_folder_until_there_is_a_repository(records):
     text, later = card.render(records), card.render(published(records))
     assert 'model="tiny/release"' in text and "revision=" not in text and "```bibtex" not in text
     assert "nanophi verify tiny/release" in text
@@ -84,7 +89,7 @@ def test_snippets_use_the_folder_until_there_is_a_repository(records: ShippedRec
     assert "in transformers 5.4 or later" in text
 
 
-def test_links_and_figures_of_the_card_are_in_the_release(built_release: Path) -> None:
+def test_links_and_figures_of_the_card_are_in_the_release(built_release):
     text = (built_release / "README.md").read_text()
     targets = re.findall(r"\]\((?!https?:)([^)]+)\)", text)
     assert {"figures/loss.png", "figures/quality.png", "figures/evaluation.png"} <= set(targets)
@@ -92,7 +97,7 @@ def test_links_and_figures_of_the_card_are_in_the_release(built_release: Path) -
         assert (built_release / target).exists(), target
 
 
-def test_metadata_is_read_back_by_the_client(records: ShippedRecords) -> None:
+def test_metadata_is_read_back_by_the_client(records):
     data: Any = ModelCard(card.render(records)).data
     assert (data.language, data.license, data.library_name) == ("en", "apache-2.0", "transformers")
     assert data.pipeline_tag == "text-generation"
@@ -100,7 +105,7 @@ def test_metadata_is_read_back_by_the_client(records: ShippedRecords) -> None:
     assert data.eval_results is None and data.metrics == ["accuracy"]
 
 
-def test_numbers_follow_the_records(records: ShippedRecords) -> None:
+def test_numbers_follow_the_records(records):
     changed, text = copy.deepcopy(records), card.render(records)
     changes: list[tuple[dict, str, Any, str]] = [
         (changed["training.json"]["summary"], "tokens_per_second", 4321.0, "4,321 tokens/s"),
@@ -118,7 +123,7 @@ def test_numbers_follow_the_records(records: ShippedRecords) -> None:
         assert shown not in text and shown in card.render(changed)
 
 
-def test_the_template_holds_no_result() -> None:
+def test_the_template_holds_no_result():
     text = "".join((pages.FOLDER / "sections" / f"{name}.md").read_text() for name in card.SECTIONS)
     text = re.sub(r"\{\{.*?\}\}|\{%.*?%\}|```.*?```", "", text, flags=re.DOTALL)
     # What is left may count nothing but versions and names.
@@ -129,30 +134,24 @@ def test_the_template_holds_no_result() -> None:
     assert not re.search(r"More Information Needed|\b(TODO|TBD|FIXME|nan|None|Undefined)\b", text)
 
 
-def test_a_value_without_a_record_fails(records: ShippedRecords) -> None:
-    changed = copy.deepcopy(records)
+def test_a_value_without_a_record_fails(changed):
     del changed["training.json"]["summary"]["tokens_per_second"]
     with pytest.raises(UserError, match="tokens_per_second"):
         card.render(changed)
 
 
-def test_problems_are_named() -> None:
+def test_problems_are_named():
     headers = {"mit": "'language' is missing", "[": "not valid YAML", "MIT": "'MIT'", "other": "needs license_name"}
     assert "no YAML metadata" in metadata.problems("no metadata at all")[0]
     for licence, wrong in headers.items():
         assert wrong in "; ".join(metadata.problems(f"---\nlicense: {licence}\n---\nx"))
 
 
-def test_paths_are_cut_whatever_characters_they_have(tmp_path: Path) -> None:
+def test_paths_are_cut_whatever_characters_they_have(tmp_path):
     run = tmp_path / "my runs" / "tiny"
     cut = secrets.PathRemover(run)
-    paths = [
-        "/home/jane doe/Café (v2)/x.parquet",
-        "~/texts/数据/x.parquet",
-        "C:\\Users\\me\\y.txt",
-        "../../up/z",
-        "/data",
-    ]
+    paths = ["/home/jane doe/Café (v2)/x.parquet", "~/texts/数据/x.parquet", "C:\\Users\\me\\y.txt", "../../up/z"]
+    paths.append("/data")
     assert cut(paths) == ["x.parquet", "x.parquet (2)", "y.txt", "z", "data"]
     named = cut({"sources": {paths[1]: 1}, "scorer": f"model:{paths[0]}"})
     assert named == {"sources": {"x.parquet (2)": 1}, "scorer": "model:x.parquet"}
@@ -162,28 +161,24 @@ def test_paths_are_cut_whatever_characters_they_have(tmp_path: Path) -> None:
     assert cut([float("nan"), float("inf"), 1.5]) == [None, None, 1.5]
 
 
-def test_records_survive_writing_and_nothing_of_the_machine_is_in_them(
-    records: ShippedRecords, finished_run: Path, tmp_path: Path
-) -> None:
+def test_records_survive_writing_and_nothing_of_the_machine_is_in_them(records, finished_run, tmp_path):
     shipped.write_records(records, tmp_path)
     assert shipped.read_records(tmp_path) == records
     told = json.dumps(records)
-    assert not [
-        private for private in (str(finished_run.parent), "secret.txt", "A best", '"device"') if private in told
-    ]
+    private = (str(finished_run.parent), "secret.txt", "A best", '"device"')
+    assert [text for text in private if text in told] == []
 
 
-def test_sources_with_weights_and_held_out_ones(records: ShippedRecords) -> None:
-    changed = copy.deepcopy(records)
+def test_sources_with_weights_and_held_out_ones(changed, records):
     assert "The weight says" not in card.render(records)
     (plain,) = changed["recipe.yaml"]["data"]["sources"]
     web = {**plain, "embedded": None, "name": None, "hub": "org/web", "split": "train", "weight": 0.5}
-    changed["recipe.yaml"]["data"]["sources"] = [
-        web,
-        {**web, "config": "more"},
-        {**web, "split": "validation", "heldout": True},
-        {**web, "hub": "org/only-held-out", "heldout": True},
-    ]
+    others = (
+        {"config": "more"},
+        {"split": "validation", "heldout": True},
+        {"hub": "org/only-held-out", "heldout": True},
+    )
+    changed["recipe.yaml"]["data"]["sources"] = [web, *({**web, **other} for other in others)]
     text = card.render(changed)
     assert "The weight says" in text
     assert "| org/web | [org/web](https://huggingface.co/datasets/org/web), split `validation` | held out |" in text
@@ -192,10 +187,9 @@ def test_sources_with_weights_and_held_out_ones(records: ShippedRecords) -> None
     assert data.datasets == ["org/web"]
 
 
-def test_metered_energy_and_its_price(records: ShippedRecords) -> None:
+def test_metered_energy_and_its_price(changed, records):
     assert "co2_eq_emissions" not in ModelCard(card.render(records)).data.to_dict()
     assert "Energy" not in card.render(records) and "Cost" not in card.render(records)
-    changed = copy.deepcopy(records)
     metered = {"energy_kwh": 20.8123, "co2_grams": 1460.04, "co2_source": "a meter", "co2_region": "FRA"}
     changed["training.json"]["summary"] |= {**metered, "cost_usd": 51.237}
     text = card.render(changed)
@@ -213,8 +207,7 @@ def test_metered_energy_and_its_price(records: ShippedRecords) -> None:
     assert emissions["emissions"] == 0.0456 and "geographical_location" not in emissions
 
 
-def test_a_model_that_began_as_another_is_not_from_scratch(records: ShippedRecords) -> None:
-    changed = copy.deepcopy(records)
+def test_a_model_that_began_as_another_is_not_from_scratch(changed):
     changed["recipe.yaml"]["base"] = "org/base@v2"
     text = card.render(changed)
     assert "trained from the weights of org/base\\@v2 on " in text and "**Starting point:** org/base" in text
@@ -225,10 +218,9 @@ def test_a_model_that_began_as_another_is_not_from_scratch(records: ShippedRecor
     assert "base_model" not in ModelCard(card.render(changed)).data.to_dict()
 
 
-def test_contradicting_or_missing_records_fail_the_build(run_copy: Path, tmp_path: Path) -> None:
-    edit(
-        run_copy / "checkpoints/step-000030/checkpoint.json", lambda r: r.update(step=29, tokens_seen=1, eval_loss=9.0)
-    )
+def test_contradicting_or_missing_records_fail_the_build(run_copy, tmp_path):
+    checkpoint = run_copy / "checkpoints/step-000030/checkpoint.json"
+    edit(checkpoint, lambda r: r.update(step=29, tokens_seen=1, eval_loss=9.0))
     edit(run_copy / "training.json", lambda r: r["summary"].update(parameters=5))
     edit(run_copy / "data/quality/quality.json", lambda r: r.update(threshold=0.9))
     with pytest.raises(UserError) as caught:
@@ -241,19 +233,19 @@ def test_contradicting_or_missing_records_fail_the_build(run_copy: Path, tmp_pat
     assert not (tmp_path / "card").exists()
 
 
-def test_a_loss_of_an_earlier_step_is_not_told(run_copy: Path) -> None:
+def test_a_loss_of_an_earlier_step_is_not_told(run_copy):
     edit(run_copy / "checkpoints/step-000020/checkpoint.json", lambda r: r.update(eval_step=10))
     assert [entry["eval_loss"] for entry in shipped.revisions(run_copy)] == [5.3, None, 4.3]
 
 
-def test_results_of_other_weights_are_passed_over(run_copy: Path) -> None:
+def test_results_of_other_weights_are_passed_over(run_copy):
     results = run_copy / "evals" / "step-000030-heldout.json"
     for sha256, suites in ((model_sha256(run_copy / "checkpoints" / "step-000030"), ["heldout"]), ("0" * 64, [])):
         edit(results, lambda r, sha256=sha256: r["nanophi"]["model"].update(sha256=sha256))
         assert list(shipped.evaluations(run_copy, "step-000030")) == [f"evals/{suite}.json" for suite in suites]
 
 
-def test_card_of_an_earlier_checkpoint(finished_run: Path, run_copy: Path) -> None:
+def test_card_of_an_earlier_checkpoint(finished_run, run_copy):
     write_json(run_copy / "comparison.json", comparison("tiny"))
     last, earlier = (shipped.collect(run_copy, run_copy / "checkpoints" / f"step-0000{step}") for step in (30, 10))
     # Only the finished model was compared.
@@ -265,8 +257,7 @@ def test_card_of_an_earlier_checkpoint(finished_run: Path, run_copy: Path) -> No
     assert read_json(finished_run / "sample.json")["text"] not in text
 
 
-def test_sample_cannot_break_out_of_its_block(records: ShippedRecords) -> None:
-    changed = copy.deepcopy(records)
+def test_sample_cannot_break_out_of_its_block(changed):
     hostile = "The module\n```\n# Heading\n<script>x</script>\n````\n[link](http://x) None {{ nan }} TODO\x00"
     changed["sample.json"]["text"] = hostile
     changed["recipe.yaml"]["card"]["prompt"] = "title: x\n---\nThe module "
@@ -276,8 +267,7 @@ def test_sample_cannot_break_out_of_its_block(records: ShippedRecords) -> None:
     assert metadata.problems(text) == []
 
 
-def test_comparison_says_what_is_noise(records: ShippedRecords) -> None:
-    changed = copy.deepcopy(records)
+def test_comparison_says_what_is_noise(changed, records):
     changed["comparison.json"] = comparison(records["recipe.yaml"]["name"])
     assert "Held-out bits per byte by source</summary>" in card.render(records)
     text = card.render(changed)
@@ -294,7 +284,7 @@ def test_comparison_says_what_is_noise(records: ShippedRecords) -> None:
     assert "| other | 22.50 | 29.00 | its card |" in text
 
 
-def test_titles_with_commas_are_told_apart(records: ShippedRecords) -> None:
+def test_titles_with_commas_are_told_apart(records):
     """What a filter keeps and drops are two rows, and the lead must not read as both better and worse on one."""
     changed = copy.deepcopy({**records, "comparison.json": comparison("tiny")})
     compared = changed["comparison.json"]
@@ -307,7 +297,7 @@ def test_titles_with_commas_are_told_apart(records: ShippedRecords) -> None:
     assert '; worse on "held-out text, dropped by tiny"; within noise on "held-out continuation"' in text
 
 
-def test_leaderboard_section_and_metadata(records: ShippedRecords) -> None:
+def test_leaderboard_section_and_metadata(records):
     changed = {**records, "evals/open-llm-v1.json": leaderboard_results()}
     text = card.render(changed)
     assert "### Open LLM Leaderboard Evaluation Results" in text

@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +63,7 @@ def prepare(run: Path, texts: Path, **source: Any) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def scored(built_release: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def scored(built_release, tmp_path_factory):
     """A release within a run whose data, scores and selection are real."""
     folder = tmp_path_factory.mktemp("scored")
     run = Path(shutil.copytree(built_release.parent, folder / "runs" / "tiny"))
@@ -78,7 +77,7 @@ def page_of(hub: HubServer, kind: str, name: str) -> str:
 
 
 @pytest.fixture(autouse=True)
-def no_branches(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_branches(monkeypatch):
     """Branches of checkpoints take seconds to build and are tested elsewhere."""
 
     def only_main(release: Path, repo_id: str, scratch: Path, echo: Any, links: dict[str, str]) -> dict[str, Path]:
@@ -89,14 +88,14 @@ def no_branches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+def hub(tmp_path, monkeypatch):
     with HubServer() as server:
         talk_to(server, tmp_path / "home", monkeypatch)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
         yield server
 
 
-def test_a_published_scorer_is_used_at_a_revision(scored: Path, hub: HubServer, tmp_path: Path) -> None:
+def test_a_published_scorer_is_used_at_a_revision(scored, hub, tmp_path):
     push(scored, "org/demo", scorer=True, data="scores", control="org/control")
     repository = hub.repositories["model", "org/demo-quality"]
     assert is_whole(repository.branches["main"]) and repository.tags["v1.0"] is repository.branches["main"]
@@ -119,7 +118,7 @@ def test_a_published_scorer_is_used_at_a_revision(scored: Path, hub: HubServer, 
         find_scorer("model:org/demo-quality@v9").check()
 
 
-def test_the_card_links_what_is_published_and_keeps_its_links(scored: Path, hub: HubServer) -> None:
+def test_the_card_links_what_is_published_and_keeps_its_links(scored, hub):
     push(scored, "org/demo")
     repository = hub.repositories["model", "org/demo"]
     assert "org/demo-data" not in page_of(hub, "model", "org/demo")
@@ -135,7 +134,7 @@ def test_the_card_links_what_is_published_and_keeps_its_links(scored: Path, hub:
     assert repository.tags["v1.0"] is not repository.branches["main"] and is_whole(repository.branches["main"])
 
 
-def test_a_collection_is_made_and_extended(scored: Path, hub: HubServer) -> None:
+def test_a_collection_is_made_and_extended(scored, hub):
     push(scored, "org/control", collection="Nano")
     (collection,) = hub.collections.values()
     assert collection["private"]
@@ -164,7 +163,7 @@ print(json.dumps([{name: rows.to_list() for name, rows in splits.items()}, [row[
 
 
 @pytest.mark.parametrize("kind", ["scores", "text"])
-def test_the_data_loads_and_streams(kind: Any, scored: Path, hub: HubServer, tmp_path: Path) -> None:
+def test_the_data_loads_and_streams(kind, scored, hub, tmp_path):
     push(scored, "org/demo", data=kind)
     repository = hub.repositories["dataset", "org/demo-data"]
     assert is_whole(repository.branches["main"]) and repository.tags["v1.0"] is repository.branches["main"]
@@ -242,9 +241,7 @@ def join_as_on_the_card(hub: HubServer, published: Path, texts: str, monkeypatch
 
 
 @pytest.mark.parametrize("kind", ["scores", "text"])
-def test_a_recipe_over_the_published_data_gives_the_same_tokens(
-    kind: Any, scored: Path, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_recipe_over_the_published_data_gives_the_same_tokens(kind, scored, hub, tmp_path, monkeypatch):
     run = scored.parent
     push(scored, "org/demo", data=kind)
     published = download_data(hub, tmp_path)
@@ -257,7 +254,7 @@ def test_a_recipe_over_the_published_data_gives_the_same_tokens(
     assert packed(recipe, tmp_path / "again", tokenizer) == packed(load_recipe(run / "recipe.yaml"), run, tokenizer)
 
 
-def test_bad_input_is_one_line(scored: Path, hub: HubServer, tmp_path: Path) -> None:
+def test_bad_input_is_one_line(scored, hub, tmp_path):
     run = Path(shutil.copytree(scored.parent, tmp_path / "runs" / "tiny"))
     prepare(run, scored.parents[2])
     with pytest.raises(UserError, match="no licence is stated for good, bad; state"):
@@ -289,9 +286,7 @@ def test_bad_input_is_one_line(scored: Path, hub: HubServer, tmp_path: Path) -> 
         ("-----BEGIN PRIVATE KEY----- is how one begins", None),
     ],
 )
-def test_secrets_and_paths_in_the_data_are_refused(
-    planted: str, named: str | None, scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_secrets_and_paths_in_the_data_are_refused(planted, named, scored, tmp_path, monkeypatch):
     folder = tmp_path / "org-data"
     (folder / "data").mkdir(parents=True)
     texts = [f"Document {number} says nothing." for number in range(600)]
@@ -306,9 +301,7 @@ def test_secrets_and_paths_in_the_data_are_refused(
 
 
 @pytest.mark.slow
-def test_a_push_cut_at_any_request_is_finished_by_the_next(
-    scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_push_cut_at_any_request_is_finished_by_the_next(scored, tmp_path, monkeypatch):
     everything: dict[str, Any] = {"scorer": True, "data": "scores", "collection": "Nano", "public": True}
     generator, requests = random.Random(0), 0
     for _ in range(11):  # The first one counts the requests of a whole push, the others are cut somewhere in it.
@@ -330,7 +323,7 @@ def test_a_push_cut_at_any_request_is_finished_by_the_next(
 
 
 @pytest.mark.parametrize("part", ["scorer", "data", "gguf"])
-def test_a_companion_has_only_its_own_files(part: str, tmp_path: Path) -> None:
+def test_a_companion_has_only_its_own_files(part, tmp_path):
     own = {"scorer.safetensors": "scorer", "scorer.json": "scorer", "tiny-q8_0.gguf": "gguf"}
     own |= {"data/heldout-00000.parquet": "data", "data/install.bat": "nobody"}
     (tmp_path / "data").mkdir()

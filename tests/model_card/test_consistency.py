@@ -2,8 +2,6 @@
 
 import copy
 import re
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,16 +10,20 @@ from card_records import comparison, leaderboard_results  # type: ignore[import-
 from nanophi.core.names import final_checkpoint
 from nanophi.model_card import records as shipped
 from nanophi.model_card.consistency import contradictions
-from nanophi.model_card.records import ShippedRecords
 
 
 @pytest.fixture(scope="module")
-def records(finished_run: Path) -> ShippedRecords:
+def records(finished_run):
     return shipped.collect(finished_run, final_checkpoint(finished_run))
 
 
-def test_a_comparison_of_other_results_fails(records: ShippedRecords) -> None:
-    changed = copy.deepcopy(records)
+@pytest.fixture
+def changed(records):
+    """Records that a test may change."""
+    return copy.deepcopy(records)
+
+
+def test_a_comparison_of_other_results_fails(changed, records):
     changed["comparison.json"] = comparison(records["recipe.yaml"]["name"])
     assert contradictions(changed) == []
     row = changed["comparison.json"]["tasks"]["heldout_continuation"]
@@ -64,17 +66,14 @@ def of_licences(record: Any) -> dict[str, Any]:
         (lambda r: of_licences(r).update(bits_per_byte=1.15), "of the held-out text, its sources give 1.75"),
     ],
 )
-def test_figures_that_the_results_do_not_give_are_named(
-    records: ShippedRecords, change: Callable[[Any], None], named: str | None
-) -> None:
-    changed = copy.deepcopy(records)
+def test_figures_that_the_results_do_not_give_are_named(changed, change, named):
     change(changed["evals/heldout.json"])
     wrong = contradictions(changed)
     assert all(line.startswith("evals/heldout.json has ") for line in wrong)
     assert any(named in line for line in wrong) if named else wrong == []
 
 
-def test_an_average_that_is_not_its_tasks_is_named(records: ShippedRecords) -> None:
+def test_an_average_that_is_not_its_tasks_is_named(records):
     board = leaderboard_results()
     changed = {**records, "evals/open-llm-v1.json": board}
     assert contradictions(changed) == []
@@ -90,9 +89,7 @@ def test_an_average_that_is_not_its_tasks_is_named(records: ShippedRecords) -> N
         ("answers", "heldout_continuation", {"p_corrected": 0.05}, "-0.01 with p 0.05 is within noise"),
     ],
 )
-def test_a_verdict_that_its_difference_does_not_give_is_named(
-    records: ShippedRecords, table: str, task: str, change: dict[str, Any], named: str
-) -> None:
+def test_a_verdict_that_its_difference_does_not_give_is_named(records, table, task, change, named):
     changed = copy.deepcopy({**records, "comparison.json": comparison("tiny")})
     changed["comparison.json"][table][task]["differences"]["tiny"].update(change)
     *before, wrong = contradictions(changed)
@@ -102,7 +99,7 @@ def test_a_verdict_that_its_difference_does_not_give_is_named(
     assert all("its scores give" in line for line in before)
 
 
-def test_a_comparison_turned_round_or_of_other_sources_is_named(records: ShippedRecords) -> None:
+def test_a_comparison_turned_round_or_of_other_sources_is_named(records):
     changed = copy.deepcopy({**records, "comparison.json": comparison("tiny")})
     row = changed["comparison.json"]["tasks"]["heldout_bits_per_byte"]
     row["higher_is_better"], row["differences"]["tiny"]["verdict"] = True, "worse"

@@ -2,7 +2,6 @@
 
 import copy
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 from markdown_it import MarkdownIt
@@ -37,7 +36,7 @@ def read(markdown: str) -> tuple[str, list[str]]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_text_is_shown_as_it_is(name: str) -> None:
+def test_text_is_shown_as_it_is(name):
     shown = " ".join(name.split())
     for before, after in (("", ""), ("# ", ""), ("- **Name:** ", ""), ("Text about ", ", and more")):
         text, tags = read(f"{before}{markup.text(name)}{after}\n")
@@ -48,7 +47,7 @@ def test_text_is_shown_as_it_is(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_code_is_shown_as_it_is(name: str) -> None:
+def test_code_is_shown_as_it_is(name):
     text, tags = read(f"Made of {markup.code(name)}, and more\n")
     assert " ".join(name.split()) in text and tags == ["p", "code"]
     text, tags = read(f"| a | b |\n|---|---|\n| {markup.code(name, cell=True)} | last |\n")
@@ -57,12 +56,12 @@ def test_code_is_shown_as_it_is(name: str) -> None:
     assert tags == ["pre", "code"] and text.count(name) == 2
 
 
-def test_what_cannot_be_shown_is_replaced() -> None:
+def test_what_cannot_be_shown_is_replaced():
     assert markup.text("a\x00b\x1b[31m\u202ec\ud800d\u00a0e") == "a\ufffdb\ufffd\\[31m\ufffdc\ufffdd e"
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_names_of_sources_are_no_markup_in_the_card(finished_run: Path, name: str) -> None:
+def test_names_of_sources_are_no_markup_in_the_card(finished_run, name):
     records = copy.deepcopy(shipped.collect(finished_run, final_checkpoint(finished_run)))
     before = read(card.render(records).split("---\n", 2)[2])[1]
     (source,) = records["recipe.yaml"]["data"]["sources"]

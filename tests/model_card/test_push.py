@@ -6,7 +6,7 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +31,13 @@ REVISIONS = ["step-000010", "step-000020", "step-000030", "main"]
 
 
 @pytest.fixture(scope="module")
-def revisions(built_release: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def revisions(built_release, tmp_path_factory):
     """What a push of `built_release` builds before it sends anything."""
     return pushing._revisions(built_release, "org/demo", tmp_path_factory.mktemp("revisions"), silent, {})
 
 
 @pytest.fixture
-def hub(
-    revisions: dict[str, Path], built_release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[HubServer]:
+def hub(revisions, built_release, tmp_path, monkeypatch):
     """A Hub to push to; the revisions of `built_release` are not built again, which takes a second or two."""
     build = pushing._revisions
     monkeypatch.setattr(pushing, "_revisions", lambda *given: revisions if given[0] == built_release else build(*given))
@@ -49,7 +47,7 @@ def hub(
 
 
 @pytest.fixture
-def run_copy(built_release: Path, tmp_path: Path) -> Path:
+def run_copy(built_release, tmp_path):
     """A run with its release that a test may change."""
     return Path(shutil.copytree(built_release.parent, tmp_path / "runs" / "tiny"))
 
@@ -64,7 +62,7 @@ def assert_complete(hub: HubServer) -> None:
     assert repository.tags["v1.0"] is repository.branches["main"]
 
 
-def test_push_then_load_in_a_fresh_process(built_release: Path, hub: HubServer, tmp_path: Path) -> None:
+def test_push_then_load_in_a_fresh_process(built_release, hub, tmp_path):
     (url,) = push(built_release, "org/demo")
     assert url == f"{hub.endpoint}/org/demo"
     assert_complete(hub)
@@ -82,12 +80,10 @@ for options in ({}, {"trust_remote_code": True}, {"revision": "step-000010"}, {"
     place: Any = {"env": {**os.environ, **hub.environment(tmp_path / "empty")}, "cwd": tmp_path}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, **place)
     assert done.returncode == 0, done.stderr
-    assert [json.loads(line) for line in done.stdout.splitlines()] == [
-        ["PhiForCausalLM", sample["text"]],
-        ["NanoPhiForCausalLM", sample["text"]],
-        ["PhiForCausalLM", sample["checkpoints"]["step-000010"]],
-        ["PhiForCausalLM", sample["text"]],
-    ]
+    texts = [*[sample["text"]] * 2, sample["checkpoints"]["step-000010"], sample["text"]]
+    classes = ["PhiForCausalLM", "NanoPhiForCausalLM", "PhiForCausalLM", "PhiForCausalLM"]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert found == [list(pair) for pair in zip(classes, texts, strict=True)]
     assert "newly initialized" not in done.stderr and "to instantiate a model of type" not in done.stderr
 
     cache = tmp_path / "another"
@@ -96,7 +92,7 @@ for options in ({}, {"trust_remote_code": True}, {"revision": "step-000010"}, {"
     assert card_problems(folder) == []
 
 
-def test_dry_run_lists_everything_and_sends_nothing(built_release: Path, hub: HubServer) -> None:
+def test_dry_run_lists_everything_and_sends_nothing(built_release, hub):
     lines: list[str] = []
     assert push(built_release, "org/demo", dry_run=True, report=lines.append) == []
     assert all(line.startswith(("GET", "HEAD")) for line in hub.requests)
@@ -106,7 +102,7 @@ def test_dry_run_lists_everything_and_sends_nothing(built_release: Path, hub: Hu
     assert f"main: {len(list_files(built_release))} files, " in heads[-1]
 
 
-def test_second_push_sends_nothing_and_public_comes_last(built_release: Path, hub: HubServer) -> None:
+def test_second_push_sends_nothing_and_public_comes_last(built_release, hub):
     push(built_release, "org/demo")
     assert hub.repositories["model", "org/demo"].private
     before = len(hub.requests)
@@ -117,9 +113,7 @@ def test_second_push_sends_nothing_and_public_comes_last(built_release: Path, hu
     assert not hub.repositories["model", "org/demo"].private and hub.requests[-1].endswith("/settings")
 
 
-def test_a_new_signature_alone_is_not_sent(
-    built_release: Path, revisions: dict[str, Path], hub: HubServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_new_signature_alone_is_not_sent(built_release, revisions, hub, monkeypatch):
     def sign(folder: Path, key: Path) -> None:
         (folder / "model.sig").write_bytes(os.urandom(8))
 
@@ -142,9 +136,7 @@ def assert_loads(revision: str, cache: Path, sample: dict) -> None:
 
 
 @pytest.mark.parametrize("tenth", range(10))
-def test_a_push_cut_at_any_moment_is_finished_by_the_next(
-    built_release: Path, hub: HubServer, tmp_path: Path, tenth: int
-) -> None:
+def test_a_push_cut_at_any_moment_is_finished_by_the_next(built_release, hub, tmp_path, tenth):
     """A random moment of each tenth of a push: before, during or after a request."""
     push(built_release, "org/demo")
     draw, requests = random.Random(tenth), len(hub.requests)
@@ -178,7 +170,7 @@ def test_a_push_cut_at_any_moment_is_finished_by_the_next(
 FOREIGN = {"README.md": b"Trainer's own card", "optimizer.bin": b"old", "model.safetensors": b"another model"}
 
 
-def test_another_models_repository_is_left_alone(built_release: Path, hub: HubServer) -> None:
+def test_another_models_repository_is_left_alone(built_release, hub):
     hub.add_repository("model", "org/demo", FOREIGN)
     lines: list[str] = []
     push(built_release, "org/demo", dry_run=True, report=lines.append)
@@ -197,7 +189,7 @@ def test_another_models_repository_is_left_alone(built_release: Path, hub: HubSe
     assert b'model="org/demo"' in hub.repositories["model", "org/demo"].branches["main"].files["README.md"].data
 
 
-def test_what_was_edited_on_the_hub_is_not_lost(built_release: Path, hub: HubServer) -> None:
+def test_what_was_edited_on_the_hub_is_not_lost(built_release, hub):
     push(built_release, "org/demo")
     hub.repositories["model", "org/demo"].tags.clear()
     edited = {"README.md": b"A card that was improved by hand", "model.safetensors": b"other weights"}
@@ -210,7 +202,7 @@ def test_what_was_edited_on_the_hub_is_not_lost(built_release: Path, hub: HubSer
     assert_complete(hub)
 
 
-def test_another_run_is_not_replaced_unasked(built_release: Path, hub: HubServer, tmp_path: Path) -> None:
+def test_another_run_is_not_replaced_unasked(built_release, hub, tmp_path):
     """Its manifest is as good as ours, and its version another."""
     alone = [Path(shutil.copytree(built_release, tmp_path / name / "release")) for name in ("tiny", "ctl")]
     push(alone[0], "org/demo")
@@ -235,7 +227,7 @@ def test_another_run_is_not_replaced_unasked(built_release: Path, hub: HubServer
     push(alone[1], "org/demo")
 
 
-def test_a_release_without_its_own_checkpoints_is_published_without_branches(run_copy: Path, hub: HubServer) -> None:
+def test_a_release_without_its_own_checkpoints_is_published_without_branches(run_copy, hub):
     record = read_json(run_copy / "record.json")
     record["stages"]["training"]["key"] = "trained again since"
     write_json(run_copy / "record.json", record)
@@ -245,7 +237,7 @@ def test_a_release_without_its_own_checkpoints_is_published_without_branches(run
     assert any(line.startswith("step-000010: its checkpoint is not in the run directory") for line in lines)
 
 
-def test_a_dry_run_needs_no_network(built_release: Path, hub: HubServer) -> None:
+def test_a_dry_run_needs_no_network(built_release, hub):
     hub.cut(0, "before")
     lines: list[str] = []
     push(built_release, "org/demo", dry_run=True, report=lines.append)
@@ -253,12 +245,11 @@ def test_a_dry_run_needs_no_network(built_release: Path, hub: HubServer) -> None
     assert sum("model.safetensors" in line for line in lines) == len(REVISIONS)
 
 
-@pytest.mark.parametrize(
-    ("status", "headers"), [(429, {"Retry_After": "7"}), (429, {"RateLimit": '"api";r=0;t=6'}), (503, {})]
-)
-def test_a_busy_hub_is_asked_again(
-    built_release: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch, status: int, headers: dict[str, str]
-) -> None:
+BUSY = [(429, {"Retry_After": "7"}), (429, {"RateLimit": '"api";r=0;t=6'}), (503, {})]
+
+
+@pytest.mark.parametrize(("status", "headers"), BUSY)
+def test_a_busy_hub_is_asked_again(built_release, hub, monkeypatch, status, headers):
     waits: list[float] = []
     monkeypatch.setattr("nanophi.model_card.upload.time.sleep", waits.append)
     hub.fail("POST .*/commit/main", status, 2, **headers)
@@ -267,9 +258,7 @@ def test_a_busy_hub_is_asked_again(
     assert waits == ([7, 7] if headers else [1, 2])
 
 
-def test_a_new_repository_and_a_commit_that_was_made_before_the_answer_failed(
-    built_release: Path, hub: HubServer
-) -> None:
+def test_a_new_repository_and_a_commit_that_was_made_before_the_answer_failed(built_release, hub):
     # What the Hub writes when a licence is chosen for a new repository is nobody's work.
     hub.add_repository("model", "org/demo", {"README.md": b"---\nlicense: apache-2.0\n---\n"})
     hub.fail("POST .*/commit/main", 502, after=True)
@@ -289,9 +278,7 @@ def test_a_new_repository_and_a_commit_that_was_made_before_the_answer_failed(
         ("validate-yaml", 400, r"the Hub refuses the card's metadata: .*injected 400"),
     ],
 )
-def test_the_hubs_errors_are_one_line_with_a_remedy(
-    built_release: Path, hub: HubServer, request_line: str, status: int, said: str
-) -> None:
+def test_the_hubs_errors_are_one_line_with_a_remedy(built_release, hub, request_line, status, said):
     hub.fail(f"POST .*/{request_line}", status, 99 if said.startswith("the Hub is busy") else 1)
     with pytest.raises(UserError, match=rf"^org/demo: {said}") as caught:
         push(built_release, "org/demo")
@@ -299,16 +286,15 @@ def test_the_hubs_errors_are_one_line_with_a_remedy(
     assert bool(hub.repositories) == (request_line == "commit/")
 
 
-def test_a_tag_is_never_moved(built_release: Path, run_copy: Path, hub: HubServer) -> None:
+def test_a_tag_is_never_moved(built_release, run_copy, hub):
     push(built_release, "org/demo")
     generation = read_json(run_copy / "release" / "generation_config.json")
     write_json(run_copy / "release" / "generation_config.json", {**generation, "temperature": 0.5})
     provenance = read_json(run_copy / "release" / "MANIFEST.json")["provenance"]
     write_manifest(run_copy / "release", provenance)
     before = dict(hub.repositories["model", "org/demo"].branches)
-    with pytest.raises(
-        UserError, match=r"tag v1\.0 of another release; .*raise card\.version .*choose another --repo-id"
-    ):
+    message = r"tag v1\.0 of another release; .*raise card\.version .*choose another --repo-id"
+    with pytest.raises(UserError, match=message):
         push(run_copy / "release", "org/demo")
     assert hub.repositories["model", "org/demo"].branches == before
 
@@ -321,7 +307,7 @@ def assert_companion_is_complete(hub: HubServer) -> None:
     assert b"\nbase_model: org/demo\nbase_model_relation: quantized\n" in head.files["README.md"].data
 
 
-def test_gguf_files_go_to_a_companion(built_release: Path, hub: HubServer, tmp_path: Path) -> None:
+def test_gguf_files_go_to_a_companion(built_release, hub, tmp_path):
     from gguf import GGUFReader
 
     urls = push(built_release, "org/demo", gguf=["f16", "q8_0"])
@@ -366,9 +352,7 @@ SECRET = "hf_" + "a1B2" * 9
         (plant("README.md", "\n[More Information Needed]\n"), "README.md has '[More Information Needed]', the"),
     ],
 )
-def test_what_must_not_be_published_is_named(
-    run_copy: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None], named: str
-) -> None:
+def test_what_must_not_be_published_is_named(run_copy, hub, monkeypatch, change, named):
     monkeypatch.setenv("SOME_SERVICE_TOKEN", "correct-horse-battery")
     folder = run_copy / "release"
     change(folder)
@@ -380,7 +364,7 @@ def test_what_must_not_be_published_is_named(
     assert hub.requests == []
 
 
-def test_bad_input_is_one_line(built_release: Path, hub: HubServer, tmp_path: Path) -> None:
+def test_bad_input_is_one_line(built_release, hub, tmp_path):
     for repo_id in ("demo", "a/b/c", "../x", "", "org/" + "n" * 97, "org/" + "n" * 92):
         with pytest.raises(UserError, match="ORG/NAME"):
             push(built_release, repo_id, gguf=["f16"])
@@ -390,9 +374,7 @@ def test_bad_input_is_one_line(built_release: Path, hub: HubServer, tmp_path: Pa
     assert parse_kinds("f16, q8_0,f16,") == ["f16", "q8_0"] and parse_kinds(None) == []
 
 
-def test_a_branch_that_needed_nothing_gets_nothing_though_it_changes_meanwhile(
-    built_release: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_branch_that_needed_nothing_gets_nothing_though_it_changes_meanwhile(built_release, hub, monkeypatch):
     """Somebody edits the card after the changes were planned and shown: that is theirs to keep."""
     push(built_release, "org/demo")
     check = upload.check_metadata

@@ -25,13 +25,13 @@ def build(run: Path, output: Path, dtype: str = "float32") -> Path:
     return output / "release"
 
 
-def test_two_builds_are_byte_identical(built_release: Path, finished_run: Path, tmp_path: Path) -> None:
+def test_two_builds_are_byte_identical(built_release, finished_run, tmp_path):
     again = build(finished_run, tmp_path)
     assert list_files(again) == list_files(built_release)
     assert sha256_of_tree(again) == sha256_of_tree(built_release)
 
 
-def test_figures_show_something_where_there_is_something(built_release: Path, finished_run: Path) -> None:
+def test_figures_show_something_where_there_is_something(built_release, finished_run):
     from matplotlib.image import imread
 
     for name in ("loss", "quality", "evaluation"):
@@ -45,7 +45,7 @@ def test_figures_show_something_where_there_is_something(built_release: Path, fi
     assert "figures/evaluation.png" not in card.render(without)
 
 
-def test_config_suits_old_and_new_transformers(built_release: Path) -> None:
+def test_config_suits_old_and_new_transformers(built_release):
     tokenizer = AutoTokenizer.from_pretrained(built_release)
     assert tokenizer.model_max_length == 128 and tokenizer.pad_token == tokenizer.eos_token
     config = read_json(built_release / "config.json")
@@ -60,7 +60,7 @@ def test_config_suits_old_and_new_transformers(built_release: Path) -> None:
     assert merges and all(isinstance(merge, str) for merge in merges)
 
 
-def test_config_is_repaired_after_training_switched_the_cache_off(finished_run: Path, tmp_path: Path) -> None:
+def test_config_is_repaired_after_training_switched_the_cache_off(finished_run, tmp_path):
     checkpoint = Path(shutil.copytree(finished_run / LAST, tmp_path / "step-000030"))
     config = read_json(checkpoint / "config.json")
     write_json(checkpoint / "config.json", {**config, "use_cache": False, "_name_or_path": "/somewhere"})
@@ -75,7 +75,7 @@ def test_config_is_repaired_after_training_switched_the_cache_off(finished_run: 
 
 
 @pytest.mark.parametrize("trust", [False, True])
-def test_batches_of_unequal_prompts_are_continued_as_each_alone(built_release: Path, trust: bool) -> None:
+def test_batches_of_unequal_prompts_are_continued_as_each_alone(built_release, trust):
     from transformers import pipeline
 
     generator = pipeline(
@@ -88,7 +88,7 @@ def test_batches_of_unequal_prompts_are_continued_as_each_alone(built_release: P
     assert together == alone
 
 
-def test_a_prompt_that_fills_the_context_is_refused_and_a_long_one_gets_fewer_tokens(finished_run: Path) -> None:
+def test_a_prompt_that_fills_the_context_is_refused_and_a_long_one_gets_fewer_tokens(finished_run):
     tokenizer = finished_run / "data" / "tokenizer"
     length = len(AutoTokenizer.from_pretrained(tokenizer)("The quick brown fox " * 4).input_ids)
     settings = sample.sample_settings(tokenizer, "The quick brown fox " * 4, length + 7)
@@ -105,9 +105,7 @@ def test_a_prompt_that_fills_the_context_is_refused_and_a_long_one_gets_fewer_to
         ("other", "License: Mine: https://x"),
     ],
 )
-def test_licence_of_the_model_and_of_its_code(
-    built_release: Path, finished_run: Path, license_id: str, own: str
-) -> None:
+def test_licence_of_the_model_and_of_its_code(built_release, finished_run, license_id, own):
     ours = (Path(release.__file__).parents[1] / "LICENSE").read_text().strip()
     assert (built_release / "LICENSE").read_text().strip() == ours
     records = shipped.collect(finished_run, finished_run / LAST)
@@ -117,7 +115,7 @@ def test_licence_of_the_model_and_of_its_code(
     assert own in text and ours in text and "modeling_nanophi.py" in text
 
 
-def test_native_logits_are_those_of_the_checkpoint(built_release: Path, finished_run: Path) -> None:
+def test_native_logits_are_those_of_the_checkpoint(built_release, finished_run):
     ids = torch.arange(40)[None]
     released = AutoModelForCausalLM.from_pretrained(built_release)
     assert type(released) is PhiForCausalLM
@@ -126,7 +124,7 @@ def test_native_logits_are_those_of_the_checkpoint(built_release: Path, finished
         assert torch.equal(released(ids).logits, trained(ids).logits)
 
 
-def test_bfloat16_release(finished_run: Path, built_release: Path, tmp_path: Path) -> None:
+def test_bfloat16_release(finished_run, built_release, tmp_path):
     half = build(finished_run, tmp_path, "bfloat16")
     config = read_json(half / "config.json")
     assert config["torch_dtype"] == config["dtype"] == "bfloat16"
@@ -137,7 +135,7 @@ def test_bfloat16_release(finished_run: Path, built_release: Path, tmp_path: Pat
         assert torch.equal(tensor, full[name].bfloat16())
 
 
-def test_sample_of_a_bfloat16_release_comes_from_rounded_weights(finished_run: Path, tmp_path: Path) -> None:
+def test_sample_of_a_bfloat16_release_comes_from_rounded_weights(finished_run, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(finished_run / LAST).bfloat16()
     rounded = tmp_path / "rounded"
     shutil.copytree(finished_run / LAST, rounded)
@@ -145,7 +143,7 @@ def test_sample_of_a_bfloat16_release_comes_from_rounded_weights(finished_run: P
     assert sample.generate(finished_run / LAST, ["A package "], "bfloat16") == sample.generate(rounded, ["A package "])
 
 
-def test_sample_has_every_checkpoint(finished_run: Path) -> None:
+def test_sample_has_every_checkpoint(finished_run):
     written = read_json(finished_run / "sample.json")
     assert list(written["checkpoints"]) == ["step-000010", "step-000020", "step-000030"]
     assert written["text"] == written["checkpoints"]["step-000030"]
@@ -153,7 +151,7 @@ def test_sample_has_every_checkpoint(finished_run: Path) -> None:
     assert len(set(written["checkpoints"].values())) == 3
 
 
-def test_manifest_lists_every_file_and_where_it_came_from(built_release: Path, finished_run: Path) -> None:
+def test_manifest_lists_every_file_and_where_it_came_from(built_release, finished_run):
     manifest = read_json(built_release / "MANIFEST.json")
     assert sorted([*manifest["files"], "MANIFEST.json"]) == list_files(built_release)
     for name, entry in manifest["files"].items():
@@ -167,7 +165,7 @@ def test_manifest_lists_every_file_and_where_it_came_from(built_release: Path, f
     assert not [name for name in manifest["files"] if re.search(r"optimizer|\.pt$|\.bin$|training_state", name)]
 
 
-def test_revisions_are_the_kept_checkpoints(built_release: Path) -> None:
+def test_revisions_are_the_kept_checkpoints(built_release):
     entries = read_json(built_release / "revisions.json")
     assert [entry["revision"] for entry in entries] == ["step-000010", "step-000020", "step-000030"]
     assert entries[0]["tokens_seen"] == 10 * 4 * 128
@@ -176,7 +174,7 @@ def test_revisions_are_the_kept_checkpoints(built_release: Path) -> None:
     )
 
 
-def test_what_cannot_be_released_is_refused(finished_run: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_released_is_refused(finished_run, tmp_path):
     card.build(finished_run, tmp_path / "card")
     checkpoint = Path(shutil.copytree(finished_run / LAST, tmp_path / "step-000030"))
 
@@ -193,7 +191,7 @@ def test_what_cannot_be_released_is_refused(finished_run: Path, tmp_path: Path) 
     refused("model_type is 'nanophi'")
 
 
-def test_retarget_changes_the_name_and_nothing_else(built_release: Path, tmp_path: Path) -> None:
+def test_retarget_changes_the_name_and_nothing_else(built_release, tmp_path):
     read_only = Path(shutil.copytree(built_release, tmp_path / "read-only"))
     for path in (read_only, *read_only.rglob("*")):
         path.chmod(path.stat().st_mode & ~0o222)

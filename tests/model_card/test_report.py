@@ -31,7 +31,7 @@ HOSTILE = WAYS_OUT[0]
 
 
 @pytest.fixture(scope="module")
-def page(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def page(finished_run, tmp_path_factory):
     """The page of a run in which one document tries to break out."""
     run = tmp_path_factory.mktemp("report") / "tiny"
     shutil.copytree(finished_run, run, ignore=shutil.ignore_patterns("release", "card"))
@@ -55,7 +55,7 @@ def data_of(page: Path) -> dict:
     return json.loads(text)
 
 
-def test_page_asks_for_nothing_from_outside(page: Path) -> None:
+def test_page_asks_for_nothing_from_outside(page):
     text = re.sub(r'<script type="application/json".*?</script>', "", page.read_text(), flags=re.DOTALL)
     outside = [link for link in re.findall(r"https?://[^\s\"'<>]+", text) if "www.w3.org" not in link]
     assert outside == []
@@ -63,7 +63,7 @@ def test_page_asks_for_nothing_from_outside(page: Path) -> None:
     assert "default-src 'none'" in text
 
 
-def test_documents_cover_the_scores(page: Path) -> None:
+def test_documents_cover_the_scores(page):
     documents = data_of(page)["documents"]
     scores = [entry["score"] for entry in documents]
     assert scores == sorted(scores) and scores[0] < 0.25 and scores[-1] > 0.9
@@ -73,7 +73,7 @@ def test_documents_cover_the_scores(page: Path) -> None:
     assert len({int(match[1]) % len(WAYS_OUT) for match in number.values() if match}) == len(WAYS_OUT)
 
 
-def test_what_was_recorded_is_shown_and_nothing_else(page: Path, finished_run: Path, tmp_path: Path) -> None:
+def test_what_was_recorded_is_shown_and_nothing_else(page, finished_run, tmp_path):
     data = data_of(page)
     checkpoints = ["step-000010", "step-000020", "step-000030"]
     assert list(data["samples"]["checkpoints"]) == checkpoints
@@ -84,14 +84,14 @@ def test_what_was_recorded_is_shown_and_nothing_else(page: Path, finished_run: P
     assert [name for name, _ in data["facts"]][-1] == "seed"
 
 
-def test_long_logs_are_thinned_and_keep_the_end() -> None:
+def test_long_logs_are_thinned_and_keep_the_end():
     keys = ("loss", "learning_rate", "grad_norm", "tokens_seen", "tokens_per_second")
     log = [{"step": step, **dict.fromkeys(keys, 1.0)} for step in range(1, 2001)]
     thin = report._thinned(log)
     assert len(thin) <= report.MAX_POINTS and thin[-1]["step"] == 2000
 
 
-def test_missing_scores_are_named(finished_run: Path, tmp_path: Path) -> None:
+def test_missing_scores_are_named(finished_run, tmp_path):
     run = tmp_path / "tiny"
     shutil.copytree(finished_run, run, ignore=shutil.ignore_patterns("release", "card", "scores"))
     with pytest.raises(UserError, match=r"scores\.parquet is missing"):
@@ -99,7 +99,7 @@ def test_missing_scores_are_named(finished_run: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
-def test_page_works_in_a_browser(page: Path, tmp_path: Path) -> None:
+def test_page_works_in_a_browser(page, tmp_path):
     moved = page.with_name("moved.html")
     script = """<script>
 const held = JSON.parse(document.getElementById("data").textContent).documents;

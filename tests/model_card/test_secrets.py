@@ -43,9 +43,7 @@ def build(run: Path) -> None:
         ("SOME_NAME", "correct-horse-battery", False),
     ],
 )
-def test_an_environment_value_is_a_secret_only_if_it_can_be_one(
-    monkeypatch: pytest.MonkeyPatch, name: str, value: str, secret: bool
-) -> None:
+def test_an_environment_value_is_a_secret_only_if_it_can_be_one(monkeypatch, name, value, secret):
     for other in list(os.environ):
         if other.endswith(("TOKEN", "SECRET", "PASSWORD", "KEY")):
             monkeypatch.delenv(other)
@@ -54,11 +52,11 @@ def test_an_environment_value_is_a_secret_only_if_it_can_be_one(
     assert ("a secret of this machine's environment" in found) is secret
 
 
-def test_words_that_begin_like_a_secret_are_none() -> None:
+def test_words_that_begin_like_a_secret_are_none():
     assert secrets.found_in("sk-toggleable__control-and-more, hf_transformers, the ASIA region, sk-learn") == []
 
 
-def test_held_out_documents_with_secrets_are_left_out(finished_run: Path, tmp_path: Path) -> None:
+def test_held_out_documents_with_secrets_are_left_out(finished_run, tmp_path):
     run = copy_of(finished_run, tmp_path / "tiny")
     items = shipped.collect(run, final_checkpoint(run))["heldout.json"]
     shard = run / "data" / "documents" / "heldout-00000.parquet"
@@ -73,7 +71,7 @@ def test_held_out_documents_with_secrets_are_left_out(finished_run: Path, tmp_pa
     assert kept[:2] == [items[1]["text"], items[4]["text"]] and not any(secrets.found_in(text) for text in kept)
 
 
-def test_ordinary_words_in_data_do_not_block_a_release(finished_run: Path, tmp_path: Path) -> None:
+def test_ordinary_words_in_data_do_not_block_a_release(finished_run, tmp_path):
     run = copy_of(finished_run, tmp_path / "tiny")
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     recipe["card"] |= {"prompt": "Return None if the key is", "notes": "TODO: nothing. {{ braces }} {% raw %} nan"}
@@ -84,7 +82,7 @@ def test_ordinary_words_in_data_do_not_block_a_release(finished_run: Path, tmp_p
     build(run)
 
 
-def test_no_path_of_the_machine_is_in_a_release(finished_run: Path, tmp_path: Path) -> None:
+def test_no_path_of_the_machine_is_in_a_release(finished_run, tmp_path):
     home = tmp_path / "Jané's files (new) & 数据"
     run = copy_of(finished_run, home / "runs" / "tiny")
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())

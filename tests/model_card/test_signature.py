@@ -16,7 +16,7 @@ pytest.importorskip("model_signing", reason="the extra 'signing' is not installe
 
 
 @pytest.fixture(scope="module")
-def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def keys(tmp_path_factory):
     folder = tmp_path_factory.mktemp("keys")
     for name in ("ours", "theirs"):
         private = folder / f"{name}.pem"
@@ -28,13 +28,13 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def signed(built_release: Path, keys: Path, tmp_path: Path) -> Path:
+def signed(built_release, keys, tmp_path):
     folder = Path(shutil.copytree(built_release, tmp_path / "release"))
     signature.sign(folder, keys / "ours.pem")
     return folder
 
 
-def test_who_has_the_key_can_tell(signed: Path, keys: Path) -> None:
+def test_who_has_the_key_can_tell(signed, keys):
     assert signature.problems(signed, keys / "ours.pub") == [] == problems(signed)
     for path in (keys / "absent.pem", keys / "ours.pub"):
         with pytest.raises(UserError, match="not a private key"):
@@ -45,7 +45,7 @@ def test_who_has_the_key_can_tell(signed: Path, keys: Path) -> None:
     assert signature.problems(signed, keys / "ours.pub") == ["there is no model.sig"]
 
 
-def test_a_forged_manifest_does_not_fit_the_signature(signed: Path, keys: Path) -> None:
+def test_a_forged_manifest_does_not_fit_the_signature(signed, keys):
     (signed / "README.md").write_text((signed / "README.md").read_text() + "\nBetter than it is.\n")
     write_manifest(signed, read_json(signed / "MANIFEST.json")["provenance"])
     checks = verify.check(str(signed), report=lambda line: None, public_key=keys / "ours.pub")

@@ -19,9 +19,7 @@ from nanophi.model_card import records as shipped
 from nanophi.model_card.manifest import file_problems, list_files, write_manifest
 
 
-def test_a_sound_release_passes_every_check(
-    built_release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_sound_release_passes_every_check(built_release, tmp_path, monkeypatch):
     # A file named like a library, in the current folder and on PYTHONPATH, is not imported.
     (tmp_path / "transformers.py").write_text("raise RuntimeError('wrong transformers')\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -82,16 +80,10 @@ def break_weights(folder: Path) -> None:
         (add_link, "files", "figures/link.png is a link"),
         (break_weights, "files", "model.safetensors is not a valid safetensors file"),
         (name_foreign_code, "code references", "somebody/else--modeling.Model"),
-        (
-            edit_json("tokenizer_config.json", auto_map={"AutoTokenizer": ["tok.Tok", None]}),
-            "code references",
-            "tok.Tok",
-        ),
+        (edit_json("tokenizer_config.json", auto_map={"A": ["tok.Tok", None]}), "code references", "tok.Tok"),
     ],
 )
-def test_tampered_files_are_named_and_nothing_is_loaded(
-    copied: Path, tamper: Callable[[Path], None], check: str, named: str
-) -> None:
+def test_tampered_files_are_named_and_nothing_is_loaded(copied, tamper, check, named):
     tamper(copied)
     failed = failures(copied)
     assert named in failed[check]
@@ -103,7 +95,7 @@ def test_tampered_files_are_named_and_nothing_is_loaded(
         assert list(failures(copied)) == [check, *also, "loaders"]
 
 
-def test_what_was_never_measured_is_named(copied: Path) -> None:
+def test_what_was_never_measured_is_named(copied):
     (copied / ".eval_results").mkdir()
     (copied / ".eval_results" / "gsm8k.yaml").write_text("- dataset: {id: openai/gsm8k}\n  value: 91.5\n")
     assert card_problems(copied) == [".eval_results/gsm8k.yaml is not what the records give"]
@@ -116,7 +108,7 @@ def test_what_was_never_measured_is_named(copied: Path) -> None:
     assert "61.00" in wrong and "41.00" in wrong
 
 
-def test_a_card_of_another_version_is_checked_by_its_numbers(copied: Path) -> None:
+def test_a_card_of_another_version_is_checked_by_its_numbers(copied):
     run = read_json(copied / "records" / "run.json")
     text = (copied / "README.md").read_text()
     for old, new in ((f"nanophi {__version__}", "nanophi 0.0.9"), ("Greedy decoding with", "Decoded greedily with")):
@@ -169,7 +161,7 @@ def swap_weights(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def test_a_forger_who_makes_the_manifest_fit_is_found_out(copied: Path) -> None:
+def test_a_forger_who_makes_the_manifest_fit_is_found_out(copied):
     swap_tokenizer(copied)
     assert "tokenizer.json was changed" in failures(copied)["checksums"]
     edit_code(copied, "# harmless\n")
@@ -182,7 +174,7 @@ def test_a_forger_who_makes_the_manifest_fit_is_found_out(copied: Path) -> None:
     assert "Seed" in failed["card"] and "not the recipe" in failed["provenance"]
 
 
-def test_swapped_weights_and_code_that_does_not_load(copied: Path) -> None:
+def test_swapped_weights_and_code_that_does_not_load(copied):
     swap_weights(copied)
     edit_code(copied, "raise RuntimeError('broken on purpose')\n")
     sign_again(copied)
@@ -194,14 +186,14 @@ def test_swapped_weights_and_code_that_does_not_load(copied: Path) -> None:
 
 
 @pytest.mark.parametrize("manifest", ["{}", "[]", '{"files": {"a": 3}}', "{not json"])
-def test_bad_manifest_is_one_line(copied: Path, manifest: str) -> None:
+def test_bad_manifest_is_one_line(copied, manifest):
     (copied / "MANIFEST.json").write_text(manifest)
     failed = failures(copied)
     assert "MANIFEST.json" in failed["checksums"]
     assert all("\n" not in detail for detail in failed.values())
 
 
-def test_what_is_no_release_is_one_line(built_release: Path) -> None:
+def test_what_is_no_release_is_one_line(built_release):
     for name in ("absent", "/absent/folder", "a/b/c", "../x/y"):
         with pytest.raises(UserError, match="does not exist, and it is not a Hub id"):
             verify.check(name)
@@ -214,14 +206,14 @@ def test_what_is_no_release_is_one_line(built_release: Path) -> None:
 # What people have: clones, caches, folders that an operating system has looked into
 
 
-def test_what_systems_leave_behind_is_not_part_of_a_release(copied: Path) -> None:
+def test_what_systems_leave_behind_is_not_part_of_a_release(copied):
     for name in (".DS_Store", "figures/.DS_Store", "._README.md", "records/Thumbs.db", ".git/config", ".gitattributes"):
         (copied / name).parent.mkdir(exist_ok=True)
         (copied / name).write_text("left behind")
     assert file_problems(copied) == []
 
 
-def test_a_clone_without_its_large_files_is_diagnosed(copied: Path) -> None:
+def test_a_clone_without_its_large_files_is_diagnosed(copied):
     pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 137648\n"
     (copied / "model.safetensors").write_text(pointer)
     failed = failures(copied)
@@ -229,7 +221,7 @@ def test_a_clone_without_its_large_files_is_diagnosed(copied: Path) -> None:
     assert "files" not in failed
 
 
-def test_a_snapshot_in_the_hubs_cache_may_be_named_by_its_path(copied: Path, tmp_path: Path) -> None:
+def test_a_snapshot_in_the_hubs_cache_may_be_named_by_its_path(copied, tmp_path):
     cache = tmp_path / "models--org--demo"
     snapshot = cache / "snapshots" / ("0" * 40)
     for number, name in enumerate(list_files(copied)):

@@ -18,7 +18,7 @@ from nanophi.model_card.manifest import write_manifest
 
 
 @pytest.fixture
-def not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+def not_loaded(monkeypatch):
     """Loading takes seconds, and is tested elsewhere."""
     monkeypatch.setattr(loader, "load", lambda *_: ({"error": "not tried"}, {"error": "not tried"}))
 
@@ -39,9 +39,7 @@ def not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
         (edit_json("tokenizer_config.json", chat_template="Obey: {{ messages }}"), "the chat template is not the one"),
     ],
 )
-def test_a_configuration_that_is_not_the_records_is_named(
-    copied: Path, tamper: Callable[[Path], None], named: str
-) -> None:
+def test_a_configuration_that_is_not_the_records_is_named(copied, tamper, named):
     tamper(copied)
     sign_again(copied)
     failed = failures(copied)
@@ -65,16 +63,14 @@ def exchange_figures(folder: Path) -> None:
         (lambda folder: (folder / "figures/evaluation.png").unlink(), "figures/evaluation.png is missing"),
     ],
 )
-def test_figures_that_do_not_show_the_records_are_named(
-    copied: Path, tamper: Callable[[Path], None], detail: str
-) -> None:
+def test_figures_that_do_not_show_the_records_are_named(copied, tamper, detail):
     tamper(copied)
     sign_again(copied)
     failed = failures(copied)
     assert list(failed) == ["figures", "stock Phi", "remote code"] and failed["figures"].startswith(detail)
 
 
-def test_figures_of_another_version_are_only_counted(copied: Path) -> None:
+def test_figures_of_another_version_are_only_counted(copied):
     exchange_figures(copied)
     records = shipped.read_records(copied / "records")
     assert figures.problems(records, copied / "figures")
@@ -84,7 +80,7 @@ def test_figures_of_another_version_are_only_counted(copied: Path) -> None:
     assert figures.problems(records, copied / "figures") == ["figures/loss.png is missing"]
 
 
-def test_a_tokenizer_from_elsewhere_may_bring_its_chat_template(copied: Path) -> None:
+def test_a_tokenizer_from_elsewhere_may_bring_its_chat_template(copied):
     edit_json("tokenizer_config.json", chat_template="Yes? {{ messages }}")(copied)
     records = shipped.read_records(copied / "records")
     records["recipe.yaml"]["tokenizer"]["path"] = "org/tokenizer"
@@ -113,9 +109,7 @@ def forge_weights_record(folder: Path) -> None:
         (lambda folder: (folder / "revisions.json").unlink(), "revisions.json is missing"),
     ],
 )
-def test_what_manifest_records_and_files_say_differently_is_named(
-    copied: Path, tamper: Callable[[Path], None], named: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_manifest_records_and_files_say_differently_is_named(copied, tamper, named, monkeypatch):
     monkeypatch.setattr(checks, "computed", lambda *_: [])  # takes seconds, and is not reached
     tamper(copied)
     sign_again(copied)
@@ -123,7 +117,7 @@ def test_what_manifest_records_and_files_say_differently_is_named(
     assert list(failed) == ["provenance"] and named in failed["provenance"]
 
 
-def test_a_sample_or_documents_that_were_taken_away_are_missed(copied: Path) -> None:
+def test_a_sample_or_documents_that_were_taken_away_are_missed(copied):
     for name in ("sample.json", "heldout.json"):
         (copied / "records" / name).unlink()
     (copied / "README.md").write_text(card.render(shipped.read_records(copied / "records")))
@@ -134,7 +128,7 @@ def test_a_sample_or_documents_that_were_taken_away_are_missed(copied: Path) -> 
     assert failed["evaluation"].startswith("records/heldout.json holds no document")
 
 
-def test_held_out_documents_that_are_all_too_long_to_ship(finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_held_out_documents_that_are_all_too_long_to_ship(finished_run, monkeypatch):
     monkeypatch.setattr(shipped, "HELDOUT_ITEM_BYTES", 10)
     records = shipped.collect(finished_run, final_checkpoint(finished_run))
     shortest = min(records["heldout.json"], key=lambda item: len(item["text"]))
@@ -172,7 +166,7 @@ def drop_key(name: str, key: str) -> Callable[[Path], None]:
         (empty("records/heldout.json", [1]), "the records are not complete ("),
     ],
 )
-def test_records_that_are_not_complete_are_one_line(copied: Path, tamper: Callable[[Path], None], named: str) -> None:
+def test_records_that_are_not_complete_are_one_line(copied, tamper, named):
     tamper(copied)
     sign_again(copied)
     failed = failures(copied)
@@ -183,7 +177,7 @@ def test_records_that_are_not_complete_are_one_line(copied: Path, tamper: Callab
             push(copied, "org/demo", dry_run=True)
 
 
-def test_a_published_run_with_holes_is_not_reproduced(copied: Path, finished_run: Path, tmp_path: Path) -> None:
+def test_a_published_run_with_holes_is_not_reproduced(copied, finished_run, tmp_path):
     drop_key("run.json", "environment")(copied)
     drop_key("training.json", "summary")(copied)
     sign_again(copied)
@@ -193,7 +187,7 @@ def test_a_published_run_with_holes_is_not_reproduced(copied: Path, finished_run
         reproduce.compare_with_published(copied, finished_run, report=lambda line: None)
 
 
-def test_an_emptied_config_is_somebody_elses(copied: Path) -> None:
+def test_an_emptied_config_is_somebody_elses(copied):
     (copied / "config.json").write_text("")
     write_json(copied / "tokenizer_config.json", {"auto_map": "tok.Tok"})
     sign_again(copied)
