@@ -20,6 +20,9 @@ def load(folder: Path, records: ShippedRecords, scratch: Path) -> tuple[dict[str
     script = importlib.resources.files("nanophi.model_card").joinpath("load_release.py").read_text(encoding="utf-8")
     sample = records.get("sample.json", {"prompt": "The ", "settings": {"do_sample": False, "max_new_tokens": 30}})
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "HF_", "TRANSFORMERS_"))}
+    # Packages may be on PYTHONPATH alone, or a user's; the current folder and code of other releases stay out.
+    paths = [Path(entry).resolve() for entry in sys.path if entry]
+    packages = [str(path) for path in paths if path != Path.cwd() and not (path / "transformers_modules").is_dir()]
     started = []
     for name in ("stock", "remote"):
         home = scratch / name
@@ -33,8 +36,7 @@ def load(folder: Path, records: ShippedRecords, scratch: Path) -> tuple[dict[str
             "documents": [item["text"] for item in records.get("heldout.json", [])],
             "answer": str(home / "answer.json"),
             "logits": str(home / "logits.safetensors"),
-            # Packages may be on PYTHONPATH alone, or a user's; the current folder stays out.
-            "packages": [entry for entry in sys.path if entry and Path(entry).resolve() != Path.cwd()],
+            "packages": packages,
         }
         write_json(home / "request.json", request)
         process = subprocess.Popen(
