@@ -1,13 +1,9 @@
 """The model card: README.md, rendered from the shipped records, with its figures.
 
-The card is a pure function of the records that are shipped with it. Whoever has them can render it again and must get
-the same text: that is how `nanophi verify` checks it. Its wording is in `card.md` and `sections/`, its YAML header in
-`metadata.py`.
+The card is a pure function of the records that are shipped with it: that is how `nanophi verify` checks it. Its wording
+is in `card.md` and `sections/`, its YAML header in `metadata.py`.
 """
 
-from __future__ import annotations
-
-import functools
 import statistics
 from pathlib import Path
 from typing import Any
@@ -17,7 +13,7 @@ from nanophi.core.errors import UserError
 from nanophi.core.files import write_text
 from nanophi.core.names import final_checkpoint, is_hub_id
 from nanophi.eval import catalogue, results
-from nanophi.eval.results import ANSWER_METRIC, Score
+from nanophi.eval.results import ANSWER_METRIC
 from nanophi.model_card import figures, metadata, pages, records
 from nanophi.model_card.consistency import contradictions
 from nanophi.model_card.records import ShippedRecords
@@ -39,17 +35,7 @@ RECORDS = (
 
 
 def build(run: Path, output: Path, checkpoint: Path | None = None, repo_id: str | None = None) -> dict[str, Any]:
-    """Write `README.md`, `figures/`, `records/` and, where the Hub takes them, `.eval_results/` of a run's checkpoint.
-
-    Args:
-        run: the run directory.
-        output: folder to write in.
-        checkpoint: None: the last one.
-        repo_id: where it will be on the Hub; None: what the recipe has.
-
-    Raises:
-        UserError: if a record is missing, records contradict each other, or the Hub would refuse the metadata.
-    """
+    """Write the card of a run's checkpoint (None: the last one), figures and records; `repo_id` None: the recipe's."""
     shipped = records.collect(run, checkpoint or final_checkpoint(run))
     if repo_id is not None:
         shipped["run.json"] |= {"repo_id": repo_id, "folder": None}
@@ -83,36 +69,21 @@ class View:
     """What the sections show that no record has as such."""
 
     def __init__(self, shipped: ShippedRecords) -> None:
-        self._records = shipped
-        self._results = records.results(shipped)
+        self._results = suites = records.results(shipped)
         self.datasets = metadata.public_datasets(shipped["recipe.yaml"])
         self.sources = records.training_sources(shipped["recipe.yaml"])
         self.published = is_hub_id(shipped["run.json"]["repo_id"])
         self.hardware = records.hardware(shipped)
-        self.harness = ", ".join(sorted({result["lm_eval_version"] for result in self._results}))
+        self.harness = ", ".join(sorted({result["lm_eval_version"] for result in suites}))
         self.figures = figures.names(shipped)
         self.differences = differences(shipped.get("comparison.json"))
         self.by_source = by_source(shipped)
-
-    @functools.cached_property
-    def scores(self) -> list[Score]:
-        """The leading scores."""
-        return records.leading_scores(self._records)
-
-    @property
-    def answers(self) -> list[Score]:
-        """Bits per byte of the right answers."""
-        return records.in_order(self._records, results.answer_scores)
-
-    @property
-    def every(self) -> list[Score]:
-        """Every metric of every leaf task; MMLU's subjects are among them."""
-        return records.in_order(self._records, results.every_score)
-
-    @property
-    def heldout(self) -> dict[str, Any] | None:
-        """Bits per byte of the held-out text, by source and with bz2's beside them."""
-        return next((found["nanophi"]["heldout"] for found in self._results if found["nanophi"].get("heldout")), None)
+        self.scores = records.leading_scores(shipped)
+        self.answers = records.in_order(shipped, results.answer_scores)  # bits per byte of the right answers
+        self.every = records.in_order(shipped, results.every_score)  # MMLU's subjects are among them
+        self.heldout = next((found["nanophi"]["heldout"] for found in suites if found["nanophi"].get("heldout")), None)
+        known = [entry["mfu"] for entry in shipped["training.json"]["log"] if entry["mfu"] is not None]
+        self.mfu = statistics.median(known) if known else None
 
     @property
     def leaderboard(self) -> dict[str, Any] | None:
@@ -135,12 +106,6 @@ class View:
                 tasks[place].append(score.title)
         return tasks
 
-    @property
-    def mfu(self) -> float | None:
-        """Median utilisation of the device's arithmetic."""
-        known = [entry["mfu"] for entry in self._records["training.json"]["log"] if entry["mfu"] is not None]
-        return statistics.median(known) if known else None
-
 
 def differences(comparison: dict[str, Any] | None) -> dict[str, list[dict[str, Any]]] | None:
     """Label -> one row per task: its difference from the baseline, and whether that is more than noise."""
@@ -151,25 +116,19 @@ def differences(comparison: dict[str, Any] | None) -> dict[str, list[dict[str, A
     for row in (*catalogue.main_rows(comparison), *answers):
         answer = f" ({catalogue.metric_name(ANSWER_METRIC)})" if row["metric"] == ANSWER_METRIC else ""
         for label, entry in row["differences"].items():
-            rows.setdefault(label, []).append(
-                {
-                    "title": catalogue.row_title(row) + answer,
-                    "difference": catalogue.difference(entry, row["metric"]),
-                    "detectable": catalogue.metric(entry.get("minimum_detectable_effect"), row["metric"]),
-                    "p": formatting.p_value(entry["p_corrected"]),
-                    "verdict": entry["verdict"],
-                }
-            )
+            shown = {
+                "title": catalogue.row_title(row) + answer,
+                "difference": catalogue.difference(entry, row["metric"]),
+                "detectable": catalogue.metric(entry.get("minimum_detectable_effect"), row["metric"]),
+                "p": formatting.p_value(entry["p_corrected"]),
+                "verdict": entry["verdict"],
+            }
+            rows.setdefault(label, []).append(shown)
     return rows
 
 
 def by_source(shipped: ShippedRecords) -> dict[str, Any] | None:
-    """Held-out bits per byte of the compared models by source; None unless two or more were measured.
-
-    Returns:
-        `{"labels": names of the models, "rows": [{"source", "documents", "kept": share of the source's bytes that the
-        filter kept, None if it is not trained on, "scores": cells in the order of the labels}]}`.
-    """
+    """Held-out bits per byte of the compared models by source, and the share of it that the filter kept."""
     comparison = shipped.get("comparison.json") or {}
     heldout = comparison.get("heldout") or {}
     labels = [label for label in comparison.get("labels", []) if label in heldout]
@@ -177,14 +136,9 @@ def by_source(shipped: ShippedRecords) -> dict[str, Any] | None:
         return None
     filtered, rows = shipped.get("quality.json", {}).get("sources", {}), []
     for source in sorted({source for label in labels for source in heldout[label]["by_source"]}):
-        parts = [heldout[label]["by_source"].get(source) for label in labels]
-        trained = filtered.get(source)
-        rows.append(
-            {
-                "source": source,
-                "documents": max(part["documents"] for part in parts if part is not None),
-                "kept": trained["kept_bytes"] / trained["bytes"] if trained and trained["bytes"] else None,
-                "scores": [pages.bits_per_byte(part) for part in parts],
-            }
-        )
+        parts, trained = [heldout[label]["by_source"].get(source) for label in labels], filtered.get(source)
+        documents = max(part["documents"] for part in parts if part is not None)
+        kept = trained["kept_bytes"] / trained["bytes"] if trained and trained["bytes"] else None
+        scores = [pages.bits_per_byte(part) for part in parts]
+        rows.append({"source": source, "documents": documents, "kept": kept, "scores": scores})
     return {"labels": labels, "rows": rows}

@@ -3,8 +3,6 @@
 Which of them are made, and in which order, is in `verify.py`; the files by themselves are checked in `manifest.py`.
 """
 
-from __future__ import annotations
-
 import difflib
 import math
 import re
@@ -26,24 +24,16 @@ from nanophi.model_card.records import ShippedRecords, complete_records, measure
 from nanophi.model_card.release import license_text
 
 WEIGHTS = "model.safetensors"
-
-TOLERANCE = 1e-4
-"""Largest absolute difference of logits between the loaders, both in float32 on the CPU."""
-
+TOLERANCE = 1e-4  # largest absolute difference of logits between the loaders, both in float32 on the CPU
+# Relative: recorded scores may come from bfloat16 or a GPU, the check computes in float32 on the CPU.
 LOG_LIKELIHOOD_TOLERANCE = 2e-3
-"""Relative: recorded scores may come from bfloat16 or a GPU, the check computes in float32 on the CPU."""
-
-BAD_MESSAGES = re.compile(
-    r"newly initialized|not used when|of type .* to instantiate|should probably TRAIN|mismatch", re.S
-)
+BAD_MESSAGES = "(?s)newly initialized|not used when|of type .* to instantiate|should probably TRAIN|mismatch"
 
 
 def has_same_code(folder: Path) -> bool:
     """Whether the release's two Python files are those of this nanophi."""
-    root = Path(__file__).parents[1]
-    return all(
-        (folder / name).is_file() and (folder / name).read_bytes() == (root / name).read_bytes() for name in CODE_FILES
-    )
+    pairs = [(folder / name, Path(__file__).parents[1] / name) for name in CODE_FILES]
+    return all(theirs.is_file() and theirs.read_bytes() == ours.read_bytes() for theirs, ours in pairs)
 
 
 def card(folder: Path, records: ShippedRecords) -> tuple[list[str], str]:
@@ -61,18 +51,13 @@ def card(folder: Path, records: ShippedRecords) -> tuple[list[str], str]:
     except UserError as error:
         return [str(error)], compared
     published = {path.name: path.read_bytes() for path in (folder / ".eval_results").glob("*") if path.is_file()}
-    for name in sorted({*given, *published}):
-        if published.get(name) != given.get(name):
-            wrong.append(f".eval_results/{name} is not what the records give")
+    differing = sorted(name for name in {*given, *published} if published.get(name) != given.get(name))
+    wrong += [f".eval_results/{name} is not what the records give" for name in differing]
     if text == expected or written_by == __version__:
         return wrong + _differences(text.splitlines(), expected.splitlines()), compared
     # Another version words its card otherwise; its numbers must follow all the same.
-    rows, expected_rows = (
-        [line for line in page.splitlines() if line.startswith("|") and _numbers(line)] for page in (text, expected)
-    )
-    wrong += _differences(rows, expected_rows, _numbers, added=False)
-    unknown = sorted(set(_numbers(text)) - set(_numbers(expected)))
-    if unknown:
+    wrong += _differences(_table_rows(text), _table_rows(expected), _numbers, added=False)
+    if unknown := sorted(set(_numbers(text)) - set(_numbers(expected))):
         wrong.append(f"README.md has {', '.join(unknown)}, which the records do not")
     return wrong, f"written by nanophi {written_by}: only its numbers were compared, those of tables in order"
 
@@ -87,6 +72,10 @@ def _differences(
         for tag, a, b, c, d in matcher.get_opcodes()
         if tag != "equal" and (added or b > a)
     ]
+
+
+def _table_rows(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("|") and _numbers(line)]
 
 
 def _numbers(text: str) -> tuple[str, ...]:
@@ -105,8 +94,7 @@ def provenance(folder: Path, records: ShippedRecords) -> list[str]:
         recipe, environment, data = (manifest[key] for key in ("recipe_sha256", "environment", "data_sha256"))
     except (UserError, KeyError, TypeError):
         return [f"{MANIFEST} has no provenance"]
-    absent = [f"{name} is missing" for name in ("revisions.json", WEIGHTS) if not (folder / name).is_file()]
-    if absent:
+    if absent := [f"{name} is missing" for name in ("revisions.json", WEIGHTS) if not (folder / name).is_file()]:
         return absent
     weights = sha256_of_file(folder / WEIGHTS)
     with complete_records():
@@ -115,18 +103,16 @@ def provenance(folder: Path, records: ShippedRecords) -> list[str]:
         # The training's record is of its last step, in the type that it was trained in.
         trained = run["final"] and records["recipe.yaml"]["release"]["dtype"] == "float32"
         recorded = training["summary"]["weights_sha256"] if trained else weights
-        compared = [
-            ("records/recipe.yaml is not the recipe of", recipe, sha256_of_file(folder / "records" / "recipe.yaml")),
-            ("records/run.json has another environment than", environment, run["environment"]),
-            ("records/tokens.json has other tokens than", data, tokens),
-            (f"{WEIGHTS} has other weights than", manifest.get("weights_sha256", weights), weights),
-        ]
-        wrong = [f"{line} the manifest" for line, listed, found in compared if listed != found]
-        if recorded != weights:
-            wrong.append(f"{WEIGHTS} has other weights than records/training.json")
-        if read_json(folder / "revisions.json") != records["revisions.json"]:
-            wrong.append("revisions.json differs from records/revisions.json")
-    return wrong
+        shipped, revisions = sha256_of_file(folder / "records/recipe.yaml"), read_json(folder / "revisions.json")
+        same = {
+            "records/recipe.yaml is not the recipe of the manifest": recipe == shipped,
+            "records/run.json has another environment than the manifest": environment == run["environment"],
+            "records/tokens.json has other tokens than the manifest": data == tokens,
+            f"{WEIGHTS} has other weights than the manifest": manifest.get("weights_sha256", weights) == weights,
+            f"{WEIGHTS} has other weights than records/training.json": recorded == weights,
+            "revisions.json differs from records/revisions.json": revisions == records["revisions.json"],
+        }
+    return [line for line, agrees in same.items() if not agrees]
 
 
 def computed(folder: Path, records: ShippedRecords, scratch: Path) -> Iterator[tuple[str, list[str], str]]:
@@ -141,7 +127,9 @@ def computed(folder: Path, records: ShippedRecords, scratch: Path) -> Iterator[t
     if "class" in stock and "class" in remote:
         yield "loaders agree", _agree(stock, remote), f"same greedy text, logits within {TOLERANCE:g}"
     if "class" in stock:
-        yield "parameters", _parameters(stock, records), formatting.integer(stock["parameters"])
+        expected, found = records["model.json"]["parameters"], stock["parameters"]
+        wrong = [f"the model has {found:,}, the card has {expected:,}"] if found != expected else []
+        yield "parameters", wrong, formatting.integer(found)
         yield "sample", _sample(stock, records), "the card's sample regenerates"
         if measures_heldout(records) or "heldout.json" in records:
             number = len(records.get("heldout.json", []))
@@ -152,46 +140,36 @@ def configuration(folder: Path, records: ShippedRecords) -> list[str]:
     """Where the files beside the weights are not what the records have, or what `release.build` writes."""
     from transformers import AutoTokenizer
 
-    recipe = records["recipe.yaml"]
+    recipe, parts = records["recipe.yaml"], ("config", "generation_config", "tokenizer_config")
     try:
         found = model_record(folder)["config"]
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        config, generation, settings = (
-            read_json(folder / name) for name in ("config.json", "generation_config.json", "tokenizer_config.json")
-        )
+        config, generation, settings = (read_json(folder / f"{part}.json") for part in parts)
     except Exception as error:  # whatever transformers makes of these files
         return [f"configuration or tokenizer cannot be read ({one_line(error)})"]
     ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id")}
     dtypes = dict.fromkeys(("dtype", "torch_dtype"), recipe["release"]["dtype"])
     expected = {**records["model.json"]["config"], **ids, **dtypes}
     found |= {key: config.get(key) for key in (*ids, *dtypes)}
-    wrong = [
-        f"config.json has {key} {found.get(key)!r}, not {value!r}"
-        for key, value in expected.items()
-        if found.get(key) != value
-    ]
+    differing = {key: value for key, value in expected.items() if found.get(key) != value}
+    wrong = [f"config.json has {key} {found.get(key)!r}, not {value!r}" for key, value in differing.items()]
     # What is left out or false is the library's default, and `use_cache` only a matter of speed.
     left_out = ("transformers_version", "use_cache", "pad_token_id")
-    written = {
-        key: value
-        for key, value in generation.items()
-        if value is not None and value is not False and key not in left_out
-    }
-    pads, own = (
-        {tokenizer.pad_token_id, tokenizer.eos_token_id},
-        {key: id_ for key, id_ in ids.items() if id_ is not None},
-    )
+    stated = {key: value for key, value in generation.items() if key not in left_out}
+    written = {key: value for key, value in stated.items() if value is not None and value is not False}
+    own = {key: number for key, number in ids.items() if number is not None}
+    pads = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     if generation.get("do_sample") is not False or generation.get("pad_token_id") not in pads or written != own:
         wrong.append("generation_config.json is not the one that nanophi writes for this tokenizer")
-    license_file = folder / "LICENSE"
-    if not license_file.is_file() or license_file.read_text(encoding="utf-8") != license_text(records):
+    texts = [folder / "LICENSE", folder / "chat_template.jinja"]
+    licence, template = (path.read_text(encoding="utf-8") if path.is_file() else None for path in texts)
+    if licence != license_text(records):
         wrong.append(f"LICENSE is not that of the recipe, {recipe['card']['license']}")
-    template = folder / "chat_template.jinja"
-    templates = [settings.get("chat_template"), template.read_text(encoding="utf-8") if template.is_file() else None]
-    chat = records.get("conversations.json", {"own_template": recipe["tokenizer"]["path"] is None})
-    if chat["own_template"]:  # otherwise it is that of a tokenizer from elsewhere
-        ours = (TEMPLATE, TEXT_TEMPLATE, None) if "conversations.json" in records else (None,)
-        wrong += ["the chat template is not the one that nanophi ships" for text in templates if text not in ours][:1]
+    templates = [settings.get("chat_template"), template]
+    chat = records.get("conversations.json")
+    own_template = chat["own_template"] if chat else recipe["tokenizer"]["path"] is None  # or that of another tokenizer
+    if own_template and not set(templates) <= {None, *((TEMPLATE, TEXT_TEMPLATE) if chat else ())}:
+        wrong.append("the chat template is not the one that nanophi ships")
     return wrong
 
 
@@ -199,10 +177,8 @@ def _loads(loaded: dict[str, Any], expected: str) -> list[str]:
     if "error" in loaded:
         return [loaded["error"]]
     wrong = [f"{key}: {', '.join(value[:3])}" for key, value in loaded["loading"].items()]
-    wrong += [message.splitlines()[0] for message in loaded["messages"] if BAD_MESSAGES.search(message)]
-    if loaded["class"] != expected:
-        wrong.append(f"loaded {loaded['class']}, expected {expected}")
-    return wrong
+    wrong += [message.splitlines()[0] for message in loaded["messages"] if re.search(BAD_MESSAGES, message)]
+    return wrong + ([f"loaded {loaded['class']}, expected {expected}"] if loaded["class"] != expected else [])
 
 
 def _agree(stock: dict[str, Any], remote: dict[str, Any]) -> list[str]:
@@ -210,17 +186,10 @@ def _agree(stock: dict[str, Any], remote: dict[str, Any]) -> list[str]:
 
     wrong = []
     if stock["text"] != remote["text"]:
-        wrong.append(f"texts differ: {_short(stock['texts'])} and {_short(remote['texts'])}")
-    a, b = load_file(stock["logits"])["logits"], load_file(remote["logits"])["logits"]
+        wrong.append(f"texts differ: {_short([stock['text']])} and {_short([remote['text']])}")
+    a, b = (load_file(loaded["logits"])["logits"] for loaded in (stock, remote))
     difference = (a - b).abs().max().item() if a.shape == b.shape else math.inf
-    if not difference <= TOLERANCE:
-        wrong.append(f"logits differ by {difference:.2g}")
-    return wrong
-
-
-def _parameters(stock: dict[str, Any], records: ShippedRecords) -> list[str]:
-    recorded, found = records["model.json"]["parameters"], stock["parameters"]
-    return [] if found == recorded else [f"the model has {found:,}, the card has {recorded:,}"]
+    return wrong if difference <= TOLERANCE else [*wrong, f"logits differ by {difference:.2g}"]
 
 
 def _sample(stock: dict[str, Any], records: ShippedRecords) -> list[str]:

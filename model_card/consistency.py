@@ -2,10 +2,7 @@
 
 Scores are derived from lm-eval's results wherever they are shown, so what is compared with them here are the figures
 that others computed: the comparison, the held-out text by source, and what releases of an earlier format repeat.
-Files and weights are checked in `checks.py`.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Iterator
@@ -13,40 +10,36 @@ from typing import Any
 
 from nanophi.core.names import step_name
 from nanophi.eval import results
+from nanophi.eval.compare import TABLES, recompute
 from nanophi.eval.results import ANSWER_METRIC, Score
+from nanophi.eval.statistics import verdict
 from nanophi.model_card.records import ShippedRecords, leading_scores
 
 
 def contradictions(records: ShippedRecords) -> list[str]:
     """Statements of two records that cannot both be true, one line each."""
     recipe, checkpoint, training = records["recipe.yaml"], records["checkpoint.json"], records["training.json"]
-    config, quality = records["model.json"]["config"], records.get("quality.json", {})
-    step, batch, context = checkpoint["step"], recipe["training"]["batch_size"], config["max_position_embeddings"]
-    wrong = []
-
-    def differ(first: str, value: Any, second: str, other: Any) -> None:
-        if not _same(value, other):
-            wrong.append(f"{first} {value}, {second} {other}")
-
-    if records["run.json"]["final"]:
-        differ("checkpoint.json has step", step, "recipe.yaml has steps", recipe["training"]["steps"])
-    differ("checkpoint.json is of", step_name(step), "its folder is", records["run.json"]["revision"])
+    run, model, quality = records["run.json"], records["model.json"], records.get("quality.json", {})
+    config, step, batch = model["config"], checkpoint["step"], recipe["training"]["batch_size"]
+    context, loss = config["max_position_embeddings"], checkpoint.get("eval_loss")
+    claims: list[tuple[str, Any, str, Any]] = [
+        ("checkpoint.json is of", step_name(step), "its folder is", run["revision"]),
+        ("training.json has parameters:", training["summary"]["parameters"], "the weights have", model["parameters"]),
+    ]
+    if run["final"]:
+        claims.append(("checkpoint.json has step", step, "recipe.yaml has steps", recipe["training"]["steps"]))
     for key, value in recipe["model"].items():
         if key != "vocab_size" or recipe["tokenizer"]["path"] is not None:
-            differ(f"config.json has {key}", config.get(key, value), "recipe.yaml has", value)
+            claims.append((f"config.json has {key}", config.get(key, value), "recipe.yaml has", value))
     if not recipe.get("conversations"):
         tokens = f"{step} steps of {batch} x {context} are"
-        differ("checkpoint.json has tokens seen:", checkpoint["tokens_seen"], tokens, step * batch * context)
+        claims.append(("checkpoint.json has tokens seen:", checkpoint["tokens_seen"], tokens, step * batch * context))
     for key in {"threshold", "share"} & set(quality):
-        differ(f"quality.json has {key}", quality[key], "recipe.yaml has", recipe["quality"][key])
-    parameters = training["summary"]["parameters"], records["model.json"]["parameters"]
-    differ("training.json has parameters:", parameters[0], "the weights have", parameters[1])
-    for evaluation in training["evaluations"]:
-        loss = checkpoint.get("eval_loss")
-        if evaluation["step"] == step and loss is not None and not math.isclose(evaluation["loss"], loss, rel_tol=1e-6):
-            wrong.append(
-                f"training.json has evaluation loss {evaluation['loss']} at step {step}, checkpoint.json has {loss}"
-            )
+        claims.append((f"quality.json has {key}", quality[key], "recipe.yaml has", recipe["quality"][key]))
+    for evaluation in training["evaluations"] if loss is not None else ():
+        if evaluation["step"] == step and not math.isclose(evaluation["loss"], loss, rel_tol=1e-6):
+            claims.append((f"training.json has, at step {step}, loss", evaluation["loss"], "checkpoint.json has", loss))
+    wrong = [f"{first} {value}, {second} {other}" for first, value, second, other in claims if not _same(value, other)]
     for name, record in records.items():
         wrong += _evaluation(name, record) if name.startswith("evals/") else []
     return wrong + (list(_comparison(records)) if "comparison.json" in records else [])
@@ -55,26 +48,23 @@ def contradictions(records: ShippedRecords) -> list[str]:
 def _evaluation(name: str, record: dict[str, Any]) -> Iterator[str]:
     """Of one suite: what it repeats of lm-eval's results, and the held-out figures by source."""
     scores = {score.task: score for score in results.leading_scores(record)}
+    answers = {score.task: score for score in results.answer_scores(record)}
     ours, whole = record["nanophi"], scores.get("heldout_bits_per_byte")
     for line in ours.get("headline", []):  # of format 2
-        yield from _repeated(f"{name} has {line['task']}", line, scores[line["task"]])
-    for score in results.answer_scores(record):
-        copies = [line.get(ANSWER_METRIC) or {} for line in ours.get("headline", []) if line["task"] == score.task]
-        for line in copies:
-            yield from _repeated(f"{name} has {score.task} {ANSWER_METRIC}", line, score)
+        task = line["task"]
+        yield from _repeated(f"{name} has {task}", line, scores[task])
+        if line.get(ANSWER_METRIC) and task in answers:
+            yield from _repeated(f"{name} has {task} {ANSWER_METRIC}", line[ANSWER_METRIC], answers[task])
     if (average := ours.get("average")) and (mean := results.average_score(list(scores.values()))):
         yield from _repeated(f"{name} has an average", average, mean)
     if (heldout := ours.get("heldout")) and whole is not None:
         parts = list(heldout["by_source"].values())
         bits = sum(part["bits_per_byte"] * part["bytes"] for part in parts) / sum(part["bytes"] for part in parts)
-        said = {
-            "value": heldout["bits_per_byte"],
-            "stderr": heldout["bits_per_byte_stderr"],
-            "items": heldout["documents"],
-        }
-        yield from _repeated(f"{name} has held-out bits per byte:", said, whole)
-        if not _same(heldout["bits_per_byte"], bits):
-            yield f"{name} has {heldout['bits_per_byte']} bits per byte of the held-out text, its sources give {bits}"
+        names = {"value": "bits_per_byte", "stderr": "bits_per_byte_stderr", "items": "documents"}
+        copy = {key: heldout[figure] for key, figure in names.items()}
+        yield from _repeated(f"{name} has held-out bits per byte:", copy, whole)
+        if not _same(copy["value"], bits):
+            yield f"{name} has {copy['value']} bits per byte of the held-out text, its sources give {bits}"
 
 
 def _repeated(what: str, copy: dict[str, Any], score: Score) -> Iterator[str]:
@@ -86,8 +76,6 @@ def _repeated(what: str, copy: dict[str, Any], score: Score) -> Iterator[str]:
 
 def _comparison(records: ShippedRecords) -> Iterator[str]:
     """The comparison against this model's own scores, and its verdicts against the differences that they are about."""
-    from nanophi.eval.statistics import verdict
-
     comparison, ours = records["comparison.json"], records["recipe.yaml"]["name"]
     for score in leading_scores(records):
         compared = comparison["tasks"].get(score.task, {"scores": {}})
@@ -107,16 +95,12 @@ def _comparison(records: ShippedRecords) -> Iterator[str]:
     for _, task, row, label, entry in _differences(comparison):
         follows = verdict(entry["value"], entry["p_corrected"], row["higher_is_better"])
         if entry["verdict"] != follows:
-            yield (
-                f"comparison.json calls {label} {entry['verdict']} on {task}, its difference of "
-                f"{entry['value']} with p {entry['p_corrected']} is {follows}"
-            )
+            what = f"its difference of {entry['value']} with p {entry['p_corrected']} is {follows}"
+            yield f"comparison.json calls {label} {entry['verdict']} on {task}, {what}"
 
 
 def _differences(comparison: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any], str, dict[str, Any]]]:
     """Table (or group of subjects), task, row, label and difference of every difference in a comparison."""
-    from nanophi.eval.compare import TABLES
-
     tables = {table: comparison.get(table) or {} for table in TABLES if table != "subjects"}
     for table, rows in {**tables, **(comparison.get("subjects") or {})}.items():
         for task, row in rows.items():
@@ -126,13 +110,8 @@ def _differences(comparison: dict[str, Any]) -> Iterator[tuple[str, str, dict[st
 
 def _underived(comparison: dict[str, Any]) -> Iterator[str]:
     """Differences that the comparison's scores or, in a comparison that holds items, these do not give."""
-    from nanophi.eval.compare import recompute
-
     derived = recompute(comparison)
-    again = {
-        (table, task, label): entry["value"]
-        for table, task, _, label, entry in (_differences(derived) if derived else ())
-    }
+    again = {entry[:2] + entry[3:4]: entry[4]["value"] for entry in (_differences(derived) if derived else ())}
     for table, task, row, label, entry in _differences(comparison):
         here, there = (row["scores"].get(model) for model in (label, comparison["baseline"]))
         given = {"items": again.get((table, task, label))} if derived else {}

@@ -1,22 +1,20 @@
 """A run's documents as a data set on the Hub: their scores, or their text as well, with a card.
 
-README.md  LICENSE  quality.png  data/train-NNNNN.parquet  data/heldout-NNNNN.parquet  MANIFEST.json
-
 A row has `id` (SHA-256 of the text as the run has it, UTF-8), `source`, `split`, `quality_score`, `kept`, and `text` if
 it was asked for. The rows are in the order of the run's documents, so that a recipe over them gives the same tokens.
 """
-
-from __future__ import annotations
 
 import contextlib
 import hashlib
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from datasets.utils.metadata import MetadataConfigs
 from huggingface_hub import DatasetCardData
 
 from nanophi.core.errors import UserError
@@ -26,14 +24,11 @@ from nanophi.data import documents, quality_report, sources
 from nanophi.model_card import secrets
 from nanophi.model_card.companions import Source, license_of, write_filter_page
 
-FILE_BYTES = 256 << 20
-"""Text of a file, uncompressed."""
-
+FILE_BYTES = 256 << 20  # text of a file, uncompressed
 _COLUMNS = {"id": pa.string(), "source": pa.string(), "split": pa.string(), "quality_score": pa.float32()}
 SCHEMA = pa.schema({**_COLUMNS, "kept": pa.bool_()})
-
+# The Hub's names of sizes, and the number of rows below which each one holds.
 SIZES = (("n<1K", 1e3), ("1K<n<10K", 1e4), ("10K<n<100K", 1e5), ("100K<n<1M", 1e6), ("1M<n<10M", 1e7))
-"""The Hub's names of sizes, and the number of rows below which each one holds."""
 
 
 def build(source: Source, repo_id: str, folder: Path) -> None:
@@ -41,10 +36,8 @@ def build(source: Source, repo_id: str, folder: Path) -> None:
     run, recipe, text = source.run, source.recipe, source.asked["data"] == "text"
     missing = [sources.name_of(source) for source in recipe.data.sources if source.license is None]
     if text and missing:
-        raise UserError(
-            f"--data text: no licence is stated for {', '.join(missing)}; state data.sources[].license in the recipe "
-            "and run `nanophi release`, or publish the scores alone with --data scores"
-        )
+        advice = "state data.sources[].license in the recipe and run `nanophi release`, or publish --data scores"
+        raise UserError(f"--data text: no licence is stated for {', '.join(missing)}; {advice}")
     portable = secrets.PathRemover(run)
     schema = SCHEMA.append(pa.field("text", pa.string())) if text else SCHEMA
     (folder / "data").mkdir(parents=True)
@@ -89,7 +82,7 @@ def _write_split(
                 "kept": rows["kept"],
                 "text": batch["text"],
             }
-            table = pa.table([columns[name] for name in schema.names], schema=schema)
+            table = pa.table({name: columns[name] for name in schema.names}, schema=schema)
             if room <= 0:
                 stack.close()  # the file before
                 file = folder / f"{split}-{number:05d}.parquet"
@@ -105,8 +98,7 @@ def _scores(run: Path, split: str) -> pa.Table:
     """id, quality_score and kept of a split's documents in their order; kept is null where the filter does not say."""
     table = pq.read_table(run / "data" / "scores" / "scores.parquet", columns=["id", "split", "quality_score"])
     table = table.filter(pc.equal(table["split"].cast(pa.string()), split)).drop_columns("split")
-    name = "kept" if split == "train" else "heldout"
-    path = run / "data" / "quality" / f"{name}.parquet"
+    path = run / "data" / "quality" / f"{'kept' if split == 'train' else 'heldout'}.parquet"
     if not path.exists():
         return table.append_column("kept", pa.nulls(len(table), pa.bool_())).combine_chunks()
     chosen = pq.read_table(path)
@@ -120,9 +112,6 @@ def _metadata(
     recipe: Recipe, schema: pa.Schema, counts: dict[str, dict[str, int]], text: bool, output: Path
 ) -> DatasetCardData:
     """The header of the data set's card: what the Hub shows, and what `datasets` reads."""
-    import datasets
-    from datasets.utils.metadata import MetadataConfigs
-
     number = sum(count["num_examples"] for count in counts.values())
     licenses = sorted({source.license for source in recipe.data.sources if source.license}) if text else []
     metadata = DatasetCardData(

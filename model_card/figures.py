@@ -1,11 +1,11 @@
 """The card's figures, drawn from the shipped records: the loss curve, the scores of the filter, the evaluation."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
+
+import numpy as np
 
 from nanophi.core import plots
 from nanophi.core.formatting import percent
@@ -14,11 +14,7 @@ from nanophi.core.version import __version__
 from nanophi.eval.results import Score
 from nanophi.model_card.records import ShippedRecords, leading_scores
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-UNLIKE = 0.05
-"""Share of differing pixels from which on a figure shows something else; machines set text a little differently."""
+UNLIKE = 0.05  # share of differing pixels of another figure; machines set text a little differently
 
 
 def names(records: ShippedRecords) -> list[str]:
@@ -30,24 +26,21 @@ def names(records: ShippedRecords) -> list[str]:
 def build(records: ShippedRecords, output: Path) -> list[str]:
     """Draw every figure as PNG. Returns the file names."""
     draw = {"loss": _loss, "quality": _quality, "evaluation": _evaluation}
-    drawn = names(records)
-    for name in drawn:
+    for name in names(records):
         height = 4.0 if name != "evaluation" else 1.3 + 0.42 * len(_bars(records))
         with plots.picture(output / f"{name}.png", 9.0, height) as figure:
             draw[name](records, figure.subplots())
-    return [f"{name}.png" for name in drawn]
+    return [f"{name}.png" for name in names(records)]
 
 
 def drawn_alike(records: ShippedRecords) -> bool:
     """Whether this nanophi and matplotlib are those that drew a release's figures, so that they can be compared."""
-    there = records["run.json"]["environment"]
-    here = importlib.metadata.version("matplotlib")
+    there, here = records["run.json"]["environment"], importlib.metadata.version("matplotlib")
     return (there["nanophi"], there["packages"].get("matplotlib")) == (__version__, here)
 
 
 def problems(records: ShippedRecords, folder: Path) -> list[str]:
     """Figures in a folder that are not those of the records, by drawing them again if they were `drawn_alike`."""
-    import numpy as np
     from matplotlib.image import imread
 
     expected, there = {f"{name}.png" for name in names(records)}, {path.name for path in folder.glob("*.png")}
@@ -67,7 +60,7 @@ def problems(records: ShippedRecords, folder: Path) -> list[str]:
     return wrong
 
 
-def _loss(records: ShippedRecords, axes: Axes) -> None:
+def _loss(records: ShippedRecords, axes: Any) -> None:
     training = records["training.json"]
     log, evaluations = training["log"], training.get("evaluations", [])
     most = log[-1]["tokens_seen"]
@@ -75,8 +68,7 @@ def _loss(records: ShippedRecords, axes: Axes) -> None:
     scale, unit = next((entry for entry in units if most >= 2 * entry[0]), (1, ""))
     axes.plot([e["tokens_seen"] / scale for e in log], [e["loss"] for e in log], color=BLUE, lw=1.2, label="training")
     if evaluations:
-        seen = [e["tokens_seen"] / scale for e in evaluations]
-        losses = [e["loss"] for e in evaluations]
+        seen, losses = [e["tokens_seen"] / scale for e in evaluations], [e["loss"] for e in evaluations]
         axes.plot(seen, losses, "o-", color=ORANGE, ms=4, lw=1.2, label="held-out documents")
         place = axes.annotate(f"{losses[-1]:.3f}", (seen[-1], losses[-1]), (7, 0), textcoords="offset points")
         place.set(va="center", color=ORANGE)
@@ -90,10 +82,7 @@ def _loss(records: ShippedRecords, axes: Axes) -> None:
     axes.legend()
 
 
-def _quality(records: ShippedRecords, axes: Axes) -> None:
-    import numpy as np
-    from matplotlib.ticker import StrMethodFormatter
-
+def _quality(records: ShippedRecords, axes: Any) -> None:
     quality = records["quality.json"]
     counts, edges = quality["histogram"]["documents"], quality["histogram"]["edges"]
     cut = quality["cutoff"] if quality["threshold"] is None else quality["threshold"]
@@ -106,22 +95,21 @@ def _quality(records: ShippedRecords, axes: Axes) -> None:
     # Most scores lie at the ends; on a linear scale the middle, where the threshold is, would vanish.
     axes.set_yscale("function", functions=(lambda y: np.sqrt(np.maximum(y, 0)), np.square))
     axes.set_yticks(_square_root_ticks(max(counts)))
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.set_ylim(0, 1.08 * max(counts))
     axes.set_ylabel("documents (square-root scale)")
-    total, kept_documents = quality["documents"], quality["kept_documents"]
     if cut is not None:
         axes.axvline(cut, color=ORANGE, lw=1.5)
+    kept_documents, total = quality["kept_documents"], quality["documents"]
     axes.set_title(f"kept: {quality['rule']}, {kept_documents:,} of {total:,} documents", loc="left")
 
 
 def _square_root_ticks(highest: int) -> list[int]:
     """0 and round counts up to `highest`, at least a tenth of a square-root axis apart."""
     ticks = [0]
-    for power in range(len(str(highest))):
-        for tick in (factor * 10**power for factor in (1, 2, 5)):
-            if tick <= highest and (tick / highest) ** 0.5 >= (ticks[-1] / highest) ** 0.5 + 0.1:
-                ticks.append(tick)
+    for tick in (factor * 10**power for power in range(len(str(highest))) for factor in (1, 2, 5)):
+        if tick <= highest and (tick / highest) ** 0.5 >= (ticks[-1] / highest) ** 0.5 + 0.1:
+            ticks.append(tick)
     return ticks
 
 
@@ -129,7 +117,7 @@ def _bars(records: ShippedRecords) -> list[Score]:
     return [score for score in leading_scores(records) if score.percent]
 
 
-def _evaluation(records: ShippedRecords, axes: Axes) -> None:
+def _evaluation(records: ShippedRecords, axes: Any) -> None:
     scores = _bars(records)[::-1]
     for position, score in enumerate(scores):
         error = 1.96 * score.stderr if score.stderr else 0
@@ -145,7 +133,6 @@ def _evaluation(records: ShippedRecords, axes: Axes) -> None:
     axes.set_ylim(-0.6, len(scores) - 0.4)
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("percent, with 95 % confidence intervals")
-    chances = [line for line in axes.lines if line.get_color() == ORANGE]
-    if chances:
+    if chances := [line for line in axes.lines if line.get_color() == ORANGE]:
         # Above the plot: inside it would hide a bar.
         axes.legend(chances[:1], ["chance"], loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)

@@ -1,37 +1,33 @@
 """GGUF files of a release, for llama.cpp and the programs built on it.
 
-llama.cpp has Phi's function as the architecture `phi2`. Its own converter writes as many key/value heads as query
-heads, which is wrong under grouped-query attention, so the metadata is written here, from the release's config.
-
-A folder holds what a companion repository `ORG/NAME-GGUF` does on the Hub, where programs look for these files:
-
-    <name>-f16.gguf  <name>-q8_0.gguf  README.md  MANIFEST.json
-
-The files are the same, byte for byte, whenever and wherever they are built from the same release.
+llama.cpp has Phi's function as the architecture `phi2`. Its own converter is wrong under grouped-query attention, so
+the metadata is written here, from the release's config. The same release gives the same bytes.
 """
 
-from __future__ import annotations
-
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from huggingface_hub import CardData, ModelCard
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
 
 from nanophi.configuration_nanophi import NanoPhiConfig
-from nanophi.core.errors import UserError
+from nanophi.core.errors import UserError, user_errors
 from nanophi.core.files import atomic_folder, read_json, sha256_of_file
 from nanophi.core.names import is_hub_id
 from nanophi.model_card import exports
 from nanophi.model_card.companions import Source
 from nanophi.model_card.pages import write_page
 
-if TYPE_CHECKING:
-    import numpy as np
-    from gguf import GGUFWriter
+try:
+    import gguf
+except ImportError:  # it is an extra
+    gguf = None  # type: ignore[assignment]
 
+# What the matrices are stored in (vectors stay float32), and gguf's name for a file of that kind.
 KINDS = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
-"""What the matrices are stored in (vectors stay float32), and gguf's name for a file of that kind."""
 
 
 def build(source: Source, _: str, folder: Path) -> None:
@@ -40,25 +36,19 @@ def build(source: Source, _: str, folder: Path) -> None:
 
 
 def export(release: Path, kinds: Sequence[str], output: Path) -> list[dict[str, Any]]:
-    """Write a folder ready to be a Hub repository; an earlier one is replaced once the new one is complete.
-
-    It has a file of each of the `kinds`; returned is what `write` returns, and `"path"`, the file's.
-    """
-    from huggingface_hub import CardData
-
+    """Write a folder ready to be a Hub repository, in place of an earlier one; returns `write`'s facts and paths."""
     parse_kinds(",".join(kinds))
     if output.resolve().is_relative_to(release.resolve()):
         raise UserError(f"{output} lies inside the release {release}, which must stay as it is; choose another folder")
     repo_id, header = _repo_id(release), _front_matter(release)
     name, on_hub = repo_id.split("/")[-1], is_hub_id(repo_id)
-    metadata: dict[str, Any] = {
-        key: header[key] for key in ("license", "language", "pipeline_tag", "datasets") if key in header
-    }
+    kept = ("license", "language", "pipeline_tag", "datasets")
+    metadata: dict[str, Any] = {key: header[key] for key in kept if key in header}
     metadata |= {"base_model": repo_id, "base_model_relation": "quantized"} if on_hub else {}
     metadata |= {"library_name": "gguf", "tags": ["gguf", "phi"]}
+    files = [f"{name}-{kind}.gguf" for kind in kinds]
     with atomic_folder(output) as work:
-        names = [f"{name}-{kind}.gguf" for kind in kinds]
-        results = [write(release, work / file, kind) for file, kind in zip(names, kinds, strict=True)]
+        results = [write(release, work / file, kind) for file, kind in zip(files, kinds, strict=True)]
         write_page(
             work,
             "gguf.md",
@@ -67,26 +57,21 @@ def export(release: Path, kinds: Sequence[str], output: Path) -> list[dict[str, 
             name=name,
             repo_id=repo_id,
             on_hub=on_hub,
-            files=[{"name": file, **result} for file, result in zip(names, results, strict=True)],
+            files=[{"name": file, **result} for file, result in zip(files, results, strict=True)],
             chat=_chat_template(release) is not None,
         )
-    return [{**result, "path": str(output / file)} for file, result in zip(names, results, strict=True)]
+    return [{**result, "path": str(output / file)} for file, result in zip(files, results, strict=True)]
 
 
 def write(release: Path, output: Path, kind: str) -> dict[str, Any]:
-    """Write one GGUF file of a kind in `KINDS`, whole or not at all, from a release's config, weights and tokenizer.
-
-    Returns `{"kind", "tensors": count, "bytes", "sha256"}`. `UserError`: the release is incomplete, or llama.cpp's phi2
-    cannot express it.
-    """
-    gguf = _library()
+    """Write one GGUF file; returns its kind, number of tensors, size and hash. `UserError`: phi2 cannot express it."""
+    if gguf is None:
+        raise UserError("GGUF files need the package gguf: pip install 'nanophi[gguf]'")
     for file in ("config.json", "model.safetensors", "tokenizer.json"):
         if not (release / file).is_file():
             raise UserError(f"{release / file} is missing; is {release} a release folder?")
-    try:
+    with user_errors(f"{release / 'config.json'} is not a model's"):
         config = NanoPhiConfig.from_pretrained(release)
-    except ValueError as error:
-        raise UserError(f"{release / 'config.json'}: {error}") from None
     if problem := exports.beyond_llama_cpp(config):
         raise UserError(f"{release / 'config.json'}: {problem}")
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.PHI2])
@@ -96,30 +81,12 @@ def write(release: Path, output: Path, kind: str) -> dict[str, Any]:
     for name, (data, raw_dtype) in tensors.items():
         writer.add_tensor(name, data, raw_dtype=raw_dtype)
     output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.name}.{os.getpid()}.part")
-    try:
-        writer.write_header_to_file(partial)
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        partial.replace(output)
-    finally:
-        writer.close()
-        partial.unlink(missing_ok=True)
-    return {
-        "kind": kind,
-        "tensors": len(tensors),
-        "bytes": output.stat().st_size,
-        "sha256": sha256_of_file(output),
-    }
-
-
-def _library() -> Any:
-    try:
-        import gguf
-    except ImportError:
-        raise UserError("GGUF files need the package gguf: pip install 'nanophi[gguf]'") from None
-    return gguf
+    writer.write_header_to_file(output)
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    size, sha256 = output.stat().st_size, sha256_of_file(output)
+    return {"kind": kind, "tensors": len(tensors), "bytes": size, "sha256": sha256}
 
 
 def parse_kinds(text: str | None) -> list[str]:
@@ -130,8 +97,7 @@ def parse_kinds(text: str | None) -> list[str]:
     return kinds
 
 
-def _add_metadata(writer: GGUFWriter, release: Path, config: NanoPhiConfig, kind: str) -> None:
-    gguf = _library()
+def _add_metadata(writer: Any, release: Path, config: NanoPhiConfig, kind: str) -> None:
     writer.add_type(gguf.GGUFType.MODEL)
     repo_id = _repo_id(release)
     organization, _, name = repo_id.rpartition("/")
@@ -141,9 +107,8 @@ def _add_metadata(writer: GGUFWriter, release: Path, config: NanoPhiConfig, kind
         writer.add_base_model_name(0, name)
         writer.add_base_model_organization(0, organization)
         writer.add_base_model_repo_url(0, f"https://huggingface.co/{repo_id}")
-    if license_name := _front_matter(release).get("license"):
-        writer.add_license(license_name)
     values = {
+        "license": _front_matter(release).get("license"),
         "file_type": gguf.LlamaFileType[KINDS[kind]],
         "quantization_version": gguf.GGML_QUANT_VERSION,
         "vocab_size": config.vocab_size,
@@ -160,38 +125,31 @@ def _add_metadata(writer: GGUFWriter, release: Path, config: NanoPhiConfig, kind
     if scaled := exports.scaling(config.rope_parameters):
         values |= {"rope_scaling_type": gguf.RopeScalingType.LINEAR, "rope_scaling_factor": float(scaled["factor"])}
     for key, value in values.items():
-        getattr(writer, f"add_{key}")(value)
+        if value is not None:
+            getattr(writer, f"add_{key}")(value)
 
 
-def _add_tokenizer(writer: GGUFWriter, release: Path, config: NanoPhiConfig) -> None:
+def _add_tokenizer(writer: Any, release: Path, config: NanoPhiConfig) -> None:
     """GPT-2's byte-level BPE, which llama.cpp implements; with any other tokenizer its tokens would differ."""
-    from tokenizers import Tokenizer
-
-    gguf, vocab_size = _library(), config.vocab_size
-    bos: Any = config.bos_token_id
-    eos: Any = config.eos_token_id
-    path = release / "tokenizer.json"
+    vocab_size, path = config.vocab_size, release / "tokenizer.json"
+    ends: dict[str, Any] = {"bos": config.bos_token_id, "eos": config.eos_token_id}
     content = read_json(path)
     model, splitter = content["model"], content["pre_tokenizer"] or {}
     byte_level = splitter.get("type") == "ByteLevel" and splitter.get("use_regex", True)
-    byte_level &= not splitter.get("add_prefix_space")
-    if model["type"] != "BPE" or not byte_level or content["normalizer"] is not None:
-        raise UserError(f"{path}: only byte-level BPE with GPT-2's words and no normalizer can go into a GGUF file")
-    if any(model.get(key) for key in ("dropout", "byte_fallback", "ignore_merges", "end_of_word_suffix")):
-        raise UserError(
-            f"{path}: BPE with dropout, byte fallback, suffixes or ignored merges cannot go into a GGUF file"
-        )
-    if any(token[key] for token in content["added_tokens"] for key in ("single_word", "lstrip", "rstrip")):
-        raise UserError(f"{path}: llama.cpp knows no added tokens that strip spaces or match whole words only")
+    byte_level &= not splitter.get("add_prefix_space") and content["normalizer"] is None
+    extras = [model.get(key) for key in ("dropout", "byte_fallback", "ignore_merges", "end_of_word_suffix")]
+    extras += [token[key] for token in content["added_tokens"] for key in ("single_word", "lstrip", "rstrip")]
+    if model["type"] != "BPE" or not byte_level or any(extras):
+        raise UserError(f"{path}: a GGUF file takes only plain byte-level BPE with GPT-2's words and no normalizer")
     backend = Tokenizer.from_file(str(path))
     bare = backend.encode("a", add_special_tokens=False).ids
     around = [token for token in backend.encode("a").ids if token not in bare]
-    if around not in ([], [bos]):
+    if around not in ([], [ends["bos"]]):
         raise UserError(f"{path}: adds the tokens {around} to a text; llama.cpp adds bos_token_id or nothing")
 
     ids = {**model["vocab"], **{token["content"]: token["id"] for token in content["added_tokens"]}}
-    if max(ids.values()) >= vocab_size:
-        raise UserError(f"{path}: token {max(ids.values())} has no row in the model (vocab_size {vocab_size})")
+    if (last := max(ids.values())) >= vocab_size:
+        raise UserError(f"{path}: token {last} has no row in the model (vocab_size {vocab_size})")
     # Rows without a token (phi-2 has 905 of them) still need a name, which no text is split into.
     tokens = [f"[PAD{number}]" for number in range(vocab_size)]
     types = [gguf.TokenType.UNUSED] * vocab_size
@@ -204,8 +162,8 @@ def _add_tokenizer(writer: GGUFWriter, release: Path, config: NanoPhiConfig) -> 
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]])
-    writer.add_bos_token_id(bos)
-    writer.add_eos_token_id(eos)
+    writer.add_bos_token_id(ends["bos"])
+    writer.add_eos_token_id(ends["eos"])
     writer.add_add_bos_token(bool(around))
     writer.add_add_eos_token(False)
     if template := _chat_template(release):
@@ -216,19 +174,12 @@ def _chat_template(release: Path) -> str | None:
     """The tokenizer's chat template, in whichever of its files it is, without marks that transformers alone reads."""
     file, config = release / "chat_template.jinja", release / "tokenizer_config.json"
     template = read_json(config).get("chat_template") if config.is_file() else None
-    if file.is_file():
-        template = file.read_text(encoding="utf-8")
+    template = file.read_text(encoding="utf-8") if file.is_file() else template
     return re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template) if isinstance(template, str) else None
 
 
-def _tensors(release: Path, config: NanoPhiConfig, kind: str) -> dict[str, tuple[np.ndarray, Any]]:
-    """Arrays by GGUF name, with the type they are stored in; `q8_0` leaves rows of no multiple of 32 in float16.
-
-    Query, key and value stay apart, which every llama.cpp with phi2 reads. Nothing is permuted: it rotates as Phi does.
-    """
-    from safetensors.torch import load_file
-
-    gguf = _library()
+def _tensors(release: Path, config: NanoPhiConfig, kind: str) -> dict[str, tuple[Any, Any]]:
+    """Arrays by GGUF name, with the type that they are stored in."""
     weights = load_file(release / "model.safetensors")
     if config.tie_word_embeddings:
         weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])  # phi2 has no other way to say it
@@ -241,6 +192,7 @@ def _tensors(release: Path, config: NanoPhiConfig, kind: str) -> dict[str, tuple
             raise UserError(f"{release / 'model.safetensors'}: llama.cpp's phi2 has no tensor {source}")
         data = tensor.float().numpy()
         dtype = wanted if data.ndim > 1 else gguf.GGMLQuantizationType.F32
+        # Rows of no multiple of 32 stay in float16.
         if dtype == gguf.GGMLQuantizationType.Q8_0 and data.shape[-1] % gguf.GGML_QUANT_SIZES[dtype][0]:
             dtype = gguf.GGMLQuantizationType.F16
         if dtype == gguf.GGMLQuantizationType.F16 and abs(data).max() > 65504:
@@ -256,7 +208,5 @@ def _repo_id(release: Path) -> str:
 
 
 def _front_matter(release: Path) -> dict[str, Any]:
-    from huggingface_hub import ModelCard
-
     path = release / "README.md"
     return ModelCard.load(path).data.to_dict() if path.is_file() else {}

@@ -3,8 +3,6 @@
 Its argument is a JSON file that `loader.py` wrote. Nobody who loads a release has nanophi: importing it fails here.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import sys

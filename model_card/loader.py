@@ -4,8 +4,6 @@ The process has an empty cache, the packages of this one, and no nanophi. What i
 report has to be, in `checks.py`.
 """
 
-from __future__ import annotations
-
 import importlib.resources
 import os
 import subprocess
@@ -18,17 +16,13 @@ from nanophi.model_card.records import ShippedRecords
 
 
 def load(folder: Path, records: ShippedRecords, scratch: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Load a release with both loaders at once, each in a process of its own; `scratch` is an empty folder.
-
-    There the sample's prompt is continued, and the held-out documents are scored.
-
-    Returns:
-        of stock Phi and of the remote code: `class`, `parameters`, `loading` (what did not fit), `messages`, `text`,
-        `scores` and `logits` (a safetensors file); or `error`, one line.
-    """
+    """What `load_release.py` answers for stock Phi and for the remote code, run at once; or `error`, one line."""
     script = importlib.resources.files("nanophi.model_card").joinpath("load_release.py").read_text(encoding="utf-8")
     sample = records.get("sample.json", {"prompt": "The ", "settings": {"do_sample": False, "max_new_tokens": 30}})
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "HF_", "TRANSFORMERS_"))}
+    # Packages may be on PYTHONPATH alone, or a user's; the current folder and code of other releases stay out.
+    paths = [Path(entry).resolve() for entry in sys.path if entry]
+    packages = [str(path) for path in paths if path != Path.cwd() and not (path / "transformers_modules").is_dir()]
     started = []
     for name in ("stock", "remote"):
         home = scratch / name
@@ -42,8 +36,7 @@ def load(folder: Path, records: ShippedRecords, scratch: Path) -> tuple[dict[str
             "documents": [item["text"] for item in records.get("heldout.json", [])],
             "answer": str(home / "answer.json"),
             "logits": str(home / "logits.safetensors"),
-            # Packages may be on PYTHONPATH alone, or a user's; the current folder stays out.
-            "packages": [entry for entry in sys.path if entry and Path(entry).resolve() != Path.cwd()],
+            "packages": packages,
         }
         write_json(home / "request.json", request)
         process = subprocess.Popen(

@@ -4,9 +4,6 @@ A list of what is allowed, not of what is harmful: code and pickles can have any
 What the files say of each other is compared in `checks.py`.
 """
 
-from __future__ import annotations
-
-import contextlib
 import re
 from pathlib import Path
 from typing import Any
@@ -17,18 +14,17 @@ from nanophi.core.names import CODE_FILES, MODEL_FILES, TOKENIZER_FILES
 
 MANIFEST = "MANIFEST.json"
 SIGNATURE = "model.sig"
-
 _WHOLE = ("README.md", "LICENSE", "revisions.json", MANIFEST, SIGNATURE, *MODEL_FILES, *CODE_FILES, *TOKENIZER_FILES)
+# The names of all files that a release may have.
 FILES = re.compile(
     "|".join(map(re.escape, _WHOLE))
     + r"|figures/(loss|quality|evaluation)\.png|records/(evals/)?[^/]+\.(json|yaml)|\.eval_results/[^/]+\.yaml"
 )
-"""The names of all files that a release may have."""
-
+# What git, the Hub's client and the file managers of operating systems leave in a folder: no part of it.
 _LEFT_BEHIND = re.compile(
     r"^\.git(attributes$|ignore$|/|$)|^\.cache/|(^|/)(\.DS_Store|\._[^/]*|Thumbs\.db|desktop\.ini)$"
 )
-"""What git, the Hub's client and the file managers of operating systems leave in a folder: no part of it."""
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def list_files(folder: Path) -> list[str]:
@@ -48,10 +44,7 @@ def write_manifest(folder: Path, provenance: dict[str, Any]) -> None:
 
 
 def file_problems(folder: Path, partial: bool = False, written: re.Pattern[str] = FILES) -> list[str]:
-    """What is wrong with a release's files before anything is loaded: changed, foreign, or naming foreign code.
-
-    Of a `partial` download what is there is checked; `written` are the names of files that such a folder may have.
-    """
+    """What is wrong with a release's files, before anything is loaded; of a `partial` download, of what is there."""
     files = list_files(folder)
     changed = [line for line in checksums(folder, files) if not (partial and line.endswith(" is missing"))]
     return changed + foreign_files(folder, files, written) + foreign_references(folder)
@@ -60,31 +53,24 @@ def file_problems(folder: Path, partial: bool = False, written: re.Pattern[str] 
 def checksums(folder: Path, files: list[str]) -> list[str]:
     """Where the files are not those that the manifest lists."""
     try:
-        listed = read_json(folder / MANIFEST)["files"]
-        expected = {name: (entry["sha256"], entry["size"]) for name, entry in listed.items()}
-    except UserError:
-        return [f"{MANIFEST} is not valid JSON"]
-    except (KeyError, TypeError, AttributeError):
-        return [f"{MANIFEST} does not list files with their sha256 and size"]
+        expected = {name: entry["sha256"] for name, entry in read_json(folder / MANIFEST)["files"].items()}
+    except (UserError, KeyError, TypeError, AttributeError):
+        return [f"{MANIFEST} does not list files with their sha256"]
     wrong = [f"{name} is missing" for name in sorted(set(expected) - set(files))]
-    wrong += [f"{name} is not in the manifest" for name in files if name not in {*expected, MANIFEST, SIGNATURE}]
     for name in files:
-        if name in expected:
-            sha256, size = expected[name]
-            if _is_lfs_pointer(folder / name):
-                wrong.append(f"{name} is only a pointer of Git LFS; run `git lfs pull` in the clone")
-            elif not (folder / name).is_file():
-                wrong.append(f"{name} is a link to nothing")
-            elif (folder / name).stat().st_size != size or sha256_of_file(folder / name) != sha256:
-                wrong.append(f"{name} was changed")
+        if name not in {*expected, MANIFEST, SIGNATURE}:
+            wrong.append(f"{name} is not in the manifest")
+        elif not (folder / name).is_file():
+            wrong.append(f"{name} is a link to nothing")
+        elif name in expected and sha256_of_file(folder / name) != expected[name]:
+            pointer = "is only a pointer of Git LFS; run `git lfs pull` in the clone"
+            wrong.append(f"{name} {pointer if _is_lfs_pointer(folder / name) else 'was changed'}")
     return wrong
 
 
 def _is_lfs_pointer(path: Path) -> bool:
-    start = b"version https://git-lfs.github.com/spec/"
-    with contextlib.suppress(OSError), path.open("rb") as file:
-        return file.read(len(start)) == start
-    return False
+    with path.open("rb") as file:
+        return file.read(len(_LFS_POINTER)) == _LFS_POINTER
 
 
 def foreign_files(folder: Path, files: list[str], written: re.Pattern[str] = FILES) -> list[str]:
@@ -100,10 +86,10 @@ def foreign_files(folder: Path, files: list[str], written: re.Pattern[str] = FIL
             wrong.append(f"{name} is a link")
         elif not written.fullmatch(name):
             wrong.append(f"{name} is not a file that nanophi writes")
-        elif path.suffix == ".safetensors" and path.is_file() and not _is_lfs_pointer(path):  # `checksums` names those
+        elif path.suffix == ".safetensors" and not _is_lfs_pointer(path):  # `checksums` names those
             try:
-                with safe_open(path, "pt") as file:
-                    file.keys()
+                with safe_open(path, "pt"):
+                    pass
             except SafetensorError as error:
                 wrong.append(f"{name} is not a valid safetensors file ({error})")
     return wrong
@@ -113,16 +99,13 @@ def foreign_references(folder: Path) -> list[str]:
     """`auto_map` entries that point elsewhere, and other ways of a config to have code run."""
     modules = {Path(name).stem for name in CODE_FILES}
     wrong = []
-    for path in sorted(folder.glob("*.json")):
-        if path.name == MANIFEST:
-            continue
+    for path in sorted(set(folder.glob("*.json")) - {folder / MANIFEST}):
         try:
             config = read_json(path)
         except UserError:
             wrong.append(f"{path.name} is not valid JSON")
             continue
-        if not isinstance(config, dict):
-            continue
+        config = config if isinstance(config, dict) else {}
         targets = config.get("auto_map") or {}
         if not isinstance(targets, dict):
             wrong.append(f"{path.name}: auto_map is not a mapping")
@@ -131,9 +114,6 @@ def foreign_references(folder: Path) -> list[str]:
             for reference in target if isinstance(target, list) else [target]:
                 if reference is not None and str(reference).rpartition(".")[0] not in modules:
                     wrong.append(f"{path.name}: auto_map names {reference}")
-        wrong += [
-            f"{path.name}: has '{key}'"
-            for key in ("custom_generate", "custom_pipelines", "trust_remote_code")
-            if config.get(key)
-        ]
+        runs_code = ("custom_generate", "custom_pipelines", "trust_remote_code")
+        wrong += [f"{path.name}: has '{key}'" for key in runs_code if config.get(key)]
     return wrong

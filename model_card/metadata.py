@@ -3,9 +3,6 @@
 The Hub's specification: https://huggingface.co/docs/hub/model-cards and .../docs/hub/eval-results
 """
 
-from __future__ import annotations
-
-import math
 import re
 from typing import Any
 
@@ -17,20 +14,16 @@ from nanophi.core.names import is_hub_id, split_revision
 from nanophi.eval.catalogue import TASKS, scale
 from nanophi.model_card.records import ShippedRecords, hardware, leading_scores, training_sources
 
+# lm-eval's metrics that the Hub has a page for, and its names of them.
 HUB_METRICS = {"acc": "accuracy", "acc_norm": "accuracy", "exact_match": "exact_match", "f1": "f1"}
-"""lm-eval's metrics that the Hub has a page for, and its names of them."""
-
-LINKS = {"scorer": "quality_scorer", "control": "control_model"}
-"""What is published beside a model and the Hub has no key for."""
+LINKS = {"scorer": "quality_scorer", "control": "control_model"}  # published beside a model; the Hub has no key for it
 
 
 def header(records: ShippedRecords) -> ModelCardData:
     """The card's YAML header."""
-    recipe = records["recipe.yaml"]
-    card = recipe["card"]
-    results = _model_index(records)
-    summary = records["training.json"].get("summary", {})
-    links = records["run.json"].get("links", {})
+    recipe, results = records["recipe.yaml"], _model_index(records)
+    card, run, summary = recipe["card"], records["run.json"], records["training.json"].get("summary", {})
+    links = run.get("links", {})
     extra: dict[str, Any] = {"widget": [{"text": card["prompt"]}]}
     extra |= {key: links[part] for part, key in LINKS.items() if part in links}
     chat, origin, base = records.get("conversations.json"), "pretrained-from-scratch", None
@@ -42,14 +35,14 @@ def header(records: ShippedRecords) -> ModelCardData:
     if base and is_hub_id(base):
         extra |= {"base_model": base, "base_model_relation": "finetune"}
     if summary.get("co2_grams") is not None:
-        emissions = {
+        region = summary.get("co2_region")
+        extra["co2_eq_emissions"] = {
             "emissions": float(f"{summary['co2_grams']:.4g}"),
             "source": summary["co2_source"],
             "training_type": "pre-training" if chat is None else "fine-tuning",
-            "geographical_location": summary.get("co2_region"),
+            **({} if region is None else {"geographical_location": region}),
             "hardware_used": hardware(records),
         }
-        extra["co2_eq_emissions"] = {key: value for key, value in emissions.items() if value is not None}
     metrics = {HUB_METRICS[score.metric] for score in leading_scores(records) if score.metric in HUB_METRICS}
     return ModelCardData(
         language="en",
@@ -59,9 +52,9 @@ def header(records: ShippedRecords) -> ModelCardData:
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["phi", "nanophi", "small-language-model", origin],
-        datasets=[*public_datasets(recipe), *(links[part] for part in links if part == "data")] or None,
+        datasets=[*public_datasets(recipe), *([links["data"]] if "data" in links else [])] or None,
         metrics=sorted(metrics) or None,
-        model_name=records["run.json"]["repo_id"].rpartition("/")[2] if results else None,
+        model_name=run["repo_id"].rpartition("/")[2] if results else None,
         eval_results=results or None,
         **extra,
     )
@@ -74,11 +67,7 @@ def public_datasets(recipe: dict[str, Any]) -> list[str]:
 
 
 def _model_index(records: ShippedRecords) -> list[EvalResult]:
-    """The scores on whole benchmarks that are datasets of the Hub.
-
-    A part of a benchmark would be listed beside others' scores on all of it; held-out text is no dataset that anybody
-    could look up.
-    """
+    """The scores on whole benchmarks that are datasets of the Hub, where they stand beside others' scores."""
     results = []
     for score in leading_scores(records):
         hub = TASKS[score.task].hub if score.task in TASKS else None
@@ -116,22 +105,13 @@ def eval_results_files(records: ShippedRecords) -> dict[str, str]:
 def problems(text: str) -> list[str]:
     """What in a card's header the Hub would refuse, one line each."""
     parts = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)  # a text within it may have such a line, indented
-    if parts is None:
-        return ["no YAML metadata between '---' lines at the top"]
     try:
-        metadata = yaml.safe_load(parts[1])
+        metadata = yaml.safe_load(parts[1]) if parts else None
     except yaml.YAMLError as error:
         return [f"the metadata is not valid YAML ({' '.join(str(error).split())})"]
     if not isinstance(metadata, dict):
-        return ["the metadata is not a mapping"]
+        return ["no YAML metadata between '---' lines at the top"]
     required = ("language", "license", "library_name", "pipeline_tag", "tags")
     wrong = [f"metadata key '{key}' is missing" for key in required if not metadata.get(key)]
     licence = license_problem(metadata.get("license"), metadata.get("license_name"), metadata.get("license_link"))
-    wrong += [licence] if licence else []
-    return wrong + [
-        f"model-index: {result['dataset']['name']}: value {metric['value']!r} is not a number"
-        for model in metadata.get("model-index", [])
-        for result in model["results"]
-        for metric in result["metrics"]
-        if not isinstance(metric["value"], int | float) or not math.isfinite(metric["value"])
-    ]
+    return [*wrong, licence] if licence else wrong

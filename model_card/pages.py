@@ -4,8 +4,6 @@ A value that is missing, None or not a number stops a page: nothing is filled in
 template (`text`, `code`, `fenced`), which also has the wording; what is shown is decided by the callers.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -26,8 +24,7 @@ from nanophi.eval import catalogue
 from nanophi.model_card import exports
 from nanophi.model_card.manifest import write_manifest
 
-FOLDER = Path(__file__).parent
-"""Of the templates."""
+FOLDER = Path(__file__).parent  # of the templates
 
 
 def render(template: str, **values: Any) -> str:
@@ -74,44 +71,38 @@ def bits_per_byte(part: dict[str, Any] | None) -> str:
 
 def _verdicts(rows: list[dict[str, Any]]) -> str:
     """`better on "a", "b"; worse on "c"`, what is empty left out; in quotes, as titles have commas of their own."""
-    tasks = {
-        verdict: [f'"{row["title"]}"' for row in rows if row["verdict"] == verdict]
-        for verdict in ("better", "worse", "within noise")
-    }
-    return "; ".join(f"{verdict} on {', '.join(titles)}" for verdict, titles in tasks.items() if titles)
+    parts = []
+    for verdict in ("better", "worse", "within noise"):
+        if titles := [f'"{row["title"]}"' for row in rows if row["verdict"] == verdict]:
+            parts.append(f"{verdict} on {', '.join(titles)}")
+    return "; ".join(parts)
 
 
-FILTERS: dict[str, Callable[..., Any]] = {
-    "code": markup.code,
+FUNCTIONS: tuple[Callable[..., Any], ...] = (
+    *(markup.code, markup.fenced, markup.text, exports.oldest_transformers),
+    *(catalogue.metric_name, catalogue.row_title, catalogue.title),
+    *(
+        formatting.decimal,
+        formatting.duration,
+        formatting.figure,
+        formatting.integer,
+        formatting.percent,
+        formatting.size,
+    ),
+)
+FILTERS: dict[str, Callable[..., Any]] = {function.__name__: function for function in FUNCTIONS} | {
     "code_cell": lambda value: markup.code(value, cell=True),
-    "decimal": formatting.decimal,
-    "duration": formatting.duration,
-    "figure": formatting.figure,
-    "fenced": markup.fenced,
-    "integer": formatting.integer,
     "literal": lambda text: json.dumps(text, ensure_ascii=False),
-    "metric_name": catalogue.metric_name,
-    "oldest_transformers": exports.oldest_transformers,
     "on_hub": lambda source: source["hub"] is not None and is_hub_id(source["hub"]),
-    "percent": formatting.percent,
     "plain": lambda text: re.sub(r"[{}\\`]", "", text),
-    "row_title": catalogue.row_title,
     "rows": catalogue.main_rows,
     "shell": shlex.quote,
-    "size": formatting.size,
     "source_name": lambda source: source["name"] or source["hub"] or source["files"] or source["embedded"],
-    "text": markup.text,
-    "title": catalogue.title,
     "verdicts": _verdicts,
 }
-
+_LINES: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
 _ENVIRONMENT = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(FOLDER),
-    undefined=_Missing,
-    finalize=_present,
-    trim_blocks=True,
-    lstrip_blocks=True,
-    keep_trailing_newline=True,
+    loader=jinja2.FileSystemLoader(FOLDER), undefined=_Missing, finalize=_present, **_LINES
 )
 _ENVIRONMENT.filters.update({name: _of_value(function) for name, function in FILTERS.items()})
 # Values that may be missing: `-` is shown.

@@ -1,16 +1,9 @@
 """The verb `push`: publish a release, and beside it its quality scorer, its data and its GGUF files.
 
-The order: everything is built and checked here; the changes are planned, and refused if somebody else's files would
-go; the Hub checks the cards. Only then something is created: of each repository the branches of its checkpoints,
-`main`, and the tag; when all are whole they are made public, if that is requested, and collected. Whoever sees a
-revision can load it. A push that was cut off is finished by running it again.
-
-A push touches only what an earlier push of the same run put there: a repository without a manifest of ours, of another
-run, or with files that were added or edited since, is refused unless it is forced. The comparison with the Hub and the
-commits are in `upload.py`.
+Everything is built, checked and planned before anything is created; repositories become public when all are whole. A
+push touches only what an earlier push of the same run put there, unless it is forced. The comparison with the Hub and
+the commits are in `upload.py`.
 """
-
-from __future__ import annotations
 
 import dataclasses
 import json
@@ -18,7 +11,7 @@ import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from typer import Argument, Option
@@ -27,18 +20,13 @@ from nanophi.core.errors import UserError
 from nanophi.core.files import read_json
 from nanophi.core.names import is_hub_id
 from nanophi.core.options import Gguf
+from nanophi.model_card import card, checks, secrets, signature, upload
+from nanophi.model_card import release as releases
+from nanophi.model_card.companions import COMPANIONS, Companion, Source, recipe_of_run
 from nanophi.model_card.manifest import FILES, MANIFEST, file_problems, list_files
-
-if TYPE_CHECKING:
-    from nanophi.model_card.companions import Companion
-    from nanophi.model_card.hub import RetryingApi
-    from nanophi.model_card.upload import Plan, Repository
-
-Report = Callable[[str], None]
-
-TRAINING_STATE = re.compile(
-    r"(^|/)(optimizer|scheduler|scaler|rng_state|trainer_state|training_args|training_state)[^/]*"
-)
+from nanophi.model_card.records import complete_records, read_records
+from nanophi.model_card.upload import Report, Repository, RetryingApi
+from nanophi.model_card.verify import find_release
 
 
 def push(
@@ -72,7 +60,7 @@ def push(
 
     Example: nanophi push runs/demo/release --repo-id ORG/nano-phi-demo --dry-run
     """
-    from nanophi.model_card.gguf import parse_kinds
+    from nanophi.model_card.gguf import parse_kinds  # with transformers, which takes a second
 
     asked = {"scorer": scorer, "data": data, "gguf": parse_kinds(gguf)}
     options = Options(repo_id, public, dry_run, force, signing_key, control, collection, asked)
@@ -105,123 +93,94 @@ class Options:
 
     def companions(self) -> dict[Companion, str]:
         """The companions that are asked for, with their Hub ids."""
-        from nanophi.model_card.companions import COMPANIONS
-
         return {entry: f"{self.repo_id}-{entry.suffix}" for entry in COMPANIONS if self.asked.get(entry.part)}
 
 
 def publish(release: Path, options: Options, report: Report = typer.echo) -> list[str]:
-    """Publish a release folder on the Hub, or resume a push that was cut off. Returns the URLs, none in a dry run.
-
-    The branches' checkpoints are those of the run directory around the release; away from it there are no branches.
-    """
-    from nanophi.model_card import hub, upload
-    from nanophi.model_card.verify import hint
-
+    """Publish a release folder on the Hub, or resume a push that was cut off. Returns the URLs, none in a dry run."""
     options.check()
     if not release.is_dir():
         raise UserError(f"folder {release} does not exist")
-    if not (release / MANIFEST).is_file():
-        raise UserError(f"{release} is not a release (no {MANIFEST}){hint(release) or '; run `nanophi release` first'}")
+    find_release(str(release))
     with tempfile.TemporaryDirectory(prefix="nanophi-push-") as temporary:
-        scratch, api = Path(temporary), hub.RetryingApi(report)
+        scratch, api = Path(temporary), upload.RetryingApi(report)
         repositories = _build(api, release, options, scratch, report)
-        plans = [_plan(api, repository, options, scratch / "there", report) for repository in repositories]
+        for repository in repositories:
+            _plan(api, repository, options, scratch / "there", report)
         if options.dry_run:
             report(f"tag {repositories[0].tag}; nothing was sent (dry run)")
             return []
         urls: list[str] = []
-        steps: list[Callable[[Repository, Plan], Any]] = [
-            lambda repository, _: upload.check_metadata(repository, report),
-            lambda repository, plan: urls.append(upload.send(api, repository, plan, report)),
-            lambda repository, _: api.update_repo_settings(repository.name, repo_type=repository.kind, private=False),
+        steps: list[Callable[[Repository], Any]] = [
+            lambda repository: upload.check_metadata(repository, report),
+            lambda repository: urls.append(upload.send(api, repository, report)),
+            lambda repository: api.update_repo_settings(repository.name, repo_type=repository.kind, private=False),
         ]
         for step in steps if options.public else steps[:2]:  # of all repositories, before the next step of any
-            for repository, plan in zip(repositories, plans, strict=True):
-                with hub.one_line_errors(repository.name):
-                    step(repository, plan)
+            for repository in repositories:
+                with upload.one_line_errors(repository.name):
+                    step(repository)
         if options.collection is not None:
             notes = ["The model", *(companion.note for companion in options.companions())]
             items = [(entry.name, entry.kind, note) for entry, note in zip(repositories, notes, strict=True)]
             if options.control:
                 items.append((options.control, "model", "The control, trained on unfiltered text"))
-            with hub.one_line_errors(f"collection {options.collection}"):
+            with upload.one_line_errors(f"collection {options.collection}"):
                 urls.append(upload.collect(api, options.collection, items, options.public, report))
         return urls
 
 
 def _build(api: RetryingApi, release: Path, options: Options, scratch: Path, report: Report) -> list[Repository]:
     """The folders of every repository as they will be on the Hub, the model's first; all are fit to publish."""
-    from nanophi.model_card import signature
-    from nanophi.model_card.companions import Source, recipe_of_run
-    from nanophi.model_card.records import complete_records
-    from nanophi.model_card.upload import Repository
-
     companions = options.companions()
-    of_run = any(entry.of_run for entry in companions)
+    of_run = {entry.part: name for entry, name in companions.items() if entry.of_run}
     recipe: Any = recipe_of_run(release) if of_run else None
     _refuse(release, problems(release))
     with complete_records():
         tag = read_json(release / "records" / "run.json")["tag"]
-    links = _links_there(api, options, scratch / "there")
-    links |= {entry.part: name for entry, name in companions.items() if entry.of_run}
-    links |= {"control": options.control} if options.control else {}
+    control = {"control": options.control} if options.control else {}
+    links = _links_there(api, options, scratch / "there") | of_run | control
     repositories = [Repository(options.repo_id, _revisions(release, options.repo_id, scratch, report, links), tag)]
-    main, run = repositories[0].revisions["main"], release.resolve().parent
-    source = Source(main, run, recipe, options.repo_id, links, options.asked)
+    main = repositories[0].revisions["main"]
+    source = Source(main, release.resolve().parent, recipe, options.repo_id, links, options.asked)
     for entry, name in companions.items():
         entry.write(source, name, scratch / entry.part)
         repositories.append(Repository(name, {"main": scratch / entry.part}, tag, entry.kind))
     for repository, written in zip(repositories, [FILES, *(entry.written for entry in companions)], strict=True):
         for branch, folder in repository.revisions.items():
-            _refuse(branch if written is FILES else repository.name, problems(folder, release, written))
+            _refuse(f"{repository.name} {branch}", problems(folder, release, written))
             if options.signing_key is not None:
                 signature.sign(folder, options.signing_key)
     return repositories
 
 
-def _plan(api: RetryingApi, repository: Repository, options: Options, scratch: Path, report: Report) -> Plan:
-    """What changes in one repository, shown and refused where that must not be; nothing is sent."""
-    from nanophi.model_card import hub, upload
-
+def _plan(api: RetryingApi, repository: Repository, options: Options, scratch: Path, report: Report) -> None:
+    """Find what changes in one repository; shown, and refused where that must not be. Nothing is sent."""
     try:
-        with hub.one_line_errors(repository.name):
-            plan = upload.plan(api, repository, scratch)
+        with upload.one_line_errors(repository.name):
+            upload.plan(api, repository, scratch)
     except UserError as error:
         if not options.dry_run or "connection failed" not in str(error):
             raise
         report(f"{repository.name}: the Hub cannot be reached; files are listed as if there were none")
-        plan = upload.everything(repository)
-    upload.show(repository, plan, options.dry_run, report)
-    if not options.force and (refused := upload.refusal(repository, plan)):
+    upload.show(repository, options.dry_run, report)
+    if not options.force and (refused := upload.refusal(repository)):
         if not options.dry_run:
             raise UserError(refused)
         report(f"refused without --force: {refused.partition('; choose another')[0]}")
-    return plan
-
-
-# What is sent
 
 
 def problems(folder: Path, release: Path | None = None, written: re.Pattern[str] = FILES) -> list[str]:
-    """What in a folder must not be published, one line each, secrets named by file and kind only.
-
-    The path of the `release` that it was built from is private too; `written` are the names of what it may have.
-    """
-    from nanophi.model_card import checks, secrets
-    from nanophi.model_card.records import read_records
-
-    wrong = file_problems(folder, written=written)
-    wrong += [f"{name} is training state" for name in list_files(folder) if TRAINING_STATE.search(name)]
+    """What in a folder must not be published, one line each, secrets named by file and kind only."""
+    wrong, private = file_problems(folder, written=written), [folder, *([release] if release else [])]
     leaks = [
         f"{name} {'names' if found.startswith('a path') else 'holds'} {found}"
         for name in list_files(folder)
-        for found in secrets.found_in_file(folder / name, [folder, *([release] if release else [])])
+        for found in secrets.found_in_file(folder / name, private)
     ]
     # What is wrong with a card is told in its words, which must not be those of a secret.
     if not leaks and (folder / "records").is_dir():
-        card = checks.card(folder, read_records(folder / "records"))[0]
-        wrong += [*card, "the card is not the one that its records give: run `nanophi release` again"] if card else []
+        wrong += checks.card(folder, read_records(folder / "records"))[0]
     return wrong + leaks
 
 
@@ -232,35 +191,25 @@ def _refuse(what: Path | str, wrong: list[str]) -> None:
 
 def _links_there(api: RetryingApi, options: Options, scratch: Path) -> dict[str, str]:
     """What the card on the Hub links already: published by an earlier push, it stays linked."""
-    from nanophi.model_card import hub
-
     try:
-        with hub.one_line_errors(options.repo_id):
-            if hub.branches_and_tags(api, options.repo_id) is None:
-                return {}
-            record = hub.read_file(api, options.repo_id, "records/run.json", "main", scratch)
+        with upload.one_line_errors(options.repo_id):
+            record = upload.read_file(api, options.repo_id, "records/run.json", "main", scratch)
         links = json.loads(record or b"{}").get("links", {})
         return {key: name for key, name in links.items() if key in ("data", "scorer", "control") and is_hub_id(name)}
-    except (ValueError, TypeError, AttributeError):
-        return {}  # A repository of somebody else, which is refused later.
-    except UserError:
-        if options.dry_run:
-            return {}
-        raise
+    except (UserError, ValueError, TypeError, AttributeError) as error:
+        if isinstance(error, UserError) and not options.dry_run:
+            raise
+        return {}  # A repository of somebody else is refused later.
 
 
 def _revisions(release: Path, repo_id: str, scratch: Path, report: Report, links: dict[str, str]) -> dict[str, Path]:
-    """Name of each revision -> folder as it will be on the Hub; `main` last."""
-    from nanophi.model_card import card
-    from nanophi.model_card import release as releases
-    from nanophi.model_card.records import read_records
-
+    """Name of each revision -> folder as it will be on the Hub, `main` last; branches need the run's checkpoints."""
     run = release.resolve().parent
     records = read_records(release / "records")
     dtype, described = records["recipe.yaml"]["release"]["dtype"], records["run.json"]["revision"]
     trained = read_json(release / MANIFEST)["provenance"]["stages"].get("training")
-    record = read_json(run / "record.json") if (run / "record.json").is_file() else {"stages": {}}
-    same_run = record["stages"].get("training", {}).get("key") == trained
+    stages = read_json(run / "record.json")["stages"] if (run / "record.json").is_file() else {}
+    same_run = stages.get("training", {}).get("key") == trained
     folders = {}
     for name in (entry["revision"] for entry in read_json(release / "revisions.json")):
         checkpoint, made = run / "checkpoints" / name, scratch / f"{name}-card"

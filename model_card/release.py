@@ -1,17 +1,9 @@
 """The release folder: exactly what is pushed to the Hub, and nothing that depends on when or where it was built.
 
-README.md  LICENSE  figures/             the model card, the licence
-config.json  model.safetensors  ...      loads as PhiForCausalLM without remote code, as NanoPhi with it
-records/  .eval_results/                 what the card's numbers come from
-revisions.json                           the checkpoints that are published as branches
-MANIFEST.json                            SHA-256 of every file, and the provenance
-
-The card is made in `card.py`, and sent to the Hub in `push.py`.
+The model loads as PhiForCausalLM without remote code and as NanoPhi with it. The card is made in `card.py`, and sent to
+the Hub in `push.py`.
 """
 
-from __future__ import annotations
-
-import os
 import shutil
 import types
 from collections.abc import Mapping
@@ -29,11 +21,7 @@ from nanophi.model_card.records import LATER_STAGES, ShippedRecords, read_record
 
 
 def build(run: Path, checkpoint: Path, card: Path, output: Path, dtype: str = "float32") -> dict[str, Any]:
-    """Write the release folder of a checkpoint, with what `card.build` wrote for it. Two builds are byte-identical.
-
-    `dtype`: `float32` or `bfloat16`, the type of the released weights. `UserError`: the checkpoint is incomplete, or
-    stock transformers could not load it.
-    """
+    """Write the release of a checkpoint, with what `card.build` wrote for it. Two builds are byte-identical."""
     output.mkdir(parents=True, exist_ok=True)
     for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", *CODE_FILES):
         if not (checkpoint / name).is_file():
@@ -52,20 +40,14 @@ def build(run: Path, checkpoint: Path, card: Path, output: Path, dtype: str = "f
     write_text(output / "LICENSE", license_text(read_records(output / "records")))
     write_manifest(output, _provenance(run, output))
     files = read_json(output / MANIFEST)["files"]
-    return {
-        "files": len(files),
-        "bytes": sum(entry["size"] for entry in files.values()),
-        "weights_sha256": files["model.safetensors"]["sha256"],
-    }
+    size = sum(entry["size"] for entry in files.values())
+    return {"files": len(files), "bytes": size, "weights_sha256": files["model.safetensors"]["sha256"]}
 
 
 def copy_for_repo(
     release: Path, repo_id: str, output: Path, links: Mapping[str, str] = types.MappingProxyType({})
 ) -> None:
-    """Copy a release to a new folder as it will be on the Hub, its card naming `repo_id` in the snippets.
-
-    `links` are Hub ids of its `data`, `scorer` and `control`, where they are published.
-    """
+    """Copy a release as it will be on the Hub, its card naming `repo_id` and linking what is published beside it."""
     for name in list_files(release):  # not the folders' permissions: somebody else's release may be read-only
         (output / name).parent.mkdir(parents=True, exist_ok=True)
         link_or_copy(str(release / name), str(output / name))
@@ -81,10 +63,8 @@ def _config(config: dict[str, Any], dtype: str, checkpoint: Path) -> dict[str, A
     """A config that transformers 4.37 to 5.x read alike: the older top-level keys as well as `rope_parameters`."""
     from nanophi.configuration_nanophi import AUTO_MAP
 
-    if config.get("model_type") != "phi":
-        raise UserError(
-            f"{checkpoint / 'config.json'}: model_type is {config.get('model_type')!r}, a release needs 'phi'"
-        )
+    if (found := config.get("model_type")) != "phi":
+        raise UserError(f"{checkpoint / 'config.json'}: model_type is {found!r}, a release needs 'phi'")
     rope = config.get("rope_parameters") or {}
     if rope.get("rope_type") in exports.NOT_IN_PHI:
         raise UserError(f"{checkpoint / 'config.json'}: stock Phi cannot compute rope_type {rope['rope_type']!r}")
@@ -95,26 +75,19 @@ def _config(config: dict[str, Any], dtype: str, checkpoint: Path) -> dict[str, A
 
 
 def _generation_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Without lengths: lm-eval would take them over its own and truncate generated answers.
-
-    `do_sample` is set, not left open: `pipeline` would sample, `generate` would not, and the card's sample is greedy.
-    """
+    """Without lengths, which lm-eval would take over its own; greedy, as the card's sample is."""
     left_out = ("max_new_tokens", "max_length", "_from_model_config")
     return {key: value for key, value in sorted({**config, "do_sample": False}.items()) if key not in left_out}
 
 
 def _complete_tokenizer(folder: Path) -> None:
-    """What batched generation needs: a token to pad with, on the left, and the length at which a prompt is too long.
-
-    The token that ends a text pads it, as is usual where there is no other. `config.json` does not name it: there it
-    would keep the model from learning that token's embedding.
-    """
+    """What batched generation needs: a token to pad with, on the left, and a prompt's greatest length."""
     config, tokenizer = (read_json(folder / name) for name in ("config.json", "tokenizer_config.json"))
+    # `config.json` does not name it, the end of text: there it would keep the model from learning its embedding.
     tokenizer.setdefault("pad_token", tokenizer.get("eos_token"))
     tokenizer |= {"padding_side": "left", "model_max_length": config["max_position_embeddings"]}
     write_json(folder / "tokenizer_config.json", tokenizer)
-    special = folder / "special_tokens_map.json"
-    if special.is_file():
+    if (special := folder / "special_tokens_map.json").is_file():
         write_json(special, {"pad_token": tokenizer["pad_token"], **read_json(special)})
     generation = read_json(folder / "generation_config.json")
     if generation.get("pad_token_id") is None and isinstance(config.get("eos_token_id"), int):
@@ -153,10 +126,8 @@ def _write_weights(checkpoint: Path, target: Path, dtype: str) -> None:
     if not tensors:
         raise UserError(f"{checkpoint} has no .safetensors file; the checkpoint is incomplete, train it again")
     converted = {name: tensor.to(getattr(torch, dtype)).contiguous() for name, tensor in sorted(tensors.items())}
-    partial = target.with_name(f".{target.name}.{os.getpid()}.part")
-    save_file(converted, partial, metadata={"format": "pt"})
-    permit(partial)
-    partial.replace(target)
+    save_file(converted, target, metadata={"format": "pt"})
+    permit(target)
 
 
 def _provenance(run: Path, output: Path) -> dict[str, Any]:

@@ -3,46 +3,41 @@
 Unlike the card it is for the person who made the run: it shows documents, and is not part of the release.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from nanophi.core import formatting
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, write_text
 from nanophi.core.names import final_checkpoint
+from nanophi.data.documents import find
 from nanophi.eval import catalogue
 from nanophi.model_card import records
 from nanophi.model_card.card import by_source, differences
 from nanophi.model_card.records import ShippedRecords
 
-TEMPLATE = Path(__file__).parent / "report.html"
-PLACE_OF_DATA = "/*DATA*/"
-
 DOCUMENTS_PER_BIN = 6
 BINS = 20
 DOCUMENT_CHARACTERS = 1500
 MAX_POINTS = 600
+OF_QUALITY = ("rule", "threshold", "documents", "bytes", "histogram", "sources")
+OF_LOG = ("step", "loss", "learning_rate", "grad_norm", "tokens_seen", "tokens_per_second")
 
 
 def build(run: Path, output: Path) -> dict[str, Any]:
-    """Write the page of a run directory. Raises `UserError` if a record is missing.
-
-    Returns:
-        `{"bytes": size, "documents": number of documents in the filter explorer}`.
-    """
+    """Write the page of a run directory; returns its size in bytes, and the number of documents in its explorer."""
     shipped = records.collect(run, final_checkpoint(run))
     training, recipe = shipped["training.json"], shipped["recipe.yaml"]
     quality = read_json(run / "data" / "quality" / "quality.json")
     # What a chat model's base was chosen from is not part of its run.
-    documents = (
-        []
-        if recipe.get("conversations") or "histogram" not in quality
-        else _documents(run, quality["histogram"]["edges"])
-    )
+    scored = "histogram" in quality and not recipe.get("conversations")
+    documents = _documents(run, quality["histogram"]["edges"]) if scored else []
     data = {
         "run": recipe["name"],
         "name": recipe["card"]["title"] or recipe["name"],
@@ -57,12 +52,11 @@ def build(run: Path, output: Path) -> dict[str, Any]:
         "written": training.get("samples", []),
         "samples": _samples(run / "sample.json"),
         # Not the shipped record: names of sources must be those of the documents.
-        "quality": {
-            key: quality.get(key) for key in ("rule", "threshold", "documents", "bytes", "histogram", "sources")
-        },
+        "quality": {key: quality.get(key) for key in OF_QUALITY},
         "documents": documents,
     }
-    page = TEMPLATE.read_text(encoding="utf-8").replace(PLACE_OF_DATA, _script_safe(data))
+    template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
+    page = template.replace("/*DATA*/", _script_safe(data))
     write_text(output, page)
     return {"bytes": len(page.encode()), "documents": len(documents)}
 
@@ -78,11 +72,7 @@ def _samples(path: Path) -> dict[str, Any] | None:
 
 
 def _script_safe(value: Any) -> str:
-    """JSON that may stand in a script element, whatever its strings hold.
-
-    No `<` is left that could end the element or begin a comment in it. Lone surrogates, which no file can hold, are
-    replaced.
-    """
+    """JSON without a `<` that could end its script element, and without lone surrogates, which no file can hold."""
     text = re.sub("[\ud800-\udfff]", "\ufffd", json.dumps(value, ensure_ascii=False, allow_nan=False))
     return re.sub("[<>&\u2028\u2029]", lambda match: f"\\u{ord(match.group()):04x}", text)
 
@@ -96,15 +86,9 @@ def _scores(run: Path, shipped: ShippedRecords) -> list[dict[str, Any]]:
             # Some tasks are called after their metric.
             name = score.title if metric in score.title else f"{score.title}, {metric}"
             row = {key: getattr(score, key) for key in ("task", "metric", "value", "stderr", "chance")}
-            rows.append(
-                row
-                | {
-                    "revision": revision,
-                    "title": name + (" (%)" if score.percent else ""),
-                    "factor": catalogue.scale(score.metric)[0],
-                    "shown": catalogue.score(row, score.metric),
-                }
-            )
+            row |= {"revision": revision, "title": name + (" (%)" if score.percent else "")}
+            row |= {"factor": catalogue.scale(score.metric)[0], "shown": catalogue.score(row, score.metric)}
+            rows.append(row)
     return rows
 
 
@@ -131,8 +115,7 @@ def _baseline(shipped: ShippedRecords) -> dict[str, Any] | None:
         return None
     label, scores = comparison["baseline"], {}
     for task, row in comparison["tasks"].items():
-        if label in row["scores"]:
-            entry = row["scores"][label]
+        if (entry := row["scores"].get(label)) is not None:
             shown = catalogue.score(entry, row["metric"])
             scores[task] = {"value": entry["value"], "stderr": entry["stderr"], "shown": shown}
     return {"label": label, "scores": scores}
@@ -140,7 +123,8 @@ def _baseline(shipped: ShippedRecords) -> dict[str, Any] | None:
 
 def _facts(shipped: ShippedRecords) -> list[list[str]]:
     summary, recipe = shipped["training.json"]["summary"], shipped["recipe.yaml"]
-    metered = {"energy": ("energy_kwh", "kWh"), "CO2e": ("co2_grams", "g"), "cost": ("cost_usd", "US dollars")}
+    metered = (("energy", "energy_kwh", "kWh"), ("CO2e", "co2_grams", "g"), ("cost", "cost_usd", "US dollars"))
+    known = [(name, summary[key], unit) for name, key, unit in metered if summary.get(key) is not None]
     return [
         ["parameters", formatting.integer(shipped["model.json"]["parameters"])],
         ["steps", formatting.integer(recipe["training"]["steps"])],
@@ -150,33 +134,18 @@ def _facts(shipped: ShippedRecords) -> list[list[str]]:
         ["speed", f"{formatting.integer(summary['tokens_per_second'])} tokens/s"],
         ["hardware", records.hardware(shipped)],
         ["seed", str(recipe["seed"])],
-        *(
-            [name, f"{formatting.figure(summary[key])} {unit}"]
-            for name, (key, unit) in metered.items()
-            if summary.get(key) is not None
-        ),
+        *([name, f"{formatting.figure(value)} {unit}"] for name, value, unit in known),
     ]
 
 
 def _thinned(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """At most `MAX_POINTS` entries, the last one among them."""
     step = -(-len(log) // MAX_POINTS)
-    keys = ("step", "loss", "learning_rate", "grad_norm", "tokens_seen", "tokens_per_second")
-    return [{key: entry[key] for key in keys} for entry in log[::-1][::step][::-1]]
+    return [{key: entry[key] for key in OF_LOG} for entry in log[::-1][::step][::-1]]
 
 
 def _documents(run: Path, edges: list[float]) -> list[dict[str, Any]]:
-    """A few training documents from each twentieth of the scores' scale: source, score, the text's beginning.
-
-    `edges` are those of the scores' histogram. Documents are taken in the order of their ids, which are hashes, so the
-    choice is arbitrary and always the same.
-    """
-    import numpy as np
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    from nanophi.data.documents import find
-
+    """A few training documents, always the same, from each twentieth of the scale that the histogram's `edges` span."""
     path = run / "data" / "scores" / "scores.parquet"
     if not path.exists():
         raise UserError(f"{path} is missing; run `nanophi prepare` on its recipe")
@@ -190,13 +159,10 @@ def _documents(run: Path, edges: list[float]) -> list[dict[str, Any]]:
         for row in sorted(np.flatnonzero(train & (bins == number)), key=lambda row: ids[row])[:DOCUMENTS_PER_BIN]
     }
     found = find(run / "data" / "documents", chosen, ["source", "text"])
-    return [
-        {
-            "source": found[key]["source"],
-            "score": score,
-            "text": found[key]["text"][:DOCUMENT_CHARACTERS],
-            "characters": len(found[key]["text"]),
-        }
-        for key, score in sorted(chosen.items(), key=lambda item: item[1])
-        if key in found
-    ]
+    shown = []
+    for key, score in sorted(chosen.items(), key=lambda item: item[1]):
+        if key in found:
+            source, text = found[key]["source"], found[key]["text"]
+            start = text[:DOCUMENT_CHARACTERS]
+            shown.append({"source": source, "score": score, "text": start, "characters": len(text)})
+    return shown

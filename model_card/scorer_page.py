@@ -1,9 +1,4 @@
-"""The quality scorer as a repository of its own: its weights, what they were fitted on, and a card.
-
-README.md  LICENSE  quality.png  scorer.safetensors  scorer.json  MANIFEST.json
-"""
-
-from __future__ import annotations
+"""The quality scorer as a repository of its own: its weights, what they were fitted on, and a card."""
 
 import shutil
 from pathlib import Path
@@ -21,12 +16,12 @@ from nanophi.data.scorers import LinearScorer
 from nanophi.model_card import secrets
 from nanophi.model_card.companions import Source, license_of, write_filter_page
 
+# What the card shows the scores of.
 EXAMPLES = (
     "A module is a file that holds definitions. Another module imports it by name, and the first import runs its code "
     "once; later imports find the finished module and return at once.",
     "HOME | LOGIN | CART (0) >>> click here!!! free free free $$$ (c) 2019 all rights reserved >>> next page >>>",
 )
-"""What the card shows the scores of."""
 
 
 def build(source: Source, repo_id: str, folder: Path) -> None:
@@ -34,10 +29,8 @@ def build(source: Source, repo_id: str, folder: Path) -> None:
     run, recipe = source.run, source.recipe
     weights = scorers.of_section(recipe.quality).weights
     if weights is None:
-        raise UserError(
-            f"{run}: quality.scorer is '{recipe.quality.scorer}', so there is no scorer of this run to publish; "
-            "leave out --scorer"
-        )
+        none = f"quality.scorer is '{recipe.quality.scorer}', so there is no scorer of this run to publish"
+        raise UserError(f"{run}: {none}; leave out --scorer")
     portable = secrets.PathRemover(run)
     report = portable(read_json(run / "data" / "scores" / "scorer.json"))
     folder.mkdir(parents=True)
@@ -70,16 +63,10 @@ def _labelled(run: Path, report: dict[str, Any], portable: secrets.PathRemover) 
     table = table.set_column(0, "source", table["source"].cast(pa.string()))
     table = table.append_column("above", pc.greater(table["quality_score"], 0.5))
     means = table.group_by("source").aggregate([("quality_score", "mean"), ("above", "mean"), ("above", "count")])
-    rows = [
-        {
-            "source": source,
-            "label": f"{label} quality",
-            "documents": row["above_count"],
-            "mean_score": row["quality_score_mean"],
-            "wrong": 1 - row["above_mean"] if label == "high" else row["above_mean"],
-        }
-        for row in means.to_pylist()
-        for label in ("high", "low")
-        if (source := portable(row["source"])) in report[label]
-    ]
+    rows = []
+    for row in means.to_pylist():
+        source, above, mean = portable(row["source"]), row["above_mean"], row["quality_score_mean"]
+        found = {"source": source, "documents": row["above_count"], "mean_score": mean}
+        for label, wrong in (("high", 1 - above), ("low", above)):
+            rows += [{**found, "label": f"{label} quality", "wrong": wrong}] if source in report[label] else []
     return sorted(rows, key=lambda row: (-row["wrong"], row["source"]))

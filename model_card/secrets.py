@@ -1,7 +1,5 @@
 """What must not be published: credentials, and paths of the machine that made a run."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import re
@@ -26,32 +24,25 @@ SECRETS = {
     "a Weights & Biases key": re.compile(rb"WANDB_API_KEY\W{1,3}[0-9a-f]{40}"),
     "a private key": re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----"),
 }
-
 _KEY_WITH_DATA = re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----(\s|\\[nr])*(Proc-Type|[A-Za-z0-9+/=]{4})")
-
-MOST_NAMED = 5
-"""Documents of a file that an error names."""
-
+MOST_NAMED = 5  # documents of a file that an error names
 _SECRET_VARIABLE = re.compile(r"(TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY)$")
 _TOKENIZER_VARIABLE = re.compile(r"(^|_)(BOS|EOS|EOT|PAD|UNK|SEP|CLS|MASK|START|STOP|END|SPECIAL)_TOKEN$")
+# No space, quote, angle or square bracket (as in `<|endoftext|>`, `[PAD]`), and more than one word or number.
 _SECRET_VALUE = re.compile(r"(?![A-Za-z]+$)(?![\d.]+$)[!#-;=?-Z^-z~]{12,}")
-"""No space, quote, angle or square bracket (as in `<|endoftext|>`, `[PAD]`), and more than one word or number."""
-
+# A string that is a path as a whole, perhaps behind `model:`; not `https://...`.
 _PATH = re.compile(
     r"(?P<scheme>[A-Za-z]{2,}:(?!//))?(?P<path>~?[\\/].*|~\w+[\\/].*|[A-Za-z]:[\\/].*|\.\.[\\/].*)", re.DOTALL
 )
-"""A string that is a path as a whole, perhaps behind `model:`; not `https://...`."""
-
+# A path of two parts or more to the end of a longer string: `dir=/home/me/some where`.
 _INNER_PATH = r"(?<=[=\s:,(])(?:~|[A-Za-z]:)?[\\/](?=[^\s\\/])[^\"\n]*?[\\/][^\"\n]*"
-"""A path of two parts or more to the end of a longer string: `dir=/home/me/some where`."""
 
 
 def found_in(content: str | bytes, folders: Iterable[Path] = (), document: bool = False) -> list[str]:
     """What in a text must not be published, in words: the kind of a secret, never the secret; or a path.
 
-    The paths of `folders` are private too, besides those of the user, the interpreter and the current folder. A
-    `document` is somebody's text, which may show how a key begins and name folders that many machines have: a key
-    counts with its first characters, and a path below `/root` or `/tmp` if it leads to something on this machine.
+    The paths of `folders` are private too. A `document` is somebody's text, which may show how a key begins and name
+    folders that many machines have: there a key counts with its first characters, and a path if it leads somewhere.
     """
     data = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
     kinds = SECRETS | ({"a private key": _KEY_WITH_DATA} if document else {})
@@ -71,9 +62,8 @@ def found_in_file(path: Path, folders: Iterable[Path] = ()) -> list[str]:
     if path.suffix == ".parquet":
         return list(itertools.islice(_found_in_parquet(path, list(folders)), MOST_NAMED))
     with path.open("rb") as file:
-        return found_in(
-            file.read(int.from_bytes(file.read(8), "little")) if path.suffix == ".safetensors" else file.read(), folders
-        )
+        size = int.from_bytes(file.read(8), "little") if path.suffix == ".safetensors" else -1
+        return found_in(file.read(size), folders)
 
 
 def _found_in_parquet(path: Path, folders: list[Path]) -> Iterator[str]:
@@ -82,10 +72,10 @@ def _found_in_parquet(path: Path, folders: list[Path]) -> Iterator[str]:
     literal = map(re.escape, (*_environment_secrets(), *_roots(folders, document=True)))
     suspect = b"|".join([*simple, *literal]).decode("utf-8", "replace")
     with pq.ParquetFile(path) as file:
+        texts = [field.name for field in file.schema_arrow if field.type in (pa.string(), pa.large_string())]
         for batch in file.iter_batches(batch_size=512):
-            for column, name in zip(batch.columns, batch.schema.names, strict=True):
-                if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
-                    continue
+            for name in texts:
+                column = batch[name]
                 for row in np.flatnonzero(pc.match_substring_regex(column, suspect).to_numpy(zero_copy_only=False)):
                     where = batch["id"][int(row)].as_py()[:16] if "id" in batch.schema.names else str(row)
                     for kind in found_in(column[int(row)].as_py(), folders, document=True):
@@ -94,14 +84,9 @@ def _found_in_parquet(path: Path, folders: list[Path]) -> Iterator[str]:
 
 def _environment_secrets() -> list[bytes]:
     """Values of environment variables that are called like a secret and can be one."""
-    return [
-        value.encode("utf-8", "surrogateescape")
-        for name, value in os.environ.items()
-        if _SECRET_VARIABLE.search(name)
-        and not _TOKENIZER_VARIABLE.search(name)
-        and _SECRET_VALUE.fullmatch(value)
-        and not Path(value).exists()  # The file that holds the token.
-    ]
+    named = [name for name in os.environ if _SECRET_VARIABLE.search(name) and not _TOKENIZER_VARIABLE.search(name)]
+    values = [os.environ[name] for name in named if _SECRET_VALUE.fullmatch(os.environ[name])]
+    return [os.fsencode(value) for value in values if not Path(value).exists()]  # not the file that holds the token
 
 
 def _roots(folders: Iterable[Path] = (), document: bool = False) -> set[bytes]:
@@ -112,25 +97,17 @@ def _roots(folders: Iterable[Path] = (), document: bool = False) -> set[bytes]:
 
 
 def _machine_paths(roots: Iterable[bytes], document: bool = False) -> re.Pattern[bytes]:
-    """Matches the paths below these folders.
-
-    One part (`/root`, `/tmp`) is too common a word of documentation to be called a leak without what follows it.
-    """
+    """Matches the paths below these folders; one part alone (`/root`, `/tmp`) is a common word of documentation."""
     common, rare = (rb"/[^\s\"'`<>()\[\]{},;:]+", rb"(?![\w-])") if document else (rb"/[\w.]", b"")
     longest_first = sorted(roots, key=lambda root: (-root.count(b"/"), root))
     return re.compile(b"|".join(re.escape(root) + (common if root.count(b"/") < 2 else rare) for root in longest_first))
 
 
 class PathRemover:
-    """Replaces the paths in a JSON-able value by their last parts, different paths by different names.
+    """Copies a JSON-able value with its paths cut to their last parts; not-a-number and infinity become None."""
 
-    Called on a value, it returns a copy in which every string (key or value) that is a path as a whole is cut, unless
-    it is relative and stays below the current folder, and so are absolute paths within longer strings. Not-a-number and
-    infinity become None.
-    """
-
+    # Keys whose values are texts, which stay as they are: a text may begin with a slash.
     TEXTS = frozenset(("text", "prompt", "notes", "title", "developers", "checkpoints"))
-    """Keys whose values are texts, which stay as they are: a text may begin with a slash."""
 
     def __init__(self, run: Path) -> None:
         self._within = re.compile(rf"{_INNER_PATH}|(?:{os.fsdecode(_machine_paths(_roots([run])).pattern)})[^\s\"']*")
@@ -138,28 +115,19 @@ class PathRemover:
 
     def __call__(self, value: Any) -> Any:
         if isinstance(value, dict):
-            return {
-                self._cut(key) if isinstance(key, str) else key: item if key in self.TEXTS else self(item)
-                for key, item in value.items()
-            }
+            return {self(key): item if key in self.TEXTS else self(item) for key, item in value.items()}
         if isinstance(value, list):
             return [self(item) for item in value]
         if isinstance(value, str):
-            return self._cut(value)
-        if isinstance(value, float) and value - value != 0:
-            return None
-        return value
-
-    def _cut(self, text: str) -> str:
-        if whole := _PATH.fullmatch(text):
-            return (whole["scheme"] or "") + self._name(whole["path"])
-        return self._within.sub(lambda match: self._name(match.group()), text)
+            if whole := _PATH.fullmatch(value):
+                return (whole["scheme"] or "") + self._name(whole["path"])
+            return self._within.sub(lambda match: self._name(match.group()), value)
+        return None if isinstance(value, float) and value - value != 0 else value
 
     def _name(self, path: str) -> str:
         if path not in self._names:
             windows = "\\" in path and "/" not in path
             last = (PureWindowsPath(path) if windows else PurePosixPath(path)).name or "folder"
-            taken = set(self._names.values())
             names = itertools.chain([last], (f"{last} ({number})" for number in itertools.count(2)))
-            self._names[path] = next(name for name in names if name not in taken)
+            self._names[path] = next(name for name in names if name not in self._names.values())
         return self._names[path]

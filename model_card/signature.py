@@ -4,13 +4,11 @@ The manifest says that the files belong together; the signature says whose they 
 curve: `openssl ecparam -name prime256v1 -genkey -noout -out key.pem`, `openssl ec -in key.pem -pubout -out key.pub`.
 """
 
-from __future__ import annotations
-
 import importlib
 from pathlib import Path
 from typing import Any
 
-from nanophi.core.errors import UserError, one_line
+from nanophi.core.errors import UserError, one_line, user_errors
 from nanophi.model_card.manifest import SIGNATURE
 
 
@@ -18,10 +16,8 @@ def sign(folder: Path, private_key: Path) -> None:
     """Write `model.sig`, a signature over every other file of the folder. `UserError` without the extra or a key."""
     library = _library()
     (folder / SIGNATURE).unlink(missing_ok=True)
-    try:
+    with user_errors(f"{private_key} is not a private key in PEM form"):
         config = library.signing.Config().use_elliptic_key_signer(private_key=private_key)
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{private_key} is not a private key in PEM form ({one_line(error)})") from None
     config.set_hashing_config(_hashing(library, folder)).sign(folder, folder / SIGNATURE)
 
 
@@ -30,10 +26,8 @@ def problems(folder: Path, public_key: Path) -> list[str]:
     library = _library()
     if not (folder / SIGNATURE).is_file():
         return [f"there is no {SIGNATURE}"]
-    try:
+    with user_errors(f"{public_key} is not a public key in PEM form"):
         config = library.verifying.Config().use_elliptic_key_verifier(public_key=public_key)
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{public_key} is not a public key in PEM form ({one_line(error)})") from None
     try:
         config.set_hashing_config(_hashing(library, folder)).verify(folder, folder / SIGNATURE)
     except Exception as error:  # The library raises ValueError, and those of cryptography and of JSON.

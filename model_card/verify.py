@@ -1,11 +1,9 @@
 """The verb `verify`: check a release as a stranger would, with nothing taken from the run that made it.
 
-Files are checked before anything is loaded. Then both loaders, stock Phi and remote code, load the release, each in a
-fresh process away from this checkout, and what they compute is compared: with each other, with the card's sample, with
-the shipped results. The order is here, the checks are in `manifest.py` and `checks.py`.
+Files are checked before anything is loaded. Then both loaders, stock Phi and remote code, load the release, and what
+they compute is compared: with each other, with the card's sample, with the shipped results. The order is here, the
+checks are in `manifest.py` and `checks.py`.
 """
-
-from __future__ import annotations
 
 import dataclasses
 import tempfile
@@ -19,10 +17,11 @@ from nanophi.core.errors import UserError
 from nanophi.core.names import resolve
 from nanophi.core.options import ReleaseOrId, Revision, Trust
 from nanophi.core.version import __version__
+from nanophi.model_card import checks, signature
 from nanophi.model_card.manifest import MANIFEST, checksums, foreign_files, foreign_references, list_files
+from nanophi.model_card.records import complete_records, read_records
 
-Check = dict[str, Any]
-"""`{"name": str, "passed": bool, "detail": one line}`"""
+Check = dict[str, Any]  # {"name": str, "passed": bool, "detail": one line}
 
 
 def verify(
@@ -44,8 +43,7 @@ def verify(
 
 def demand_all(release: str | Path, checks: list[Check]) -> None:
     """Raise `UserError` with the names of the checks that failed."""
-    failed = [check["name"] for check in checks if not check["passed"]]
-    if failed:
+    if failed := [check["name"] for check in checks if not check["passed"]]:
         raise UserError(f"{release} does not verify: {', '.join(failed)}")
 
 
@@ -57,19 +55,12 @@ def check(
     trust_remote_code: bool = False,
     public_key: Path | None = None,
 ) -> list[Check]:
-    """Check a release folder, or a repository on the Hub. Raises `UserError` if there is no such release.
+    """Check a release folder, or `ORG/NAME` or `ORG/NAME@revision` on the Hub; `report` gets a line for each check.
 
-    Args:
-        release: a folder, or `ORG/NAME` or `ORG/NAME@revision` on the Hub.
-        revision: branch, tag or commit of a Hub repository.
-        report: called with one line for each check.
-        trust_remote_code: run the release's code even if it is not the code of this version of nanophi.
-        public_key: PEM file; if given, the release must have its owner's signature.
+    With `trust_remote_code` the release's code is run even if it is not that of this nanophi; with a `public_key` (PEM)
+    the release must have its owner's signature. Raises `UserError` if there is no such release.
     """
     folder = find_release(release, revision)
-    from nanophi.model_card import checks, signature
-    from nanophi.model_card.records import complete_records, read_records
-
     found: list[Check] = []
 
     def add(name: str, wrong: list[str], right: str) -> bool:
@@ -84,11 +75,12 @@ def check(
         safe &= add("signature", signature.problems(folder, public_key), f"by the owner of {public_key.name}")
     safe &= add("files", foreign_files(folder, files), "safetensors only, no code but the two files")
     safe &= add("code references", foreign_references(folder), "no file names code outside this release")
-    same_code = checks.has_same_code(folder)
-    foreign = (
-        [] if same_code or trust_remote_code else [f"differs from nanophi {__version__}; --trust-remote-code runs it"]
-    )
-    own = f"that of nanophi {__version__}" if same_code else "not that of this nanophi, trusted by the user"
+    own = f"that of nanophi {__version__}"
+    foreign = [f"differs from nanophi {__version__}; --trust-remote-code runs it"]
+    if checks.has_same_code(folder):
+        foreign = []
+    elif trust_remote_code:
+        foreign, own = [], "not that of this nanophi, trusted by the user"
     safe &= add("code", foreign, own)
     try:
         records = read_records(folder / "records")
@@ -106,22 +98,13 @@ def check(
 
 
 def find_release(release: str, revision: str | None = None, patterns: list[str] | None = None) -> Path:
-    """A release's folder; one on the Hub, or the files there that `patterns` match, is downloaded into the Hub's cache.
-
-    Raises `UserError` if there is no such release.
-    """
+    """A release's folder; one on the Hub, or what `patterns` match there, is downloaded into the Hub's cache."""
     named = resolve(release)
     if revision is not None and named.folder is not None:
         raise UserError(f"--revision is for a repository on the Hub; {release} is a folder")
     folder = dataclasses.replace(named, revision=revision or named.revision).fetch(patterns)
     if not (folder / MANIFEST).is_file():
-        raise UserError(f"{release} is not a release (no {MANIFEST}){hint(folder)}")
+        inside = folder / "release"
+        hint = f"did you mean {inside}?" if (inside / MANIFEST).is_file() else "run `nanophi release` first"
+        raise UserError(f"{release} is not a release (no {MANIFEST}); {hint}")
     return folder.resolve()
-
-
-def hint(folder: Path) -> str:
-    """`; did you mean FOLDER?` if the release is inside the folder, else nothing."""
-    if (folder / "release" / MANIFEST).is_file():
-        return f"; did you mean {folder / 'release'}?"
-    snapshots = sorted(path.parent for path in folder.glob(f"snapshots/*/{MANIFEST}"))
-    return f"; this is the Hub's cache, name one of its snapshots: {snapshots[-1]}" if snapshots else ""

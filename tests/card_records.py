@@ -1,7 +1,5 @@
 """Records that a card may have beside those of the finished run in miniature."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from nanophi.eval.catalogue import LEADERBOARD, TASKS
@@ -16,44 +14,21 @@ def comparison(ours: str) -> dict[str, Any]:
         found = {"value": value, "interval": interval, "p_corrected": p_value, "verdict": verdict, "items": 50}
         return {**found, "minimum_detectable_effect": 0.0321}
 
+    def row(metric: str, chance: float | None, ours_: Any, theirs: Any, difference: dict[str, Any]) -> dict[str, Any]:
+        facts = {"metric": metric, "num_fewshot": 0, "chance": chance, "higher_is_better": metric == "acc_norm"}
+        scores = {ours: ours_} | ({"control": theirs} if theirs else {})
+        scores = {name: dict(zip(("value", "stderr", "items"), score, strict=True)) for name, score in scores.items()}
+        return {**facts, "scores": scores, "differences": {ours: difference}}
+
     bits, choice = 2.9 - 30 / 40, 0.26 + 30 / 200
+    whole = row("bits_per_byte", None, (bits, 0.05, 50), (2.3, 0.05, 50), entry(-0.15, "better"))
+    continued = row("acc_norm", 0.25, (choice, 0.031, 200), (0.4, 0.03, 200), entry(0.01, "within noise"))
+    answers = row("answer_bits_per_byte", None, (1.9, 0.02, 200), None, entry(-0.01, "better"))
     return {
         "labels": [ours, "control"],
         "baseline": "control",
-        "tasks": {
-            "heldout_bits_per_byte": {
-                "metric": "bits_per_byte",
-                "num_fewshot": 0,
-                "chance": None,
-                "higher_is_better": False,
-                "scores": {
-                    ours: {"value": bits, "stderr": 0.05, "items": 50},
-                    "control": {"value": 2.3, "stderr": 0.05, "items": 50},
-                },
-                "differences": {ours: entry(-0.15, "better")},
-            },
-            "heldout_continuation": {
-                "metric": "acc_norm",
-                "num_fewshot": 0,
-                "chance": 0.25,
-                "higher_is_better": True,
-                "scores": {
-                    ours: {"value": choice, "stderr": 0.031, "items": 200},
-                    "control": {"value": 0.4, "stderr": 0.03, "items": 200},
-                },
-                "differences": {ours: entry(0.01, "within noise")},
-            },
-        },
-        "answers": {
-            "heldout_continuation": {
-                "metric": "answer_bits_per_byte",
-                "num_fewshot": 0,
-                "chance": None,
-                "higher_is_better": False,
-                "scores": {ours: {"value": 1.9, "stderr": 0.02, "items": 200}},
-                "differences": {ours: entry(-0.01, "better")},
-            },
-        },
+        "tasks": {"heldout_bits_per_byte": whole, "heldout_continuation": continued},
+        "answers": {"heldout_continuation": answers},
         "subjects": {},
         "heldout": {
             ours: {"by_source": {"licences": {"bits_per_byte": bits, "bits_per_byte_stderr": 0.07, "documents": 20}}},

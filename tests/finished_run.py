@@ -1,7 +1,5 @@
 """A finished run in miniature: a model of random weights, and records as the stages write them."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.metadata
 import json
@@ -14,11 +12,20 @@ import pandas as pd
 import pytest
 import yaml
 
-from nanophi.core.files import sha256_of_file, write_json
+from nanophi.core.files import read_json, sha256_of_file, write_json
 from nanophi.core.version import __version__
 
 STEPS, BATCH, CONTEXT, VOCABULARY = 30, 4, 128, 300
+TOKENS = BATCH * CONTEXT  # of a step
 KEPT_STEPS = (10, 20)
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": CONTEXT,
+}
 TEXT = "The quick brown fox jumps over the lazy dog. A module holds definitions; a package holds modules. " * 20
 
 
@@ -39,10 +46,10 @@ def build_tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>", model_max_length=CONTEXT
     ).save_pretrained(folder)
-    content = json.loads((folder / "tokenizer.json").read_text())
+    content = read_json(folder / "tokenizer.json")
     content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]
     (folder / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False))
-    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config = read_json(folder / "tokenizer_config.json")
     (folder / "tokenizer_config.json").write_text(json.dumps({**config, "tokenizer_class": "PreTrainedTokenizerFast"}))
 
 
@@ -52,65 +59,39 @@ def build_checkpoint(folder: Path, tokenizer: Path, step: int) -> None:
     from nanophi import NanoPhiConfig, NanoPhiForCausalLM
 
     torch.manual_seed(step)
-    config = NanoPhiConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
-        initializer_range=0.3,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
+    config = NanoPhiConfig(vocab_size=VOCABULARY, initializer_range=0.3, bos_token_id=0, eos_token_id=0, **SHAPE)
     NanoPhiForCausalLM(config).save_pretrained(folder)
     for file in tokenizer.iterdir():
         shutil.copyfile(file, folder / file.name)
-    write_json(
-        folder / "checkpoint.json",
-        {
-            "step": step,
-            "tokens_seen": step * BATCH * CONTEXT,
-            "train_loss": 5.7 - step / 20,
-            "eval_loss": 5.8 - step / 20,
-        },
-    )
+    state = {"step": step, "tokens_seen": step * TOKENS, "train_loss": 5.7 - step / 20, "eval_loss": 5.8 - step / 20}
+    write_json(folder / "checkpoint.json", state)
 
 
 def results_of(run: Path, step: int) -> dict[str, Any]:
     """What the evaluation stage writes for one checkpoint and the suite `heldout`."""
     bits, accuracy = 2.9 - step / 40, 0.26 + step / 200
+    tasks = ("heldout_bits_per_byte", "heldout_continuation")
+    items = dict(zip(tasks, (50, 200), strict=True))
+
+    def figures(**values: tuple[float, float]) -> dict[str, float]:
+        stderrs = {f"{metric}_stderr,none": stderr for metric, (_, stderr) in values.items()}
+        return {f"{metric},none": value for metric, (value, _) in values.items()} | stderrs
+
+    def part(stderr: float, size: int, documents: int) -> dict[str, Any]:
+        return {"bits_per_byte": bits, "bits_per_byte_stderr": stderr, "bytes": size, "documents": documents}
+
+    of_choices = figures(acc=(accuracy - 0.01, 0.03), acc_norm=(accuracy, 0.031), answer_bits_per_byte=(1.9, 0.02))
+    measured = dict(zip(tasks, (figures(bits_per_byte=(bits, 0.05)), of_choices), strict=True))
     return {
-        "results": {
-            "heldout_bits_per_byte": {
-                "alias": "heldout_bits_per_byte",
-                "sample_len": 50,
-                "bits_per_byte,none": bits,
-                "bits_per_byte_stderr,none": 0.05,
-            },
-            "heldout_continuation": {
-                "alias": "heldout_continuation",
-                "sample_len": 200,
-                "acc,none": accuracy - 0.01,
-                "acc_stderr,none": 0.03,
-                "acc_norm,none": accuracy,
-                "acc_norm_stderr,none": 0.031,
-                "answer_bits_per_byte,none": 1.9,
-                "answer_bits_per_byte_stderr,none": 0.02,
-            },
-        },
+        "results": {task: {"alias": task, "sample_len": items[task], **measured[task]} for task in tasks},
         "configs": {"heldout_continuation": {"custom_dataset": "<function>", "metadata": {"heldout": str(run)}}},
-        "versions": {"heldout_bits_per_byte": 1.0, "heldout_continuation": 1.0},
-        "n-shot": {"heldout_bits_per_byte": 0, "heldout_continuation": 0},
+        "versions": dict.fromkeys(tasks, 1.0),
+        "n-shot": dict.fromkeys(tasks, 0),
         "higher_is_better": {
             "heldout_bits_per_byte": {"bits_per_byte": False},
             "heldout_continuation": {"acc": True, "acc_norm": True},
         },
-        "n-samples": {
-            "heldout_bits_per_byte": {"original": 50, "effective": 50},
-            "heldout_continuation": {"original": 200, "effective": 200},
-        },
+        "n-samples": {task: {"original": number, "effective": number} for task, number in items.items()},
         "task_hashes": {"heldout_bits_per_byte": "0" * 64, "heldout_continuation": "1" * 64},
         "samples": {"heldout_bits_per_byte": heldout_samples(run, step), "heldout_continuation": []},
         "config": {"model": str(run / "checkpoints"), "batch_size": 16, "device": "cpu", "limit": None},
@@ -122,25 +103,11 @@ def results_of(run: Path, step: int) -> dict[str, Any]:
             "format": 3,
             "model": {"name": f"step-{step:06d}"},
             "suite": "heldout",
-            "lines": {
-                "heldout_bits_per_byte": {"tasks": ["heldout_bits_per_byte"], "chance": None},
-                "heldout_continuation": {"tasks": ["heldout_continuation"], "chance": 0.25},
-            },
+            "lines": {task: {"tasks": [task], "chance": None if "bits" in task else 0.25} for task in tasks},
             "heldout": {
-                "bits_per_byte": bits,
-                "bits_per_byte_stderr": 0.05,
-                "bytes": 100000,
-                "documents": 50,
+                **part(0.05, 100000, 50),
                 "bz2": {"bits_per_byte": 2.6, "bytes": 100000},
-                "by_source": {
-                    "docstrings": {
-                        "bits_per_byte": bits,
-                        "bits_per_byte_stderr": 0.06,
-                        "bytes": 60000,
-                        "documents": 30,
-                    },
-                    "licences": {"bits_per_byte": bits, "bits_per_byte_stderr": 0.07, "bytes": 40000, "documents": 20},
-                },
+                "by_source": {"docstrings": part(0.06, 60000, 30), "licences": part(0.07, 40000, 20)},
             },
             "data": {"heldout": "2" * 64},
             "environment": {},
@@ -157,16 +124,16 @@ def write_data(run: Path) -> None:
     size = random.integers(200, 5000, count)
     source = random.choice(["docstrings", "licences", "topics"], count)
     kept = score > 0.5
-    sources = {
-        name: {
-            "documents": int((source == name).sum()),
-            "kept_documents": int(((source == name) & kept).sum()),
-            "bytes": int(size[source == name].sum()),
-            "kept_bytes": int(size[(source == name) & kept].sum()),
-            "mean_score": round(float(score[source == name].mean()), 4),
+
+    def counts_of(rows: Any) -> dict[str, Any]:
+        return {
+            "documents": int(rows.sum()),
+            "kept_documents": int((rows & kept).sum()),
+            "bytes": int(size[rows].sum()),
+            "kept_bytes": int(size[rows & kept].sum()),
+            "mean_score": round(float(score[rows].mean()), 4),
         }
-        for name in ("docstrings", "licences", "topics")
-    }
+
     counts, edges = np.histogram(score, bins=50, range=(0, 1))
     quality = {
         "rule": "score > 0.5",
@@ -174,33 +141,17 @@ def write_data(run: Path) -> None:
         "share": None,
         "select": None,
         "cutoff": None,
-        "documents": count,
-        "kept_documents": int(kept.sum()),
-        "bytes": int(size.sum()),
-        "kept_bytes": int(size[kept].sum()),
+        **counts_of(np.full(count, True)),
         "kept_fraction": round(float(kept.mean()), 4),
         "kept_bytes_fraction": round(float(size[kept].sum() / size.sum()), 4),
-        "mean_score": round(float(score.mean()), 4),
         "histogram": {"edges": [round(float(edge), 4) for edge in edges], "documents": counts.tolist()},
         "sweep": [
-            {
-                "threshold": round(0.05 * step, 2),
-                "documents": int((score > 0.05 * step).sum()),
-                "bytes": int(size[score > 0.05 * step].sum()),
-            }
-            for step in range(20)
+            {"threshold": round(cut, 2), "documents": int((score > cut).sum()), "bytes": int(size[score > cut].sum())}
+            for cut in (0.05 * step for step in range(20))
         ],
-        "sources": sources,
-        "scorer": {
-            "scorer": "linear",
-            "high": ["topics"],
-            "low": ["licences"],
-            "documents": 300,
-            "test_documents": 80,
-            "roc_auc": 0.93,
-            "brier": 0.1,
-            "calibration": [],
-        },
+        "sources": {name: counts_of(source == name) for name in ("docstrings", "licences", "topics")},
+        "scorer": {"scorer": "linear", "high": ["topics"], "low": ["licences"], "documents": 300, "test_documents": 80}
+        | {"roc_auc": 0.93, "brier": 0.1, "calibration": []},
         "examples": {
             kind: [{"id": "0" * 16, "source": "topics", "quality_score": 0.9, "text": f"A {kind} </script> text."}]
             for kind in ("best", "worst", "nearest_above", "nearest_below")
@@ -217,45 +168,18 @@ def write_data(run: Path) -> None:
     (run / "data" / "scores").mkdir()
     pd.DataFrame(scores).to_parquet(run / "data" / "scores" / "scores.parquet")
     (run / "data" / "documents").mkdir()
-    for split, rows in (("train", count), ("heldout", 50)):
-        documents = {
-            "id": [f"{index:016x}" for index in range(rows)],
-            "text": [
-                f"{split} document {index}: the quick brown fox jumps over {index} dogs." for index in range(rows)
-            ],
-            "source": ["topics"] * rows,
-        }
+    for split, rows in (("train", range(count)), ("heldout", range(50))):
+        texts = [f"{split} document {row}: the quick brown fox jumps over {row} dogs." for row in rows]
+        documents = {"id": [f"{row:016x}" for row in rows], "text": texts, "source": ["topics"] * len(rows)}
         pd.DataFrame(documents).to_parquet(run / "data" / "documents" / f"{split}-00000.parquet")
-    write_json(
-        run / "data" / "documents" / "documents.json",
-        {
-            "read": 500,
-            "bytes": int(size.sum()),
-            "train": count,
-            "heldout": 50,
-            "dropped": {"exact_duplicate": 40, "near_duplicate": 10},
-            "duplicates": {"clusters": 5, "largest": 12},
-            "sources": {},
-            "refused": ["/home/someone/secret.txt: not UTF-8"],
-        },
-    )
-    counts_of_split = {
-        "documents": 271,
-        "bytes": 50000,
-        "tokens": 20000,
-        "rows": 156,
-        "tail_tokens": 32,
-        "bytes_per_token": 2.5,
-    }
-    write_json(
-        run / "data" / "tokens" / "tokens.json",
-        {
-            "context_length": CONTEXT,
-            "train": {**counts_of_split, "sha256": "3" * 64},
-            "heldout": {**counts_of_split, "sha256": "4" * 64},
-            "vocab_size": VOCABULARY,
-        },
-    )
+    summary = {"read": 500, "bytes": int(size.sum()), "train": count, "heldout": 50}
+    summary |= {"dropped": {"exact_duplicate": 40, "near_duplicate": 10}, "duplicates": {"clusters": 5, "largest": 12}}
+    summary |= {"sources": {}, "refused": ["/home/someone/secret.txt: not UTF-8"]}
+    write_json(run / "data" / "documents" / "documents.json", summary)
+    split = {"documents": 271, "bytes": 50000, "tokens": 20000, "rows": 156, "tail_tokens": 32, "bytes_per_token": 2.5}
+    splits = {name: {**split, "sha256": digit * 64} for name, digit in (("train", "3"), ("heldout", "4"))}
+    tokens = {"context_length": CONTEXT, **splits, "vocab_size": VOCABULARY}
+    write_json(run / "data" / "tokens" / "tokens.json", tokens)
 
 
 def heldout_samples(run: Path, step: int) -> list[dict[str, Any]]:
@@ -285,22 +209,9 @@ def build_run(run: Path) -> None:
             "name": run.name,
             "seed": 7,
             "data": {"sources": [{"embedded": "documentation", "name": "documentation"}]},
-            "model": {
-                "hidden_size": 32,
-                "intermediate_size": 64,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 4,
-                "num_key_value_heads": 2,
-                "max_position_embeddings": CONTEXT,
-            },
-            "training": {
-                "steps": STEPS,
-                "batch_size": BATCH,
-                "learning_rate": 1e-3,
-                "keep_steps": list(KEPT_STEPS),
-                "eval_steps": 10,
-                "logging_steps": 1,
-            },
+            "model": SHAPE,
+            "training": {"steps": STEPS, "batch_size": BATCH, "learning_rate": 1e-3, "keep_steps": list(KEPT_STEPS)}
+            | {"eval_steps": 10, "logging_steps": 1},
             "tokenizer": {"vocab_size": VOCABULARY},
             "card": {"prompt": "The module ", "version": "v1.0"},
         }
@@ -316,37 +227,16 @@ def build_run(run: Path) -> None:
 
     write_data(run)
 
-    log = []
-    for step in range(1, STEPS + 1):
-        log.append(
-            {
-                "step": step,
-                "loss": 5.7 - step / 20,
-                "learning_rate": 1e-3,
-                "grad_norm": 1.0,
-                "tokens_seen": step * BATCH * CONTEXT,
-                "tokens_per_second": 1000.0,
-                "mfu": None,
-                "elapsed_seconds": step * 0.5,
-            }
-        )
-    evaluations = [
-        {
-            "step": step,
-            "tokens_seen": step * BATCH * CONTEXT,
-            "loss": 5.8 - step / 20,
-            "bits_per_byte": round(2.9 - step / 40, 5),
-        }
-        for step in (*KEPT_STEPS, STEPS)
-    ]
-    summary = {
-        "checkpoint": f"checkpoints/step-{STEPS:06d}",
-        "steps": STEPS,
-        "tokens_seen": STEPS * BATCH * CONTEXT,
-        "epochs": 1.5,
-        "parameters": 34412,
-        "precision": "fp32",
-        "seconds": 15.0,
+    def at(step: int, **values: Any) -> dict[str, Any]:
+        return {"step": step, "tokens_seen": step * TOKENS, **values}
+
+    rates = {"learning_rate": 1e-3, "grad_norm": 1.0, "tokens_per_second": 1000.0, "mfu": None}
+    log = [at(step, loss=5.7 - step / 20, elapsed_seconds=step * 0.5, **rates) for step in range(1, STEPS + 1)]
+    losses = {step: (5.8 - step / 20, round(2.9 - step / 40, 5)) for step in (*KEPT_STEPS, STEPS)}
+    evaluations = [at(step, loss=loss, bits_per_byte=bits) for step, (loss, bits) in losses.items()]
+    summary = {"checkpoint": f"checkpoints/step-{STEPS:06d}", "steps": STEPS, "tokens_seen": STEPS * TOKENS}
+    summary |= {"epochs": 1.5, "parameters": 34412, "precision": "fp32", "seconds": 15.0}
+    summary |= {
         "tokens_per_second": 1000.0,
         "flops_per_token": 300000,
         "weights_sha256": sha256_of_file(run / "checkpoints" / f"step-{STEPS:06d}" / "model.safetensors"),
@@ -358,20 +248,9 @@ def build_run(run: Path) -> None:
     (run / "evals").mkdir()
     for step in (*KEPT_STEPS, STEPS):
         write_json(run / "evals" / f"step-{step:06d}-heldout.json", results_of(run, step))
-    environment = {
-        "nanophi": __version__,
-        "commit": "0123456789abcdef",
-        "python": "3.11.9",
-        "platform": "linux-x86_64",
-        "packages": {
-            "torch": "2.13.0",
-            "transformers": "5.23.0",
-            "matplotlib": importlib.metadata.version("matplotlib"),
-        },
-        "processor": "A processor",
-        "cpu_threads": 2,
-        "devices": [],
-    }
+    packages = {"torch": "2.13.0", "transformers": "5.23.0", "matplotlib": importlib.metadata.version("matplotlib")}
+    environment = {"nanophi": __version__, "commit": "0123456789abcdef", "python": "3.11.9", "platform": "linux-x86_64"}
+    environment |= {"packages": packages, "processor": "A processor", "cpu_threads": 2, "devices": []}
     finished = {"inputs": {}, "finished": "2026-11-23T08:00:00Z", "seconds": 1.5, "summary": {}}
     stages = {
         name: {"key": hashlib.sha256(name.encode()).hexdigest(), **finished}

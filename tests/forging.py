@@ -1,11 +1,10 @@
 """A release that somebody tampered with, as `nanophi verify` sees it."""
 
-from __future__ import annotations
-
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nanophi.core.files import read_json
+from nanophi.core.files import read_json, write_json
 from nanophi.model_card import checks, verify
 from nanophi.model_card.manifest import write_manifest
 from nanophi.model_card.records import ShippedRecords, read_records
@@ -25,3 +24,8 @@ def card_problems(folder: Path, records: ShippedRecords | None = None) -> list[s
 def sign_again(folder: Path) -> None:
     """What a forger would do: make the manifest fit the changed files."""
     write_manifest(folder, read_json(folder / "MANIFEST.json")["provenance"])
+
+
+def edit_json(name: str, **fields: Any) -> Callable[[Path], None]:
+    """A change of a file's fields."""
+    return lambda folder: write_json(folder / name, {**read_json(folder / name), **fields})

@@ -1,8 +1,5 @@
 """A loopback Hub: enough of the REST API that the real `huggingface_hub` client can push to it and load from it.
 
-    with HubServer() as hub:
-        subprocess.run([...], env=os.environ | hub.environment(tmp_path / "home"))
-
 Repositories live in memory as commits over content-addressed files. `hub.cut(...)` drops the connection at a chosen
 moment and stays silent until `hub.restore()`, as a failing network does; `hub.fail(...)` answers with an error.
 """
@@ -46,30 +43,16 @@ class Cut(Exception):  # noqa: N818
     """The connection ends here."""
 
 
-@dataclasses.dataclass(frozen=True)
 class File:
     """A file of a commit: its bytes, stored as a git blob or as an LFS object."""
 
-    data: bytes
-    lfs: bool
-
-    @property
-    def sha256(self) -> str:
-        return hashlib.sha256(self.data).hexdigest()
-
-    @property
-    def pointer(self) -> bytes:
-        return f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {len(self.data)}\n".encode()
-
-    @property
-    def oid(self) -> str:
-        """git's SHA-1 of the blob (of the pointer, for LFS)."""
-        blob = self.pointer if self.lfs else self.data
-        return hashlib.sha1(b"blob %d\0" % len(blob) + blob).hexdigest()
-
-    @property
-    def etag(self) -> str:
-        return self.sha256 if self.lfs else self.oid
+    def __init__(self, data: bytes, lfs: bool) -> None:
+        self.data, self.lfs, self.sha256 = data, lfs, hashlib.sha256(data).hexdigest()
+        version = "version https://git-lfs.github.com/spec/v1"
+        self.pointer = f"{version}\noid sha256:{self.sha256}\nsize {len(data)}\n".encode()
+        blob = self.pointer if lfs else data
+        self.oid = hashlib.sha1(b"blob %d\0" % len(blob) + blob).hexdigest()
+        self.etag = self.sha256 if lfs else self.oid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,21 +88,17 @@ class Repository:
         """Commit the whole tree `files` on a branch."""
         parent = self.branches.get(branch)
         tree = sorted((path, file.oid) for path, file in files.items())
-        oid = hashlib.sha1(
-            json.dumps([parent.oid if parent else None, title, tree, len(self.commits)]).encode()
-        ).hexdigest()
-        commit = Commit(oid, parent, dict(files), title, now())
-        self.commits[oid] = commit
-        self.branches[branch] = commit
-        return commit
+        content = json.dumps([parent.oid if parent else None, title, tree, len(self.commits)])
+        oid = hashlib.sha1(content.encode()).hexdigest()
+        self.commits[oid] = self.branches[branch] = Commit(oid, parent, dict(files), title, now())
+        return self.commits[oid]
 
     def at(self, revision: str) -> Commit:
         """The commit that a branch, tag or commit hash names."""
         revision = urllib.parse.unquote(revision).removeprefix("refs/heads/")
-        for found in (self.branches.get(revision), self.tags.get(revision), self.commits.get(revision)):
-            if found is not None:
-                return found
-        raise HubError(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        if (found := {**self.commits, **self.tags, **self.branches}.get(revision)) is None:
+            raise HubError(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        return found
 
 
 class HubServer:
@@ -153,15 +132,9 @@ class HubServer:
 
     def environment(self, home: Path) -> dict[str, str]:
         """Variables under which a fresh process uses this server, with its own empty cache."""
-        return {
-            "HF_ENDPOINT": self.endpoint,
-            "HF_TOKEN": TOKEN,
-            "HF_HOME": str(home),
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HUB_OFFLINE": "0",
-            "HF_DATASETS_OFFLINE": "0",
-        }
+        fixed = dict.fromkeys(("HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_TELEMETRY"), "1")
+        fixed |= dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"), "0")
+        return {"HF_ENDPOINT": self.endpoint, "HF_TOKEN": TOKEN, "HF_HOME": str(home), **fixed}
 
     def add_repository(
         self, kind: str, name: str, files: Mapping[str, bytes], private: bool = False, branch: str = "main"
@@ -178,21 +151,18 @@ class HubServer:
 
         `moment`: "before" the request is read, "during" its body, or "after" it had its effect, unanswered.
         """
-        with self.lock:
-            self._cut, self._silent = (len(self.requests) + after, moment), False
+        self._cut, self._silent = (len(self.requests) + after, moment), False
 
     def restore(self) -> None:
         """The network is back."""
-        with self.lock:
-            self._cut, self._silent = None, False
+        self._cut, self._silent = None, False
 
     def fail(self, request: str, status: int, times: int = 1, *, after: bool = False, **headers: str) -> None:
         """Answer the next `times` requests whose "METHOD path" matches the pattern with an error.
 
         With `after` the request has its effect before; `Retry_After="1"` becomes the answer's header `Retry-After: 1`.
         """
-        with self.lock:
-            self._faults.append([re.compile(request), status, times, after, headers])
+        self._faults.append([re.compile(request), status, times, after, headers])
 
     def fault(self, line: str) -> tuple[Answer, bool] | None:
         """The error with which a request is to be answered, if at all, and whether after its effect."""
@@ -230,14 +200,12 @@ def is_lfs(path: str, size: int) -> bool:
 
 @dataclasses.dataclass
 class Request:
-    """One call, its path split by its route."""
+    """One call; `rest` is its path split by its route."""
 
     hub: HubServer
     query: dict[str, str]
     body: bytes
     authorized: bool
-    kind: str
-    name: str
     rest: dict[str, str]
 
     @property
@@ -246,7 +214,7 @@ class Request:
 
     @property
     def repository(self) -> Repository:
-        return self.hub.repository(self.kind, self.name, self.authorized)
+        return self.hub.repository(self.rest.get("kind") or "model", self.rest["name"], self.authorized)
 
 
 @dataclasses.dataclass
@@ -284,40 +252,38 @@ def whoami(request: Request) -> Answer:
     return Answer({"type": "user", "name": "org", "fullname": "Loopback", "orgs": [], "auth": token})
 
 
-def listed(value: Any) -> list[Any]:
-    """A value that may be one or several, as a list."""
-    return value if isinstance(value, list) else [value]
+SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "n>1T")
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def metadata_errors(content: str) -> list[str]:
     """What the Hub refuses in a card, by its specification of the metadata (hub-docs, modelcard.md, datasetcard.md)."""
     parts = re.match(r"---\n(.*?)\n---\n", content, re.DOTALL)
-    if parts is None:
-        return []  # Only warned about.
     try:
-        metadata = yaml.safe_load(parts[1])
+        metadata = yaml.safe_load(parts[1]) if parts else {}  # without a header the Hub only warns
     except yaml.YAMLError as error:
         return [f"YAML: {error}"]
     if not isinstance(metadata, dict):
         return ["the metadata is not a mapping"]
-    licenses = set(listed(metadata.get("license", []))) - HUB_LICENSES
-    errors = [f'"license" {license_id!r} is not an identifier of the Hub' for license_id in licenses]
-    sizes = {"n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "n>1T"}
-    wrong = set(listed(metadata.get("size_categories", []))) - sizes
-    errors += [f'"size_categories" must be one of {sorted(sizes)}, not {sorted(wrong)}'] if wrong else []
-    for number, config in enumerate(metadata.get("configs", [])):
+
+    def listed(key: str) -> list[Any]:
+        value = metadata.get(key, [])
+        return value if isinstance(value, list) else [value]
+
+    errors = []
+    known = {"license": HUB_LICENSES.__contains__, "size_categories": SIZES.__contains__}
+    known |= {"datasets": HUB_ID.fullmatch, "base_model": HUB_ID.fullmatch}
+    for key, accepted in known.items():
+        errors += [f'"{key}" {value!r} is none that the Hub knows' for value in listed(key) if not accepted(str(value))]
+    for number, config in enumerate(listed("configs")):
         if not config.get("config_name") or not config.get("data_files"):
             errors.append(f'"configs[{number}]" needs "config_name" and "data_files"')
-    for key in ("datasets", "base_model"):
-        bad = [name for name in listed(metadata.get(key, [])) if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name))]
-        errors += [f'"{key}" {name!r} is not a Hub id' for name in bad]
     emissions = metadata.get("co2_eq_emissions", 0)
     grams = emissions.get("emissions") if isinstance(emissions, dict) else emissions
     if not isinstance(grams, int | float):
         errors.append('"co2_eq_emissions" must be a number of grams, or hold one as "emissions"')
-    for model in metadata.get("model-index", []):
-        if not model.get("name"):
-            errors.append('"model-index[0].name" is required')
+    for model in listed("model-index"):
+        errors += [] if model.get("name") else ['"model-index[0].name" is required']
         for number, result in enumerate(model.get("results", [])):
             where = f"model-index[0].results[{number}]"
             required = [("task", "type"), ("dataset", "type"), ("dataset", "name")]
@@ -357,15 +323,11 @@ def settings(request: Request) -> Answer:
 @route("POST", API + r"/preupload/(?P<revision>[^/]+)")
 def preupload(request: Request) -> Answer:
     files = request.repository.at(request.rest["revision"]).files
-    answers = [
-        {
-            "path": entry["path"],
-            "uploadMode": "lfs" if is_lfs(entry["path"], entry["size"]) else "regular",
-            "shouldIgnore": False,
-            **({"oid": files[entry["path"]].etag} if entry["path"] in files else {}),
-        }
-        for entry in request.json["files"]
-    ]
+    answers = []
+    for entry in request.json["files"]:
+        mode = "lfs" if is_lfs(entry["path"], entry["size"]) else "regular"
+        known = {"oid": files[entry["path"]].etag} if entry["path"] in files else {}
+        answers.append({"path": entry["path"], "uploadMode": mode, "shouldIgnore": False, **known})
     return Answer({"files": answers})
 
 
@@ -461,34 +423,23 @@ def references(request: Request) -> Answer:
     def entries(kind: str, refs: Mapping[str, Commit]) -> list[dict[str, str]]:
         return [{"name": n, "ref": f"refs/{kind}/{n}", "targetCommit": commit.oid} for n, commit in refs.items()]
 
-    repository = request.repository
-    return Answer(
-        {"branches": entries("heads", repository.branches), "tags": entries("tags", repository.tags), "converts": []}
-    )
+    branches, tags = request.repository.branches, request.repository.tags
+    return Answer({"branches": entries("heads", branches), "tags": entries("tags", tags), "converts": []})
 
 
 @route("GET", API + r"/commits/(?P<revision>[^/]+)")
 def commits(request: Request) -> Answer:
-    return Answer(
-        [
-            {"id": made.oid, "title": made.title, "message": "", "date": made.date, "authors": [{"user": "org"}]}
-            for made in request.repository.at(request.rest["revision"]).history()
-        ]
-    )
+    history = request.repository.at(request.rest["revision"]).history()
+    rest = {"message": "", "authors": [{"user": "org"}]}
+    return Answer([{"id": made.oid, "title": made.title, "date": made.date, **rest} for made in history])
 
 
 @route("GET", "/api/collections")
 def list_collections(request: Request) -> Answer:
-    owner = request.query.get("owner")
-    entries = request.hub.collections.values()
-    # The list shows four items of each.
-    return Answer(
-        [
-            {**{key: value for key, value in entry.items() if key != "position"}, "items": entry["items"][:4]}
-            for entry in entries
-            if owner in (None, entry["owner"]["name"]) and (request.authorized or not entry["private"])
-        ]
-    )
+    owner, entries = request.query.get("owner"), request.hub.collections.values()
+    seen = [entry for entry in entries if request.authorized or not entry["private"]]
+    found = [{**entry, "items": entry["items"][:4]} for entry in seen if owner in (None, entry["owner"]["name"])]
+    return Answer([{key: entry[key] for key in entry if key != "position"} for entry in found])  # four items of each
 
 
 @route("POST", "/api/collections")
@@ -538,17 +489,12 @@ def add_collection_item(request: Request) -> Answer:
     return Answer(found)
 
 
-def describe(path: str, file: File) -> dict[str, Any]:
-    """A file as the tree and paths-info calls tell it."""
-    entry: dict[str, Any] = {"type": "file", "path": path, "size": len(file.data), "oid": file.oid}
-    if file.lfs:
-        entry["lfs"] = {"oid": file.sha256, "size": len(file.data), "pointerSize": len(file.pointer)}
-    return entry
-
-
-def directory(path: str) -> dict[str, Any]:
-    """The same of a folder."""
-    return {"type": "directory", "path": path, "size": 0, "oid": hashlib.sha1(path.encode()).hexdigest()}
+def describe(path: str, file: File | None) -> dict[str, Any]:
+    """A file, or a folder (None), as the tree and paths-info calls tell it."""
+    if file is None:
+        return {"type": "directory", "path": path, "size": 0, "oid": hashlib.sha1(path.encode()).hexdigest()}
+    lfs = {"lfs": {"oid": file.sha256, "size": len(file.data), "pointerSize": len(file.pointer)}} if file.lfs else {}
+    return {"type": "file", "path": path, "size": len(file.data), "oid": file.oid, **lfs}
 
 
 @route("GET", API + r"/tree/(?P<revision>[^/]+)(?:/(?P<path>.*))?")
@@ -564,7 +510,7 @@ def tree(request: Request) -> Answer:
     for path, file in sorted(below.items()):
         parts = path.removeprefix(prefix).split("/")
         parents = [prefix + "/".join(parts[:depth]) for depth in range(1, len(parts))]
-        entries |= {parent: directory(parent) for parent in (parents if recursive else parents[:1])}
+        entries |= {parent: describe(parent, None) for parent in (parents if recursive else parents[:1])}
         if recursive or len(parts) == 1:
             entries[path] = describe(path, file)
     return Answer(list(entries.values()))
@@ -577,14 +523,9 @@ def paths_info(request: Request) -> Answer:
         wanted = request.json["paths"]
     else:
         wanted = urllib.parse.parse_qs(request.body.decode()).get("paths", [])
-    entries = []
-    for path in wanted:
-        path = path.strip("/")
-        if path in files:
-            entries.append(describe(path, files[path]))
-        elif any(name.startswith(f"{path}/") for name in files):
-            entries.append(directory(path))
-    return Answer(entries)
+    paths = [path.strip("/") for path in wanted]
+    there = [path for path in paths if path in files or any(name.startswith(f"{path}/") for name in files)]
+    return Answer([describe(path, files.get(path)) for path in there])
 
 
 @route("GET", rf"/(?:(?P<kind>dataset)s/)?{NAMESPACE}/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
@@ -651,13 +592,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         for wanted, pattern, function in ROUTES:
             match = pattern.fullmatch(url.path)
             if match and wanted == method:
-                rest = match.groupdict()
                 query = dict(urllib.parse.parse_qsl(url.query))
-                kind, name = rest.get("kind") or "model", rest.get("name") or ""
                 try:
                     if not authorized and method != "GET" and not ANONYMOUS.fullmatch(url.path):
                         raise HubError(401, "", "Invalid username or password.")
-                    return function(Request(self.hub, query, body, authorized, kind, name, rest))
+                    return function(Request(self.hub, query, body, authorized, match.groupdict()))
                 except HubError as error:
                     headers = {"X-Error-Code": error.code, "X-Error-Message": error.message} if error.code else {}
                     return Answer({"error": error.message}, headers, error.status)
@@ -672,11 +611,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             first, last = asked.groups()
             start = int(first) if first else max(0, len(data) - int(last))
             end = min(int(last), len(data) - 1) if first and last else len(data) - 1
-            if start >= len(data):
-                status, data = 416, b""
-            else:
-                headers["Content-Range"] = f"bytes {start}-{end}/{len(data)}"
-                status, data = 206, data[start : end + 1]
+            headers["Content-Range"] = f"bytes {start}-{end}/{len(data)}"
+            status, data = (416, b"") if start >= len(data) else (206, data[start : end + 1])
         self.send_response(status)
         for key, value in {"Content-Type": "application/json", **headers, "Content-Length": str(len(data))}.items():
             self.send_header(key, value)

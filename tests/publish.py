@@ -8,8 +8,6 @@ control is that of the run directory's name and `-control`, where there is one.
 Exit status 1 and one line per failure if a step does not do what it promises.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -45,7 +43,7 @@ print(json.dumps([len(rows), sum(row["kept"] for row in rows)]))
 assert all(hashlib.sha256(row["text"].encode()).hexdigest() == row["id"] for row in rows)
 """
 
-BAD_WARNINGS = ("newly initialized", "to instantiate a model of type", "not used when")
+BAD_WARNINGS = "newly initialized|to instantiate a model of type|not used when"
 
 
 class Stranger:
@@ -59,26 +57,22 @@ class Stranger:
         home.mkdir()
         self.started += 1
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "HF_"))}
-        environment = {**kept, **self.hub.environment(home)}
-        return subprocess.run(
-            [sys.executable, *command], env=environment, cwd=home, capture_output=True, text=True, timeout=600
-        )
+        place: Any = {"env": {**kept, **self.hub.environment(home)}, "cwd": home}
+        return subprocess.run([sys.executable, "-I", *command], **place, capture_output=True, text=True, timeout=600)
 
     def nanophi(self, *arguments: str) -> list[str]:
         """Runs a verb; what is wrong with the outcome."""
-        done = self("-I", "-m", "nanophi", *arguments)
+        done = self("-m", "nanophi", *arguments)
         return [] if done.returncode == 0 else [line for line in [*done.stdout.splitlines(), done.stderr] if line]
 
     def use(self, options: dict[str, Any], sample: dict[str, Any], expected: list[str]) -> list[str]:
         """Loads with `pipeline` and lets it write; what is wrong with the outcome."""
-        done = self("-I", "-c", USE, json.dumps([options, sample["prompt"], sample["settings"]]))
+        done = self("-c", USE, json.dumps([options, sample["prompt"], sample["settings"]]))
         if done.returncode:
             return done.stderr.splitlines()[-1:]
         found = json.loads(done.stdout.splitlines()[-1])
         wrong = [f"expected {expected}, got {found}"] if found != expected else []
-        return wrong + [
-            f"warns: {line}" for line in done.stderr.splitlines() if any(bad in line for bad in BAD_WARNINGS)
-        ]
+        return wrong + [f"warns: {line}" for line in done.stderr.splitlines() if re.search(BAD_WARNINGS, line)]
 
 
 def publish(release: Path, hub: HubServer, scratch: Path, report: Callable[[str], None] = print) -> list[str]:
@@ -125,8 +119,7 @@ def publish(release: Path, hub: HubServer, scratch: Path, report: Callable[[str]
         """A stranger scores files of his own; here they are the run's held-out documents, whose scores are known."""
         mine, output = release.parent / "data" / "documents" / "heldout-*.parquet", scratch / "mine.parquet"
         named = ["--scorer", f"model:{REPO_ID}-quality@{described['tag']}", "--output", str(output)]
-        wrong = stranger.nanophi("quality", "score", str(mine), *named)
-        if wrong:
+        if wrong := stranger.nanophi("quality", "score", str(mine), *named):
             return wrong
         known = pq.read_table(release.parent / "data" / "scores" / "scores.parquet", columns=["id", "quality_score"])
         scores = dict(zip(*known.to_pydict().values(), strict=True))
@@ -136,7 +129,7 @@ def publish(release: Path, hub: HubServer, scratch: Path, report: Callable[[str]
         return [f"{len(differing)} of {len(found)} scores differ"] if differing or not found else []
 
     def stream() -> list[str]:
-        done = stranger("-I", "-c", STREAM)
+        done = stranger("-c", STREAM)
         if done.returncode:
             return done.stderr.splitlines()[-1:]
         quality = read_json(release.parent / "data" / "quality" / "quality.json")
@@ -153,16 +146,10 @@ def publish(release: Path, hub: HubServer, scratch: Path, report: Callable[[str]
         own = yaml.safe_load((release.parent / "recipe.yaml").read_text(encoding="utf-8"))
         values = {"name": "again", **yaml.safe_load(on_page[1]), "model": own["model"], "training": own["training"]}
         (scratch / "again.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
-        wrong = stranger.nanophi("prepare", str(scratch / "again.yaml"), "--runs", str(scratch / "runs"))
-        if wrong:
+        if wrong := stranger.nanophi("prepare", str(scratch / "again.yaml"), "--runs", str(scratch / "runs")):
             return wrong
-        first, second = (
-            {
-                split: read_json(run / "data" / "tokens" / "tokens.json")[split]["sha256"]
-                for split in ("train", "heldout")
-            }
-            for run in (release.parent, scratch / "runs" / "again")
-        )
+        both = [read_json(run / "data/tokens/tokens.json") for run in (release.parent, scratch / "runs" / "again")]
+        first, second = ([tokens[split]["sha256"] for split in ("train", "heldout")] for tokens in both)
         return [f"token hashes {second}, expected {first}"] if first != second else []
 
     everything_else = f"GGUF files, scorer, data, {'control, ' if control.is_dir() else ''}collection"

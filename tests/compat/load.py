@@ -35,13 +35,8 @@ def load(folder: str, trust: bool, texts: list, logits: str) -> dict:
         save_file({"logits": model(encoded[0][:, :context]).logits[0].contiguous()}, logits)
         for ids in encoded[1:]:
             prompt = ids[:, : context - NEW_TOKENS]
-            tokens = model.generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                max_new_tokens=NEW_TOKENS,
-                do_sample=False,
-                pad_token_id=0,
-            )
+            settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
+            tokens = model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
             generated.append(tokens[0, prompt.shape[1] :].tolist())
     answer = None
     # Messages are promised from 4.57 on.

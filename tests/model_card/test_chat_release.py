@@ -70,10 +70,9 @@ def test_a_release_on_a_chat_model_names_the_whole_chain(run, tmp_path):
     assert "- **first:** trained from scratch\n" in text and "| talks | 21 | 20 | 1 |" in text
 
 
-@pytest.mark.parametrize("part", ["scorer", "data"])
-def test_what_a_chat_run_has_not_is_not_published(run, part):
+def test_what_a_chat_run_has_not_is_not_published(run):
     with pytest.raises(UserError, match=r"has no scored documents.*chat model.*leave them out"):
-        push(run.path / "release", "org/demo", dry_run=True, **{part: "scores"})
+        push(run.path / "release", "org/demo", dry_run=True, data="scores")
 
 
 def test_what_alignment_cost_is_paired_with_the_base(run):
@@ -120,7 +119,6 @@ def test_a_reproduction_is_compared_by_what_it_learned_from(run, tmp_path):
     assert {row.agrees for row in same} == {True}
     learned = ["base's weights", "conversations", "held-out conversations"]
     assert [row.name for row in same[:3]] == [f"{name}, SHA-256" for name in learned]
-    assert all(row.published is not None for row in same)
     other = tmp_path / "chat"
     shutil.copytree(run.path, other, ignore=shutil.ignore_patterns("release", "card"))
     (checkpoint,) = other.glob("checkpoints/*/checkpoint.json")

@@ -1,10 +1,7 @@
 """Data in Markdown, read back by a Markdown parser: the same text, and no markup in it."""
 
-from __future__ import annotations
-
 import copy
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 from markdown_it import MarkdownIt
@@ -28,32 +25,18 @@ NAMES = [
 ]
 
 
-class Reader(HTMLParser):
-    """Text and tags of HTML."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.text, self.tags = "", []
-
-    def handle_starttag(self, tag: str, attrs: object) -> None:
-        self.tags.append(tag)
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-    def handle_comment(self, data: str) -> None:
-        self.tags.append("comment")
-
-
 def read(markdown: str) -> tuple[str, list[str]]:
-    reader = Reader()
+    """Text and tags of what a Markdown parser makes of it."""
+    text, tags, reader = [], [], HTMLParser()
+    reader.handle_data, reader.handle_starttag = text.append, lambda tag, attrs: tags.append(tag)
+    reader.handle_comment = lambda data: tags.append("comment")
     reader.feed(MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).render(markdown))
     reader.close()
-    return reader.text, reader.tags
+    return "".join(text), tags
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_text_is_shown_as_it_is(name: str) -> None:
+def test_text_is_shown_as_it_is(name):
     shown = " ".join(name.split())
     for before, after in (("", ""), ("# ", ""), ("- **Name:** ", ""), ("Text about ", ", and more")):
         text, tags = read(f"{before}{markup.text(name)}{after}\n")
@@ -64,7 +47,7 @@ def test_text_is_shown_as_it_is(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_code_is_shown_as_it_is(name: str) -> None:
+def test_code_is_shown_as_it_is(name):
     text, tags = read(f"Made of {markup.code(name)}, and more\n")
     assert " ".join(name.split()) in text and tags == ["p", "code"]
     text, tags = read(f"| a | b |\n|---|---|\n| {markup.code(name, cell=True)} | last |\n")
@@ -73,12 +56,12 @@ def test_code_is_shown_as_it_is(name: str) -> None:
     assert tags == ["pre", "code"] and text.count(name) == 2
 
 
-def test_what_cannot_be_shown_is_replaced() -> None:
+def test_what_cannot_be_shown_is_replaced():
     assert markup.text("a\x00b\x1b[31m\u202ec\ud800d\u00a0e") == "a\ufffdb\ufffd\\[31m\ufffdc\ufffdd e"
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_names_of_sources_are_no_markup_in_the_card(finished_run: Path, name: str) -> None:
+def test_names_of_sources_are_no_markup_in_the_card(finished_run, name):
     records = copy.deepcopy(shipped.collect(finished_run, final_checkpoint(finished_run)))
     before = read(card.render(records).split("---\n", 2)[2])[1]
     (source,) = records["recipe.yaml"]["data"]["sources"]

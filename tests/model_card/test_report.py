@@ -1,7 +1,5 @@
 """The report page: self-contained, harmless whatever the documents say, and alive in a browser."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil
@@ -33,7 +31,7 @@ HOSTILE = WAYS_OUT[0]
 
 
 @pytest.fixture(scope="module")
-def page(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def page(finished_run, tmp_path_factory):
     """The page of a run in which one document tries to break out."""
     run = tmp_path_factory.mktemp("report") / "tiny"
     shutil.copytree(finished_run, run, ignore=shutil.ignore_patterns("release", "card"))
@@ -57,7 +55,7 @@ def data_of(page: Path) -> dict:
     return json.loads(text)
 
 
-def test_page_asks_for_nothing_from_outside(page: Path) -> None:
+def test_page_asks_for_nothing_from_outside(page):
     text = re.sub(r'<script type="application/json".*?</script>', "", page.read_text(), flags=re.DOTALL)
     outside = [link for link in re.findall(r"https?://[^\s\"'<>]+", text) if "www.w3.org" not in link]
     assert outside == []
@@ -65,7 +63,7 @@ def test_page_asks_for_nothing_from_outside(page: Path) -> None:
     assert "default-src 'none'" in text
 
 
-def test_documents_cover_the_scores(page: Path) -> None:
+def test_documents_cover_the_scores(page):
     documents = data_of(page)["documents"]
     scores = [entry["score"] for entry in documents]
     assert scores == sorted(scores) and scores[0] < 0.25 and scores[-1] > 0.9
@@ -75,31 +73,25 @@ def test_documents_cover_the_scores(page: Path) -> None:
     assert len({int(match[1]) % len(WAYS_OUT) for match in number.values() if match}) == len(WAYS_OUT)
 
 
-def test_samples_and_scores_of_every_checkpoint(page: Path) -> None:
+def test_what_was_recorded_is_shown_and_nothing_else(page, finished_run, tmp_path):
     data = data_of(page)
-    assert list(data["samples"]["checkpoints"]) == ["step-000010", "step-000020", "step-000030"]
-    assert [row["revision"] for row in data["scores"] if row["task"] == "heldout_continuation"] == [
-        "step-000010",
-        "step-000020",
-        "step-000030",
-    ]
-
-
-def test_nothing_is_shown_that_was_not_recorded(finished_run: Path, tmp_path: Path) -> None:
+    checkpoints = ["step-000010", "step-000020", "step-000030"]
+    assert list(data["samples"]["checkpoints"]) == checkpoints
+    assert [row["revision"] for row in data["scores"] if row["task"] == "heldout_continuation"] == checkpoints
     report.build(finished_run, tmp_path / "report.html")
     data = data_of(tmp_path / "report.html")
     assert data["written"] == [] and data["by_source"] is None
     assert [name for name, _ in data["facts"]][-1] == "seed"
 
 
-def test_long_logs_are_thinned_and_keep_the_end() -> None:
+def test_long_logs_are_thinned_and_keep_the_end():
     keys = ("loss", "learning_rate", "grad_norm", "tokens_seen", "tokens_per_second")
     log = [{"step": step, **dict.fromkeys(keys, 1.0)} for step in range(1, 2001)]
     thin = report._thinned(log)
     assert len(thin) <= report.MAX_POINTS and thin[-1]["step"] == 2000
 
 
-def test_missing_scores_are_named(finished_run: Path, tmp_path: Path) -> None:
+def test_missing_scores_are_named(finished_run, tmp_path):
     run = tmp_path / "tiny"
     shutil.copytree(finished_run, run, ignore=shutil.ignore_patterns("release", "card", "scores"))
     with pytest.raises(UserError, match=r"scores\.parquet is missing"):
@@ -107,7 +99,7 @@ def test_missing_scores_are_named(finished_run: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
-def test_page_works_in_a_browser(page: Path, tmp_path: Path) -> None:
+def test_page_works_in_a_browser(page, tmp_path):
     moved = page.with_name("moved.html")
     script = """<script>
 const held = JSON.parse(document.getElementById("data").textContent).documents;
@@ -119,21 +111,9 @@ for (const [id, value, event] of [["threshold", 0.8, "input"], ["which", "droppe
 }
 </script></body>"""
     moved.write_text(page.read_text().replace("</body>", script))
-    done = subprocess.run(
-        [
-            str(BROWSER),
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            f"--user-data-dir={tmp_path}",
-            "--virtual-time-budget=3000",
-            "--dump-dom",
-            moved.as_uri(),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--dump-dom"]
+    command = [str(BROWSER), *options, "--virtual-time-budget=3000", moved.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     dom = done.stdout
     assert 'data-ready="yes"' in dom, done.stderr[-2000:]
     assert "<title>tiny</title>" in dom

@@ -1,18 +1,14 @@
 """Verification: a sound release passes, and each kind of tampering is named."""
 
-from __future__ import annotations
-
-import io
 import json
 import os
 import pickle
-import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from forging import card_problems, failures, sign_again  # type: ignore[import-not-found]
+from forging import card_problems, edit_json, failures, sign_again  # type: ignore[import-not-found]
 from safetensors.torch import load_file, save_file
 
 from nanophi.core.errors import UserError
@@ -23,9 +19,7 @@ from nanophi.model_card import records as shipped
 from nanophi.model_card.manifest import file_problems, list_files, write_manifest
 
 
-def test_a_sound_release_passes_every_check(
-    built_release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_sound_release_passes_every_check(built_release, tmp_path, monkeypatch):
     # A file named like a library, in the current folder and on PYTHONPATH, is not imported.
     (tmp_path / "transformers.py").write_text("raise RuntimeError('wrong transformers')\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -35,17 +29,9 @@ def test_a_sound_release_passes_every_check(
     lines: list[str] = []
     checks = verify.check(relative, report=lines.append)
     assert [check["name"] for check in checks if not check["passed"]] == []
-    assert {
-        "checksums",
-        "files",
-        "card",
-        "configuration",
-        "stock Phi",
-        "remote code",
-        "loaders agree",
-        "sample",
-        "evaluation",
-    } <= {check["name"] for check in checks}
+    names = ["checksums", "files", "code references", "code", "card", "provenance", "configuration", "figures"]
+    names += ["stock Phi", "remote code", "loaders agree", "parameters", "sample", "evaluation"]
+    assert [check["name"] for check in checks] == names
     assert len(lines) == len(checks) and all("ok" in line for line in lines)
 
 
@@ -63,18 +49,6 @@ def add(name: str, content: bytes) -> Callable[[Path], None]:
     return tamper
 
 
-def add_torch_archive(folder: Path) -> None:
-    import torch
-
-    buffer = io.BytesIO()
-    torch.save({"a": torch.ones(1)}, buffer)
-    (folder / "figures" / "more.png").write_bytes(buffer.getvalue())
-
-
-def add_other_weights(folder: Path) -> None:
-    shutil.copyfile(folder / "model.safetensors", folder / "consolidated.safetensors")
-
-
 def add_link(folder: Path) -> None:
     (folder / "figures" / "link.png").symlink_to("/etc/hostname")
 
@@ -83,11 +57,6 @@ def name_foreign_code(folder: Path) -> None:
     config = read_json(folder / "config.json")
     config["auto_map"]["AutoModelForCausalLM"] = "somebody/else--modeling.Model"
     write_json(folder / "config.json", config)
-
-
-def name_tokenizer_code(folder: Path) -> None:
-    config = read_json(folder / "tokenizer_config.json")
-    write_json(folder / "tokenizer_config.json", {**config, "auto_map": {"AutoTokenizer": ["tok.Tok", None]}})
 
 
 def drop_a_file(folder: Path) -> None:
@@ -104,22 +73,17 @@ def break_weights(folder: Path) -> None:
         (flip_a_byte, "checksums", "model.safetensors was changed"),
         (drop_a_file, "checksums", "generation_config.json is missing"),
         (add("extra.bin", pickle.dumps({"a": 1})), "files", "extra.bin is not a file that nanophi writes"),
-        (add("weights.dat", pickle.dumps({"a": 1}, protocol=0)), "files", "weights.dat is not a file"),
         (add("tokenization_extra.py", b"import os"), "files", "tokenization_extra.py is not a file"),
-        (add("install.bat", b"del *"), "files", "install.bat is not a file"),
         (add("records/setup", b"#!/bin/sh\nexit"), "files", "records/setup is not a file"),
-        (add("model.onnx", b"\x08\x07"), "files", "model.onnx is not a file"),
-        (add_other_weights, "files", "consolidated.safetensors is not a file"),
-        (add_torch_archive, "files", "figures/more.png is not a file that nanophi writes"),
+        (add("consolidated.safetensors", b"\x08\x07"), "files", "consolidated.safetensors is not a file"),
+        (add("figures/more.png", b"\x80\x02"), "files", "figures/more.png is not a file that nanophi writes"),
         (add_link, "files", "figures/link.png is a link"),
         (break_weights, "files", "model.safetensors is not a valid safetensors file"),
         (name_foreign_code, "code references", "somebody/else--modeling.Model"),
-        (name_tokenizer_code, "code references", "tok.Tok"),
+        (edit_json("tokenizer_config.json", auto_map={"A": ["tok.Tok", None]}), "code references", "tok.Tok"),
     ],
 )
-def test_tampered_files_are_named_and_nothing_is_loaded(
-    copied: Path, tamper: Callable[[Path], None], check: str, named: str
-) -> None:
+def test_tampered_files_are_named_and_nothing_is_loaded(copied, tamper, check, named):
     tamper(copied)
     failed = failures(copied)
     assert named in failed[check]
@@ -131,25 +95,20 @@ def test_tampered_files_are_named_and_nothing_is_loaded(
         assert list(failures(copied)) == [check, *also, "loaders"]
 
 
-def test_a_result_for_the_hub_that_was_never_measured_is_named(copied: Path) -> None:
+def test_what_was_never_measured_is_named(copied):
     (copied / ".eval_results").mkdir()
     (copied / ".eval_results" / "gsm8k.yaml").write_text("- dataset: {id: openai/gsm8k}\n  value: 91.5\n")
-    sign_again(copied)
-    records = shipped.read_records(copied / "records")
-    assert card_problems(copied, records) == [".eval_results/gsm8k.yaml is not what the records give"]
-
-
-def test_a_number_edited_in_the_card_is_named(copied: Path) -> None:
+    assert card_problems(copied) == [".eval_results/gsm8k.yaml is not what the records give"]
     card = copied / "README.md"
     text = card.read_text()
     assert "| held-out continuation | accuracy, length-normalised | 41.00 |" in text
     card.write_text(text.replace("length-normalised | 41.00", "length-normalised | 61.00", 1))
     assert "README.md was changed" in failures(copied)["checksums"]
-    wrong = card_problems(copied)
-    assert len(wrong) == 1 and "61.00" in wrong[0] and "41.00" in wrong[0]
+    (wrong,) = card_problems(copied)[1:]
+    assert "61.00" in wrong and "41.00" in wrong
 
 
-def test_a_card_of_another_version_is_checked_by_its_numbers(copied: Path) -> None:
+def test_a_card_of_another_version_is_checked_by_its_numbers(copied):
     run = read_json(copied / "records" / "run.json")
     text = (copied / "README.md").read_text()
     for old, new in ((f"nanophi {__version__}", "nanophi 0.0.9"), ("Greedy decoding with", "Decoded greedily with")):
@@ -202,7 +161,7 @@ def swap_weights(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def test_a_forger_who_makes_the_manifest_fit_is_found_out(copied: Path) -> None:
+def test_a_forger_who_makes_the_manifest_fit_is_found_out(copied):
     swap_tokenizer(copied)
     assert "tokenizer.json was changed" in failures(copied)["checksums"]
     edit_code(copied, "# harmless\n")
@@ -215,7 +174,7 @@ def test_a_forger_who_makes_the_manifest_fit_is_found_out(copied: Path) -> None:
     assert "Seed" in failed["card"] and "not the recipe" in failed["provenance"]
 
 
-def test_swapped_weights_and_code_that_does_not_load(copied: Path) -> None:
+def test_swapped_weights_and_code_that_does_not_load(copied):
     swap_weights(copied)
     edit_code(copied, "raise RuntimeError('broken on purpose')\n")
     sign_again(copied)
@@ -227,35 +186,34 @@ def test_swapped_weights_and_code_that_does_not_load(copied: Path) -> None:
 
 
 @pytest.mark.parametrize("manifest", ["{}", "[]", '{"files": {"a": 3}}', "{not json"])
-def test_bad_manifest_is_one_line(copied: Path, manifest: str) -> None:
+def test_bad_manifest_is_one_line(copied, manifest):
     (copied / "MANIFEST.json").write_text(manifest)
     failed = failures(copied)
     assert "MANIFEST.json" in failed["checksums"]
     assert all("\n" not in detail for detail in failed.values())
 
 
-@pytest.mark.parametrize("name", ["absent", "/absent/folder", "a/b/c", "../x/y"])
-def test_what_is_no_release_is_one_line(name: str) -> None:
-    with pytest.raises(UserError, match="does not exist, and it is not a Hub id"):
-        verify.check(name)
-
-
-def test_revision_of_a_folder_is_refused(built_release: Path) -> None:
+def test_what_is_no_release_is_one_line(built_release):
+    for name in ("absent", "/absent/folder", "a/b/c", "../x/y"):
+        with pytest.raises(UserError, match="does not exist, and it is not a Hub id"):
+            verify.check(name)
     with pytest.raises(UserError, match="--revision"):
         verify.check(str(built_release), "main")
+    with pytest.raises(UserError, match=rf"did you mean {built_release}\?"):
+        verify.check(str(built_release.parent))
 
 
 # What people have: clones, caches, folders that an operating system has looked into
 
 
-def test_what_systems_leave_behind_is_not_part_of_a_release(copied: Path) -> None:
+def test_what_systems_leave_behind_is_not_part_of_a_release(copied):
     for name in (".DS_Store", "figures/.DS_Store", "._README.md", "records/Thumbs.db", ".git/config", ".gitattributes"):
         (copied / name).parent.mkdir(exist_ok=True)
         (copied / name).write_text("left behind")
     assert file_problems(copied) == []
 
 
-def test_a_clone_without_its_large_files_is_diagnosed(copied: Path) -> None:
+def test_a_clone_without_its_large_files_is_diagnosed(copied):
     pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 137648\n"
     (copied / "model.safetensors").write_text(pointer)
     failed = failures(copied)
@@ -263,7 +221,7 @@ def test_a_clone_without_its_large_files_is_diagnosed(copied: Path) -> None:
     assert "files" not in failed
 
 
-def test_a_snapshot_in_the_hubs_cache_may_be_named_by_its_path(copied: Path, tmp_path: Path) -> None:
+def test_a_snapshot_in_the_hubs_cache_may_be_named_by_its_path(copied, tmp_path):
     cache = tmp_path / "models--org--demo"
     snapshot = cache / "snapshots" / ("0" * 40)
     for number, name in enumerate(list_files(copied)):
@@ -273,13 +231,6 @@ def test_a_snapshot_in_the_hubs_cache_may_be_named_by_its_path(copied: Path, tmp
         blob.write_bytes((copied / name).read_bytes())
         link.symlink_to(os.path.relpath(blob, link.parent))
     assert file_problems(snapshot) == []
-    with pytest.raises(UserError, match=rf"this is the Hub's cache, name one of its snapshots: .*{'0' * 40}"):
-        verify.check(str(cache))
     (snapshot / "figures" / "loss.png").unlink()
     (snapshot / "figures" / "loss.png").symlink_to("/etc/hostname")
     assert "figures/loss.png is a link" in file_problems(snapshot)
-
-
-def test_a_run_directory_is_told_from_its_release(built_release: Path) -> None:
-    with pytest.raises(UserError, match=rf"did you mean {built_release}\?"):
-        verify.check(str(built_release.parent))

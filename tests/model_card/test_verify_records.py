@@ -1,13 +1,11 @@
 """Verification of what the files of a release say of each other, by a forger who makes the manifest fit."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from forging import failures, sign_again  # type: ignore[import-not-found]
+from forging import edit_json, failures, sign_again  # type: ignore[import-not-found]
 from hub_client import push  # type: ignore[import-not-found]
 
 from nanophi.core.errors import UserError
@@ -19,15 +17,17 @@ from nanophi.model_card import records as shipped
 from nanophi.model_card.manifest import write_manifest
 
 
-def edit_json(name: str, **fields: Any) -> Callable[[Path], None]:
-    return lambda folder: write_json(folder / name, {**read_json(folder / name), **fields})
+@pytest.fixture
+def not_loaded(monkeypatch):
+    """Loading takes seconds, and is tested elsewhere."""
+    monkeypatch.setattr(loader, "load", lambda *_: ({"error": "not tried"}, {"error": "not tried"}))
 
 
+@pytest.mark.usefixtures("not_loaded")
 @pytest.mark.parametrize(
     ("tamper", "named"),
     [
         (edit_json("config.json", max_position_embeddings=64), "config.json has max_position_embeddings 64, not 128"),
-        (edit_json("config.json", layer_norm_eps=0.1), "config.json has layer_norm_eps 0.1, not 1e-05"),
         (edit_json("config.json", eos_token_id=7), "config.json has eos_token_id 7, not 0"),
         (edit_json("config.json", torch_dtype="bfloat16"), "config.json has torch_dtype 'bfloat16', not 'float32'"),
         (edit_json("generation_config.json", suppress_tokens=[5]), "generation_config.json is not the one"),
@@ -39,10 +39,7 @@ def edit_json(name: str, **fields: Any) -> Callable[[Path], None]:
         (edit_json("tokenizer_config.json", chat_template="Obey: {{ messages }}"), "the chat template is not the one"),
     ],
 )
-def test_a_configuration_that_is_not_the_records_is_named(
-    copied: Path, tamper: Callable[[Path], None], named: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(loader, "load", lambda *_: ({"error": "not tried"}, {"error": "not tried"}))
+def test_a_configuration_that_is_not_the_records_is_named(copied, tamper, named):
     tamper(copied)
     sign_again(copied)
     failed = failures(copied)
@@ -57,6 +54,7 @@ def exchange_figures(folder: Path) -> None:
     quality.write_bytes(content)
 
 
+@pytest.mark.usefixtures("not_loaded")
 @pytest.mark.parametrize(
     ("tamper", "detail"),
     [
@@ -65,17 +63,14 @@ def exchange_figures(folder: Path) -> None:
         (lambda folder: (folder / "figures/evaluation.png").unlink(), "figures/evaluation.png is missing"),
     ],
 )
-def test_figures_that_do_not_show_the_records_are_named(
-    copied: Path, tamper: Callable[[Path], None], detail: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(loader, "load", lambda *_: ({"error": "not tried"}, {"error": "not tried"}))
+def test_figures_that_do_not_show_the_records_are_named(copied, tamper, detail):
     tamper(copied)
     sign_again(copied)
     failed = failures(copied)
     assert list(failed) == ["figures", "stock Phi", "remote code"] and failed["figures"].startswith(detail)
 
 
-def test_figures_of_another_version_are_only_counted(copied: Path) -> None:
+def test_figures_of_another_version_are_only_counted(copied):
     exchange_figures(copied)
     records = shipped.read_records(copied / "records")
     assert figures.problems(records, copied / "figures")
@@ -85,15 +80,11 @@ def test_figures_of_another_version_are_only_counted(copied: Path) -> None:
     assert figures.problems(records, copied / "figures") == ["figures/loss.png is missing"]
 
 
-def test_a_tokenizer_from_elsewhere_may_bring_its_chat_template(copied: Path) -> None:
+def test_a_tokenizer_from_elsewhere_may_bring_its_chat_template(copied):
     edit_json("tokenizer_config.json", chat_template="Yes? {{ messages }}")(copied)
     records = shipped.read_records(copied / "records")
     records["recipe.yaml"]["tokenizer"]["path"] = "org/tokenizer"
     assert checks.configuration(copied, records) == []
-
-
-def edit_record(name: str, **fields: Any) -> Callable[[Path], None]:
-    return lambda folder: write_json(folder / "records" / name, {**read_json(folder / "records" / name), **fields})
 
 
 def edit_provenance(**fields: Any) -> Callable[[Path], None]:
@@ -105,7 +96,7 @@ def edit_provenance(**fields: Any) -> Callable[[Path], None]:
 
 def forge_weights_record(folder: Path) -> None:
     summary = read_json(folder / "records" / "training.json")["summary"]
-    edit_record("training.json", summary={**summary, "weights_sha256": "8" * 64})(folder)
+    edit_json("records/training.json", summary={**summary, "weights_sha256": "8" * 64})(folder)
 
 
 @pytest.mark.parametrize(
@@ -118,9 +109,7 @@ def forge_weights_record(folder: Path) -> None:
         (lambda folder: (folder / "revisions.json").unlink(), "revisions.json is missing"),
     ],
 )
-def test_what_manifest_records_and_files_say_differently_is_named(
-    copied: Path, tamper: Callable[[Path], None], named: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_manifest_records_and_files_say_differently_is_named(copied, tamper, named, monkeypatch):
     monkeypatch.setattr(checks, "computed", lambda *_: [])  # takes seconds, and is not reached
     tamper(copied)
     sign_again(copied)
@@ -128,7 +117,7 @@ def test_what_manifest_records_and_files_say_differently_is_named(
     assert list(failed) == ["provenance"] and named in failed["provenance"]
 
 
-def test_a_sample_or_documents_that_were_taken_away_are_missed(copied: Path) -> None:
+def test_a_sample_or_documents_that_were_taken_away_are_missed(copied):
     for name in ("sample.json", "heldout.json"):
         (copied / "records" / name).unlink()
     (copied / "README.md").write_text(card.render(shipped.read_records(copied / "records")))
@@ -139,7 +128,7 @@ def test_a_sample_or_documents_that_were_taken_away_are_missed(copied: Path) -> 
     assert failed["evaluation"].startswith("records/heldout.json holds no document")
 
 
-def test_held_out_documents_that_are_all_too_long_to_ship(finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_held_out_documents_that_are_all_too_long_to_ship(finished_run, monkeypatch):
     monkeypatch.setattr(shipped, "HELDOUT_ITEM_BYTES", 10)
     records = shipped.collect(finished_run, final_checkpoint(finished_run))
     shortest = min(records["heldout.json"], key=lambda item: len(item["text"]))
@@ -174,35 +163,31 @@ def drop_key(name: str, key: str) -> Callable[[Path], None]:
         (drop_key("run.json", "environment"), "the records are not complete (KeyError: 'environment')"),
         (drop_key("training.json", "log"), "the records are not complete (KeyError: 'log')"),
         (drop_key("evals/heldout.json", "n-samples"), "the records are not complete (KeyError: 'n-samples')"),
-        (empty("records/heldout.json", [1]), "the records are not complete (TypeError"),
+        (empty("records/heldout.json", [1]), "the records are not complete ("),
     ],
 )
-def test_records_that_are_not_complete_are_one_line(copied: Path, tamper: Callable[[Path], None], named: str) -> None:
+def test_records_that_are_not_complete_are_one_line(copied, tamper, named):
     tamper(copied)
     sign_again(copied)
     failed = failures(copied)
     assert any(named in detail for detail in failed.values()), failed
     assert not any("run the stage again" in detail for detail in failed.values())
-    if "heldout.json" not in named and "TypeError" not in named:
+    if not named.endswith("complete ("):
         with pytest.raises(UserError, match=r"complete|records of a release|not valid JSON"):
             push(copied, "org/demo", dry_run=True)
 
 
-def test_a_published_run_without_its_environment_is_not_reproduced(copied: Path, tmp_path: Path) -> None:
+def test_a_published_run_with_holes_is_not_reproduced(copied, finished_run, tmp_path):
     drop_key("run.json", "environment")(copied)
+    drop_key("training.json", "summary")(copied)
     sign_again(copied)
     with pytest.raises(UserError, match=r"the records are not complete \(KeyError: 'environment'\)"):
         reproduce.fetch_recipe(str(copied), tmp_path / "again", report=lambda line: None)
-
-
-def test_a_published_run_without_its_losses_is_not_compared(copied: Path, finished_run: Path) -> None:
-    drop_key("checkpoint.json", "train_loss")(copied)
-    drop_key("training.json", "summary")(copied)
     with pytest.raises(UserError, match=r"the records are not complete \(KeyError: 'summary'\)"):
         reproduce.compare_with_published(copied, finished_run, report=lambda line: None)
 
 
-def test_an_emptied_config_is_somebody_elses(copied: Path) -> None:
+def test_an_emptied_config_is_somebody_elses(copied):
     (copied / "config.json").write_text("")
     write_json(copied / "tokenizer_config.json", {"auto_map": "tok.Tok"})
     sign_again(copied)
