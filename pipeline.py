@@ -199,7 +199,8 @@ def suites(run: Runner) -> list[str]:
     if not run.recipe.conversations:
         return named
     text = list((run.path / "data/documents").glob("heldout-*.parquet"))
-    return ["answers", *(suite for suite in named if text or not suite_made_from(suite, "documents"))]
+    missing = ["tokens"] if text else ["tokens", "documents"]  # which the base's run has
+    return ["answers", *(suite for suite in named if not any(suite_made_from(suite, what) for what in missing))]
 
 
 def _check_evaluation(run: Runner) -> None:

@@ -80,7 +80,7 @@ def title(task: str, shots: int | None = None) -> str:
 
 
 def made_from(task: str) -> str | None:
-    """What of a run's own a task's items are made from: `documents` or `conversations`; None: it is a benchmark."""
+    """What of a run's own a task's items are made from: `documents`, `conversations`, `tokens`; None: a benchmark."""
     return TASKS[task].made_from if task in TASKS else None
 
 

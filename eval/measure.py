@@ -33,7 +33,7 @@ from nanophi.core.formatting import duration
 from nanophi.core.names import resolve
 from nanophi.eval import suites
 from nanophi.eval.catalogue import HELDOUT_BITS, score
-from nanophi.eval.metrics import bits_figures, heldout_figures
+from nanophi.eval.metrics import bits_figures, heldout_figures, memorisation_figures
 from nanophi.eval.models import load_model
 from nanophi.eval.results import ANSWER_METRIC, FORMAT, PROTOCOL, every_score, mean_of, read_result, result_name
 from nanophi.eval.scorer import NotScorable, ScorerLM
@@ -153,6 +153,8 @@ def _result(
     result["nanophi"] = {"format": FORMAT, "model": identity, "suite": loaded.suite.name, "lines": lines}
     if HELDOUT_BITS in parts:
         result["nanophi"]["heldout"] = heldout_figures(result["samples"][HELDOUT_BITS], parts[HELDOUT_BITS]["bz2"])
+    if "memorisation_train" in parts and "memorisation_heldout" in parts:
+        result["nanophi"]["memorisation"] = memorisation_figures(result["samples"])
     result["nanophi"] |= {
         "environment": environment(),
         "seconds": {name: part["seconds"] for name, part in parts.items()},
@@ -234,8 +236,8 @@ def _reduced(sample: dict[str, Any]) -> dict[str, Any]:
     reduced = {key: sample[key] for key in kept if key in sample}
     if isinstance(sample["target"], int):
         reduced["target"] = sample["target"]
-    if isinstance(sample["doc"], dict) and "source" in sample["doc"]:
-        reduced["source"] = sample["doc"]["source"]
+    if isinstance(sample["doc"], dict):
+        reduced |= {key: sample["doc"][key] for key in ("source", "occurrences") if key in sample["doc"]}
     return reduced
 
 
@@ -293,10 +295,11 @@ def _data_hashes(loaded: LoadedSuite) -> dict[str, str | None]:
     """SHA-256 of each dataset folder; datasets from the Hub are pinned by the per-item hashes in the samples."""
 
     def hashed(dataset: str, folder: Path) -> str:
-        if dataset not in ("heldout", "answers"):
-            return sha256_of_tree(folder)
         # Items do not depend on what else a run has there.
-        return sha256_of({path.name: sha256_of_file(path) for path in folder.glob("heldout*.parquet")})
+        own = {"heldout": "heldout*.parquet", "answers": "heldout*.parquet", "tokens": "tokens.json"}.get(dataset)
+        if own is None:
+            return sha256_of_tree(folder)
+        return sha256_of({path.name: sha256_of_file(path) for path in folder.glob(own)})
 
     origins = dict.fromkeys(loaded.datasets.values())
     return {dataset: hashed(dataset, folder) if folder else None for dataset, folder in origins}

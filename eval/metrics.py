@@ -1,4 +1,4 @@
-"""Bits per byte, as a metric of the `evaluate` library, and the figures of the held-out documents."""
+"""Bits per byte as a metric of the `evaluate` library; the figures of held-out documents, and of recited text."""
 
 from __future__ import annotations
 
@@ -52,3 +52,29 @@ def bits_figures(pairs: Sequence[Sequence[float]]) -> dict[str, Any]:
     predictions, references = zip(*pairs, strict=True)
     metric = BitsPerByte(keep_in_memory=True)
     return {**metric.compute(predictions=list(predictions), references=list(references)), "documents": len(pairs)}
+
+
+OCCURRENCES = {"1": (1, 1), "2 to 4": (2, 4), "5 to 16": (5, 16), "17 or more": (17, np.inf)}
+
+
+def memorisation_figures(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """Items continued verbatim and nearly: training text by how often it occurs in the training stream, held-out text.
+
+    Of held-out items `seen` are in the training stream too.
+    """
+    trained, heldout = samples["memorisation_train"], samples["memorisation_heldout"]
+    groups = {("train", ""): trained} | {
+        ("train", name): [sample for sample in trained if low <= sample["occurrences"] <= high]
+        for name, (low, high) in OCCURRENCES.items()
+    }
+    return [
+        {
+            "split": split,
+            "occurrences": name,
+            "items": len(group),
+            "seen": sum(sample["occurrences"] > 0 for sample in group),
+            **{key: int(sum(sample[key] for sample in group)) for key in ("verbatim", "near_verbatim")},
+        }
+        for (split, name), group in (groups | {("heldout", ""): heldout}).items()
+        if group
+    ]

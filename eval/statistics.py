@@ -44,6 +44,12 @@ def mean_stderr(values: np.ndarray) -> float | None:
     return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
 
 
+def share_interval(successes: int, trials: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share."""
+    found = scipy.stats.binomtest(successes, trials).proportion_ci(0.95, "wilson")
+    return float(found.low), float(found.high)
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's step-down correction (1979, Scand. J. Statist. 6): p-values valid for the whole family, in input order."""
     corrected, highest = [0.0] * len(p_values), 0.0

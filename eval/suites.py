@@ -239,6 +239,10 @@ def _origin(task: str, config: dict[str, Any], data: Path | None, heldout: Path 
             needs = f"task '{task}' needs held-out documents"
             raise UserError(f"{needs} (heldout-*.parquet); name a run's data/documents folder (--heldout)")
         return "heldout", heldout
+    if made_from(task) == "tokens":
+        if not heldout or not (heldout.parent / "tokens" / "train").is_dir():
+            raise UserError(f"task '{task}' needs the data/documents folder of a run with data/tokens (--heldout)")
+        return "tokens", heldout.parent / "tokens"
     if made_from(task) == "conversations":
         folder = heldout and heldout.parent / "conversations"
         if folder is None or not (folder / "heldout.parquet").is_file():

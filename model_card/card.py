@@ -14,13 +14,14 @@ from nanophi.core.files import write_text
 from nanophi.core.names import final_checkpoint, is_hub_id
 from nanophi.eval import catalogue, results
 from nanophi.eval.results import ANSWER_METRIC
+from nanophi.eval.statistics import share_interval
 from nanophi.model_card import figures, metadata, pages, records
 from nanophi.model_card.consistency import contradictions
 from nanophi.model_card.records import ShippedRecords
 
 SECTIONS = (
     *("summary", "use", "details", "data", "filter", "preprocessing", "training", "evaluation", "comparison"),
-    *("limits", "environment", "reproduce"),
+    *("memorisation", "limits", "environment", "reproduce"),
 )
 """The parts of the card in their order: each is a template, `sections/NAME.md`.
 
@@ -78,10 +79,17 @@ class View:
         self.figures = figures.names(shipped)
         self.differences = differences(shipped.get("comparison.json"))
         self.by_source = by_source(shipped)
-        self.scores = records.leading_scores(shipped)
+        self.scores = [
+            score for score in records.leading_scores(shipped) if catalogue.made_from(score.task) != "tokens"
+        ]
         self.answers = records.in_order(shipped, results.answer_scores)  # bits per byte of the right answers
         self.every = records.in_order(shipped, results.every_score)  # MMLU's subjects are among them
         self.heldout = next((found["nanophi"]["heldout"] for found in suites if found["nanophi"].get("heldout")), None)
+        self.memorisation = [
+            {**row, "interval": [100 * bound for bound in share_interval(row["verbatim"], row["items"])]}
+            for found in suites
+            for row in found["nanophi"].get("memorisation", [])
+        ]
         known = [entry["mfu"] for entry in shipped["training.json"]["log"] if entry["mfu"] is not None]
         self.mfu = statistics.median(known) if known else None
 

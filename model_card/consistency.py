@@ -57,6 +57,10 @@ def _evaluation(name: str, record: dict[str, Any]) -> Iterator[str]:
             yield from _repeated(f"{name} has {task} {ANSWER_METRIC}", line[ANSWER_METRIC], answers[task])
     if (average := ours.get("average")) and (mean := results.average_score(list(scores.values()))):
         yield from _repeated(f"{name} has an average", average, mean)
+    for row in ours.get("memorisation", []):
+        score = scores[f"memorisation_{row['split']}"]
+        if not row["occurrences"] and not math.isclose(score.value, row["verbatim"] / row["items"], abs_tol=1e-9):
+            yield f"{name} has {row['verbatim']} of {row['items']} items recited, its results have {score.value}"
     if (heldout := ours.get("heldout")) and whole is not None:
         parts = list(heldout["by_source"].values())
         bits = sum(part["bits_per_byte"] * part["bytes"] for part in parts) / sum(part["bytes"] for part in parts)

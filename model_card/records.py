@@ -37,7 +37,7 @@ KEPT_RESULTS = (
 )
 PRIVATE_CONFIG = ("model", "model_args", "device")
 # Keys of lm-eval's results, and of our part of them, that are shipped: no samples, machine details and paths.
-KEPT_OF_OURS = ("format", "suite", "lines", "headline", "average", "heldout", "data")
+KEPT_OF_OURS = ("format", "suite", "lines", "headline", "average", "heldout", "memorisation", "data")
 OF_DATA = ("documents.json", "quality.json", "tokens.json")
 IF_THERE = (*OF_DATA, "sample.json", "conversations.json", "comparison.json")
 REQUIRED = ("recipe.yaml", "run.json", "model.json", "training.json", "checkpoint.json", "revisions.json", *OF_DATA)
