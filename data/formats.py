@@ -179,6 +179,8 @@ class Reader:
             if column not in names:
                 lacking = path if column == root else column
                 raise UserError(f"{self.name} has no column '{lacking}'; it has {listed(names)}")
+            if list(names).count(column) > 1:
+                raise UserError(f"{self.name} has the column '{column}' twice; rename one of them")
         return wanted
 
     def _number(self, where: str, record: dict[Any, Any]) -> float:

@@ -4,6 +4,7 @@ A source is the embedded corpus, files (a path, a folder or a glob), or a datase
 `save_to_disk` wrote, or an id on the Hub), of which `datasets` lists the files of a split.
 """
 
+import errno
 import glob
 import itertools
 import os
@@ -119,7 +120,7 @@ def is_on_hub(source: Source) -> bool:
 
 def _locate_files(source: Source) -> list[str]:
     given = local(str(source.files))
-    found = [given] if os.path.lexists(given) else map(Path, sorted(glob.glob(str(given), recursive=True)))  # noqa: PTH207
+    found = [given] if os.path.lexists(given) else map(Path, sorted(_glob(given)))
     files: list[str] = []
     for path in found:
         if path.is_dir():
@@ -131,6 +132,18 @@ def _locate_files(source: Source) -> list[str]:
     if not files:
         raise UserError(f"source {source.files}: no {KNOWN} file is there")
     return list(dict.fromkeys(files))
+
+
+def _glob(pattern: Path) -> list[str]:
+    """What a pattern stands for. Raises PermissionError for a folder that `glob` would pass over in silence."""
+    for depth in range(1, len(pattern.parts)):
+        above, needed = str(Path(*pattern.parts[:depth])), os.X_OK
+        if glob.has_magic(pattern.parts[depth]):
+            needed |= os.R_OK
+        for folder in glob.glob(above, recursive=True):  # noqa: PTH207 (may be absolute)
+            if Path(folder).is_dir() and not os.access(folder, needed):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), folder)
+    return glob.glob(str(pattern), recursive=True)  # noqa: PTH207
 
 
 def _files_below(folder: Path) -> list[str]:

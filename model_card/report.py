@@ -17,6 +17,7 @@ from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, write_text
 from nanophi.core.names import final_checkpoint
 from nanophi.data.documents import find
+from nanophi.data.trace import trace_text
 from nanophi.eval import catalogue
 from nanophi.model_card import records
 from nanophi.model_card.card import by_source, differences
@@ -51,6 +52,7 @@ def build(run: Path, output: Path) -> dict[str, Any]:
         "ablation": _ablation(run / "ablation.json"),
         "written": training.get("samples", []),
         "samples": _samples(run / "sample.json"),
+        "trace": _trace(run),
         # Not the shipped record: names of sources must be those of the documents.
         "quality": {key: quality.get(key) for key in OF_QUALITY},
         "documents": documents,
@@ -69,6 +71,16 @@ def _samples(path: Path) -> dict[str, Any] | None:
         texts = {name: question + text for name, text in sample["checkpoints"].items()}
         sample |= {"prompt": question, "checkpoints": texts}
     return sample
+
+
+def _trace(run: Path) -> list[list[Any]] | None:
+    """Spans of the card's sample that occur in the training text; None without a sample, or without the tokens."""
+    if not (run / "sample.json").exists() or not (run / "data/tokens/train").is_dir():
+        return None
+    return [
+        [span["text"], span["length"], span["documents"], span["examples"][0].get("source", "")]
+        for span in trace_text(run, str(read_json(run / "sample.json")["text"]))
+    ]
 
 
 def _script_safe(value: Any) -> str:

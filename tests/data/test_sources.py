@@ -297,6 +297,7 @@ AFTER = "{0} cannot be read after "
         ("a.arrow", b"ARROW1\0\0 broken", AFTER + r"its beginning \("),
         ("a.csv", b'text,n\n"never closed,1\nx,2\n', AFTER + r"its beginning \(unexpected end of data"),
         ("a.csv", b"body,n\nx,1\n", "{0} has no column 'text'; it has body, n"),
+        ("a.csv", b"text,n,text\nx,1,y\n", "{0} has the column 'text' twice; rename one of them"),
         ("a.csv", b"text;n\nx;1\n", "{0} has no column 'text'; it has text;n"),
     ],
 )
@@ -305,6 +306,16 @@ def test_a_damaged_file_gives_one_line(tmp_path: Path, name: str, content: bytes
     with pytest.raises(UserError, match=message.replace("{0}", re.escape(name))) as caught:
         read(files=str(tmp_path / name))
     assert "\n" not in str(caught.value)
+
+
+def test_a_folder_that_may_not_be_entered_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "open").mkdir()
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "open/a.jsonl").write_text(LINES)
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: not str(path).endswith("closed") and access(path, mode))
+    with pytest.raises(PermissionError, match="closed"):
+        read(files=str(tmp_path / "*" / "*.jsonl"))
 
 
 # A loss is said

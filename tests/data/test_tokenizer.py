@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as BackendTokenizer
+from transformers import PreTrainedTokenizerFast
 
 import nanophi
 from nanophi.core.errors import UserError
@@ -145,6 +146,26 @@ def test_end_of_text_in_a_text_is_only_text(which: str, request: pytest.FixtureR
     ids = encoder.encode(["before<|endoftext|>after <|endoftext|>"])[0].tolist()
     assert encoder.eos_token_id not in ids
     assert encoder.backend.decode(ids) == "before<|endoftext|>after <|endoftext|>"
+
+
+def test_end_of_text_that_a_unigram_model_finds_in_a_text_is_spelled(documents: Path, tmp_path: Path) -> None:
+    backend = BackendTokenizer(models.Unigram())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=200,
+        special_tokens=["</s>", "<unk>"],
+        unk_token="<unk>",
+        initial_alphabet=list("</>"),
+        show_progress=False,
+    )
+    backend.train_from_iterator([row["text"] for row in heldout(documents, ["text"])] * 20, trainer)
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>").save_pretrained(tmp_path)
+    encoder, text = tokenizer.Encoder(tmp_path), "the </s>reads</s> bytes"
+    assert encoder.eos_token_id in encoder.backend.encode(text, add_special_tokens=False).ids
+    ids = encoder.encode([text, "the bytes"])
+    assert encoder.eos_token_id not in ids[0]
+    assert encoder.backend.decode(ids[0].tolist()).replace("< /", "</") == text  # each part begins a word
+    assert ids[1].tolist() == encoder.backend.encode("the bytes", add_special_tokens=False).ids
 
 
 def test_another_pre_tokenizer_takes_the_plain_way(trained: Path, tmp_path: Path) -> None:

@@ -55,6 +55,15 @@ def data_of(page: Path) -> dict:
     return json.loads(text)
 
 
+def test_the_sample_is_traced_where_the_tokens_are(finished_run, tmp_path, monkeypatch):
+    assert report._trace(tmp_path) is None
+    (tmp_path / "data/tokens/train").mkdir(parents=True)
+    shutil.copyfile(finished_run / "sample.json", tmp_path / "sample.json")
+    span = {"text": HOSTILE, "length": 7, "documents": 2, "examples": [{"source": "licences"}]}
+    monkeypatch.setattr(report, "trace_text", lambda run, text: [span])
+    assert report._trace(tmp_path) == [[HOSTILE, 7, 2, "licences"]]
+
+
 def test_page_asks_for_nothing_from_outside(page):
     text = re.sub(r'<script type="application/json".*?</script>', "", page.read_text(), flags=re.DOTALL)
     outside = [link for link in re.findall(r"https?://[^\s\"'<>]+", text) if "www.w3.org" not in link]
