@@ -8,8 +8,6 @@ which says how much memory the process took at its peak. The scan for secrets an
 that were published, in bytes of text, decompression included.
 """
 
-from __future__ import annotations
-
 import os
 import resource
 import subprocess

@@ -11,8 +11,6 @@ training to the first batch. Beside it, the same rows as an `IterableDataset`, w
 over a tenth of the steps.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import random

@@ -7,8 +7,6 @@ for is 60 tokens of a document. Each scan is a process of its own; median and sp
 trace_speed.json beside this file.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import resource

@@ -1,7 +1,5 @@
 """One progress bar for all long work: it moves on a terminal and writes a line now and then elsewhere."""
 
-from __future__ import annotations
-
 import sys
 from typing import Any
 

@@ -3,8 +3,6 @@
 Imports nothing heavy, so that the card and the comparison can use it. Loading tasks and their data is for suites.py.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import types
 from collections.abc import Mapping

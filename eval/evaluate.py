@@ -3,8 +3,6 @@
 How one model is measured is in measure.py, which imports torch and lm-eval and so is only imported when it is used.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any

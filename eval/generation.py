@@ -1,7 +1,5 @@
 """For generation: a cache that is allocated once, and stop strings row by row."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -4,8 +4,6 @@ oneDNN multiplies faster than torch's linear layers on AMD processors, and appli
 together a fifth of the time (benchmarks/LOG.md, 2026-11-30). Results are torch's but for rounding.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import functools

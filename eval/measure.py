@@ -3,8 +3,6 @@
 Which models, and what is drawn of several, is for evaluate.py; what the scores are, for results.py.
 """
 
-from __future__ import annotations
-
 import bz2
 import contextlib
 import dataclasses

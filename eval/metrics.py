@@ -1,7 +1,5 @@
 """Bits per byte as a metric of the `evaluate` library; the figures of held-out documents, and of recited text."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -4,8 +4,6 @@ A range of sequences runs as one row, in which every token attends to its own an
 Running the model, and which range becomes a row, is up to scorer.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 

@@ -3,8 +3,6 @@
 `lm` is a `ScorerLM` throughout.
 """
 
-from __future__ import annotations
-
 import inspect
 from typing import Any
 

@@ -3,8 +3,6 @@
 What is compared is decided in compare.py; nothing here computes a figure.
 """
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path

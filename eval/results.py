@@ -4,8 +4,6 @@ It is lm-eval's result JSON, with the log-likelihoods and metrics of every item,
 of the suite, the held-out figures by source, the environment, hashes of model and data. It holds no score twice.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re

@@ -5,8 +5,6 @@ LM head runs only where the next token is scored. Generation ends once every seq
 that does not compute the same this way (probing.py tries it at the start) is run without sharing.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple

@@ -3,8 +3,6 @@
 Everything here takes arrays and returns numbers; which items are paired is decided in compare.py.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple

@@ -3,8 +3,6 @@
 The boards are closed (v1 since June 2024, v2 since March 2025), so nothing is sent; mirrors read the same files.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import math

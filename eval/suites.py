@@ -4,8 +4,6 @@ The tasks are lm-eval's own, unmodified (and ours under `tasks/`, in its format)
 number of shots are set here. The suites themselves are entries of `tasks.yaml`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools

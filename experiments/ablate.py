@@ -20,8 +20,6 @@ under several seeds (initialisation, order, which documents are drawn) and two l
 Called again it resumes. A plan is not changed: another question needs another OUTPUT.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

@@ -21,8 +21,6 @@ by Holm's method for all contrasts of its family, is below 0.05. The primary tar
 are another.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math

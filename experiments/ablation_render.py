@@ -3,8 +3,6 @@
 Everything comes from the plan and the records in a folder; the statistics are `ablation.py`'s.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -3,8 +3,6 @@
 What a release is, and whether it is whole, is decided in `model_card`.
 """
 
-from __future__ import annotations
-
 import math
 import re
 import shutil

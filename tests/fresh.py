@@ -4,8 +4,6 @@ One isolated interpreter (`python -I`) imports the large libraries below transfo
 read the environment when they are imported. Each process is a fork of it, with its own folder and environment.
 """
 
-from __future__ import annotations
-
 import atexit
 import functools
 import json

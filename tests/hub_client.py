@@ -1,7 +1,5 @@
 """The real client in this process, talking to the loopback Hub, and what a pushed revision must be."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from pathlib import Path

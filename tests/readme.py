@@ -5,8 +5,6 @@
 The Hub is a loopback one. Exit status 1 and the end of the output for each command that fails.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shlex

@@ -1,7 +1,5 @@
 """The loopback Hub against the real client: what holds here holds for what is tested with it."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The recipe's `training` section as `transformers.TrainingArguments`, and what this machine can run of it."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from contextlib import AbstractContextManager

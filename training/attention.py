@@ -3,8 +3,6 @@
 Importing this module registers `PACKED_DOCUMENTS` with transformers; `model.set_attn_implementation` selects it.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """The model that a training begins with: its weights, and whether they are those of the recipe's model."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, cast
 

@@ -3,8 +3,6 @@
 TRL packs, masks and computes the loss; what is given to it is in `settings`, which a plain script may use as well.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 import warnings

@@ -7,8 +7,6 @@
 Both appear whole or not at all. What may be done with weights that are there already is decided in `continuation.py`.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a run may do with the weights that it finds: nothing, resume, train longer, or refuse. None are removed here."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any

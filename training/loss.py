@@ -3,8 +3,6 @@
 At 50,295 tokens of vocabulary these are several times the activations of a small model.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -3,8 +3,6 @@
 The log calls the rate of a parameter group with a `kind` `<kind>_learning_rate`, that of all others `learning_rate`.
 """
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

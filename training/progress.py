@@ -3,8 +3,6 @@
 codecarbon (https://mlco2.github.io/codecarbon/) meters energy by NVML and RAPL, else by rated power. Nothing is sent.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import os

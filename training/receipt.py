@@ -4,8 +4,6 @@ The reference runs each document by itself, without packing, mask, chunks, kerne
 Preferences, adapters and a model that FSDP divides have no such plain form, and are not compared.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Packed rows: in the order in which training sees them, as batches, and held out, measured by source."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import math

@@ -4,8 +4,6 @@
 What it puts together has a module of its own: checkpoints, progress, receipt, stopping.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import os

@@ -1,7 +1,5 @@
 """When a training saves and stops: at steps that the recipe names, on a signal, and on a loss that went wrong."""
 
-from __future__ import annotations
-
 import atexit
 import math
 import multiprocessing

@@ -3,8 +3,6 @@
 How a run directory is written and resumed is in `run_trainer.py`.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable

@@ -6,8 +6,6 @@ Small models are trained on random shares of Python's language reference, each w
 documents). What is kept is every held-out document's bits per byte under each of them: there is no effect to be found.
 """
 
-from __future__ import annotations
-
 import json
 import pydoc_data.topics
 import tempfile

@@ -3,8 +3,6 @@
 The prompt is the conversation in the run's chat template, as text, so that the base is asked the same way.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -5,8 +5,6 @@ does is the extraction rate of Carlini et al. 2023 (arXiv 2202.07646); the same 
 guessed. Documents, and the place in each, are drawn by hash. A run's tokens are needed; its text is not.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from pathlib import Path

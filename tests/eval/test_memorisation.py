@@ -1,7 +1,5 @@
 """Memorisation: items against brute force, and a planted text that is recited the more often it was seen."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import nltk

@@ -1,7 +1,5 @@
 """Reproduction: the recipe comes from the release, and differences are separated from noise."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A release of each version that was published is kept whole in tests/releases, and verifies with this version."""
 
-from __future__ import annotations
-
 import tarfile
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Estimates against torch's own counts, measured memory, and the published run."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
