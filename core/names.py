@@ -41,7 +41,7 @@ def local(name: str | Path) -> Path:
 
 def shown(path: str | Path) -> str:
     r"""A path as text that can be printed on a line and stored; bytes that are not UTF-8 as `\xNN`."""
-    return printable(os.fsencode(path).decode("utf-8", "backslashreplace"))
+    return printable(str(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace"))
 
 
 def step_name(step: int) -> str:

@@ -164,8 +164,9 @@ class RunDirectory:
     def inputs_of(self, name: str) -> dict[str, Any] | None:
         """Inputs of a stage's newest attempt, finished or not; None if there is none in today's format."""
         record = self.record
-        entry = record["in_progress"].get(name) or record["stages"].get(name) or {}
-        return entry["inputs"] if entry.get("format") == FORMATS.get(name, 1) else None
+        entry = record["in_progress"].get(name) or record["stages"].get(name)
+        known = isinstance(entry, dict)  # of a training in progress early versions kept the key alone
+        return entry["inputs"] if known and entry.get("format") == FORMATS.get(name, 1) else None
 
     def forget(self, name: str) -> None:
         """Drop a stage's entry before its outputs change, so that no record ever describes the wrong outputs."""

@@ -12,8 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.trainer import TRAINER_STATE_NAME
 
+from nanophi.core import formatting
 from nanophi.core.errors import UserError
 from nanophi.core.files import copy_tree, link_or_copy, permit, read_json, remove, sha256_of_file, write_json
 from nanophi.core.names import step_folders, step_name, step_of
@@ -56,6 +58,15 @@ def newest_valid_state(run: Path, limit: int | None = None, report: Callable[[st
                 return state
             report(f"{run.name}: training_state/{state.name} is damaged ({reason}); trying the one before")
     return None
+
+
+def check_space(run: Path, model: torch.nn.Module) -> None:
+    """Refuse a training without room for one checkpoint and its state: weights, and two moments of what is trained."""
+    needed = 4 * sum(value.numel() * (3 if value.requires_grad else 1) for value in model.parameters())
+    disk = shutil.disk_usage(run)
+    if disk.total > 0 and disk.free < needed:  # some network file systems give zeros
+        sizes = f"{formatting.file_size(needed)} needed, {formatting.file_size(disk.free)} free"
+        raise UserError(f"no disk space in {run} for a checkpoint and its state ({sizes}); free some and run it again")
 
 
 def store(run: Path, saved: Path, facts: dict[str, Any], training: Training) -> None:

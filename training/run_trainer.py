@@ -30,7 +30,7 @@ from nanophi.modeling_nanophi import NanoPhiForCausalLM
 from nanophi.training import progress, receipt
 from nanophi.training.arguments import NO_FSDP
 from nanophi.training.budget import fitting_rows, flops_per_token, peak_flops, uses_tf32
-from nanophi.training.checkpoints import WEIGHTS, last_saved, store
+from nanophi.training.checkpoints import WEIGHTS, check_space, last_saved, store
 from nanophi.training.continuation import data_hashes
 from nanophi.training.loss import IGNORED
 from nanophi.training.optimizer import rate_names
@@ -267,6 +267,7 @@ class RunTrainer(Trainer):
 
         `epochs`: how often the data are read. Raises `UserError` if a signal stopped it, after a save.
         """
+        check_space(self.run, self.model)
         if resume := broadcast_object_list([resume])[0]:
             self.report(f"{self.run.name}: resuming from {resume.name}")
         with progress.trackers(self), progress.energy(self.training, self.report) as self.energy:

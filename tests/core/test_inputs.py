@@ -1,6 +1,8 @@
 """A name is what it holds: contents of local paths, commits of repositories on the Hub."""
 
 import os
+import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -108,6 +110,9 @@ def test_commits_with_and_without_a_network(tmp_path: Path, monkeypatch: pytest.
 
 def test_paths_that_are_not_utf8_or_one_line_can_be_shown() -> None:
     assert shown(os.fsdecode(b"caf\xe9\n.txt")) == "caf\\xe9\\n.txt"
+    ascii_only = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    code = "from nanophi.core.names import shown; assert shown('caf\\xe9') == 'caf\\xe9'"
+    subprocess.run([sys.executable, "-c", code], env=ascii_only, check=True)
     assert str(UserError("a\nb \udc80 \x1b[31m")) == "a\\nb \\udc80 \\x1b[31m"
 
 

@@ -3,6 +3,7 @@
 import errno
 import math
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -126,6 +127,19 @@ def test_no_disk_space_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000006"]
     assert [path.name for path in (run / "training_state").iterdir()] == ["step-000006"]
     assert train(run)["steps"] == 24
+
+
+@pytest.mark.parametrize(("missing", "total"), [(1, 10**9), (0, 10**9), (1, 0)])
+def test_room_for_a_checkpoint_is_checked_before_the_first_step(tmp_path, monkeypatch, finished, missing, total):
+    run = make_run(tmp_path / "run")
+    needed = 12 * finished[1]["parameters"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(total, 0, needed - missing))
+    if missing and total:
+        with pytest.raises(UserError, match=r"no disk space in .*run for a checkpoint .* needed, .* free\)"):
+            train(run)
+        assert not checkpoints.states(run) and not (run / "training.json").exists()
+    else:
+        assert train(run, steps=4, keep_steps=[])["steps"] == 4
 
 
 def test_diverging_run_stops_at_the_last_good_checkpoint(tmp_path):
