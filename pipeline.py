@@ -481,6 +481,7 @@ def run_recipes(
     cores. Raises `UserError`, before anything runs, if a recipe cannot be run to its end here.
     """
     from nanophi.eval import render
+    from nanophi.training.advice import advice, unique_tokens
 
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         raise UserError(
@@ -493,6 +494,11 @@ def run_recipes(
     pipelines = [Pipeline(recipe, runs, report=report, restart=restart) for recipe in recipes]
     for pipeline in pipelines:
         pipeline.check("verification")
+    for pipeline in pipelines:
+        with pipeline.run.lock():
+            pipeline.tokens()
+        for line in advice(pipeline.recipe, unique_tokens(pipeline.recipe, pipeline.path)):
+            report(f"{pipeline.recipe.name}: {line}")
     jobs = min(jobs, len(recipes))
     if jobs > 1:
         train_side_by_side(pipelines, jobs)

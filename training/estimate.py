@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Option
 
-from nanophi.core import formatting
+from nanophi.core import dial, formatting
 from nanophi.core.errors import UserError
 from nanophi.core.files import write_json
 from nanophi.core.options import OneRecipe, Overrides
 from nanophi.core.recipe import Recipe, load_recipe
+from nanophi.training import advice
 from nanophi.training.budget import DEVICES, USABLE_MEMORY, Device, find_device, flops_per_token, peak_bytes, uses_tf32
 
 if TYPE_CHECKING:
@@ -59,6 +60,10 @@ def estimate(
     mfu = ASSUMED_MFU if mfu is None else mfu
     result = predict(resolved, DEVICES[name], devices, mfu, speed, price, GRID_GRAMS_PER_KWH if grid is None else grid)
     typer.echo(render(resolved, f"{devices} x {name}" if devices > 1 else name, result))
+    for derived in dial.explain(recipe, overrides):
+        typer.echo(f"{derived.key}: {derived.value} ({derived.reason})")
+    for line in advice.advice(resolved, advice.unique_tokens(resolved, Path("runs") / resolved.name)):
+        typer.echo(line)
 
 
 def predict(
