@@ -155,3 +155,18 @@ def explain(path: str | Path, overrides: Sequence[str] = ()) -> list[Derived]:
     for assignment in overrides:
         override(values, assignment)
     return resolve(values)
+
+
+def smaller(model: dict[str, Any], vocab_size: int, parameters: float) -> dict[str, int]:
+    """The shape nearest to so many parameters, of the same heads, MLP and aspect as `model`'s, or close to it."""
+    layers, heads, width = model["num_hidden_layers"], model["num_attention_heads"], model["hidden_size"]
+    mlp, sharing = model["intermediate_size"] / width, heads / model["num_key_value_heads"]
+    shapes = [
+        shape(deep, wide, width // heads, mlp, sharing) for deep in range(1, layers + 1) for wide in range(1, heads + 1)
+    ]
+
+    def distance(one: dict[str, int]) -> float:
+        aspect = one["hidden_size"] / one["num_hidden_layers"] * layers / width
+        return abs(math.log(multiplying(one, vocab_size) / parameters)) + 0.1 * abs(math.log(aspect))
+
+    return min(shapes, key=distance)

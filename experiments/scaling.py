@@ -9,14 +9,14 @@ tokens, read R more times after the first,
 
     D = U + U R* (1 - exp(-R / R*)),    R* = 15.39
 
-A few small runs do not determine five numbers. The exponents and E therefore have weak priors (`EXPONENT`, `SHARE`),
-and the law is fitted in three forms, which extrapolate differently: E free, E pinned to what larger models approach
-(`PINNED`), and no E at all. Their predictions are averaged, each weighted by exp(-BIC / 2).
+A few small runs do not determine five numbers. The exponents and E therefore have weak priors, and the law is fitted in
+three forms, which extrapolate differently: E free, E pinned to what larger models approach, and no E at all. Their
+predictions are averaged, each weighted by exp(-BIC / 2).
 
 The interval is one for a new run, at 95 %, from five sources whose variances add on the scale of log L: the seeds (the
 new run's own), the parameters of the law, the spread over forms, the held-out documents (drawn again, relative to the
 largest run on the same documents), and lack of fit: where the means of the runs of one size and length scatter around
-the law more than their seeds explain, the residuals stand for the noise (an F test at 5 %). It is then widened by what
+the law more than their seeds explain (F test at 5 %), the residuals stand for the noise. It is then widened by what
 rolling back-tests show, in which each size is predicted from those below. Nothing is trained or read here.
 """
 
@@ -36,52 +36,55 @@ from nanophi.eval.statistics import SIGNIFICANCE
 
 MIN_RUNGS = 4
 REPETITION = 15.39
-"""R* of Muennighoff et al. 2023."""
 PINNED = 0.6
 """Bits per byte: 1.82 nats per token of about 4.4 bytes (Besiroglu et al. 2024, https://arxiv.org/abs/2404.10102)."""
 FORMS = {"E free": None, "E pinned": PINNED, "no E": 0.0}
-EXPONENT = (math.log(0.3), 0.7)
-"""Prior of log a and log b. Published: 0.34 and 0.28 (Hoffmann), 0.35 and 0.37 (Besiroglu), with E; without it less."""
-SHARE = (math.log(0.5), 0.7)
-"""Prior of log E, relative to the smallest loss."""
-HUBER = 1.5
-"""Where the loss turns from a square into a line, in standard deviations of the seeds; at least `MIN_HUBER`."""
-MIN_HUBER = 1e-3
+EXPONENT, SHARE = (math.log(0.3), 0.7), (math.log(0.5), 0.7)
+"""Priors, mean and deviation: of log a and log b, and of log E relative to the smallest loss. Published exponents are
+0.34 and 0.28 (Hoffmann), 0.35 and 0.37 (Besiroglu) with E, and less without it."""
+HUBER, MIN_HUBER = 1.5, 1e-3
+"""Where the loss turns from a square into a line: standard deviations of the seeds, and at least."""
 MIN_NOISE = 1e-4
 UNFIT, UNFIT_P = 0.02, 0.001
 """Scatter of the means around the law, as a share of the loss, and p-value, from which lack of fit is refused."""
+DIVERGED = 1.2
+"""Times the median loss of its size and length."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """A finished run: rung (0 is the smallest), seed, N, tokens read, different tokens among them, bits per byte."""
+    """A run: rung (0 is the smallest), seed, N, tokens read, different tokens in the data, bits per byte."""
 
     rung: int
     seed: int
     parameters: float
     tokens: float
     unique: float
-    loss: float
+    loss: float = math.nan
 
     @property
     def flops(self) -> float:
         """6 N D, the usual measure of compute (attention's own products left out)."""
         return 6 * self.parameters * self.tokens
 
+    @property
+    def sizes(self) -> np.ndarray:
+        """log N and log D, discounted for repetition."""
+        return np.log([self.parameters, effective_tokens(self.tokens, self.unique)])
+
 
 def effective_tokens(tokens: float, unique: float) -> float:
     """D, discounted for repetition."""
-    if tokens <= unique:
-        return tokens
-    return unique * (1 + REPETITION * (1 - math.exp(-(tokens / unique - 1) / REPETITION)))
+    repeated = max(0.0, tokens / unique - 1)
+    return min(tokens, unique) + unique * REPETITION * (1 - math.exp(-repeated / REPETITION))
 
 
-def check(points: Sequence[Point], names: Sequence[str], ceiling: float | None = None) -> None:
+def check(points: Sequence[Point], names: Sequence[str], ceiling: float) -> None:
     """Refuse runs from which nothing can be predicted. Raises `UserError`, naming the run.
 
     Args:
         names: of the runs.
-        ceiling: the loss of a model that has learned nothing; None: not known.
+        ceiling: the loss of a model that has learned nothing.
     """
     rungs = sorted({point.rung for point in points})
     if len(rungs) < MIN_RUNGS:
@@ -90,105 +93,136 @@ def check(points: Sequence[Point], names: Sequence[str], ceiling: float | None =
         raise UserError("every size has one seed, so how far seeds differ is not known; run three at the smaller sizes")
     cells = _cells(points)
     for point, name in zip(points, names, strict=True):
-        if not math.isfinite(point.loss) or point.loss > 1.2 * float(
-            np.median([other.loss for other in cells[_cell(point)]])
-        ):
-            raise UserError(
-                f"{name} has diverged (bits per byte {point.loss:.3f}); lower its learning rate in another plan"
-            )
+        usual = float(np.median([other.loss for other in cells[point.rung, point.tokens]]))
+        if not point.loss <= DIVERGED * usual:
+            raise UserError(f"{name} has diverged ({point.loss:.3f} bits per byte); plan again with a lower rate")
     for rung in rungs:
-        best = min(point.loss for point in points if point.rung == rung)
-        if ceiling is not None and best >= ceiling:
+        if (best := min(point.loss for point in points if point.rung == rung)) >= ceiling:
             raise UserError(
-                f"size {rung + 1} has learned nothing (bits per byte {best:.3f}, chance {ceiling:.3f}); train it longer"
+                f"size {rung + 1} has learned nothing ({best:.3f} bits per byte, chance {ceiling:.3f}); train it longer"
             )
 
 
-def predict(
-    points: Sequence[Point],
-    target: Point,
-    documents: np.ndarray | None = None,
-    backtests: bool = True,
-) -> dict[str, Any]:
-    """The loss of one run of `target`'s size and length (its own loss and seed do not count).
+class Law:
+    """The forms fitted to runs, and their average.
 
     Args:
-        documents: the runs' losses when the held-out documents are drawn again, (resamples, points).
+        points: the runs, the largest last.
+        documents: their losses when the held-out documents are drawn again, (resamples, points).
 
-    Returns:
-        `value`, `interval` (95 %), `stderr` of log L, its `parts`, `freedom`, `forms` (per form: `value`, `weight`,
-        `E`, `A`, `a`, `B`, `b`), `line` (`straight_line`), `lack_of_fit` (`scatter` of the means, `p_value`),
-        `backtests` (a list: rung, value, interval, measured, inside), `coverage` and `widened`, the factor from them.
+    Attributes:
+        backtests: each size from the third on, at each of its lengths, predicted from the sizes below: rung, tokens,
+            value, interval, measured, inside.
+        widened: the factor by which they widen the interval.
+        scatter, p_value: of the means around the law, and whether seeds explain it.
 
     Raises:
         UserError: if no form fits.
     """
-    tests = rolling(points) if backtests else []
-    # A back-test is as far from its prediction as one standard deviation, on average; less is no reason to narrow.
-    widened = max(1.0, math.sqrt(np.mean([test["z"] ** 2 for test in tests]))) if tests else 1.0
-    return {
-        **_Average(points).predict(target, documents, widened),
-        "line": straight_line(points, target),
-        "backtests": tests,
-        "coverage": float(np.mean([test["inside"] for test in tests])) if tests else None,
-        "widened": widened,
-    }
 
+    def __init__(self, points: Sequence[Point], documents: np.ndarray | None = None, backtests: bool = True) -> None:
+        self.points, self.data, self.documents = points, _Data(points), documents
+        floor = self.data.losses.min()
+        self.fits = [_Fit(self.data, form) for form, pinned in FORMS.items() if (pinned or 0) < 0.9 * floor]
+        noise = min(fit.noise for fit in self.fits)
+        bic = np.array([fit.square / noise**2 + len(fit.u) * math.log(len(points)) for fit in self.fits])
+        self.weights = np.exp(-0.5 * (bic - bic.min()))
+        self.weights /= self.weights.sum()
+        best = self.fits[int(self.weights.argmax())]
+        self.scatter, self.p_value = best.scatter, best.p_value
+        if self.p_value < UNFIT_P and self.scatter > UNFIT:
+            raise UserError(
+                f"no form of the law fits: sizes scatter around it by {100 * self.scatter:.1f} %, seeds by "
+                f"{100 * self.data.noise:.1f} %; look at the smallest size, and leave it out in another plan"
+            )
+        self.widened, self.backtests = 1.0, _backtests(points) if backtests else []
+        if self.backtests:
+            self.widened = max(1.0, math.sqrt(np.mean([test["z"] ** 2 for test in self.backtests])))
 
-def rolling(points: Sequence[Point]) -> list[dict[str, Any]]:
-    """Each size from the third on, at each of its lengths, predicted from the sizes below and compared."""
-    tests = []
-    for rung in sorted({point.rung for point in points})[2:]:
-        average = _Average([point for point in points if point.rung < rung])
-        for (_, tokens), members in _cells([point for point in points if point.rung == rung]).items():
-            found = average.predict(members[0])
-            measured = float(np.mean([math.log(point.loss) for point in members]))
-            low, high = found["interval"]
-            tests.append({
-                "rung": rung, "tokens": tokens, "value": found["value"], "interval": [low, high],
-                "measured": math.exp(measured), "inside": low <= math.exp(measured) <= high,
-                "z": _normal((measured - math.log(found["value"])) / found["stderr"], found["freedom"]),
-            })  # fmt: skip
-    return tests
+    def predict(self, target: Point) -> dict[str, Any]:
+        """The loss of one run of a size and length.
+
+        Returns:
+            `value`, `interval` (95 %), `stderr` of log L, its `parts`, `freedom`, `line` (what a straight line through
+            the last two sizes says), and per form `value`, `weight`, `E`, `A`, `B`, `a`, `b` in `forms`.
+        """
+        data, weights, at = self.data, self.weights, (target.sizes - self.data.centre)[None]
+        values = np.array([fit.log_loss(fit.u, at)[0] for fit in self.fits])
+        slopes = [fit.gradient(fit.u, at)[0] for fit in self.fits]
+        spreads = np.array([slope @ fit.covariance @ slope for fit, slope in zip(self.fits, slopes, strict=True)])
+        excess = np.array([fit.noise**2 / data.noise**2 - 1 for fit in self.fits])
+        mean, moved = float(weights @ values), np.zeros(1)
+        if self.documents is not None:
+            # How the prediction follows each run's loss, and how it and the largest run move together.
+            pull = weights @ np.array([fit.pull @ slope for fit, slope in zip(self.fits, slopes, strict=True)])
+            moved = (np.log(self.documents) - data.y) @ (pull - np.eye(len(data.y))[-1])
+        parts = {
+            "seed": data.noise**2,
+            "law": float(weights @ spreads),
+            "forms": float(weights @ (values - mean) ** 2),
+            "documents": float(moved.var()),
+            "lack of fit": float(weights @ (excess * (spreads + data.noise**2))),
+        }
+        freedom = max(1.0, float(weights @ [fit.freedom for fit in self.fits]))
+        stderr = self.widened * math.sqrt(sum(parts.values()))
+        half = stderr * float(scipy.stats.t(freedom).isf(SIGNIFICANCE / 2))
+        forms = zip(self.fits, values, weights, strict=True)
+        return {
+            "value": math.exp(mean),
+            "interval": [math.exp(mean - half), math.exp(mean + half)],
+            "stderr": stderr,
+            "parts": {name: math.sqrt(variance) for name, variance in parts.items()},
+            "freedom": freedom,
+            "line": straight_line(self.points, target),
+            "forms": {fit.form: {"value": math.exp(v), "weight": float(w), **fit.law} for fit, v, w in forms},
+        }
 
 
 def straight_line(points: Sequence[Point], target: Point) -> float:
     """What the line through the last two sizes' longest runs says, log loss against log compute."""
     cells = _cells(points)
-    top = []
-    for rung in sorted({rung for rung, _ in cells})[-2:]:
-        members = cells[max(cell for cell in cells if cell[0] == rung)]
-        top.append((math.log(members[0].flops), float(np.mean([math.log(point.loss) for point in members]))))
-    (x0, y0), (x1, y1) = top
+    last = [max(cell for cell in cells if cell[0] == rung) for rung in sorted({rung for rung, _ in cells})[-2:]]
+    (x0, y0), (x1, y1) = ((math.log(cells[cell][0].flops), _mean(cells[cell])) for cell in last)
     return math.exp(y1 + (y1 - y0) / (x1 - x0) * (math.log(target.flops) - x1))
 
 
-def _normal(t: float, freedom: float) -> float:
-    """The normal deviate that is as rare as one of Student's."""
-    return float(np.sign(t) * scipy.stats.norm.isf(max(1e-12, scipy.stats.t(freedom).sf(abs(t)))))
-
-
-def _cell(point: Point) -> tuple[int, float]:
-    return point.rung, point.tokens
+def _backtests(points: Sequence[Point]) -> list[dict[str, Any]]:
+    tests = []
+    for rung in sorted({point.rung for point in points})[2:]:
+        law = Law([point for point in points if point.rung < rung], backtests=False)
+        for (_, tokens), members in _cells([point for point in points if point.rung == rung]).items():
+            found, measured = law.predict(members[0]), _mean(members)
+            low, high = found["interval"]
+            # The normal deviate that is as rare as this one of Student's.
+            rare = scipy.stats.t(found["freedom"]).sf(abs(measured - math.log(found["value"])) / found["stderr"])
+            tests.append({
+                "rung": rung, "tokens": tokens, "value": found["value"], "interval": [low, high],
+                "measured": math.exp(measured), "inside": low <= math.exp(measured) <= high,
+                "z": float(scipy.stats.norm.isf(max(1e-12, rare))),
+            })  # fmt: skip
+    return tests
 
 
 def _cells(points: Sequence[Point]) -> dict[tuple[int, float], list[Point]]:
-    """Runs that differ in their seed alone."""
-    cells: dict[tuple[int, float], list[Point]] = {}
-    for point in points:
-        cells.setdefault(_cell(point), []).append(point)
-    return dict(sorted(cells.items()))
+    """Runs that differ in their seed alone, by rung and tokens."""
+    keys = sorted({(point.rung, point.tokens) for point in points})
+    return {key: [point for point in points if (point.rung, point.tokens) == key] for key in keys}
+
+
+def _mean(points: Sequence[Point]) -> float:
+    return float(np.mean([math.log(point.loss) for point in points]))
 
 
 class _Data:
     """The runs as arrays, and what their seeds say of the noise."""
 
     def __init__(self, points: Sequence[Point]) -> None:
-        logs = np.log([[p.parameters, effective_tokens(p.tokens, p.unique), p.loss] for p in points])
-        self.centre = logs[:, :2].mean(axis=0)
-        self.sizes, self.losses, self.y = logs[:, :2] - self.centre, np.exp(logs[:, 2]), logs[:, 2]
+        sizes = np.array([point.sizes for point in points])
+        self.centre = sizes.mean(axis=0)
+        self.sizes, self.losses = sizes - self.centre, np.array([point.loss for point in points])
+        self.y = np.log(self.losses)
         cells = list(_cells(points))
-        self.cell = np.array([cells.index(_cell(point)) for point in points])
+        self.cell = np.array([cells.index((point.rung, point.tokens)) for point in points])
         self.counts = np.bincount(self.cell)
         self.freedom = len(points) - len(cells)
         deviations = self.y - self.means(self.y)[self.cell]
@@ -197,10 +231,6 @@ class _Data:
     def means(self, values: np.ndarray) -> np.ndarray:
         """Over the runs of one size and length."""
         return np.asarray(np.bincount(self.cell, values) / self.counts)
-
-    def at(self, point: Point) -> np.ndarray:
-        """N and D of a run, as `sizes` has them."""
-        return np.log([point.parameters, effective_tokens(point.tokens, point.unique)]) - self.centre
 
 
 class _Fit:
@@ -258,72 +288,7 @@ class _Fit:
 
     @property
     def law(self) -> dict[str, float]:
-        """The numbers of the formula."""
-        a, b = (float(np.exp(self.u[index])) for index in (1, 3))
-        factors = (
-            float(np.exp(self.u[index] + power * centre))
-            for index, power, centre in zip((0, 2), (a, b), self.centre, strict=True)
-        )
-        return dict(
-            zip(
-                ("E", "A", "B", "a", "b"), (float(self.terms(self.u, np.zeros((1, 2)))[2]), *factors, a, b), strict=True
-            )
-        )
-
-
-class _Average:
-    """The forms that can be fitted, and their average.
-
-    Raises:
-        UserError: if no form fits.
-    """
-
-    def __init__(self, points: Sequence[Point]) -> None:
-        self.data = data = _Data(points)
-        self.fits = [_Fit(data, form) for form, pinned in FORMS.items() if (pinned or 0) < 0.9 * data.losses.min()]
-        noise = min(fit.noise for fit in self.fits)
-        bic = np.array([fit.square / noise**2 + len(fit.u) * math.log(len(points)) for fit in self.fits])
-        self.weights = np.exp(-0.5 * (bic - bic.min()))
-        self.weights /= self.weights.sum()
-        self.best = best = self.fits[int(self.weights.argmax())]
-        if best.p_value < UNFIT_P and best.scatter > UNFIT:
-            raise UserError(
-                f"no form of the law fits: sizes scatter around it by {100 * best.scatter:.1f} %, seeds by "
-                f"{100 * data.noise:.1f} %; look at the smallest size, and leave it out in another plan"
-            )
-
-    def predict(self, target: Point, documents: np.ndarray | None = None, widened: float = 1.0) -> dict[str, Any]:
-        """What `predict` says but for straight line and back-tests."""
-        data, weights, at = self.data, self.weights, self.data.at(target)[None]
-        values = np.array([fit.log_loss(fit.u, at)[0] for fit in self.fits])
-        slopes = [fit.gradient(fit.u, at)[0] for fit in self.fits]
-        spreads = np.array([slope @ fit.covariance @ slope for fit, slope in zip(self.fits, slopes, strict=True)])
-        excess = np.array([fit.noise**2 / data.noise**2 - 1 for fit in self.fits])
-        mean = float(weights @ values)
-        parts = {
-            "seed": data.noise**2,
-            "law": float(weights @ spreads),
-            "forms": float(weights @ (values - mean) ** 2),
-            "documents": 0.0,
-            "lack of fit": float(weights @ (excess * (spreads + data.noise**2))),
-        }
-        if documents is not None:
-            moved = np.log(documents) - data.y
-            # How the prediction follows each run's loss.
-            pulls = [fit.pull @ slope for fit, slope in zip(self.fits, slopes, strict=True)]
-            parts["documents"] = float((moved @ (weights @ np.array(pulls)) - moved[:, -1]).var())
-        freedom = max(1.0, float(weights @ [fit.freedom for fit in self.fits]))
-        stderr = widened * math.sqrt(sum(parts.values()))
-        half = stderr * float(scipy.stats.t(freedom).isf(SIGNIFICANCE / 2))
-        return {
-            "value": math.exp(mean),
-            "interval": [math.exp(mean - half), math.exp(mean + half)],
-            "stderr": stderr,
-            "parts": {name: math.sqrt(variance) for name, variance in parts.items()},
-            "freedom": freedom,
-            "forms": {
-                fit.form: {"value": math.exp(value), "weight": float(weight), **fit.law}
-                for fit, value, weight in zip(self.fits, values, weights, strict=True)
-            },
-            "lack_of_fit": {"scatter": self.best.scatter, "p_value": self.best.p_value},
-        }
+        """The numbers of the formula: its terms at N = D = 1, and the exponents."""
+        size, text, rest = self.terms(self.u, -self.centre[None])
+        numbers = zip("EABab", (rest, size[0], text[0], *np.exp(self.u[[1, 3]])), strict=True)
+        return {name: float(number) for name, number in numbers}

@@ -10,12 +10,16 @@ import pytest
 
 from nanophi.core.errors import UserError
 from nanophi.experiments import scaling
-from nanophi.experiments.scaling import Point, effective_tokens, predict
+from nanophi.experiments.scaling import Law, Point, effective_tokens
 
 SIZES, RATIOS, SEEDS = (0.4e6, 0.8e6, 1.6e6, 3.2e6), (10, 20), (3, 3, 2, 2)
 LAW = (0.8, 0.6 * 4e5**0.35, 0.35, 0.5 * 8e6**0.3, 0.3)
 FAR = 1e12
 """Different tokens, so many that none repeats."""
+
+
+def predict(points, target, documents=None):
+    return Law(points, documents).predict(target)
 
 
 def loss(law, parameters, tokens):
@@ -83,9 +87,10 @@ def test_a_law_that_no_form_fits_widens_the_interval_or_is_refused():
     for _ in range(20):
         points, target = runs(rng), new_run(rng)
         straight.append(predict(points, target)["stderr"])
-        found, measured = predict([bent(point, 0.02) for point in points], bent(target, 0.02)), bent(target, 0.02)
+        law, measured = Law([bent(point, 0.02) for point in points]), bent(target, 0.02)
+        found = law.predict(target)
         wide.append(found["stderr"])
-        assert found["lack_of_fit"]["p_value"] < 0.05 and found["parts"]["lack of fit"] > found["parts"]["seed"]
+        assert law.p_value < 0.05 and found["parts"]["lack of fit"] > found["parts"]["seed"]
         inside += found["interval"][0] <= measured.loss <= found["interval"][1]
         with pytest.raises(
             UserError, match=r"^no form of the law fits: sizes scatter around it by \d\.\d %, seeds by 0"
@@ -137,14 +142,14 @@ def test_documents_that_move_the_prediction_widen_it():
 def test_back_tests_predict_each_size_from_those_below():
     rng = np.random.default_rng(0)
     points = runs(rng)
-    found = predict(points, new_run(rng))
-    assert [(test["rung"], test["tokens"] / SIZES[test["rung"]]) for test in found["backtests"]] == [
+    law = Law(points)
+    assert [(test["rung"], test["tokens"] / SIZES[test["rung"]]) for test in law.backtests] == [
         (2, 10), (2, 20), (3, 10), (3, 20),
     ]  # fmt: skip
-    assert 0 <= found["coverage"] <= 1 and found["widened"] >= 1
+    assert law.widened >= 1 and all(type(test["inside"]) is bool for test in law.backtests)
     changed = [dataclasses.replace(p, loss=p.loss * (1.5 if p.rung == 3 else 1)) for p in points]
-    again = scaling.rolling(changed)
-    assert again[:2] == found["backtests"][:2]  # what lies above a size does not count
+    again = Law(changed).backtests
+    assert again[:2] == law.backtests[:2]  # what lies above a size does not count
     assert not any(test["inside"] for test in again[2:])
 
 
@@ -155,15 +160,15 @@ def test_back_tests_predict_each_size_from_those_below():
         (lambda points: [p for p in points if p.seed == 0], "every size has one seed, so how far seeds differ is not"),
         (
             lambda points: [dataclasses.replace(points[0], loss=math.nan), *points[1:]],
-            r"run-0 has diverged \(bits per byte nan\); lower its learning rate",
+            r"run-0 has diverged \(nan bits per byte\); plan again with a lower rate",
         ),
         (
             lambda points: [*points[:-1], dataclasses.replace(points[-1], loss=2 * points[-1].loss)],
-            r"run-\d+ has diverged \(bits per byte [\d.]+\)",
+            r"run-\d+ has diverged \([\d.]+ bits per byte\)",
         ),
         (
             lambda points: [dataclasses.replace(p, loss=8.2) if p.rung == 0 else p for p in points],
-            r"size 1 has learned nothing \(bits per byte 8\.200, chance 8\.000\)",
+            r"size 1 has learned nothing \(8\.200 bits per byte, chance 8\.000\)",
         ),
     ],
 )
