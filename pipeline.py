@@ -339,10 +339,12 @@ def _records(run: Runner) -> dict[str, Any]:
 
     run.write_recipe()  # The card is made from it; every stage before is up to date with this recipe.
     stages, comparison = run.run.record["stages"], run.path / "comparison.json"
+    prediction = run.path / "prediction.json"
     return {
         "stages": {name: stages[name]["key"] for name in sorted(stages) if name not in LATER_STAGES},
         "comparison": sha256_of_file(comparison) if comparison.exists() else None,
         "recipe": run.recipe.dump(),
+        **({"prediction": sha256_of_file(prediction)} if prediction.exists() else {}),
     }
 
 
@@ -481,7 +483,7 @@ def run_recipes(
     cores. Raises `UserError`, before anything runs, if a recipe cannot be run to its end here.
     """
     from nanophi.eval import render
-    from nanophi.training.advice import advice, unique_tokens
+    from nanophi.training.advice import advice
 
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         raise UserError(
@@ -497,7 +499,7 @@ def run_recipes(
     for pipeline in pipelines:
         with pipeline.run.lock():
             pipeline.tokens()
-        for line in advice(pipeline.recipe, unique_tokens(pipeline.recipe, pipeline.path)):
+        for line in advice(pipeline.recipe, pipeline.path):
             report(f"{pipeline.recipe.name}: {line}")
     jobs = min(jobs, len(recipes))
     if jobs > 1:

@@ -36,15 +36,13 @@ from nanophi.eval.statistics import SIGNIFICANCE
 
 MIN_RUNGS = 4
 REPETITION = 15.39
-PINNED = 0.6
-"""Bits per byte: 1.82 nats per token of about 4.4 bytes (Besiroglu et al. 2024, https://arxiv.org/abs/2404.10102)."""
-FORMS = {"E free": None, "E pinned": PINNED, "no E": 0.0}
-EXPONENT, SHARE = (math.log(0.3), 0.7), (math.log(0.5), 0.7)
-"""Priors, mean and deviation: of log a and log b, and of log E relative to the smallest loss. Published exponents are
-0.34 and 0.28 (Hoffmann), 0.35 and 0.37 (Besiroglu) with E, and less without it."""
-HUBER, MIN_HUBER = 1.5, 1e-3
-"""Where the loss turns from a square into a line: standard deviations of the seeds, and at least."""
-MIN_NOISE = 1e-4
+FORMS = {"E free": None, "E pinned": 0.6, "no E": 1e-6}
+"""Bits per byte of E; 0.6: 1.82 nats per token of about 4.4 bytes (Besiroglu et al. 2024, arXiv 2404.10102)."""
+EXPONENT, SHARE, FIXED = (math.log(0.3), 0.7), (math.log(0.5), 0.7), 1e-3
+"""Priors, mean and deviation: of log a and log b, and of a free log E relative to the smallest loss; its
+deviation if not free. Published exponents: 0.34 and 0.28 (Hoffmann), 0.35 and 0.37 (Besiroglu), less without E."""
+HUBER, MIN_HUBER, MIN_NOISE = 1.5, 1e-3, 1e-4
+"""Where the loss turns from a square into a line, in deviations of the seeds, and at least; the least of those."""
 UNFIT, UNFIT_P = 0.02, 0.001
 """Scatter of the means around the law, as a share of the loss, and p-value, from which lack of fit is refused."""
 DIVERGED = 1.2
@@ -80,11 +78,9 @@ def effective_tokens(tokens: float, unique: float) -> float:
 
 
 def check(points: Sequence[Point], names: Sequence[str], ceiling: float) -> None:
-    """Refuse runs from which nothing can be predicted. Raises `UserError`, naming the run.
+    """Refuse runs (and their names) from which nothing can be predicted. Raises `UserError`.
 
-    Args:
-        names: of the runs.
-        ceiling: the loss of a model that has learned nothing.
+    `ceiling` is the loss of a model that has learned nothing.
     """
     rungs = sorted({point.rung for point in points})
     if len(rungs) < MIN_RUNGS:
@@ -98,21 +94,17 @@ def check(points: Sequence[Point], names: Sequence[str], ceiling: float) -> None
             raise UserError(f"{name} has diverged ({point.loss:.3f} bits per byte); plan again with a lower rate")
     for rung in rungs:
         if (best := min(point.loss for point in points if point.rung == rung)) >= ceiling:
-            raise UserError(
-                f"size {rung + 1} has learned nothing ({best:.3f} bits per byte, chance {ceiling:.3f}); train it longer"
-            )
+            what = f"({best:.3f} bits per byte, chance {ceiling:.3f})"
+            raise UserError(f"size {rung + 1} has learned nothing {what}; train it longer")
 
 
 class Law:
-    """The forms fitted to runs, and their average.
+    """The forms of the law, fitted to `points` (the largest last), and their average.
 
-    Args:
-        points: the runs, the largest last.
-        documents: their losses when the held-out documents are drawn again, (resamples, points).
+    `documents`: the points' losses when the held-out documents are drawn again, (resamples, points).
 
     Attributes:
-        backtests: each size from the third on, at each of its lengths, predicted from the sizes below: rung, tokens,
-            value, interval, measured, inside.
+        backtests: each size from the third on, at each of its lengths, predicted from the sizes below.
         widened: the factor by which they widen the interval.
         scatter, p_value: of the means around the law, and whether seeds explain it.
 
@@ -121,11 +113,18 @@ class Law:
     """
 
     def __init__(self, points: Sequence[Point], documents: np.ndarray | None = None, backtests: bool = True) -> None:
-        self.points, self.data, self.documents = points, _Data(points), documents
-        floor = self.data.losses.min()
-        self.fits = [_Fit(self.data, form) for form, pinned in FORMS.items() if (pinned or 0) < 0.9 * floor]
+        self.points, self.documents = points, documents
+        sizes = np.array([point.sizes for point in points])
+        self.centre = sizes.mean(axis=0)
+        self.sizes, self.y = sizes - self.centre, np.log([point.loss for point in points])
+        cells = list(_cells(points))
+        self.cell = np.array([cells.index((point.rung, point.tokens)) for point in points])
+        self.counts, self.freedom = np.bincount(self.cell), len(points) - len(cells)
+        deviations = self.y - self.means(self.y)[self.cell]
+        self.noise = max(math.sqrt(float(deviations @ deviations) / max(1, self.freedom)), MIN_NOISE)
+        self.fits = [_Fit(self, form) for form, rest in FORMS.items() if (rest or 0) < 0.9 * np.exp(self.y.min())]
         noise = min(fit.noise for fit in self.fits)
-        bic = np.array([fit.square / noise**2 + len(fit.u) * math.log(len(points)) for fit in self.fits])
+        bic = np.array([fit.square / noise**2 + fit.free * math.log(len(points)) for fit in self.fits])
         self.weights = np.exp(-0.5 * (bic - bic.min()))
         self.weights /= self.weights.sum()
         best = self.fits[int(self.weights.argmax())]
@@ -133,11 +132,14 @@ class Law:
         if self.p_value < UNFIT_P and self.scatter > UNFIT:
             raise UserError(
                 f"no form of the law fits: sizes scatter around it by {100 * self.scatter:.1f} %, seeds by "
-                f"{100 * self.data.noise:.1f} %; look at the smallest size, and leave it out in another plan"
+                f"{100 * self.noise:.1f} %; look at the smallest size, and leave it out in another plan"
             )
-        self.widened, self.backtests = 1.0, _backtests(points) if backtests else []
-        if self.backtests:
-            self.widened = max(1.0, math.sqrt(np.mean([test["z"] ** 2 for test in self.backtests])))
+        self.backtests = _backtests(points) if backtests else []
+        self.widened = max(1.0, math.sqrt(np.mean([test["z"] ** 2 for test in self.backtests] or [0])))
+
+    def means(self, values: np.ndarray) -> np.ndarray:
+        """Over the runs of one size and length."""
+        return np.asarray(np.bincount(self.cell, values) / self.counts)
 
     def predict(self, target: Point) -> dict[str, Any]:
         """The loss of one run of a size and length.
@@ -146,22 +148,22 @@ class Law:
             `value`, `interval` (95 %), `stderr` of log L, its `parts`, `freedom`, `line` (what a straight line through
             the last two sizes says), and per form `value`, `weight`, `E`, `A`, `B`, `a`, `b` in `forms`.
         """
-        data, weights, at = self.data, self.weights, (target.sizes - self.data.centre)[None]
-        values = np.array([fit.log_loss(fit.u, at)[0] for fit in self.fits])
-        slopes = [fit.gradient(fit.u, at)[0] for fit in self.fits]
+        weights, at = self.weights, (target.sizes - self.centre)[None]
+        values = np.array([_log_loss(fit.u, at)[0] for fit in self.fits])
+        slopes = [_gradient(fit.u, at)[0] for fit in self.fits]
         spreads = np.array([slope @ fit.covariance @ slope for fit, slope in zip(self.fits, slopes, strict=True)])
-        excess = np.array([fit.noise**2 / data.noise**2 - 1 for fit in self.fits])
+        excess = np.array([fit.noise**2 / self.noise**2 - 1 for fit in self.fits])
         mean, moved = float(weights @ values), np.zeros(1)
         if self.documents is not None:
             # How the prediction follows each run's loss, and how it and the largest run move together.
             pull = weights @ np.array([fit.pull @ slope for fit, slope in zip(self.fits, slopes, strict=True)])
-            moved = (np.log(self.documents) - data.y) @ (pull - np.eye(len(data.y))[-1])
+            moved = (np.log(self.documents) - self.y) @ (pull - np.eye(len(self.y))[-1])
         parts = {
-            "seed": data.noise**2,
+            "seed": self.noise**2,
             "law": float(weights @ spreads),
             "forms": float(weights @ (values - mean) ** 2),
             "documents": float(moved.var()),
-            "lack of fit": float(weights @ (excess * (spreads + data.noise**2))),
+            "lack of fit": float(weights @ (excess * (spreads + self.noise**2))),
         }
         freedom = max(1.0, float(weights @ [fit.freedom for fit in self.fits]))
         stderr = self.widened * math.sqrt(sum(parts.values()))
@@ -174,15 +176,14 @@ class Law:
             "parts": {name: math.sqrt(variance) for name, variance in parts.items()},
             "freedom": freedom,
             "line": straight_line(self.points, target),
-            "forms": {fit.form: {"value": math.exp(v), "weight": float(w), **fit.law} for fit, v, w in forms},
+            "forms": {fit.form: {"value": math.exp(v), "weight": float(w), **fit.law(self)} for fit, v, w in forms},
         }
 
 
 def straight_line(points: Sequence[Point], target: Point) -> float:
     """What the line through the last two sizes' longest runs says, log loss against log compute."""
-    cells = _cells(points)
-    last = [max(cell for cell in cells if cell[0] == rung) for rung in sorted({rung for rung, _ in cells})[-2:]]
-    (x0, y0), (x1, y1) = ((math.log(cells[cell][0].flops), _mean(cells[cell])) for cell in last)
+    last = list({rung: members for (rung, _), members in _cells(points).items()}.values())[-2:]
+    (x0, y0), (x1, y1) = ((math.log(members[0].flops), _mean(members)) for members in last)
     return math.exp(y1 + (y1 - y0) / (x1 - x0) * (math.log(target.flops) - x1))
 
 
@@ -195,11 +196,9 @@ def _backtests(points: Sequence[Point]) -> list[dict[str, Any]]:
             low, high = found["interval"]
             # The normal deviate that is as rare as this one of Student's.
             rare = scipy.stats.t(found["freedom"]).sf(abs(measured - math.log(found["value"])) / found["stderr"])
-            tests.append({
-                "rung": rung, "tokens": tokens, "value": found["value"], "interval": [low, high],
-                "measured": math.exp(measured), "inside": low <= math.exp(measured) <= high,
-                "z": float(scipy.stats.norm.isf(max(1e-12, rare))),
-            })  # fmt: skip
+            test = {"rung": rung, "tokens": tokens, "z": float(scipy.stats.norm.isf(max(1e-12, rare)))}
+            test |= {key: found[key] for key in ("value", "interval")}
+            tests.append(test | {"measured": math.exp(measured), "inside": low <= math.exp(measured) <= high})
     return tests
 
 
@@ -213,82 +212,57 @@ def _mean(points: Sequence[Point]) -> float:
     return float(np.mean([math.log(point.loss) for point in points]))
 
 
-class _Data:
-    """The runs as arrays, and what their seeds say of the noise."""
-
-    def __init__(self, points: Sequence[Point]) -> None:
-        sizes = np.array([point.sizes for point in points])
-        self.centre = sizes.mean(axis=0)
-        self.sizes, self.losses = sizes - self.centre, np.array([point.loss for point in points])
-        self.y = np.log(self.losses)
-        cells = list(_cells(points))
-        self.cell = np.array([cells.index((point.rung, point.tokens)) for point in points])
-        self.counts = np.bincount(self.cell)
-        self.freedom = len(points) - len(cells)
-        deviations = self.y - self.means(self.y)[self.cell]
-        self.noise = max(math.sqrt(float(deviations @ deviations) / max(1, self.freedom)), MIN_NOISE)
-
-    def means(self, values: np.ndarray) -> np.ndarray:
-        """Over the runs of one size and length."""
-        return np.asarray(np.bincount(self.cell, values) / self.counts)
-
-
 class _Fit:
-    """One form of the law, fitted: `u` is log A, log a, log B, log b and, unless it is pinned, log E."""
+    """One form of the law, fitted: `u` is log A, log a, log B, log b and log E."""
 
-    def __init__(self, data: _Data, form: str) -> None:
-        self.form, self.pinned, self.centre = form, FORMS[form], data.centre
-        free, floor = self.pinned is None, float(data.losses.min())
-        share = math.exp(SHARE[0]) if self.pinned is None else self.pinned / floor
-        prior = np.array([0, EXPONENT[0], 0, EXPONENT[0], *([SHARE[0] + math.log(floor)] if free else [])])
-        scale = np.array([np.inf, EXPONENT[1], np.inf, EXPONENT[1], *([SHARE[1]] if free else [])])
-        ridge = data.noise / scale
+    def __init__(self, law: Law, form: str) -> None:
+        self.form, floor, rest = form, math.exp(law.y.min()), FORMS[form]
+        self.free = 5 if rest is None else 4
+        prior = np.array([0, EXPONENT[0], 0, EXPONENT[0], math.log(rest or math.exp(SHARE[0]) * floor)])
+        ridge = law.noise / np.array([np.inf, EXPONENT[1], np.inf, EXPONENT[1], FIXED if rest else SHARE[1]])
 
         def residuals(u: np.ndarray) -> np.ndarray:
-            return np.concatenate([self.log_loss(u, data.sizes) - data.y, ridge * (u - prior)])
+            return np.concatenate([_log_loss(u, law.sizes) - law.y, ridge * (u - prior)])
 
         def jacobian(u: np.ndarray) -> np.ndarray:
-            return np.concatenate([self.gradient(u, data.sizes), np.diag(ridge)])
+            return np.concatenate([_gradient(u, law.sizes), np.diag(ridge)])
 
-        half = math.log((1 - share) / 2 * floor)
-        start = prior + np.array([half, 0, half, 0, 0][: len(prior)])
-        delta = max(MIN_HUBER, HUBER * data.noise)
+        half = math.log((floor - math.exp(prior[4])) / 2)
+        start, delta = prior + np.array([half, 0, half, 0, 0]), max(MIN_HUBER, HUBER * law.noise)
         self.u = scipy.optimize.least_squares(residuals, start, jacobian, loss="huber", f_scale=delta).x
-        left, slopes = residuals(self.u), jacobian(self.u)
-        runs = len(data.y)
+        left, slopes, runs = residuals(self.u), jacobian(self.u), len(law.y)
         curvature = np.linalg.pinv(slopes.T @ slopes)
-        self.covariance, self.pull = data.noise**2 * curvature, slopes[:runs] @ curvature
-        self.square = float(left @ left)
-        lack, fitted = float(data.counts @ data.means(left[:runs]) ** 2), len(data.counts) - len(self.u)
-        self.scatter, self.p_value, self.noise, self.freedom = math.sqrt(lack / runs), 1.0, data.noise, data.freedom
-        if fitted > 0 and data.freedom > 0:
-            ratio = lack / fitted / data.noise**2
-            self.p_value = float(scipy.stats.f.sf(ratio, fitted, data.freedom))
-            if self.p_value < SIGNIFICANCE:
-                self.noise, self.freedom = math.sqrt(ratio) * data.noise, fitted
-
-    def terms(self, u: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, Any]:
-        """A / N^a, B / D^b and E."""
-        return (
-            np.exp(u[0] - np.exp(u[1]) * sizes[:, 0]),
-            np.exp(u[2] - np.exp(u[3]) * sizes[:, 1]),
-            np.exp(u[4]) if self.pinned is None else self.pinned,
+        self.covariance, self.pull, self.square = (
+            law.noise**2 * curvature,
+            slopes[:runs] @ curvature,
+            float(left @ left),
         )
+        lack, fitted = float(law.counts @ law.means(left[:runs]) ** 2), len(law.counts) - self.free
+        self.scatter, self.p_value, self.noise, self.freedom = math.sqrt(lack / runs), 1.0, law.noise, law.freedom
+        if fitted > 0 and law.freedom > 0:
+            ratio = lack / fitted / law.noise**2
+            self.p_value = float(scipy.stats.f.sf(ratio, fitted, law.freedom))
+            if self.p_value < SIGNIFICANCE:
+                self.noise, self.freedom = math.sqrt(ratio) * law.noise, fitted
 
-    def log_loss(self, u: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-        """Log L at sizes (points, 2)."""
-        return np.asarray(np.log(sum(self.terms(u, sizes))))
-
-    def gradient(self, u: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-        """Of log L by the parameters, (points, parameters)."""
-        size, text, rest = self.terms(u, sizes)
-        columns = [size, -np.exp(u[1]) * sizes[:, 0] * size, text, -np.exp(u[3]) * sizes[:, 1] * text]
-        columns += [np.full(len(size), rest)] if self.pinned is None else []
-        return np.stack(columns, axis=1) / (size + text + rest)[:, None]
-
-    @property
-    def law(self) -> dict[str, float]:
+    def law(self, law: Law) -> dict[str, float]:
         """The numbers of the formula: its terms at N = D = 1, and the exponents."""
-        size, text, rest = self.terms(self.u, -self.centre[None])
-        numbers = zip("EABab", (rest, size[0], text[0], *np.exp(self.u[[1, 3]])), strict=True)
-        return {name: float(number) for name, number in numbers}
+        numbers = [*_terms(self.u, -law.centre[None])[:, 0], *np.exp(self.u[[1, 3]])]
+        return {name: float(number) for name, number in zip("ABEab", numbers, strict=True)}
+
+
+def _terms(u: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """A / N^a, B / D^b and E at sizes (points, 2): (3, points)."""
+    powers = np.exp(u[[0, 2]] - np.exp(u[[1, 3]]) * sizes)
+    return np.stack([*powers.T, np.full(len(sizes), np.exp(u[4]))])
+
+
+def _log_loss(u: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    return np.asarray(np.log(_terms(u, sizes).sum(axis=0)))
+
+
+def _gradient(u: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Of log L by the parameters, (points, parameters)."""
+    size, text, rest = terms = _terms(u, sizes)
+    by_exponent = -np.exp(u[[1, 3]]) * sizes * terms[:2].T
+    return np.stack([size, by_exponent[:, 0], text, by_exponent[:, 1], rest], axis=1) / terms.sum(axis=0)[:, None]

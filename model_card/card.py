@@ -18,12 +18,13 @@ from nanophi.core.files import write_text
 from nanophi.core.names import final_checkpoint, is_hub_id
 from nanophi.eval import catalogue, results
 from nanophi.eval.results import ANSWER_METRIC, Score
-from nanophi.model_card import figures, metadata, pages, records
+from nanophi.model_card import figures, metadata, pages, prediction, records
 from nanophi.model_card.consistency import contradictions
 from nanophi.model_card.records import ShippedRecords
 
 SECTIONS = (
     *("summary", "use", "details", "data", "filter", "preprocessing", "training", "evaluation", "comparison"),
+    "prediction",
     *("limits", "environment", "reproduce"),
 )
 """The parts of the card in their order: each is a template, `sections/NAME.md`.
@@ -93,6 +94,7 @@ class View:
         self.figures = figures.names(shipped)
         self.differences = differences(shipped.get("comparison.json"))
         self.by_source = by_source(shipped)
+        self.prediction = prediction.sentence(shipped)
 
     @functools.cached_property
     def scores(self) -> list[Score]:

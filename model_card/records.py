@@ -48,7 +48,7 @@ KEPT_OF_OURS = ("format", "suite", "lines", "headline", "average", "heldout", "d
 """Keys of lm-eval's results, and of our part of them, that are shipped: no samples, machine details and paths."""
 
 OF_DATA = ("documents.json", "quality.json", "tokens.json")
-IF_THERE = (*OF_DATA, "sample.json", "conversations.json", "comparison.json")
+IF_THERE = (*OF_DATA, "sample.json", "conversations.json", "comparison.json", "prediction.json")
 REQUIRED = ("recipe.yaml", "run.json", "model.json", "training.json", "checkpoint.json", "revisions.json", *OF_DATA)
 """Records that every release has."""
 
@@ -88,9 +88,11 @@ def collect(run: Path, checkpoint: Path) -> ShippedRecords:
         "revisions.json": revisions(run),
     }
     for name in IF_THERE:
-        path = run / (name if name in ("sample.json", "comparison.json") else f"data/{Path(name).stem}/{name}")
+        path = run / (
+            name if name in ("sample.json", "comparison.json", "prediction.json") else f"data/{Path(name).stem}/{name}"
+        )
         # A comparison is one of finished models.
-        if path.exists() and (name != "comparison.json" or records["run.json"]["final"]):
+        if path.exists() and (name not in ("comparison.json", "prediction.json") or records["run.json"]["final"]):
             records[name] = portable({key: value for key, value in read_json(path).items() if key not in PRIVATE_KEYS})
     if "sample.json" in records:
         sample = records["sample.json"]

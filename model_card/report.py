@@ -15,7 +15,7 @@ from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, write_text
 from nanophi.core.names import final_checkpoint
 from nanophi.eval import catalogue
-from nanophi.model_card import records
+from nanophi.model_card import prediction, records
 from nanophi.model_card.card import by_source, differences
 from nanophi.model_card.records import ShippedRecords
 
@@ -53,6 +53,7 @@ def build(run: Path, output: Path) -> dict[str, Any]:
         "baseline": _baseline(shipped),
         "differences": differences(shipped.get("comparison.json")),
         "by_source": by_source(shipped),
+        "prediction": prediction.sentence(shipped),
         "ablation": _ablation(run / "ablation.json"),
         "written": training.get("samples", []),
         "samples": _samples(run / "sample.json"),

@@ -16,27 +16,18 @@ PUBLISHED_TOKENS = {0.5: 0.26e9, None: 0.6e9}
 """Threshold -> different tokens of the published sources, from https://huggingface.co/kenhktsui/nano-phi-115M-v0.1."""
 
 
-def unique_tokens(recipe: Recipe, run: Path) -> float | None:
-    """Different tokens that a recipe trains on: as prepared, as limited, or as published; None: not known yet."""
-    prepared = run / "data/tokens/tokens.json"
-    if prepared.exists():
-        return float(read_json(prepared)["train"]["tokens"])
-    if recipe.data.max_tokens is None and recipe.data.sources == load_recipe("nano-phi-115m").data.sources:
-        return PUBLISHED_TOKENS.get(recipe.quality.threshold)
-    return recipe.data.max_tokens
-
-
-def advice(recipe: Recipe, unique: float | None) -> list[str]:
-    """Lines on a pretraining's recipe; none if nothing stands out, or for a chat model.
-
-    Args:
-        unique: different tokens; None: nothing is said of passes.
-    """
+def advice(recipe: Recipe, run: Path) -> list[str]:
+    """Lines on a pretraining's recipe, with what is prepared in its run directory; none for a chat model."""
     if recipe.conversations:
         return []
-    config, training = recipe.model_config_for(), recipe.training
+    config, training, lines = recipe.model_config_for(), recipe.training, []
     tokens = training.steps * training.batch_size * config.max_position_embeddings
-    lines = []
+    prepared = run / "data/tokens/tokens.json"
+    unique: float | None = recipe.data.max_tokens
+    if prepared.exists():
+        unique = read_json(prepared)["train"]["tokens"]
+    elif unique is None and recipe.data.sources == load_recipe("nano-phi-115m").data.sources:
+        unique = PUBLISHED_TOKENS.get(recipe.quality.threshold)
     if unique and tokens > PASSES * unique:
         lines.append(
             f"{tokens / unique:.0f} passes: repeated text beyond about {PASSES} is worth little "
@@ -51,9 +42,9 @@ def advice(recipe: Recipe, unique: float | None) -> list[str]:
         )
     ratio = tokens / multiplying_parameters(config)
     if not 1 / FAR <= ratio / TOKENS_PER_PARAMETER <= FAR:
-        other = "larger" if ratio > TOKENS_PER_PARAMETER else "smaller"
         lines.append(
             f"{formatting.figure(ratio)} tokens per parameter: about {TOKENS_PER_PARAMETER} give the lowest loss for "
-            f"the FLOP, with a {other} model (Hoffmann et al. 2022, arXiv 2203.15556)"
+            f"the FLOP, with a {'larger' if ratio > TOKENS_PER_PARAMETER else 'smaller'} model (Hoffmann et al. 2022, "
+            "arXiv 2203.15556)"
         )
     return lines

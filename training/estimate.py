@@ -19,7 +19,7 @@ from nanophi.core.errors import UserError
 from nanophi.core.files import write_json
 from nanophi.core.options import OneRecipe, Overrides
 from nanophi.core.recipe import Recipe, load_recipe
-from nanophi.training import advice
+from nanophi.training.advice import advice
 from nanophi.training.budget import DEVICES, USABLE_MEMORY, Device, find_device, flops_per_token, peak_bytes, uses_tf32
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def estimate(
     typer.echo(render(resolved, f"{devices} x {name}" if devices > 1 else name, result))
     for derived in dial.explain(recipe, overrides):
         typer.echo(f"{derived.key}: {derived.value} ({derived.reason})")
-    for line in advice.advice(resolved, advice.unique_tokens(resolved, Path("runs") / resolved.name)):
+    for line in advice(resolved, Path("runs") / resolved.name):
         typer.echo(line)
 
 

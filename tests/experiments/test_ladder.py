@@ -44,8 +44,9 @@ training:
   precision: fp32
   dollars_per_hour: 2.0
 """
-OPTIONS = {"sizes": 4, "tokens_per_parameter": 4.0, "seeds": [0, 1, 2], "tasks": []}
 SMALLEST = 8000
+OPTIONS = {"sizes": 4, "tokens_per_parameter": 4.0, "seeds": [0, 1, 2], "tasks": []}
+OPTIONS |= {"smallest": SMALLEST, "price": None}
 
 
 @pytest.fixture(scope="module")
@@ -92,16 +93,9 @@ class Invented:
 
 
 def make(recipe, folder, lines=None, **changes):
-    options = {**OPTIONS, **{key: value for key, value in changes.items() if key in OPTIONS}}
-    more = {key: value for key, value in changes.items() if key not in OPTIONS}
+    options = {**OPTIONS, **changes}
     report = lines.append if lines is not None else str
-    return Ladder(
-        recipe,
-        folder / "runs",
-        folder / "out" / recipe.name,
-        options,
-        **{"smallest": SMALLEST, "report": report, **more},
-    )
+    return Ladder(recipe, folder / "runs", folder / "out" / recipe.name, options, report=report)
 
 
 @pytest.fixture(scope="module")
@@ -160,17 +154,18 @@ def load_recipe_with(recipe, **training):
 
 
 def test_the_hidden_size_is_trained_after_the_prediction_and_tests_it(finished):
-    folder, _, answer, _, made = finished
+    folder, plan, answer, _, made = finished
     assert [part for part, _ in made] == ["half"] * 10 + ["full"] * 10 + ["rates"] * 4 + ["hidden"]
     found = answer["recipes"]["rungs"]["targets"]["heldout"]
     low, high = found["hidden"]["interval"]
     assert low < found["measured"] < high and found["inside"]
-    assert found["confirmed"] == pytest.approx(4, rel=0.4)
-    assert found["ratio"] > found["confirmed"]
+    assert found["hidden_ratio"] == pytest.approx(4, rel=0.4)
+    assert found["ratio"] > found["hidden_ratio"] and not found["confirmed"]
     prediction = read_json(folder / "out/rungs/prediction.json")
     assert "measured" not in prediction["targets"]["heldout"]
     assert prediction["targets"]["heldout"]["hidden"]["interval"] == [low, high]
-    assert read_json(folder / "runs/rungs/ladder.json") == prediction
+    own = read_json(folder / "runs/rungs/prediction.json")
+    assert own["value"] == prediction["targets"]["heldout"]["recipe"]["value"] and own["recipe"] == plan["recipe"]
     assert [(one["rung"], round(one["factor"], 2)) for one in prediction["rates"]] == [
         (0, 0.67),
         (0, 1.5),
@@ -182,9 +177,10 @@ def test_the_hidden_size_is_trained_after_the_prediction_and_tests_it(finished):
 def test_the_answer_for_the_eye(finished):
     folder, _, answer, _, _ = finished
     page = (folder / "out/ladder.md").read_text()
-    assert "inside the interval (a straight line: " in answer["paragraph"]
+    assert "inside the interval (a straight line through the last two sizes: " in answer["paragraph"]
     assert answer["paragraph"].endswith("(not confirmed at this scale).")
-    assert answer["paragraph"] in page and "Muennighoff et al. 2023" in page and "before the hidden size" in page
+    assert page.startswith(f"# Predicted from smaller runs\n\n{answer['paragraph']}\n\n![Loss")
+    assert "Muennighoff et al. 2023" in page and "before the hidden size" in page
     assert (folder / "out/ladder.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -254,9 +250,9 @@ def test_two_recipes_are_compared(finished, recipe, monkeypatch):
     found = ladder_render.write_answer(folder / "out", ["rungs", "better"])["differences"]["better"]
     last = found["curve"][-1]
     assert not found["sign_changes"] and last["interval"][1] < 0
-    assert last["value"] == pytest.approx(
-        -0.1 * ladder_render.predict(folder / "out/rungs")["targets"]["heldout"]["recipe"]["value"], rel=0.2
-    )
+    base = read_json(folder / "out/rungs/prediction.json")["targets"]["heldout"]["recipe"]["value"]
+    assert last["value"] == pytest.approx(-0.1 * base, rel=0.3)
+    assert "better - rungs at" in (folder / "out/ladder.md").read_text()
 
 
 @pytest.mark.slow

@@ -6,34 +6,34 @@ import pytest
 
 from nanophi.cli import main
 from nanophi.core.recipe import load_recipe
-from nanophi.training.advice import advice, unique_tokens
+from nanophi.training.advice import advice
 
 
 def test_the_published_recipe_is_told_all_three(tmp_path):
     recipe = load_recipe("nano-phi-115m")
-    passes, embeddings, ratio = advice(recipe, unique_tokens(recipe, tmp_path))
+    passes, embeddings, ratio = advice(recipe, tmp_path)
     assert passes.startswith("28 passes: repeated text beyond about 4 is worth little (Muennighoff et al. 2023")
     assert embeddings.startswith("67 % of the parameters are in embeddings: tie them")
     assert ratio.startswith("96 tokens per parameter: about 20 give the lowest loss for the FLOP, with a larger model")
-    assert len(advice(load_recipe("nano-phi-115m-control"), None)) == 2
+    assert advice(load_recipe("nano-phi-115m-control"), tmp_path)[0].startswith("12 passes")
 
 
 def test_where_the_number_of_different_tokens_comes_from(tmp_path):
-    control = load_recipe("nano-phi-115m-control")
-    assert unique_tokens(control, tmp_path) == 0.6e9
-    assert unique_tokens(load_recipe("nano-phi-115m", ["quality.threshold=0.7"]), tmp_path) is None
-    assert unique_tokens(load_recipe("demo"), tmp_path) is None
-    assert unique_tokens(load_recipe("demo", ["data.max_tokens=5000"]), tmp_path) == 5000
+    def passes(name, *overrides):
+        return [line for line in advice(load_recipe(name, overrides), tmp_path) if "passes" in line]
+
+    assert passes("nano-phi-115m-control") and not passes("nano-phi-115m", "quality.threshold=0.7")
+    assert not passes("demo")
+    assert passes("demo", "data.max_tokens=122880")[0].startswith("10 passes")
     (tmp_path / "data/tokens").mkdir(parents=True)
-    (tmp_path / "data/tokens/tokens.json").write_text(json.dumps({"train": {"tokens": 1234}}))
-    assert unique_tokens(control, tmp_path) == 1234
+    (tmp_path / "data/tokens/tokens.json").write_text(json.dumps({"train": {"tokens": 14_000 * 1024}}))
+    assert passes("nano-phi-115m-control")[0].startswith("512 passes")
 
 
 @pytest.mark.parametrize("steps", [10, 100])
-def test_few_tokens_per_parameter(steps):
-    lines = advice(
-        load_recipe("demo", [f"training.steps={steps}", "training.keep_steps=[]", "training.warmup_steps=0"]), None
-    )
+def test_few_tokens_per_parameter(steps, tmp_path):
+    said = [f"training.steps={steps}", "training.keep_steps=[]", "training.warmup_steps=0"]
+    lines = advice(load_recipe("demo", said), tmp_path)
     assert len(lines) == 1 and "tokens per parameter" in lines[0] and "with a smaller model" in lines[0]
 
 
