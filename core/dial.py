@@ -53,12 +53,8 @@ PUBLISHED = {rate: Anchor(768, 14_000 * 512 * 1024, 512 * 1024, rate) for rate i
 0.049, 0.036 and 0.0036."""
 
 
-class Derived(NamedTuple):
-    """A key that was filled in, its value, and why."""
-
-    key: str
-    value: Any
-    reason: str
+Derived = tuple[str, Any, str]
+"""A key that was filled in, its value, and why."""
 
 
 def shape(layers: int, heads: int, head: int = 64, mlp: float = 4, sharing: float = 3) -> dict[str, int]:
@@ -82,7 +78,7 @@ def smaller(model: dict[str, Any], vocab_size: int, parameters: float) -> dict[s
 
     def distance(one: dict[str, int]) -> float:
         aspect = one["hidden_size"] / one["num_hidden_layers"] * layers / width
-        return abs(math.log(multiplying(one, vocab_size) / parameters)) + 0.1 * abs(math.log(aspect))
+        return abs(math.log(multiplying(one, vocab_size) / parameters)) + 0.3 * abs(math.log(aspect))
 
     return min(shapes, key=distance)
 
@@ -123,7 +119,7 @@ def resolve(values: dict[str, Any]) -> list[Derived]:
         raise ValueError("'model': depth with tokenizer.path needs vocab_size, the tokenizer's")
     made = {**shape(depth, depth), "tie_word_embeddings": True}
     model.update(made)
-    derived = [Derived(f"model.{key}", made[key], reason) for key, reason in SHAPE.items()]
+    derived: list[Derived] = [(f"model.{key}", made[key], reason) for key, reason in SHAPE.items()]
     training = values.setdefault("training", {})
     if values.get("conversations") or not isinstance(training, dict):
         return derived
@@ -139,7 +135,7 @@ def resolve(values: dict[str, Any]) -> list[Derived]:
     for key, reason in SETTINGS.items():
         if key not in training and (muon or key != "muon_learning_rate"):
             training[key] = follows[key]
-            derived.append(Derived(f"training.{key}", follows[key], reason))
+            derived.append((f"training.{key}", follows[key], reason))
     return derived
 
 

@@ -51,10 +51,7 @@ def ladder(
     tokens_per_parameter: Annotated[float, Option(min=1, help="Of every size.")] = dial.TOKENS_PER_PARAMETER,
     seed: Annotated[list[int], Option(min=0, help="Of two sizes; the others have two.")] = [0, 1, 2],
     tasks: Annotated[str, Option(help="Multiple-choice tasks whose right answers are predicted too.")] = "none",
-    price: Annotated[float | None, Option(min=0, help="Dollars per hour (default: the recipe's).")] = None,
-    output: Annotated[
-        Path | None, Option(help="Where the answer goes. [default: ladders/NAME]", show_default=False)
-    ] = None,
+    output: Annotated[Path, Option(help="Where plans, records and the answer go.")] = Path("ladders"),
     plan: Annotated[bool, Option("--plan", help="Write the plan with its price and stop.")] = False,
     jobs: Jobs = 1,
     runs: Runs = Path("runs"),
@@ -69,10 +66,9 @@ def ladder(
     from nanophi.experiments import ladder_render
 
     resolved = [load_recipe(recipe, overrides) for recipe in recipes]
-    output = Path("ladders") / resolved[0].name if output is None else output
     names = [] if tasks == "none" else [task.strip() for task in tasks.split(",")]
-    options = {"sizes": sizes, "tokens_per_parameter": tokens_per_parameter, "seeds": seed, "tasks": names}
-    options |= {"smallest": smallest, "price": price}
+    options: dict[str, Any] = {"sizes": sizes, "smallest": smallest, "tokens_per_parameter": tokens_per_parameter}
+    options |= {"seeds": seed, "tasks": names}
     ladders = [Ladder(recipe, runs, output / recipe.name, options, jobs) for recipe in resolved]
     plans = [each.plan() for each in ladders]
     if not plan:
@@ -99,7 +95,7 @@ class Ladder:
             raise UserError(f"{self.recipe.name} trains on conversations; name the recipe of its base")
         plan = records.keep_plan(self.output, {"recipe": self.recipe.dump(), **self.options}, self._make_plan)
         price, path = plan["estimate"], self.output / "plan.json"
-        cost = "no price known, name --price" if price["dollars"] is None else f"${price['dollars']:.2f}"
+        cost = "no price known (training.dollars_per_hour)" if price["dollars"] is None else f"${price['dollars']:.2f}"
         self.report(
             f"{self.recipe.name}: {', '.join(formatting.size(rung['parameters']) for rung in plan['rungs'])} parameters"
             f" (the last size hidden); {price['runs']} runs, {price['flops']:.2g} FLOP, about "
@@ -159,37 +155,29 @@ class Ladder:
         flops = sum(share * size["tokens"] * size["flops_per_token"] for share, size in sizes)
         speed = measured_speed(run_of(recipe, plan, entries[-1]), report=lambda line: None)
         hours = flops / (speed * plan["rungs"][-1]["flops_per_token"]) / self.jobs / 3600
-        price = question["price"] or recipe.training.dollars_per_hour
+        price = recipe.training.dollars_per_hour
+        unique = counts["train"]["tokens"]
+        plan["target"] = {"parameters": dial.multiplying(vars(recipe.model_config_for()), vocab)}
+        plan["target"] |= {"tokens": records.tokens_seen(recipe), "unique_tokens": unique}
+        plan["estimate"] = {"runs": len(entries), "flops": flops, "jobs": self.jobs, "hours": round(hours, 3)}
+        plan["estimate"] |= {"dollars": price and round(hours * price, 2)}
         return plan | {
-            "target": {
-                "parameters": dial.multiplying(shape_of(recipe), vocab),
-                "tokens": records.tokens_seen(recipe),
-                "unique_tokens": counts["train"]["tokens"],
-            },
             "chance": math.log2(vocab) / counts["heldout"]["bytes_per_token"],
             "method": str(scaling.__doc__).split("\n\n", 1)[1].strip(),
             "refusals": f"fewer than {scaling.MIN_RUNGS} sizes; one seed; {scaling.DIVERGED} times the median loss; "
             f"a size that learned nothing; a significant scatter above {scaling.UNFIT:.0%}",
             "planned": now(),
             "environment": environment(),
-            "estimate": {"runs": len(entries), "flops": flops, "jobs": self.jobs, "hours": round(hours, 3)}
-            | {"dollars": price and round(hours * price, 2)},
         }
-
-
-def shape_of(recipe: Recipe) -> dict[str, Any]:
-    """The recipe's own shape."""
-    config = recipe.model_config_for()
-    return {key: getattr(config, key) for key in dial.SHAPE}
 
 
 def rungs_of(recipe: Recipe, question: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Shape, settings and seeds of each size; the hidden one is the last. Raises `UserError` for a recipe too small."""
     from nanophi.training.budget import flops_per_token
 
-    training, config, own_shape = recipe.training, recipe.model_config_for(), shape_of(recipe)
-    context, vocab = config.max_position_embeddings, config.vocab_size
-    rates, own = (training.learning_rate, training.muon_learning_rate), dial.multiplying(own_shape, vocab)
+    training, config = recipe.training, recipe.model_config_for()
+    context, vocab, model = config.max_position_embeddings, config.vocab_size, vars(config)
+    rates, own = (training.learning_rate, training.muon_learning_rate), dial.multiplying(model, vocab)
     anchor = dial.Anchor(config.hidden_size, records.tokens_seen(recipe), training.batch_size * context, *rates)
     rungs: list[dict[str, Any]] = []
     wanted, count = question["smallest"] or own / SMALLEST, question["sizes"]
@@ -199,7 +187,7 @@ def rungs_of(recipe: Recipe, question: Mapping[str, Any]) -> list[dict[str, Any]
                 f"{recipe.name} has {formatting.size(own)} parameters that multiply, too few for {count} sizes and a "
                 "hidden one above the smallest; name a smaller --smallest"
             )
-        shape, hidden = dial.smaller(own_shape, vocab, wanted), len(rungs) == count
+        shape, hidden = dial.smaller(model, vocab, wanted), len(rungs) == count
         parameters = dial.multiplying(shape, vocab)
         if rungs and parameters < math.sqrt(HIDDEN if hidden else 2) * rungs[-1]["parameters"]:
             wanted *= 1.05
@@ -207,16 +195,10 @@ def rungs_of(recipe: Recipe, question: Mapping[str, Any]) -> list[dict[str, Any]
         settings = dial.scaled(anchor, shape["hidden_size"], question["tokens_per_parameter"] * parameters, context)
         rows = training.micro_batch_size or settings["batch_size"]
         settings["micro_batch_size"] = max(n for n in range(1, rows + 1) if settings["batch_size"] % n == 0)
-        rungs.append(
-            {
-                "model": shape,
-                "training": settings,
-                "parameters": parameters,
-                "seeds": question["seeds"][: 1 if hidden else 2 if len(rungs) > 1 else None],
-                "tokens": settings["steps"] * settings["batch_size"] * context,
-                "flops_per_token": flops_per_token(recipe.model_config_for(**shape), context),
-            }
-        )
+        size: dict[str, Any] = {"model": shape, "training": settings, "parameters": parameters}
+        size["seeds"] = question["seeds"][: 1 if hidden else 2 if len(rungs) > 1 else None]
+        size["tokens"] = settings["steps"] * settings["batch_size"] * context
+        rungs.append(size | {"flops_per_token": flops_per_token(recipe.model_config_for(**shape), context)})
         wanted = 2 * parameters
     return rungs
 

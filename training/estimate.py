@@ -60,8 +60,8 @@ def estimate(
     mfu = ASSUMED_MFU if mfu is None else mfu
     result = predict(resolved, DEVICES[name], devices, mfu, speed, price, GRID_GRAMS_PER_KWH if grid is None else grid)
     typer.echo(render(resolved, f"{devices} x {name}" if devices > 1 else name, result))
-    for derived in dial.explain(recipe, overrides):
-        typer.echo(f"{derived.key}: {derived.value} ({derived.reason})")
+    for key, value, reason in dial.explain(recipe, overrides):
+        typer.echo(f"{key}: {value} ({reason})")
     for line in advice(resolved, Path("runs") / resolved.name):
         typer.echo(line)
 

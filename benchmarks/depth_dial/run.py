@@ -29,7 +29,7 @@ import scipy.stats
 
 from nanophi.core import dial, plots
 from nanophi.core.errors import UserError
-from nanophi.core.files import read_json, sha256_of, write_json
+from nanophi.core.files import read_json, write_json
 from nanophi.core.recipe import Recipe, load_recipe
 from nanophi.core.run import now
 from nanophi.experiments import ablation, records
@@ -135,16 +135,22 @@ def make(recipes: list[Recipe], runs: Path, jobs: int) -> None:
 def plan() -> dict[str, Any]:
     """The plan, written if there is none. Raises `UserError` if the script has changed what it plans."""
     recipes = first_runs()
-    made = {
-        "question": str(__doc__).split("Two parts:\n\n")[1],
-        "runs": {recipe.name: {"flops": flops_of(recipe), "recipe": sha256_of(recipe.dump())} for recipe in recipes},
+    keys = ("steps", "batch_size", "optimizer", "schedule", "learning_rate", "muon_learning_rate", "seed")
+    runs: dict[str, Any] = {
+        recipe.name: {
+            "flops": flops_of(recipe),
+            "model": recipe.model,
+            "training": {key: getattr(recipe.training, key) for key in keys},
+        }
+        for recipe in recipes
     }
+    made: dict[str, Any] = {"question": str(__doc__).split("Two parts:\n\n")[1], "runs": runs}
     path = HERE / "plan.json"
     if not path.exists():
         write_json(path, {**made, "planned": now()})
     elif {**made, "planned": read_json(path)["planned"]} != read_json(path):
         raise UserError(f"{path} is another plan; move it and records/ away to ask another question")
-    total = sum(run["flops"] for run in made["runs"].values()) + 2 * sum(BUDGETS)
+    total = sum(run["flops"] for run in runs.values()) + 2 * sum(BUDGETS)
     print(f"{len(recipes) + 2 * len(BUDGETS)} runs, {total:.2g} FLOP, at 4e11 FLOP/s {total / 4e11 / 3600:.1f} hours")
     return made
 

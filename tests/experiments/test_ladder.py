@@ -46,7 +46,7 @@ training:
 """
 SMALLEST = 8000
 OPTIONS = {"sizes": 4, "tokens_per_parameter": 4.0, "seeds": [0, 1, 2], "tasks": []}
-OPTIONS |= {"smallest": SMALLEST, "price": None}
+OPTIONS |= {"smallest": SMALLEST}
 
 
 @pytest.fixture(scope="module")
