@@ -66,6 +66,8 @@ def ladder(
     from nanophi.experiments import ladder_render
 
     resolved = [load_recipe(recipe, overrides) for recipe in recipes]
+    if len({recipe.name for recipe in resolved}) < len(resolved):
+        raise UserError("two recipes have the same name; each ladder needs its own folder")
     names = [] if tasks == "none" else [task.strip() for task in tasks.split(",")]
     options: dict[str, Any] = {"sizes": sizes, "smallest": smallest, "tokens_per_parameter": tokens_per_parameter}
     options |= {"seeds": seed, "tasks": names}
@@ -113,8 +115,9 @@ class Ladder:
         path, found = self.output / "prediction.json", ladder_render.Ladder(self.output).predict()
         if not path.exists():
             write_json(path, found)
-        elif read_json(path)["records_sha256"] != found["records_sha256"]:
-            raise UserError(f"{path} was made from other records than are there now; put them back")
+        for key, what in (("plan_sha256", "another plan"), ("records_sha256", "other records")):
+            if read_json(path)[key] != found[key]:
+                raise UserError(f"{path} was made from {what} than is there now; put that back")
         heldout = found["targets"]["heldout"]
         own = {key: heldout["recipe"][key] for key in ("value", "interval")} | {"ratio": heldout["ratio"]}
         write_json(self.runs / self.recipe.name / "prediction.json", {"recipe": plan["recipe"], **own})

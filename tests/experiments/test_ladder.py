@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -208,7 +210,7 @@ def test_another_question_and_other_records_are_refused(finished, recipe, monkey
     kept = lost.read_text()
     lost.unlink()
     invented.broken[lost.stem] = 1.45
-    with pytest.raises(UserError, match=r"prediction\.json was made from other records than are there now"):
+    with pytest.raises(UserError, match=r"prediction\.json was made from other records than is there now"):
         one = make(recipe, folder)
         one.run(one.plan())
     lost.write_text(kept)
@@ -253,6 +255,28 @@ def test_two_recipes_are_compared(finished, recipe, monkeypatch):
     base = read_json(folder / "out/rungs/prediction.json")["targets"]["heldout"]["recipe"]["value"]
     assert last["value"] == pytest.approx(-0.1 * base, rel=0.3)
     assert "better - rungs at" in (folder / "out/ladder.md").read_text()
+
+
+def test_a_changed_plan_is_noticed(finished, recipe, monkeypatch):
+    folder, _, _, _, _ = finished
+    Invented(monkeypatch)
+    path = folder / "out/rungs/plan.json"
+    kept = path.read_text()
+    path.write_text(kept.replace("a significant scatter", "any scatter"))
+    one = make(recipe, folder)
+    with pytest.raises(UserError, match=r"prediction\.json was made from another plan than is there now"):
+        one.run(one.plan())
+    path.write_text(kept)
+
+
+BENCHMARK = Path(__file__).parents[2] / "benchmarks/ladder"
+
+
+@pytest.mark.skipif(not (BENCHMARK / "ladder.json").exists(), reason="planned, not run yet")
+def test_the_committed_answer_follows_from_its_records(tmp_path):
+    shutil.copytree(BENCHMARK, tmp_path, dirs_exist_ok=True)
+    ladder_render.write_answer(tmp_path, ["d12", "published"])
+    assert (tmp_path / "ladder.md").read_text() == (BENCHMARK / "ladder.md").read_text()
 
 
 @pytest.mark.slow
