@@ -20,6 +20,7 @@ from nanophi.core.version import __version__
 VERBS = {
     "run": "pipeline:run",
     "ablate": "experiments.ablate:ablate",
+    "ladder": "experiments.ladder:ladder",
     "worker": "pipeline:worker",
     "prepare": "pipeline:prepare",
     "train": "pipeline:train",

@@ -302,10 +302,12 @@ def _records(run: Runner) -> dict[str, Any]:
 
     run.write_recipe()  # the card is made from it
     stages, comparison = run.run.record["stages"], run.path / "comparison.json"
+    prediction = run.path / "prediction.json"
     return {
         "stages": {name: stages[name]["key"] for name in sorted(stages) if name not in LATER_STAGES},
         "comparison": sha256_of_file(comparison) if comparison.exists() else None,
         "recipe": run.recipe.dump(),
+        **({"prediction": sha256_of_file(prediction)} if prediction.exists() else {}),
     }
 
 
@@ -441,6 +443,7 @@ def run_recipes(
     Raises `UserError`, before anything runs, if a recipe cannot be run to its end here.
     """
     from nanophi.eval import render
+    from nanophi.training.advice import advice
 
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         raise UserError("only `nanophi train` runs on several processes; run `nanophi prepare` first, and `run` last")
@@ -450,6 +453,11 @@ def run_recipes(
     pipelines = [Pipeline(recipe, runs, report=report, restart=restart) for recipe in recipes]
     for pipeline in pipelines:
         pipeline.check("verification")
+    for pipeline in pipelines:
+        with pipeline.run.lock():
+            pipeline.tokens()
+        for line in advice(pipeline.recipe, pipeline.path):
+            report(f"{pipeline.recipe.name}: {line}")
     jobs = min(jobs, len(recipes))
     if jobs > 1:
         train_side_by_side(pipelines, jobs)

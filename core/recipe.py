@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import pydantic
 from pydantic import Field
 
+from nanophi.core import dial
 from nanophi.core.bases import inherit
 from nanophi.core.errors import UserError, suggest
 from nanophi.core.licenses import card_problems, unlisted
@@ -334,6 +335,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     for assignment in overrides:
         override(values, assignment)
         override(said, assignment)
+    try:
+        dial.resolve(values)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
     if values.get("conversations"):
         values = inherit(values, said)
     elif said.get("quality") in (None, {}, {"threshold": None}) and _has_no_examples(values):

@@ -12,8 +12,10 @@ import jinja2
 from nanophi.core import formatting, markup, plots
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, write_json, write_text
+from nanophi.core.recipe import Recipe
 from nanophi.eval import catalogue
 from nanophi.experiments import ablation
+from nanophi.training.budget import flops_per_token
 
 ARMS = {
     "all": "all the text",
@@ -49,6 +51,7 @@ def write_answer(output: Path) -> dict[str, Any]:
         "plan": {key: value for key, value in plan.items() if key != "recipe"},
         "name": plan["recipe"]["name"],
         "finished": len(runs),
+        "flops": _flops(plan),
         "targets": ablation.analyse(ablation.targets(plan, items, runs)),
         "runs": [{key: value for key, value in entry.items() if key not in ("items", "environment")} for entry in runs],
     }
@@ -59,6 +62,12 @@ def write_answer(output: Path) -> dict[str, Any]:
     write_text(output / "ablation.md", template.render(result | tables))
     draw(result, output / "ablation.png")
     return result
+
+
+def _flops(plan: Mapping[str, Any]) -> float:
+    """Training FLOP of each run."""
+    config = Recipe(**plan["recipe"]).model_config_for(vocab_size=plan["vocab_size"])
+    return float(plan["tokens_seen"] * flops_per_token(config, config.max_position_embeddings))
 
 
 def paragraph(result: Mapping[str, Any]) -> str:
@@ -80,7 +89,9 @@ def paragraph(result: Mapping[str, Any]) -> str:
         f"Every run saw {formatting.size(plan['tokens_seen'])} tokens: a share of {size['best']} different tokens "
         f"{plan['epochs']['best']:.1f} times, or {size['all']} of all the text {plan['epochs']['all']:.1f} times. "
         f"Measured on {target['title']} (fixed in advance; bits per byte, lower is better): "
-        f"{'; '.join(_sentence(entry) for entry in target['contrasts'].values())}.{works}"
+        f"{'; '.join(_sentence(entry) for entry in target['contrasts'].values())}.{works} "
+        f"Each run took {result['flops']:.1g} FLOP; published work found that decisions transfer to larger models from "
+        "about 1e16 FLOP upwards (DataDecide, arXiv 2504.11393: smallest model 9e15)."
     )
 
 

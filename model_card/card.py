@@ -15,13 +15,13 @@ from nanophi.core.names import final_checkpoint, is_hub_id
 from nanophi.eval import catalogue, results
 from nanophi.eval.results import ANSWER_METRIC
 from nanophi.eval.statistics import share_interval
-from nanophi.model_card import figures, metadata, pages, records
+from nanophi.model_card import figures, metadata, pages, prediction, records
 from nanophi.model_card.consistency import contradictions
 from nanophi.model_card.records import ShippedRecords
 
 SECTIONS = (
     *("summary", "use", "details", "data", "filter", "preprocessing", "training", "evaluation", "comparison"),
-    *("memorisation", "limits", "environment", "reproduce"),
+    *("memorisation", "prediction", "limits", "environment", "reproduce"),
 )
 """The parts of the card in their order: each is a template, `sections/NAME.md`.
 
@@ -92,6 +92,7 @@ class View:
         ]
         known = [entry["mfu"] for entry in shipped["training.json"]["log"] if entry["mfu"] is not None]
         self.mfu = statistics.median(known) if known else None
+        self.prediction = prediction.sentence(shipped)
 
     @property
     def leaderboard(self) -> dict[str, Any] | None:

@@ -39,7 +39,9 @@ PRIVATE_CONFIG = ("model", "model_args", "device")
 # Keys of lm-eval's results, and of our part of them, that are shipped: no samples, machine details and paths.
 KEPT_OF_OURS = ("format", "suite", "lines", "headline", "average", "heldout", "memorisation", "data")
 OF_DATA = ("documents.json", "quality.json", "tokens.json")
-IF_THERE = (*OF_DATA, "sample.json", "conversations.json", "comparison.json")
+IF_THERE = (*OF_DATA, "sample.json", "conversations.json", "comparison.json", "prediction.json")
+OF_FINISHED = ("comparison.json", "prediction.json")  # of finished models
+OF_RUN = ("sample.json", *OF_FINISHED)
 REQUIRED = ("recipe.yaml", "run.json", "model.json", "training.json", "checkpoint.json", "revisions.json", *OF_DATA)
 ShippedRecords = dict[str, Any]  # relative file name under `records/` -> contents
 
@@ -71,8 +73,8 @@ def collect(run: Path, checkpoint: Path) -> ShippedRecords:
         "revisions.json": revisions(run),
     }
     for name in IF_THERE:
-        path = run / (name if name in ("sample.json", "comparison.json") else f"data/{Path(name).stem}/{name}")
-        if path.exists() and (name != "comparison.json" or final):  # a comparison is one of finished models
+        path = run / (name if name in OF_RUN else f"data/{Path(name).stem}/{name}")
+        if path.exists() and (name not in OF_FINISHED or final):
             records[name] = {key: value for key, value in read_json(path).items() if key not in PRIVATE_KEYS}
     if sample := records.get("sample.json"):
         sample["text"] = sample.get("checkpoints", {}).get(checkpoint.name, sample["text"])

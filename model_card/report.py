@@ -19,7 +19,7 @@ from nanophi.core.names import final_checkpoint
 from nanophi.data.documents import find
 from nanophi.data.trace import trace_text
 from nanophi.eval import catalogue
-from nanophi.model_card import records
+from nanophi.model_card import prediction, records
 from nanophi.model_card.card import by_source, differences
 from nanophi.model_card.records import ShippedRecords
 
@@ -49,6 +49,7 @@ def build(run: Path, output: Path) -> dict[str, Any]:
         "baseline": _baseline(shipped),
         "differences": differences(shipped.get("comparison.json")),
         "by_source": by_source(shipped),
+        "prediction": prediction.sentence(shipped),
         "ablation": _ablation(run / "ablation.json"),
         "written": training.get("samples", []),
         "samples": _samples(run / "sample.json"),

@@ -42,7 +42,7 @@ SMALL = {
     "data": {"sources": SOURCES, "heldout_fraction": 0.1, "workers": 1},
     "quality": {"high": ["good"], "low": ["web"]},
     "tokenizer": {"vocab_size": 400},
-    "model": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2},
+    "model": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 8},
     "training": {"steps": 8, "batch_size": 4, "warmup_steps": 2, "save_steps": 4, "keep_steps": [4], "eval_steps": 4}
     | {"logging_steps": 2},
     "evaluation": {"limit": 8},

@@ -96,10 +96,10 @@ def flops_per_token(config: NanoPhiConfig, context_length: int) -> float:
 
     PaLM's formula (https://arxiv.org/abs/2204.02311, appendix B); attention counts the full square, not a causal half.
     """
-    return 6 * _multiplying(config) + 12 * config.num_hidden_layers * config.hidden_size * context_length
+    return 6 * multiplying_parameters(config) + 12 * config.num_hidden_layers * config.hidden_size * context_length
 
 
-def _multiplying(config: NanoPhiConfig) -> int:
+def multiplying_parameters(config: NanoPhiConfig) -> int:
     """Parameters that multiply: all but a table of embeddings that is not the head too."""
     return parameter_count(config) - (0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size)
 
@@ -119,5 +119,5 @@ def peak_bytes(config: NanoPhiConfig, training: Training, rows: int) -> int:
     activations = tokens * layers * layer
     if training.arguments.get("gradient_checkpointing") or training.arguments.get("activation_checkpointing"):
         activations = tokens * (layers * 4 * hidden + layer)  # each layer's input, and one layer at a time
-    state = 16 * parameter_count(config) + (0 if width == 4 else 2 * _multiplying(config))
+    state = 16 * parameter_count(config) + (0 if width == 4 else 2 * multiplying_parameters(config))
     return state + activations + width * min(LOSS_CHUNK, tokens) * config.vocab_size

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Option
 
-from nanophi.core import formatting
+from nanophi.core import dial, formatting
 from nanophi.core.errors import UserError
 from nanophi.core.files import write_json
 from nanophi.core.options import OneRecipe, Overrides
 from nanophi.core.recipe import Recipe, load_recipe
+from nanophi.training.advice import advice
 from nanophi.training.budget import DEVICES, Device, find_device, fitting_rows, flops_per_token, peak_bytes, uses_tf32
 
 if TYPE_CHECKING:
@@ -52,6 +53,10 @@ def estimate(
     speed = measured_speed(resolved) if measure else None
     result = predict(resolved, DEVICES[name], devices, mfu, speed, price, grid)
     typer.echo(render(resolved, f"{devices} x {name}" if devices > 1 else name, result))
+    for key, value, reason in dial.explain(recipe, overrides):
+        typer.echo(f"{key}: {value} ({reason})")
+    for line in advice(resolved, Path("runs") / resolved.name):
+        typer.echo(line)
 
 
 def predict(

@@ -201,11 +201,13 @@ def test_the_paragraph_claims_what_was_found_and_no_more():
         plan = {"share": 0.42, "rule": "score > 0.5", "tokens_seen": 2e6, "arms": list(ablation.ARMS)}
         plan |= {"tokens": {"best": 5e5, "all": 1.2e6}, "epochs": {"best": 4.0, "all": 1.68}}
         plan |= {"seeds": [0, 1, 2], "learning_rates": [1.0, 0.2]}
-        return ablation_render.paragraph({"plan": plan, "targets": {"t": analyse(target)}, "finished": finished})
+        result = {"plan": plan, "targets": {"t": analyse(target)}, "finished": finished, "flops": 4e13}
+        return ablation_render.paragraph(result)
 
     found = said(experiment(np.random.default_rng(12), {"best": -0.1, "worst": 0.1}))
     assert "the best share needs fewer bits than a random share of the same size (-0." in found
     assert "no difference was found between a random share of the same size and all the text" in found
+    assert "Each run took 4e+13 FLOP; published work found that decisions transfer" in found
     assert "The measurement works" in found and "Unfinished" not in found
     nothing = said(experiment(np.random.default_rng(14), {}), finished=23)
     assert nothing.startswith("Unfinished: 23 of 24 runs are done.")

@@ -1,0 +1,184 @@
+"""What every experiment keeps: a plan that is written before anything is trained, and a record of each finished run.
+
+    OUTPUT/plan.json    the question, and what follows from it
+    OUTPUT/records/     one JSON file per run, with every item's log-likelihood
+
+Which runs an experiment has and what it makes of their records is its own (`ablate.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nanophi.core import formatting
+from nanophi.core.errors import UserError
+from nanophi.core.files import read_json, sha256_of, write_json, write_text
+from nanophi.core.recipe import Recipe
+
+if TYPE_CHECKING:
+    from nanophi.pipeline import Pipeline
+
+FORMAT = 1
+"""Version of the plan and the records."""
+HELDOUT = "heldout_bits_per_byte"
+
+Report = Callable[[str], None]
+
+
+def keep_plan(
+    output: Path, question: Mapping[str, Any], make: Callable[[Mapping[str, Any]], dict[str, Any]]
+) -> dict[str, Any]:
+    """The plan in a folder; if there is none yet, what `make` makes of the question, written there.
+
+    Raises:
+        UserError: if the folder cannot be written, or its plan is of another question. A plan that follows the results
+            is none.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{output} cannot be written ({error.strerror}); choose another --output") from None
+    path = output / "plan.json"
+    if not path.exists():
+        write_json(path, make(question))
+    plan: dict[str, Any] = read_json(path)
+    if plan.get("format") != FORMAT:
+        raise UserError(f"{path} has format {plan.get('format')}, this version reads {FORMAT}; name another --output")
+    # A recipe that was written by an earlier version lacks keys that it has the default of.
+    before = plan | {"recipe": Recipe(**plan["recipe"]).dump()}
+    for key in ("workers", "engine"):
+        before["recipe"]["data"][key] = question["recipe"]["data"][key]
+    for key, value in question.items():
+        if before[key] != value:
+            where = key.replace("_", " ")
+            if key == "recipe":
+                where = f"values in the recipe's {next(name for name in value if before[key][name] != value[name])}"
+            raise UserError(f"{path}: planned with other {where}; name another --output, or repeat what was planned")
+    return plan
+
+
+def estimate(recipe: Recipe, runs: int, vocab_size: int, jobs: int) -> dict[str, Any]:
+    """What so many trainings of a recipe will take, from a few steps here with the threads that each will have."""
+    import torch
+
+    from nanophi.core.jobs import cores
+    from nanophi.training import estimate
+
+    sized = Recipe(**{**recipe.dump(), "model": {**recipe.model, "vocab_size": vocab_size}})
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(max(1, min(threads, cores() // jobs)))
+        speed = estimate.measured_speed(sized, report=lambda line: None)
+    finally:
+        torch.set_num_threads(threads)
+    tokens = runs * tokens_seen(recipe)
+    hours = round(tokens / speed / jobs / 3600, 3)
+    return {"runs": runs, "tokens": tokens, "tokens_per_second": round(speed, 1), "jobs": jobs, "hours": hours}
+
+
+def tokens_seen(recipe: Recipe) -> int:
+    """Tokens that a training by the recipe reads, repeated ones counted again."""
+    return recipe.training.steps * recipe.training.batch_size * recipe.model_config_for().max_position_embeddings
+
+
+def without_repetition(report: Report) -> Report:
+    """`report`, without the lines that tell of every run that what all share is there already."""
+    return lambda line: None if line.endswith("up to date") or " shared with " in line else report(line)
+
+
+def run_missing(
+    pipelines: Sequence[Pipeline], output: Path, jobs: int, finished: Callable[[str], None], report: Report
+) -> None:
+    """Train and evaluate the runs that have no record yet, `jobs` at once, and tell how many are left.
+
+    `finished` gets the name of each and writes its record.
+    """
+    from nanophi.pipeline import train_side_by_side
+
+    waiting = [pipeline for pipeline in pipelines if not record_path(output, pipeline.recipe.name).exists()]
+    before, began, done = len(pipelines) - len(waiting), time.monotonic(), 0
+    if before:
+        report(f"{before} of {len(pipelines)} runs were done before")
+
+    def one(name: str) -> None:
+        nonlocal done
+        finished(name)
+        done += 1
+        left = len(waiting) - done
+        seconds = (time.monotonic() - began) / done * left
+        rest = f", about {formatting.duration(seconds)} left" if left else ""
+        report(f"{before + done} of {len(pipelines)} runs done{rest}")
+
+    if waiting:
+        train_side_by_side(waiting, jobs, one)
+
+
+def suite(tasks: Sequence[str]) -> str:
+    """The suite that an experiment's runs are evaluated on: held-out text, and tasks."""
+    return ",".join((HELDOUT, *tasks))
+
+
+def write_record(pipeline: Pipeline, tasks: Sequence[str], output: Path, **fields: Any) -> None:
+    """A finished run's record: what it was trained on, and every item's log-likelihood (nats) and size (bytes).
+
+    Args:
+        tasks: multiple-choice tasks that it was evaluated on, beside held-out text.
+        fields: what the experiment wants to know of the run, such as its arm.
+    """
+    from nanophi.core.environment import environment
+    from nanophi.core.names import step_name
+    from nanophi.eval.results import ANSWER_METRIC, item_values, read_result, run_result_name
+
+    recipe = pipeline.recipe
+    step = step_name(recipe.training.steps)
+    result = read_result(pipeline.path / "evals" / run_result_name(step, suite(tasks)))
+    items: dict[str, Any] = {}
+    for task in (HELDOUT, *tasks):
+        values = item_values(result, task, "bits_per_byte" if task == HELDOUT else ANSWER_METRIC)
+        if not values:
+            raise UserError(f"task '{task}' has no right answer whose likelihood is known; name other --tasks")
+        ordered = sorted(values)
+        items[task] = {
+            "numbers": [number for number, _ in ordered],
+            "sha256": sha256_of([hashed for _, hashed in ordered]),
+            "values": [_rounded(values[item]) for item in ordered],
+        }
+    history = read_json(pipeline.path / "training.json")["summary"]
+    content = {
+        "format": FORMAT,
+        "run": recipe.name,
+        **fields,
+        "documents": read_json(pipeline.path / "data/tokens/tokens.json")["train"]["documents"],
+        **{name: history[name] for name in ("tokens_seen", "epochs", "seconds", "final_loss", "weights_sha256")},
+        "shared": {stage: pipeline.key(stage) for stage in ("documents", "scores", "tokenizer")},
+        "environment": environment(),
+        "items": items,
+    }
+    write_text(record_path(output, recipe.name), compact(content))
+
+
+def _rounded(value: Any) -> Any:
+    return [round(value[0], 4), int(value[1])] if isinstance(value, list | tuple) else round(value, 6)
+
+
+def compact(value: Mapping[str, Any]) -> str:
+    """JSON with one line for each key of the first level, so that thousands of numbers do not fill as many lines."""
+    lines = [f"{json.dumps(key)}: {json.dumps(item, separators=(',', ':'))}" for key, item in value.items()]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def record_path(output: Path, name: str) -> Path:
+    """The record of the run with this name."""
+    return output / "records" / f"{name}.json"
+
+
+def read_records(output: Path) -> list[dict[str, Any]]:
+    """The records of the finished runs. Raises `UserError` if there is none yet."""
+    records = [read_json(path) for path in sorted((output / "records").glob("*.json"))]
+    if not records:
+        raise UserError(f"{output} holds no record of a finished run; run the experiment again")
+    return records

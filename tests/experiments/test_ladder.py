@@ -1,0 +1,292 @@
+"""The ladder on runs whose losses follow a known law, and (slow) on runs that are really trained."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nanophi.core import dial
+from nanophi.core.errors import UserError
+from nanophi.core.files import read_json, sha256_of_tree, write_json
+from nanophi.core.recipe import load_recipe
+from nanophi.experiments import ladder, ladder_render, records
+from nanophi.experiments.ladder import Ladder, entries_of, run_of
+from nanophi.experiments.scaling import effective_tokens
+from nanophi.training import estimate
+
+RECIPE = """
+name: rungs
+data:
+  sources:
+    - {files: "@/train.jsonl", name: text}
+    - {files: "@/held.jsonl", name: held, heldout: true}
+  deduplication: {near: false}
+  workers: 1
+quality: {scorer: none}
+tokenizer: {vocab_size: 320}
+model:
+  hidden_size: 128
+  intermediate_size: 512
+  num_hidden_layers: 4
+  num_attention_heads: 8
+  num_key_value_heads: 4
+  max_position_embeddings: 64
+training:
+  steps: 2000
+  batch_size: 32
+  optimizer: muon
+  learning_rate: 0.02
+  muon_learning_rate: 0.04
+  schedule: wsd
+  decay_fraction: 0.5
+  precision: fp32
+  dollars_per_hour: 2.0
+"""
+SMALLEST = 8000
+OPTIONS = {"sizes": 4, "tokens_per_parameter": 4.0, "seeds": [0, 1, 2], "tasks": []}
+OPTIONS |= {"smallest": SMALLEST}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rungs")
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("abcdefgh"), 4)) for _ in range(40)]
+    for name, count in (("train", 300), ("held", 40)):
+        rows = [{"text": " ".join(rng.choice(words, 80))} for _ in range(count)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "rungs.yaml").write_text(RECIPE.replace("@", str(folder)))
+    return load_recipe(folder / "rungs.yaml")
+
+
+class Invented:
+    """Runs that are not trained: their losses follow a law."""
+
+    def __init__(self, patch, gain=1.0):
+        self.made, self.gain, self.broken = [], gain, {}
+        patch.setattr(estimate, "measured_speed", lambda recipe, report: 1e5)
+        patch.setattr(records, "run_missing", self.run_missing)
+        patch.setattr(records, "write_record", self.write_record)
+
+    def run_missing(self, pipelines, output, jobs, finished, report):
+        for pipeline in pipelines:
+            if not records.record_path(output, pipeline.recipe.name).exists():
+                made = next(pipeline.path.parent.glob("*/data/tokens/tokens.json"))  # with the plan
+                write_json(pipeline.path / "data/tokens/tokens.json", read_json(made))
+                self.made.append((output.name, pipeline.recipe.name))
+                finished(pipeline.recipe.name)
+
+    def write_record(self, pipeline, tasks, output, **fields):
+        recipe = pipeline.recipe
+        config = recipe.model_config_for()
+        tokens, name = records.tokens_seen(recipe), recipe.name
+        text = effective_tokens(tokens, fields["unique_tokens"])
+        size = dial.multiplying(vars(config), 320)
+        rng = np.random.default_rng([fields["seed"], size, recipe.training.steps])
+        loss = self.gain * (0.6 + 20 / size**0.4 + 20 / text**0.35) * math.exp(0.004 * rng.normal())
+        loss = self.broken.get(name, loss)
+        lengths = np.random.default_rng(0).integers(200, 800, 40).tolist()
+        items = [[-round(loss * length * math.log(2), 4), length] for length in lengths]
+        heldout = {"numbers": list(range(40)), "sha256": "0", "values": items}
+        known = {"run": name, **fields, "tokens_seen": tokens, "weights_sha256": f"{loss}"}
+        write_json(records.record_path(output, name), {**known, "items": {records.HELDOUT: heldout}})
+
+
+def make(recipe, folder, lines=None, **changes):
+    options = {**OPTIONS, **changes}
+    report = lines.append if lines is not None else str
+    return Ladder(recipe, folder / "runs", folder / "out" / recipe.name, options, report=report)
+
+
+@pytest.fixture(scope="module")
+def finished(recipe, tmp_path_factory):
+    folder, lines = tmp_path_factory.mktemp("ladder"), []
+    with pytest.MonkeyPatch.context() as patch:
+        invented = Invented(patch)
+        one = make(recipe, folder, lines)
+        plan = one.plan()
+        assert not invented.made and [path.name for path in one.output.iterdir()] == ["plan.json"]
+        one.run(plan)
+    return folder, plan, ladder_render.write_answer(folder / "out", [recipe.name]), lines, invented.made
+
+
+def test_sizes_double_and_keep_the_recipes_shape(finished, recipe):
+    _, plan, _, _, _ = finished
+    sizes = [rung["parameters"] for rung in plan["rungs"]]
+    assert len(sizes) == 5 and sizes[0] == pytest.approx(SMALLEST, rel=0.2)
+    for below, above in itertools.pairwise(sizes):
+        assert 1.4 < above / below < 3
+    flops = [rung["parameters"] * rung["tokens"] for rung in plan["rungs"]]
+    assert flops[4] >= 3.9 * flops[3]
+    for rung in plan["rungs"]:
+        assert rung["model"]["hidden_size"] == 16 * rung["model"]["num_attention_heads"]
+        assert rung["model"]["intermediate_size"] == 4 * rung["model"]["hidden_size"]
+        assert rung["tokens"] == pytest.approx(4 * rung["parameters"], rel=0.05)
+        assert rung["training"]["learning_rate"] == pytest.approx(0.02 * 128 / rung["model"]["hidden_size"], rel=0.01)
+
+
+def test_the_plan_says_what_it_takes(finished):
+    _, plan, _, lines, _ = finished
+    price = plan["estimate"]
+    assert price["runs"] == 25 and len(entries_of(plan)) == 25
+    assert price["dollars"] == pytest.approx(2 * price["hours"], abs=0.01) and price["flops"] > 0
+    said = next(line for line in lines if "25 runs" in line)
+    assert "FLOP, about" in said and "$" in said and "(the last size hidden)" in said
+    assert "Hoffmann" in plan["method"] and "one seed" in plan["refusals"]
+
+
+def test_one_run_gives_both_lengths(finished, recipe):
+    _, plan, _, _, _ = finished
+    half, full, rate = (run_of(recipe, plan, (part, 0, 0, f)) for part, f in (("half", 1), ("full", 1), ("rates", 1.5)))
+    assert half.name == full.name != rate.name
+    assert half.training.steps == round(full.training.steps / 2)
+    same = ("batch_size", "learning_rate", "muon_learning_rate", "warmup_steps", "schedule", "decay_fraction")
+    assert all(getattr(half.training, key) == getattr(full.training, key) for key in same)
+    assert rate.training.learning_rate == pytest.approx(1.5 * half.training.learning_rate)
+    cosine = load_recipe_with(recipe, schedule="cosine")
+    assert run_of(cosine, plan, ("half", 0, 0, 1)).name != run_of(cosine, plan, ("full", 0, 0, 1)).name
+
+
+def load_recipe_with(recipe, **training):
+    values = recipe.dump()
+    values["training"] |= training
+    return type(recipe)(**values)
+
+
+def test_the_hidden_size_is_trained_after_the_prediction_and_tests_it(finished):
+    folder, plan, answer, _, made = finished
+    assert [part for part, _ in made] == ["half"] * 10 + ["full"] * 10 + ["rates"] * 4 + ["hidden"]
+    found = answer["recipes"]["rungs"]["targets"]["heldout"]
+    low, high = found["hidden"]["interval"]
+    assert low < found["measured"] < high and found["inside"]
+    assert 3.9 < found["hidden_ratio"] < 8
+    assert found["ratio"] > found["hidden_ratio"] and not found["confirmed"]
+    prediction = read_json(folder / "out/rungs/prediction.json")
+    assert "measured" not in prediction["targets"]["heldout"]
+    assert prediction["targets"]["heldout"]["hidden"]["interval"] == [low, high]
+    own = read_json(folder / "runs/rungs/prediction.json")
+    assert own["value"] == prediction["targets"]["heldout"]["recipe"]["value"] and own["recipe"] == plan["recipe"]
+    rates = [(one["rung"], round(one["factor"], 2)) for one in prediction["rates"]]
+    assert rates == [(0, 0.67), (0, 1.5), (2, 0.67), (2, 1.5)]
+
+
+def test_the_answer_for_the_eye(finished):
+    folder, _, answer, _, _ = finished
+    page = (folder / "out/ladder.md").read_text()
+    assert "inside the interval (a straight line through the last two sizes: " in answer["paragraph"]
+    assert answer["paragraph"].endswith("(not confirmed at this scale).")
+    assert page.startswith(f"# Predicted from smaller runs\n\n{answer['paragraph']}\n\n![Loss")
+    assert "Muennighoff et al. 2023" in page and "before the hidden size" in page
+    assert (folder / "out/ladder.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_it_resumes_and_gives_the_same_answer(finished, recipe, monkeypatch):
+    folder, _, answer, _, _ = finished
+    invented = Invented(monkeypatch)
+    lost = min((folder / "out/rungs/full/records").iterdir())
+    lost.unlink()
+    one = make(recipe, folder)
+    one.run(one.plan())
+    assert [part for part, _ in invented.made] == ["full"]
+    assert ladder_render.write_answer(folder / "out", ["rungs"]) == answer
+
+
+def test_another_question_and_other_records_are_refused(finished, recipe, monkeypatch):
+    folder, _, _, _, _ = finished
+    invented = Invented(monkeypatch)
+    before = sha256_of_tree(folder / "out")
+    for changes, what in (({"sizes": 5}, "sizes"), ({"seeds": [0, 1]}, "seeds"), ({"smallest": 9000}, "smallest")):
+        with pytest.raises(UserError, match=f"planned with other {what}; name another --output"):
+            make(recipe, folder, **changes).plan()
+    with pytest.raises(UserError, match="planned with other values in the recipe's training"):
+        make(load_recipe_with(recipe, learning_rate=0.03), folder).plan()
+    lost = min((folder / "out/rungs/half/records").iterdir())
+    kept = lost.read_text()
+    lost.unlink()
+    invented.broken[lost.stem] = 1.45
+    with pytest.raises(UserError, match=r"prediction\.json was made from other records than is there now"):
+        one = make(recipe, folder)
+        one.run(one.plan())
+    lost.write_text(kept)
+    assert sha256_of_tree(folder / "out") == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sizes": 3}, "a prediction needs 4 sizes, there are 3"),
+        ({"seeds": [0]}, "every size has one seed"),
+        ({"smallest": 100_000}, r"rungs has \d+k parameters that multiply, too few for 4 sizes and a hidden one"),
+    ],
+)
+def test_ladders_that_cannot_be_planned(recipe, tmp_path, monkeypatch, changes, message):
+    Invented(monkeypatch)
+    with pytest.raises(UserError, match=message):
+        make(recipe, tmp_path, **changes).plan()
+    assert not list(tmp_path.rglob("plan.json"))
+
+
+def test_a_diverged_run_is_named(recipe, tmp_path, monkeypatch):
+    invented = Invented(monkeypatch)
+    one = make(recipe, tmp_path)
+    plan = one.plan()
+    name = run_of(recipe, plan, ("full", 1, 2, 1.0)).name
+    invented.broken[name] = 7.0
+    with pytest.raises(UserError, match=rf"^{name} has diverged \(7\.000 bits per byte\)"):
+        one.run(plan)
+    assert not (one.output / "prediction.json").exists()
+
+
+def test_two_recipes_are_compared(finished, recipe, monkeypatch):
+    folder, _, _, _, _ = finished
+    Invented(monkeypatch, gain=0.9)
+    other = type(recipe)(**recipe.dump() | {"name": "better"})
+    one = make(other, folder)
+    one.run(one.plan())
+    found = ladder_render.write_answer(folder / "out", ["rungs", "better"])["differences"]["better"]
+    last = found["curve"][-1]
+    assert not found["sign_changes"] and last["interval"][1] < 0
+    base = read_json(folder / "out/rungs/prediction.json")["targets"]["heldout"]["recipe"]["value"]
+    assert last["value"] == pytest.approx(-0.1 * base, rel=0.3)
+    assert "better - rungs at" in (folder / "out/ladder.md").read_text()
+
+
+def test_a_changed_plan_is_noticed(finished, recipe, monkeypatch):
+    folder, _, _, _, _ = finished
+    Invented(monkeypatch)
+    path = folder / "out/rungs/plan.json"
+    kept = path.read_text()
+    path.write_text(kept.replace("a significant scatter", "any scatter"))
+    one = make(recipe, folder)
+    with pytest.raises(UserError, match=r"prediction\.json was made from another plan than is there now"):
+        one.run(one.plan())
+    path.write_text(kept)
+
+
+BENCHMARK = Path(__file__).parents[2] / "benchmarks/ladder"
+
+
+@pytest.mark.skipif(not (BENCHMARK / "ladder.json").exists(), reason="planned, not run yet")
+def test_the_committed_answer_follows_from_its_records(tmp_path):
+    shutil.copytree(BENCHMARK, tmp_path, dirs_exist_ok=True)
+    ladder_render.write_answer(tmp_path, ["d12", "published"])
+    assert (tmp_path / "ladder.md").read_text() == (BENCHMARK / "ladder.md").read_text()
+
+
+@pytest.mark.slow
+def test_really_trained(recipe, tmp_path):
+    lines: list[str] = []
+    small = {"tokens_per_parameter": 2.0, "seeds": [0, 1]}
+    one = make(recipe, tmp_path, lines, **small)
+    one.run(one.plan())
+    answer = ladder_render.write_answer(tmp_path / "out", ["rungs"])
+    found = answer["recipes"]["rungs"]["targets"]["heldout"]
+    assert 0 < found["measured"] < 8
+    assert any("continues from" in line for line in lines)
+    assert ladder.LENGTHS.keys() == {path.name for path in (tmp_path / "out/rungs").iterdir() if path.is_dir()}
