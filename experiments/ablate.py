@@ -16,8 +16,10 @@ under several seeds (initialisation, order, which documents are drawn) and two l
     OUTPUT/ablation.json|.md|.png   the answer (`ablation.py`) from these files alone, new after each run
     RUNS/NAME/ablation.json         a copy, if the recipe itself has been run there, for its report page
     RUNS/NAME-ARM-seed-S-lr-R/      run directories; documents, scores and tokenizer are made once and shared
+    RUNS/NAME-ARM-measured/         the data from which the plan's sizes come
 
-Called again it resumes. A plan is not changed: another question needs another OUTPUT.
+Called again it resumes. A plan is not changed: another question needs another OUTPUT. Runs of an earlier question that
+are the same are used again; where one is another, this question's runs have a name of their own, NAME-1a2b3c4d.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ from typer import Option
 from nanophi.core import formatting
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, sha256_of, write_json, write_text
-from nanophi.core.options import Jobs, OneRecipe, Overrides, Runs
+from nanophi.core.options import Jobs, OneRecipe, Overrides, Restart, Runs
 from nanophi.core.recipe import Recipe, load_recipe
 from nanophi.core.run import differences, now
 from nanophi.pipeline import Pipeline, train_side_by_side
@@ -65,6 +67,7 @@ def ablate(
     output: Annotated[Path | None, Option(help="Folder of the answer (default: ablations/NAME).")] = None,
     plan: Annotated[bool, Option("--plan", help="Write the plan and stop, before anything is trained.")] = False,
     jobs: Jobs = 1,
+    restart: Restart = False,
     runs: Runs = Path("runs"),
     overrides: Overrides = [],
 ) -> None:
@@ -78,7 +81,7 @@ def ablate(
     resolved = load_recipe(recipe, overrides)
     output = Path("ablations") / resolved.name if output is None else output
     names = [] if tasks == "none" else [task.strip() for task in tasks.split(",")]
-    experiment = Ablation(resolved, runs, output, seed, learning_rate, epochs, names, jobs)
+    experiment = Ablation(resolved, runs, output, seed, learning_rate, epochs, names, jobs, restart)
     planned = experiment.plan()
     if plan:
         typer.echo(output / "plan.json")
@@ -115,6 +118,7 @@ class Ablation:
     epochs: float | None = None
     tasks: Sequence[str] = ("arc_easy", "hellaswag")
     jobs: int = 1
+    restart: bool = False
     report: Callable[[str], None] = print
 
     def plan(self) -> dict[str, Any]:
@@ -155,8 +159,7 @@ class Ablation:
         """Make the runs that have no record yet; the answer that `ablation.json` holds, or `UserError` if some fail."""
         from nanophi.experiments import ablation_render
 
-        keys = [(arm, seed, rate) for seed in plan["seeds"] for rate in plan["learning_rates"] for arm in plan["arms"]]
-        arms = {run_name(self.recipe, *key): key for key in keys}
+        arms = {run_name(self.recipe, plan, *key): key for key in keys_of(plan)}
         waiting = [name for name in arms if not (self.output / "records" / f"{name}.json").exists()]
         before, began, done = len(arms) - len(waiting), time.monotonic(), 0
         if before:
@@ -183,7 +186,8 @@ class Ablation:
     def _pipeline(self, recipe: Recipe) -> Pipeline:
         """A run's, which does not tell again that what all share is there already."""
         told = re.compile("up to date$| shared with ")
-        return Pipeline(recipe, self.runs, report=lambda line: None if told.search(line) else self.report(line))
+        report = lambda line: None if told.search(line) else self.report(line)  # noqa: E731
+        return Pipeline(recipe, self.runs, report=report, restart=self.restart)
 
     def _check(self) -> None:
         from nanophi.eval import suites
@@ -218,10 +222,13 @@ class Ablation:
         plan = {"format": FORMAT, **question, "share": self.recipe.quality.share, "tokens": {}}
         available, vocab_size = self._measure_arms(plan)
         plan["tokens"] = self._sizes(available, plan["share"], seen, context)
-        runs = len(ablation.ARMS) * len(plan["seeds"]) * len(plan["learning_rates"])
+        plan["arms"] = list(ablation.ARMS)
+        planned = [arm_of(self.recipe, plan, *key) for key in keys_of(plan)]
+        there = [(run, self.runs / run.name / "recipe.yaml") for run in planned]
+        if any(file.exists() and load_recipe(file).dump() != run.dump() for run, file in there):
+            plan["name"] = f"{self.recipe.name}-{sha256_of(question)[:8]}"
         return plan | {
             "rule": describe_rule(self.recipe.quality),
-            "arms": list(ablation.ARMS),
             "tokens_seen": seen,
             "epochs": {arm: seen / count for arm, count in plan["tokens"].items()},
             "vocab_size": vocab_size,
@@ -230,22 +237,26 @@ class Ablation:
             "test": str(ablation.__doc__).split("\n\n", 1)[1].strip(),
             "planned": now(),
             "environment": environment(),
-            "estimate": self._estimate(runs, seen, vocab_size),
+            "estimate": self._estimate(len(planned), seen, vocab_size),
         }
 
     def _measure_arms(self, plan: dict[str, Any]) -> tuple[dict[str, int], int]:
         """Different tokens of each arm, and the tokenizer's size; sets the plan's `share`, writes `items.json`."""
         from nanophi.experiments import ablation
 
-        recipe, first = self.recipe, (plan["seeds"][0], plan["learning_rates"][0])
+        def measured(recipe: Recipe, arm: str) -> Pipeline:
+            # Not in a run's own directory: its weights may be there, from an earlier experiment.
+            return self._pipeline(Recipe(**{**recipe.dump(), "name": f"{self.recipe.name}-{arm}-measured"}))
+
+        first = (plan["seeds"][0], plan["learning_rates"][0])
         if plan["share"] is None:  # the recipe's own filter tells what it keeps
-            pipeline = self._pipeline(Recipe(**{**recipe.dump(), "name": run_name(recipe, "all", *first)}))
+            pipeline = measured(self.recipe, "all")
             with pipeline.run.lock():
                 plan["share"] = pipeline.make("quality")["kept_bytes_fraction"]
         plan["tokens"] = dict.fromkeys(ablation.ARMS, SAMPLE_TOKENS)
         available = {}
         for arm in ablation.ARMS:
-            pipeline = self._pipeline(arm_of(recipe, plan, arm, *first))
+            pipeline = measured(arm_of(self.recipe, plan, arm, *first), arm)
             with pipeline.run.lock():
                 counts = pipeline.tokens()
                 kept = pipeline.make("quality")["kept_bytes"]
@@ -326,9 +337,14 @@ class Ablation:
         write_text(self.output / "records" / f"{recipe.name}.json", _compact(content))
 
 
-def run_name(recipe: Recipe, arm: str, seed: int, rate: float) -> str:
+def keys_of(plan: Mapping[str, Any]) -> list[tuple[str, int, float]]:
+    """Arm, seed and learning rate of every run, in the order in which they are made."""
+    return [(arm, seed, rate) for seed in plan["seeds"] for rate in plan["learning_rates"] for arm in plan["arms"]]
+
+
+def run_name(recipe: Recipe, plan: Mapping[str, Any], arm: str, seed: int, rate: float) -> str:
     """Name of a run of the experiment on a recipe."""
-    return f"{recipe.name}-{arm}-seed-{seed}-lr-{rate:g}"
+    return f"{plan.get('name', recipe.name)}-{arm}-seed-{seed}-lr-{rate:g}"
 
 
 def suite(tasks: Sequence[str]) -> str:
@@ -337,10 +353,10 @@ def suite(tasks: Sequence[str]) -> str:
 
 
 def arm_of(recipe: Recipe, plan: Mapping[str, Any], arm: str, seed: int, rate: float) -> Recipe:
-    """The recipe of one run. Of the plan `share`, `tokens` (by arm, None: not limited) and `tasks` count."""
+    """The recipe of one run. Of the plan `share`, `tokens` (by arm, None: not limited), `tasks` and `name` count."""
     values = recipe.dump()
     training, steps = values["training"], recipe.training.steps
-    values["name"] = run_name(recipe, arm, seed, rate)
+    values["name"] = run_name(recipe, plan, arm, seed, rate)
     values["data"]["max_tokens"] = plan["tokens"][arm]
     share = {"share": None, "select": "best"} if arm == "all" else {"share": plan["share"], "select": arm}
     values["quality"] |= {"threshold": None, **share}
