@@ -146,7 +146,7 @@ def test_killed_it_resumes_and_another_question_is_refused(finished, recipe, mon
 
 def test_another_output_uses_runs_that_are_the_same_and_leaves_others_alone(finished, recipe, tmp_path, monkeypatch):
     folder, result, _ = finished
-    before = {path: path.stat().st_mtime_ns for path in folder.glob("runs/*-seed-*/**/*") if path.is_file()}
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("runs/*-seed-*/[ct]*/*/*")}
     fewer = Ablation(recipe, folder / "runs", tmp_path / "fewer", report=str, **{**OPTIONS, "seeds": (0,)})
     plan = fewer.plan()
     with monkeypatch.context() as patch:

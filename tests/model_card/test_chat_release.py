@@ -65,7 +65,7 @@ def test_a_release_on_a_chat_model_names_the_whole_chain(run, tmp_path):
     write_json(record, known | {"base": "talker", "repo_id": None, "bases": [base]})
     records = read_records(tmp_path / "records")
     recipe = records["recipe.yaml"]
-    recipe["data"]["sources"] = [{"hub": "someone/web", "weight": 1, "split": "train", "heldout": False}]
+    recipe["data"]["sources"][0] |= {"hub": "someone/web", "embedded": None}
     recipe["conversations"] = [{"hub": f"someone/{part}", "heldout": part == "exam"} for part in ("chat", "exam")]
     text = render(records)
     assert ModelCard(text).data.datasets == ["someone/web", "someone/chat", "someone/talks"], "and none held out"
