@@ -33,6 +33,7 @@ class Base(NamedTuple):
         known = read_json(record)
         own = {"name": self.recipe["name"], "method": self.recipe["method"]}
         own |= {key: known[key] for key in ("base", "repo_id", "train", "heldout", "sources")}
+        own["hub"] = [source["hub"] for source in self.recipe["conversations"] if not source.get("heldout")]
         return {"bases": [own, *known.get("bases", [])], "origin": known.get("origin")}
 
     def tokenizer_files(self) -> list[Path]:

@@ -71,6 +71,8 @@ def find_suite(name: str, num_fewshot: int | None = None) -> Suite:
 
 def _entry(text: str, num_fewshot: int | None) -> Entry:
     """An entry from `task` or `task:shots`."""
+    if text.endswith((".yaml", ".yml")):
+        raise UserError(f"'{text}' is a file; tasks are named, not read from YAML files, which may run code")
     task, colon, shots = text.partition(":")
     if colon and not shots.isdecimal():
         raise UserError(f"'{text}' does not name a number of shots; write it like {task or 'winogrande'}:5")

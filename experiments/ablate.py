@@ -16,16 +16,13 @@ under several seeds (initialisation, order, which documents are drawn) and two l
     OUTPUT/ablation.json|.md|.png   the answer (`ablation.py`) from these files alone, new after each run
     RUNS/NAME/ablation.json         a copy, if the recipe itself has been run there, for its report page
     RUNS/NAME-ARM-seed-S-lr-R/      run directories; documents, scores and tokenizer are made once and shared
+    RUNS/NAME-ARM-measured/         the data from which the plan's sizes come
 
-Called again it resumes. A plan is not changed: another question needs another OUTPUT.
+Called again it resumes. A plan is not changed: another question needs another OUTPUT. Runs of an earlier question that
+are the same are used again; where one is another, this question's runs have a name of their own, NAME-1a2b3c4d.
 """
 
 import dataclasses
-import json
-import math
-import re
-import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,18 +33,15 @@ from typer import Option
 from nanophi.core import formatting
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, sha256_of, write_json, write_text
-from nanophi.core.options import Jobs, OneRecipe, Overrides, Runs
+from nanophi.core.options import Jobs, OneRecipe, Overrides, Restart, Runs
 from nanophi.core.recipe import Recipe, load_recipe
-from nanophi.core.run import differences, now
-from nanophi.pipeline import Pipeline, train_side_by_side
+from nanophi.core.run import now
+from nanophi.experiments import records
+from nanophi.pipeline import Pipeline
 
-FORMAT = 1
-"""Version of the plan and the records."""
-HELDOUT = "heldout_bits_per_byte"
 LOWER_RATE = 0.2  # the second learning rate, if none is named, in units of the recipe's
 SAMPLE_TOKENS = 200_000  # of each arm, from which its bytes per token are measured for the plan
 SAFETY = 0.98  # share of an arm's estimated tokens that the plan counts on
-MAX_SEED = (1 << 32) - 1
 
 
 def ablate(
@@ -63,6 +57,7 @@ def ablate(
     output: Annotated[Path | None, Option(help="Folder of the answer (default: ablations/NAME).")] = None,
     plan: Annotated[bool, Option("--plan", help="Write the plan and stop, before anything is trained.")] = False,
     jobs: Jobs = 1,
+    restart: Restart = False,
     runs: Runs = Path("runs"),
     overrides: Overrides = [],
 ) -> None:
@@ -72,30 +67,16 @@ def ablate(
 
     Example: nanophi ablate nano-phi-115m-fast --epochs 4 --seed 0 --seed 1 --seed 2
     """
-    check_numbers(seed, learning_rate, epochs)
+    records.check_numbers(seed, learning_rate, epochs)
     resolved = load_recipe(recipe, overrides)
     output = Path("ablations") / resolved.name if output is None else output
     names = [] if tasks == "none" else [task.strip() for task in tasks.split(",")]
-    experiment = Ablation(resolved, runs, output, seed, learning_rate, epochs, names, jobs)
+    experiment = Ablation(resolved, runs, output, seed, learning_rate, epochs, names, jobs, restart)
     planned = experiment.plan()
     if plan:
         typer.echo(output / "plan.json")
     else:
         typer.echo(f"\n{experiment.run(planned)['paragraph']}\n\n{output / 'ablation.md'}")
-
-
-def check_numbers(seeds: Sequence[int], learning_rates: Sequence[float], epochs: float | None) -> None:
-    """Refuse numbers that no run can have. Raises `UserError`."""
-    positive = (math.ulp(0.0), sys.float_info.max, "a number above 0")
-    for option, values, (least, most, words) in (
-        ("--seed", seeds, (0, MAX_SEED, f"from 0 to {MAX_SEED}")),
-        ("--learning-rate", learning_rates, positive),
-        ("--epochs", [] if epochs is None else [epochs], positive),
-    ):
-        if wrong := [value for value in values if not least <= value <= most]:
-            raise UserError(f"{option} {wrong[0]} must be {words}")
-        if len(set(values)) < len(values):
-            raise UserError(f"{option} has one value twice; every run needs its own")
 
 
 @dataclasses.dataclass
@@ -113,6 +94,7 @@ class Ablation:
     epochs: float | None = None
     tasks: Sequence[str] = ("arc_easy", "hellaswag")
     jobs: int = 1
+    restart: bool = False
     report: Callable[[str], None] = print
 
     def plan(self) -> dict[str, Any]:
@@ -129,23 +111,7 @@ class Ablation:
             "epochs_asked": self.epochs,
             "tasks": list(self.tasks),
         }
-        path = self.output / "plan.json"
-        try:
-            self.output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{self.output} cannot be written ({error.strerror}); choose another --output") from None
-        if not path.exists():
-            write_json(path, self._make_plan(question))
-        plan: dict[str, Any] = read_json(path)
-        if plan.get("format") != FORMAT:
-            raise UserError(f"{path} has format {plan.get('format')}, not {FORMAT}; name another --output")
-        # A recipe that was written by an earlier version lacks keys that it has the default of.
-        planned = plan | {"recipe": Recipe(**plan["recipe"]).dump()}
-        planned["recipe"]["data"] |= {key: question["recipe"]["data"][key] for key in ("workers", "engine")}
-        if changed := differences({key: planned[key] for key in question}, question):
-            raise UserError(
-                f"{path}: planned otherwise ({changed[0]}); name another --output, or repeat what was planned"
-            )
+        plan = records.keep_plan(self.output, question, self._make_plan)
         self.report(describe_plan(plan))
         return plan
 
@@ -153,35 +119,22 @@ class Ablation:
         """Make the runs that have no record yet; the answer that `ablation.json` holds, or `UserError` if some fail."""
         from nanophi.experiments import ablation_render
 
-        keys = [(arm, seed, rate) for seed in plan["seeds"] for rate in plan["learning_rates"] for arm in plan["arms"]]
-        arms = {run_name(self.recipe, *key): key for key in keys}
-        waiting = [name for name in arms if not (self.output / "records" / f"{name}.json").exists()]
-        before, began, done = len(arms) - len(waiting), time.monotonic(), 0
-        if before:
-            self.report(f"{before} of {len(arms)} runs were done before")
-        pipelines = {name: self._pipeline(arm_of(self.recipe, plan, *arms[name])) for name in waiting}
+        pipelines = {key: self._pipeline(arm_of(self.recipe, plan, *key)) for key in keys_of(plan)}
+        keys = {pipeline.recipe.name: key for key, pipeline in pipelines.items()}
 
         def finished(name: str) -> None:
-            nonlocal done
-            self._record(pipelines[name], plan, *arms[name])
+            self._record(pipelines[keys[name]], plan, *keys[name])
             ablation_render.write_answer(self.output)
-            done += 1
-            left = len(waiting) - done
-            seconds = (time.monotonic() - began) / done * left
-            rest = f", about {formatting.duration(seconds)} left" if left else ""
-            self.report(f"{before + done} of {len(arms)} runs done{rest}")
 
-        if waiting:
-            train_side_by_side(list(pipelines.values()), self.jobs, finished)
+        records.run_missing(list(pipelines.values()), self.output, self.jobs, finished, self.report)
         result = ablation_render.write_answer(self.output)
         if (self.runs / self.recipe.name / "record.json").exists():
             write_json(self.runs / self.recipe.name / "ablation.json", result)
         return result
 
     def _pipeline(self, recipe: Recipe) -> Pipeline:
-        """A run's, which does not tell again that what all share is there already."""
-        told = re.compile("up to date$| shared with ")
-        return Pipeline(recipe, self.runs, report=lambda line: None if told.search(line) else self.report(line))
+        report = records.without_repetition(self.report)
+        return Pipeline(recipe, self.runs, report=report, restart=self.restart)
 
     def _check(self) -> None:
         from nanophi.eval import suites
@@ -195,31 +148,28 @@ class Ablation:
         if quality.select != "best":
             raise UserError("quality.select must be 'best'; the other shares are arms of the experiment")
         context = recipe.model_config_for().max_position_embeddings
-        if problem := suites.context_problem([suite(self.tasks)], context):
+        if problem := suites.context_problem([records.suite(self.tasks)], context):
             raise UserError(f"{recipe.name}: {problem}")
         arguments.check(recipe.training, self.runs / recipe.name, recipe.training_seed)
-        if not self.tasks or (self.output / "plan.json").exists():
-            return
-        data = recipe.evaluation.data
-        loaded = suites.load_suite(suites.find_suite(",".join(self.tasks)), data=Path(data) if data else None).tasks
-        for name in self.tasks:
-            if name not in loaded or loaded[name].OUTPUT_TYPE not in ("multiple_choice", "loglikelihood"):
-                raise UserError(f"--tasks {name} is no single task with a right answer whose likelihood is known")
+        if not (self.output / "plan.json").exists():
+            records.check_tasks(recipe, self.tasks)
 
     def _make_plan(self, question: Mapping[str, Any]) -> dict[str, Any]:
         from nanophi.core.environment import environment
         from nanophi.data.quality_report import describe_rule
         from nanophi.experiments import ablation
 
-        training, context = self.recipe.training, self.recipe.model_config_for().max_position_embeddings
-        seen = training.steps * training.batch_size * context
-        plan = {"format": FORMAT, **question, "share": self.recipe.quality.share, "tokens": {}}
+        seen, context = records.tokens_seen(self.recipe), self.recipe.model_config_for().max_position_embeddings
+        plan = {"format": records.FORMAT, **question, "share": self.recipe.quality.share, "tokens": {}}
         available, vocab_size = self._measure_arms(plan)
         plan["tokens"] = self._sizes(available, plan["share"], seen, context)
-        runs = len(ablation.ARMS) * len(plan["seeds"]) * len(plan["learning_rates"])
+        plan["arms"] = list(ablation.ARMS)
+        planned = [arm_of(self.recipe, plan, *key) for key in keys_of(plan)]
+        there = [(run, self.runs / run.name / "recipe.yaml") for run in planned]
+        if any(file.exists() and load_recipe(file).dump() != run.dump() for run, file in there):
+            plan["name"] = f"{self.recipe.name}-{sha256_of(question)[:8]}"
         return plan | {
             "rule": describe_rule(self.recipe.quality),
-            "arms": list(ablation.ARMS),
             "tokens_seen": seen,
             "epochs": {arm: seen / count for arm, count in plan["tokens"].items()},
             "vocab_size": vocab_size,
@@ -228,22 +178,26 @@ class Ablation:
             "test": str(ablation.__doc__).split("\n\n", 1)[1].strip(),
             "planned": now(),
             "environment": environment(),
-            "estimate": self._estimate(runs, seen, vocab_size),
+            "estimate": records.estimate(self.recipe, len(planned), vocab_size, self.jobs),
         }
 
     def _measure_arms(self, plan: dict[str, Any]) -> tuple[dict[str, int], int]:
         """Different tokens of each arm, and the tokenizer's size; sets the plan's `share`, writes `items.json`."""
         from nanophi.experiments import ablation
 
-        recipe, first = self.recipe, (plan["seeds"][0], plan["learning_rates"][0])
+        def measured(recipe: Recipe, arm: str) -> Pipeline:
+            # Not in a run's own directory: its weights may be there, from an earlier experiment.
+            return self._pipeline(Recipe(**{**recipe.dump(), "name": f"{self.recipe.name}-{arm}-measured"}))
+
+        first = (plan["seeds"][0], plan["learning_rates"][0])
         if plan["share"] is None:  # the recipe's own filter tells what it keeps
-            pipeline = self._pipeline(Recipe(**{**recipe.dump(), "name": run_name(recipe, "all", *first)}))
+            pipeline = measured(self.recipe, "all")
             with pipeline.run.lock():
                 plan["share"] = pipeline.make("quality")["kept_bytes_fraction"]
         plan["tokens"] = dict.fromkeys(ablation.ARMS, SAMPLE_TOKENS)
         available = {}
         for arm in ablation.ARMS:
-            pipeline = self._pipeline(arm_of(recipe, plan, arm, *first))
+            pipeline = measured(arm_of(self.recipe, plan, arm, *first), arm)
             with pipeline.run.lock():
                 counts = pipeline.tokens()
                 kept = pipeline.make("quality")["kept_bytes"]
@@ -268,84 +222,38 @@ class Ablation:
             )
         return dict.fromkeys(available, unique) | {"all": int(unique / share) // context * context}
 
-    def _estimate(self, runs: int, seen: int, vocab_size: int) -> dict[str, Any]:
-        """What the runs will take, from a few steps here with the threads that each will have."""
-        import torch
-
-        from nanophi.core.jobs import cores
-        from nanophi.training import estimate
-
-        sized = Recipe(**{**self.recipe.dump(), "model": {**self.recipe.model, "vocab_size": vocab_size}})
-        threads = torch.get_num_threads()
-        try:
-            torch.set_num_threads(max(1, min(threads, cores() // self.jobs)))
-            speed = estimate.measured_speed(sized, report=lambda line: None)
-        finally:
-            torch.set_num_threads(threads)
-        known = {"runs": runs, "tokens": runs * seen, "tokens_per_second": round(speed, 1), "jobs": self.jobs}
-        return known | {"hours": round(known["tokens"] / speed / self.jobs / 3600, 3)}
-
     def _record(self, pipeline: Pipeline, plan: Mapping[str, Any], arm: str, seed: int, rate: float) -> None:
-        """A finished run's record: what it was trained on, and every item's log-likelihood (nats) and size (bytes)."""
-        from nanophi.core.environment import environment
-        from nanophi.core.names import step_name
-        from nanophi.eval.results import ANSWER_METRIC, item_values, read_result, run_result_name
-
-        recipe, tasks, limit = pipeline.recipe, plan["tasks"], plan["tokens"][arm]
-        tokens = read_json(pipeline.path / "data/tokens/tokens.json")["train"]
-        if (rows := tokens["rows"] * recipe.model_config_for().max_position_embeddings) != limit:
+        limit, context = plan["tokens"][arm], pipeline.recipe.model_config_for().max_position_embeddings
+        if (rows := context * read_json(pipeline.path / "data/tokens/tokens.json")["train"]["rows"]) != limit:
             raise UserError(
                 f"{pipeline.path} has {rows:,} tokens in place of {limit:,}; ask for more --epochs elsewhere"
             )
-        name = run_result_name(step_name(recipe.training.steps), suite(tasks))
-        result, items = read_result(pipeline.path / "evals" / name), {}
-        for task in (HELDOUT, *tasks):
-            values = item_values(result, task, "bits_per_byte" if task == HELDOUT else ANSWER_METRIC)
-            if not values:
-                raise UserError(f"task '{task}' has no right answer whose likelihood is known; name other --tasks")
-            ordered = sorted(values)
-            exact = [values[item] for item in ordered]
-            items[task] = {
-                "numbers": [number for number, _ in ordered],
-                "sha256": sha256_of([hashed for _, hashed in ordered]),
-                "values": [[round(v[0], 4), int(v[1])] if task == HELDOUT else round(v, 6) for v in exact],
-            }
-        history = read_json(pipeline.path / "training.json")["summary"]
-        content = {
-            "format": FORMAT,
-            "run": recipe.name,
-            **{"arm": arm, "seed": seed, "learning_rate": rate, "unique_tokens": limit},
-            "documents": tokens["documents"],
-            **{key: history[key] for key in ("tokens_seen", "epochs", "seconds", "final_loss", "weights_sha256")},
-            "shared": {stage: pipeline.key(stage) for stage in ("documents", "scores", "tokenizer")},
-            "environment": environment(),
-            "items": items,
-        }
-        write_text(self.output / "records" / f"{recipe.name}.json", _compact(content))
+        fields = {"arm": arm, "seed": seed, "learning_rate": rate, "unique_tokens": limit}
+        records.write_record(pipeline, plan["tasks"], self.output, **fields)
 
 
-def run_name(recipe: Recipe, arm: str, seed: int, rate: float) -> str:
+def keys_of(plan: Mapping[str, Any]) -> list[tuple[str, int, float]]:
+    """Arm, seed and learning rate of every run, in the order in which they are made."""
+    return [(arm, seed, rate) for seed in plan["seeds"] for rate in plan["learning_rates"] for arm in plan["arms"]]
+
+
+def run_name(recipe: Recipe, plan: Mapping[str, Any], arm: str, seed: int, rate: float) -> str:
     """Name of a run of the experiment on a recipe."""
-    return f"{recipe.name}-{arm}-seed-{seed}-lr-{rate:g}"
-
-
-def suite(tasks: Sequence[str]) -> str:
-    """The suite that the runs are evaluated on: held-out text, and tasks."""
-    return ",".join((HELDOUT, *tasks))
+    return f"{plan.get('name', recipe.name)}-{arm}-seed-{seed}-lr-{rate:g}"
 
 
 def arm_of(recipe: Recipe, plan: Mapping[str, Any], arm: str, seed: int, rate: float) -> Recipe:
-    """The recipe of one run. Of the plan `share`, `tokens` (by arm, None: not limited) and `tasks` count."""
+    """The recipe of one run. Of the plan `share`, `tokens` (by arm, None: not limited), `tasks` and `name` count."""
     values = recipe.dump()
     training, steps = values["training"], recipe.training.steps
-    values["name"] = run_name(recipe, arm, seed, rate)
+    values["name"] = run_name(recipe, plan, arm, seed, rate)
     values["data"]["max_tokens"] = plan["tokens"][arm]
     share = {"share": None, "select": "best"} if arm == "all" else {"share": plan["share"], "select": arm}
     values["quality"] |= {"threshold": None, **share}
     training["muon_learning_rate"] *= rate / training["learning_rate"]
     # Only the end is measured, and by the evaluation.
     training |= {"learning_rate": rate, "seed": seed, "keep_steps": [], "eval_steps": steps + 1}
-    values["evaluation"]["suites"] = [suite(plan["tasks"])]
+    values["evaluation"]["suites"] = [records.suite(plan["tasks"])]
     values["card"]["title"] = None
     return Recipe(**values)
 
@@ -377,13 +285,7 @@ def _write_items(data: Path, path: Path) -> None:
     keep = {row["id"]: bool(row["kept"]) for row in pq.read_table(data / "quality/heldout.parquet").to_pylist()}
     rows = documents.heldout(data / "documents", ("id", "source"))
     heldout = [{"id": row["id"], "source": row["source"], "kept": keep[row["id"]]} for row in rows]
-    write_text(path, _compact({"format": FORMAT, "heldout": heldout}))
-
-
-def _compact(value: Mapping[str, Any]) -> str:
-    """JSON with one line for each key of the first level, so that thousands of numbers do not fill as many lines."""
-    lines = [f"{json.dumps(key)}: {json.dumps(item, separators=(',', ':'))}" for key, item in value.items()]
-    return "{\n" + ",\n".join(lines) + "\n}\n"
+    write_text(path, records.compact({"format": records.FORMAT, "heldout": heldout}))
 
 
 def describe_plan(plan: Mapping[str, Any]) -> str:

@@ -31,7 +31,6 @@ from nanophi.core.files import read_json, sha256_of_file, write_json
 from nanophi.core.options import Jobs, Overrides, Recipes, Runs
 from nanophi.core.recipe import Recipe, load_recipe
 from nanophi.experiments import records, scaling
-from nanophi.experiments.ablate import _check_tasks, _seeds
 from nanophi.pipeline import Pipeline
 
 LENGTHS = {"half": 0.5, "full": 1.0, "rates": 0.5, "hidden": 1.0}
@@ -50,7 +49,7 @@ def ladder(
     smallest: Annotated[float | None, Option(min=1, help="Parameters of the smallest size (default: 1/64).")] = None,
     sizes: Annotated[int, Option(min=1, help="Fitted sizes, each twice the last.")] = scaling.MIN_RUNGS,
     tokens_per_parameter: Annotated[float, Option(min=1, help="Of every size.")] = dial.TOKENS_PER_PARAMETER,
-    seed: Annotated[list[int], Option(min=0, callback=_seeds, help="Of the smallest two sizes.")] = [0, 1, 2],
+    seed: Annotated[list[int], Option(help="Of the smallest two sizes.")] = [0, 1, 2],
     tasks: Annotated[str, Option(help="Multiple-choice tasks whose right answers are predicted too.")] = "none",
     output: Annotated[Path, Option(help="Where plans, records and the answer go.")] = Path("ladders"),
     plan: Annotated[bool, Option("--plan", help="Write the plan with its price and stop.")] = False,
@@ -66,6 +65,7 @@ def ladder(
     """
     from nanophi.experiments import ladder_render
 
+    records.check_numbers(seed)
     resolved = [load_recipe(recipe, overrides) for recipe in recipes]
     if len({recipe.name for recipe in resolved}) < len(resolved):
         raise UserError("two recipes have the same name; each ladder needs its own folder")
@@ -152,7 +152,7 @@ class Ladder:
         scaling.check(fitted, [recipe.name] * len(fitted), math.inf)
         first = Pipeline(run_of(recipe, plan, entries[0]), self.runs, report=records.without_repetition(self.report))
         first.check("evaluation")
-        _check_tasks(recipe, plan["tasks"])
+        records.check_tasks(recipe, plan["tasks"])
         with first.run.lock():
             counts = first.tokens()
         # Under WSD the longer run continues the shorter one; counted as if it did not.

@@ -3,28 +3,29 @@
     OUTPUT/plan.json    the question, and what follows from it
     OUTPUT/records/     one JSON file per run, with every item's log-likelihood
 
-Which runs an experiment has and what it makes of their records is its own (`ablate.py`).
+Which runs an experiment has and what it makes of their records is its own (`ablate.py`, `ladder.py`).
 """
 
-from __future__ import annotations
-
 import json
+import math
+import re
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nanophi.core import formatting
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, sha256_of, write_json, write_text
 from nanophi.core.recipe import Recipe
-
-if TYPE_CHECKING:
-    from nanophi.pipeline import Pipeline
+from nanophi.core.run import differences
+from nanophi.pipeline import Pipeline, train_side_by_side
 
 FORMAT = 1
 """Version of the plan and the records."""
 HELDOUT = "heldout_bits_per_byte"
+MAX_SEED = (1 << 32) - 1
 
 Report = Callable[[str], None]
 
@@ -32,11 +33,9 @@ Report = Callable[[str], None]
 def keep_plan(
     output: Path, question: Mapping[str, Any], make: Callable[[Mapping[str, Any]], dict[str, Any]]
 ) -> dict[str, Any]:
-    """The plan in a folder; if there is none yet, what `make` makes of the question, written there.
+    """The plan in a folder, written there by `make` if there is none yet: one that follows the results is none.
 
-    Raises:
-        UserError: if the folder cannot be written, or its plan is of another question. A plan that follows the results
-            is none.
+    Raises `UserError` if the folder cannot be written, or its plan is of another question.
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -49,16 +48,37 @@ def keep_plan(
     if plan.get("format") != FORMAT:
         raise UserError(f"{path} has format {plan.get('format')}, this version reads {FORMAT}; name another --output")
     # A recipe that was written by an earlier version lacks keys that it has the default of.
-    before = plan | {"recipe": Recipe(**plan["recipe"]).dump()}
-    for key in ("workers", "engine"):
-        before["recipe"]["data"][key] = question["recipe"]["data"][key]
-    for key, value in question.items():
-        if before[key] != value:
-            where = key.replace("_", " ")
-            if key == "recipe":
-                where = f"values in the recipe's {next(name for name in value if before[key][name] != value[name])}"
-            raise UserError(f"{path}: planned with other {where}; name another --output, or repeat what was planned")
+    planned = plan | {"recipe": Recipe(**plan["recipe"]).dump()}
+    planned["recipe"]["data"] |= {key: question["recipe"]["data"][key] for key in ("workers", "engine")}
+    if changed := differences({key: planned[key] for key in question}, question):
+        raise UserError(f"{path}: planned otherwise ({changed[0]}); name another --output, or repeat what was planned")
     return plan
+
+
+def check_numbers(seeds: Sequence[int], learning_rates: Sequence[float] = (), epochs: float | None = None) -> None:
+    """Refuse numbers that no run can have. Raises `UserError`."""
+    positive = (math.ulp(0.0), sys.float_info.max, "a number above 0")
+    for option, values, (least, most, words) in (
+        ("--seed", seeds, (0, MAX_SEED, f"from 0 to {MAX_SEED}")),
+        ("--learning-rate", learning_rates, positive),
+        ("--epochs", [] if epochs is None else [epochs], positive),
+    ):
+        if wrong := [value for value in values if not least <= value <= most]:
+            raise UserError(f"{option} {wrong[0]} must be {words}")
+        if len(set(values)) < len(values):
+            raise UserError(f"{option} has one value twice; every run needs its own")
+
+
+def check_tasks(recipe: Recipe, tasks: Sequence[str]) -> None:
+    """Refuse tasks whose data is missing, or that have no right answer with a likelihood. Raises `UserError`."""
+    from nanophi.eval import suites
+
+    if tasks:
+        data = recipe.evaluation.data
+        loaded = suites.load_suite(suites.find_suite(",".join(tasks)), data=Path(data) if data else None).tasks
+        for name in tasks:
+            if name not in loaded or loaded[name].OUTPUT_TYPE not in ("multiple_choice", "loglikelihood"):
+                raise UserError(f"--tasks {name} is no single task with a right answer whose likelihood is known")
 
 
 def estimate(recipe: Recipe, runs: int, vocab_size: int, jobs: int) -> dict[str, Any]:
@@ -87,7 +107,8 @@ def tokens_seen(recipe: Recipe) -> int:
 
 def without_repetition(report: Report) -> Report:
     """`report`, without the lines that tell of every run that what all share is there already."""
-    return lambda line: None if line.endswith("up to date") or " shared with " in line else report(line)
+    told = re.compile("up to date$| shared with ")
+    return lambda line: None if told.search(line) else report(line)
 
 
 def run_missing(
@@ -97,8 +118,6 @@ def run_missing(
 
     `finished` gets the name of each and writes its record.
     """
-    from nanophi.pipeline import train_side_by_side
-
     waiting = [pipeline for pipeline in pipelines if not record_path(output, pipeline.recipe.name).exists()]
     before, began, done = len(pipelines) - len(waiting), time.monotonic(), 0
     if before:
@@ -125,9 +144,7 @@ def suite(tasks: Sequence[str]) -> str:
 def write_record(pipeline: Pipeline, tasks: Sequence[str], output: Path, **fields: Any) -> None:
     """A finished run's record: what it was trained on, and every item's log-likelihood (nats) and size (bytes).
 
-    Args:
-        tasks: multiple-choice tasks that it was evaluated on, beside held-out text.
-        fields: what the experiment wants to know of the run, such as its arm.
+    `tasks` are those that it was evaluated on beside held-out text; `fields` what the experiment wants to know of it.
     """
     from nanophi.core.environment import environment
     from nanophi.core.names import step_name

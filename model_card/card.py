@@ -71,7 +71,7 @@ class View:
 
     def __init__(self, shipped: ShippedRecords) -> None:
         self._results = suites = records.results(shipped)
-        self.datasets = metadata.public_datasets(shipped["recipe.yaml"])
+        self.datasets = metadata.public_datasets(shipped)
         self.sources = records.training_sources(shipped["recipe.yaml"])
         self.published = is_hub_id(shipped["run.json"]["repo_id"])
         self.hardware = records.hardware(shipped)

@@ -18,7 +18,7 @@ from nanophi.core.version import __version__
 from nanophi.data.conversations import TEMPLATE, TEXT_TEMPLATE
 from nanophi.model_card import card as model_card
 from nanophi.model_card import figures, loader, metadata
-from nanophi.model_card.consistency import contradictions
+from nanophi.model_card.consistency import contradictions, scores
 from nanophi.model_card.manifest import MANIFEST
 from nanophi.model_card.records import ShippedRecords, complete_records, measures_heldout, model_record
 from nanophi.model_card.release import license_text
@@ -117,6 +117,7 @@ def provenance(folder: Path, records: ShippedRecords) -> list[str]:
 
 def computed(folder: Path, records: ShippedRecords, scratch: Path) -> Iterator[tuple[str, list[str], str]]:
     """The checks that need the release loaded, in order: name, what is wrong, and the detail if nothing is."""
+    yield "scores", *scores(records)
     yield "configuration", configuration(folder, records), "that of the records, the tokenizer and the recipe"
     alike = "drawn again, they look the same"
     other = "all there; not compared, for another version drew them"

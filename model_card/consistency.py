@@ -1,7 +1,8 @@
 """Cross-checks a release's records: statements of two of them that cannot both be true, one line each.
 
 Scores are derived from lm-eval's results wherever they are shown, so what is compared with them here are the figures
-that others computed: the comparison, the held-out text by source, and what releases of an earlier format repeat.
+that others computed: the comparison, its items, the held-out text by source, and what releases of an earlier format
+repeat.
 """
 
 import math
@@ -13,7 +14,10 @@ from nanophi.eval import results
 from nanophi.eval.compare import TABLES, recompute
 from nanophi.eval.results import ANSWER_METRIC, Score
 from nanophi.eval.statistics import verdict
-from nanophi.model_card.records import ShippedRecords, leading_scores
+from nanophi.model_card.records import ShippedRecords, in_order, leading_scores
+
+TOLERANCES = {"value": 1e-6, "stderr": 0.3}
+"""Relative, of figures made again; others' are a bootstrap's 0.1. Of two items lm-eval's bootstrap finds 0.7 stderr."""
 
 
 def contradictions(records: ShippedRecords) -> list[str]:
@@ -96,34 +100,71 @@ def _comparison(records: ShippedRecords) -> Iterator[str]:
             if not _same(here, there):
                 yield f"comparison.json has {here} bits per byte of {source}, {name} has {there}"
     yield from _underived(comparison)
-    for _, task, row, label, entry in _differences(comparison):
-        follows = verdict(entry["value"], entry["p_corrected"], row["higher_is_better"])
-        if entry["verdict"] != follows:
-            what = f"its difference of {entry['value']} with p {entry['p_corrected']} is {follows}"
-            yield f"comparison.json calls {label} {entry['verdict']} on {task}, {what}"
+    for _, task, row in _rows(comparison):
+        for label, entry in row["differences"].items():
+            follows = verdict(entry["value"], entry["p_corrected"], row["higher_is_better"])
+            if entry["verdict"] != follows:
+                yield (
+                    f"comparison.json calls {label} {entry['verdict']} on {task}, its difference of "
+                    f"{entry['value']} with p {entry['p_corrected']} is {follows}"
+                )
 
 
-def _differences(comparison: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any], str, dict[str, Any]]]:
-    """Table (or group of subjects), task, row, label and difference of every difference in a comparison."""
+def _rows(comparison: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Table (or group of subjects), task and row of every row in a comparison."""
     tables = {table: comparison.get(table) or {} for table in TABLES if table != "subjects"}
     for table, rows in {**tables, **(comparison.get("subjects") or {})}.items():
-        for task, row in rows.items():
-            for label, entry in row["differences"].items():
-                yield table, task, row, label, entry
+        yield from ((table, task, row) for task, row in rows.items())
 
 
 def _underived(comparison: dict[str, Any]) -> Iterator[str]:
-    """Differences that the comparison's scores or, in a comparison that holds items, these do not give."""
-    derived = recompute(comparison)
-    again = {entry[:2] + entry[3:4]: entry[4]["value"] for entry in (_differences(derived) if derived else ())}
-    for table, task, row, label, entry in _differences(comparison):
-        here, there = (row["scores"].get(model) for model in (label, comparison["baseline"]))
-        given = {"items": again.get((table, task, label))} if derived else {}
-        if table == "tasks" and here and there and here["items"] == there["items"]:
-            given["scores"] = here["value"] - there["value"]
-        for what, value in given.items():
-            if value is None or not math.isclose(value, entry["value"], rel_tol=1e-6, abs_tol=1e-9):
-                yield f"comparison.json has {label} {entry['value']:+.4f} on {task}, its {what} give {value}"
+    """Figures that the comparison's scores or, in a comparison that holds items, these do not give."""
+    derived = {(table, task): row for table, task, row in _rows(recompute(comparison) or {})}
+    for table, task, row in _rows(comparison):
+        for label, entry in row["differences"].items() if table == "tasks" else ():
+            here, there = (row["scores"].get(model) for model in (label, comparison["baseline"]))
+            if here and there and here["items"] == there["items"]:
+                value = here["value"] - there["value"]
+                if not _agrees("value", entry["value"], value, 0):
+                    yield f"comparison.json has {label} {entry['value']:+.4f} on {task}, its scores give {value}"
+        for part in ("scores", "differences") if derived else ():
+            for label, entry in row[part].items():
+                again = derived.get((table, task), {}).get(part, {}).get(label, {})
+                for key in sorted(set(entry) - {"verdict"}):
+                    if entry[key] is not None and not _agrees(key, entry[key], again.get(key), again.get("stderr")):
+                        what = f"comparison.json has {label} on {task} with {key} {entry[key]}"
+                        yield f"{what}, its items give {again.get(key)}"
+
+
+def _agrees(key: str, value: Any, again: Any, stderr: float | None) -> bool:
+    """Whether two figures are the same; those that a bootstrap gives, but for what other draws would change."""
+    if isinstance(value, dict | list) and type(value) is type(again) and len(value) == len(again):
+        places: Any = value if isinstance(value, dict) else range(len(value))
+        return all(_agrees(key, value[place], again[place], stderr) for place in places)
+    if key == "stderr":
+        again = again or 0.0  # unknown of a single item, for which lm-eval's bootstrap has zero
+    if not isinstance(value, float) or not isinstance(again, float):
+        return bool(value == again)
+    draws = 0 if key == "value" else 0.005 if key.startswith("p_") else 0.1 * (stderr or 0)
+    return math.isclose(value, again, rel_tol=TOLERANCES.get(key, 0.1), abs_tol=max(1e-9, draws))
+
+
+def scores(records: ShippedRecords) -> tuple[list[str], str]:
+    """Scores that the items in a release's comparison do not give; and how many of all were computed from items."""
+    ours, given = records["recipe.yaml"]["name"], {}
+    for _, _, row in _rows(recompute(records.get("comparison.json", {})) or {}):
+        if (score := row["scores"].get(ours)) and "part" not in row:
+            given[row["task"], row["metric"], row["filter"], row["num_fewshot"], score["items"]] = score["value"]
+    every = in_order(records, results.every_score)
+    found = [(score, given.get((score.task, score.metric, score.filter, score.shots, score.items))) for score in every]
+    wrong = [
+        f"{score.task} has {score.metric} {score.value}, its items give {value}"
+        for score, value in found
+        if value is not None and not _agrees("value", score.value, value, 0)
+    ]
+    if not (again := sum(value is not None for _, value in found)):
+        return wrong, f"{len(every)}, as in lm-eval's results; their items are not shipped, for their size"
+    return wrong, f"{again} of {len(every)} computed again from the items in comparison.json"
 
 
 def _same(value: Any, other: Any) -> bool:

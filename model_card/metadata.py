@@ -52,7 +52,7 @@ def header(records: ShippedRecords) -> ModelCardData:
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["phi", "nanophi", "small-language-model", origin],
-        datasets=[*public_datasets(recipe), *([links["data"]] if "data" in links else [])] or None,
+        datasets=[*public_datasets(records), *([links["data"]] if "data" in links else [])] or None,
         metrics=sorted(metrics) or None,
         model_name=run["repo_id"].rpartition("/")[2] if results else None,
         eval_results=results or None,
@@ -60,9 +60,11 @@ def header(records: ShippedRecords) -> ModelCardData:
     )
 
 
-def public_datasets(recipe: dict[str, Any]) -> list[str]:
-    """Hub ids of the datasets that the model was trained on, each once."""
-    named = (source["hub"] for source in [*training_sources(recipe), *recipe.get("conversations", [])])
+def public_datasets(records: ShippedRecords) -> list[str]:
+    """Hub ids of the datasets that the model and the chain of its bases were trained on, each once."""
+    recipe, chain = records["recipe.yaml"], records.get("conversations.json", {}).get("bases", [])
+    own = [source["hub"] for source in recipe.get("conversations", []) if not source.get("heldout")]
+    named = [source["hub"] for source in training_sources(recipe)] + own + [x for b in chain for x in b.get("hub", [])]
     return list(dict.fromkeys(name for name in named if name and is_hub_id(name)))
 
 

@@ -17,7 +17,8 @@ from nanophi.core.files import write_text
 from nanophi.core.names import step_name
 from nanophi.core.recipe import load_recipe
 from nanophi.eval.results import item_values, read_result, run_result_name
-from nanophi.experiments.ablate import HELDOUT, arm_of
+from nanophi.experiments.ablate import arm_of
+from nanophi.experiments.records import HELDOUT
 from nanophi.pipeline import Pipeline
 
 RUNS, STEPS = 24, 40

@@ -25,7 +25,7 @@ from nanophi.eval.results import ANSWER_METRIC, FORMAT
 from nanophi.eval.statistics import bits_per_byte_stderr, holm
 from nanophi.eval.tasks import heldout
 from nanophi.model_card.card import differences
-from nanophi.model_card.consistency import _underived
+from nanophi.model_card.consistency import _underived, scores
 
 
 def result(path, scores, *, task="arc_easy", metric=None, chance=0.25, shots=0, prompts="p", sources=None, model=None,
@@ -50,7 +50,8 @@ def result(path, scores, *, task="arc_easy", metric=None, chance=0.25, shots=0, 
         if value is None:
             values = np.array(items, dtype=float)
             found = -values[:, 0].sum() / values[:, 1].sum() / math.log(2) if pairs else float(values.mean())
-        content["results"][leaf] = {f"{metric},{filter_name}": found, f"{metric}_stderr,{filter_name}": 0.01}
+        stderr = bits_per_byte_stderr(*np.array(items).T) if pairs and len(items) > 1 else 0.01
+        content["results"][leaf] = {f"{metric},{filter_name}": found, f"{metric}_stderr,{filter_name}": stderr}
         if answers is not None:
             for sample, answer in zip(samples, answers, strict=True):
                 sample[ANSWER_METRIC] = answer
@@ -251,9 +252,6 @@ def test_every_figure_follows_from_the_items_of_the_comparison(tmp_path):
                 if ANSWER_METRIC in samples[0]:
                     stderr = scipy.stats.sem([sample[ANSWER_METRIC] for sample in samples])
                     content["results"][leaf][f"{ANSWER_METRIC}_stderr,none"] = stderr
-                if "bits_per_byte" in samples[0]:
-                    pairs = np.array([sample["bits_per_byte"] for sample in samples])
-                    content["results"][leaf]["bits_per_byte_stderr,none"] = bits_per_byte_stderr(*pairs.T)
                 if label != "c" and "acc" in samples[0]:
                     rng.shuffle(samples)
             path.write_text(json.dumps(content))
@@ -268,8 +266,23 @@ def test_every_figure_follows_from_the_items_of_the_comparison(tmp_path):
     difference = turned["tasks"]["heldout_bits_per_byte"]["differences"]["a"]
     difference["value"] *= -1
     assert recompute(turned)["tasks"] == approximately(comparison["tasks"]) != approximately(turned["tasks"])
-    del turned["items"]
+    shipped = {"recipe.yaml": {"name": "a"}, "comparison.json": read_json(tmp_path / "out/comparison.json")}
+    shipped |= {f"evals/{path.stem}.json": read_json(path) for path in files["a"]}
+    assert list(_underived(shipped["comparison.json"])) == []
+    assert scores(shipped) == ([], "5 of 5 computed again from the items in comparison.json")
+    shipped["evals/a-g.json"]["results"]["mmlu_x"]["acc,none"] += 0.01  # a subject that the card does not show
+    assert re.match(r"mmlu_x has acc [\d.]+, its items give ", *scores(shipped)[0])
+    for table, part, key, value in (
+        ("tasks", "scores", "stderr", 0.0), ("answers", "differences", "interval", [0.1, 0.2]),
+        ("tasks", "scores", "items", 9), ("sources", "differences", "value", 0.5),
+    ):  # fmt: skip
+        forged = read_json(tmp_path / "out/comparison.json")
+        for row in list(forged[table].values())[:1]:
+            row[part]["a"][key] = value
+            assert any(f"with {key} {value}, its items give" in line for line in _underived(forged))
+    del turned["items"], shipped["comparison.json"]["items"]
     assert recompute(turned) is None, "a comparison of an earlier version"
+    assert scores(shipped) == ([], "5, as in lm-eval's results; their items are not shipped, for their size")
 
 
 @pytest.mark.parametrize("items", [1, 2, 8])

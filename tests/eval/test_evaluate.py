@@ -573,7 +573,7 @@ def test_scores_against_chance(value, stderr, items, expected, result):
 @pytest.mark.parametrize(
     ("suite", "problem"),
     [
-        ("of_mine.yaml", "unknown suite or task 'of_mine.yaml'"),  # which may run code of its own
+        ("of-mine.yaml", "'of-mine.yaml' is a file; tasks are named, not read from YAML"),
         ("heldoot", "unknown suite or task 'heldoot'; did you mean 'heldout'"),
         ("arc-easyy", "unknown suite or task 'arc_easyy'; did you mean .*'arc_easy'"),
         ("hellaswag", "task 'hellaswag' needs the dataset Rowan/hellaswag, which is not in .*looked for .*hellaswag"),

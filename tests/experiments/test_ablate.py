@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from chat_run import write_rows
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, sha256_of_tree, write_json
 from nanophi.core.recipe import load_recipe
-from nanophi.experiments.ablate import Ablation, check_numbers
+from nanophi.experiments.ablate import Ablation, run_name
+from nanophi.experiments.records import check_numbers
 from nanophi.model_card import report
 from nanophi.training import trainer
 
@@ -141,6 +143,22 @@ def test_killed_it_resumes_and_another_question_is_refused(finished, recipe, mon
     with pytest.raises(UserError, match=r"planned otherwise \(recipe.\w+.* -> "):
         Ablation(other, folder / "runs", folder / "output", **OPTIONS).plan()
     assert sha256_of_tree(folder / "output") == before
+
+
+def test_another_output_uses_runs_that_are_the_same_and_leaves_others_alone(finished, recipe, tmp_path, monkeypatch):
+    folder, result, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("runs/*-seed-*/[ct]*/*/*")}
+    fewer = Ablation(recipe, folder / "runs", tmp_path / "fewer", report=str, **{**OPTIONS, "seeds": (0,)})
+    plan = fewer.plan()
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "train", None)  # nothing is trained again
+        again = fewer.run(plan)
+    assert again["runs"] == [run for run in result["runs"] if run["seed"] == 0]
+    for change in ({"epochs": 5}, {"learning_rates": (0.004,), "epochs": 5}):
+        other = Ablation(recipe, folder / "runs", tmp_path / str(change), report=str, **{**OPTIONS, **change}).plan()
+        assert re.fullmatch("planted-[0-9a-f]{8}", other["name"])
+        assert run_name(recipe, other, "all", 0, 0.004).startswith(f"{other['name']}-all-seed-0")
+    assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
 def test_the_answer_for_the_eye(finished):

@@ -61,9 +61,14 @@ def test_a_release_on_a_chat_model_names_the_whole_chain(run, tmp_path):
     record = tmp_path / "records/conversations.json"
     known = read_json(record)
     base = {"name": "talker", "method": "sft", "base": "first", "repo_id": None, "train": 20, "heldout": 1}
-    base |= {"sources": {"talks": {"read": 21, "train": 20, "heldout": 1}}}
+    base |= {"sources": {"talks": {"read": 21, "train": 20, "heldout": 1}}, "hub": ["someone/talks", None]}
     write_json(record, known | {"base": "talker", "repo_id": None, "bases": [base]})
-    text = render(read_records(tmp_path / "records"))
+    records = read_records(tmp_path / "records")
+    recipe = records["recipe.yaml"]
+    recipe["data"]["sources"][0] |= {"hub": "someone/web", "embedded": None}
+    recipe["conversations"] = [{"hub": f"someone/{part}", "heldout": part == "exam"} for part in ("chat", "exam")]
+    text = render(records)
+    assert ModelCard(text).data.datasets == ["someone/web", "someone/chat", "someone/talks"], "and none held out"
     assert (
         "- **Base:** talker, a chat model itself\n- **talker:** first after supervised fine-tuning on 20 conv" in text
     )

@@ -142,7 +142,7 @@ def test_a_chat_model_is_a_base_and_the_record_names_what_it_learned_from(runs, 
     (first,) = second["bases"]
     assert (second["base"], second["origin"], second["own_template"]) == ("chat", None, False)
     assert (first["name"], first["method"], first["base"], first["train"]) == ("chat", "sft", "base", 24)
-    assert str(runs / "chat.jsonl") in first["sources"]
+    assert str(runs / "chat.jsonl") in first["sources"] and first["hub"] == [None]
 
 
 def test_adapters_are_merged_into_every_checkpoint(runs):
