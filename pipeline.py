@@ -30,7 +30,6 @@ from nanophi.core.stages import Runner, Stage, Summary, is_main_process
 from nanophi.data.stages import PREPARE, data_stages
 from nanophi.eval.catalogue import made_from, suite_made_from
 from nanophi.eval.results import run_result_name
-from nanophi.model_card import verify
 
 if TYPE_CHECKING:
     from nanophi.configuration_nanophi import NanoPhiConfig
@@ -337,6 +336,8 @@ def _release(run: Runner, work: Path) -> Summary:
 
 def _verification(run: Runner, work: Path) -> Summary:
     """The release, loaded by both loaders in fresh processes and checked against its manifest."""
+    from nanophi.model_card import verify
+
     checks = verify.check(str(run.path / "release"), report=run.report)
     verify.demand_all(run.path / "release", checks)
     write_json(work / "verification.json", checks)
