@@ -131,7 +131,7 @@ def test_a_run_without_a_filter_is_released_and_pushed(finished, recipe, tmp_pat
         pipeline.run_recipes([load_recipe(path)], finished[0], lines.append)
         push(finished[0] / "plain/release", "org/plain")
         commit = server.repositories["model", "org/plain"].branches["main"]
-        with pytest.raises(UserError, match="no document was scored"):
+        with pytest.raises(UserError, match="no scored documents"):
             push(finished[0] / "plain/release", "org/plain", scorer="org/scorer", dry_run=True)
     assert is_whole(commit) and ran(lines)[-1] == "verification"
     text = commit.files["README.md"].data.decode()

@@ -29,7 +29,8 @@ def test_a_sound_release_passes_every_check(built_release, tmp_path, monkeypatch
     lines: list[str] = []
     checks = verify.check(relative, report=lines.append)
     assert [check["name"] for check in checks if not check["passed"]] == []
-    names = ["checksums", "files", "code references", "code", "card", "provenance", "configuration", "figures"]
+    names = ["checksums", "files", "code references", "code", "card", "provenance", "scores", "configuration"]
+    names += ["figures"]
     names += ["stock Phi", "remote code", "loaders agree", "parameters", "sample", "evaluation"]
     assert [check["name"] for check in checks] == names
     assert len(lines) == len(checks) and all("ok" in line for line in lines)
