@@ -1,9 +1,9 @@
-"""Speed and memory of `nanophi trace`: a scan of a synthetic stream of 0.26B tokens, the size of the published run's.
+"""Speed and memory of `nanophi trace`: scans of 0.26B synthetic tokens, as many as the published run's, and of a run's.
 
-    python benchmarks/trace_speed.py
+    python benchmarks/trace_speed.py --run runs/corpus   # a run whose tokenizer is phi-2's; can be left out
 
-Tokens are drawn from a Zipf law over 50,295 tokens, documents are 1,000 tokens on average, and the text that is looked
-for is 60 tokens of a document. Each scan is a process of its own; median and spread are over the scans. Writes
+Synthetic tokens are drawn from a Zipf law over 50,295 tokens, documents are 1,000 tokens on average, and the text that
+is looked for is 60 tokens of a document. Each scan is a process of its own; median and spread are over the scans. Writes
 trace_speed.json beside this file.
 """
 
@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -56,32 +57,41 @@ def scan(folder: Path) -> None:
     print(json.dumps(result | {"anonymous_kb": int(private[0].split()[1]), "rss_before_kb": before}))
 
 
+def measure(folder: Path, scans: int) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--scan", str(folder)]
+    runs = [json.loads(subprocess.check_output(command)) for _ in range(scans)]
+    speeds = sorted(run["tokens"] / run["seconds"] for run in runs)
+    return {
+        "tokens": runs[0]["tokens"],
+        "tokens_per_second": {"median": statistics.median(speeds), "min": speeds[0], "max": speeds[-1]},
+        "peak_anonymous_mb": max(run["anonymous_kb"] for run in runs) / 1000,
+        "scans": runs,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=260_000_000)
     parser.add_argument("--scans", type=int, default=5)
+    parser.add_argument("--run", type=Path)
     parser.add_argument("--scan", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.scan:
         scan(arguments.scan)
         return
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "train"
-        make(folder, arguments.tokens)
-        command = [sys.executable, __file__, "--scan", str(folder)]
-        runs = [json.loads(subprocess.check_output(command)) for _ in range(arguments.scans)]
-    speeds = sorted(run["tokens"] / run["seconds"] for run in runs)
-    result = {
+    result: dict[str, Any] = {
         "command": "python benchmarks/trace_speed.py",
         "finished": now(),
         "environment": environment(),
-        "tokens": runs[0]["tokens"],
-        "scans": runs,
-        "tokens_per_second": {"median": statistics.median(speeds), "min": speeds[0], "max": speeds[-1]},
-        "peak_anonymous_mb": max(run["anonymous_kb"] for run in runs) / 1000,
     }
+    with tempfile.TemporaryDirectory() as scratch:
+        make(Path(scratch) / "train", arguments.tokens)
+        result["synthetic"] = measure(Path(scratch) / "train", arguments.scans)
+    if arguments.run:
+        result["run"] = measure(arguments.run / "data/tokens/train", arguments.scans)
     write_json(Path(__file__).with_suffix(".json"), result)
-    print(json.dumps({key: result[key] for key in ("tokens", "tokens_per_second", "peak_anonymous_mb")}, indent=2))
+    for name in {"synthetic", "run"} & set(result):
+        print(name, json.dumps({key: value for key, value in result[name].items() if key != "scans"}, indent=2))
 
 
 if __name__ == "__main__":
