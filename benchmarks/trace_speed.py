@@ -3,8 +3,8 @@
     python benchmarks/trace_speed.py --run runs/corpus   # a run whose tokenizer is phi-2's; can be left out
 
 Synthetic tokens are drawn from a Zipf law over 50,295 tokens, documents are 1,000 tokens on average, and the text that
-is looked for is 60 tokens of a document. Each scan is a process of its own; median and spread are over the scans. Writes
-trace_speed.json beside this file.
+is looked for is 60 tokens of a document. Each scan is a process of its own; median and spread are over the scans.
+The result is written to trace_speed.json beside this file.
 """
 
 import argparse

@@ -68,9 +68,10 @@ def _streams() -> None:
         stream = getattr(sys, name)
         if stream is getattr(sys, f"__{name}__"):
             buffer = stream.buffer if stream else open(number, "wb")  # noqa: PTH123, SIM115
-            encoding, lines = getattr(stream, "encoding", "utf-8"), getattr(stream, "line_buffering", True)
+            encoding = getattr(stream, "encoding", "utf-8")
             # A sample or a sign such as ± must not stop a run where the output's encoding lacks it.
-            setattr(sys, name, Stream(buffer, encoding=encoding, errors="replace", line_buffering=lines))
+            # Line by line into a file too, where someone may be following a long training.
+            setattr(sys, name, Stream(buffer, encoding=encoding, errors="replace", line_buffering=True))
 
 
 def _folders() -> None:

@@ -40,6 +40,10 @@ def test_a_reader_that_goes_away_stops_nothing(tmp_path):
     assert process.returncode == 0 and (tmp_path / "f").exists()
 
 
+def test_lines_reach_a_pipe_or_a_file_as_they_are_printed():
+    assert run("import os; print('step 1'); os._exit(0)").stdout == "step 1\n"
+
+
 def test_empty_counts_of_a_launcher_are_no_counts():
     code = "from nanophi.core.stages import is_main_process; assert is_main_process()"
     assert run(code, env={"RANK": " "}).returncode == 0
