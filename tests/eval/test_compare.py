@@ -355,6 +355,23 @@ def test_two_results_of_a_model_count_once_and_a_note_says_which(tmp_path):
     assert comparison["notes"] == ["arc_easy: m has several results; the one on 100 items counts"]
 
 
+def test_recited_text_makes_no_other_claim_harder_to_support(tmp_path):
+    rng = np.random.default_rng(0)
+    files = {"a": [], "b": []}
+    for task in ("arc_easy", "sciq", "memorisation_train", "memorisation_heldout"):
+        for label, share in (("a", 0.4), ("b", 0.6)):
+            scores = (rng.random(80) < share).tolist()
+            files[label].append(result(tmp_path / f"{label}-{task}.json", scores, task=task, model=label))
+    two, four = (
+        compare_models({label: paths[:count] for label, paths in files.items()}, tmp_path / str(count), report=str)
+        for count in (2, 4)
+    )
+    corrected = [
+        {task: row["differences"]["a"]["p_corrected"] for task, row in x["tasks"].items()} for x in (two, four)
+    ]
+    assert len(corrected[1]) == 4 and {task: corrected[1][task] for task in corrected[0]} == corrected[0]
+
+
 def test_labels_tell_models_apart_and_suites_of_one_model_together(tmp_path):
     def file(name, model, sha256, dtype="float32", task="arc_easy"):
         path = result(tmp_path / f"{name}.json", [1.0, 0.0], task=task)
