@@ -11,7 +11,7 @@ from tiny_run import CONTEXT, EOS, VOCAB, add_sources, make_run, stream_hash, tr
 
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, write_json
-from nanophi.data.trace import Stream
+from nanophi.data.trace import Stream, trace_text
 from nanophi.eval.measure import Options, measure
 from nanophi.eval.tasks import memorisation
 
@@ -57,7 +57,8 @@ def run_with(path: Path, planted: list[np.ndarray], noise: list[np.ndarray]) -> 
     """A tiny run whose training text has each planted document as often as `REPEATS` states, between noise."""
     documents = [doc for doc, times in zip(planted, REPEATS * 2, strict=True) for _ in range(times)] + noise
     order = np.random.default_rng(1).permutation(len(documents))
-    stream = np.concatenate([np.append(documents[i], EOS) for i in order])
+    # What fills no last row is cut off: some more noise.
+    stream = np.concatenate([np.append(document, EOS) for document in [*(documents[i] for i in order), noise[0]]])
     run = add_sources(make_run(path))
     recorded = read_json(run / "data/tokens/tokens.json")
     for split, rows in (("train", stream), ("heldout", np.concatenate([np.append(doc, EOS) for doc in noise[:10]]))):
@@ -85,6 +86,10 @@ def test_what_was_planted_is_recited_the_more_often_it_was_seen(tmp_path: Path) 
             for row in result["nanophi"]["memorisation"]
             if row["split"] == "train"
         }
+    (tmp_path / "with/recipe.yaml").write_text("data: {sources: []}")
+    for document, times in zip(planted, REPEATS * 2, strict=True):
+        (span,) = trace_text(tmp_path / "with", " ".join(f"w{token}" for token in document))
+        assert (span["length"], span["occurrences"], span["documents"]) == (66, times, times)
     assert found["with"]["17 or more"] == 1 and found["with"]["1"] < 0.1
     assert found["with"]["5 to 16"] >= found["with"]["2 to 4"] >= found["with"]["1"]
     assert set(found["without"].values()) == {0.0}
