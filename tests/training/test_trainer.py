@@ -1,5 +1,6 @@
 """Training: what is learnt, validated, saved and logged; a killed run resumes bit for bit as if it had not been."""
 
+import dataclasses
 import errno
 import math
 import re
@@ -16,7 +17,7 @@ import tiny_run
 import torch
 from safetensors.torch import load_file
 from tiny_run import CONTEXT, EOS, TRAINING, VOCAB, add_sources, ends_at, make_run, replace_rows, train
-from transformers import AutoModelForCausalLM, AutoTokenizer, PhiForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, PhiForCausalLM, TrainingArguments
 
 from nanophi.core import sample
 from nanophi.core.errors import UserError
@@ -229,6 +230,8 @@ def test_training_arguments_are_checked(tmp_path):
     ids=lambda fields: next(iter(fields)),
 )
 def test_arguments_that_are_allowed_change_nothing_that_is_learned(tmp_path, fields):
+    if not set(fields) <= {field.name for field in dataclasses.fields(TrainingArguments)}:
+        pytest.skip("this version of transformers has no such argument")
     changes = {"steps": 4, "save_steps": 2, "keep_steps": [], "eval_steps": 4}
     hashes = [
         train(make_run(tmp_path / name), arguments=arguments, **changes)["weights_sha256"]
