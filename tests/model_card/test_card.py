@@ -320,3 +320,20 @@ def test_leaderboard_section_and_metadata(records):
     data: Any = ModelCard(text).data
     assert data.eval_results is None
     assert metadata.eval_results_files(changed) == {}
+
+
+@pytest.mark.parametrize("license_", ["cc0-1.0", None])
+def test_what_is_recited_is_stated_and_text_without_a_licence_warned_of(changed, license_):
+    (name,) = (name for name in changed if name.startswith("evals/"))
+    rows = [("train", "", 200, 12), ("train", "17 or more", 3, 3), ("heldout", "", 200, 0)]
+    changed[name]["nanophi"]["memorisation"] = [
+        {"split": split, "occurrences": times, "items": items, "seen": 7, "verbatim": found, "near_verbatim": found}
+        for split, times, items, found in rows
+    ]
+    for source in changed["recipe.yaml"]["data"]["sources"]:
+        source["license"] = license_
+    text = card.render(changed)
+    assert "| training | all | 200 | 12 (6.0 %) | 3.5 to 10.2 % | 12 |" in text  # by hand, from Wilson's formula
+    assert "| training | 17 or more | 3 | 3 (100.0 %) | 43.9 to 100.0 % | 3 |" in text
+    assert "| held out | 7 items occur | 200 | 0 (0.0 %) | 0.0 to 1.9 % | 0 |" in text
+    assert ("no licence is stated for" in text) == (license_ is None)
