@@ -175,7 +175,7 @@ def work(name: str, arguments: argparse.Namespace) -> None:
             (run / "data/tokens").mkdir(parents=True)
             for split in ("train", "heldout"):
                 (run / "data/tokens" / split).symlink_to(Path(arguments.tokens).resolve())
-            counts = {"bytes_per_token": 1.0, "sha256": "random"}
+            counts = {"bytes_per_token": 1.0, "sha256": PackedRows(Path(arguments.tokens)).sha256(b"")}
             write_json(run / "data/tokens/tokens.json", {"train": counts, "heldout": counts})
             (run / "data/tokenizer").mkdir()
             trainer.train(run, training, config, 0)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from nanophi.core.errors import UserError, one_line
@@ -74,10 +75,12 @@ def uniform_from_id(ids: np.ndarray | pa.Array | Iterable[str], seed: int | None
 
 def find(documents: Path, wanted: Collection[str], columns: Sequence[str], split: str = "train") -> dict[str, Any]:
     """Some documents by id: `{id: {column: value}}`; ids that are not there are left out."""
-    names, chosen = list(dict.fromkeys(["id", *columns])), [("id", "in", list(wanted))]
-    return {
-        row["id"]: row for row in pq.read_table(shards(documents, split), columns=names, filters=chosen).to_pylist()
-    }
+    names, values = list(dict.fromkeys(["id", *columns])), pa.array(sorted(wanted), pa.string())
+    found = (
+        batch.filter(pc.is_in(batch["id"], values)).select(names).to_pylist()
+        for batch in batches(shards(documents, split), names, None)
+    )
+    return {row["id"]: row for rows in found for row in rows}
 
 
 def heldout(documents: Path, columns: Sequence[str] = ("id", "source", "text")) -> list[dict[str, Any]]:

@@ -60,10 +60,11 @@ def features(texts: Sequence[bytes]) -> tuple[csr_matrix, np.ndarray]:
     pairs = ngrams(words, 2)
     counts = words.counts + pairs.counts
     offsets = np.concatenate([[0], np.cumsum(counts)])
+    indices = np.empty(offsets[-1], np.int32)
     # Each document's words, then its pairs.
-    document = np.concatenate([np.repeat(np.arange(len(texts)), part.counts) for part in (words, pairs)])
-    hashes = np.concatenate([words.hashes, pairs.hashes])[np.argsort(document, kind="stable")]
-    indices = (hashes % np.uint64(BUCKETS)).astype(np.int32)
+    for part, first in ((words, offsets[:-1]), (pairs, offsets[:-1] + words.counts)):
+        target = np.repeat(first - part.offsets[:-1], part.counts) + np.arange(len(part.hashes))
+        indices[target] = (part.hashes % np.uint64(BUCKETS)).astype(np.int32)
     values = np.repeat(1 / np.sqrt(np.maximum(counts, 1)), counts).astype(np.float32)
     hashed = csr_matrix((values, indices, offsets), shape=(len(texts), BUCKETS))
 
@@ -133,17 +134,21 @@ def fit(
         raise UserError("the linear scorer needs at least ten documents of each label (quality.high, quality.low)")
     # In small batches: on the way to its features a text takes some thirty times its size.
     batches = [features(texts[start : start + _FIT_BATCH]) for start in range(0, len(texts), _FIT_BATCH)]
-    hashed, statistics = vstack([batch for batch, _ in batches], "csr"), np.concatenate([batch for _, batch in batches])
-    hashed.sum_duplicates()
+    for hashed, _ in batches:
+        hashed.sum_duplicates()
+    statistics = np.concatenate([batch for _, batch in batches])
     mean, scale = statistics[~test].mean(axis=0), statistics[~test].std(axis=0) + 1e-4
-    inputs = hstack([hashed, csr_matrix(_clip(statistics, mean, scale) * _STATISTIC_SCALE)], format="csr")
+    inputs = vstack([batch for batch, _ in batches], "csr")
+    del batches
+    inputs = hstack([inputs, csr_matrix(_clip(statistics, mean, scale) * _STATISTIC_SCALE)], format="csr")
+    inputs, left_out = inputs[~test], inputs[test]
     model = LogisticRegression(C=_REGULARISATION, max_iter=300, tol=1e-3)
-    model.fit(inputs[~test], good[~test], sample_weight=weight[~test])
+    model.fit(inputs, good[~test], sample_weight=weight[~test])
     weights = model.coef_[0].astype(np.float32)
     hashed_weights, statistic_weights = weights[:BUCKETS], weights[BUCKETS:] * np.float32(_STATISTIC_SCALE)
     mean, scale = mean.astype(np.float32), scale.astype(np.float32)
     scorer = LinearModel(hashed_weights, statistic_weights, mean, scale, float(model.intercept_[0]))
-    scores = model.predict_proba(inputs[test])[:, 1]
+    scores = model.predict_proba(left_out)[:, 1]
     return scorer, {
         "documents": int((~test).sum()),
         "test_documents": int(test.sum()),

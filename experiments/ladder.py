@@ -143,7 +143,6 @@ class Ladder:
     def _make_plan(self, question: Mapping[str, Any]) -> dict[str, Any]:
         from nanophi.core.environment import environment
         from nanophi.core.run import now
-        from nanophi.training.estimate import measured_speed
 
         recipe, vocab = self.recipe, self.recipe.model_config_for().vocab_size
         plan: dict[str, Any] = {"format": records.FORMAT, **question, "rungs": rungs_of(recipe, question)}
@@ -158,7 +157,7 @@ class Ladder:
         # Under WSD the longer run continues the shorter one; counted as if it did not.
         sizes = [(LENGTHS[part], plan["rungs"][rung]) for part, rung, _, _ in entries]
         flops = sum(share * size["tokens"] * size["flops_per_token"] for share, size in sizes)
-        speed = measured_speed(run_of(recipe, plan, entries[-1]), report=lambda line: None)
+        speed = records.measured_speed(run_of(recipe, plan, entries[-1]), self.jobs)
         hours = flops / (speed * plan["rungs"][-1]["flops_per_token"]) / self.jobs / 3600
         price = recipe.training.dollars_per_hour
         unique = counts["train"]["tokens"]

@@ -21,6 +21,12 @@ from nanophi.core.run import now
 from nanophi.experiments import ablation, records
 from nanophi.experiments.scaling import Law, Point, check
 
+TARGETS = {
+    "heldout": ("held-out text", "bits per byte"),
+    "answers": ("right answers", "bits per byte"),
+    "errors": ("wrong answers", "of all items"),
+}
+"""What is predicted, and its unit."""
 CURVE = 25
 """Points of compute at which recipes are compared."""
 
@@ -32,13 +38,22 @@ class Ladder:
         self.output, self.plan = output, read_json(output / "plan.json")
         runs = [run for part in ("half", "full") for run in records.read_records(output / part)]
         self.runs = sorted(runs, key=lambda run: (run["rung"], run["tokens_seen"], run["seed"]))
-        self.targets = ("heldout", *(["answers"] if self.plan["tasks"] else []))
+        self.above = [task for task in self.plan["tasks"] if self._above_chance(task)]
+        self.targets = ["heldout", *(["answers"] if self.plan["tasks"] else []), *(["errors"] if self.above else [])]
         size, own = self.plan["rungs"][-1], self.plan["target"]
         self.hidden = Point(-1, 0, size["parameters"], size["tokens"], own["unique_tokens"])
         self.recipe = Point(-1, 0, own["parameters"], own["tokens"], own["unique_tokens"])
 
+    def _above_chance(self, task: str) -> bool:
+        """Whether all fitted runs answer a task better than guessing does, but not all of it."""
+        found = [run["items"][task] for run in self.runs]
+        return all(one["above_chance"] and min(one["correct"]) < 1 for one in found)
+
     def items(self, run: Mapping[str, Any], target: str) -> list[ablation.Items]:
-        """A run's held-out documents, or the right answers of each task."""
+        """A run's held-out documents; of each task the right answers, or as `errors` whether each item was wrong."""
+        if target == "errors":
+            wrong = [1 - np.array(run["items"][task]["correct"], float) for task in self.above]
+            return [(-math.log(2) * values, np.ones(len(values))) for values in wrong]
         if target == "heldout":
             nats, sizes = np.array(run["items"][records.HELDOUT]["values"], float).T
             return [(nats, sizes)]
@@ -71,6 +86,8 @@ class Ladder:
                 **{key: getattr(law, key) for key in ("backtests", "widened", "scatter", "p_value")},
                 "coverage": float(np.mean([test["inside"] for test in law.backtests])),
             }
+        if self.above:
+            targets["errors"]["tasks"] = self.above
         made = sorted([run["run"], run["tokens_seen"], run["weights_sha256"]] for run in self.runs)
         hashes = {"plan_sha256": sha256_of_file(self.output / "plan.json"), "records_sha256": sha256_of(made)}
         return {"recipe": self.plan["recipe"], **hashes, "predicted": now(), "targets": targets, "rates": self._rates()}
@@ -117,7 +134,7 @@ def write_answer(output: Path, names: Sequence[str]) -> dict[str, Any]:
     }
     write_json(output / "ladder.json", result)
     page = Path(__file__).with_name("ladder.md").read_text(encoding="utf-8")
-    shown = {"interval": _interval, "table": markup.table, "text": markup.text, "formatting": formatting}
+    shown = {"interval": _interval, "text": markup.text, "formatting": formatting, "targets": TARGETS}
     text = jinja2.Template(page, keep_trailing_newline=True, trim_blocks=True).render(**result, **shown)
     write_text(output / "ladder.md", text)
     draw(ladders, result, output / "ladder.png")

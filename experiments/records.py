@@ -81,20 +81,24 @@ def check_tasks(recipe: Recipe, tasks: Sequence[str]) -> None:
                 raise UserError(f"--tasks {name} is no single task with a right answer whose likelihood is known")
 
 
-def estimate(recipe: Recipe, runs: int, vocab_size: int, jobs: int) -> dict[str, Any]:
-    """What so many trainings of a recipe will take, from a few steps here with the threads that each will have."""
+def measured_speed(recipe: Recipe, jobs: int) -> float:
+    """Tokens per second of each of so many trainings at once, from a few steps with the threads that it will have."""
     import torch
 
     from nanophi.core.jobs import cores
     from nanophi.training import estimate
 
-    sized = Recipe(**{**recipe.dump(), "model": {**recipe.model, "vocab_size": vocab_size}})
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(max(1, min(threads, cores() // jobs)))
-        speed = estimate.measured_speed(sized, report=lambda line: None)
+        return estimate.measured_speed(recipe, report=lambda line: None)
     finally:
         torch.set_num_threads(threads)
+
+
+def estimate(recipe: Recipe, runs: int, vocab_size: int, jobs: int) -> dict[str, Any]:
+    """What so many trainings of a recipe will take here."""
+    speed = measured_speed(Recipe(**{**recipe.dump(), "model": {**recipe.model, "vocab_size": vocab_size}}), jobs)
     tokens = runs * tokens_seen(recipe)
     hours = round(tokens / speed / jobs / 3600, 3)
     return {"runs": runs, "tokens": tokens, "tokens_per_second": round(speed, 1), "jobs": jobs, "hours": hours}
@@ -144,11 +148,13 @@ def suite(tasks: Sequence[str]) -> str:
 def write_record(pipeline: Pipeline, tasks: Sequence[str], output: Path, **fields: Any) -> None:
     """A finished run's record: what it was trained on, and every item's log-likelihood (nats) and size (bytes).
 
+    Of a task it also has which items were answered correctly, and whether these are more than guessing gives.
+
     `tasks` are those that it was evaluated on beside held-out text; `fields` what the experiment wants to know of it.
     """
     from nanophi.core.environment import environment
     from nanophi.core.names import step_name
-    from nanophi.eval.results import ANSWER_METRIC, item_values, read_result, run_result_name
+    from nanophi.eval.results import ANSWER_METRIC, item_values, leading_scores, read_result, run_result_name
 
     recipe = pipeline.recipe
     step = step_name(recipe.training.steps)
@@ -164,6 +170,11 @@ def write_record(pipeline: Pipeline, tasks: Sequence[str], output: Path, **field
             "sha256": sha256_of([hashed for _, hashed in ordered]),
             "values": [_rounded(values[item]) for item in ordered],
         }
+    for score in leading_scores(result):
+        if score.percent and score.task in items:
+            values = item_values(result, score.task, score.metric)
+            correct = [_rounded(values[item]) for item in sorted(values)]
+            items[score.task] |= {"correct": correct, "above_chance": score.against_chance == "above"}
     history = read_json(pipeline.path / "training.json")["summary"]
     content = {
         "format": FORMAT,

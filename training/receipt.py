@@ -18,6 +18,8 @@ from nanophi.training.loss import IGNORED
 
 TOLERANCE = {"fp32": (1e-4, 1e-3), "tf32": (1e-3, 2e-2), "bf16": (2e-3, 5e-2)}
 """Relative difference of the loss, and of all gradients as one vector (its norm by the reference's), per precision."""
+LOGIT_ROWS = 128
+"""Tokens whose logits are held at once, so that the comparison never needs more memory than training does."""
 
 
 def reference(model: Any) -> PhiForCausalLM:
@@ -43,10 +45,14 @@ def reference_loss(plain: PhiForCausalLM, inputs: dict[str, torch.Tensor], start
         ids, targets = ids.to(device), nn.functional.pad(labels[1:], (0, 1), value=IGNORED).to(device)
         edges = [0, *(begins[1:].nonzero()[:, 0] + 1).tolist(), len(ids)]
         for first, end in itertools.pairwise(edges):
-            logits = plain(input_ids=ids[None, first:end], use_cache=False).logits[0].float()
-            loss = nn.functional.cross_entropy(logits, targets[first:end], ignore_index=IGNORED, reduction="sum")
-            (loss / count).backward()
-            total += loss.item() / count
+            hidden = plain.model(input_ids=ids[None, first:end], use_cache=False).last_hidden_state[0]
+            leaf = hidden.detach().requires_grad_()
+            for few, following in zip(leaf.split(LOGIT_ROWS), targets[first:end].split(LOGIT_ROWS), strict=True):
+                logits = plain.lm_head(few).float()
+                loss = nn.functional.cross_entropy(logits, following, ignore_index=IGNORED, reduction="sum") / count
+                loss.backward()
+                total += loss.item()
+            hidden.backward(leaf.grad)
     return total
 
 

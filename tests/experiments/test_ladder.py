@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
+import os
+import random
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from nanophi.core import dial
 from nanophi.core.errors import UserError
@@ -95,7 +102,15 @@ class Invented:
         items = [[-round(loss * length * math.log(2), 4), length] for length in lengths]
         heldout = {"numbers": list(range(40)), "sha256": "0", "values": items}
         known = {"run": name, **fields, "tokens_seen": tokens, "weights_sha256": f"{loss}"}
-        write_json(records.record_path(output, name), {**known, "items": {records.HELDOUT: heldout}})
+        answers = {task: self.answers(task, loss, fields["rung"]) for task in tasks}
+        write_json(records.record_path(output, name), {**known, "items": {records.HELDOUT: heldout, **answers}})
+
+    @staticmethod
+    def answers(task, loss, rung):
+        """Of ARC-Easy a share of `loss / 4` is wrong; HellaSwag is guessed by the smallest size."""
+        wrong = np.arange(4000) < 4000 * loss / 4
+        correct = (~wrong).astype(int).tolist()
+        return {"values": [loss] * 4000, "correct": correct, "above_chance": task == "arc_easy" or rung > 0}
 
 
 def make(recipe, folder, lines=None, **changes):
@@ -257,6 +272,32 @@ def test_two_recipes_are_compared(finished, recipe, monkeypatch):
     assert "better - rungs at" in (folder / "out/ladder.md").read_text()
 
 
+def test_accuracy_is_predicted_where_all_sizes_are_above_chance(recipe, tmp_path, monkeypatch):
+    Invented(monkeypatch)
+    monkeypatch.setattr(records, "check_tasks", lambda recipe, tasks: None)
+    one = make(recipe, tmp_path, tasks=["arc_easy", "winogrande"])
+    one.run(one.plan())
+    answer = ladder_render.write_answer(tmp_path / "out", ["rungs"])
+    found = answer["recipes"]["rungs"]["targets"]
+    assert list(found) == ["heldout", "answers", "errors"] and found["errors"]["tasks"] == ["arc_easy"]
+    assert found["errors"]["measured"] == pytest.approx(found["heldout"]["measured"] / 4, abs=3e-4)
+    for size in ("hidden", "recipe"):
+        assert found["errors"][size]["value"] == pytest.approx(found["heldout"][size]["value"] / 4, rel=0.01)
+    page = (tmp_path / "out/ladder.md").read_text()
+    assert "rungs, wrong answers: the hidden size" in page and "better than guessing does: arc_easy." in page
+    monkeypatch.setattr(Invented, "answers", staticmethod(lambda *given: answers(*given) | {"above_chance": False}))
+    other = make(recipe, tmp_path / "other", tasks=["winogrande"])
+    other.run(other.plan())
+    assert list(ladder_render.write_answer(tmp_path / "other/out", ["rungs"])["recipes"]["rungs"]["targets"]) == [
+        "heldout",
+        "answers",
+    ]
+    assert "Accuracies of rungs are not predicted" in (tmp_path / "other/out/ladder.md").read_text()
+
+
+answers = Invented.answers
+
+
 def test_a_changed_plan_is_noticed(finished, recipe, monkeypatch):
     folder, _, _, _, _ = finished
     Invented(monkeypatch)
@@ -280,13 +321,33 @@ def test_the_committed_answer_follows_from_its_records(tmp_path):
 
 
 @pytest.mark.slow
-def test_really_trained(recipe, tmp_path):
+def test_really_trained_and_killed(recipe, tmp_path):
+    """Killed at random moments and run again: the same records of losses and weights, the same answer."""
     lines: list[str] = []
-    small = {"tokens_per_parameter": 2.0, "seeds": [0, 1]}
-    one = make(recipe, tmp_path, lines, **small)
+    one = make(recipe, tmp_path, lines, tokens_per_parameter=2.0, seeds=[0, 1])
     one.run(one.plan())
     answer = ladder_render.write_answer(tmp_path / "out", ["rungs"])
-    found = answer["recipes"]["rungs"]["targets"]["heldout"]
-    assert 0 < found["measured"] < 8
+    assert 0 < answer["recipes"]["rungs"]["targets"]["heldout"]["measured"] < 8
     assert any("continues from" in line for line in lines)
     assert ladder.LENGTHS.keys() == {path.name for path in (tmp_path / "out/rungs").iterdir() if path.is_dir()}
+
+    (tmp_path / "rungs.yaml").write_text(yaml.safe_dump(recipe.dump()))
+    command = [sys.executable, "-m", "nanophi", "ladder", str(tmp_path / "rungs.yaml"), "--smallest", str(SMALLEST)]
+    command += ["--tokens-per-parameter", "2", "--seed", "0", "--seed", "1"]
+    command += ["--runs", str(tmp_path / "again/runs"), "--output", str(tmp_path / "again/out")]
+    rng = random.Random(0)
+    for wait in [rng.uniform(5, 30) for _ in range(5)] + [None]:
+        process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            assert process.wait(wait) == 0
+        if process.returncode is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    again = ladder_render.write_answer(tmp_path / "again/out", ["rungs"])
+    assert again["recipes"]["rungs"]["targets"] == answer["recipes"]["rungs"]["targets"]
+    for part in ladder.LENGTHS:
+        hashes = [
+            {run["run"]: run["weights_sha256"] for run in records.read_records(folder / "out/rungs" / part)}
+            for folder in (tmp_path, tmp_path / "again")
+        ]
+        assert hashes[0] == hashes[1]
