@@ -107,7 +107,7 @@ class Invented:
 
     @staticmethod
     def answers(task, loss, rung):
-        """Of ARC-Easy a share of `loss / 4` is wrong; HellaSwag is guessed by the smallest size."""
+        """Of ARC-Easy a share of `loss / 4` is wrong; Winogrande is guessed by the smallest size."""
         wrong = np.arange(4000) < 4000 * loss / 4
         correct = (~wrong).astype(int).tolist()
         return {"values": [loss] * 4000, "correct": correct, "above_chance": task == "arc_easy" or rung > 0}
