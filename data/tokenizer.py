@@ -267,7 +267,9 @@ def _copy(path: str, revision: str | None, output: Path) -> list[str]:
     tokenizer = load(path, revision)
     plain, whole = (tokenizer("The end", add_special_tokens=special)["input_ids"] for special in (False, True))
     added = [token for token in whole if token not in plain] or whole[len(plain) :]
+    names = [str(name) for name in tokenizer.convert_ids_to_tokens(added)]
     tokenizer.save_pretrained(output)
+    del tokenizer  # its tables take as much room as what is read now
     content, config = (read_json(output / f"{name}.json") for name in ("tokenizer", "tokenizer_config"))
     if added:
         processor = content["post_processor"] or {}
@@ -280,7 +282,7 @@ def _copy(path: str, revision: str | None, output: Path) -> list[str]:
     for key in ("is_local", "local_files_only", "backend"):  # how this copy was loaded
         config.pop(key, None)
     _write(output, content, config)
-    return [str(tokenizer.convert_ids_to_tokens(token)) for token in added]
+    return names
 
 
 def _write(output: Path, content: dict[str, Any], config: dict[str, Any]) -> None:
