@@ -1,6 +1,6 @@
 """Does the dial choose well? Its learning rates against a sweep, and its FLOP against the published recipe's.
 
-    python benchmarks/depth_dial/run.py                # resumes; about 6 hours with --jobs 2 on two cores
+    python benchmarks/depth_dial/run.py                # resumes; about 2 hours with --jobs 2 on two cores
     python benchmarks/depth_dial/run.py --plan         # the plan alone, with its FLOP
     python benchmarks/depth_dial/run.py --answer       # answer.json and answer.png again, from plan and records
 
@@ -39,8 +39,8 @@ from nanophi.training.budget import flops_per_token
 HERE = Path(__file__).parent
 DIAL, PUBLISHED = HERE.parent / "ladder/d12.yaml", HERE.parent / "ladder/published.yaml"
 SEEDS = (0, 1, 2)
-DEPTHS, RATE_TOKENS, FACTORS = (2, 3, 4), 2.0, (0.44, 0.67, 1.0, 1.5, 2.25)
-BUDGETS, TOKENS, SHARES, TUNED = (1.2e13, 4e13, 1.2e14), 20.0, (0.15, 0.25, 0.4, 0.6), (2.0, 4.0, 8.0)
+DEPTHS, RATE_TOKENS, FACTORS = (2, 3, 4), 1.0, (0.44, 0.67, 1.0, 1.5, 2.25)
+BUDGETS, TOKENS, SHARES, TUNED = (4e12, 1.2e13, 4e13), 20.0, (0.15, 0.25, 0.4, 0.6), (2.0, 4.0, 8.0)
 
 
 def label(budget: float) -> str:
