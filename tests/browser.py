@@ -28,7 +28,7 @@ const shown = () => [...document.querySelectorAll("section:not([hidden])")].map(
 }));
 let answer;
 try { answer = await (async () => { %s })(); } catch (error) { answer = {failed: String(error.stack)}; }
-await fetch("/answer", {method: "POST", body: JSON.stringify(answer)});
+await fetch("%s", {method: "POST", mode: "no-cors", body: JSON.stringify(answer)});
 </script></body>"""
 
 
@@ -40,7 +40,7 @@ def npm(*packages: str) -> Path:
         if shutil.which("npm") is None:
             pytest.skip(f"npm is missing, from which {', '.join(wanted)} would come")
         ROOT.mkdir(parents=True, exist_ok=True)
-        command = ["npm", "install", "--no-audit", "--no-fund", "--ignore-scripts", "--prefix", str(ROOT), *packages]
+        command = ["npm", "install", "--no-audit", "--no-fund", "--ignore-scripts", "--omit=optional", "--prefix", str(ROOT), *packages]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         if done.returncode:
             pytest.skip(f"npm cannot install {', '.join(wanted)}: {done.stderr[-300:]}")
@@ -58,7 +58,6 @@ class Site:
     def __init__(self, page: str, script: str, packages: Path, files: Path | None = None) -> None:
         self.answer: Any = None
         self.answered = threading.Event()
-        content = page.replace("</body>", DRIVER % script).encode()
         site = self
 
         class Handler(http.server.SimpleHTTPRequestHandler):
@@ -68,7 +67,7 @@ class Site:
                 self.send_response(200)
                 self.send_header("Content-Type", "text/html")
                 self.end_headers()
-                self.wfile.write(content)
+                self.wfile.write(site.page.encode())
 
             def translate_path(self, path: str) -> str:
                 if path.startswith("/library/"):
@@ -86,15 +85,19 @@ class Site:
 
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_port}/"
+        self.page = page.replace("</body>", DRIVER % (script, self.url))
 
 
-def visit(site: Site, profile: Path, *options: str, seconds: float = 60) -> Any:
-    """What the test's script returns in the browser. Raises AssertionError if it fails, or does not end."""
+def visit(site: Site, profile: Path, *options: str, url: str | None = None, seconds: float = 60) -> Any:
+    """What the test's script returns in the browser; `url`: where else the site's `page` is served.
+
+    Raises AssertionError if it fails, or does not end.
+    """
     threading.Thread(target=site.server.serve_forever, args=(0.02,), daemon=True).start()
-    url = f"http://127.0.0.1:{site.server.server_port}/"
     command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0", *options]
     output: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen([*command, f"--user-data-dir={profile}", url], env=os.environ, **output) as process:
+    with subprocess.Popen([*command, f"--user-data-dir={profile}", url or site.url], env=os.environ, **output) as process:
         answered = site.answered.wait(seconds)
         process.terminate()
         complaints = process.communicate()[1]

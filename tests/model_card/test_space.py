@@ -21,14 +21,16 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer
 
+from nanophi.core import markup
 from nanophi.model_card import gguf, space
 from nanophi.model_card import push as pushing
 from nanophi.model_card import release as releases
 from nanophi.model_card.records import read_records
 
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
-LLAMA_CPP = "node-llama-cpp@3.22.1"
+LLAMA_CPP = ("node-llama-cpp@3.22.1", "@node-llama-cpp/linux-x64@3.22.1")
 GREEDY = 'set({temperature: 0, repeat_penalty: 1, max_tokens: 40, prompt: %s}); await generate(); return shown();'
+NEARLY = 1.1  # times as likely: on other processors the products of quantized numbers are added up in other orders
 ATTACK = "<img src=x onerror=document.title='taken'><script>document.title='taken'</script>"
 
 
@@ -39,7 +41,11 @@ def biased(release: Path, file: Path, weights: Path, likely: str | None = None) 
     """
     folder = Path(shutil.copytree(release, file.with_suffix("")))
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    if likely is not None:
+    if likely is not None:  # in place of the last token that was made
+        content = json.loads(tokenizer.to_str())
+        last = "".join(content["model"]["merges"].pop())
+        assert content["model"]["vocab"].pop(last) == tokenizer.get_vocab_size() - 1
+        tokenizer = Tokenizer.from_str(json.dumps(content))
         tokenizer.add_tokens([AddedToken(likely, normalized=False)])
         tokenizer.save(str(folder / "tokenizer.json"))
     tensors = load_file(weights)
@@ -56,28 +62,9 @@ def biased(release: Path, file: Path, weights: Path, likely: str | None = None) 
 
 def llama_cpp(file: Path, prompt: str, tokens: int = 40) -> tuple[list[str], list[float]]:
     """Greedy pieces of text by llama.cpp, and how likely the best token of each place was over the second best."""
-    modules = npm(LLAMA_CPP)
-    script = f"""
-import {{getLlama}} from "node-llama-cpp";
-const llama = await getLlama({{gpu: false, build: "never", logLevel: "error"}});
-const model = await llama.loadModel({{modelPath: {json.dumps(str(file))}}});
-const context = await model.createContext({{contextSize: 256}});
-const sequence = context.getSequence(), pieces = [], ratios = [];
-let input = model.tokenize({json.dumps(prompt)}, true);
-for (let step = 0; step < {tokens}; step++) {{
-  const asked = [...input.slice(0, -1), [input.at(-1), {{generateNext: {{probabilities: true, options: {{temperature: 0}}}}}}]];
-  const next = (await sequence.controlledEvaluate(asked)).at(-1).next;
-  const [best, second] = [...next.probabilities.values()];
-  const token = [...next.probabilities.keys()][0];
-  if (model.isEogToken(token)) break;
-  pieces.push(model.detokenize([token])); ratios.push(best / second);
-  input = [token];
-}}
-console.log(JSON.stringify([pieces, ratios]));
-process.exit(0);
-"""
-    command = ["node", "--input-type=module", "-e", script]
-    done = subprocess.run(command, cwd=modules.parent, capture_output=True, text=True, timeout=120)
+    modules, script = npm(*LLAMA_CPP), Path(__file__).parents[1] / "greedy.mjs"
+    command = ["node", str(script), str(modules), str(file), prompt, str(tokens)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     pieces, ratios = json.loads(done.stdout.splitlines()[-1])
     return pieces, ratios
@@ -90,7 +77,7 @@ def assert_same_text(text: str, file: Path, prompt: str) -> None:
     place = 0
     for piece, ratio in zip(pieces, ratios, strict=True):
         if not text.startswith(piece, place):
-            assert ratio < 1.02, (text, pieces)
+            assert ratio < NEARLY, (text, pieces)
             return
         place += len(piece)
     assert place == len(text)
@@ -124,19 +111,19 @@ def file_of(hub: HubServer, kind: str, name: str, file: str) -> str:
 
 def publish(release: Path, hub: HubServer, **options) -> str:
     """Push a release as org/demo with its page; returns the page."""
-    push(release, "org/demo", space=True, gguf=["q8_0"], **options)
+    push(release, "org/demo", space=True, gguf=["q8_0"], public=True, **options)
     return file_of(hub, "space", "org/demo-demo", "index.html")
 
 
 def replace(hub: HubServer, name: str, file: Path) -> None:
     """Put other contents into the GGUF file that a push made."""
     repository = hub.add_repository("model", f"org/{name}-GGUF", {f"{name}-q8_0.gguf": file.read_bytes()})
-    repository.tags["v1.0"] = repository.branches["main"]
+    repository.tags = dict.fromkeys(repository.tags, repository.branches["main"])
 
 
 def test_the_space_the_card_and_the_collection_name_each_other(built_release, hub):
     hub.add_repository("model", "org/control", {})
-    page = publish(built_release, hub, control="org/control", collection="Nano", public=True)
+    page = publish(built_release, hub, control="org/control", collection="Nano")
     repository = hub.repositories["space", "org/demo-demo"]
     assert is_whole(repository.branches["main"]) and repository.tags["v1.0"] is repository.branches["main"]
     assert not repository.private and set(repository.branches["main"].files) >= {"index.html", "README.md"}
@@ -206,7 +193,7 @@ def test_hostile_text_stays_text(built_release, tmp_path):
     weights = built_release / "model.safetensors"
     biased(built_release, tmp_path / "hostile.gguf", weights, likely=ATTACK)
     page = space.page(built_release, {ATTACK: "hostile.gguf"}, {ATTACK: "javascript:0"}, "/library")
-    script = GREEDY.replace("return shown();", "").replace("40", "3") % json.dumps(f"</pre>{ATTACK}")
+    script = GREEDY.replace("return shown();", "").replace("40", "3") % markup.script_safe(f"</pre>{ATTACK}")
     script += "return {shown: shown(), images: document.images.length, title: document.title};"
     found = visit(Site(page, script, library(), tmp_path), tmp_path / "profile")
     assert found["images"] == 0 and found["title"] == "tiny"
@@ -254,7 +241,7 @@ def test_a_chat_model_is_asked_in_its_template_and_turns_are_kept(chat, hub, tmp
     [
         ({"demo": "missing.gguf"}, "library", [], "missing.gguf: the file is missing or private, or there is no network"),
         ({"demo": "demo.gguf"}, "empty", [], 'For use without a network, run "npm install @wllama/wllama@'),
-        ({"demo": "demo.gguf"}, "library", ["--js-flags=--noexpose-wasm"], "This browser has no WebAssembly"),
+        ({"demo": "demo.gguf"}, "library", ["--js-flags=--jitless"], "This browser has no WebAssembly"),
     ],
     ids=["no file", "no library", "no WebAssembly"],
 )
@@ -279,18 +266,20 @@ def test_show_serves_the_page_from_local_files(built_release, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     (tmp_path / "site").mkdir()
     space.write_site(runs / "tiny/release", tmp_path / "site")
+    page = tmp_path / "site/index.html"
+    site = Site(page.read_text(), (GREEDY % '"The"').replace("return", "await until(() => self.crossOriginIsolated); return"), tmp_path)
+    page.write_text(site.page)
     with space.serve(tmp_path / "site") as server:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/"
+        found = visit(site, tmp_path / "profile", url=url)
         assert urllib.request.urlopen(f"{url}report.html").read() == b"the report"
         with pytest.raises(urllib.error.HTTPError, match="403"):
             urllib.request.urlopen(urllib.request.Request(url, headers={"Host": "evil.example"}))
         server.shutdown()
-    page = (tmp_path / "site/index.html").read_text()
-    found = visit(Site(page, GREEDY % '"The"', tmp_path / "site", tmp_path / "site"), tmp_path / "profile")
     assert [column["name"] for column in found] == ["tiny", "ctl"] and not any(column["error"] for column in found)
     assert found[0]["text"] == found[1]["text"] and len(found[0]["text"][0]) > 10
-    assert 'href="report.html"' not in page and '"report": "report.html"' in page
+    assert '"links": {"report": "report.html"}' in page.read_text()
 
 
 def test_the_docs_name_the_version_that_the_page_loads():
