@@ -22,7 +22,7 @@ VERBS = {
     "ablate": "experiments.ablate:ablate",
     "ladder": "experiments.ladder:ladder",
     "worker": "pipeline:worker",
-    "recipe": "core.recipe_schema:print_recipe",
+    "recipe": "core.recipe:print_recipe",
     "prepare": "pipeline:prepare",
     "train": "pipeline:train",
     "estimate": "training.estimate:estimate",

@@ -8,22 +8,29 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import pydantic
+import typer
+import yaml
 from pydantic import Field
+from typer import Option
 
 from nanophi.core import dial
 from nanophi.core.bases import inherit
 from nanophi.core.errors import UserError, suggest
 from nanophi.core.licenses import card_problems, unlisted
-from nanophi.core.recipe_file import find_recipe, override, own, read
+from nanophi.core.options import OneRecipe, Overrides
+from nanophi.core.recipe_file import RECIPES, find_recipe, override, own, read
 from nanophi.core.registry import OPTIMIZERS, SCORERS, choose, find
+from nanophi.core.run import differences
 
 if TYPE_CHECKING:
     from nanophi.configuration_nanophi import NanoPhiConfig
 
 
+SCHEMA = RECIPES / "schema.json"
+"""For editors: `tests/recipe_schema.py` makes it from the classes below and the comments beside their fields."""
 Rules = Iterator[tuple[object, str]]
 """What must not be true, and what is wrong then."""
 
@@ -347,6 +354,23 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         return Recipe.model_validate(values)
     except pydantic.ValidationError as error:
         raise UserError(f"{path}: {_explain(error)}") from None
+
+
+def print_recipe(
+    name: OneRecipe,
+    overrides: Overrides = [],
+    diff: Annotated[Path | None, Option(metavar="RECIPE", help="Print what differs in this one.")] = None,
+) -> None:
+    """Print a recipe with every default, or what two differ in.
+
+    Example: nanophi recipe demo --diff demo-control
+    """
+    values = load_recipe(name, overrides).dump()
+    if diff is not None:
+        typer.echo("\n".join(differences(values, load_recipe(diff).dump())))
+        return
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
+    typer.echo(f"# yaml-language-server: $schema={SCHEMA}\n{text}", nl=False)
 
 
 def _has_no_examples(values: dict[str, Any]) -> bool:

@@ -17,7 +17,7 @@ from nanophi.model_card.records import ShippedRecords, hardware, leading_scores,
 
 # lm-eval's metrics that the Hub has a page for, and its names of them.
 HUB_METRICS = {"acc": "accuracy", "acc_norm": "accuracy", "exact_match": "exact_match", "f1": "f1"}
-# What is linked -> its key in the header; the first two and `demo_space` are none of the Hub's.
+# What a card links -> its key in the header; only the last one is the Hub's own.
 LINKS = {"scorer": "quality_scorer", "control": "control_model", "space": "demo_space", "new_version": "new_version"}
 
 
@@ -98,21 +98,22 @@ def _model_index(records: ShippedRecords) -> list[EvalResult]:
 def eval_results_files(records: ShippedRecords) -> dict[str, str]:
     """`.eval_results/*.yaml` for the benchmarks that the Hub takes there: file name -> YAML."""
     files, run = {}, records["run.json"]
-    for name, result in records.items():
-        for score in leading_scores({name: result}) if name.startswith("evals/") else ():
+    place = f"{run['repo_id']}/blob/{run['tag'] if run['final'] else run['revision']}/records"
+    for name in (name for name in records if name.startswith("evals/")):
+        for score in leading_scores({name: records[name]}):
             benchmark = TASKS[score.task].benchmark if score.task in TASKS else None
             if benchmark is None or score.items != score.of:
                 continue
-            said: dict[str, Any] = {"notes": f"{score.shots}-shot, {score.filter}, lm-evaluation-harness"}
-            if "date" in result:  # a release of an earlier version has neither
-                said["date"] = datetime.datetime.fromtimestamp(result["date"], datetime.UTC).date().isoformat()
+            facts = {"notes": f"{score.shots}-shot, {score.filter}, lm-evaluation-harness"}
+            if (date := records[name].get("date")) is not None:  # not in releases of 0.1
+                facts["date"] = datetime.datetime.fromtimestamp(date, datetime.UTC).date().isoformat()
                 if is_hub_id(run["repo_id"]):
-                    where = f"blob/{run['tag'] if run['final'] else run['revision']}/records/{name}"
-                    url = f"https://huggingface.co/{run['repo_id']}/{where}"
-                    said |= {"source_url": url, "source_name": "Evaluation record"}
-            entry = EvalResultEntry(benchmark["id"], benchmark["task"], round(100 * score.value, 2), **said)
-            text = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
-            files[f"{score.task}.yaml"] = text
+                    facts |= {
+                        "source_url": f"https://huggingface.co/{place}/{name}",
+                        "source_name": "Evaluation record",
+                    }
+            entry = EvalResultEntry(benchmark["id"], benchmark["task"], round(100 * score.value, 2), **facts)
+            files[f"{score.task}.yaml"] = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
     return files
 
 

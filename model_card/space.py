@@ -48,7 +48,11 @@ def build(source: Source, repo_id: str, folder: Path) -> None:
 def page(release: Path, models: Mapping[str, str], links: Mapping[str, str], library: str) -> str:
     """The page of a release. `models`, its own first, and `links` are addresses by name; `PACKAGE` is at `library`."""
     records = read_records(release / "records")
-    recipe, chat, prompt = records["recipe.yaml"], "conversations.json" in records, records["recipe.yaml"]["card"]["prompt"]
+    recipe, chat, prompt = (
+        records["recipe.yaml"],
+        "conversations.json" in records,
+        records["recipe.yaml"]["card"]["prompt"],
+    )
     held = [found["nanophi"]["heldout"] for found in results(records) if "heldout" in found["nanophi"]]
     kept = records["quality.json"].get("kept_bytes_fraction")
     data = {
@@ -57,7 +61,7 @@ def page(release: Path, models: Mapping[str, str], links: Mapping[str, str], lib
             "parameters": formatting.size(records["model.json"]["parameters"]),
             "tokens seen": formatting.size(records["checkpoint.json"]["tokens_seen"]),
             **({} if kept is None else {"text kept by the filter": formatting.percent(kept)}),
-            **{"held-out bits per byte": pages.bits_per_byte(one) for one in held},
+            **({"held-out bits per byte": pages.bits_per_byte(held[0])} if held else {}),
         },
         "links": dict(links),
         "models": [{"name": name, "url": url} for name, url in models.items()],

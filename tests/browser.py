@@ -24,7 +24,8 @@ const set = (values) => Object.entries(values).forEach(([id, value]) => { byId(i
 const generate = async () => { byId("go").click(); await until(() => !byId("go").disabled); };
 const shown = () => [...document.querySelectorAll("section:not([hidden])")].map((box) => ({
   name: box.querySelector("h2").textContent, note: box.querySelector("p").textContent,
-  error: box.querySelector("p").className === "error", text: [...box.querySelectorAll("pre")].map((pre) => pre.textContent),
+  error: box.querySelector("p").className === "error",
+  text: [...box.querySelectorAll("pre")].map((pre) => pre.textContent),
 }));
 let answer;
 try { answer = await (async () => { %s })(); } catch (error) { answer = {failed: String(error.stack)}; }
@@ -40,7 +41,17 @@ def npm(*packages: str) -> Path:
         if shutil.which("npm") is None:
             pytest.skip(f"npm is missing, from which {', '.join(wanted)} would come")
         ROOT.mkdir(parents=True, exist_ok=True)
-        command = ["npm", "install", "--no-audit", "--no-fund", "--ignore-scripts", "--omit=optional", "--prefix", str(ROOT), *packages]
+        command = [
+            "npm",
+            "install",
+            "--no-audit",
+            "--no-fund",
+            "--ignore-scripts",
+            "--omit=optional",
+            "--prefix",
+            str(ROOT),
+            *packages,
+        ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         if done.returncode:
             pytest.skip(f"npm cannot install {', '.join(wanted)}: {done.stderr[-300:]}")
@@ -61,7 +72,7 @@ class Site:
         site = self
 
         class Handler(http.server.SimpleHTTPRequestHandler):
-            def do_GET(self) -> None:  # noqa: N802
+            def do_GET(self) -> None:
                 if self.path != "/":
                     return super().do_GET()
                 self.send_response(200)
@@ -74,7 +85,7 @@ class Site:
                     return str(packages / path.removeprefix("/library/"))
                 return str((files or packages) / path.lstrip("/"))
 
-            def do_POST(self) -> None:  # noqa: N802
+            def do_POST(self) -> None:
                 site.answer = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 self.send_response(204)
                 self.end_headers()
@@ -97,7 +108,9 @@ def visit(site: Site, profile: Path, *options: str, url: str | None = None, seco
     threading.Thread(target=site.server.serve_forever, args=(0.02,), daemon=True).start()
     command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0", *options]
     output: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen([*command, f"--user-data-dir={profile}", url or site.url], env=os.environ, **output) as process:
+    with subprocess.Popen(
+        [*command, f"--user-data-dir={profile}", url or site.url], env=os.environ, **output
+    ) as process:
         answered = site.answered.wait(seconds)
         process.terminate()
         complaints = process.communicate()[1]

@@ -258,7 +258,7 @@ HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def metadata_errors(content: str) -> list[str]:
-    """What the Hub refuses in a card, by its specification of the metadata (hub-docs, modelcard.md, datasetcard.md, spaces)."""
+    """What the Hub refuses in a card, by its specification (hub-docs, modelcard.md, datasetcard.md, Spaces)."""
     parts = re.match(r"---\n(.*?)\n---\n", content, re.DOTALL)
     try:
         metadata = yaml.safe_load(parts[1]) if parts else {}  # without a header the Hub only warns

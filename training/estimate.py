@@ -57,7 +57,8 @@ def estimate(
     result = predict(resolved, DEVICES[name], devices, mfu, speed, price, grid)
     advised = advice(resolved, Path("runs") / resolved.name)
     if as_json:
-        typer.echo(json.dumps({"recipe": resolved.name, "device": name, "devices": devices, **result, "advice": advised}))
+        facts = {"recipe": resolved.name, "device": name, "devices": devices}
+        typer.echo(json.dumps({**facts, **result, "advice": advised}))
         return
     typer.echo(render(resolved, f"{devices} x {name}" if devices > 1 else name, result))
     for key, value, reason in dial.explain(recipe, overrides):

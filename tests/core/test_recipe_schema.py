@@ -4,20 +4,20 @@ import json
 
 import jsonschema
 import pytest
+import recipe_schema  # type: ignore[import-not-found]
 import yaml
 
 from nanophi.configuration_nanophi import NanoPhiConfig
-from nanophi.core import recipe_schema
 from nanophi.core.errors import UserError
-from nanophi.core.recipe import Section, load_recipe
+from nanophi.core.recipe import SCHEMA, Section, load_recipe, print_recipe
 from nanophi.core.recipe_file import RECIPES, own
 
-STALE = "is stale; run `python -m nanophi.core.recipe_schema`"
+STALE = "is stale; run `python tests/recipe_schema.py`"
 BUILT_IN = sorted(RECIPES.glob("*.yaml"))
 
 
 def test_both_files_are_those_of_the_schema():
-    assert json.loads(recipe_schema.SCHEMA.read_text()) == recipe_schema.schema(), f"recipes/schema.json {STALE}"
+    assert json.loads(SCHEMA.read_text()) == recipe_schema.schema(), f"recipes/schema.json {STALE}"
     assert recipe_schema.REFERENCE.read_text() == recipe_schema.reference(), f"docs/recipe.md {STALE}"
 
 
@@ -46,8 +46,8 @@ def test_every_key_has_a_type_a_default_and_a_meaning():
 def test_an_editor_accepts_the_built_in_recipes(path):
     first = path.read_text().splitlines()[0]
     assert first == "# yaml-language-server: $schema=schema.json"
-    assert path.with_name(first.rpartition("=")[2]) == recipe_schema.SCHEMA
-    validator = jsonschema.Draft202012Validator(json.loads(recipe_schema.SCHEMA.read_text()))
+    assert path.with_name(first.rpartition("=")[2]) == SCHEMA
+    validator = jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text()))
     assert not list(validator.iter_errors(own(path)))
 
 
@@ -66,7 +66,7 @@ def test_an_editor_accepts_the_built_in_recipes(path):
     ids=str,
 )
 def test_an_editor_marks_what_the_command_refuses(wrong, tmp_path):
-    validator = jsonschema.Draft202012Validator(json.loads(recipe_schema.SCHEMA.read_text()))
+    validator = jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text()))
     assert list(validator.iter_errors(wrong))
     (tmp_path / "wrong.yaml").write_text(yaml.safe_dump({"extends": "demo", **wrong}))
     with pytest.raises(UserError):
@@ -74,9 +74,9 @@ def test_an_editor_marks_what_the_command_refuses(wrong, tmp_path):
 
 
 def test_a_recipe_is_printed_as_one_that_gives_the_same_run(tmp_path, capsys):
-    recipe_schema.print_recipe("demo", ["training.steps=7", "training.warmup_steps=1", "training.keep_steps=[]"])
+    print_recipe("demo", ["training.steps=7", "training.warmup_steps=1", "training.keep_steps=[]"])
     printed = capsys.readouterr().out
-    assert printed.startswith(f"# yaml-language-server: $schema={recipe_schema.SCHEMA}\nname: demo\n")
+    assert printed.startswith(f"# yaml-language-server: $schema={SCHEMA}\nname: demo\n")
     (tmp_path / "again.yaml").write_text(printed)
     again = load_recipe(tmp_path / "again.yaml")
     assert again.training.steps == 7
@@ -84,7 +84,7 @@ def test_a_recipe_is_printed_as_one_that_gives_the_same_run(tmp_path, capsys):
 
 
 def test_two_recipes_differ_in_what_is_printed(capsys):
-    recipe_schema.print_recipe("demo", diff="demo-control")
+    print_recipe("demo", diff="demo-control")
     lines = capsys.readouterr().out.splitlines()
     titles = "card.title nano-phi-demo -> nano-phi-demo-control"
     assert lines == ["name demo -> demo-control", "quality.threshold 0.1 -> None", titles]

@@ -1,6 +1,6 @@
 """The page that runs a model in the browser: pushed to the loopback Hub, and opened in a real Chromium.
 
-What it writes is compared with llama.cpp's own program for the same file, which comes from npm as the page's library does.
+What it writes is compared with llama.cpp itself on the same file, which comes from npm as the page's library does.
 """
 
 import json
@@ -29,7 +29,7 @@ from nanophi.model_card.records import read_records
 
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
 LLAMA_CPP = ("node-llama-cpp@3.22.1", "@node-llama-cpp/linux-x64@3.22.1")
-GREEDY = 'set({temperature: 0, repeat_penalty: 1, max_tokens: 40, prompt: %s}); await generate(); return shown();'
+GREEDY = "set({temperature: 0, repeat_penalty: 1, max_tokens: 40, prompt: %s}); await generate(); return shown();"
 NEARLY = 1.1  # times as likely: on other processors the products of quantized numbers are added up in other orders
 ATTACK = "<img src=x onerror=document.title='taken'><script>document.title='taken'</script>"
 
@@ -221,7 +221,9 @@ def test_a_chat_model_is_asked_in_its_template_and_turns_are_kept(chat, hub, tmp
     file = biased(chat, tmp_path / "chat.gguf", chat / "model.safetensors")
     replace(hub, "demo", file)
     replace(hub, "base", file)
-    script = (GREEDY % '"Tell me."').replace("return shown();", '') + 'set({prompt: "Again?"}); await generate(); return shown();'
+    script = (GREEDY % '"Tell me."').replace(
+        "return shown();", ""
+    ) + 'set({prompt: "Again?"}); await generate(); return shown();'
     found = visit(Site(page, script, library()), tmp_path / "profile")
     assert [column["name"] for column in found] == ["org/demo", "org/base"]
     tokenizer = AutoTokenizer.from_pretrained(chat)
@@ -239,7 +241,12 @@ def test_a_chat_model_is_asked_in_its_template_and_turns_are_kept(chat, hub, tmp
 @pytest.mark.parametrize(
     ("models", "packages", "options", "sentence"),
     [
-        ({"demo": "missing.gguf"}, "library", [], "missing.gguf: the file is missing or private, or there is no network"),
+        (
+            {"demo": "missing.gguf"},
+            "library",
+            [],
+            "missing.gguf: the file is missing or private, or there is no network",
+        ),
         ({"demo": "demo.gguf"}, "empty", [], 'For use without a network, run "npm install @wllama/wllama@'),
         ({"demo": "demo.gguf"}, "library", ["--js-flags=--jitless"], "This browser has no WebAssembly"),
     ],
@@ -267,7 +274,11 @@ def test_show_serves_the_page_from_local_files(built_release, tmp_path, monkeypa
     (tmp_path / "site").mkdir()
     space.write_site(runs / "tiny/release", tmp_path / "site")
     page = tmp_path / "site/index.html"
-    site = Site(page.read_text(), (GREEDY % '"The"').replace("return", "await until(() => self.crossOriginIsolated); return"), tmp_path)
+    site = Site(
+        page.read_text(),
+        (GREEDY % '"The"').replace("return", "await until(() => self.crossOriginIsolated); return"),
+        tmp_path,
+    )
     page.write_text(site.page)
     with space.serve(tmp_path / "site") as server:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()

@@ -1,48 +1,27 @@
-"""What editors and readers know of a recipe, `recipes/schema.json` and `docs/recipe.md`; and the verb `recipe`.
+"""Writes what editors and readers know of a recipe: `recipes/schema.json` and `docs/recipe.md`.
 
-Both are made from `recipe.py`: types, defaults and limits from its classes, meanings from the comments beside the
-fields. `python -m nanophi.core.recipe_schema` writes them. Recipes are checked there, by the classes themselves.
+    python tests/recipe_schema.py
+
+Both are made from `core/recipe.py`: types, defaults and limits from its classes, meanings from the comments beside the
+fields. Recipes themselves are checked there, by the classes.
 """
 
 import ast
 import inspect
 import json
 import re
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import pydantic
-import typer
-import yaml
-from typer import Option
 
 from nanophi.core import markup, recipe
 from nanophi.core.files import write_text
-from nanophi.core.options import OneRecipe, Overrides
-from nanophi.core.recipe_file import RECIPES
-from nanophi.core.run import differences
+from nanophi.core.recipe import SCHEMA
 
-SCHEMA, REFERENCE = RECIPES / "schema.json", RECIPES.parent / "docs/recipe.md"
+REFERENCE = SCHEMA.parents[1] / "docs/recipe.md"
 EXTENDS = "a recipe file, or the name of a built-in recipe, whose values hold where this one states none"
 DEPTH = "in place of a shape: width, heads, and what is not stated of batch, steps and rates follow from it"
 SIGNS = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
-
-
-def print_recipe(
-    name: OneRecipe,
-    overrides: Overrides = [],
-    diff: Annotated[Path | None, Option(metavar="RECIPE", help="Print what differs in this one.")] = None,
-) -> None:
-    """Print a recipe with every default, or what two differ in.
-
-    Example: nanophi recipe demo --diff demo-control
-    """
-    values = recipe.load_recipe(name, overrides).dump()
-    if diff is not None:
-        typer.echo("\n".join(differences(values, recipe.load_recipe(diff).dump())))
-        return
-    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
-    typer.echo(f"# yaml-language-server: $schema={SCHEMA}\n{text}", nl=False)
 
 
 def meanings(section: type[recipe.Section]) -> dict[str, str]:
@@ -51,9 +30,9 @@ def meanings(section: type[recipe.Section]) -> dict[str, str]:
     tree: Any = ast.parse("\n".join(lines)).body[0]
     for field, after in zip(tree.body, [*tree.body[1:], None], strict=True):
         if isinstance(field, ast.AnnAssign):
-            name = field.target.id  # type: ignore[union-attr]
-            beside = lines[field.end_lineno - 1][field.end_col_offset :].strip("# ")  # type: ignore[operator]
-            below = after.value.value if isinstance(after, ast.Expr) else ""  # type: ignore[attr-defined]
+            name = field.target.id
+            beside = lines[field.end_lineno - 1][field.end_col_offset :].strip("# ")
+            below = after.value.value if isinstance(after, ast.Expr) else ""
             words = f"{beside} {below}".strip() or inspect.getdoc(section.model_fields[name].annotation) or ""
             found[name] = " ".join(words.split())
     return found
@@ -92,7 +71,10 @@ def reference() -> str:
     """`docs/recipe.md`: below its text, which stays, a table of each section's keys."""
     found = schema()
     head = REFERENCE.read_text(encoding="utf-8").partition("\n| key")[0]
-    parts = [f"## {name}\n\n{section.get('description', '')}\n\n{_table(section)}" for name, section in found["$defs"].items()]
+    parts = [
+        f"## {name}\n\n{section.get('description', '')}\n\n{_table(section)}"
+        for name, section in found["$defs"].items()
+    ]
     return "\n".join([head, _table(found), *parts])
 
 
