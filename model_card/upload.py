@@ -282,8 +282,8 @@ def check_metadata(repository: Repository, report: Report) -> None:
 def send(api: HfApi, repository: Repository, report: Report) -> str:
     """Bring one repository to what its folders hold: the branches, `main` last, then the tag. Returns its URL."""
     name, kind, tag = repository.name, repository.kind, repository.tag
-    sdk = {"space_sdk": "static"} if kind == "space" else {}
-    url = str(api.create_repo(name, private=True, exist_ok=True, repo_type=kind, **sdk))
+    sdk = "static" if kind == "space" else None
+    url = str(api.create_repo(name, private=True, exist_ok=True, repo_type=kind, space_sdk=sdk))
     branches, tags = branches_and_tags(api, name, kind) or ({}, {})
     first, head = _first_commit(api, repository), ""
     for branch in repository.revisions:

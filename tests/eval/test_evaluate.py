@@ -85,7 +85,7 @@ def test_result_is_lm_evals_and_ours(result, model, heldout):
 
 
 def test_lm_evals_own_tools_read_the_result_file(result, model, heldout, tmp_path):
-    """Its table, from the file as it is on disk, is that of lm-eval's own evaluation; its W&B logger finds the scores."""
+    """Its table, from the file as it is on disk, is that of its own results; its W&B logger finds the scores."""
     path = tmp_path / "results.json"
     verb.evaluate([str(model)], "heldout", None, heldout, path)
     content = json.loads(path.read_text())

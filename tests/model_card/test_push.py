@@ -12,7 +12,6 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-import yaml
 from forging import card_problems  # type: ignore[import-not-found]
 from hub_client import is_whole, push, silent, talk_to  # type: ignore[import-not-found]
 from hub_server import HubServer  # type: ignore[import-not-found]
@@ -121,16 +120,6 @@ def test_the_verb_prints_a_dry_run_as_json(built_release, hub, monkeypatch, caps
     assert "holds files that no push of ours put there" in planned["refused"]
     assert planned["branches"]["main"]["optimizer.bin"] == {"bytes": None, "change": "deleted"}
     assert planned["branches"]["main"]["README.md"]["change"] == "replaced"
-
-
-def test_the_card_names_the_model_that_replaces_it(built_release, hub):
-    for options in ({}, {"new_version": "org/better"}, {}):  # it stays named
-        push(built_release, "org/demo", **options)
-    head = hub.repositories["model", "org/demo"].branches["main"].files["README.md"].data.decode().split("---\n")[1]
-    assert yaml.safe_load(head)["new_version"] == "org/better"
-    assert hub.repositories["model", "org/demo"].tags["v1.0"].files["README.md"].data.count(b"new_version") == 0
-    with pytest.raises(UserError, match="--new-version better is not a Hub id"):
-        push(built_release, "org/demo", new_version="better")
 
 
 def test_second_push_sends_nothing_and_public_comes_last(built_release, hub):

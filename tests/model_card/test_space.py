@@ -35,7 +35,7 @@ ATTACK = "<img src=x onerror=document.title='taken'><script>document.title='take
 
 
 def biased(release: Path, file: Path, weights: Path, likely: str | None = None) -> Path:
-    """A q8_0 file of a release with other weights, which writes printable ASCII alone, or always one token.
+    """A q8_0 file of a release with other weights, which writes printable ASCII alone, or `likely` always.
 
     Bytes that are no text are shown by each program in a way of its own.
     """
@@ -70,17 +70,18 @@ def llama_cpp(file: Path, prompt: str, tokens: int = 40) -> tuple[list[str], lis
     return pieces, ratios
 
 
-def assert_same_text(text: str, file: Path, prompt: str) -> None:
-    """The text is llama.cpp's, up to a place where its two likeliest tokens were nearly as likely."""
+def same_tokens(text: str, file: Path, prompt: str) -> int:
+    """Of how many tokens the text is llama.cpp's; where it is not, the two likeliest tokens were nearly as likely."""
     pieces, ratios = llama_cpp(file, prompt)
     assert len(pieces) > 5
     place = 0
-    for piece, ratio in zip(pieces, ratios, strict=True):
+    for number, (piece, ratio) in enumerate(zip(pieces, ratios, strict=True)):
         if not text.startswith(piece, place):
             assert ratio < NEARLY, (text, pieces)
-            return
+            return number
         place += len(piece)
     assert place == len(text)
+    return len(pieces)
 
 
 @pytest.fixture(scope="module")
@@ -156,14 +157,16 @@ def test_two_models_write_what_llama_cpp_writes(built_release, hub, files, tmp_p
     page = publish(built_release, hub, control="org/control")
     for name, file in files.items():
         replace(hub, name, file)
-    prompt = "The module holds"
+    prompt = "A lazy fox jumps over the"
     demo, control = visit(Site(page, GREEDY % json.dumps(prompt), library()), tmp_path / "profile")
     for found, name in ((demo, "demo"), (control, "control")):
         assert found["name"] == f"org/{name}" and not found["error"], found
         assert found["note"].startswith("40 tokens, ")
         (text,) = found["text"]
         assert text.startswith(prompt)
-        assert_same_text(text.removeprefix(prompt), files[name], prompt)
+        assert (
+            same_tokens(text.removeprefix(prompt), files[name], prompt) == 40 or name == "control"
+        )  # it has near ties
     assert demo["text"] != control["text"]
 
 
@@ -226,15 +229,15 @@ def test_a_chat_model_is_asked_in_its_template_and_turns_are_kept(chat, hub, tmp
     ) + 'set({prompt: "Again?"}); await generate(); return shown();'
     found = visit(Site(page, script, library()), tmp_path / "profile")
     assert [column["name"] for column in found] == ["org/demo", "org/base"]
+    assert found[0]["text"] == found[1]["text"]  # the base is asked in the same template
+    first, answer, second, again = found[0]["text"]
+    assert (first, second) == ("Tell me.", "Again?")
     tokenizer = AutoTokenizer.from_pretrained(chat)
-    for column in found:
-        first, answer, second, again = column["text"]
-        assert (first, second) == ("Tell me.", "Again?")
-        messages = [{"role": "user", "content": first}]
-        for text, question in ((answer, second), (again, None)):
-            prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            assert_same_text(text, file, prompt)
-            messages += [{"role": "assistant", "content": text}, {"role": "user", "content": question}]
+    talked = [{"role": "user", "content": first}]
+    for text in (answer, again):
+        prompt = tokenizer.apply_chat_template(talked, tokenize=False, add_generation_prompt=True)
+        assert same_tokens(text, file, prompt) > 5
+        talked += [{"role": "assistant", "content": text}, {"role": "user", "content": second}]
 
 
 @needs_browser
