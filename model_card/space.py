@@ -48,11 +48,7 @@ def build(source: Source, repo_id: str, folder: Path) -> None:
 def page(release: Path, models: Mapping[str, str], links: Mapping[str, str], library: str) -> str:
     """The page of a release. `models`, its own first, and `links` are addresses by name; `PACKAGE` is at `library`."""
     records = read_records(release / "records")
-    recipe, chat, prompt = (
-        records["recipe.yaml"],
-        "conversations.json" in records,
-        records["recipe.yaml"]["card"]["prompt"],
-    )
+    recipe, chat = records["recipe.yaml"], "conversations.json" in records
     held = [found["nanophi"]["heldout"] for found in results(records) if "heldout" in found["nanophi"]]
     kept = records["quality.json"].get("kept_bytes_fraction")
     data = {
@@ -68,7 +64,7 @@ def page(release: Path, models: Mapping[str, str], links: Mapping[str, str], lib
         "library": library,
         "package": PACKAGE,
         "context": records["model.json"]["config"]["max_position_embeddings"],
-        "prompt": records["sample.json"]["prompt"][-1]["content"] if chat else prompt,
+        "prompt": records["sample.json"]["prompt"][-1]["content"] if chat else recipe["card"]["prompt"],
         "template": gguf.chat_template(release) if chat else None,
     }
     return pages.html("space.html", data)
@@ -95,7 +91,8 @@ def write_site(release: Path, folder: Path) -> None:
     run, records = release.parent, read_records(release / "records")
     names = [records["recipe.yaml"]["name"], records.get("comparison.json", {}).get("baseline", "")]
     releases = {names[1]: run.parent / names[1] / "release"} | {names[0]: release}
-    models = {name: f"{name}.gguf" for name in reversed(releases) if (releases[name] / MANIFEST).is_file()}
+    found = [name for name in reversed(releases) if (releases[name] / MANIFEST).is_file()]
+    models = {name: f"{number}.gguf" for number, name in enumerate(found)}
     for name, file in models.items():
         gguf.write(releases[name], folder / file, "q8_0")
     links = {"report": "report.html"} if (run / "report.html").is_file() else {}
@@ -116,6 +113,10 @@ def serve(folder: Path) -> http.server.ThreadingHTTPServer:
             if self.headers.get("Host") != f"127.0.0.1:{server.server_port}":  # another name that leads here
                 return self.send_error(403)
             return super().send_head()
+
+        def copyfile(self, source: Any, outputfile: Any) -> None:
+            with contextlib.suppress(ConnectionError):  # the reader has left the page
+                super().copyfile(source, outputfile)
 
         def end_headers(self) -> None:
             self.send_header("Cross-Origin-Opener-Policy", "same-origin")

@@ -47,8 +47,8 @@ def run(line: list[str], folder: Path, environment: Mapping[str, str]) -> subpro
     with subprocess.Popen([sys.executable, *line], **place, **output) as process:
         first = process.stdout.readline()
         if first.startswith("http://"):
-            for name in ("", "report.html", "demo.gguf", "demo-control.gguf"):
-                urllib.request.urlopen(first.split()[0] + name, timeout=60).close()
+            for name in ("", "report.html", "0.gguf", "1.gguf"):
+                urllib.request.urlopen(first.split()[0] + name, timeout=60).close()  # unread, as when a reader leaves
             process.send_signal(signal.SIGINT)
         rest = process.communicate(timeout=60)[0]
     return subprocess.CompletedProcess(line, process.returncode, first + rest, "")
