@@ -112,7 +112,9 @@ def eval_results_files(records: ShippedRecords) -> dict[str, str]:
                         "source_url": f"https://huggingface.co/{place}/{name}",
                         "source_name": "Evaluation record",
                     }
-            entry = EvalResultEntry(benchmark["id"], benchmark["task"], round(100 * score.value, 2), **facts)
+            # lm-eval's own figure, in which a group's tasks may weigh by their size.
+            value = records[name]["results"][score.task][f"{score.metric},{score.filter}"]
+            entry = EvalResultEntry(benchmark["id"], benchmark["task"], round(100 * value, 2), **facts)
             files[f"{score.task}.yaml"] = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
     return files
 

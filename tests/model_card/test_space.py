@@ -218,6 +218,7 @@ def chat(finished_run, tmp_path_factory):
     return run.path / "release"
 
 
+@pytest.mark.slow
 @needs_browser
 def test_a_chat_model_is_asked_in_its_template_and_turns_are_kept(chat, hub, tmp_path):
     page = publish(chat, hub)
