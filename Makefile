@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTEST := $(BIN)/pytest -c tests/pytest.ini --rootdir tests
 TESTS := OMP_NUM_THREADS=1 $(PYTEST) --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test slow lint hub compat peer gguf cluster clean
+.PHONY: help demo test slow lint docs hub compat peer gguf cluster clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
@@ -31,6 +31,9 @@ lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(INSTALLED) ## build the documentation's site in build/site; a dead link or anchor is an error
+	$(BIN)/zensical build --strict --clean
 
 hub: $(INSTALLED) ## push RELEASE to a loopback Hub, then load, verify and submit it from there
 	$(BIN)/python tests/publish.py $(RELEASE)

@@ -3,9 +3,11 @@
 The one place that escapes and that writes tables. HTML pages are Jinja templates with `autoescape`.
 """
 
+import json
 import re
 import unicodedata
 from collections.abc import Sequence
+from typing import Any
 
 _SPECIAL = re.compile(r"[\\`*_\[\]<>|~&$#@{}!]|(?<=\w):(?=//)|(?<=www)\.")
 
@@ -44,6 +46,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> 
         for row in (head, rule, *rows)
     )
     return "\n".join(f"| {line} |" for line in lines)
+
+
+def script_safe(value: Any) -> str:
+    """JSON without a `<` that could end its script element, and without lone surrogates, which no file can hold."""
+    text = re.sub("[\ud800-\udfff]", "\ufffd", json.dumps(value, ensure_ascii=False, allow_nan=False))
+    return re.sub("[<>&\u2028\u2029]", lambda match: f"\\u{ord(match.group()):04x}", text)
 
 
 def columns(rows: Sequence[Sequence[str]], indent: str = "") -> str:

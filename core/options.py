@@ -21,5 +21,6 @@ Jobs = Annotated[int, Option(min=1, help="Trainings at once, each with one GPU o
 ReleaseOrId = Annotated[str, Argument(metavar="RELEASE", help="Release folder, or id on the Hub.")]
 Revision = Annotated[str | None, Option(help="Branch, tag or commit on the Hub.")]
 Trust = Annotated[bool, Option("--trust-remote-code", help="Run the Python code that comes with the model.")]
+Json = Annotated[bool, Option("--json", help="Print the result as JSON, and what is told on the way to stderr.")]
 TextColumn = Annotated[str, Option(help="Column or JSON key that holds the text.")]
 Gguf = Annotated[str | None, Option(metavar="KINDS", help="llama.cpp files too, any of f16,q8_0,bf16,f32.")]

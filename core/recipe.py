@@ -8,22 +8,29 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import pydantic
+import typer
+import yaml
 from pydantic import Field
+from typer import Option
 
 from nanophi.core import dial
 from nanophi.core.bases import inherit
 from nanophi.core.errors import UserError, suggest
 from nanophi.core.licenses import card_problems, unlisted
-from nanophi.core.recipe_file import find_recipe, override, own, read
+from nanophi.core.options import OneRecipe, Overrides
+from nanophi.core.recipe_file import RECIPES, find_recipe, override, own, read
 from nanophi.core.registry import OPTIMIZERS, SCORERS, choose, find
+from nanophi.core.run import differences
 
 if TYPE_CHECKING:
     from nanophi.configuration_nanophi import NanoPhiConfig
 
 
+SCHEMA = RECIPES / "schema.json"
+"""For editors: `tests/recipe_schema.py` makes it from the classes below and the comments beside their fields."""
 Rules = Iterator[tuple[object, str]]
 """What must not be true, and what is wrong then."""
 
@@ -69,16 +76,16 @@ class Source(Section):
     hub: str | None = None  # dataset on the Hub, or a folder in Hub-dataset layout or by `save_to_disk`
     files: str | None = None  # a file, a folder (all files below it) or a glob, of the formats in `data/formats.py`
     name: str | None = None  # name in reports; defaults to the id, path or glob
-    config: str | None = None
-    split: str = "train"
-    revision: str | None = None
-    streaming: bool = False
+    config: str | None = None  # the configuration of a dataset on the Hub that has several
+    split: str = "train"  # the split of a dataset on the Hub
+    revision: str | None = None  # branch, tag or commit of a dataset on the Hub; null: main
+    streaming: bool = False  # read from the Hub while it is being used, without a download first
     text_column: str = "text"  # or a path: `meta.text`, `messages[].content` (texts joined by an empty line)
-    separator: str | None = None  # splits text files into documents, such as <|endoftext|>; null: a file is one
+    separator: str | None = None  # text between two documents in a text file; null: a file is one document
     source_column: str | None = None  # column that says a document's own source, if the dataset mixes several
     weight: float = Field(default=1.0, gt=0)  # how often, on average, a kept document enters the stream
-    max_documents: int | None = Field(default=None, gt=0)
-    license: str | None = None  # of its text, as the Hub names it; None: not stated, the text is not published
+    max_documents: int | None = Field(default=None, gt=0)  # the first so many; null: all
+    license: str | None = None  # of its text, as the Hub names it; null: not stated, the text is not published
     heldout: bool = False  # never trained on: the held-out text, in place of `data.heldout_fraction`
 
     def rules(self) -> Rules:
@@ -94,7 +101,7 @@ class Source(Section):
 class Deduplication(Section):
     """Removal of repeated documents before anything else looks at them."""
 
-    exact: bool = True
+    exact: bool = True  # a document that repeats another one, byte for byte
     near: bool = True  # MinHash over word 5-grams
     similarity: float = Field(default=0.5, gt=0, lt=1)  # Jaccard; with 5 % of the words changed it is about 0.63
 
@@ -102,25 +109,25 @@ class Deduplication(Section):
 class Decontamination(Section):
     """Removal of documents that share a long n-gram with evaluation items."""
 
-    ngram: int = Field(default=13, ge=5)
-    benchmarks: str | None = None  # folder with the benchmarks in Hub-dataset layout; None: not checked
+    ngram: int = Field(default=13, ge=5)  # length of what is shared, in words
+    benchmarks: str | None = None  # folder with the benchmarks in Hub-dataset layout; null: not checked
 
 
 class Data(Section):
     """Documents: sources, held-out share, deduplication, decontamination."""
 
-    sources: list[Source] = Field(min_length=1)
-    heldout_fraction: float = Field(default=0.02, gt=0, lt=0.5)
-    heldout_max_documents: int = Field(default=2000, gt=0)
-    max_tokens: int | None = Field(default=None, gt=0)  # of training, in documents drawn from those kept
+    sources: list[Source] = Field(min_length=1)  # where the documents come from
+    heldout_fraction: float = Field(default=0.02, gt=0, lt=0.5)  # share of the documents that is never trained on
+    heldout_max_documents: int = Field(default=2000, gt=0)  # held out at most
+    max_tokens: int | None = Field(default=None, gt=0)  # of training, in documents drawn from those kept; null: all
     max_dropped: float = Field(
         default=0.2, ge=0, le=1
     )  # stop if more of a source has no text, is not UTF-8, or too large
     max_lost: float = Field(default=0.01, ge=0, le=1)  # stop if a larger share of a source's bytes has no token
-    deduplication: Deduplication = Deduplication()
-    decontamination: Decontamination = Decontamination()
+    deduplication: Deduplication = Deduplication()  # repeated documents
+    decontamination: Decontamination = Decontamination()  # text of benchmarks
     engine: Literal["local", "ray", "slurm"] = "local"  # processes on this machine, a Ray cluster, or a Slurm job array
-    workers: int | None = Field(default=None, gt=0)  # none: one per core (of the Ray cluster), 16 under Slurm
+    workers: int | None = Field(default=None, gt=0)  # null: one per core (of the Ray cluster), 16 under Slurm
 
     def rules(self) -> Rules:
         questions = any(source.embedded == "questions" for source in self.sources)
@@ -132,7 +139,7 @@ class Quality(Section):
     """The filter: a threshold or a share. `threshold: null` without a share keeps everything (a control)."""
 
     scorer: str = "linear"
-    """`linear` (trained here), `column:<name>`, `model:<hub id or folder>`, or `none`: nothing is scored."""
+    """Scores documents: `linear` (trained here), `column:<name>`, `model:<hub id or folder>`; `none`: no scores."""
     high: list[str] = []  # for `linear`: sources of high-quality text; empty: the installed documentation
     low: list[str] = []  # for `linear`: sources whose documents are examples of low-quality text
     label: str | None = None  # for `model:`, the label of high-quality text; the score is its probability
@@ -172,44 +179,44 @@ class Quality(Section):
 class Tokenizer(Section):
     """An existing tokenizer (`path`), or a byte-level BPE trained on the documents before the filter."""
 
-    path: str | None = None  # Hub id or folder; None: train one
-    vocab_size: int = Field(default=4096, ge=300)
+    path: str | None = None  # Hub id or folder; null: train one
+    vocab_size: int = Field(default=4096, ge=300)  # tokens of one that is trained
 
 
 class Training(Section):
     """Training. `batch_size` and `steps` are global: what the optimizer sees, whatever the number of devices."""
 
-    steps: int = Field(gt=0)
+    steps: int = Field(gt=0)  # optimizer steps
     batch_size: int = Field(gt=0)  # rows of `max_position_embeddings` tokens per optimizer step
-    micro_batch_size: int | None = Field(default=None, gt=0)  # per device; None: the batch, divided among them
-    optimizer: str = "adamw"  # a name of `registry.OPTIMIZERS`
+    micro_batch_size: int | None = Field(default=None, gt=0)  # rows per device; null: the batch, divided among them
+    optimizer: str = "adamw"  # or `muon`, for the hidden matrices
     learning_rate: float = Field(gt=0)  # peak learning rate of AdamW's parameters
-    muon_learning_rate: float = Field(default=0.02, gt=0)
-    weight_decay: float = Field(default=0.1, ge=0)
-    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
-    adam_beta2: float = Field(default=0.95, ge=0, lt=1)
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    warmup_steps: int = Field(default=0, ge=0)
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    muon_learning_rate: float = Field(default=0.02, gt=0)  # peak learning rate of Muon's parameters
+    weight_decay: float = Field(default=0.1, ge=0)  # of the matrices, decoupled, times the learning rate
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)  # decay of AdamW's first moment
+    adam_beta2: float = Field(default=0.95, ge=0, lt=1)  # decay of AdamW's second moment
+    max_grad_norm: float = Field(default=1.0, gt=0)  # gradients are scaled down to this norm
+    warmup_steps: int = Field(default=0, ge=0)  # steps in which the learning rate rises from zero
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"  # of the rate after that; `wsd`: constant, then decay
     decay_fraction: float = Field(default=0.2, gt=0, le=1)  # last share of the steps, in which `wsd` decays to zero
     stretch_cosine: bool = False  # let `cosine` continue with more steps: the rate jumps to the longer curve
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # `auto`: bf16 where the hardware supports it
-    compile: bool = False
+    compile: bool = False  # the model with `torch.compile`
     isolate_documents: bool = True  # documents packed in one row do not attend to each other
-    save_steps: int = Field(default=500, gt=0)
+    save_steps: int = Field(default=500, gt=0)  # steps between saved states, from which a killed run resumes
     keep_steps: list[int] = []  # steps whose checkpoints are kept beside the last, and released as branches
     keep_states: int = Field(default=2, gt=0)  # saved states; if the last is damaged, the one before is used
-    eval_steps: int = Field(default=500, gt=0)
-    logging_steps: int = Field(default=10, gt=0)
+    eval_steps: int = Field(default=500, gt=0)  # steps between measurements on held-out text
+    logging_steps: int = Field(default=10, gt=0)  # steps between entries of the log
     spike_threshold: float | None = Field(
         default=10.0, gt=0
     )  # stop if the loss jumps by so many robust standard deviations
-    dollars_per_hour: float | None = Field(default=None, gt=0)  # of one device; None: not shown
+    dollars_per_hour: float | None = Field(default=None, gt=0)  # of one device; null: not shown
     track_energy: bool = False  # energy and emissions by codecarbon, offline (`pip install 'nanophi[energy]'`)
     country_iso_code: str | None = Field(default=None, pattern=r"^[A-Z]{3}$")  # for the emissions, such as FRA
-    report_to: list[str] = []
+    report_to: list[str] = []  # loggers that transformers knows, such as `tensorboard`
     seed: int | None = Field(default=None, ge=0, lt=2**32)
-    """Of initial weights and the documents' order; None: the recipe's. Runs that differ in it alone share the rest."""
+    """Of initial weights and the documents' order; null: the recipe's. Runs that differ in it alone share the rest."""
     arguments: dict[str, Any] = {}  # other fields of `TrainingArguments`, as `training.arguments.ALLOWED` lists them
 
     def rules(self) -> Rules:
@@ -226,21 +233,21 @@ class Training(Section):
 class Evaluation(Section):
     """The suites that every finished run is evaluated on."""
 
-    suites: list[str] = ["heldout"]
-    data: str | None = None  # folder with the benchmarks in Hub-dataset layout; None: the Hub
-    limit: int | None = Field(default=None, gt=0)
-    batch_size: int = Field(default=16, gt=0)
+    suites: list[str] = ["heldout"]  # names in `eval/tasks.yaml`, or lm-eval's tasks: `arc_easy,winogrande:5`
+    data: str | None = None  # folder with the benchmarks in Hub-dataset layout; null: the Hub
+    limit: int | None = Field(default=None, gt=0)  # items per task at most; null: all
+    batch_size: int = Field(default=16, gt=0)  # sequences per forward pass
 
 
 class Card(Section):
     """What only a person can know; everything else in the card comes from records."""
 
-    title: str | None = None
-    developers: str = "the user who ran this recipe"
+    title: str | None = None  # of the card; null: the recipe's name
+    developers: str = "the user who ran this recipe"  # who made the model
     license: str = "apache-2.0"  # an identifier of the Hub; `other` needs the two keys below
-    license_name: str | None = None
+    license_name: str | None = None  # what a licence is called that is none of the Hub's
     license_link: str | None = None  # where the text of the licence is: a URL
-    repo_id: str | None = None  # `ORG/NAME`, for the snippets; None: they name the release folder
+    repo_id: str | None = None  # `ORG/NAME`, for the snippets; null: they name the release folder
     version: str = Field(default="v0.1", pattern=r"^v[0-9A-Za-z._-]+$")  # the tag that `nanophi push` sets
     notes: str = ""  # Markdown for the card's introduction
     prompt: str = "The "  # the beginning of the sample text
@@ -252,31 +259,31 @@ class Card(Section):
 class Release(Section):
     """How the release folder is written."""
 
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the released weights
 
 
 class Lora(Section):
     """Low-rank adapters of every linear layer but the output's, merged into the weights of each checkpoint."""
 
-    rank: int = Field(default=16, gt=0)
-    alpha: int = Field(default=32, gt=0)
+    rank: int = Field(default=16, gt=0)  # of each adapter's two matrices
+    alpha: int = Field(default=32, gt=0)  # an adapter's output is scaled by alpha / rank
 
 
 class Recipe(Section):
     """A whole run."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    seed: int = Field(default=0, ge=0, lt=2**32)
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")  # of the run, and of its directory
+    seed: int = Field(default=0, ge=0, lt=2**32)  # of everything that is drawn
     data: Data
     quality: Quality = Quality()
     tokenizer: Tokenizer = Tokenizer()
     model: dict[str, Any]
     """Fields of `NanoPhiConfig`; the token ids and, for a trained tokenizer, `vocab_size` come from the tokenizer."""
-    base: str | None = None  # run, folder or ORG/NAME@REVISION whose weights training starts from; None: random weights
+    base: str | None = None  # run, folder or ORG/NAME@REVISION whose weights training starts from; null: random weights
     conversations: list[Source] = []  # for a chat model: rows in the formats of TRL for `method`
     method: Literal["sft", "dpo"] = "sft"  # fine-tuning, or direct preference optimization
     beta: float = Field(default=0.1, gt=0)  # of `dpo`: how strongly the model is held to its base
-    lora: Lora | None = None
+    lora: Lora | None = None  # low-rank adapters in place of full fine-tuning
     training: Training
     evaluation: Evaluation = Evaluation()
     card: Card = Card()
@@ -347,6 +354,23 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         return Recipe.model_validate(values)
     except pydantic.ValidationError as error:
         raise UserError(f"{path}: {_explain(error)}") from None
+
+
+def print_recipe(
+    name: OneRecipe,
+    overrides: Overrides = [],
+    diff: Annotated[Path | None, Option(metavar="RECIPE", help="Print what differs in this one.")] = None,
+) -> None:
+    """Print a recipe with every default, or what two differ in.
+
+    Example: nanophi recipe demo --diff demo-control
+    """
+    values = load_recipe(name, overrides).dump()
+    if diff is not None:
+        typer.echo("\n".join(differences(values, load_recipe(diff).dump())))
+        return
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
+    typer.echo(f"# yaml-language-server: $schema={SCHEMA}\n{text}", nl=False)
 
 
 def _has_no_examples(values: dict[str, Any]) -> bool:

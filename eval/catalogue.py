@@ -24,6 +24,7 @@ class Task:
     cut_apart: bool = False
     hub: Any = None
     leaderboard: Any = None
+    benchmark: Any = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,11 +7,13 @@ these items, so that `recompute` can derive its figures again. How it is shown i
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import typer
@@ -19,8 +21,9 @@ from typer import Argument, Option
 
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, write_json, write_text
+from nanophi.core.options import Json
 from nanophi.eval import render, results, statistics
-from nanophi.eval.catalogue import HELDOUT_BITS, LEADERBOARD, is_percent, made_from, position, references
+from nanophi.eval.catalogue import HELDOUT_BITS, LEADERBOARD, is_percent, made_from, position, references, row_title
 from nanophi.eval.models import model_key
 from nanophi.eval.results import ANSWER_METRIC, Score, distinct, final_results, read_result
 from nanophi.eval.statistics import Estimate, bits_per_byte, bits_per_byte_stderr, holm, mcnemar
@@ -32,6 +35,8 @@ TABLES = ("tasks", "answers", "subjects", "sources", "filter")
 FACTS = {name: name for name in ("task", "metric", "filter", "chance", "higher_is_better")} | {"num_fewshot": "shots"}
 """What a row has of all its scores -> its name in `Score`."""
 MAX_SOURCES = 12  # held-out sources with a row of their own: each makes Holm's correction harsher on all of them
+UNSUPPORTED = 3
+"""Exit status of a comparison that does not support what `--require` demands."""
 MIN_DOCUMENTS = 20  # that a source needs for a row of its own: fewer say little about it
 
 
@@ -43,6 +48,11 @@ def compare(
     baseline: Annotated[
         str | None, Option(help="The model that the others are compared with: a label, or one of RESULT.")
     ] = None,
+    require: Annotated[
+        Literal["better", "not-worse"] | None,
+        Option(help="End with status 3 if a model is worse at a task than the baseline, or better at none."),
+    ] = None,
+    as_json: Json = False,
 ) -> None:
     """Compare models item by item, with confidence intervals.
 
@@ -51,8 +61,14 @@ def compare(
     Example: nanophi compare runs/demo runs/demo-control --baseline demo-control
     """
     files = label_results(results)
-    typer.echo(render.to_text(compare_models(files, output, baseline=find_label(files, baseline))))
-    typer.echo(output / "comparison.md")
+    report = functools.partial(typer.echo, err=as_json)
+    comparison = compare_models(files, output, baseline=find_label(files, baseline), report=report)
+    shown = {key: value for key, value in comparison.items() if key != "items"}
+    typer.echo(json.dumps(shown) if as_json else render.to_text(comparison))
+    report(output / "comparison.md")
+    if require and (missing := unsupported(comparison, require)):
+        typer.echo(f"nanophi: --require {require}: {missing}", err=True)
+        raise typer.Exit(UNSUPPORTED)
 
 
 def label_results(paths: Sequence[Path]) -> dict[str, list[Path]]:
@@ -93,6 +109,22 @@ def find_label(labelled: Mapping[str, Sequence[Path]], name: str | None) -> str 
         return name
     path = Path(name).resolve()
     return next((label for label, files in labelled.items() if files[0].is_relative_to(path)), name)
+
+
+def unsupported(comparison: Mapping[str, Any], claim: str) -> str | None:
+    """Why a comparison does not support that its models are `better` than the baseline, or `not-worse`; None: it does.
+
+    What counts are the tasks, whose p values are corrected together: worse at none, and for `better` better at one.
+    """
+    others = [label for label in comparison["labels"] if label != comparison["baseline"]]
+    rows = [row for row in comparison["tasks"].values() if made_from(row["task"]) != "tokens"]
+    for label in others:
+        found = {row_title(row): row["differences"][label]["verdict"] for row in rows if label in row["differences"]}
+        worse = [title for title, verdict in found.items() if verdict == "worse"]
+        if worse or not found or (claim == "better" and "better" not in found.values()):
+            what = f"worse at {', '.join(worse)}" if worse else f"better at none of {len(found)} tasks"
+            return f"{label} is {what}; the baseline is {comparison['baseline']}"
+    return None if others else "there is only one model"
 
 
 def _label(identity: Mapping[str, Any], others: Sequence[Mapping[str, Any]], taken: Iterable[str]) -> str:

@@ -67,6 +67,7 @@ COMPANIONS = (
     Companion("scorer", "quality", "scorer_page", _SCORER_FILES, "The quality filter that chose its text"),
     Companion("data", "data", "data_page", _DATA_FILES, "The documents' quality scores", kind="dataset"),
     Companion("gguf", "GGUF", "gguf", r"[^/]+\.gguf", "The model for llama.cpp", of_run=False),
+    Companion("space", "demo", "space", r"index\.html", "The model in the browser", kind="space", of_run=False),
 )
 
 

@@ -58,7 +58,7 @@ def export(release: Path, kinds: Sequence[str], output: Path) -> list[dict[str, 
             repo_id=repo_id,
             on_hub=on_hub,
             files=[{"name": file, **result} for file, result in zip(files, results, strict=True)],
-            chat=_chat_template(release) is not None,
+            chat=chat_template(release) is not None,
         )
     return [{**result, "path": str(output / file)} for file, result in zip(files, results, strict=True)]
 
@@ -166,11 +166,11 @@ def _add_tokenizer(writer: Any, release: Path, config: NanoPhiConfig) -> None:
     writer.add_eos_token_id(ends["eos"])
     writer.add_add_bos_token(bool(around))
     writer.add_add_eos_token(False)
-    if template := _chat_template(release):
+    if template := chat_template(release):
         writer.add_chat_template(template)
 
 
-def _chat_template(release: Path) -> str | None:
+def chat_template(release: Path) -> str | None:
     """The tokenizer's chat template, in whichever of its files it is, without marks that transformers alone reads."""
     file, config = release / "chat_template.jinja", release / "tokenizer_config.json"
     template = read_json(config).get("chat_template") if config.is_file() else None

@@ -3,6 +3,7 @@
 The Hub's specification: https://huggingface.co/docs/hub/model-cards and .../docs/hub/eval-results
 """
 
+import datetime
 import re
 from typing import Any
 
@@ -16,7 +17,8 @@ from nanophi.model_card.records import ShippedRecords, hardware, leading_scores,
 
 # lm-eval's metrics that the Hub has a page for, and its names of them.
 HUB_METRICS = {"acc": "accuracy", "acc_norm": "accuracy", "exact_match": "exact_match", "f1": "f1"}
-LINKS = {"scorer": "quality_scorer", "control": "control_model"}  # published beside a model; the Hub has no key for it
+# What a card links -> its key in the header; only the last one is the Hub's own.
+LINKS = {"scorer": "quality_scorer", "control": "control_model", "space": "demo_space", "new_version": "new_version"}
 
 
 def header(records: ShippedRecords) -> ModelCardData:
@@ -95,12 +97,25 @@ def _model_index(records: ShippedRecords) -> list[EvalResult]:
 
 def eval_results_files(records: ShippedRecords) -> dict[str, str]:
     """`.eval_results/*.yaml` for the benchmarks that the Hub takes there: file name -> YAML."""
-    files = {}
-    for score in leading_scores(records):
-        if score.task == "gsm8k" and score.items == score.of:
-            notes = f"{score.shots}-shot, {score.filter}, lm-evaluation-harness"
-            entry = EvalResultEntry("openai/gsm8k", "gsm8k", round(100 * score.value, 2), notes=notes)
-            files["gsm8k.yaml"] = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
+    files, run = {}, records["run.json"]
+    place = f"{run['repo_id']}/blob/{run['tag'] if run['final'] else run['revision']}/records"
+    for name in (name for name in records if name.startswith("evals/")):
+        for score in leading_scores({name: records[name]}):
+            benchmark = TASKS[score.task].benchmark if score.task in TASKS else None
+            if benchmark is None or score.items != score.of:
+                continue
+            facts = {"notes": f"{score.shots}-shot, {score.filter}, lm-evaluation-harness"}
+            if (date := records[name].get("date")) is not None:  # not in releases of 0.1
+                facts["date"] = datetime.datetime.fromtimestamp(date, datetime.UTC).date().isoformat()
+                if is_hub_id(run["repo_id"]):
+                    facts |= {
+                        "source_url": f"https://huggingface.co/{place}/{name}",
+                        "source_name": "Evaluation record",
+                    }
+            # lm-eval's own figure, in which a group's tasks may weigh by their size.
+            value = records[name]["results"][score.task][f"{score.metric},{score.filter}"]
+            entry = EvalResultEntry(benchmark["id"], benchmark["task"], round(100 * value, 2), **facts)
+            files[f"{score.task}.yaml"] = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
     return files
 
 

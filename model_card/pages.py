@@ -41,6 +41,12 @@ def write_page(output: Path, template: str, metadata: CardData, provenance: dict
     write_manifest(output, {"nanophi": __version__, **provenance})
 
 
+def html(template: str, data: Any) -> str:
+    """A page that works by itself: a template of HTML, the common style, and the data that its script shows."""
+    page, style = ((FOLDER / name).read_text(encoding="utf-8") for name in (template, "page.css"))
+    return page.replace("/*STYLE*/", style).replace("/*DATA*/", markup.script_safe(data))
+
+
 # Filters of the templates
 
 

@@ -6,6 +6,7 @@ the commits are in `upload.py`.
 """
 
 import dataclasses
+import functools
 import json
 import re
 import tempfile
@@ -19,11 +20,12 @@ from typer import Argument, Option
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json
 from nanophi.core.names import is_hub_id
-from nanophi.core.options import Gguf
+from nanophi.core.options import Gguf, Json
 from nanophi.model_card import card, checks, secrets, signature, upload
 from nanophi.model_card import release as releases
 from nanophi.model_card.companions import COMPANIONS, Companion, Source, recipe_of_run
 from nanophi.model_card.manifest import FILES, MANIFEST, file_problems, list_files
+from nanophi.model_card.metadata import LINKS
 from nanophi.model_card.records import complete_records, read_records
 from nanophi.model_card.upload import Report, Repository, RetryingApi
 from nanophi.model_card.verify import find_release
@@ -49,9 +51,16 @@ def push(
     control: Annotated[
         str | None, Option(metavar="ORG/NAME", help="The control's model on the Hub, for the card to link.")
     ] = None,
+    space: Annotated[
+        bool, Option("--space", help="Make a page that runs its q8_0 file in the browser, the Space ORG/NAME-demo.")
+    ] = False,
+    new_version: Annotated[
+        str | None, Option(metavar="ORG/NAME", help="The model that replaces this one, for the card to name.")
+    ] = None,
     collection: Annotated[
         str | None, Option(metavar="TITLE", help="Collection to make, or to extend by all that is published here.")
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Publish a release on the Hub, or resume its upload.
 
@@ -62,10 +71,18 @@ def push(
     """
     from nanophi.model_card.gguf import parse_kinds  # with transformers, which takes a second
 
-    asked = {"scorer": scorer, "data": data, "gguf": parse_kinds(gguf)}
-    options = Options(repo_id, public, dry_run, force, signing_key, control, collection, asked)
-    for url in publish(release, options):
-        typer.echo(url)
+    kinds = parse_kinds(f"{gguf or ''}{',q8_0' if space else ''}")
+    asked = {"scorer": scorer, "data": data, "gguf": kinds, "space": space}
+    options = Options(repo_id, public, dry_run, force, signing_key, control, collection, new_version, asked)
+    sent = publish(release, options, functools.partial(typer.echo, err=as_json))
+    if as_json:
+        typer.echo(json.dumps(sent))
+    elif not dry_run:
+        typer.echo("\n".join(sent))
+
+
+IN_CARD = ("data", *LINKS)
+"""What the model's card links."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +96,7 @@ class Options:
     signing_key: Path | None = None
     control: str | None = None
     collection: str | None = None
+    new_version: str | None = None
     asked: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def check(self) -> None:
@@ -86,8 +104,9 @@ class Options:
         if bad := [name for name in (self.repo_id, *self.companions().values()) if not is_hub_id(name)]:
             wrong = f"{bad[0]} is not ORG/NAME as the Hub takes it (at most 96 characters)"
             raise UserError(f"--repo-id {self.repo_id}: {wrong}")
-        if self.control is not None and not is_hub_id(self.control):
-            raise UserError(f"--control {self.control} is not a Hub id like ORG/NAME")
+        for option, name in (("--control", self.control), ("--new-version", self.new_version)):
+            if name is not None and not is_hub_id(name):
+                raise UserError(f"{option} {name} is not a Hub id like ORG/NAME")
         if self.collection is not None and not 0 < len(self.collection.strip()) < 60:
             raise UserError("--collection: the Hub takes a title of 1 to 59 characters")
 
@@ -96,8 +115,11 @@ class Options:
         return {entry: f"{self.repo_id}-{entry.suffix}" for entry in COMPANIONS if self.asked.get(entry.part)}
 
 
-def publish(release: Path, options: Options, report: Report = typer.echo) -> list[str]:
-    """Publish a release folder on the Hub, or resume a push that was cut off. Returns the URLs, none in a dry run."""
+def publish(release: Path, options: Options, report: Report = typer.echo) -> list[Any]:
+    """Publish a release folder on the Hub, or resume a push that was cut off.
+
+    Returns the URLs; in a dry run what would happen to each repository, as `upload.described` has it.
+    """
     options.check()
     if not release.is_dir():
         raise UserError(f"folder {release} does not exist")
@@ -109,7 +131,7 @@ def publish(release: Path, options: Options, report: Report = typer.echo) -> lis
             _plan(api, repository, options, scratch / "there", report)
         if options.dry_run:
             report(f"tag {repositories[0].tag}; nothing was sent (dry run)")
-            return []
+            return [upload.described(repository) for repository in repositories]
         urls: list[str] = []
         steps: list[Callable[[Repository], Any]] = [
             lambda repository: upload.check_metadata(repository, report),
@@ -133,13 +155,13 @@ def publish(release: Path, options: Options, report: Report = typer.echo) -> lis
 def _build(api: RetryingApi, release: Path, options: Options, scratch: Path, report: Report) -> list[Repository]:
     """The folders of every repository as they will be on the Hub, the model's first; all are fit to publish."""
     companions = options.companions()
-    of_run = {entry.part: name for entry, name in companions.items() if entry.of_run}
-    recipe: Any = recipe_of_run(release) if of_run else None
+    recipe: Any = recipe_of_run(release) if any(entry.of_run for entry in companions) else None
     _refuse(release, problems(release))
     with complete_records():
         tag = read_json(release / "records" / "run.json")["tag"]
-    control = {"control": options.control} if options.control else {}
-    links = _links_there(api, options, scratch / "there") | of_run | control
+    links = _links_there(api, options, scratch / "there")
+    links |= {entry.part: name for entry, name in companions.items() if entry.part in IN_CARD}
+    links |= {part: name for part in ("control", "new_version") if (name := getattr(options, part))}
     repositories = [Repository(options.repo_id, _revisions(release, options.repo_id, scratch, report, links), tag)]
     main = repositories[0].revisions["main"]
     source = Source(main, release.resolve().parent, recipe, options.repo_id, links, options.asked)
@@ -195,7 +217,7 @@ def _links_there(api: RetryingApi, options: Options, scratch: Path) -> dict[str,
         with upload.one_line_errors(options.repo_id):
             record = upload.read_file(api, options.repo_id, "records/run.json", "main", scratch)
         links = json.loads(record or b"{}").get("links", {})
-        return {key: name for key, name in links.items() if key in ("data", "scorer", "control") and is_hub_id(name)}
+        return {key: name for key, name in links.items() if key in IN_CARD and is_hub_id(name)}
     except (UserError, ValueError, TypeError, AttributeError) as error:
         if isinstance(error, UserError) and not options.dry_run:
             raise

@@ -33,7 +33,7 @@ CONFIG_KEYS = (
 )
 KEPT_RESULTS = (
     *("results", "groups", "group_subtasks", "versions", "n-shot", "n-samples", "higher_is_better", "task_hashes"),
-    *("lm_eval_version", "transformers_version"),
+    *("lm_eval_version", "transformers_version", "date"),
 )
 PRIVATE_CONFIG = ("model", "model_args", "device")
 # Keys of lm-eval's results, and of our part of them, that are shipped: no samples, machine details and paths.

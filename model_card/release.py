@@ -15,7 +15,7 @@ from nanophi.core.files import link_or_copy, permit, read_json, sha256_of_file, 
 from nanophi.core.names import CODE_FILES, TOKENIZER_FILES
 from nanophi.core.version import __version__
 from nanophi.model_card import card as model_card
-from nanophi.model_card import exports
+from nanophi.model_card import exports, metadata
 from nanophi.model_card.manifest import MANIFEST, list_files, write_manifest
 from nanophi.model_card.records import LATER_STAGES, ShippedRecords, read_records
 
@@ -56,6 +56,8 @@ def copy_for_repo(
     # The copy holds links, and these replace what they write.
     write_json(output / "records" / "run.json", records["run.json"])
     write_text(output / "README.md", model_card.render(records))
+    for name, content in metadata.eval_results_files(records).items():
+        write_text(output / ".eval_results" / name, content)
     write_manifest(output, read_json(output / MANIFEST)["provenance"])
 
 

@@ -3,8 +3,6 @@
 Unlike the card it is for the person who made the run: it shows documents, and is not part of the release.
 """
 
-import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from nanophi.core.names import final_checkpoint
 from nanophi.data.documents import find
 from nanophi.data.trace import trace_text
 from nanophi.eval import catalogue
-from nanophi.model_card import prediction, records
+from nanophi.model_card import pages, prediction, records
 from nanophi.model_card.card import by_source, differences
 from nanophi.model_card.records import ShippedRecords
 
@@ -58,8 +56,7 @@ def build(run: Path, output: Path) -> dict[str, Any]:
         "quality": {key: quality.get(key) for key in OF_QUALITY},
         "documents": documents,
     }
-    template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
-    page = template.replace("/*DATA*/", _script_safe(data))
+    page = pages.html("report.html", data)
     write_text(output, page)
     return {"bytes": len(page.encode()), "documents": len(documents)}
 
@@ -82,12 +79,6 @@ def _trace(run: Path) -> list[list[Any]] | None:
         [span["text"], span["length"], span["documents"], span["examples"][0].get("source", "")]
         for span in trace_text(run, str(read_json(run / "sample.json")["text"]))
     ]
-
-
-def _script_safe(value: Any) -> str:
-    """JSON without a `<` that could end its script element, and without lone surrogates, which no file can hold."""
-    text = re.sub("[\ud800-\udfff]", "\ufffd", json.dumps(value, ensure_ascii=False, allow_nan=False))
-    return re.sub("[<>&\u2028\u2029]", lambda match: f"\\u{ord(match.group()):04x}", text)
 
 
 def _scores(run: Path, shipped: ShippedRecords) -> list[dict[str, Any]]:

@@ -130,7 +130,7 @@ def read_file(api: HfApi, repo_id: str, path: str, revision: str, folder: Path, 
 KINDS = ("new", "replaced", "deleted")
 RECIPE = "records/recipe.yaml"
 # Files of a release that change when its card comes to link what was published beside it; the tag stays.
-LINKED = {"README.md", "records/run.json", MANIFEST, SIGNATURE}
+LINKED = {"README.md", "index.html", "records/run.json", MANIFEST, SIGNATURE}
 
 
 @dataclasses.dataclass
@@ -237,14 +237,25 @@ def show(repository: Repository, dry_run: bool, report: Report) -> None:
             if losses := [f"{word} {', '.join(files)}" for word, files in words.items() if files]:
                 report(f"{branch}: {'; '.join(losses)}")
             continue
+        files = described(repository)["branches"][branch]
+        sizes = [file["bytes"] for file in files.values() if file["bytes"] is not None]
+        counts = ", ".join(f"{len(names)} {kind}" for kind, names in by_kind.items())
+        report(f"{repository.name} {branch}: {len(sizes)} files, {sum(sizes):,} bytes; {counts}")
+        for name, file in files.items():
+            size = "" if file["bytes"] is None else f"{file['bytes']:,}"
+            report(f"    {size:>14}  {file['change']:<8}  {name}")
+
+
+def described(repository: Repository) -> dict[str, Any]:
+    """What a push does to a repository, as data: of each branch each file, its size in bytes and what happens to it."""
+    branches = {}
+    for branch, change in repository.changes.items():
         folder = repository.revisions[branch]
-        sizes = {name: (folder / name).stat().st_size for name in list_files(folder)}
-        counts = ", ".join(f"{len(files)} {kind}" for kind, files in by_kind.items())
-        report(f"{repository.name} {branch}: {len(sizes)} files, {sum(sizes.values()):,} bytes; {counts}")
-        for name, size in sizes.items():
-            report(f"    {size:>14,}  {change.files.get(name, 'same'):<8}  {name}")
-        for name in by_kind["deleted"]:
-            report(f"    {'':>14}  deleted   {name}")
+        changes = dict.fromkeys(list_files(folder), "same") | change.files
+        sizes = {name: (folder / name).stat().st_size if (folder / name).exists() else None for name in changes}
+        branches[branch] = {name: {"bytes": sizes[name], "change": changes[name]} for name in changes}
+    rest = {"kind": repository.kind, "tag": repository.tag, "refused": refusal(repository)}
+    return {"name": repository.name, **rest, "branches": branches}
 
 
 def refusal(repository: Repository) -> str | None:
@@ -271,7 +282,8 @@ def check_metadata(repository: Repository, report: Report) -> None:
 def send(api: HfApi, repository: Repository, report: Report) -> str:
     """Bring one repository to what its folders hold: the branches, `main` last, then the tag. Returns its URL."""
     name, kind, tag = repository.name, repository.kind, repository.tag
-    url = str(api.create_repo(name, private=True, exist_ok=True, repo_type=kind))
+    sdk = "static" if kind == "space" else None
+    url = str(api.create_repo(name, private=True, exist_ok=True, repo_type=kind, space_sdk=sdk))
     branches, tags = branches_and_tags(api, name, kind) or ({}, {})
     first, head = _first_commit(api, repository), ""
     for branch in repository.revisions:

@@ -6,6 +6,8 @@ checks are in `manifest.py` and `checks.py`.
 """
 
 import dataclasses
+import functools
+import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +17,7 @@ import typer
 
 from nanophi.core.errors import UserError
 from nanophi.core.names import resolve
-from nanophi.core.options import ReleaseOrId, Revision, Trust
+from nanophi.core.options import Json, ReleaseOrId, Revision, Trust
 from nanophi.core.version import __version__
 from nanophi.model_card import checks, signature
 from nanophi.model_card.manifest import MANIFEST, checksums, foreign_files, foreign_references, list_files
@@ -29,6 +31,7 @@ def verify(
     revision: Revision = None,
     trust_remote_code: Trust = False,
     public_key: Annotated[Path | None, typer.Option(help="Check the signature with this public key (PEM).")] = None,
+    as_json: Json = False,
 ) -> None:
     """Check a release: checksums, loading, the card's numbers.
 
@@ -36,9 +39,11 @@ def verify(
 
     Example: nanophi verify runs/demo/release
     """
-    demand_all(
-        release, check(release, revision, typer.echo, trust_remote_code=trust_remote_code, public_key=public_key)
-    )
+    report = functools.partial(typer.echo, err=as_json)
+    checks = check(release, revision, report, trust_remote_code=trust_remote_code, public_key=public_key)
+    if as_json:
+        typer.echo(json.dumps(checks))
+    demand_all(release, checks)
 
 
 def demand_all(release: str | Path, checks: list[Check]) -> None:

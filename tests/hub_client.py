@@ -42,5 +42,5 @@ def silent(line: str) -> None:
 
 def push(release: Path, repo_id: str, report: Report = silent, **options: Any) -> list[str]:
     """`nanophi push` with the options of the verb by their names."""
-    asked = {part: options.pop(part) for part in ("scorer", "data", "gguf") if part in options}
+    asked = {part: options.pop(part) for part in ("scorer", "data", "gguf", "space") if part in options}
     return publish(release, Options(repo_id, asked=asked, **options), report)

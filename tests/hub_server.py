@@ -105,7 +105,7 @@ class HubServer:
     """The server, on a free port of 127.0.0.1; a context manager."""
 
     def __init__(self) -> None:
-        self.repositories: dict[tuple[str, str], Repository] = {}  # by kind ("model", "dataset") and id
+        self.repositories: dict[tuple[str, str], Repository] = {}  # by kind ("model", "dataset", "space") and id
         self.objects: dict[str, bytes] = {}  # of LFS, by SHA-256
         self.collections: dict[str, dict[str, Any]] = {}  # by slug
         self.requests: list[str] = []  # "METHOD path"
@@ -231,7 +231,7 @@ ROUTES: list[tuple[str, re.Pattern[str], Route]] = []
 ANONYMOUS = re.compile(r"/api/validate-yaml|/lfs/.+|/api/.+/paths-info/.+")
 """Paths that need no token, though the method is not GET."""
 NAMESPACE = r"(?P<name>[\w.-]+/[\w.-]+)"
-API = rf"/api/(?P<kind>model|dataset)s/{NAMESPACE}"
+API = rf"/api/(?P<kind>model|dataset|space)s/{NAMESPACE}"
 
 
 def route(method: str, pattern: str) -> Callable[[Route], Route]:
@@ -253,11 +253,12 @@ def whoami(request: Request) -> Answer:
 
 
 SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "n>1T")
+COLOURS = ("red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def metadata_errors(content: str) -> list[str]:
-    """What the Hub refuses in a card, by its specification of the metadata (hub-docs, modelcard.md, datasetcard.md)."""
+    """What the Hub refuses in a card, by its specification (hub-docs, modelcard.md, datasetcard.md, Spaces)."""
     parts = re.match(r"---\n(.*?)\n---\n", content, re.DOTALL)
     try:
         metadata = yaml.safe_load(parts[1]) if parts else {}  # without a header the Hub only warns
@@ -272,7 +273,9 @@ def metadata_errors(content: str) -> list[str]:
 
     errors = []
     known = {"license": HUB_LICENSES.__contains__, "size_categories": SIZES.__contains__}
-    known |= {"datasets": HUB_ID.fullmatch, "base_model": HUB_ID.fullmatch}
+    known |= dict.fromkeys(("datasets", "base_model", "models", "new_version"), HUB_ID.fullmatch)
+    known |= {"sdk": ("gradio", "docker", "static").__contains__}
+    known |= dict.fromkeys(("colorFrom", "colorTo"), COLOURS.__contains__)
     for key, accepted in known.items():
         errors += [f'"{key}" {value!r} is none that the Hub knows' for value in listed(key) if not accepted(str(value))]
     for number, config in enumerate(listed("configs")):
@@ -297,6 +300,8 @@ def metadata_errors(content: str) -> list[str]:
 def validate_yaml(request: Request) -> Answer:
     body = request.json
     errors = metadata_errors(body["content"])
+    if body["repoType"] == "space" and "\nsdk: " not in body["content"]:
+        errors.append('"sdk" is required')
     return Answer({"errors": [{"message": error} for error in errors], "warnings": []}, status=400 if errors else 200)
 
 
@@ -308,6 +313,8 @@ def create_repository(request: Request) -> Answer:
     url = f"{request.hub.endpoint}/{'' if kind == 'model' else kind + 's/'}{name}"
     if (kind, name) in request.hub.repositories:
         return Answer({"error": "You already created this repo", "url": url}, status=409)
+    if kind == "space" and body.get("sdk") != "static":
+        raise HubError(400, "", "a Space needs an sdk; of these, only static ones are free")
     private = body.get("visibility") == "private" or body.get("private") is True
     request.hub.repositories[kind, name] = Repository(kind, name, private)
     return Answer({"url": url, "name": name, "id": name})
@@ -331,7 +338,7 @@ def preupload(request: Request) -> Answer:
     return Answer({"files": answers})
 
 
-@route("POST", rf"/(?:(?P<kind>model|dataset)s/)?{NAMESPACE}\.git/info/lfs/objects/batch")
+@route("POST", rf"/(?:(?P<kind>model|dataset|space)s/)?{NAMESPACE}\.git/info/lfs/objects/batch")
 def lfs_batch(request: Request) -> Answer:
     objects = []
     for entry in request.json["objects"]:
@@ -528,13 +535,14 @@ def paths_info(request: Request) -> Answer:
     return Answer([describe(path, files.get(path)) for path in there])
 
 
-@route("GET", rf"/(?:(?P<kind>dataset)s/)?{NAMESPACE}/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
+@route("GET", rf"/(?:(?P<kind>dataset|space)s/)?{NAMESPACE}/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
 def resolve(request: Request) -> Answer:
     at = request.repository.at(request.rest["revision"])
     file = at.files.get(urllib.parse.unquote(request.rest["path"]))
     if file is None:
         raise HubError(404, "EntryNotFound", "Entry not found")
     headers = {"X-Repo-Commit": at.oid, "ETag": f'"{file.etag}"', "Accept-Ranges": "bytes"}
+    headers |= {"Access-Control-Allow-Origin": "*", "Access-Control-Expose-Headers": "*"}
     if file.lfs:
         headers |= {"X-Linked-Etag": f'"{file.sha256}"', "X-Linked-Size": str(len(file.data))}
     return Answer(file.data, {**headers, "Content-Type": "application/octet-stream"})

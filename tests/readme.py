@@ -8,11 +8,15 @@ The Hub is a loopback one. Exit status 1 and the end of the output for each comm
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from hub_server import HubServer  # type: ignore[import-not-found]
 
@@ -34,6 +38,22 @@ def commands(section: str) -> list[list[str]]:
     return [line[1:] for line in lines if line and line[0] == "nanophi"]
 
 
+def run(line: list[str], folder: Path, environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    """One command, to its end; `show` is ended by Ctrl-C once its page was fetched."""
+    place: Any = {"cwd": folder, "env": environment, "text": True}
+    if line[2:3] != ["show"]:
+        return subprocess.run([sys.executable, *line], capture_output=True, timeout=1800, **place)
+    output: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen([sys.executable, *line], **place, **output) as process:
+        first = process.stdout.readline()
+        if first.startswith("http://"):
+            for name in ("", "report.html", "0.gguf", "1.gguf"):
+                urllib.request.urlopen(first.split()[0] + name, timeout=60).close()  # unread, as when a reader leaves
+            process.send_signal(signal.SIGINT)
+        rest = process.communicate(timeout=60)[0]
+    return subprocess.CompletedProcess(line, process.returncode, first + rest, "")
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     lines = [["-m", "nanophi", *arguments] for arguments in commands("The command")]
@@ -43,9 +63,7 @@ def main() -> None:
         environment = {**os.environ, **hub.environment(Path(scratch))}
         for line in lines:
             start = time.monotonic()
-            done = subprocess.run(
-                [sys.executable, *line], cwd=folder, env=environment, capture_output=True, text=True, timeout=1800
-            )
+            done = run(line, folder, environment)
             shown = shlex.join(line[1:] if line[0] == "-m" else ["python"])
             print(f"{'FAILED' if done.returncode else 'ok    '} {time.monotonic() - start:5.1f} s  {shown}", flush=True)
             if done.returncode:

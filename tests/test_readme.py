@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from hub_server import HubServer
-from readme import README, ROOT, blocks, commands
+from readme import README, ROOT, blocks, commands, run
 
 from nanophi.cli import HIDDEN, main
 from nanophi.cli import VERBS as TABLE
@@ -120,7 +120,7 @@ def test_the_demo_prints_what_the_readme_shows(demo):
 
 
 ON_THE_HUB = ("push", "submit")
-OFFLINE = [line for line in COMMANDS if verb(line) not in ON_THE_HUB]
+OFFLINE = [line for line in COMMANDS if verb(line) not in (*ON_THE_HUB, "show")]
 
 
 @pytest.mark.parametrize("arguments", OFFLINE, ids=verb)
@@ -131,6 +131,13 @@ def test_a_command_works_as_it_stands(demo, capsys, arguments):
         assert "up to date" in out
         assert " done in " not in out
         assert "shared with" not in out
+
+
+def test_the_page_is_shown_until_ctrl_c(demo):
+    folder, _ = demo
+    (line,) = [line for line in COMMANDS if verb(line) == "show"]
+    done = run(["-m", "nanophi", *line], folder, os.environ)
+    assert (done.returncode, done.stdout.count("\n")) == (0, 1), done.stdout
 
 
 def test_publishing_works_as_it_stands(demo, tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +16,7 @@ from typer import Option
 from nanophi.core import dial, formatting
 from nanophi.core.errors import UserError
 from nanophi.core.files import write_json
-from nanophi.core.options import OneRecipe, Overrides
+from nanophi.core.options import Json, OneRecipe, Overrides
 from nanophi.core.recipe import Recipe, load_recipe
 from nanophi.training.advice import advice
 from nanophi.training.budget import DEVICES, Device, find_device, fitting_rows, flops_per_token, peak_bytes, uses_tf32
@@ -38,6 +40,7 @@ def estimate(
     grid: Annotated[float, Option(min=0, help="Grams of CO2e per kWh.")] = GRID_GRAMS_PER_KWH,
     measure: Annotated[bool, Option("--measure", help="Time a few steps here; --device names this machine.")] = False,
     overrides: Overrides = [],
+    as_json: Json = False,
 ) -> None:
     """Estimate time, cost, energy and memory of a training run.
 
@@ -50,12 +53,17 @@ def estimate(
         raise UserError(
             f"{resolved.name} trains on conversations, whose tokens only packing knows; this is for pretraining"
         )
-    speed = measured_speed(resolved) if measure else None
+    speed = measured_speed(resolved, functools.partial(typer.echo, err=as_json)) if measure else None
     result = predict(resolved, DEVICES[name], devices, mfu, speed, price, grid)
+    advised = advice(resolved, Path("runs") / resolved.name)
+    if as_json:
+        facts = {"recipe": resolved.name, "device": name, "devices": devices}
+        typer.echo(json.dumps({**facts, **result, "advice": advised}))
+        return
     typer.echo(render(resolved, f"{devices} x {name}" if devices > 1 else name, result))
     for key, value, reason in dial.explain(recipe, overrides):
         typer.echo(f"{key}: {value} ({reason})")
-    for line in advice(resolved, Path("runs") / resolved.name):
+    for line in advised:
         typer.echo(line)
 
 

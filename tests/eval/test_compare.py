@@ -18,7 +18,16 @@ from nanophi.cli import main
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json
 from nanophi.eval.catalogue import LEADERBOARD, TASKS, references
-from nanophi.eval.compare import TABLES, Measured, _paired, compare_models, find_label, label_results, recompute
+from nanophi.eval.compare import (
+    TABLES,
+    Measured,
+    _paired,
+    compare_models,
+    find_label,
+    label_results,
+    recompute,
+    unsupported,
+)
 from nanophi.eval.models import model_sha256
 from nanophi.eval.render import to_text
 from nanophi.eval.results import ANSWER_METRIC, FORMAT
@@ -610,6 +619,48 @@ def test_the_command_takes_a_label_or_a_path_as_baseline(tmp_path, monkeypatch, 
     monkeypatch.setattr(sys, "argv", ["nanophi", "compare", *files, "--baseline", "c"])
     with pytest.raises(SystemExit, match="baseline 'c' is not one of a, b"):
         main()
+
+
+@pytest.mark.parametrize(
+    ("ours", "claim", "status", "missing"),
+    [
+        ([0.9], "better", None, ""),
+        ([0.9], "not-worse", None, ""),
+        ([0.5], "better", 3, "a is better at none of 1 tasks; the baseline is b"),
+        ([0.5], "not-worse", None, ""),
+        ([0.1], "not-worse", 3, "a is worse at ARC-Easy; the baseline is b"),
+        ([0.9, 0.1], "better", 3, "a is worse at HellaSwag; the baseline is b"),
+        ([0.9, 0.5], "better", None, ""),
+        (None, "not-worse", 3, "better at none of 0 tasks"),
+    ],
+)
+def test_a_script_is_told_whether_a_claim_is_supported(ours, claim, status, missing, tmp_path, monkeypatch, capsys):
+    """By the exit status and one line; the JSON on standard output is that of `comparison.json`."""
+    items = np.arange(60)
+    for name, shares in (("a", ours or [0.5]), ("b", [0.5, 0.5][: len(ours or [0.5])])):
+        (tmp_path / name).mkdir()
+        for task, share in zip(("arc_easy", "hellaswag"), shares, strict=False):
+            right = ((7 * items) % 60 < 60 * share).astype(float).tolist()
+            prompts = "p" if ours else name  # without items in common there is nothing to compare
+            result(tmp_path / name / f"{task}.json", right, task=task, model=name, prompts=prompts)
+    command = ["compare", "a", "b", "--require", claim, "--json", "--output", "out"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["nanophi", *command])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    printed = capsys.readouterr()
+    assert (stopped.value.code or None) == status
+    assert missing in printed.err and (f"--require {claim}: " in printed.err) == bool(missing)
+    written = read_json(tmp_path / "out/comparison.json")
+    assert json.loads(printed.out) == {key: value for key, value in written.items() if key != "items"}
+
+
+def test_what_is_recited_and_a_model_alone_support_no_claim():
+    difference = {"a": {"verdict": "better"}}
+    comparison = {"labels": ["a", "b"], "baseline": "b"}
+    recited = {"memorisation_train": {"task": "memorisation_train", "num_fewshot": 0, "differences": difference}}
+    assert "none of 0 tasks" in str(unsupported({**comparison, "tasks": recited}, "better"))
+    assert unsupported({"labels": ["b"], "baseline": "b", "tasks": {}}, "not-worse") == "there is only one model"
 
 
 def test_heldout_text_is_told_apart_by_the_filter_of_a_run(tmp_path):

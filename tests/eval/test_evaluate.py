@@ -10,11 +10,13 @@ import shutil
 from pathlib import Path
 
 import lm_eval
+import lm_eval.utils
 import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
 import transformers
+from lm_eval.loggers import WandbLogger
 from lm_eval.models.huggingface import HFLM
 
 import nanophi
@@ -80,6 +82,21 @@ def test_result_is_lm_evals_and_ours(result, model, heldout):
     assert len(sample["filtered_resps"]) == 4
     assert {"acc", "acc_norm", "doc_hash", "prompt_hash", "source", "target"} <= set(sample)
     assert leading_scores(result)[1].chance == 0.25
+
+
+def test_lm_evals_own_tools_read_the_result_file(result, model, heldout, tmp_path):
+    """Its table, from the file as it is on disk, is that of its own results; its W&B logger finds the scores."""
+    path = tmp_path / "results.json"
+    verb.evaluate([str(model)], "heldout", None, heldout, path)
+    content = json.loads(path.read_text())
+    table = lm_eval.utils.make_table(content)
+    for score in leading_scores(content):
+        (line,) = [line for line in table.splitlines() if f"|{score.metric} " in line and f"{score.value:.4f}" in line]
+        assert ("↓" in line) == (not score.higher_is_better)
+    logger = object.__new__(WandbLogger)
+    logger.post_init(content)
+    _, flat = logger._sanitize_results_dict()
+    assert flat["heldout_continuation/acc_norm"] == content["results"]["heldout_continuation"]["acc_norm,none"]
 
 
 def test_bits_per_byte_is_the_models_loss_in_other_units(result, model, heldout):

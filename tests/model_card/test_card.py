@@ -12,12 +12,13 @@ import pytest
 import yaml
 from card_records import comparison, leaderboard_results  # type: ignore[import-not-found]
 from hub_server import metadata_errors  # type: ignore[import-not-found]
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, parse_eval_result_entries
 from huggingface_hub.repocard import TEMPLATE_MODELCARD_PATH
 
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, write_json
 from nanophi.core.names import final_checkpoint
+from nanophi.eval.catalogue import TASKS
 from nanophi.eval.models import model_sha256
 from nanophi.model_card import card, metadata, pages, secrets
 from nanophi.model_card import records as shipped
@@ -311,8 +312,12 @@ def test_leaderboard_section_and_metadata(records):
     whole = {("ai2_arc", "ARC-Challenge", "test"), ("hellaswag", None, "validation"), ("cais/mmlu", "all", "test")}
     whole |= {("truthful_qa", "multiple_choice", "validation"), ("winogrande", "winogrande_xl", "validation")}
     assert whole | {("gsm8k", "main", "test")} <= found
-    files = metadata.eval_results_files(changed)
-    assert yaml.safe_load(files["gsm8k.yaml"])[0]["dataset"]["id"] == "openai/gsm8k"
+    (entry,) = yaml.safe_load(metadata.eval_results_files(changed)["gsm8k.yaml"])  # of a release without dates
+    assert entry == {
+        "dataset": {"id": "openai/gsm8k", "task_id": "gsm8k"},
+        "value": 0.0,
+        "notes": "5-shot, strict-match, lm-evaluation-harness",
+    }
     # A part of a benchmark is not passed off as the whole.
     changed = {**records, "evals/quick.json": leaderboard_results(scored=40)}
     text = card.render(changed)
@@ -320,6 +325,29 @@ def test_leaderboard_section_and_metadata(records):
     data: Any = ModelCard(text).data
     assert data.eval_results is None
     assert metadata.eval_results_files(changed) == {}
+
+
+def test_results_for_the_hubs_leaderboards_have_a_date_and_a_source(records):
+    """Of every task that it has one for, if it was run completely; read back by the client."""
+    result = leaderboard_results() | {"date": 1796038000.0}
+    for task in ("mmlu_pro", "gpqa_diamond_zeroshot"):
+        result["results"][task] = {TASKS[task].metric: 0.125}
+        result["n-shot"][task], result["higher_is_better"][task] = 5, {}
+        result["n-samples"][task] = {"original": 100, "effective": 100}
+        result["nanophi"]["lines"][task] = {"tasks": [task], "chance": None}
+    changed = {**records, "evals/open-llm-v1.json": result}
+    changed["run.json"] = {**records["run.json"], "repo_id": "org/demo"}
+    files = metadata.eval_results_files(changed)
+    entries = {
+        entry.dataset_id: entry for text in files.values() for entry in parse_eval_result_entries(yaml.safe_load(text))
+    }
+    assert sorted(files) == ["gpqa_diamond_zeroshot.yaml", "gsm8k.yaml", "mmlu_pro.yaml"]
+    assert {entry.task_id for entry in entries.values()} == {"gsm8k", "mmlu_pro", "gpqa_diamond"}
+    entry = entries["TIGER-Lab/MMLU-Pro"]
+    assert (entry.value, entry.date) == (12.5, "2026-11-30")
+    assert entry.source_url == "https://huggingface.co/org/demo/blob/v1.0/records/evals/open-llm-v1.json"
+    changed["run.json"] = records["run.json"]  # not on the Hub: the record has no address yet
+    assert "source" not in yaml.safe_load(metadata.eval_results_files(changed)["gsm8k.yaml"])[0]
 
 
 @pytest.mark.parametrize("license_", ["cc0-1.0", None])

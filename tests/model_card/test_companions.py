@@ -122,12 +122,13 @@ def test_the_card_links_what_is_published_and_keeps_its_links(scored, hub):
     push(scored, "org/demo")
     repository = hub.repositories["model", "org/demo"]
     assert "org/demo-data" not in page_of(hub, "model", "org/demo")
-    push(scored, "org/demo", data="scores", control="org/control")
+    push(scored, "org/demo", data="scores", control="org/control", new_version="org/better")
     push(scored, "org/demo", scorer=True)
     head = page_of(hub, "model", "org/demo")
     metadata = yaml.safe_load(head.split("---\n")[1])
     assert metadata["datasets"] == ["org/demo-data"]
     assert (metadata["quality_scorer"], metadata["control_model"]) == ("org/demo-quality", "org/control")
+    assert metadata["new_version"] == "org/better"
     for link in ("datasets/org/demo-data", "org/demo-quality", "org/control"):
         assert f"](https://huggingface.co/{link})" in head
     # Links alone do not move the tag.
@@ -263,6 +264,8 @@ def test_bad_input_is_one_line(scored, hub, tmp_path):
     (run / "recipe.yaml").write_text(yaml.safe_dump({**values, "quality": {"scorer": "column:score"}}))
     with pytest.raises(UserError, match="is 'column:score', so there is no scorer"):
         push(run / "release", "org/demo", scorer=True)
+    with pytest.raises(UserError, match="--new-version better is not a Hub id"):
+        push(scored, "org/demo", new_version="better")
     hub.add_repository("dataset", "org/demo-data", {"data/train.parquet": b"somebody else's"})
     with pytest.raises(UserError, match="org/demo-data holds files that no push of ours put there: main: data/train"):
         push(scored, "org/demo", data="scores")
@@ -322,9 +325,9 @@ def test_a_push_cut_at_any_request_is_finished_by_the_next(scored, tmp_path, mon
             assert [len(entry["items"]) for entry in hub.collections.values()] == [3]
 
 
-@pytest.mark.parametrize("part", ["scorer", "data", "gguf"])
+@pytest.mark.parametrize("part", ["scorer", "data", "gguf", "space"])
 def test_a_companion_has_only_its_own_files(part, tmp_path):
-    own = {"scorer.safetensors": "scorer", "scorer.json": "scorer", "tiny-q8_0.gguf": "gguf"}
+    own = {"scorer.safetensors": "scorer", "scorer.json": "scorer", "tiny-q8_0.gguf": "gguf", "index.html": "space"}
     own |= {"data/heldout-00000.parquet": "data", "data/install.bat": "nobody"}
     (tmp_path / "data").mkdir()
     for name in ("README.md", *own):

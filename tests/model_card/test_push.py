@@ -17,6 +17,7 @@ from hub_client import is_whole, push, silent, talk_to  # type: ignore[import-no
 from hub_server import HubServer  # type: ignore[import-not-found]
 from safetensors.torch import load_file, save_file
 
+from nanophi.cli import main
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, sha256_of_file, write_json
 from nanophi.core.sample import generate
@@ -94,12 +95,31 @@ for options in ({}, {"trust_remote_code": True}, {"revision": "step-000010"}, {"
 
 def test_dry_run_lists_everything_and_sends_nothing(built_release, hub):
     lines: list[str] = []
-    assert push(built_release, "org/demo", dry_run=True, report=lines.append) == []
+    (planned,) = push(built_release, "org/demo", dry_run=True, report=lines.append)
     assert all(line.startswith(("GET", "HEAD")) for line in hub.requests)
     heads = [line.removeprefix("org/demo ") for line in lines if line.startswith("org/demo ")]
     assert [head.partition(":")[0] for head in heads] == REVISIONS
     assert sum("model.safetensors" in line for line in lines) == len(REVISIONS)
     assert f"main: {len(list_files(built_release))} files, " in heads[-1]
+    assert (planned["name"], planned["kind"], planned["tag"], planned["refused"]) == ("org/demo", "model", "v1.0", None)
+    assert list(planned["branches"]) == REVISIONS
+    weights = {"bytes": (built_release / "model.safetensors").stat().st_size, "change": "new"}
+    assert planned["branches"]["main"]["model.safetensors"] == weights
+
+
+def test_the_verb_prints_a_dry_run_as_json(built_release, hub, monkeypatch, capsys):
+    hub.add_repository("model", "org/demo", FOREIGN)
+    monkeypatch.setattr(
+        sys, "argv", ["nanophi", "push", str(built_release), "--repo-id", "org/demo", "--dry-run", "--json"]
+    )
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    printed = capsys.readouterr()
+    (planned,) = json.loads(printed.out)
+    assert not stopped.value.code and "nothing was sent (dry run)" in printed.err
+    assert "holds files that no push of ours put there" in planned["refused"]
+    assert planned["branches"]["main"]["optimizer.bin"] == {"bytes": None, "change": "deleted"}
+    assert planned["branches"]["main"]["README.md"]["change"] == "replaced"
 
 
 def test_second_push_sends_nothing_and_public_comes_last(built_release, hub):

@@ -1,5 +1,6 @@
 """Estimates against torch's own counts, measured memory, and the published run."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,16 @@ def test_devices_are_found_by_either_name() -> None:
     for name, hint in (("h10", r"did you mean 'h100' or 'h200'\?"), ("zzz", "known: a100-40g, .*, t4")):
         with pytest.raises(UserError, match=rf"unknown device '{name}'; {hint}$"):
             budget.find_device(name)
+
+
+def test_the_verb_prints_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["nanophi", "estimate", "demo", "--device", "h100", "--json"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    found = json.loads(capsys.readouterr().out)
+    expected = estimate.predict(load_recipe("demo"), budget.DEVICES["h100"])
+    assert not stop.value.code and (found["recipe"], found["device"], found["devices"]) == ("demo", "h100", 1)
+    assert {key: found[key] for key in expected} == json.loads(json.dumps(expected))
 
 
 def test_the_verb_measures_real_steps(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
