@@ -118,7 +118,11 @@ def wheel(folder: Path) -> Path:
     """Write a wheel of the package as it is installed here, the same bytes each time."""
     root, known = Path(nanophi.__file__).parent, importlib.metadata.distribution("nanophi")
     rooms = sorted(room.parent for room in root.glob("*/__init__.py"))
-    found = [*sorted(root.glob("*.py")), root / "LICENSE", *(file for room in rooms for file in sorted(room.rglob("*")))]
+    found = [
+        *sorted(root.glob("*.py")),
+        root / "LICENSE",
+        *(file for room in rooms for file in sorted(room.rglob("*"))),
+    ]
     files = {f"nanophi/{file.relative_to(root).as_posix()}": file.read_bytes() for file in found if file.is_file()}
     files = {name: content for name, content in files.items() if "__pycache__" not in name}
     info = f"nanophi-{nanophi.__version__}.dist-info"
@@ -176,7 +180,11 @@ def _plan(
     """What would be run, what it takes and when it ends, as text."""
     lines = [f"command:  {script.rpartition('python -m ')[2]}"]
     if machine:
-        lines = [f"image:    {image}", f"flavor:   {machine.name} ({machine.pretty_name}), ${price:.2f} an hour", *lines]
+        lines = [
+            f"image:    {image}",
+            f"flavor:   {machine.name} ({machine.pretty_name}), ${price:.2f} an hour",
+            *lines,
+        ]
         lines.append(f"secrets:  {', '.join(secrets)}")
         device = device_named(machine.accelerator.model) if machine.accelerator else None
         trained = [recipe for recipe in recipes if not recipe.conversations]

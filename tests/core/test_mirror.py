@@ -112,6 +112,7 @@ mirror.LEASE_SECONDS, mirror.RENEW_SECONDS = 0.6, 0.1
 for line in sys.stdin:
     run, url = line.split()
     if not (child := os.fork()):
+        os.dup2(2, 1)
         try:
             with mirror.mirrored(url), RunDirectory(run, lambda line: print(line, file=sys.stderr, flush=True)).lock():
                 print("began", file=sys.stderr, flush=True)
@@ -388,7 +389,9 @@ def test_the_newer_of_disk_and_mirror_is_used(copy, tmp_path):
     lines.clear()
     with mirrored(url), RunDirectory(older, lines.append).lock():
         pass
-    assert lines == ["tiny: the run here is further than its mirror (step 24, 2 stages against step 24, 1 stages), and is used"]
+    assert lines == [
+        "tiny: the run here is further than its mirror (step 24, 2 stages against step 24, 1 stages), and is used"
+    ]
     assert manifest(copy / "mirror/tiny")["reached"] == [24, 2]
 
 
