@@ -109,6 +109,7 @@ class HubServer:
         self.objects: dict[str, bytes] = {}  # of LFS, by SHA-256
         self.collections: dict[str, dict[str, Any]] = {}  # by slug
         self.jobs: dict[str, dict[str, Any]] = {}  # by id: what was asked for, and its `log` and `stage`
+        self.answer: list[str] = []  # the log of the next jobs
         self.requests: list[str] = []  # "METHOD path"
         self.lock = threading.RLock()
         self._cut: tuple[int, str] | None = None
@@ -515,7 +516,7 @@ def run_job(request: Request) -> Answer:
     if asked["flavor"] not in {machine["name"] for machine in HARDWARE}:
         raise HubError(400, "", f"unknown flavor {asked['flavor']}")
     job = {**asked, "id": f"{number:024x}", "createdAt": now(), "owner": {"id": "1", "name": "org", "type": "user"}}
-    request.hub.jobs[job["id"]] = job | {"log": [], "stage": "COMPLETED"}
+    request.hub.jobs[job["id"]] = job | {"log": request.hub.answer, "stage": "COMPLETED"}
     return show_job(job | {"stage": "SCHEDULING"})
 
 

@@ -303,7 +303,7 @@ def test_a_torn_upload_is_never_named(tmp_path, service, weights, silent):
             super().cp_file(path1, path2, **kwargs)
             if "/objects/" in path2 and len(torn) < 3:
                 torn.append(path2)
-                os.truncate(path2, os.path.getsize(path2) // 2)
+                os.truncate(path2, Path(path2).stat().st_size // 2)
                 if not silent:
                     raise ConnectionResetError("cut")
 
@@ -397,9 +397,9 @@ def test_the_newer_of_disk_and_mirror_is_used(copy, tmp_path):
 
 def test_a_second_machine_is_refused_while_the_first_lives(copy, tmp_path):
     url = str(copy / "mirror")
-    with mirrored(url), RunDirectory(copy / "here/tiny").lock():
-        with pytest.raises(UserError, match=rf"mirror/tiny is in use by process {os.getpid()} on .*; wait for it"):
-            go(tmp_path / "elsewhere/tiny", url)
+    used = pytest.raises(UserError, match=rf"mirror/tiny is in use by process {os.getpid()} on .*; wait for it")
+    with mirrored(url), RunDirectory(copy / "here/tiny").lock(), used:
+        go(tmp_path / "elsewhere/tiny", url)
     lines: list[str] = []
     (copy / "mirror/tiny/lease").write_text("0123456789abcdef 7 process 12 on a machine that is gone")
     with mirrored(url), RunDirectory(tmp_path / "elsewhere/tiny", lines.append).lock():
