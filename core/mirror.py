@@ -252,7 +252,8 @@ class Mirror:
 
     def _fetch(self, files: Mapping[str, tuple[int, str]], there: Mapping[str, int]) -> None:
         """Put a manifest's files in the place of the run directory's, which go to `.replaced`."""
-        new, replaced, first = self.run / ".work" / "fetched", self.run / ".replaced", {}
+        new, replaced = self.run / ".work" / "fetched", self.run / ".replaced"
+        first: dict[str, Path] = {}
         remove(new)
         for name, (size, sha256) in files.items():
             (new / name).parent.mkdir(parents=True, exist_ok=True)

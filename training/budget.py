@@ -66,7 +66,7 @@ def find_device(name: str) -> str:
 def peak_flops(device_name: str, precision: str = "bf16", tf32: bool = False) -> float | None:
     """Peak FLOP/s of a device by the name that CUDA gives it; None if it is not in the table."""
     device = device_named(device_name)
-    return device and device.peak(precision, tf32)
+    return device.peak(precision, tf32) if device else None
 
 
 def device_named(name: str) -> Device | None:

@@ -1,4 +1,4 @@
-"""Launching: what is planned, asked, submitted and followed, by the real client and a loopback of the Hub's Jobs API."""
+"""Launching: what is planned, asked, submitted and followed, with the real client and a loopback Jobs API."""
 
 import io
 import os
@@ -129,7 +129,7 @@ def test_what_cannot_be_launched_is_refused_before_anything(hub, tmp_path):
         with pytest.raises(UserError, match=why):
             launch(**arguments, yes=True)
     hub.fail("POST /api/jobs/", 402)
-    with pytest.raises(UserError, match="the job was not submitted .*402"):
+    with pytest.raises(UserError, match=r"the job was not submitted .*402"):
         launch([RECIPE], yes=True, **BUDGET)
     assert not hub.jobs
 
