@@ -1,6 +1,5 @@
 """The notebooks run from the first cell to the last, on recipes of a very small model, and survive a lost machine."""
 
-import os
 import re
 import shutil
 from pathlib import Path
@@ -36,7 +35,14 @@ def folder(tmp_path: Path) -> Path:
     data = {"sources": [{"files": str(tmp_path / "a.parquet")}], "heldout_fraction": 0.1, "workers": 1}
     for name in ("demo", "demo-control", "nano-phi-115m"):
         base = yaml.safe_load((RECIPES / "demo.yaml").read_text())
-        recipe = {**base, **SMALL, "name": name, "data": data, "card": {**base["card"], "prompt": "The"}}
+        recipe = {
+            **base,
+            **SMALL,
+            "training": {**base["training"], **SMALL["training"]},
+            "name": name,
+            "data": data,
+            "card": {**base["card"], "prompt": "The"},
+        }
         if name == "demo-control":
             recipe["quality"] = {**SMALL["quality"], "threshold": None}
         (tmp_path / name).write_text(yaml.safe_dump(recipe))
@@ -45,15 +51,16 @@ def folder(tmp_path: Path) -> Path:
 
 def commands(path: Path) -> list[str]:
     cells = nbformat.read(path, 4).cells
-    return [line[1:] for cell in cells if cell.cell_type == "code" for line in cell.source.splitlines() if line[0:1] == "!"]
+    return [
+        line[1:] for cell in cells if cell.cell_type == "code" for line in cell.source.splitlines() if line[0:1] == "!"
+    ]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_holds_commands_of_the_readme_and_no_output(path):
     told = README.replace(" --jobs 2", "")
     for line in commands(path):
-        verb = " ".join(line.split()[:3])
-        assert line in told or verb in told, line
+        assert (line if path.stem == "quickstart" else " ".join(line.split()[:2])) in told
     for cell in nbformat.read(path, 4).cells:
         assert not cell.get("outputs") and not re.search(r"hf_\w{20}", cell.source)
     assert len(NOTEBOOKS) == 2
@@ -64,23 +71,24 @@ def test_a_notebook_holds_commands_of_the_readme_and_no_output(path):
 def test_a_notebook_runs_to_its_end_twice_on_two_machines(path, folder, monkeypatch):
     nbclient = pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
-    monkeypatch.setenv("PIP_DRY_RUN", "1")
-    monkeypatch.setenv("PIP_NO_DEPS", "1")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    pip = {"PIP_DRY_RUN": "1", "PIP_NO_DEPS": "1", "PIP_NO_BUILD_ISOLATION": "0"}  # 0: without
+    for name, value in {**pip, "HF_HUB_OFFLINE": "1"}.items():
+        monkeypatch.setenv(name, value)
     (folder / "nanophi").symlink_to(ROOT)
+    weights = []
     for machine in range(2):
         notebook = nbformat.read(path, 4)
-        nbclient.NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(folder)}}).execute()
+        where = {"metadata": {"path": str(folder)}}
+        nbclient.NotebookClient(notebook, timeout=900, allow_errors=True, resources=where).execute()
         outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
         printed = "".join(output.get("text", "") for output in outputs)
         assert "nanophi: " not in printed, printed  # no command ended with an error
+        assert not [output for output in outputs if output.output_type == "error"], printed
         assert ("fetched from mirror/" in printed) == bool(machine)
         assert "release: runs/" in printed
         rich = [kind for output in outputs for kind in output.get("data", {})]
         assert "text/html" in rich and ("image/png" in rich) == (path.stem == "quickstart")
         name = "demo" if path.stem == "quickstart" else "nano-phi-115m"
-        weights = read_json(folder / f"runs/{name}/training.json")["summary"]["weights_sha256"]
-        assert machine == 0 or weights == before  # noqa: F821
-        before = weights  # noqa: F841
+        weights.append(read_json(folder / f"runs/{name}/training.json")["summary"]["weights_sha256"])
         shutil.rmtree(folder / "runs")
-    assert os.listdir(folder / "mirror")  # noqa: PTH208
+    assert weights[0] == weights[1]
