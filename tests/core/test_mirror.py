@@ -458,3 +458,49 @@ def test_an_s3_bucket_that_is_missing_or_closed_is_one_line(tmp_path, s3):
         go(run, "s3://absent/runs")
     assert s3.ls("") == ["bucket"]
     assert not (run / "checkpoints").exists()
+
+
+RECIPE = """
+name: {name}
+data: {{sources: [{{files: "{folder}/a.jsonl"}}], heldout_fraction: 0.2, workers: 1}}
+quality: {{scorer: "column:score", threshold: {threshold}}}
+tokenizer: {{vocab_size: 300}}
+model:
+  {{hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 8, max_position_embeddings: 256}}
+training: {{steps: 6, batch_size: 2, learning_rate: 0.01, save_steps: 2, eval_steps: 6, logging_steps: 1}}
+evaluation: {{suites: [heldout], limit: 2}}
+"""
+
+
+@pytest.mark.slow
+def test_the_verbs_with_a_mirror_on_two_machines(tmp_path):
+    """Prepared here, trained there, and on a third machine the rest of two runs side by side."""
+    texts = (f"Document {n} about {' '.join(str(n * m) for m in range(40))}" for n in range(40))
+    lines = [f'{{"text": "{text}", "score": {0.9 if n % 3 else 0.1}}}' for n, text in enumerate(texts)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    (tmp_path / "mirror").mkdir()
+    for name, threshold in (("one", 0.5), ("two", "null")):
+        (tmp_path / f"{name}.yaml").write_text(RECIPE.format(name=name, folder=tmp_path, threshold=threshold))
+
+    def nanophi(machine: str, *arguments: str) -> str:
+        (tmp_path / machine).mkdir()
+        command = [sys.executable, "-m", "nanophi", *arguments]
+        environment = {**os.environ, "NANOPHI_MIRROR": str(tmp_path / "mirror")}
+        done = subprocess.run(command, cwd=tmp_path / machine, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        assert "fails" not in done.stdout
+        return done.stdout
+
+    assert "fetched" not in nanophi("first", "prepare", "../one.yaml")
+    assert "step 0, 5 stages" in nanophi("second", "train", "../one.yaml")
+    trained = read_json(tmp_path / "second/runs/one/training.json")["summary"]
+    out = nanophi("third", "run", "../one.yaml", "../two.yaml", "--jobs", "2")
+    assert "step 6, 6 stages" in out and out.count("fetched from") == 1 and "waiting" not in out
+    assert "one: training       up to date" in out
+    assert read_json(tmp_path / "third/runs/one/training.json")["summary"] == trained
+    for name in ("one", "two"):
+        run = tmp_path / "third/runs" / name
+        known = manifest(tmp_path / "mirror" / name)
+        assert known["reached"] == [6, len(read_json(run / "record.json")["stages"])]
+        assert "release/model.safetensors" in known["files"] and "comparison.json" in known["files"]
+        assert not list(tmp_path.glob("mirror/*/lease*"))
