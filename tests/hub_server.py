@@ -109,6 +109,7 @@ class HubServer:
         self.objects: dict[str, bytes] = {}  # of LFS, by SHA-256
         self.collections: dict[str, dict[str, Any]] = {}  # by slug
         self.jobs: dict[str, dict[str, Any]] = {}  # by id: what was asked for, and its `log` and `stage`
+        self.buckets: dict[str, dict[str, bytes]] = {}  # files by id and path; uploads need Xet, which is not here
         self.answer: list[str] = []  # the log of the next jobs
         self.requests: list[str] = []  # "METHOD path"
         self.lock = threading.RLock()
@@ -489,6 +490,43 @@ def add_collection_item(request: Request) -> Answer:
     note = {"note": {"text": request.json["note"]}} if "note" in request.json else {}
     found["items"].append({"_id": f"{number:024x}", "position": number, **item, **note})
     return Answer(found)
+
+
+BUCKET = rf"/api/buckets/{NAMESPACE}"
+
+
+def find_bucket(request: Request) -> dict[str, bytes]:
+    if not request.authorized or request.rest["name"] not in request.hub.buckets:
+        raise HubError(404, "RepoNotFound", "Bucket Not Found")
+    return request.hub.buckets[request.rest["name"]]
+
+
+@route("GET", BUCKET)
+def bucket_information(request: Request) -> Answer:
+    files = find_bucket(request)
+    told = {"id": request.rest["name"], "private": True, "createdAt": now(), "totalFiles": len(files)}
+    return Answer({**told, "size": sum(map(len, files.values()))})
+
+
+@route("GET", BUCKET + r"/tree(?:/(?P<prefix>.*))?")
+def bucket_tree(request: Request) -> Answer:
+    prefix, entries = urllib.parse.unquote(request.rest.get("prefix") or ""), {}
+    for path, data in find_bucket(request).items():
+        inside, slash, _ = path.removeprefix(prefix).lstrip("/").partition("/")
+        folder = f"{prefix}/{inside}".lstrip("/")
+        if path.startswith(prefix) and slash and request.query.get("recursive", "").lower() != "true":
+            entries[folder] = {"type": "directory", "path": folder}
+        elif path.startswith(prefix):
+            entries[path] = {"type": "file", "path": path, "size": len(data), "xetHash": "0" * 64}
+    return Answer(list(entries.values()))
+
+
+@route("GET", rf"/buckets/{NAMESPACE}/resolve/(?P<path>.+)")
+def bucket_file(request: Request) -> Answer:
+    files, path = find_bucket(request), urllib.parse.unquote(request.rest["path"])
+    if path not in files:
+        raise HubError(404, "EntryNotFound", "Entry not found")
+    return Answer(files[path], {"Content-Type": "application/octet-stream"})
 
 
 HARDWARE = [

@@ -18,6 +18,8 @@ from pathlib import Path
 import fsspec
 import pytest
 from fsspec.implementations.local import LocalFileSystem
+from hub_client import talk_to
+from hub_server import HubServer
 from tiny_run import make_run, train
 
 from nanophi.core import mirror
@@ -458,6 +460,36 @@ def test_an_s3_bucket_that_is_missing_or_closed_is_one_line(tmp_path, s3):
         go(run, "s3://absent/runs")
     assert s3.ls("") == ["bucket"]
     assert not (run / "checkpoints").exists()
+
+
+def test_a_bucket_of_the_hub(finished, tmp_path, monkeypatch):
+    """By the real client, but for the uploads: they go to a store that is not simulated."""
+    from huggingface_hub import HfApi
+
+    def batch(self, bucket_id, *, add=(), copy=(), delete=(), token=None):
+        for source, path in add or ():
+            server.buckets[bucket_id][path] = Path(source).read_bytes()
+        for path in delete or ():
+            del server.buckets[bucket_id][path]
+
+    run, elsewhere, url = Path(shutil.copytree(finished / "here", tmp_path / "here")) / "tiny", tmp_path / "2/tiny", ""
+    with HubServer() as server:
+        talk_to(server, tmp_path / "home", monkeypatch)
+        monkeypatch.setattr(HfApi, "batch_bucket_files", batch)
+        server.buckets["org/bucket"] = {"other/file": b"of somebody else"}
+        for url, path in (("hf://buckets/org/bucket/a/b", elsewhere), ("hf://buckets/org/bucket", tmp_path / "3/tiny")):
+            for folder in (run, path):
+                with mirrored(url), RunDirectory(folder).lock():
+                    pass
+            assert contents(path) == contents(run)
+        names = {name.rpartition("/")[0] for name in server.buckets["org/bucket"]}
+        assert names == {"other", *(f"{top}tiny/{part}" for top in ("a/b/", "") for part in ("objects", "manifests"))}
+        with pytest.raises(UserError, match="--mirror hf://buckets/org/absent/tiny cannot be used"):
+            go(run, "hf://buckets/org/absent")
+        monkeypatch.setenv("HF_TOKEN", "hf_of_a_stranger")
+        with pytest.raises(UserError, match="cannot be used; check it and your credentials") as refused:
+            go(run, "hf://buckets/org/bucket")
+        assert "hf_of_a_stranger" not in str(refused.value)
 
 
 RECIPE = """
