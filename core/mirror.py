@@ -66,9 +66,8 @@ def keep(run: Path, report: Callable[[str], None]) -> None:
     Raises `UserError` for a mirror that cannot be used, or that another process uses.
     """
     if _url and run.resolve() not in _kept:
-        mirror = Mirror(run, _url, report)
+        mirror = _kept[run.resolve()] = Mirror(run, _url, report)
         mirror.begin()
-        _kept[run.resolve()] = mirror
         mirror.note()
 
 
@@ -139,14 +138,10 @@ class Mirror:
 
     def begin(self) -> None:
         """Take the lease, fetch what is further than the disk, and begin to copy."""
-        try:
-            with user_errors(f"--mirror {self.url} cannot be used; check it and your credentials, or leave it out"):
-                self._take_lease()
-                threading.Thread(target=self._renew, daemon=True).start()
-                self._fetch_newer()
-        except BaseException:
-            self._release()
-            raise
+        with user_errors(f"--mirror {self.url} cannot be used; check it and your credentials, or leave it out"):
+            self._take_lease()
+            threading.Thread(target=self._renew, daemon=True).start()
+            self._fetch_newer()
         self.copier.start()
 
     def end(self, wait: bool = True) -> None:
@@ -154,8 +149,12 @@ class Mirror:
         with self.changed:
             self.ending, self.over = True, self.over or not wait
             self.changed.notify_all()
-        self.copier.join()
-        self._release()
+        if self.copier.ident:
+            self.copier.join()
+        self.ended.set()
+        with contextlib.suppress(Exception):
+            if self.owner in str(self._read(LEASE)):
+                self.files.rm_file(f"{self.path}/{LEASE}")
         for folder in (self.run / ".work").glob("mirror-*"):
             remove(folder)
 
@@ -194,12 +193,6 @@ class Mirror:
                 self._write_lease()
             except Exception as error:
                 self._tell(error)
-
-    def _release(self) -> None:
-        self.ended.set()
-        with contextlib.suppress(Exception):
-            if self.owner in str(self._read(LEASE)):
-                self.files.rm_file(f"{self.path}/{LEASE}")
 
     def _read(self, name: str) -> bytes | None:
         self.files.invalidate_cache()
@@ -283,19 +276,20 @@ class Mirror:
     def note(self) -> None:
         """Note what the run directory holds now; nothing is written there meanwhile."""
         self.notes += 1
-        folder = self.run / ".work" / f"mirror-{self.notes}"
-        hidden = shutil.ignore_patterns(".*")
-        if not self.over and (self.run / "record.json").exists():
-            try:
-                shutil.copytree(self.run, folder, ignore=hidden, copy_function=_link)
-            except OSError as error:
-                self._tell(error)
-                return
-            with self.changed:
-                self.noted, before = folder, self.noted
-                self.changed.notify_all()
-            if before:
-                remove(before)
+        folder, hidden = self.run / ".work" / f"mirror-{self.notes}", shutil.ignore_patterns(".*")
+        if self.over or not (self.run / "record.json").exists():
+            return
+        try:
+            remove(folder)  # of a process that was killed
+            shutil.copytree(self.run, folder, ignore=hidden, copy_function=_link, ignore_dangling_symlinks=True)
+        except OSError as error:
+            self._tell(error)
+            return
+        with self.changed:
+            self.noted, before = folder, self.noted
+            self.changed.notify_all()
+        if before:
+            remove(before)
 
     def _copy(self) -> None:
         """A thread: copy whatever is noted last."""

@@ -266,6 +266,8 @@ def test_what_is_missing_at_the_end_is_said_and_copied_by_the_next_run(tmp_path,
             raise OSError(errno.EROFS, "Read-only file system")
 
     url, run = service(fail), make(tmp_path / "here/tiny")
+    (run / ".work/mirror-1/left").mkdir(parents=True)  # by a process that was killed
+    (run / "gone").symlink_to("nowhere")
     assert go(run, url, lines)["weights_sha256"] == weights
     assert lines[-1] == f"tiny: {url}/tiny lacks what was finished last; run the same command to copy it"
     assert not list((tmp_path / "mirror").glob("tiny/manifests/*.json"))
@@ -500,7 +502,7 @@ tokenizer: {{vocab_size: 300}}
 model:
   {{hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 8, max_position_embeddings: 256}}
 training: {{steps: 6, batch_size: 2, learning_rate: 0.01, save_steps: 2, eval_steps: 6, logging_steps: 1}}
-evaluation: {{suites: [heldout], limit: 2}}
+evaluation: {{suites: [heldout_bits_per_byte], limit: 2}}
 """
 
 
