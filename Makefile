@@ -9,6 +9,7 @@ INSTALLED := $(VENV)/installed
 LLAMA := $(VENV)/llama
 CLUSTER := $(VENV)/cluster
 OLDEST := $(VENV)/oldest
+SITE := $(VENV)/site
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTEST := $(BIN)/pytest -c tests/pytest.ini --rootdir tests
 TESTS := OMP_NUM_THREADS=1 $(PYTEST) --numprocesses 2 --dist loadfile --no-loadscope-reorder
@@ -32,8 +33,8 @@ lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: $(INSTALLED) ## build the documentation's site in build/site; a dead link or anchor is an error
-	$(BIN)/zensical build --strict --clean
+docs: $(SITE)/installed ## build the documentation's site in build/site; a dead link or anchor is an error
+	PYTHONPATH=$(SITE) $(BIN)/python -m zensical build --strict --clean
 
 hub: $(INSTALLED) ## push RELEASE to a loopback Hub, then load, verify and submit it from there
 	$(BIN)/python tests/publish.py $(RELEASE)
@@ -64,6 +65,10 @@ $(OLDEST)/installed: pyproject.toml tests/compat/oldest.py | $(INSTALLED)
 
 $(LLAMA)/installed: | $(INSTALLED)
 	$(PIP) --upgrade --no-deps --target $(LLAMA) llama-cpp-python==0.3.36 diskcache==5.6.3
+	touch $@
+
+$(SITE)/installed: constraints.txt | $(INSTALLED)
+	$(PIP) --upgrade --target $(SITE) --constraint constraints.txt zensical
 	touch $@
 
 # Without dependencies, so that nothing here hides a package of the environment.

@@ -26,6 +26,7 @@ VERBS = {
     "prepare": "pipeline:prepare",
     "train": "pipeline:train",
     "estimate": "training.estimate:estimate",
+    "launch": "training.launch:launch",
     "eval": "eval.evaluate:evaluate",
     "compare": "eval.compare:compare",
     "card": "pipeline:card",

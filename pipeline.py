@@ -21,8 +21,9 @@ from nanophi.core.environment import environment
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, remove, sha256_of_file, write_json
 from nanophi.core.jobs import side_by_side, stop_with_parent
+from nanophi.core.mirror import let_go, mirror_url, mirrored
 from nanophi.core.names import local, step_name, step_of
-from nanophi.core.options import Gguf, Jobs, OneRecipe, Overrides, Recipes, Restart, Runs
+from nanophi.core.options import Gguf, Jobs, Mirror, OneRecipe, Overrides, Recipes, Restart, Runs
 from nanophi.core.recipe import Recipe, load_recipe
 from nanophi.core.run import Report, RunDirectory, differences
 from nanophi.core.sample import sample_settings, write_sample
@@ -348,7 +349,12 @@ def _verification(run: Runner, work: Path) -> Summary:
 
 
 def run(
-    recipes: Recipes, jobs: Jobs = 1, restart: Restart = False, runs: Runs = Path("runs"), overrides: Overrides = []
+    recipes: Recipes,
+    jobs: Jobs = 1,
+    restart: Restart = False,
+    mirror: Mirror = None,
+    runs: Runs = Path("runs"),
+    overrides: Overrides = [],
 ) -> None:
     """Run every stage of a recipe, from text to release.
 
@@ -356,26 +362,39 @@ def run(
 
     Example: nanophi run demo demo-control --jobs 2
     """
-    run_recipes([load_recipe(recipe, overrides) for recipe in recipes], runs, jobs=jobs, restart=restart)
+    with mirrored(mirror):
+        run_recipes([load_recipe(recipe, overrides) for recipe in recipes], runs, jobs=jobs, restart=restart)
 
 
-def prepare(recipe: OneRecipe, restart: Restart = False, runs: Runs = Path("runs"), overrides: Overrides = []) -> None:
+def prepare(
+    recipe: OneRecipe,
+    restart: Restart = False,
+    mirror: Mirror = None,
+    runs: Runs = Path("runs"),
+    overrides: Overrides = [],
+) -> None:
     """Prepare packed tokens: gather, deduplicate, score, filter, tokenize, pack.
 
     Example: nanophi prepare demo --set name=demo-06 --set quality.threshold=0.6
     """
-    with _open(recipe, runs, overrides, PREPARE, restart) as pipeline:
+    with mirrored(mirror), _open(recipe, runs, overrides, PREPARE, restart) as pipeline:
         pipeline.tokens()
 
 
-def train(recipe: OneRecipe, restart: Restart = False, runs: Runs = Path("runs"), overrides: Overrides = []) -> None:
+def train(
+    recipe: OneRecipe,
+    restart: Restart = False,
+    mirror: Mirror = None,
+    runs: Runs = Path("runs"),
+    overrides: Overrides = [],
+) -> None:
     """Train on prepared tokens, or resume from the last checkpoint.
 
     Example: nanophi train demo
 
     On several GPUs: accelerate launch -m nanophi train nano-phi-115m
     """
-    with _open(recipe, runs, overrides, ("training",), restart) as pipeline:
+    with mirrored(mirror), _open(recipe, runs, overrides, ("training",), restart) as pipeline:
         pipeline.make("training")
 
 
@@ -405,13 +424,13 @@ def release(recipe: OneRecipe, runs: Runs = Path("runs"), overrides: Overrides =
                 typer.echo(file["path"])
 
 
-def worker(recipe: OneRecipe, restart: Restart = False, runs: Runs = Path("runs")) -> None:
+def worker(recipe: OneRecipe, restart: Restart = False, mirror: str | None = None, runs: Runs = Path("runs")) -> None:
     """Train and evaluate one prepared run, for `--jobs`; stop when standard input ends.
 
     Example: nanophi worker runs/demo/recipe.yaml
     """
     stop_with_parent()
-    with _open(recipe, runs, [], ("training", "sample", "evaluation"), restart) as pipeline:
+    with mirrored(mirror), _open(recipe, runs, [], ("training", "sample", "evaluation"), restart) as pipeline:
         pipeline.make("sample")
         pipeline.make("evaluation")
 
@@ -422,7 +441,7 @@ def _open(
 ) -> Iterator[Pipeline]:
     """The recipe's pipeline, its run directory locked; stages outside `build` must be up to date already."""
     pipeline = Pipeline(load_recipe(recipe, overrides), runs, build, restart=restart)
-    if "tokens" not in build and not pipeline.path.is_dir():
+    if "tokens" not in build and not pipeline.path.is_dir() and not mirror_url():
         raise UserError(f"{pipeline.path} does not exist; run `nanophi prepare` or `nanophi run` first, or name --runs")
     with pipeline.run.lock() if is_main_process() else contextlib.nullcontext():
         yield pipeline
@@ -452,8 +471,9 @@ def run_recipes(
     if len(set(names)) < len(names):
         raise UserError(f"two recipes have the same name ({', '.join(names)}); each run needs its own directory")
     pipelines = [Pipeline(recipe, runs, report=report, restart=restart) for recipe in recipes]
-    for pipeline in pipelines:
-        pipeline.check("verification")
+    with _locked(pipelines) if mirror_url() else contextlib.nullcontext():  # the mirror may have what is checked
+        for pipeline in pipelines:
+            pipeline.check("verification")
     for pipeline in pipelines:
         with pipeline.run.lock():
             pipeline.tokens()
@@ -501,6 +521,8 @@ def train_side_by_side(pipelines: Sequence[Pipeline], jobs: int, finished: Repor
             finished(pipeline.recipe.name)
         return
     worker = [sys.executable, "-m", "nanophi", "worker", *["--restart"] * pipelines[0].restart]
+    worker += ["--mirror", url] if (url := mirror_url()) else []
+    let_go(wait=False)  # the mirrors, which the workers keep
     commands = {
         pipeline.recipe.name: [*worker, str(pipeline.path / "recipe.yaml"), "--runs", str(pipeline.path.parent)]
         for pipeline in pipelines

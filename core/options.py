@@ -14,6 +14,10 @@ Runs = Annotated[Path, Option("--runs", help="Folder that holds the run director
 Overrides = Annotated[
     list[str], Option("--set", metavar="SECTION.KEY=VALUE", help="Change a key of the recipe; repeatable.")
 ]
+Mirror = Annotated[
+    str | None,
+    Option(metavar="URL", envvar="NANOPHI_MIRROR", help="Keep a copy at a folder, s3://, hf://; resume from it."),
+]
 Restart = Annotated[
     bool, Option("--restart", help="Remove the weights of a run that the recipe cannot continue from, and start over.")
 ]

@@ -214,7 +214,7 @@ class Training(Section):
     dollars_per_hour: float | None = Field(default=None, gt=0)  # of one device; null: not shown
     track_energy: bool = False  # energy and emissions by codecarbon, offline (`pip install 'nanophi[energy]'`)
     country_iso_code: str | None = Field(default=None, pattern=r"^[A-Z]{3}$")  # for the emissions, such as FRA
-    report_to: list[str] = []  # loggers that transformers knows, such as `tensorboard`
+    report_to: list[str] = []  # trackio (a dashboard on this machine), wandb, tensorboard
     seed: int | None = Field(default=None, ge=0, lt=2**32)
     """Of initial weights and the documents' order; null: the recipe's. Runs that differ in it alone share the rest."""
     arguments: dict[str, Any] = {}  # other fields of `TrainingArguments`, as `training.arguments.ALLOWED` lists them

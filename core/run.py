@@ -13,10 +13,11 @@ import datetime
 import shutil
 import textwrap
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nanophi.core import mirror
 from nanophi.core.errors import UserError
 from nanophi.core.files import copy_tree, read_json, replace_tree, sha256_of, write_json
 from nanophi.core.lock import hold
@@ -84,9 +85,12 @@ class RunDirectory:
             raise UserError(f"{self.path}: stage '{name}' has not run yet; run `nanophi run` on its recipe")
         return stage["key"]
 
-    def lock(self) -> contextlib.AbstractContextManager[None]:
-        """Hold the directory for writing. Raises `UserError` if another process holds it."""
-        return hold(self.path)
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the directory for writing, with its mirror. Raises `UserError` if another process holds one of them."""
+        with hold(self.path):
+            mirror.keep(self.path, self.report)
+            yield
 
     def weights(self) -> list[str]:
         """The steps whose weights or states it holds: `["step-000010", "step-000020"]`."""
@@ -144,6 +148,7 @@ class RunDirectory:
         record["stages"][name] = entry
         record["in_progress"].pop(name, None)
         self.update_record(**record)
+        mirror.saved(self.path)
         done = f"shared with {made['run']}" if "run" in made else f"done in {made['seconds']:.0f} s"
         self.report(f"{self.path.name}: {name:<14} {done}")
         return entry["summary"]
@@ -152,6 +157,7 @@ class RunDirectory:
         """Record what a stage that writes in place is made from, and where, before its first output is there."""
         in_progress = {**self.record["in_progress"], name: self._attempt(name, inputs)}
         self.update_record(in_progress=in_progress, environment=environment)
+        mirror.saved(self.path)
 
     def up_to_date(self, name: str, inputs: dict[str, Any], outputs: Sequence[str]) -> bool:
         """Whether that stage's outputs are there for these inputs."""

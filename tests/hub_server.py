@@ -108,6 +108,9 @@ class HubServer:
         self.repositories: dict[tuple[str, str], Repository] = {}  # by kind ("model", "dataset", "space") and id
         self.objects: dict[str, bytes] = {}  # of LFS, by SHA-256
         self.collections: dict[str, dict[str, Any]] = {}  # by slug
+        self.jobs: dict[str, dict[str, Any]] = {}  # by id: what was asked for, and its `log` and `stage`
+        self.buckets: dict[str, dict[str, bytes]] = {}  # files by id and path; uploads need Xet, which is not here
+        self.answer: list[str] = []  # the log of the next jobs
         self.requests: list[str] = []  # "METHOD path"
         self.lock = threading.RLock()
         self._cut: tuple[int, str] | None = None
@@ -494,6 +497,100 @@ def add_collection_item(request: Request) -> Answer:
     note = {"note": {"text": request.json["note"]}} if "note" in request.json else {}
     found["items"].append({"_id": f"{number:024x}", "position": number, **item, **note})
     return Answer(found)
+
+
+BUCKET = rf"/api/buckets/{NAMESPACE}"
+
+
+def find_bucket(request: Request) -> dict[str, bytes]:
+    if not request.authorized or request.rest["name"] not in request.hub.buckets:
+        raise HubError(404, "RepoNotFound", "Bucket Not Found")
+    return request.hub.buckets[request.rest["name"]]
+
+
+@route("GET", BUCKET)
+def bucket_information(request: Request) -> Answer:
+    files = find_bucket(request)
+    told = {"id": request.rest["name"], "private": True, "createdAt": now(), "totalFiles": len(files)}
+    return Answer({**told, "size": sum(map(len, files.values()))})
+
+
+@route("GET", BUCKET + r"/tree(?:/(?P<prefix>.*))?")
+def bucket_tree(request: Request) -> Answer:
+    prefix, entries = urllib.parse.unquote(request.rest.get("prefix") or ""), {}
+    for path, data in find_bucket(request).items():
+        inside, slash, _ = path.removeprefix(prefix).lstrip("/").partition("/")
+        folder = f"{prefix}/{inside}".lstrip("/")
+        if path.startswith(prefix) and slash and request.query.get("recursive", "").lower() != "true":
+            entries[folder] = {"type": "directory", "path": folder}
+        elif path.startswith(prefix):
+            entries[path] = {"type": "file", "path": path, "size": len(data), "xetHash": "0" * 64}
+    return Answer(list(entries.values()))
+
+
+@route("GET", rf"/buckets/{NAMESPACE}/resolve/(?P<path>.+)")
+def bucket_file(request: Request) -> Answer:
+    files, path = find_bucket(request), urllib.parse.unquote(request.rest["path"])
+    if path not in files:
+        raise HubError(404, "EntryNotFound", "Entry not found")
+    return Answer(files[path], {"Content-Type": "application/octet-stream"})
+
+
+HARDWARE = [
+    {"name": name, "prettyName": pretty, "cpu": cpu, "ram": ram, "unitCostMicroUSD": cost, "unitCostUSD": cost / 1e6}
+    | {"unitLabel": "minute", "accelerator": gpu}
+    for name, pretty, cpu, ram, cost, gpu in (
+        ("cpu-basic", "CPU Basic", "2 vCPU", "16 GB", 167, None),
+        ("h200", "Nvidia H200", "23 vCPU", "256 GB", 83333, {"model": "H200", "quantity": "1", "vram": "141 GB"}),
+        ("a100x4", "4x Nvidia A100", "48 vCPU", "568 GB", 166667, {"model": "A100", "quantity": "4", "vram": "320 GB"}),
+    )
+]
+for machine in HARDWARE:
+    if machine["accelerator"]:
+        machine["accelerator"] |= {"type": "gpu", "manufacturer": "Nvidia"}
+
+
+@route("GET", "/api/jobs/hardware")
+def jobs_hardware(request: Request) -> Answer:
+    return Answer(HARDWARE)
+
+
+@route("POST", r"/api/jobs/(?P<namespace>[\w.-]+)")
+def run_job(request: Request) -> Answer:
+    asked, number = request.json, len(request.hub.jobs)
+    if asked["flavor"] not in {machine["name"] for machine in HARDWARE}:
+        raise HubError(400, "", f"unknown flavor {asked['flavor']}")
+    job = {**asked, "id": f"{number:024x}", "createdAt": now(), "owner": {"id": "1", "name": "org", "type": "user"}}
+    request.hub.jobs[job["id"]] = job | {"log": request.hub.answer, "stage": "COMPLETED"}
+    return show_job(job | {"stage": "SCHEDULING"})
+
+
+def show_job(job: Mapping[str, Any]) -> Answer:
+    """A job as the Hub tells it: the names of its secrets, not their values."""
+    told = {key: value for key, value in job.items() if key not in ("log", "stage", "secrets")}
+    secrets = dict.fromkeys(job.get("secrets") or {})
+    return Answer({**told, "secrets": secrets, "status": {"stage": job["stage"], "message": None}})
+
+
+def find_job(request: Request) -> dict[str, Any]:
+    if not request.authorized or request.rest["id"] not in request.hub.jobs:
+        raise HubError(404, "", "Job not found")
+    return request.hub.jobs[request.rest["id"]]
+
+
+JOB = r"/api/jobs/[\w.-]+/(?P<id>[0-9a-f]{24})"
+
+
+@route("GET", JOB)
+def inspect_job(request: Request) -> Answer:
+    return show_job(find_job(request))
+
+
+@route("GET", JOB + "/logs")
+def job_log(request: Request) -> Answer:
+    events = ["===== Job started", *find_job(request)["log"]]
+    lines = [f"data: {json.dumps({'data': line, 'timestamp': now()})}\n\n" for line in events]
+    return Answer("".join(lines).encode(), {"Content-Type": "text/event-stream"})
 
 
 def describe(path: str, file: File | None) -> dict[str, Any]:

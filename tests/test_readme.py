@@ -199,7 +199,7 @@ def test_a_scorer_of_ones_own(folder, capsys):
 
 
 def test_what_is_named_outside_the_blocks_exists():
-    assert {verb(arguments) for arguments in COMMANDS} | {"quality fit"} >= VERBS
+    assert {verb(arguments) for arguments in COMMANDS} | {"quality fit", "launch"} >= VERBS
     for line in re.findall(r"`(?:accelerate launch -m )?(nanophi (?!VERB)[^`\n]+)`", README):
         recipes = [word for word in line.split() if (RECIPES / f"{word}.yaml").exists()]
         assert line.split()[1] in {name.split()[0] for name in VERBS}

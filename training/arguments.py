@@ -26,7 +26,8 @@ ALLOWED = {
     *("dataloader_num_workers", "dataloader_persistent_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"),
     *("ddp_backend", "ddp_broadcast_buffers", "ddp_bucket_cap_mb", "ddp_timeout", "fsdp", "fsdp_config"),
     *("gradient_checkpointing", "gradient_checkpointing_kwargs", "log_level", "project", "run_name", "tf32"),
-    *("torch_compile_backend", "torch_compile_mode", "torch_empty_cache_steps", "trackio_space_id"),
+    *("torch_compile_backend", "torch_compile_mode", "torch_empty_cache_steps"),
+    *("trackio_bucket_id", "trackio_space_id", "trackio_static_space_id"),
 }
 """Fields that were tried: they change how a run is computed, not what it learns. All others are decided here."""
 SAME_NAME = (

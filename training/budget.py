@@ -65,8 +65,13 @@ def find_device(name: str) -> str:
 
 def peak_flops(device_name: str, precision: str = "bf16", tf32: bool = False) -> float | None:
     """Peak FLOP/s of a device by the name that CUDA gives it; None if it is not in the table."""
-    found = (device for device in DEVICES.values() if re.search(rf"\b{device.cuda_name}\b", device_name))
-    return next((device.peak(precision, tf32) for device in found), None)
+    device = device_named(device_name)
+    return device.peak(precision, tf32) if device else None
+
+
+def device_named(name: str) -> Device | None:
+    """The device of the table that has this name, as CUDA or the Hub give it."""
+    return next((device for device in DEVICES.values() if re.search(rf"\b{device.cuda_name}\b", name)), None)
 
 
 def uses_tf32(training: Training) -> bool:

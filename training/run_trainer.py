@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
+from nanophi.core import mirror
 from nanophi.core.errors import UserError, is_disk_full, one_line
 from nanophi.core.files import remove, sha256_of_file, write_json
 from nanophi.core.names import step_name
@@ -232,6 +233,7 @@ class RunTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 store(self.run, next(saving.glob("checkpoint-*")), self._facts(), self.training)
+                mirror.saved(self.run)
         finally:
             if self.args.should_save:
                 remove(saving)
@@ -261,6 +263,7 @@ class RunTrainer(Trainer):
             self.state.save_to_json(str(text))
             text.replace(self.run / "training_state" / name / TRAINER_STATE_NAME)
             write_json(self.run / "checkpoints" / name / "checkpoint.json", self._facts())
+            mirror.saved(self.run)
 
     def fit(self, epochs: float, resume: Path | None) -> dict[str, Any]:
         """Train to the last step, from the beginning or from the main process's `resume`; the summary that is kept.

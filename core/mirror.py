@@ -1,0 +1,361 @@
+"""A copy of a run directory at a URL, from which any machine resumes: `--mirror` of `run`, `prepare` and `train`.
+
+    URL/NAME/objects/SHA256          the run's files, each named by its contents
+    URL/NAME/manifests/000012.json   which of them make up the run; written once all of them are there
+    URL/NAME/lease                   which process writes there
+
+What the run directory holds when a stage or a save is finished is noted at once, by hard links, and copied by a thread.
+A mirror that fails is tried again, and never stops a training. Files that are hidden here (locks, what is unfinished)
+are not copied. Whether a copied state can be resumed is decided by `training/checkpoints.py`, as on a disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import threading
+import time
+import urllib.parse
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from nanophi.core.errors import UserError, one_line, printable, user_errors
+from nanophi.core.files import link_or_copy, read_json, remove, sha256_of_file
+from nanophi.core.names import local, walk
+
+LEASE_SECONDS, RENEW_SECONDS, LONGEST_PAUSE = 60.0, 15.0, 60.0
+LAST_ATTEMPTS = 3  # at the end; what is missing then is left to the next run of the same command
+BATCH = 16  # files per call
+LEASE, OBJECTS, MANIFESTS = "lease", "objects/", "manifests/"
+REACHED = "step {}, {} stages"
+
+_url: str | None = None
+_kept: dict[Path, Mirror] = {}
+
+
+@contextlib.contextmanager
+def mirrored(url: str | None) -> Iterator[None]:
+    """Keep a mirror below a URL (None: none) of every run directory that is locked within the body; at the end wait."""
+    global _url
+    before, _url = _url, url
+    if url and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        with contextlib.suppress(ValueError):  # outside the main thread
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what is finished is still copied
+    try:
+        yield
+    finally:
+        _url = before
+        let_go()
+
+
+def mirror_url() -> str | None:
+    """The URL within the body of `mirrored`."""
+    return _url
+
+
+def keep(run: Path, report: Callable[[str], None]) -> None:
+    """Begin to keep the mirror of a directory that the caller has locked: what is further there is fetched.
+
+    Raises `UserError` for a mirror that cannot be used, or that another process uses.
+    """
+    if _url and run.resolve() not in _kept:
+        mirror = _kept[run.resolve()] = Mirror(run, _url, report)
+        mirror.begin()
+        mirror.note()
+
+
+def saved(run: Path) -> None:
+    """A stage or a save in a run directory is finished: its mirror, if this process keeps one, gets what is new."""
+    if mirror := _kept.get(run.resolve()):
+        mirror.note()
+
+
+def let_go(wait: bool = True) -> None:
+    """End the mirrors of this process; without `wait`, what is not copied yet is left to other processes."""
+    while _kept:
+        _kept.popitem()[1].end(wait)
+
+
+def connect(url: str) -> tuple[Any, str]:
+    """The file system of a URL or folder, and the path in it. Raises `UserError` if there is none."""
+    import fsspec
+
+    parts = urllib.parse.urlsplit(url)
+    if parts.password:
+        raise UserError("--mirror: the URL holds a password, which would be printed; set it where its service looks")
+    options = {"auto_mkdir": True} if parts.scheme in ("", "file") else {}
+    with user_errors(f"--mirror {url} cannot be used"):
+        files, path = fsspec.url_to_fs(url if parts.scheme else str(local(url)), **options)
+    if options and not Path(path).is_dir():
+        raise UserError(f"--mirror: there is no folder {path}; make it, or mount the drive that holds it")
+    return files, path.rstrip("/")
+
+
+def put(files: Any, path: str, sources: Mapping[str, Path]) -> None:
+    """Copy local files to names below a path of a file system."""
+    if path.startswith("buckets/"):  # in one call; the Hub's file system makes one, and a copy, of each file
+        _, owner, bucket, *folder = path.split("/")
+        add = [(str(source), "/".join([*folder, name])) for name, source in sources.items()]
+        files._api.batch_bucket_files(f"{owner}/{bucket}", add=add)
+    else:
+        files.put([str(source) for source in sources.values()], [f"{path}/{name}" for name in sources])
+
+
+def reached(names: Iterable[str], record: Path) -> tuple[int, int]:
+    """How far a run is: its newest saved step, and its number of finished stages."""
+    steps = (re.match(r"training_state/step-(\d+)/", name) for name in names)
+    return max((int(step[1]) for step in steps if step), default=0), len(read_json(record)["stages"])
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # no hard links here, or a file of another disk
+        Path(target).symlink_to(Path(source).absolute())
+
+
+class Mirror:
+    """The mirror of one run directory while a process keeps it."""
+
+    def __init__(self, run: Path, url: str, report: Callable[[str], None]) -> None:
+        self.files, path = connect(url)
+        self.run, self.path, self.url = run, f"{path}/{run.name}", f"{url.rstrip('/')}/{run.name}"
+        self.report = lambda line: report(f"{run.name}: {line}")
+        self.owner, self.told = secrets.token_hex(8), ""
+        self.serial = self.renewals = self.notes = 0
+        self.hashes: dict[Any, tuple[int, str]] = {}  # bytes and SHA-256 of files that were read once
+        self.noted: Path | None = None
+        self.ending = self.over = False  # over: nothing more is copied from here
+        self.changed, self.ended = threading.Condition(), threading.Event()
+        self.copier = threading.Thread(target=self._copy, daemon=True)
+
+    def begin(self) -> None:
+        """Take the lease, fetch what is further than the disk, and begin to copy."""
+        with user_errors(f"--mirror {self.url} cannot be used; check it and your credentials, or leave it out"):
+            self._take_lease()
+            threading.Thread(target=self._renew, daemon=True).start()
+            self._fetch_newer()
+        self.copier.start()
+
+    def end(self, wait: bool = True) -> None:
+        """Copy what is noted, unless it is left to the next process, and give the lease back."""
+        with self.changed:
+            self.ending, self.over = True, self.over or not wait
+            self.changed.notify_all()
+        if self.copier.ident:
+            self.copier.join()
+        self.ended.set()
+        with contextlib.suppress(Exception):
+            if self.owner in str(self._read(LEASE)):
+                self.files.rm_file(f"{self.path}/{LEASE}")
+        for folder in (self.run / ".work").glob("mirror-*"):
+            remove(folder)
+
+    def _take_lease(self) -> None:
+        """Wait until nobody renews the lease: clocks of machines differ, but that it changes can be seen on any."""
+        if lease := self._read(LEASE):
+            self.report(f"{self.url} may be in use by {_holder(lease)}; waiting {LEASE_SECONDS:.0f} s to see")
+        end = time.monotonic() + LEASE_SECONDS
+        while lease and time.monotonic() < end:
+            time.sleep(LEASE_SECONDS / 20)
+            if (now := self._read(LEASE)) not in (lease, None):
+                remedy = "wait for it, or use another name or --mirror"
+                raise UserError(f"--mirror {self.url} is in use by {_holder(now)}; {remedy}")
+            lease = now
+        self._write_lease()
+        self._check_lease()
+
+    def _write_lease(self) -> None:
+        self.renewals += 1
+        lease = f"{self.owner} {self.renewals} process {os.getpid()} on {socket.gethostname()}"
+        self._write(LEASE, lease.encode())
+
+    def _check_lease(self) -> None:
+        lease = self._read(LEASE)
+        if self.owner not in str(lease) and lease != b"" and not self.over:
+            self.over = True
+            self.report(f"{_holder(lease)} has taken {self.url}: nothing more is copied there from here")
+        if self.over:
+            raise OSError("the mirror is another process's")
+
+    def _renew(self) -> None:
+        """A thread."""
+        while not self.ended.wait(RENEW_SECONDS) and not self.over:
+            try:
+                self._check_lease()
+                self._write_lease()
+            except Exception as error:
+                self._tell(error)
+
+    def _read(self, name: str) -> bytes | None:
+        self.files.invalidate_cache()
+        try:
+            return bytes(self.files.cat_file(f"{self.path}/{name}"))
+        except FileNotFoundError:
+            return None
+
+    def _write(self, name: str, content: bytes) -> None:
+        """Write a small file at once: object stores do, and a folder by renaming."""
+        folder, path = "file" in self.files.protocol, f"{self.path}/{name}"
+        self.files.pipe_file(f"{path}.part" if folder else path, content)
+        if folder:
+            self.files.mv(f"{path}.part", path)
+
+    def _listing(self) -> dict[str, int]:
+        """Bytes of every object and manifest there, by its name."""
+        self.files.invalidate_cache()
+        found = self.files.find(self.path, detail=True)
+        sizes = {name.removeprefix(f"{self.path}/"): info["size"] for name, info in found.items()}
+        return {name: size for name, size in sizes.items() if name.startswith((OBJECTS, MANIFESTS))}
+
+    def _newest(self, names: Iterable[str]) -> dict[str, Any] | None:
+        """The newest manifest. Raises `UserError` if it is not as it was written."""
+        if not (manifests := [name for name in names if name.startswith(MANIFESTS) and name.endswith(".json")]):
+            return None
+        with user_errors(f"{self.url}/{max(manifests)} is damaged, and is left as it is; use another --mirror"):
+            manifest = json.loads(self._read(max(manifests)) or b"")
+            for name, (_, sha256) in manifest["files"].items():
+                if re.search(r"(^|/)(\.|/|$)", name) or not re.fullmatch("[0-9a-f]{64}", sha256):  # `..` among them
+                    raise ValueError(name)
+            return dict(manifest)
+
+    def _fetch_newer(self) -> None:
+        """Fetch the run unless the one on the disk is as far."""
+        there, record = self._listing(), self.run / "record.json"
+        if (manifest := self._newest(there)) is None:
+            return
+        self.serial, theirs, here = manifest["serial"], tuple(manifest["reached"]), walk(self.run)
+        mine = reached([file.relative_to(self.run).as_posix() for file in here], record) if record.exists() else (-1, 0)
+        if mine > theirs:
+            further = f"{REACHED.format(*mine)} against {REACHED.format(*theirs)}"
+            self.report(f"the run here is further than its mirror ({further}), and is used")
+        elif mine < theirs:
+            if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+                raise UserError(f"{self.url} is further than {self.run}; run `nanophi prepare` with --mirror first")
+            self._fetch(manifest["files"], there)
+            kept = f"; what was here was not as far, and is in {self.run / '.replaced'}" if here else ""
+            self.report(f"fetched from {self.url}: {REACHED.format(*theirs)}{kept}")
+
+    def _fetch(self, files: Mapping[str, tuple[int, str]], there: Mapping[str, int]) -> None:
+        """Put a manifest's files in the place of the run directory's, which go to `.replaced`."""
+        new, replaced = self.run / ".work" / "fetched", self.run / ".replaced"
+        first: dict[str, Path] = {}
+        remove(new)
+        for name, (size, sha256) in files.items():
+            (new / name).parent.mkdir(parents=True, exist_ok=True)
+            if there.get(OBJECTS + sha256) == size:
+                first.setdefault(sha256, new / name)
+        self.files.get([f"{self.path}/{OBJECTS}{sha256}" for sha256 in first], [str(path) for path in first.values()])
+        whole = {sha256: path for sha256, path in first.items() if sha256_of_file(path) == sha256}
+        # What a stage or a save made is used as a whole or not at all.
+        damaged = {"/".join(name.split("/")[:2]) for name, (_, sha256) in files.items() if sha256 not in whole}
+        if "record.json" in damaged:
+            raise UserError(f"{self.url} is damaged (record.json), and is left as it is; use another --mirror")
+        for name, (_, sha256) in files.items():
+            if sha256 in whole and whole[sha256] != new / name:
+                link_or_copy(str(whole[sha256]), str(new / name))
+        for name in sorted(damaged):
+            self.report(f"{name} is damaged on the mirror, and is left out")
+            remove(new / name)
+        remove(replaced)
+        # The record goes first and comes last: a run without one is fetched again.
+        for entry in sorted(self.run.iterdir(), key=lambda entry: entry.name != "record.json"):
+            if not entry.name.startswith("."):
+                replaced.mkdir(exist_ok=True)
+                entry.rename(replaced / entry.name)
+        for entry in sorted(new.iterdir(), key=lambda entry: entry.name == "record.json"):
+            entry.rename(self.run / entry.name)
+
+    def note(self) -> None:
+        """Note what the run directory holds now; nothing is written there meanwhile."""
+        self.notes += 1
+        folder, hidden = self.run / ".work" / f"mirror-{self.notes}", shutil.ignore_patterns(".*")
+        if self.over or not (self.run / "record.json").exists():
+            return
+        try:
+            remove(folder)  # of a process that was killed
+            shutil.copytree(self.run, folder, ignore=hidden, copy_function=_link, ignore_dangling_symlinks=True)
+        except OSError as error:
+            self._tell(error)
+            return
+        with self.changed:
+            self.noted, before = folder, self.noted
+            self.changed.notify_all()
+        if before:
+            remove(before)
+
+    def _copy(self) -> None:
+        """A thread: copy whatever is noted last."""
+        noted: Path | None = None
+        failures = 0
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.noted or noted or self.ending)  # noqa: B023
+                if noted and self.noted:
+                    remove(noted)
+                noted, self.noted = self.noted or noted, None
+            if noted is None or self.over:
+                return
+            try:
+                self._push(noted)
+            except Exception as error:  # each file system has errors of its own
+                failures += 1
+                self._tell(error)
+                if self.ending and failures >= LAST_ATTEMPTS:
+                    self.report(f"{self.url} lacks what was finished last; run the same command to copy it")
+                    return
+                with self.changed:
+                    self.changed.wait_for(lambda: self.ending, min(2.0**failures, LONGEST_PAUSE))
+                continue
+            remove(noted)
+            noted, failures = None, 0
+            if self.told:
+                self.told = ""
+                self.report(f"the mirror {self.url} works again, and has everything")
+
+    def _tell(self, error: Exception) -> None:
+        line = re.sub(r"\?\S*", "", one_line(error))  # a URL's query may be a signature
+        if line != self.told and not self.over:
+            self.told = line
+            self.report(f"the mirror {self.url} fails, and is tried again while the run goes on ({line})")
+
+    def _push(self, folder: Path) -> None:
+        """Copy what is missing, check that it is there, name it, and remove what is not named any more."""
+        files, sizes, sources = {}, {}, {}
+        for source in walk(folder):
+            state = source.stat()
+            key = state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns
+            if key not in self.hashes:
+                self.hashes[key] = state.st_size, sha256_of_file(source)
+            files[source.relative_to(folder).as_posix()] = size, sha256 = self.hashes[key]
+            sizes[OBJECTS + sha256], sources[OBJECTS + sha256] = size, source
+        there = self._listing()
+        new = [name for name in sizes if there.get(name) != sizes[name]]
+        for batch in (new[start : start + BATCH] for start in range(0, len(new), BATCH)):
+            if self.over:
+                return
+            put(self.files, self.path, {name: sources[name] for name in batch})
+        there = self._listing()
+        if missing := [name for name in sizes if there.get(name) != sizes[name]]:
+            raise OSError(f"{len(missing)} of {len(sizes)} files did not arrive whole")
+        self._check_lease()
+        self.serial += 1
+        name, how_far = f"{MANIFESTS}{self.serial:06d}.json", reached(files, folder / "record.json")
+        content = json.dumps({"serial": self.serial, "reached": how_far, "files": files}).encode()
+        self._write(name, content)
+        if self._read(name) != content:
+            raise OSError(f"{name} did not arrive whole")
+        for old in sorted(there, key=lambda old: old.startswith(OBJECTS)):  # manifests before their objects
+            if old not in sizes and old != name:
+                self.files.rm_file(f"{self.path}/{old}")
+
+
+def _holder(lease: bytes | None) -> str:
+    return printable(lease.decode(errors="replace").split(" ", 2)[-1]) if lease else "another process"

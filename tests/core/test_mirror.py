@@ -1,0 +1,540 @@
+"""The mirror: a run that lost its machine ends with the same weights, and no mirror's failure reaches the training."""
+
+import contextlib
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import fsspec
+import pytest
+from fsspec.implementations.local import LocalFileSystem
+from hub_client import talk_to
+from hub_server import HubServer
+from tiny_run import make_run, train
+
+from nanophi.core import mirror
+from nanophi.core.errors import UserError
+from nanophi.core.files import read_json, sha256_of_tree, write_json
+from nanophi.core.mirror import mirrored
+from nanophi.core.names import step_of
+from nanophi.core.run import RunDirectory
+from nanophi.training import checkpoints
+
+TESTS = str(Path(__file__).parents[1])
+LOCAL = fsspec.filesystem("file", auto_mkdir=True)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    for name, seconds in (("LEASE_SECONDS", 0.6), ("RENEW_SECONDS", 0.1), ("LONGEST_PAUSE", 0.05)):
+        monkeypatch.setattr(mirror, name, seconds)
+
+
+def make(path: Path) -> Path:
+    """A run that is ready to train, with a record."""
+    make_run(path)
+    write_json(path / "record.json", {"stages": {"tokens": {}}})
+    return path
+
+
+def go(run: Path, url: object, lines: list[str] | None = None, **changes: object) -> dict:
+    """Train in a run directory with a mirror."""
+    with mirrored(str(url)), RunDirectory(run, (lines if lines is not None else []).append).lock():
+        summary = train(run, **changes)
+        mirror.saved(run)  # as the end of a stage does
+        return summary
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Hash of everything that is not hidden, by name."""
+    return {path.name: sha256_of_tree(path) for path in folder.iterdir() if path.name[0] != "."}
+
+
+def manifest(folder: Path) -> dict:
+    (path,) = (folder / "manifests").iterdir()
+    return read_json(path)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run and its mirror, in a folder. Do not change them."""
+    folder = tmp_path_factory.mktemp("mirrored")
+    (folder / "mirror").mkdir()
+    go(make(folder / "here/tiny"), folder / "mirror")
+    return folder
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    return Path(shutil.copytree(finished, tmp_path / "copy"))
+
+
+def test_a_finished_run_is_all_there_and_old_states_are_not(finished):
+    run, there = finished / "here/tiny", finished / "mirror/tiny"
+    made = manifest(there)
+    assert made["reached"] == [24, 1]
+    files = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
+    assert set(made["files"]) == {name for name in files if not name.startswith(".")}
+    objects = {path.name: path for path in (there / "objects").iterdir()}
+    assert set(objects) == {sha256 for _, sha256 in made["files"].values()}  # of the two states that are kept here
+    assert all(sha256_of_tree(path) == name for name, path in objects.items())
+    assert not (there / "lease").exists() and not list(run.glob(".work/*"))
+
+
+def test_another_machine_goes_on_where_the_mirror_ends(copy, tmp_path):
+    lines: list[str] = []
+    elsewhere = tmp_path / "other/machine/tiny"
+    (elsewhere / "tensorboard").mkdir(parents=True)
+    with mirrored(str(copy / "mirror")), RunDirectory(elsewhere, lines.append).lock():
+        assert contents(elsewhere) == contents(copy / "here/tiny")
+    assert lines == [f"tiny: fetched from {copy}/mirror/tiny: step 24, 1 stages"]
+
+
+class Killed:
+    """Trainings in forks of one interpreter that has imported torch, each killed by SIGKILL at a moment of ours."""
+
+    SERVER = """
+import os, sys
+sys.path[:0] = [sys.argv[1]]
+from pathlib import Path
+import tiny_run
+from nanophi.core import mirror
+from nanophi.core.run import RunDirectory
+mirror.LEASE_SECONDS, mirror.RENEW_SECONDS = 0.6, 0.1
+for line in sys.stdin:
+    run, url = line.split()
+    if not (child := os.fork()):
+        os.dup2(2, 1)
+        try:
+            with mirror.mirrored(url), RunDirectory(run, lambda line: print(line, file=sys.stderr, flush=True)).lock():
+                print("began", file=sys.stderr, flush=True)
+                tiny_run.train(Path(run), steps=160, save_steps=2, eval_steps=40, keep_steps=[10], logging_steps=5)
+        except BaseException as error:
+            print(repr(error), file=sys.stderr, flush=True)
+            os._exit(1)
+        os._exit(0)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+    def __init__(self, log: Path, **environment: str) -> None:
+        self.log = log
+        command = [sys.executable, "-c", self.SERVER, TESTS]
+        self.server = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log.open("w"),
+            text=True,
+            env={**os.environ, **environment},
+        )
+
+    def run(self, run: Path, url: str, seconds: float | None) -> int:
+        """Exit status of a training that is killed so long after it began."""
+        assert self.server.stdin and self.server.stdout
+        began = self.log.read_text().count("began")
+        print(run, url, file=self.server.stdin, flush=True)
+        child = int(self.server.stdout.readline())
+        if seconds is not None:
+            for _ in range(2000):
+                if self.log.read_text().count("began") > began:
+                    break
+                time.sleep(0.01)
+            time.sleep(seconds)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+        return int(self.server.stdout.readline())
+
+
+def kill_ten_times(folder: Path, url: str, killed: Killed, files, path: str) -> None:
+    """Kill a mirrored training ten times and lose its disk each time; then compare with one that was left alone."""
+    plain = make(folder / "plain/tiny")
+    whole = train(plain, steps=160, save_steps=2, eval_steps=40, keep_steps=[10], logging_steps=5)
+    moments, kills, reached = random.Random(0), 0, []
+    make(folder / "0/tiny")
+    while kills < 10:
+        run = folder / f"{kills}/tiny"
+        status = killed.run(run, url, moments.uniform(0, 1.2))
+        assert status == -signal.SIGKILL, killed.log.read_text()[-2000:]
+        on_disk = max(map(step_of, checkpoints.states(run)), default=0)
+        files.invalidate_cache()
+        names = [name for name in files.find(f"{path}/tiny/manifests") if name.endswith(".json")]
+        mirrored_step = json.loads(files.cat_file(max(names)))["reached"][0] if names else 0
+        assert (reached or [0])[-1] <= mirrored_step <= on_disk
+        reached.append(mirrored_step)
+        kills += 1
+        if names:
+            shutil.rmtree(folder / f"{kills - 1}")
+        else:  # killed before the first copy: nothing was finished but what the user began with
+            (folder / f"{kills - 1}").rename(folder / f"{kills}")
+    last = folder / "10/tiny"
+    assert killed.run(last, url, None) == 0, killed.log.read_text()[-2000:]
+    assert killed.log.read_text().count("fetched from") >= 5
+    again = read_json(last / "training.json")
+    assert again["summary"]["weights_sha256"] == whole["weights_sha256"]
+    assert again["evaluations"] == read_json(plain / "training.json")["evaluations"]
+    losses = [[entry["loss"] for entry in known["log"]] for known in (again, read_json(plain / "training.json"))]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.slow
+def test_ten_kills_and_ten_lost_disks_leave_the_same_weights(tmp_path):
+    (tmp_path / "mirror").mkdir()
+    url = str(tmp_path / "mirror")
+    kill_ten_times(tmp_path, url, Killed(tmp_path / "log"), LOCAL, url)
+
+
+class Unreliable(LocalFileSystem):
+    """A folder behind a service: before every call something may happen."""
+
+    cachable = False
+
+    def __init__(self, happens: Callable[[str, str], None]) -> None:
+        super().__init__(auto_mkdir=True)
+        self.happens = happens
+
+    def cp_file(self, path1, path2, **kwargs):
+        self.happens("put" if "/objects/" in path2 else "get", path2)
+        super().cp_file(path1, path2, **kwargs)
+
+
+for call in ("pipe_file", "cat_file", "find", "rm_file", "mv"):
+
+    def wrapped(self, path, *args, call=call, **kwargs):
+        self.happens(call, path)
+        return getattr(LocalFileSystem, call)(self, path, *args, **kwargs)
+
+    setattr(Unreliable, call, wrapped)
+
+
+@pytest.fixture
+def service(tmp_path, monkeypatch):
+    """Let `happens(call, path)` be called before every call to the mirror; gives its URL."""
+    (tmp_path / "mirror").mkdir()
+
+    def begin(happens: Callable[[str, str], None]) -> str:
+        monkeypatch.setattr(mirror, "connect", lambda url: (Unreliable(happens), str(tmp_path / "mirror")))
+        return str(tmp_path / "mirror")
+
+    return begin
+
+
+@pytest.fixture(scope="module")
+def weights(finished):
+    return read_json(finished / "here/tiny/training.json")["summary"]["weights_sha256"]
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (PermissionError("Access Denied"), "Access Denied"),
+        (TimeoutError("https://x/y?X-Amz-Signature=secret timed out"), "https://x/y timed out"),
+    ],
+)
+def test_a_mirror_that_fails_is_told_once_tried_again_and_harms_nothing(tmp_path, service, weights, error, told):
+    left, lines = [7], []
+
+    def fail(call: str, path: str) -> None:
+        if call == "put" and left[0] and left.append(left.pop() - 1) is None:
+            raise error
+
+    url = service(fail)
+    assert go(make(tmp_path / "here/tiny"), url, lines)["weights_sha256"] == weights
+    assert len(lines) == 2, lines
+    failing, works = lines
+    assert failing == f"tiny: the mirror {url}/tiny fails, and is tried again while the run goes on ({told})"
+    assert works == f"tiny: the mirror {url}/tiny works again, and has everything"
+    assert manifest(tmp_path / "mirror/tiny")["reached"] == [24, 1]
+
+
+def test_what_is_missing_at_the_end_is_said_and_copied_by_the_next_run(tmp_path, service, weights):
+    broken, lines = [True], []
+
+    def fail(call: str, path: str) -> None:
+        if call == "put" and broken:
+            raise OSError(errno.EROFS, "Read-only file system")
+
+    url, run = service(fail), make(tmp_path / "here/tiny")
+    (run / ".work/mirror-1/left").mkdir(parents=True)  # by a process that was killed
+    (run / "gone").symlink_to("nowhere")
+    assert go(run, url, lines)["weights_sha256"] == weights
+    assert lines[-1] == f"tiny: {url}/tiny lacks what was finished last; run the same command to copy it"
+    assert not list((tmp_path / "mirror").glob("tiny/manifests/*.json"))
+    broken.clear()
+    with mirrored(url), RunDirectory(run).lock():
+        pass
+    assert manifest(tmp_path / "mirror/tiny")["reached"] == [24, 1]
+
+
+def test_training_does_not_wait_for_a_mirror_until_its_end(tmp_path, service, weights):
+    trained, waited = threading.Event(), []
+
+    def wait(call: str, path: str) -> None:
+        if call == "put":
+            waited.append(trained.wait(120))
+
+    run, lines = make(tmp_path / "here/tiny"), []
+    with mirrored(service(wait)), RunDirectory(run, lines.append).lock():
+        assert train(run)["weights_sha256"] == weights  # though not one file could be copied
+        assert not list((tmp_path / "mirror").glob("tiny/objects/*"))
+        trained.set()
+    assert all(waited) and not lines
+    assert manifest(tmp_path / "mirror/tiny")["reached"] == [24, 1]
+
+
+@pytest.mark.parametrize("silent", [True, False])
+def test_a_torn_upload_is_never_named(tmp_path, service, weights, silent):
+    torn, lines = [], []
+
+    def tear(call: str, path: str) -> None:
+        if call == "mv" and "manifests" in path:
+            objects = tmp_path / "mirror/tiny/objects"
+            assert all(sha256_of_tree(path) == path.name for path in objects.iterdir()), "named before it is whole"
+
+    class Torn(Unreliable):
+        def cp_file(self, path1, path2, **kwargs):
+            super().cp_file(path1, path2, **kwargs)
+            if "/objects/" in path2 and len(torn) < 3:
+                torn.append(path2)
+                os.truncate(path2, Path(path2).stat().st_size // 2)
+                if not silent:
+                    raise ConnectionResetError("cut")
+
+    url = service(tear)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mirror, "connect", lambda url: (Torn(tear), url))
+        assert go(make(tmp_path / "here/tiny"), url, lines)["weights_sha256"] == weights
+    assert len(torn) == 3 and len(lines) == 2
+    assert ("files did not arrive whole" if silent else "(cut)") in lines[0]
+    assert manifest(tmp_path / "mirror/tiny")["reached"] == [24, 1]
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(PermissionError("Forbidden"), "Forbidden"), (FileNotFoundError("no such bucket"), "no such bucket")],
+)
+def test_a_mirror_that_cannot_be_used_is_refused_before_anything(tmp_path, service, error, told):
+    def fail(call: str, path: str) -> None:
+        if call == "pipe_file":
+            raise error
+
+    run = make(tmp_path / "here/tiny")
+    with pytest.raises(UserError, match=f"--mirror .*/mirror/tiny cannot be used; check it.*{told}"):
+        go(run, service(fail))
+    assert not (run / "checkpoints").exists()
+
+
+def test_urls_that_cannot_be_meant(tmp_path):
+    for url, why in (
+        (str(tmp_path / "drive"), "there is no folder .*drive; make it, or mount the drive"),
+        ("sftp://me:secret@host/runs", "the URL holds a password"),
+        ("nosuch://bucket/x", "cannot be used"),
+    ):
+        with pytest.raises(UserError, match=why) as refused:
+            go(make_run(tmp_path / f"{len(url)}/tiny"), url)
+        assert "secret" not in str(refused.value)
+
+
+def test_a_state_that_was_damaged_on_the_mirror_is_not_used(copy, tmp_path, weights):
+    there = copy / "mirror/tiny"
+    files = manifest(there)["files"]
+    damaged = there / "objects" / files["training_state/step-000024/optimizer.pt"][1]
+    damaged.write_bytes(damaged.read_bytes()[::-1])
+    lines: list[str] = []
+    run = tmp_path / "elsewhere/tiny"
+    assert go(run, copy / "mirror", lines)["weights_sha256"] == weights
+    assert lines[0] == "tiny: training_state/step-000024 is damaged on the mirror, and is left out"
+    assert checkpoints.find_corruption(run / "training_state/step-000024") is None  # made again
+    with mirrored(str(copy / "mirror")), RunDirectory(tmp_path / "third/tiny").lock():
+        assert checkpoints.find_corruption(tmp_path / "third/tiny/training_state/step-000024") is None
+
+
+def test_a_mirror_without_a_usable_record_is_left_as_it_is(copy, tmp_path):
+    there = copy / "mirror/tiny"
+    (path,) = (there / "manifests").iterdir()
+    known = read_json(path)
+    (there / "objects" / known["files"]["record.json"][1]).unlink()
+    for content, why in (
+        (json.dumps(known), r"is damaged \(record.json\)"),
+        ("{", "000...json is damaged"),
+        (json.dumps(known | {"files": {"../x": [1, "0" * 64]}}), "is damaged"),
+        (json.dumps(known | {"files": {"x": [1, "../../x"]}}), "is damaged"),
+    ):
+        path.write_text(content)
+        before = contents(there)
+        with pytest.raises(UserError, match=why + ".*left as it is; use another --mirror"):
+            go(tmp_path / "elsewhere/tiny", copy / "mirror")
+        assert contents(there) == before
+        assert not contents(tmp_path / "elsewhere/tiny")
+
+
+def test_the_newer_of_disk_and_mirror_is_used(copy, tmp_path):
+    url, lines = str(copy / "mirror"), []
+    older = Path(shutil.copytree(copy / "here/tiny", tmp_path / "older/tiny"))
+    for folder in ("training_state", "checkpoints"):
+        shutil.rmtree(older / folder / "step-000024")
+    (older / "note.txt").write_text("of the user")
+    with mirrored(url), RunDirectory(older, lines.append).lock():
+        assert contents(older) == contents(copy / "here/tiny")
+    assert (older / ".replaced/note.txt").read_text() == "of the user"
+    assert lines[0].endswith(f"step 24, 1 stages; what was here was not as far, and is in {older}/.replaced")
+    write_json(older / "record.json", {"stages": {"tokens": {}, "training": {}}})
+    lines.clear()
+    with mirrored(url), RunDirectory(older, lines.append).lock():
+        pass
+    assert lines == [
+        "tiny: the run here is further than its mirror (step 24, 2 stages against step 24, 1 stages), and is used"
+    ]
+    assert manifest(copy / "mirror/tiny")["reached"] == [24, 2]
+
+
+def test_a_second_machine_is_refused_while_the_first_lives(copy, tmp_path):
+    url = str(copy / "mirror")
+    used = pytest.raises(UserError, match=rf"mirror/tiny is in use by process {os.getpid()} on .*; wait for it")
+    with mirrored(url), RunDirectory(copy / "here/tiny").lock(), used:
+        go(tmp_path / "elsewhere/tiny", url)
+    lines: list[str] = []
+    (copy / "mirror/tiny/lease").write_text("0123456789abcdef 7 process 12 on a machine that is gone")
+    with mirrored(url), RunDirectory(tmp_path / "elsewhere/tiny", lines.append).lock():
+        pass
+    assert "may be in use by process 12 on a machine that is gone; waiting" in lines[0]
+
+
+def test_who_has_lost_the_mirror_trains_on_without_it(tmp_path, service, weights, monkeypatch):
+    monkeypatch.setattr(mirror, "RENEW_SECONDS", 1000.0)
+    lines: list[str] = []
+    lease = tmp_path / "mirror/tiny/lease"
+
+    def take(call: str, path: str) -> None:
+        if call == "put" and "process 12" not in lease.read_text():
+            lease.write_text("0123456789abcdef 1 process 12 on elsewhere")
+
+    assert go(make(tmp_path / "here/tiny"), service(take), lines)["weights_sha256"] == weights
+    assert len(lines) == 1 and lines[0].startswith("tiny: process 12 on elsewhere has taken ")
+    assert lease.read_text().endswith("elsewhere") and not list((tmp_path / "mirror").glob("tiny/manifests/*"))
+
+
+@pytest.fixture
+def s3(tmp_path, monkeypatch):
+    """A real S3 server on this machine, with a bucket; who is not `right` has no access."""
+    pytest.importorskip("moto")
+    s3fs = pytest.importorskip("s3fs")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    keys = {"AWS_ACCESS_KEY_ID": "right", "AWS_SECRET_ACCESS_KEY": "secret-of-right"}
+    for name, value in {**keys, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_REGION": "us-east-1"}.items():
+        monkeypatch.setenv(name, value)
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        try:
+            files = s3fs.S3FileSystem(skip_instance_cache=True)
+            for _ in range(300):
+                with contextlib.suppress(OSError):
+                    files.mkdir("bucket")
+                    break
+                time.sleep(0.1)
+            yield files
+        finally:
+            server.kill()
+
+
+@pytest.mark.slow
+def test_ten_kills_with_an_s3_server(tmp_path, s3):
+    kill_ten_times(tmp_path, "s3://bucket/runs", Killed(tmp_path / "log"), s3, "bucket/runs")
+
+
+@pytest.mark.slow
+def test_an_s3_bucket_that_is_missing_or_closed_is_one_line(tmp_path, s3):
+    run = make(tmp_path / "here/tiny")
+    with pytest.raises(UserError, match="--mirror s3://absent/runs/tiny cannot be used; check it and your credentials"):
+        go(run, "s3://absent/runs")
+    assert s3.ls("") == ["bucket"]
+    assert not (run / "checkpoints").exists()
+
+
+def test_a_bucket_of_the_hub(finished, tmp_path, monkeypatch):
+    """By the real client, but for the uploads: they go to a store that is not simulated."""
+    from huggingface_hub import HfApi
+
+    def batch(self, bucket_id, *, add=(), copy=(), delete=(), token=None):
+        for source, path in add or ():
+            server.buckets[bucket_id][path] = Path(source).read_bytes()
+        for path in delete or ():
+            del server.buckets[bucket_id][path]
+
+    run, elsewhere, url = Path(shutil.copytree(finished / "here", tmp_path / "here")) / "tiny", tmp_path / "2/tiny", ""
+    with HubServer() as server:
+        talk_to(server, tmp_path / "home", monkeypatch)
+        monkeypatch.setattr(HfApi, "batch_bucket_files", batch)
+        server.buckets["org/bucket"] = {"other/file": b"of somebody else"}
+        for url, path in (("hf://buckets/org/bucket/a/b", elsewhere), ("hf://buckets/org/bucket", tmp_path / "3/tiny")):
+            for folder in (run, path):
+                with mirrored(url), RunDirectory(folder).lock():
+                    pass
+            assert contents(path) == contents(run)
+        names = {name.rpartition("/")[0] for name in server.buckets["org/bucket"]}
+        assert names == {"other", *(f"{top}tiny/{part}" for top in ("a/b/", "") for part in ("objects", "manifests"))}
+        with pytest.raises(UserError, match="--mirror hf://buckets/org/absent/tiny cannot be used"):
+            go(run, "hf://buckets/org/absent")
+        monkeypatch.setenv("HF_TOKEN", "hf_of_a_stranger")
+        with pytest.raises(UserError, match="cannot be used; check it and your credentials") as refused:
+            go(run, "hf://buckets/org/bucket")
+        assert "hf_of_a_stranger" not in str(refused.value)
+
+
+RECIPE = """
+name: {name}
+data: {{sources: [{{files: "{folder}/a.jsonl"}}], heldout_fraction: 0.2, workers: 1}}
+quality: {{scorer: "column:score", threshold: {threshold}}}
+tokenizer: {{vocab_size: 300}}
+model:
+  {{hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 8, max_position_embeddings: 256}}
+training: {{steps: 6, batch_size: 2, learning_rate: 0.01, save_steps: 2, eval_steps: 6, logging_steps: 1}}
+evaluation: {{suites: [heldout_bits_per_byte], limit: 2}}
+"""
+
+
+@pytest.mark.slow
+def test_the_verbs_with_a_mirror_on_two_machines(tmp_path):
+    """Prepared here, trained there, and on a third machine the rest of two runs side by side."""
+    texts = (f"Document {n} about {' '.join(str(n * m) for m in range(40))}" for n in range(40))
+    lines = [f'{{"text": "{text}", "score": {0.9 if n % 3 else 0.1}}}' for n, text in enumerate(texts)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    (tmp_path / "mirror").mkdir()
+    for name, threshold in (("one", 0.5), ("two", "null")):
+        (tmp_path / f"{name}.yaml").write_text(RECIPE.format(name=name, folder=tmp_path, threshold=threshold))
+
+    def nanophi(machine: str, *arguments: str) -> str:
+        (tmp_path / machine).mkdir()
+        command = [sys.executable, "-m", "nanophi", *arguments]
+        environment = {**os.environ, "NANOPHI_MIRROR": str(tmp_path / "mirror")}
+        done = subprocess.run(command, cwd=tmp_path / machine, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        assert "fails" not in done.stdout
+        return done.stdout
+
+    assert "fetched" not in nanophi("first", "prepare", "../one.yaml")
+    assert "step 0, 5 stages" in nanophi("second", "train", "../one.yaml")
+    trained = read_json(tmp_path / "second/runs/one/training.json")["summary"]
+    out = nanophi("third", "run", "../one.yaml", "../two.yaml", "--jobs", "2")
+    assert "step 6, 6 stages" in out and out.count("fetched from") == 1 and "waiting" not in out
+    assert "one: training       up to date" in out
+    assert read_json(tmp_path / "third/runs/one/training.json")["summary"] == trained
+    for name in ("one", "two"):
+        run = tmp_path / "third/runs" / name
+        known = manifest(tmp_path / "mirror" / name)
+        assert known["reached"] == [6, len(read_json(run / "record.json")["stages"])]
+        assert "release/model.safetensors" in known["files"] and "comparison.json" in known["files"]
+        assert not list(tmp_path.glob("mirror/*/lease*"))

@@ -1,0 +1,205 @@
+"""`nanophi launch`: `nanophi run` on a rented machine, or in a fresh environment on this one, with a mirror.
+
+It is beside `estimate`, whose prediction it shows before anything is paid. The job gets a wheel of the package as it is
+installed here, the versions that are installed here, and the resolved recipes, all from the mirror. It ends itself
+before its time is over, with everything saved; the same command then continues it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import venv
+import zipfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+import yaml
+from typer import Argument, Option
+
+import nanophi
+from nanophi.core import formatting
+from nanophi.core.errors import UserError, printable, suggest, user_errors
+from nanophi.core.mirror import connect, put
+from nanophi.core.options import Mirror, Overrides
+from nanophi.core.recipe import Recipe, load_recipe
+from nanophi.training.budget import device_named
+from nanophi.training.estimate import predict
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi, JobHardwareInfo
+
+PYTHON = f"{sys.version_info[0]}.{sys.version_info[1]}"
+DRIVERS = {"s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub"}  # scheme of a mirror's URL -> what reads it
+LAST_SHARE, LAST_SECONDS = 0.1, 600.0  # of a job's time, at most, that are kept for saving and the last copy
+HOURS = {"second": 1 / 3600, "minute": 1 / 60, "hour": 1.0}
+INSTALL = "python -m pip install --quiet --disable-pip-version-check"
+FETCH = "import fsspec; f, p = fsspec.url_to_fs({0!r}); [f.get_file(p + '/' + n, n) for n in {1!r}]"
+
+
+def launch(
+    recipes: Annotated[list[Path], Argument(metavar="RECIPE...", help="YAML files, or built-in recipes.")] = [],
+    on: Annotated[Literal["hf", "local"], Option(help="Hugging Face Jobs, or a fresh environment here.")] = "hf",
+    flavor: Annotated[str, Option(help="Hardware, of the Hub's list.")] = "h200",
+    max_dollars: Annotated[float | None, Option(min=0.01, help="End the job before it costs more.")] = None,
+    max_hours: Annotated[float, Option(min=0.001, help="End the job before it takes longer.")] = 24.0,
+    mirror: Mirror = None,
+    image: Annotated[str, Option(help="Docker image.")] = f"python:{PYTHON}",
+    secret: Annotated[list[str], Option(metavar="NAME", help="Pass this variable on; repeatable.")] = [],
+    yes: Annotated[bool, Option("--yes", help="Do not ask.")] = False,
+    follow: Annotated[str | None, Option(metavar="ID", help="Follow a job that was launched before.")] = None,
+    overrides: Overrides = [],
+) -> None:
+    """Run recipes on a rented GPU, within a budget. The same command continues them when their time was over.
+
+    Example: nanophi launch nano-phi-115m --flavor h200 --max-dollars 15 --mirror hf://buckets/ORG/runs
+    """
+    from huggingface_hub import HfApi, get_token
+
+    api, known = HfApi(), {"HF_TOKEN": get_token(), **{name: os.environ.get(name) for name in secret}}
+    secrets = {name: value for name, value in known.items() if value}
+    if follow:
+        return _follow(api, follow, secrets)
+    if not recipes or mirror is None or (on == "hf" and (max_dollars is None or "://" not in mirror)):
+        raise UserError(
+            "name a RECIPE and --mirror; with --on hf the URL of one that the job reaches, and --max-dollars"
+        )
+    resolved, (files, path) = [load_recipe(recipe, overrides) for recipe in recipes], connect(mirror)
+    for recipe in resolved:
+        if mine := [source.files for source in (*recipe.data.sources, *recipe.conversations) if source.files]:
+            raise UserError(f"{recipe.name}: the job cannot read {mine[0]}; put it on the Hub, and name it with `hub`")
+    machine = _hardware(api, flavor) if on == "hf" else None
+    price = machine.unit_cost_usd / HOURS[machine.unit_label] if machine else 0.0
+    hours = min(max_hours, max_dollars / price) if price and max_dollars else max_hours
+    url = mirror if "://" in mirror else path
+    with tempfile.TemporaryDirectory(prefix="nanophi-launch-") as scratch:
+        kit = _kit(Path(scratch), resolved)
+        place = "launch/" + hashlib.sha256(b"".join(file.read_bytes() for file in kit.values())).hexdigest()[:12]
+        count = int(machine.accelerator.quantity) if machine and machine.accelerator else 1
+        command = ["nanophi", "run", *(f"./{one.name}.yaml" for one in resolved), "--mirror", url]
+        command += ["--jobs", str(min(count, len(resolved)))] if count > 1 else []
+        script = _script(f"{url}/{place}", list(kit), shlex.join(command), 3600 * hours)
+        if machine:
+            typer.echo(f"image:    {image}\nsecrets:  {', '.join(secrets)}")
+            typer.echo(f"flavor:   {machine.name} ({machine.pretty_name}), ${price:.2f} an hour")
+            typer.echo(_estimate(resolved, machine, price))
+        cost = f" and ${hours * price:.2f}" if machine else ""
+        typer.echo(
+            f"command:  {shlex.join(command)}\nlimit:    {formatting.duration(3600 * hours)}{cost}, then resumable"
+        )
+        if not yes and not (sys.stdin.isatty() and typer.confirm("Submit it?")):
+            raise UserError("nothing was submitted; answer yes, or add --yes")
+        with user_errors(f"--mirror {mirror} cannot be written"):
+            put(files, f"{path}/{place}", kit)
+    if machine is None:
+        return _run_here(script)
+    bash, seconds = ["bash", "-c", script], int(3600 * hours)
+    with user_errors("the job was not submitted"):
+        job = api.run_job(image=image, command=bash, flavor=flavor, timeout=seconds, secrets=secrets)
+    typer.echo(f"job:      {job.id}, {job.url}")
+    _follow(api, job.id, secrets)
+
+
+def _hardware(api: HfApi, flavor: str) -> JobHardwareInfo:
+    with user_errors("the Hub's list of hardware cannot be read"):
+        known = {machine.name: machine for machine in api.list_jobs_hardware()}
+    if flavor not in known:
+        raise UserError(f"--flavor {flavor} is unknown; {suggest(flavor, known, most=2)}")
+    return known[flavor]
+
+
+def _estimate(recipes: Sequence[Recipe], machine: JobHardwareInfo, price: float) -> str:
+    """Time and dollars of the trainings, where they can be predicted."""
+    device = device_named(machine.accelerator.model) if machine.accelerator else None
+    if device is None or any(recipe.conversations for recipe in recipes):
+        return "estimate: unknown for this machine or recipe"
+    known = [predict(recipe, device) for recipe in recipes]
+    hours, mfu = sum(one["hours"] for one in known), formatting.percent(known[0]["mfu"], 0)
+    return (
+        f"estimate: {formatting.duration(3600 * hours)} and ${hours * price:.2f} for the training, at {mfu} of the peak"
+    )
+
+
+def wheel(folder: Path) -> Path:
+    """Write a wheel of the package as it is installed here; the same package gives the same bytes."""
+    root, info = Path(nanophi.__file__).parent, f"nanophi-{nanophi.__version__}.dist-info"
+    rooms = sorted(room.parent for room in root.glob("*/__init__.py"))
+    found = [
+        *sorted(root.glob("*.py")),
+        root / "LICENSE",
+        *(file for room in rooms for file in sorted(room.rglob("*"))),
+    ]
+    found = [file for file in found if file.is_file() and file.parent.name != "__pycache__"]
+    files = {f"nanophi/{file.relative_to(root).as_posix()}": file.read_bytes() for file in found}
+    files[f"{info}/METADATA"] = str(importlib.metadata.distribution("nanophi").read_text("METADATA")).encode()
+    files[f"{info}/WHEEL"] = b"Wheel-Version: 1.0\nGenerator: nanophi\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    files[f"{info}/RECORD"] = "".join(f"{name},,\n" for name in (*files, f"{info}/RECORD")).encode()
+    path = folder / f"nanophi-{nanophi.__version__}-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)
+    return path
+
+
+def _kit(folder: Path, recipes: Iterable[Recipe]) -> dict[str, Path]:
+    """What a job needs, by its name: the wheel first, the versions that are installed here, the resolved recipes."""
+    kit = [wheel(folder), folder / "constraints.txt"]
+    versions = {f"{one.name}=={one.version.partition('+')[0]}" for one in importlib.metadata.distributions()}
+    kit[1].write_text(
+        "\n".join(sorted(line for line in versions if not line.startswith("nanophi=="))), encoding="utf-8"
+    )
+    for recipe in recipes:
+        kit.append(folder / f"{recipe.name}.yaml")
+        kit[-1].write_text(yaml.safe_dump(recipe.dump(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return {file.name: file for file in kit}
+
+
+def _script(kit: str, names: Sequence[str], command: str, seconds: float) -> str:
+    """What the job runs; bash counts the seconds from its beginning."""
+    driver = DRIVERS.get(kit.partition(":")[0], "")
+    until = int(seconds - min(LAST_SHARE * seconds, LAST_SECONDS))
+    return f"""set -e
+{INSTALL} fsspec {driver}
+python -c {shlex.quote(FETCH.format(kit, list(names)))}
+{INSTALL} --ignore-installed --no-deps ./{names[0]}
+{INSTALL} --constraint constraints.txt ./{names[0]} {driver}
+left=$(({until} - SECONDS))
+exec timeout --signal=TERM $((left > 1 ? left : 1)) python -m {command}"""
+
+
+def _follow(api: HfApi, job_id: str, secrets: dict[str, str]) -> None:
+    """Print a job's log until it ends. Raises `UserError` if that is not a good end."""
+    try:
+        with user_errors(f"job {job_id} cannot be followed"):
+            for line in api.fetch_job_logs(job_id=job_id, follow=True):
+                for value in secrets.values():
+                    line = line.replace(value, "***")
+                typer.echo(printable(line.rstrip("\n")))
+            stage = api.inspect_job(job_id=job_id).status.stage
+    except KeyboardInterrupt:
+        typer.echo(f"\nthe job goes on; to follow it again: nanophi launch --follow {job_id}")
+        return
+    if stage != "COMPLETED":
+        raise UserError(f"job {job_id} ended early ({stage}); launch it again to continue from the mirror")
+
+
+def _run_here(script: str) -> None:
+    """Run a job's script in a fresh environment, which sees the libraries of this one, and in an empty folder."""
+    with tempfile.TemporaryDirectory(prefix="nanophi-job-") as scratch:
+        job, here = Path(scratch, "job"), [path for path in sys.path if path.endswith("-packages")]
+        job.mkdir()
+        venv.create(Path(scratch, "env"))
+        Path(scratch, f"env/lib/python{PYTHON}/site-packages/here.pth").write_text("\n".join(here))
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        environment["PATH"] = f"{scratch}/env/bin{os.pathsep}{environment['PATH']}"
+        code = subprocess.run(["bash", "-c", script], cwd=job, env=environment).returncode
+    if code:
+        why = "its time is over" if code == 124 else f"exit status {code}"
+        raise UserError(f"the job ended early ({why}); launch it again to continue from the mirror")
