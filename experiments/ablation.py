@@ -24,7 +24,7 @@ are another.
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -63,28 +63,37 @@ class Target:
     runs: Mapping[Key, Sequence[Items]]
 
 
-def analyse(targets: Mapping[str, Target], seed: int = 0) -> dict[str, Any]:
+def analyse(
+    targets: Mapping[str, Target],
+    seed: int = 0,
+    contrasts: Mapping[str, Sequence[str]] = CONTRASTS,
+    apart: Collection[str] = (),
+) -> dict[str, Any]:
     """All contrasts of all targets, with what may be claimed. `seed` is the bootstrap's.
 
+    Arms that are `apart` do not share the others' trunks: a contrast with one pools the deviations of its own two arms.
     Per target `items` (of each set), `values` (per learning rate and arm, the mean over seeds), `contrasts` and
     `check`. A contrast has `learning_rates` (each: see `contrast`), `p_value` (the larger one), `p_corrected` and
     `verdict`: `better`, `worse`, `not found`, `at one learning rate only`, or why there is no test.
     """
     result: dict[str, Any] = {}
     for name, target in targets.items():
-        tests = sum(other.primary == target.primary for other in targets.values()) * len(CONTRASTS)
+        tests = sum(other.primary == target.primary for other in targets.values()) * len(contrasts)
         rates = sorted({rate for _, _, rate in target.runs}, reverse=True)
         sets = next(iter(target.runs.values()))
         draws = item_draws(sets, np.random.default_rng(seed))
         values: dict[str, dict[str, float]] = {str(rate): {} for rate in rates}
-        for rate, arm in itertools.product(rates, ARMS):
+        for rate, arm in itertools.product(rates, dict.fromkeys([*ARMS, *(arm for arm, _, _ in target.runs)])):
             if of_seeds := [value(items) for (a, _, r), items in target.runs.items() if (a, r) == (arm, rate)]:
                 values[str(rate)][arm] = float(np.mean(of_seeds))
         found = {}
-        for label, arms in {**CONTRASTS, "check": CHECK}.items():
-            size = 1 if label == "check" else tests
-            by_rate = {str(rate): contrast(target.runs, *arms, rate, draws, size) for rate in rates}
-            found[label] = {"arms": list(arms), "learning_rates": by_rate, **_both(list(by_rate.values()))}
+        for label, (ours, theirs) in {**contrasts, "check": CHECK}.items():
+            size, pool = 1 if label == "check" else tests, {ours, theirs}
+            if not pool & {*apart}:
+                pool = {arm for arm, _, _ in target.runs} - {*apart}
+            runs = {key: items for key, items in target.runs.items() if key[0] in pool}
+            by_rate = {str(rate): contrast(runs, ours, theirs, rate, draws, size) for rate in rates}
+            found[label] = {"arms": [ours, theirs], "learning_rates": by_rate, **_both(list(by_rate.values()))}
         check = found.pop("check")
         result[name] = {"title": target.title, "primary": target.primary, "items": [len(sizes) for _, sizes in sets]}
         result[name] |= {"values": values, "contrasts": found, "check": check}
@@ -128,7 +137,10 @@ def _belongs(document: Mapping[str, Any], name: str, target: Mapping[str, Any]) 
 
 
 def _check_comparable(record: Mapping[str, Any], first: Mapping[str, Any]) -> None:
-    if record.get("shared") != first.get("shared"):
+    ours, theirs = (dict(each.get("shared") or {}) for each in (record, first))
+    if {record["arm"], first["arm"]} - {*ARMS}:  # a candidate may have another scorer
+        ours["scores"] = theirs["scores"] = None
+    if ours != theirs:
         raise UserError(
             f"{record['run']} and {first['run']} do not share documents, scores and tokenizer; name another --output"
         )
@@ -166,7 +178,7 @@ def contrast(
     `item_draws`; `tests` is the size of the family, for the minimum detectable effect. `no_test` of the result is why
     there is no test (None: there is one), and its `interval` of 95 %.
     """
-    arms = [arm for arm in ARMS if any(a == arm and r == rate for a, _, r in runs)]
+    arms = sorted({arm for arm, _, r in runs if r == rate})
     seeds = sorted({s for _, s, r in runs if r == rate and all((arm, s, rate) in runs for arm in arms)})
     result: dict[str, Any] = {**dict.fromkeys(FIGURES), "seeds": seeds, "by_seed": []}
     if ours not in arms or theirs not in arms or not seeds:
@@ -213,6 +225,16 @@ def _test(
         "p_value": float(2 * distribution.sf(abs(mean) / stderr)) if stderr else float(mean == 0),
         "minimum_detectable_effect": minimum_detectable_effect(stderr, tests=tests, freedom=freedom),
     }
+
+
+def paired(runs: Mapping[Key, Sequence[Items]], rate: float) -> float | None:
+    """Share of the variance between runs of an arm that comparing runs of one seed takes out; None: one arm or seed."""
+    arms, seeds = (sorted({key[part] for key in runs if key[2] == rate}) for part in (0, 1))
+    if len(arms) < 2 or len(seeds) < 2 or any((arm, seed, rate) not in runs for arm in arms for seed in seeds):
+        return None
+    table = np.array([[value(runs[arm, seed, rate]) for seed in seeds] for arm in arms])
+    left = float(np.square(_deviations(table)).sum()) / ((len(arms) - 1) * (len(seeds) - 1))
+    return 1 - left / float(table.var(axis=1, ddof=1).mean())
 
 
 def _resampled(drawn: np.ndarray, runs: Sequence[Items]) -> np.ndarray:

@@ -52,15 +52,33 @@ def write_answer(output: Path) -> dict[str, Any]:
         "name": plan["recipe"]["name"],
         "finished": len(runs),
         "flops": _flops(plan),
-        "targets": ablation.analyse(ablation.targets(plan, items, runs)),
+        "targets": _analysed(plan, ablation.targets(plan, items, runs)),
         "runs": [{key: value for key, value in entry.items() if key not in ("items", "environment")} for entry in runs],
     }
     result["paragraph"] = paragraph(result)
     write_json(output / "ablation.json", result)
     template = jinja2.Template(TEMPLATE.read_text(encoding="utf-8"), keep_trailing_newline=True)
-    tables = {"contrasts": _contrasts, "means": _means, "runs": _runs(result["runs"]), "text": markup.text}
+    tables = {
+        "percent": formatting.percent,
+        "contrasts": _contrasts,
+        "means": _means,
+        "runs": _runs(result["runs"]),
+        "text": markup.text,
+    }
     write_text(output / "ablation.md", template.render(result | tables))
     draw(result, output / "ablation.png")
+    return result
+
+
+def _analysed(plan: Mapping[str, Any], targets: Mapping[str, ablation.Target]) -> dict[str, Any]:
+    """What the plan's contrasts come to; of runs that continue trunks also what pairing by these took out."""
+    contrasts = {name: arms.split(" - ") for name, arms in plan["contrasts"].items()}
+    branches = plan.get("branches", [])
+    apart = [arm for arm in plan["arms"] if arm not in ("all", *branches)] if branches else []
+    result = ablation.analyse(targets, contrasts=contrasts, apart=apart)
+    for name, target in targets.items() if branches else ():
+        shared = {key: sets for key, sets in target.runs.items() if key[0] not in apart}
+        result[name]["paired"] = {str(rate): ablation.paired(shared, rate) for rate in plan["learning_rates"]}
     return result
 
 
@@ -83,11 +101,14 @@ def paragraph(result: Mapping[str, Any]) -> str:
         works = (
             " The measurement did not tell the best share from the worst: it may be too coarse to answer the question."
         )
+    read = f"a share of {size['best']} different tokens {plan['epochs']['best']:.1f} times"
+    if plan.get("branches"):
+        read = f"until the learning rate decays all the text, then {read}"
     return (
         (f"Unfinished: {result['finished']} of {total} runs are done. " if result["finished"] < total else "")
         + f"The filter keeps {formatting.percent(plan['share'])} of the training text (rule: {plan['rule']}). "
-        f"Every run saw {formatting.size(plan['tokens_seen'])} tokens: a share of {size['best']} different tokens "
-        f"{plan['epochs']['best']:.1f} times, or {size['all']} of all the text {plan['epochs']['all']:.1f} times. "
+        f"Every run saw {formatting.size(plan['tokens_seen'])} tokens: {read}, "
+        f"or {size['all']} of all the text {plan['epochs']['all']:.1f} times. "
         f"Measured on {target['title']} (fixed in advance; bits per byte, lower is better): "
         f"{'; '.join(_sentence(entry) for entry in target['contrasts'].values())}.{works} "
         f"Each run took {result['flops']:.1g} FLOP; published work found that decisions transfer to larger models from "
@@ -96,7 +117,7 @@ def paragraph(result: Mapping[str, Any]) -> str:
 
 
 def _sentence(entry: Mapping[str, Any]) -> str:
-    (ours, theirs), verdict = (ARMS[arm] for arm in entry["arms"]), entry["verdict"]
+    (ours, theirs), verdict = (ARMS.get(arm, arm) for arm in entry["arms"]), entry["verdict"]
     rates = {rate: one for rate, one in entry["learning_rates"].items() if one["value"] is not None}
     values = ", ".join(f"{_difference(one)} at learning rate {float(rate):g}" for rate, one in rates.items())
     if verdict in DIFFERENCES:
@@ -143,7 +164,8 @@ def _means(target: Mapping[str, Any], arms: Sequence[str]) -> str:
 
 
 def _runs(runs: Sequence[Mapping[str, Any]]) -> str:
-    timed = [{**run, "time": formatting.duration(run["seconds"])} for run in runs]
+    own = [{**run, "epochs": run.get("decay_epochs", run["epochs"])} for run in runs]  # of the text that is its own
+    timed = [{**run, "time": formatting.duration(run["seconds"])} for run in own]
     return markup.table(list(RUN_COLUMNS), [[cell.format(**run) for cell in RUN_COLUMNS.values()] for run in timed])
 
 

@@ -56,7 +56,7 @@ def build(source: Source, repo_id: str, folder: Path) -> None:
         text=text,
         documents=summary,
         sources=rows,
-        weights=sorted({source.weight for source in recipe.data.sources if not source.heldout}),
+        weights=sorted({_read(source) for source in recipe.data.sources if not source.heldout}, key=str),
         report=_report(run, portable),
     )
 
@@ -134,6 +134,11 @@ def _metadata(
     )
     datasets.info.DatasetInfosDict({"default": info}).to_dataset_card_data(metadata)
     return metadata
+
+
+def _read(source: sources.Source) -> float | str:
+    """How often, and when, a training reads a source."""
+    return source.weight if source.phase == "all" else f"{source.weight}, phase {source.phase}"
 
 
 def _report(run: Path, portable: secrets.PathRemover) -> str:
