@@ -68,8 +68,9 @@ def pack(
         if text == "decay" and not (decay or data.two_phases):
             continue
         if text != "decay":  # whose documents are taken from those of the other phase, if there are enough
-            size = "bytes" if decay else "kept_bytes"
-            share = 1.0 if limit is None else min(1.0, LONGEST_TOKEN * limit / filtered[size])
+            share = (
+                1.0 if limit is None else min(1.0, LONGEST_TOKEN * limit / filtered["bytes" if decay else "kept_bytes"])
+            )
         while True:
             ids = kept / "kept.parquet" if train else None
             parts = [(path, ids, decay, share, seed, tokenizer) for path in shards(documents, split)]

@@ -94,8 +94,7 @@ def by_name(sources: Sequence[Source], origins: Mapping[str, Sequence[int]]) -> 
     """A source of every name, from the numbers of those that give it. Raises `UserError` if weight or phase differ."""
     found = {}
     for name, numbers in origins.items():
-        named = [sources[number] for number in numbers]
-        named = [source for source in named if not source.heldout] or named
+        named = [s for s in map(sources.__getitem__, numbers) if not s.heldout] or [sources[numbers[0]]]
         for key in ("weight", "phase"):
             if len({getattr(source, key) for source in named}) > 1:
                 raise UserError(f"two sources of different {key} give the same name '{name}'; set their 'name'")

@@ -48,7 +48,8 @@ class Stream:
     def __init__(self, tokens: Path, end: int) -> None:
         import datasets
 
-        decay, self.chunks = tokens.with_name("decay"), []
+        self.chunks: list[np.ndarray] = []
+        decay = tokens.with_name("decay")
         for part in (tokens, *([decay] if tokens.name == "train" and decay.is_dir() else [])):
             column = datasets.load_from_disk(str(part)).data.column("input_ids")
             chunks = getattr(column, "chunks", None) or [column]

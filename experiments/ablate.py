@@ -7,10 +7,9 @@ A filter changes two things: which text a model sees, and how often. Four arms o
     random   as much text, drawn at random
     worst    as much text with the lowest scores: a check that the measurement sees what must be there
 
-With `--at decay` the arms differ only in what is read while the learning rate decays. The run on all the text is then
-the trunk of its seed and learning rate: the others continue it from where its rate began to fall, which costs a decay
-and not a training, and leaves out what trunks differ in. `--candidate` adds arms: a source of the recipe, or a recipe
-with another filter; one that filters throughout is trained in full.
+With `--at decay` the arms differ only in what is read while the learning rate decays: all continue the run on all the
+text of their seed and rate, which costs a decay and not a training, and leaves out what such trunks differ in.
+`--candidate` adds an arm: a source, or a recipe with another filter. One that filters throughout is trained in full.
 
 Text is cut to `epochs`, so that a small experiment repeats it as often as the run that it stands for. Every arm runs
 under several seeds (initialisation, order, which documents are drawn) and two learning rates.
@@ -49,8 +48,8 @@ from nanophi.pipeline import Pipeline
 LOWER_RATE = 0.2  # the second learning rate, if none is named, in units of the recipe's
 SAMPLE_TOKENS = 200_000  # of each arm, from which its bytes per token are measured for the plan
 SAFETY = 0.98  # share of an arm's estimated tokens that the plan counts on
+# Whether a source is read before the decay, and in it -> its phase.
 PHASES = {(True, True): "all", (True, False): "stable", (False, True): "decay", (False, False): "none"}
-"""Whether a source is read before the decay, and in it -> its phase."""
 
 
 def ablate(
@@ -170,9 +169,8 @@ class Ablation:
 
         recipe, limit = pipeline.recipe, plan["tokens"][arm]
         with pipeline.run.lock():
-            counts = pipeline.tokens()
-            branching = arm in plan.get("branches", ())
-            read = counts.get("decay", counts["train"]) if branching else counts["train"]
+            counts, branching = pipeline.tokens(), arm in plan.get("branches", ())
+            read = counts.get("decay" if branching else "train", counts["train"])
             if (rows := recipe.model_config_for().max_position_embeddings * read["rows"]) != limit:
                 problem = f"{pipeline.path} has {rows:,} tokens in place of {limit:,}"
                 raise UserError(f"{problem}; ask for more --epochs elsewhere")
@@ -209,9 +207,9 @@ class Ablation:
         from nanophi.experiments import ablation
 
         seen, context = records.tokens_seen(self.recipe), self.recipe.model_config_for().max_position_embeddings
-        plan = {"format": records.FORMAT, **question, "share": self.recipe.quality.share, "tokens": {}}
+        plan: dict[str, Any] = {"format": records.FORMAT, **question, "share": self.recipe.quality.share, "tokens": {}}
         plan["arms"] = [*ablation.ARMS, *self.candidates]
-        throughout = [arm for arm, one in self.candidates.items() if _filters_throughout(one["quality"])]
+        throughout = [arm for arm, candidate in self.candidates.items() if candidate["throughout"]]
         plan["branches"] = [arm for arm in plan["arms"] if self.at and arm not in ("all", *throughout)]
         available, vocab_size = self._measure_arms(plan)
         before = seen // self.recipe.training.steps * self.recipe.training.decay_start
@@ -254,10 +252,9 @@ class Ablation:
             pipeline = measured(arm_of(self.recipe, {**plan, "branches": []}, arm, *first), arm)
             with pipeline.run.lock():
                 counts = pipeline.tokens()
-            branching = arm in plan["branches"]
-            split = counts.get("decay", counts["train"]) if branching else counts["train"]
-            kept = _kept_bytes(pipeline, "decay" if branching else "stable")
-            available[arm] = int(SAFETY * kept / split["bytes_per_token"])
+            phase = "decay" if arm in plan["branches"] else "stable"
+            text = counts.get(phase, counts["train"])
+            available[arm] = int(SAFETY * _kept_bytes(pipeline, phase) / text["bytes_per_token"])
             if arm == "best":
                 _write_items(pipeline.path / "data", self.output / "items.json")
         return available, counts["vocab_size"]
@@ -284,14 +281,10 @@ def keys_of(plan: Mapping[str, Any]) -> list[tuple[str, int, float]]:
     return [(arm, seed, rate) for seed in plan["seeds"] for rate in plan["learning_rates"] for arm in plan["arms"]]
 
 
-def _filters_throughout(quality: Mapping[str, Any]) -> bool:
-    return quality["phase"] == "all" and (quality["threshold"], quality["share"]) != (None, None)
-
-
 def find_candidates(recipe: Recipe, names: Sequence[str], overrides: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Arm -> the section `quality`, and the phase of each source, of sources or recipes that are compared in the decay.
+    """Arm -> its section `quality`, the phase of each source, and whether it filters `throughout`.
 
-    Raises `UserError` for a recipe that differs in more.
+    `names` are those of sources, or recipes. Raises `UserError` for a recipe that differs in more.
     """
     from nanophi.data.sources import name_of
     from nanophi.experiments.ablation import ARMS
@@ -301,18 +294,18 @@ def find_candidates(recipe: Recipe, names: Sequence[str], overrides: Sequence[st
     for name in names:
         if name in [name_of(source) for source in sources if not source.heldout]:
             unfiltered = {"threshold": None, "share": None, "select": "best", "phase": "all"}
-            arm, quality = name, recipe.quality.model_dump(mode="json") | unfiltered
+            arm, quality = name, recipe.quality.model_copy(update=unfiltered)
             phases = [s.phase if s.heldout else PHASES[s.reads("stable"), name_of(s) == name] for s in sources]
         else:
             other = load_recipe(name, overrides)
-            arm, quality = other.name, other.quality.model_dump(mode="json")
-            phases = [source.phase for source in other.data.sources]
-            if changed := differences(*(_before_the_decay(each) for each in (recipe, other))):
+            arm, quality, phases = other.name, other.quality, [source.phase for source in other.data.sources]
+            if changed := differences(_before_the_decay(recipe), _before_the_decay(other)):
                 raise UserError(f"--candidate {name}: it may differ in quality and the decay's sources ({changed[0]})")
         arm = re.sub(r"[^A-Za-z0-9._-]+", "-", arm).strip("-._")
         if arm in (*found, *ARMS):
             raise UserError(f"--candidate {name}: there is an arm {arm}; give it another name")
-        found[arm] = {"quality": quality, "phases": phases}
+        throughout = quality.phase == "all" and (quality.threshold, quality.share) != (None, None)
+        found[arm] = {"quality": quality.model_dump(mode="json"), "phases": phases, "throughout": throughout}
     return found
 
 
@@ -340,9 +333,9 @@ def run_name(recipe: Recipe, plan: Mapping[str, Any], arm: str, seed: int, rate:
 
 
 def arm_of(recipe: Recipe, plan: Mapping[str, Any], arm: str, seed: int, rate: float) -> Recipe:
-    """The recipe of one run. Of the plan `share`, `tokens` (by arm, None: not limited), `tasks` and `name` count.
+    """The recipe of one run. Of the plan `share`, `tokens` (by arm, None: not limited) and `tasks` count.
 
-    Where it has them, so do `branches` and `candidates`.
+    Where it has them, so do `name`, `branches` and `candidates`.
     """
     values = recipe.dump()
     training, steps = values["training"], recipe.training.steps
@@ -398,19 +391,18 @@ def describe_plan(plan: Mapping[str, Any]) -> str:
     """The plan in a few lines, with what it will take."""
     epochs, estimate = plan["epochs"], plan["estimate"]
     size = {arm: formatting.size(count) for arm, count in plan["tokens"].items()}
-    full, shorter = estimate["runs"] * plan["tokens_seen"] / estimate["tokens"], ""
-    if branching := len(plan.get("branches", ())) * len(plan["seeds"]) * len(plan["learning_rates"]):
-        read = formatting.size(round(epochs["best"] * plan["tokens"]["best"]))
-        shorter = f"of them {branching} continue another, for {read} tokens each (in full they would take "
-        shorter += f"{formatting.duration(3600 * full * estimate['hours'])} in all)\n"
+    branching = sum(arm in plan.get("branches", ()) for arm, _, _ in keys_of(plan))
+    hours = estimate["hours"] * estimate["runs"] * plan["tokens_seen"] / estimate["tokens"]
+    shorter = (
+        f", {branching} of them from where another's rate begins to fall ({formatting.duration(3600 * hours)} in full)"
+    )
     return (
         f"filter: {plan['rule']} (share {formatting.percent(plan['share'])})\n"
         f"each share: {size['best']} different tokens, {epochs['best']:.2f} epochs; "
         f"all: {size['all']} and {epochs['all']:.2f}\n"
         f"{estimate['runs']} runs of {formatting.size(plan['tokens_seen'])} tokens: "
         f"arms {', '.join(plan['arms'])}; seeds {', '.join(map(str, plan['seeds']))}; "
-        f"learning rates {', '.join(f'{rate:g}' for rate in plan['learning_rates'])}\n"
-        f"{shorter}"
+        f"learning rates {', '.join(f'{rate:g}' for rate in plan['learning_rates'])}{shorter if branching else ''}\n"
         f"training takes about {formatting.duration(3600 * estimate['hours'])} at "
         f"{estimate['tokens_per_second']:,.0f} tokens/s a run, {estimate['jobs']} at once; evaluation comes on top"
     )

@@ -24,7 +24,7 @@ are another.
 import dataclasses
 import itertools
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,9 +41,12 @@ MIN_ITEMS = 20
 RESAMPLES = 2000
 FIGURES = (
     *("value", "seeds", "by_seed", "stderr", "seed_stderr", "item_stderr", "freedom", "interval", "p_value"),
-    "minimum_detectable_effect",
+    *("minimum_detectable_effect", "paired"),
 )
-"""What is known of a contrast at one learning rate; None where it does not exist."""
+"""What is known of a contrast at one learning rate; None where it does not exist.
+
+`paired` is the share of the variance between an arm's runs that comparing runs of one seed takes out.
+"""
 
 Items = tuple[np.ndarray, np.ndarray]
 """Of one set: log-likelihood in nats and size in bytes, each of shape (items,)."""
@@ -65,13 +68,12 @@ class Target:
 
 def analyse(
     targets: Mapping[str, Target],
-    seed: int = 0,
     contrasts: Mapping[str, Sequence[str]] = CONTRASTS,
-    apart: Collection[str] = (),
+    pools: Sequence[Sequence[str]] = (),
 ) -> dict[str, Any]:
-    """All contrasts of all targets, with what may be claimed. `seed` is the bootstrap's.
+    """All contrasts of all targets, with what may be claimed.
 
-    Arms that are `apart` do not share the others' trunks: a contrast with one pools the deviations of its own two arms.
+    Deviations are pooled over the first of `pools` that holds both arms (over these two, if none does; None: over all).
     Per target `items` (of each set), `values` (per learning rate and arm, the mean over seeds), `contrasts` and
     `check`. A contrast has `learning_rates` (each: see `contrast`), `p_value` (the larger one), `p_corrected` and
     `verdict`: `better`, `worse`, `not found`, `at one learning rate only`, or why there is no test.
@@ -81,17 +83,16 @@ def analyse(
         tests = sum(other.primary == target.primary for other in targets.values()) * len(contrasts)
         rates = sorted({rate for _, _, rate in target.runs}, reverse=True)
         sets = next(iter(target.runs.values()))
-        draws = item_draws(sets, np.random.default_rng(seed))
+        draws = item_draws(sets, np.random.default_rng(0))
         values: dict[str, dict[str, float]] = {str(rate): {} for rate in rates}
         for rate, arm in itertools.product(rates, dict.fromkeys([*ARMS, *(arm for arm, _, _ in target.runs)])):
             if of_seeds := [value(items) for (a, _, r), items in target.runs.items() if (a, r) == (arm, rate)]:
                 values[str(rate)][arm] = float(np.mean(of_seeds))
         found = {}
         for label, (ours, theirs) in {**contrasts, "check": CHECK}.items():
-            size, pool = 1 if label == "check" else tests, {ours, theirs}
-            if not pool & {*apart}:
-                pool = {arm for arm, _, _ in target.runs} - {*apart}
-            runs = {key: items for key, items in target.runs.items() if key[0] in pool}
+            size = 1 if label == "check" else tests
+            pool = next((pool for pool in pools if {ours, theirs} <= {*pool}), [ours, theirs])
+            runs = {key: items for key, items in target.runs.items() if key[0] in pool or not pools}
             by_rate = {str(rate): contrast(runs, ours, theirs, rate, draws, size) for rate in rates}
             found[label] = {"arms": [ours, theirs], "learning_rates": by_rate, **_both(list(by_rate.values()))}
         check = found.pop("check")
@@ -209,6 +210,7 @@ def _test(
     # A contrast is a mean over seeds of the difference of two runs: twice a run's variance over the seeds' number.
     factor = 2 / seeds
     spread = factor * float(np.square(_deviations(table)).sum()) / free
+    alone = factor * float(table.var(axis=1, ddof=1).mean())
     noise = factor * float(np.square(_deviations(resampled - table)).sum(axis=(1, 2)).mean()) / free
     seed_variance = max(0.0, spread - noise)
     variance, stderr = seed_variance + item_variance, math.sqrt(seed_variance + item_variance)
@@ -224,17 +226,8 @@ def _test(
         "interval": [mean - half, mean + half],
         "p_value": float(2 * distribution.sf(abs(mean) / stderr)) if stderr else float(mean == 0),
         "minimum_detectable_effect": minimum_detectable_effect(stderr, tests=tests, freedom=freedom),
+        "paired": 1 - spread / alone if alone else None,
     }
-
-
-def paired(runs: Mapping[Key, Sequence[Items]], rate: float) -> float | None:
-    """Share of the variance between runs of an arm that comparing runs of one seed takes out; None: one arm or seed."""
-    arms, seeds = (sorted({key[part] for key in runs if key[2] == rate}) for part in (0, 1))
-    if len(arms) < 2 or len(seeds) < 2 or any((arm, seed, rate) not in runs for arm in arms for seed in seeds):
-        return None
-    table = np.array([[value(runs[arm, seed, rate]) for seed in seeds] for arm in arms])
-    left = float(np.square(_deviations(table)).sum()) / ((len(arms) - 1) * (len(seeds) - 1))
-    return 1 - left / float(table.var(axis=1, ddof=1).mean())
 
 
 def _resampled(drawn: np.ndarray, runs: Sequence[Items]) -> np.ndarray:

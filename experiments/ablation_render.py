@@ -43,6 +43,9 @@ def write_answer(output: Path) -> dict[str, Any]:
     Raises `UserError` if there is no record yet, or records whose items differ.
     """
     plan, items = read_json(output / "plan.json"), read_json(output / "items.json")
+    contrasts = {name: arms.split(" - ") for name, arms in plan["contrasts"].items()}
+    # What continues a trunk scatters less than full runs, and the trunk itself less again: it reads on in its own text.
+    pools = [plan["branches"], ["all", *plan["branches"]]] if plan.get("branches") else []
     runs = [read_json(path) for path in sorted((output / "records").glob("*.json"))]
     if not runs:
         raise UserError(f"{output} holds no record of a finished run; run the experiment again")
@@ -52,33 +55,15 @@ def write_answer(output: Path) -> dict[str, Any]:
         "name": plan["recipe"]["name"],
         "finished": len(runs),
         "flops": _flops(plan),
-        "targets": _analysed(plan, ablation.targets(plan, items, runs)),
+        "targets": ablation.analyse(ablation.targets(plan, items, runs), contrasts, pools),
         "runs": [{key: value for key, value in entry.items() if key not in ("items", "environment")} for entry in runs],
     }
     result["paragraph"] = paragraph(result)
     write_json(output / "ablation.json", result)
     template = jinja2.Template(TEMPLATE.read_text(encoding="utf-8"), keep_trailing_newline=True)
-    tables = {
-        "percent": formatting.percent,
-        "contrasts": _contrasts,
-        "means": _means,
-        "runs": _runs(result["runs"]),
-        "text": markup.text,
-    }
+    tables = {"contrasts": _contrasts, "means": _means, "runs": _runs(result["runs"]), "text": markup.text}
     write_text(output / "ablation.md", template.render(result | tables))
     draw(result, output / "ablation.png")
-    return result
-
-
-def _analysed(plan: Mapping[str, Any], targets: Mapping[str, ablation.Target]) -> dict[str, Any]:
-    """What the plan's contrasts come to; of runs that continue trunks also what pairing by these took out."""
-    contrasts = {name: arms.split(" - ") for name, arms in plan["contrasts"].items()}
-    branches = plan.get("branches", [])
-    apart = [arm for arm in plan["arms"] if arm not in ("all", *branches)] if branches else []
-    result = ablation.analyse(targets, contrasts=contrasts, apart=apart)
-    for name, target in targets.items() if branches else ():
-        shared = {key: sets for key, sets in target.runs.items() if key[0] not in apart}
-        result[name]["paired"] = {str(rate): ablation.paired(shared, rate) for rate in plan["learning_rates"]}
     return result
 
 

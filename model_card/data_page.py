@@ -43,6 +43,8 @@ def build(source: Source, repo_id: str, folder: Path) -> None:
     (folder / "data").mkdir(parents=True)
     counts = {split: _write_split(run, split, schema, portable, folder / "data") for split in documents.SPLITS}
     summary = read_json(run / "data" / "documents" / "documents.json")
+    trained = [source for source in recipe.data.sources if not source.heldout]
+    read = [f"{source.weight}, phase {source.phase}" if source.given("phase") else source.weight for source in trained]
     rows = [
         {"source": portable(name), "license": recipe.data.sources[entry["origin"]].license, **entry}
         for name, entry in summary["sources"].items()
@@ -56,7 +58,7 @@ def build(source: Source, repo_id: str, folder: Path) -> None:
         text=text,
         documents=summary,
         sources=rows,
-        weights=sorted({_read(source) for source in recipe.data.sources if not source.heldout}, key=str),
+        weights=sorted({*read}, key=str),
         report=_report(run, portable),
     )
 
@@ -134,11 +136,6 @@ def _metadata(
     )
     datasets.info.DatasetInfosDict({"default": info}).to_dataset_card_data(metadata)
     return metadata
-
-
-def _read(source: sources.Source) -> float | str:
-    """How often, and when, a training reads a source."""
-    return source.weight if source.phase == "all" else f"{source.weight}, phase {source.phase}"
 
 
 def _report(run: Path, portable: secrets.PathRemover) -> str:

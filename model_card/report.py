@@ -142,11 +142,7 @@ def _facts(shipped: ShippedRecords) -> list[list[str]]:
         ["parameters", formatting.integer(shipped["model.json"]["parameters"])],
         ["steps", formatting.integer(recipe["training"]["steps"])],
         ["tokens seen", formatting.integer(summary["tokens_seen"])],
-        *(
-            [name, formatting.decimal(summary[key], 2)]
-            for name, key in (("epochs", "epochs"), ("epochs of the decay's text", "decay_epochs"))
-            if key in summary
-        ),
+        ["epochs", " + ".join(f"{summary[key]:.2f}" for key in ("epochs", "decay_epochs") if key in summary)],
         ["training time", formatting.duration(summary["seconds"])],
         ["speed", f"{formatting.integer(summary['tokens_per_second'])} tokens/s"],
         ["hardware", records.hardware(shipped)],

@@ -124,12 +124,10 @@ def test_a_filter_of_the_decay_is_told_wherever_the_text_is(finished, recipe):
     assert "score > 0.5 while the learning rate decays" in (runs / "later/data/quality/quality.md").read_text()
     manifest = read_json(runs / "later/release/MANIFEST.json")
     assert manifest["provenance"]["data_sha256"]["decay"] == tokens["decay"]["sha256"]
-    with pytest.raises(UserError, match=r"the recipe gives other data \(the decay's tokens"):
-        pipeline.Pipeline(
-            run[0].model_copy(update={"quality": run[0].quality.model_copy(update={"threshold": 0.9})}),
-            runs,
-            report=str,
-        ).tokens()
+    for change, what in (("quality.threshold=0.9", "training"), ("data.max_decay_tokens=9000", "the decay's")):
+        with pytest.raises(UserError, match=rf"the recipe gives other data \({what} tokens"):
+            changed = load_recipe(recipe, ["name=later", *decay, change])
+            pipeline.Pipeline(changed, runs, report=str).tokens()
 
 
 def test_what_changed_in_the_card_section_reaches_the_release(finished, recipe):

@@ -24,8 +24,7 @@ def advice(recipe: Recipe, run: Path) -> list[str]:
     tokens = training.steps * training.batch_size * config.max_position_embeddings
     prepared = run / "data/tokens/tokens.json"
     unique: float | None = recipe.data.max_tokens
-    known = read_json(prepared) if prepared.exists() else {}
-    if known:
+    if known := read_json(prepared) if prepared.exists() else {}:
         unique = known["train"]["tokens"]
     elif unique is None and recipe.data.sources == load_recipe("nano-phi-115m").data.sources:
         unique = PUBLISHED_TOKENS.get(None if recipe.quality.phase == "decay" else recipe.quality.threshold)

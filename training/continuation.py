@@ -1,7 +1,4 @@
-"""What a run may do with weights, its own or a trunk's: nothing, resume, train longer, branch off, or refuse.
-
-None are removed here.
-"""
+"""What a run may do with the weights that it finds: nothing, resume, train longer, or refuse. None are removed here."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -104,10 +101,9 @@ def shared_steps(training: Training, before: int) -> int:
 
 
 def branch(run: RunDirectory, trunk: RunDirectory, training: Training, now: Mapping[str, Any]) -> None:
-    """Let a run without weights continue another's, from where `wsd` decays: there its text may be another one.
+    """Give a run without weights another's state from before `wsd` decays, for `plan` to resume from; if there is one.
 
-    What `plan` then finds is as if the run had come so far itself. `now`: the run's `inputs`. Raises `UserError` if
-    those of the other differ in more than the decay's text; if it has no whole state, the run begins by itself.
+    `now`: the run's `inputs`. Raises `UserError` if the other's differ in more than the decay's text.
     """
     recorded = trunk.inputs_of("training")
     if run.weights() or recorded is None:

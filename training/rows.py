@@ -73,11 +73,11 @@ class PhasedRows(ConcatDataset[dict[str, torch.Tensor]]):
 
     def __getitems__(self, positions: list[int]) -> list[dict[str, torch.Tensor]]:
         """At ascending positions."""
-        rows: list[dict[str, torch.Tensor]] = []
+        rows, first = [], 0
         for phase, stop in zip(self.datasets, self.cumulative_sizes, strict=True):
-            first = stop - len(phase)  # type: ignore[arg-type]
             if mine := [position - first for position in positions if first <= position < stop]:
                 rows += phase.__getitems__(mine)  # type: ignore[attr-defined]
+            first = stop
         return rows
 
 

@@ -121,10 +121,7 @@ def train(
     resume: Path | None = None,
     base: str | None = None,
 ) -> dict[str, Any]:
-    """Train on `data/tokens` of a run directory, from the state `resume` or the weights `base` names, with samples.
-
-    If there is a text for the decay, its rows are those of the steps from `decay_start` on.
-    """
+    """Train on `data/tokens` of a run directory, from the state `resume` or the weights `base` names, with samples."""
     arguments = training_arguments(training, run, seed, world_size())
     set_seed(seed)
     tokens = run / "data/tokens"

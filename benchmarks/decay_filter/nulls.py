@@ -10,7 +10,9 @@ tests/experiments/null_decays.json, what both say of the power into power.json b
 import json
 import pydoc_data.topics
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
@@ -22,7 +24,7 @@ from nanophi.experiments.ablate import Ablation
 
 HERE, SEEDS, RATE, DECAY = Path(__file__).parent, 12, 0.003, 0.25
 OUTPUT = HERE.parents[1] / "tests/experiments/null_decays.json"
-RECIPE = {
+RECIPE: dict[str, Any] = {
     "name": "null",
     "data": {"sources": [{"name": "reference"}], "heldout_fraction": 0.4, "workers": 1},
     "quality": {"scorer": "column:score", "share": 0.42},
@@ -47,11 +49,19 @@ RECIPE = {
     },
 }
 
+Runs = Mapping[ablation.Key, Sequence[ablation.Items]]
 
-def measure(recipe: Path, folder: Path, at: str | None) -> dict[ablation.Key, list[ablation.Items]]:
+
+def measure(recipe: Path, folder: Path, at: str | None) -> Runs:
     """Held-out text under every run of an experiment without an effect."""
     # As many passes over a share as over all the text: the shares differ in their documents alone.
-    options = {"seeds": range(SEEDS), "learning_rates": (RATE,), "epochs": 1 if at else 4, "tasks": (), "at": at}
+    options: dict[str, Any] = {
+        "seeds": range(SEEDS),
+        "learning_rates": (RATE,),
+        "epochs": 2 if at else 8,
+        "tasks": (),
+        "at": at,
+    }
     experiment = Ablation(load_recipe(recipe), folder / "runs", folder / f"output-{at}", **options)
     plan = experiment.plan()
     experiment.run(plan)
@@ -59,14 +69,16 @@ def measure(recipe: Path, folder: Path, at: str | None) -> dict[ablation.Key, li
     return ablation.targets(plan, read_json(experiment.output / "items.json"), [*map(read_json, files)])["heldout"].runs
 
 
-def power(runs: dict[ablation.Key, list[ablation.Items]], cost: float) -> dict[str, float]:
+def power(runs: Runs, cost: float) -> dict[str, float]:
     """What pairing takes out, the deviation of a seed's contrast, and the compute of its four arms, in full runs."""
     value = {key: ablation.value(items) for key, items in runs.items()}
     contrasts = [value["best", seed, RATE] - value["random", seed, RATE] for seed in range(SEEDS)]
     contrasts += [value["worst", seed, RATE] - value["random", seed, RATE] for seed in range(SEEDS)]
     deviation = float(np.sqrt(np.mean([np.var(part, ddof=1) for part in np.split(np.array(contrasts), 2)])))
-    kept = {key: items for key, items in runs.items() if key[0] != "all"}
-    return {"paired": ablation.paired(kept, RATE), "contrast_deviation": deviation, "runs_per_seed": cost}
+    alike = {key: items for key, items in runs.items() if key[0] != "all"}
+    draws = ablation.item_draws(runs["best", 0, RATE], np.random.default_rng(0))
+    paired = ablation.contrast(alike, "best", "random", RATE, draws)["paired"]
+    return {"paired": paired, "contrast_deviation": deviation, "runs_per_seed": cost}
 
 
 def main() -> None:

@@ -102,7 +102,7 @@ def test_overrides_numbers_and_merged_keys(write):
                 "'phase' needs a learning rate that is first stable and then decays; set training.schedule=wsd, and a "
                 rf"decay_fraction with steps on both sides \(now: {start} of 600\)",
             )
-            for text in ("quality.phase=decay", "data.sources=[{embedded: documentation}, {files: a, phase: decay}]")
+            for text in ("quality.phase=decay", "data.max_decay_tokens=9000")
             for schedule, start in (
                 (["training.schedule=cosine"], 600),
                 (["training.schedule=constant"], 600),

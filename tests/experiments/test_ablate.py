@@ -256,7 +256,7 @@ def test_a_better_text_in_the_decay_is_found_with_its_sign(decayed):
     assert found["own"]["arms"] == ["own", "all"] and found["own"]["verdict"] == "better"
     assert all(one["interval"][1] < 0 for one in found["quality"]["learning_rates"].values())
     assert set(found) == {"quality", "repetition", "net", "own", "throughout"}
-    assert set(target["paired"]) == {"0.01", "0.004"}
+    assert all(0 < one["paired"] <= 1 for one in found["quality"]["learning_rates"].values())
 
 
 def test_one_trunk_serves_all_decays_and_each_is_what_it_is_in_one_piece(decayed, tmp_path):
@@ -281,7 +281,7 @@ def test_the_plan_of_decays_counts_what_they_cost_and_is_not_that_of_full_runs(d
     told = next(
         line for line in lines if line.startswith("filter: the best 40.0 % of the bytes while the learning rate")
     )
-    assert "of them 16 continue another, for 10.2k tokens each (in full they would take" in told
+    assert ", 16 of them from where another's rate begins to fall (" in told and " in full)\n" in told
     assert plan["epochs"]["best"] == pytest.approx(2, rel=0.02) and plan["epochs"]["throughout"] == pytest.approx(
         4, rel=0.02
     )
