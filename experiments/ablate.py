@@ -218,6 +218,7 @@ class Ablation:
         planned = [arm_of(self.recipe, plan, *key) for key in keys_of(plan)]
         tokens = sum(read[arm] for arm, _, _ in keys_of(plan))
         contrasts = ablation.CONTRASTS | {arm: (arm, "all") for arm in self.candidates}
+        contrasts |= {f"decay or {arm}": ("best", arm) for arm in throughout}
         there = [(run, self.runs / run.name / "recipe.yaml") for run in planned]
         if any(file.exists() and load_recipe(file).dump() != run.dump() for run, file in there):
             plan["name"] = f"{self.recipe.name}-{sha256_of(question)[:8]}"
@@ -391,18 +392,15 @@ def describe_plan(plan: Mapping[str, Any]) -> str:
     """The plan in a few lines, with what it will take."""
     epochs, estimate = plan["epochs"], plan["estimate"]
     size = {arm: formatting.size(count) for arm, count in plan["tokens"].items()}
-    branching = sum(arm in plan.get("branches", ()) for arm, _, _ in keys_of(plan))
     hours = estimate["hours"] * estimate["runs"] * plan["tokens_seen"] / estimate["tokens"]
-    shorter = (
-        f", {branching} of them from where another's rate begins to fall ({formatting.duration(3600 * hours)} in full)"
-    )
+    full = f" ({formatting.duration(3600 * hours)} if no run continued another)" if plan.get("branches") else ""
     return (
         f"filter: {plan['rule']} (share {formatting.percent(plan['share'])})\n"
         f"each share: {size['best']} different tokens, {epochs['best']:.2f} epochs; "
         f"all: {size['all']} and {epochs['all']:.2f}\n"
         f"{estimate['runs']} runs of {formatting.size(plan['tokens_seen'])} tokens: "
         f"arms {', '.join(plan['arms'])}; seeds {', '.join(map(str, plan['seeds']))}; "
-        f"learning rates {', '.join(f'{rate:g}' for rate in plan['learning_rates'])}{shorter if branching else ''}\n"
-        f"training takes about {formatting.duration(3600 * estimate['hours'])} at "
+        f"learning rates {', '.join(f'{rate:g}' for rate in plan['learning_rates'])}\n"
+        f"training takes about {formatting.duration(3600 * estimate['hours'])}{full} at "
         f"{estimate['tokens_per_second']:,.0f} tokens/s a run, {estimate['jobs']} at once; evaluation comes on top"
     )

@@ -43,10 +43,7 @@ FIGURES = (
     *("value", "seeds", "by_seed", "stderr", "seed_stderr", "item_stderr", "freedom", "interval", "p_value"),
     *("minimum_detectable_effect", "paired"),
 )
-"""What is known of a contrast at one learning rate; None where it does not exist.
-
-`paired` is the share of the variance between an arm's runs that comparing runs of one seed takes out.
-"""
+"""What is known of a contrast at one learning rate, or None. `paired`: the share of the variance that shared seeds take."""
 
 Items = tuple[np.ndarray, np.ndarray]
 """Of one set: log-likelihood in nats and size in bytes, each of shape (items,)."""
