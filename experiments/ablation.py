@@ -11,10 +11,10 @@ in bits per byte (lower is better) over one or more sets of items; with several,
 At each learning rate a contrast is the mean over the seeds. Its error has two sources, and the hierarchical bootstrap
 draws both: the items, resampled with replacement and alike for all runs, since all are measured on the same ones; and
 the seeds, whose deviations are those of a table of arms by seeds without the means of its rows and columns (a seed's
-initialisation and order are common to all arms). The deviations are pooled over the arms (over those alone that continue
-a trunk if both do), for three seeds give no usable variance, and what the items explain of them is taken out, so that it
-is not counted twice. The interval is Student's, with Satterthwaite's degrees of freedom (1946, Biometrics Bulletin 2):
-with few seeds a bootstrap's quantiles are too narrow.
+initialisation and order are common to all arms). The deviations are pooled over the arms (over those alone that
+continue a trunk if both do), for three seeds give no usable variance, and what the items explain of them is taken out,
+so that it is not counted twice. The interval is Student's, with Satterthwaite's degrees of freedom (1946, Biometrics
+Bulletin 2): with few seeds a bootstrap's quantiles are too narrow.
 
 A contrast is claimed only if its sign is the same at both learning rates and the larger of the two p-values, corrected
 by Holm's method for all contrasts of its family, is below 0.05. The primary target is one family; the others together
