@@ -43,7 +43,7 @@ class Span:
 
 
 class Stream:
-    """Rows of tokens, with those of `train` the decay's too, as one memory-mapped stream of int32, in blocks."""
+    """Rows of tokens (of `train` and the decay, whose documents count again) as one memory-mapped stream of int32."""
 
     def __init__(self, tokens: Path, end: int) -> None:
         import datasets
