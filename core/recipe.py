@@ -87,12 +87,18 @@ class Source(Section):
     max_documents: int | None = Field(default=None, gt=0)  # the first so many; null: all
     license: str | None = None  # of its text, as the Hub names it; null: not stated, the text is not published
     heldout: bool = False  # never trained on: the held-out text, in place of `data.heldout_fraction`
+    phase: Literal["all", "stable", "decay", "none"] = "all"  # when it is read: before the learning rate decays (`stable`), while it does
+
+    def reads(self, phase: str) -> bool:
+        """Whether the phase `stable` or `decay` of a training reads this source."""
+        return not self.heldout and self.phase in ("all", phase)
 
     def rules(self) -> Rules:
         origins = [origin for origin in (self.embedded, self.hub, self.files) if origin]
         yield len(origins) != 1, "a source names exactly one of 'embedded', 'hub' or 'files'"
         of_hub = self.given("config", "split", "revision", "streaming")
         yield of_hub and not self.hub, f"'{of_hub}' is for 'hub'"
+        yield self.heldout and self.given("phase"), "a held-out source is read in no phase; leave out 'phase'"
         if self.license is not None:
             yield self.license == "unknown", "license 'unknown' states no licence; leave it out"
             yield (problem := unlisted(self.license)), problem
@@ -120,6 +126,7 @@ class Data(Section):
     heldout_fraction: float = Field(default=0.02, gt=0, lt=0.5)  # share of the documents that is never trained on
     heldout_max_documents: int = Field(default=2000, gt=0)  # held out at most
     max_tokens: int | None = Field(default=None, gt=0)  # of training, in documents drawn from those kept; null: all
+    max_decay_tokens: int | None = Field(default=None, gt=0)  # of the text of the decay; null: `max_tokens`
     max_dropped: float = Field(
         default=0.2, ge=0, le=1
     )  # stop if more of a source has no text, is not UTF-8, or too large
@@ -129,10 +136,18 @@ class Data(Section):
     engine: Literal["local", "ray", "slurm"] = "local"  # processes on this machine, a Ray cluster, or a Slurm job array
     workers: int | None = Field(default=None, gt=0)  # null: one per core (of the Ray cluster), 16 under Slurm
 
+    @property
+    def two_phases(self) -> bool:
+        """Whether its keys state another text for the decay."""
+        return self.max_decay_tokens is not None or any(one.phase in ("stable", "decay") for one in self.sources)
+
     def rules(self) -> Rules:
         questions = any(source.embedded == "questions" for source in self.sources)
         yield questions, "'embedded: questions' are conversations, not documents"
         yield all(source.heldout for source in self.sources), "every source is held out; leave one to train on"
+        for phase, when in (("stable", "before"), ("decay", "while")):
+            unread = not any(source.reads(phase) for source in self.sources)
+            yield unread, f"no source is read {when} the learning rate decays; change a 'phase'"
 
 
 class Quality(Section):
@@ -149,6 +164,7 @@ class Quality(Section):
     threshold: float | None = 0.5  # documents that score above it are kept, in the units of `scale`
     share: float | None = Field(default=None, gt=0, le=1)  # of the training bytes, in place of a threshold
     select: Literal["best", "random", "worst"] = "best"  # which documents `share` keeps, by score
+    phase: Literal["all", "decay"] = "all"  # `decay`: until the learning rate of `wsd` decays, nothing is filtered
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -229,6 +245,12 @@ class Training(Section):
         untold = self.track_energy and self.country_iso_code is None
         yield untold, "track_energy needs country_iso_code, three letters such as FRA"
 
+    @property
+    def decay_start(self) -> int:
+        """The step after which the learning rate of `wsd` begins to fall; of other schedules the last one."""
+        decay = min(round(self.steps * self.decay_fraction), self.steps - self.warmup_steps)
+        return self.steps - decay if self.schedule == "wsd" else self.steps
+
 
 class Evaluation(Section):
     """The suites that every finished run is evaluated on."""
@@ -294,11 +316,14 @@ class Recipe(Section):
         yield alone, f"'{alone}' needs 'conversations' to train on"
         for source in self.conversations:
             yield source.embedded == "documentation", "'conversations': 'embedded' must be 'questions'"
-            unused = source.given("text_column", "separator", "source_column", "weight", "streaming")
+            unused = source.given("text_column", "separator", "source_column", "weight", "streaming", "phase")
             yield unused, f"'conversations': '{unused}' is for documents"
             yield source.embedded and self.method == "dpo", "'embedded: questions' has no rejected answers for dpo"
         choose(SCORERS, self.quality.scorer)[0].check_section(self.quality, self.data)
-        sources = self.data.sources
+        sources, start, steps = self.data.sources, self.training.decay_start, self.training.steps
+        lacking = self.two_phases and not self.conversations and not 0 < start < steps
+        remedy = f"training.schedule=wsd, and a decay_fraction with steps on both sides (now: {start} of {steps})"
+        yield lacking, f"'phase' needs a learning rate that is first stable and then decays; set {remedy}"
         if not any(source.embedded or source.source_column for source in sources):
             # Otherwise the documents say what their sources are called.
             known = {source.name or source.hub or source.files for source in sources}
@@ -314,6 +339,11 @@ class Recipe(Section):
             raise ValueError(f"'model': {error}") from None
         tokens = self.data.max_tokens or context
         yield tokens < context, f"'data': max_tokens ({tokens}) is less than one row of {context} tokens"
+
+    @property
+    def two_phases(self) -> bool:
+        """Whether the text may be another one while the learning rate decays."""
+        return self.quality.phase == "decay" or self.data.two_phases
 
     @property
     def training_seed(self) -> int:

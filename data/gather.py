@@ -63,7 +63,7 @@ def gather(
     read = run(_read_part, [(*part, score, benchmarks) for part in parts], work / "read", "reading documents")
     refused = [(part["origin"], entry) for part in read for entry in part["refused"]]
     counts = Counts(read)
-    sources.weights(data.sources, counts.origins())
+    sources.by_name(data.sources, counts.origins())
     by_source = counts.grouped(0)
     for number, source in enumerate(data.sources):  # before hours of work
         mine, bad = by_source.get(number, Counter()), [entry for origin, entry in refused if origin == number]

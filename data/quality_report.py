@@ -96,6 +96,7 @@ def describe(table: pa.Table, selection: Selection, quality: Quality) -> dict[st
         "share": quality.share,
         "select": quality.select if quality.share is not None else None,
         "cutoff": selection.cutoff,
+        **({} if quality.phase == "all" else {"phase": quality.phase}),
         "scale": [low, high],
         **everything,
         "kept_fraction": round(float(kept.mean()), 4),
@@ -184,10 +185,11 @@ def plot(report: dict[str, Any], path: Path) -> None:
 
 def describe_rule(quality: Quality) -> str:
     """The filter in words: `score > 0.5`, `the best 42.0 % of the bytes`, `all`."""
+    when = " while the learning rate decays" if quality.phase == "decay" else ""
     if quality.share is not None:
         article = "a random" if quality.select == "random" else f"the {quality.select}"
-        return f"{article} {formatting.percent(quality.share)} of the bytes"
+        return f"{article} {formatting.percent(quality.share)} of the bytes{when}"
     if quality.threshold is None:
         return "all"
     scale = "" if quality.scale is None else f" on a scale from {quality.scale[0]:g} to {quality.scale[1]:g}"
-    return f"score > {quality.threshold:g}{scale}"
+    return f"score > {quality.threshold:g}{scale}{when}"

@@ -90,12 +90,22 @@ def name_of(source: Source) -> str:
     return shown(source.name or source.hub or source.files or "embedded")
 
 
-def weights(sources: Sequence[Source], origins: Mapping[str, Sequence[int]]) -> dict[str, float]:
-    """Every name's weight, from the numbers of the sources that give it. Raises `UserError` if they differ."""
+def by_name(sources: Sequence[Source], origins: Mapping[str, Sequence[int]]) -> dict[str, Source]:
+    """A source of every name, from the numbers of those that give it. Raises `UserError` if weight or phase differ."""
+    found = {}
     for name, numbers in origins.items():
-        if len({sources[number].weight for number in numbers}) > 1:
-            raise UserError(f"two sources of different weight give the same name '{name}'; set their 'name'")
-    return {name: sources[numbers[0]].weight for name, numbers in origins.items()}
+        named = [s for s in map(sources.__getitem__, numbers) if not s.heldout] or [sources[numbers[0]]]
+        for key in ("weight", "phase"):
+            if len({getattr(source, key) for source in named}) > 1:
+                raise UserError(f"two sources of different {key} give the same name '{name}'; set their 'name'")
+        found[name] = named[0]
+    return found
+
+
+def of_documents(sources: Sequence[Source], documents: Path) -> dict[str, Source]:
+    """`by_name` of a run's documents: what they were checked by may have been changed since."""
+    read = read_json(documents / "documents.json")["sources"]
+    return by_name(sources, {name: one.get("origins", [one["origin"]]) for name, one in read.items()})
 
 
 def locate(source: Source) -> list[str]:

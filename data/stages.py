@@ -13,12 +13,13 @@ from nanophi.core.recipe import Recipe, Source
 from nanophi.core.run import RunDirectory
 from nanophi.core.stages import Runner, Stage, Summary
 from nanophi.data import scorers
+from nanophi.data.documents import split_hashes
 
 PREPARE = ("documents", "scores", "quality", "tokenizer", "tokens", "conversations")
 
 LATER: Any = {
-    **dict.fromkeys(("engine", "workers", "max_tokens", "max_dropped", "max_lost"), True),
-    "sources": {"__all__": {"license", "streaming", "weight"}},
+    **dict.fromkeys(("engine", "workers", "max_tokens", "max_decay_tokens", "max_dropped", "max_lost"), True),
+    "sources": {"__all__": {"license", "streaming", "weight", "phase"}},
 }
 """Keys of `data` that do not change which documents there are."""
 
@@ -32,14 +33,17 @@ def data_stages(recipe: Recipe) -> list[Stage]:
         return [Stage("conversations", written, _conversations, portable=True, **fields)]
     quality, seed = recipe.quality, recipe.training_seed
     share = {} if quality.share is None else {"share": quality.share, "select": quality.select, "seed": seed}
-    chosen = {"threshold": quality.threshold, **share}
+    chosen = {"threshold": quality.threshold, **share, **({} if quality.phase == "all" else {"phase": quality.phase})}
     trained = {"tokenizer": recipe.tokenizer.model_dump(mode="json"), "seed": recipe.seed}
-    packed = {
+    packed: dict[str, Any] = {
         "context_length": recipe.model_config_for().max_position_embeddings,
         "max_tokens": recipe.data.max_tokens,
         "weights": [source.weight for source in recipe.data.sources],
         "seed": seed,
     }
+    phases = [quality.phase, *(source.phase for source in recipe.data.sources)]
+    if recipe.two_phases or {*phases} != {"all"}:
+        packed |= {"phases": phases, "max_decay_tokens": recipe.data.max_decay_tokens}
 
     def stage(name: str, build: Any, needs: tuple[str, ...], done: str, **fields: Any) -> Stage:
         failure = f"{'the tokenizer' if name == 'tokenizer' else 'documents'} cannot be {done}"
@@ -71,7 +75,7 @@ def pinned(run: Runner, sources: Sequence[Source]) -> list[Source]:
 
 def token_hashes(tokens: dict[str, Any]) -> dict[str, str]:
     """SHA-256 of what a training reads, from the contents of a run's `tokens.json`."""
-    hashes = {f"{split}_sha256": tokens[split]["sha256"] for split in ("train", "heldout")}
+    hashes = {f"{split}_sha256": sha256 for split, sha256 in split_hashes(tokens).items()}
     return hashes | {f"chat_{split}_sha256": value for split, value in tokens.get("conversations", {}).items()}
 
 
@@ -82,7 +86,7 @@ def changed_data(run: RunDirectory, work: Path) -> list[str]:
         return []
     changed = []
     if (work / "data/tokens").exists():
-        names = {"train": "training tokens", "heldout": "held-out tokens"}
+        names = {"train": "training tokens", "decay": "the decay's tokens", "heldout": "held-out tokens"}
         names |= {"chat_train": "conversations", "chat_heldout": "held-out conversations"}
         hashes = token_hashes(read_json(work / "data/tokens/tokens.json"))
         changed = [
@@ -133,7 +137,7 @@ def _documents(run: Runner, work: Path) -> Summary:
 
 def _score_inputs(run: Runner) -> dict[str, Any]:
     recipe = run.recipe
-    section = recipe.quality.model_dump(mode="json", exclude={"threshold", "share", "select"})
+    section = recipe.quality.model_dump(mode="json", exclude={"threshold", "share", "select", "phase"})
     identity = scorers.of_section(recipe.quality).identity(run.inputs.model)
     return {"quality": section, "seed": recipe.seed, **identity}
 

@@ -43,15 +43,18 @@ class Span:
 
 
 class Stream:
-    """A run's training tokens as one memory-mapped stream of int32, in blocks."""
+    """Rows of tokens (of `train` and the decay, whose documents count again) as one memory-mapped stream of int32."""
 
     def __init__(self, tokens: Path, end: int) -> None:
         import datasets
 
-        table = datasets.load_from_disk(str(tokens)).data
-        column = table.column("input_ids")
-        chunks = getattr(column, "chunks", None) or [column]
-        self.chunks = [chunk.flatten().to_numpy(zero_copy_only=True) for chunk in chunks]
+        self.chunks: list[np.ndarray] = []
+        decay = tokens.with_name("decay")
+        for part in (tokens, *([decay] if tokens.name == "train" and decay.is_dir() else [])):
+            column = datasets.load_from_disk(str(part)).data.column("input_ids")
+            chunks = getattr(column, "chunks", None) or [column]
+            self.chunks += [np.array([end], np.int32)] if self.chunks else []  # no document goes on in another text
+            self.chunks += [chunk.flatten().to_numpy(zero_copy_only=True) for chunk in chunks]
         self.starts = np.cumsum([0, *map(len, self.chunks)])
         self.end = end
 

@@ -7,6 +7,10 @@ A filter changes two things: which text a model sees, and how often. Four arms o
     random   as much text, drawn at random
     worst    as much text with the lowest scores: a check that the measurement sees what must be there
 
+With `--at decay` the arms differ only in what is read while the learning rate decays: all continue the run on all the
+text of their seed and rate, which costs a decay and not a training, and leaves out what such trunks differ in.
+`--candidate` adds an arm: a source, or a recipe with another filter. One that filters throughout is trained in full.
+
 Text is cut to `epochs`, so that a small experiment repeats it as often as the run that it stands for. Every arm runs
 under several seeds (initialisation, order, which documents are drawn) and two learning rates.
 
@@ -16,6 +20,7 @@ under several seeds (initialisation, order, which documents are drawn) and two l
     OUTPUT/ablation.json|.md|.png   the answer (`ablation.py`) from these files alone, new after each run
     RUNS/NAME/ablation.json         a copy, if the recipe itself has been run there, for its report page
     RUNS/NAME-ARM-seed-S-lr-R/      run directories; documents, scores and tokenizer are made once and shared
+    RUNS/NAME-ARM-decay-seed-S-...  those that continue another
     RUNS/NAME-ARM-measured/         the data from which the plan's sizes come
 
 Called again it resumes. A plan is not changed: another question needs another OUTPUT. Runs of an earlier question that
@@ -23,6 +28,7 @@ are the same are used again; where one is another, this question's runs have a n
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,13 +41,15 @@ from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, sha256_of, write_json, write_text
 from nanophi.core.options import Jobs, OneRecipe, Overrides, Restart, Runs
 from nanophi.core.recipe import Recipe, load_recipe
-from nanophi.core.run import now
+from nanophi.core.run import RunDirectory, differences, now
 from nanophi.experiments import records
 from nanophi.pipeline import Pipeline
 
 LOWER_RATE = 0.2  # the second learning rate, if none is named, in units of the recipe's
 SAMPLE_TOKENS = 200_000  # of each arm, from which its bytes per token are measured for the plan
 SAFETY = 0.98  # share of an arm's estimated tokens that the plan counts on
+# Whether a source is read before the decay, and in it -> its phase.
+PHASES = {(True, True): "all", (True, False): "stable", (False, True): "decay", (False, False): "none"}
 
 
 def ablate(
@@ -54,6 +62,10 @@ def ablate(
         float | None, Option(help="How often a share is repeated (default: as in the recipe's run).")
     ] = None,
     tasks: Annotated[str, Option(help="Choice tasks that decide; 'none': held-out text does.")] = "arc_easy,hellaswag",
+    at: Annotated[str | None, Option(metavar="decay", help="Filter only while the rate decays.")] = None,
+    candidate: Annotated[
+        list[str], Option(metavar="SOURCE_OR_RECIPE", help="Another text for the decay; repeatable.")
+    ] = [],
     output: Annotated[Path | None, Option(help="Folder of the answer (default: ablations/NAME).")] = None,
     plan: Annotated[bool, Option("--plan", help="Write the plan and stop, before anything is trained.")] = False,
     jobs: Jobs = 1,
@@ -71,7 +83,10 @@ def ablate(
     resolved = load_recipe(recipe, overrides)
     output = Path("ablations") / resolved.name if output is None else output
     names = [] if tasks == "none" else [task.strip() for task in tasks.split(",")]
-    experiment = Ablation(resolved, runs, output, seed, learning_rate, epochs, names, jobs, restart)
+    if at not in (None, "decay") or (candidate and at is None):
+        raise UserError(f"--at {at} is unknown; use --at decay" if at else "--candidate needs --at decay")
+    candidates = find_candidates(resolved, candidate, overrides)
+    experiment = Ablation(resolved, runs, output, seed, learning_rate, epochs, names, jobs, restart, at, candidates)
     planned = experiment.plan()
     if plan:
         typer.echo(output / "plan.json")
@@ -95,6 +110,8 @@ class Ablation:
     tasks: Sequence[str] = ("arc_easy", "hellaswag")
     jobs: int = 1
     restart: bool = False
+    at: str | None = None
+    candidates: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     report: Callable[[str], None] = print
 
     def plan(self) -> dict[str, Any]:
@@ -110,6 +127,8 @@ class Ablation:
             "learning_rates": list(self.learning_rates) or [own, float(f"{LOWER_RATE * own:.6g}")],
             "epochs_asked": self.epochs,
             "tasks": list(self.tasks),
+            "at": self.at,
+            "candidates": self.candidates or None,
         }
         plan = records.keep_plan(self.output, question, self._make_plan)
         self.report(describe_plan(plan))
@@ -119,22 +138,46 @@ class Ablation:
         """Make the runs that have no record yet; the answer that `ablation.json` holds, or `UserError` if some fail."""
         from nanophi.experiments import ablation_render
 
-        pipelines = {key: self._pipeline(arm_of(self.recipe, plan, *key)) for key in keys_of(plan)}
+        later = plan.get("branches", ())  # the trunks come first
+        pipelines = {key: self._pipeline(arm_of(self.recipe, plan, *key), key[0] in later) for key in keys_of(plan)}
         keys = {pipeline.recipe.name: key for key, pipeline in pipelines.items()}
 
         def finished(name: str) -> None:
-            self._record(pipelines[keys[name]], plan, *keys[name])
+            arm, seed, rate = keys[name]
+            fields = {"arm": arm, "seed": seed, "learning_rate": rate, "unique_tokens": plan["tokens"][arm]}
+            records.write_record(pipelines[keys[name]], plan["tasks"], self.output, **fields)
             ablation_render.write_answer(self.output)
 
-        records.run_missing(list(pipelines.values()), self.output, self.jobs, finished, self.report)
+        for branching in (False, True):
+            made = {key: pipeline for key, pipeline in pipelines.items() if (key[0] in later) == branching}
+            for key, pipeline in made.items():
+                if not records.record_path(self.output, pipeline.recipe.name).exists():
+                    self._prepare(pipeline, plan, *key)
+            records.run_missing(list(made.values()), self.output, self.jobs, finished, self.report)
         result = ablation_render.write_answer(self.output)
         if (self.runs / self.recipe.name / "record.json").exists():
             write_json(self.runs / self.recipe.name / "ablation.json", result)
         return result
 
-    def _pipeline(self, recipe: Recipe) -> Pipeline:
+    def _pipeline(self, recipe: Recipe, branching: bool = False) -> Pipeline:
         report = records.without_repetition(self.report)
-        return Pipeline(recipe, self.runs, report=report, restart=self.restart)
+        return Pipeline(recipe, self.runs, report=report, restart=self.restart and not branching)
+
+    def _prepare(self, pipeline: Pipeline, plan: Mapping[str, Any], arm: str, seed: int, rate: float) -> None:
+        """A run's tokens, as many as planned, and for a branch what its trunk has learned."""
+        from nanophi.training import continuation
+
+        recipe, limit = pipeline.recipe, plan["tokens"][arm]
+        with pipeline.run.lock():
+            counts, branching = pipeline.tokens(), arm in plan.get("branches", ())
+            read = counts.get("decay" if branching else "train", counts["train"])
+            if (rows := recipe.model_config_for().max_position_embeddings * read["rows"]) != limit:
+                problem = f"{pipeline.path} has {rows:,} tokens in place of {limit:,}"
+                raise UserError(f"{problem}; ask for more --epochs elsewhere")
+            if branching:
+                trunk = RunDirectory(self.runs / run_name(self.recipe, plan, "all", seed, rate))
+                inputs = pipeline.inputs_of(pipeline.stages["training"])
+                continuation.branch(pipeline.run, trunk, recipe.training, inputs)
 
     def _check(self) -> None:
         from nanophi.eval import suites
@@ -147,6 +190,10 @@ class Ablation:
             raise UserError(f"{recipe.name} keeps everything; set quality.threshold or quality.share to what you ask")
         if quality.select != "best":
             raise UserError("quality.select must be 'best'; the other shares are arms of the experiment")
+        if self.at is None and recipe.quality.phase == "decay":
+            raise UserError(f"{recipe.name} filters while the learning rate decays; add --at decay")
+        if self.at and not 0 < recipe.training.decay_start < recipe.training.steps:
+            raise UserError(f"{recipe.name}: --at decay needs training.schedule=wsd and a decay_fraction below 1")
         context = recipe.model_config_for().max_position_embeddings
         if problem := suites.context_problem([records.suite(self.tasks)], context):
             raise UserError(f"{recipe.name}: {problem}")
@@ -160,30 +207,36 @@ class Ablation:
         from nanophi.experiments import ablation
 
         seen, context = records.tokens_seen(self.recipe), self.recipe.model_config_for().max_position_embeddings
-        plan = {"format": records.FORMAT, **question, "share": self.recipe.quality.share, "tokens": {}}
+        plan: dict[str, Any] = {"format": records.FORMAT, **question, "share": self.recipe.quality.share, "tokens": {}}
+        plan["arms"] = [*ablation.ARMS, *self.candidates]
+        throughout = [arm for arm, candidate in self.candidates.items() if candidate["throughout"]]
+        plan["branches"] = [arm for arm in plan["arms"] if self.at and arm not in ("all", *throughout)]
         available, vocab_size = self._measure_arms(plan)
-        plan["tokens"] = self._sizes(available, plan["share"], seen, context)
-        plan["arms"] = list(ablation.ARMS)
+        before = seen // self.recipe.training.steps * self.recipe.training.decay_start
+        read = {arm: seen - before if arm in plan["branches"] else seen for arm in plan["arms"]}
+        plan["tokens"] = self._sizes(available, plan["share"], read["best"], context)
         planned = [arm_of(self.recipe, plan, *key) for key in keys_of(plan)]
+        tokens = sum(read[arm] for arm, _, _ in keys_of(plan))
+        contrasts = ablation.CONTRASTS | {arm: (arm, "all") for arm in self.candidates}
+        contrasts |= {f"decay or {arm}": ("best", arm) for arm in throughout}
         there = [(run, self.runs / run.name / "recipe.yaml") for run in planned]
         if any(file.exists() and load_recipe(file).dump() != run.dump() for run, file in there):
             plan["name"] = f"{self.recipe.name}-{sha256_of(question)[:8]}"
         return plan | {
             "rule": describe_rule(self.recipe.quality),
             "tokens_seen": seen,
-            "epochs": {arm: seen / count for arm, count in plan["tokens"].items()},
+            "epochs": {arm: read[arm] / count for arm, count in plan["tokens"].items()},
             "vocab_size": vocab_size,
             "targets": _targets(self.recipe, self.tasks),
-            "contrasts": {name: " - ".join(arms) for name, arms in ablation.CONTRASTS.items()},
+            "contrasts": {name: " - ".join(arms) for name, arms in contrasts.items()},
             "test": str(ablation.__doc__).split("\n\n", 1)[1].strip(),
             "planned": now(),
             "environment": environment(),
-            "estimate": records.estimate(self.recipe, len(planned), vocab_size, self.jobs),
+            "estimate": records.estimate(self.recipe, len(planned), tokens, vocab_size, self.jobs),
         }
 
     def _measure_arms(self, plan: dict[str, Any]) -> tuple[dict[str, int], int]:
         """Different tokens of each arm, and the tokenizer's size; sets the plan's `share`, writes `items.json`."""
-        from nanophi.experiments import ablation
 
         def measured(recipe: Recipe, arm: str) -> Pipeline:
             # Not in a run's own directory: its weights may be there, from an earlier experiment.
@@ -194,21 +247,22 @@ class Ablation:
             pipeline = measured(self.recipe, "all")
             with pipeline.run.lock():
                 plan["share"] = pipeline.make("quality")["kept_bytes_fraction"]
-        plan["tokens"] = dict.fromkeys(ablation.ARMS, SAMPLE_TOKENS)
+        plan["tokens"] = dict.fromkeys(plan["arms"], SAMPLE_TOKENS)
         available = {}
-        for arm in ablation.ARMS:
-            pipeline = measured(arm_of(self.recipe, plan, arm, *first), arm)
+        for arm in plan["arms"]:
+            pipeline = measured(arm_of(self.recipe, {**plan, "branches": []}, arm, *first), arm)
             with pipeline.run.lock():
                 counts = pipeline.tokens()
-                kept = pipeline.make("quality")["kept_bytes"]
-            available[arm] = int(SAFETY * kept / counts["train"]["bytes_per_token"])
+            phase = "decay" if arm in plan["branches"] else "stable"
+            text = counts.get(phase, counts["train"])
+            available[arm] = int(SAFETY * _kept_bytes(pipeline, phase) / text["bytes_per_token"])
             if arm == "best":
                 _write_items(pipeline.path / "data", self.output / "items.json")
         return available, counts["vocab_size"]
 
     def _sizes(self, available: Mapping[str, int], share: float, seen: int, context: int) -> dict[str, int]:
         """Different tokens of each arm's runs, in whole rows. Raises `UserError` if there is not enough text."""
-        most = min(*(available[arm] for arm in ("best", "random", "worst")), available["all"] * share)
+        most = min(*(count for arm, count in available.items() if arm != "all"), available["all"] * share)
         unique = most if self.epochs is None else seen / self.epochs
         if unique > most:
             raise UserError(
@@ -222,34 +276,80 @@ class Ablation:
             )
         return dict.fromkeys(available, unique) | {"all": int(unique / share) // context * context}
 
-    def _record(self, pipeline: Pipeline, plan: Mapping[str, Any], arm: str, seed: int, rate: float) -> None:
-        limit, context = plan["tokens"][arm], pipeline.recipe.model_config_for().max_position_embeddings
-        if (rows := context * read_json(pipeline.path / "data/tokens/tokens.json")["train"]["rows"]) != limit:
-            raise UserError(
-                f"{pipeline.path} has {rows:,} tokens in place of {limit:,}; ask for more --epochs elsewhere"
-            )
-        fields = {"arm": arm, "seed": seed, "learning_rate": rate, "unique_tokens": limit}
-        records.write_record(pipeline, plan["tasks"], self.output, **fields)
-
 
 def keys_of(plan: Mapping[str, Any]) -> list[tuple[str, int, float]]:
     """Arm, seed and learning rate of every run, in the order in which they are made."""
     return [(arm, seed, rate) for seed in plan["seeds"] for rate in plan["learning_rates"] for arm in plan["arms"]]
 
 
+def find_candidates(recipe: Recipe, names: Sequence[str], overrides: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Arm -> its section `quality`, the phase of each source, and whether it filters `throughout`.
+
+    `names` are those of sources, or recipes. Raises `UserError` for a recipe that differs in more.
+    """
+    from nanophi.data.sources import name_of
+    from nanophi.experiments.ablation import ARMS
+
+    found: dict[str, dict[str, Any]] = {}
+    sources = recipe.data.sources
+    for name in names:
+        if name in [name_of(source) for source in sources if not source.heldout]:
+            unfiltered = {"threshold": None, "share": None, "select": "best", "phase": "all"}
+            arm, quality = name, recipe.quality.model_copy(update=unfiltered)
+            phases = [s.phase if s.heldout else PHASES[s.reads("stable"), name_of(s) == name] for s in sources]
+        else:
+            other = load_recipe(name, overrides)
+            arm, quality, phases = other.name, other.quality, [source.phase for source in other.data.sources]
+            if changed := differences(_before_the_decay(recipe), _before_the_decay(other)):
+                raise UserError(f"--candidate {name}: it may differ in quality and the decay's sources ({changed[0]})")
+        arm = re.sub(r"[^A-Za-z0-9._-]+", "-", arm).strip("-._")
+        if arm in (*found, *ARMS):
+            raise UserError(f"--candidate {name}: there is an arm {arm}; give it another name")
+        throughout = quality.phase == "all" and (quality.threshold, quality.share) != (None, None)
+        found[arm] = {"quality": quality.model_dump(mode="json"), "phases": phases, "throughout": throughout}
+    return found
+
+
+def _before_the_decay(recipe: Recipe) -> dict[str, Any]:
+    """A recipe without what a candidate may change."""
+    values = {key: value for key, value in recipe.dump().items() if key not in ("name", "card", "quality")}
+    for source, values_of_source in zip(recipe.data.sources, values["data"]["sources"], strict=True):
+        values_of_source["phase"] = source.reads("stable")
+    return values
+
+
+def _kept_bytes(pipeline: Pipeline, phase: str) -> int:
+    """Bytes of the documents that the filter keeps of the sources which a phase reads."""
+    from nanophi.data import sources
+
+    of_name = sources.of_documents(pipeline.recipe.data.sources, pipeline.path / "data/documents")
+    kept = read_json(pipeline.path / "data/quality/quality.json")["sources"]
+    return sum(entry["kept_bytes"] for name, entry in kept.items() if of_name[name].reads(phase))
+
+
 def run_name(recipe: Recipe, plan: Mapping[str, Any], arm: str, seed: int, rate: float) -> str:
     """Name of a run of the experiment on a recipe."""
-    return f"{plan.get('name', recipe.name)}-{arm}-seed-{seed}-lr-{rate:g}"
+    decay = "-decay" if arm in plan.get("branches", ()) else ""
+    return f"{plan.get('name', recipe.name)}-{arm}{decay}-seed-{seed}-lr-{rate:g}"
 
 
 def arm_of(recipe: Recipe, plan: Mapping[str, Any], arm: str, seed: int, rate: float) -> Recipe:
-    """The recipe of one run. Of the plan `share`, `tokens` (by arm, None: not limited), `tasks` and `name` count."""
+    """The recipe of one run. Of the plan `share`, `tokens` (by arm, None: not limited) and `tasks` count.
+
+    Where it has them, so do `name`, `branches` and `candidates`.
+    """
     values = recipe.dump()
     training, steps = values["training"], recipe.training.steps
     values["name"] = run_name(recipe, plan, arm, seed, rate)
-    values["data"]["max_tokens"] = plan["tokens"][arm]
     share = {"share": None, "select": "best"} if arm == "all" else {"share": plan["share"], "select": arm}
-    values["quality"] |= {"threshold": None, **share}
+    values["quality"] |= {"threshold": None, **share, "phase": "decay" if arm in plan.get("branches", ()) else "all"}
+    if candidate := (plan.get("candidates") or {}).get(arm):
+        values["quality"] = dict(candidate["quality"])
+        for source, phase in zip(values["data"]["sources"], candidate["phases"], strict=True):
+            source["phase"] = phase
+    values["data"] |= {"max_tokens": plan["tokens"][arm], "max_decay_tokens": None}
+    if arm in plan.get("branches", ()):
+        values["data"] |= {"max_tokens": plan["tokens"]["all"], "max_decay_tokens": plan["tokens"][arm]}
     training["muon_learning_rate"] *= rate / training["learning_rate"]
     # Only the end is measured, and by the evaluation.
     training |= {"learning_rate": rate, "seed": seed, "keep_steps": [], "eval_steps": steps + 1}
@@ -292,6 +392,8 @@ def describe_plan(plan: Mapping[str, Any]) -> str:
     """The plan in a few lines, with what it will take."""
     epochs, estimate = plan["epochs"], plan["estimate"]
     size = {arm: formatting.size(count) for arm, count in plan["tokens"].items()}
+    hours = estimate["hours"] * estimate["runs"] * plan["tokens_seen"] / estimate["tokens"]
+    full = f" ({formatting.duration(3600 * hours)} if no run continued another)" if plan.get("branches") else ""
     return (
         f"filter: {plan['rule']} (share {formatting.percent(plan['share'])})\n"
         f"each share: {size['best']} different tokens, {epochs['best']:.2f} epochs; "
@@ -299,6 +401,6 @@ def describe_plan(plan: Mapping[str, Any]) -> str:
         f"{estimate['runs']} runs of {formatting.size(plan['tokens_seen'])} tokens: "
         f"arms {', '.join(plan['arms'])}; seeds {', '.join(map(str, plan['seeds']))}; "
         f"learning rates {', '.join(f'{rate:g}' for rate in plan['learning_rates'])}\n"
-        f"training takes about {formatting.duration(3600 * estimate['hours'])} at "
+        f"training takes about {formatting.duration(3600 * estimate['hours'])}{full} at "
         f"{estimate['tokens_per_second']:,.0f} tokens/s a run, {estimate['jobs']} at once; evaluation comes on top"
     )

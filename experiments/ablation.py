@@ -11,10 +11,10 @@ in bits per byte (lower is better) over one or more sets of items; with several,
 At each learning rate a contrast is the mean over the seeds. Its error has two sources, and the hierarchical bootstrap
 draws both: the items, resampled with replacement and alike for all runs, since all are measured on the same ones; and
 the seeds, whose deviations are those of a table of arms by seeds without the means of its rows and columns (a seed's
-initialisation and order are common to all arms). The deviations are pooled over the arms, for three seeds alone give no
-usable variance, and what the items explain of them is taken out, so that it is not counted twice. The interval is
-Student's, with Satterthwaite's degrees of freedom (1946, Biometrics Bulletin 2): with few seeds a bootstrap's quantiles
-are too narrow.
+initialisation and order are common to all arms). The deviations are pooled over the arms (over those alone that
+continue a trunk if both do), for three seeds give no usable variance, and what the items explain of them is taken out,
+so that it is not counted twice. The interval is Student's, with Satterthwaite's degrees of freedom (1946, Biometrics
+Bulletin 2): with few seeds a bootstrap's quantiles are too narrow.
 
 A contrast is claimed only if its sign is the same at both learning rates and the larger of the two p-values, corrected
 by Holm's method for all contrasts of its family, is below 0.05. The primary target is one family; the others together
@@ -41,9 +41,9 @@ MIN_ITEMS = 20
 RESAMPLES = 2000
 FIGURES = (
     *("value", "seeds", "by_seed", "stderr", "seed_stderr", "item_stderr", "freedom", "interval", "p_value"),
-    "minimum_detectable_effect",
+    *("minimum_detectable_effect", "paired"),
 )
-"""What is known of a contrast at one learning rate; None where it does not exist."""
+"""What is known of a contrast at one learning rate, or None; `paired`: share of the variance that shared seeds take."""
 
 Items = tuple[np.ndarray, np.ndarray]
 """Of one set: log-likelihood in nats and size in bytes, each of shape (items,)."""
@@ -63,28 +63,35 @@ class Target:
     runs: Mapping[Key, Sequence[Items]]
 
 
-def analyse(targets: Mapping[str, Target], seed: int = 0) -> dict[str, Any]:
-    """All contrasts of all targets, with what may be claimed. `seed` is the bootstrap's.
+def analyse(
+    targets: Mapping[str, Target],
+    contrasts: Mapping[str, Sequence[str]] = CONTRASTS,
+    pools: Sequence[Sequence[str]] = (),
+) -> dict[str, Any]:
+    """All contrasts of all targets, with what may be claimed.
 
+    Deviations are pooled over the first of `pools` that holds both arms (over these two, if none does; None: over all).
     Per target `items` (of each set), `values` (per learning rate and arm, the mean over seeds), `contrasts` and
     `check`. A contrast has `learning_rates` (each: see `contrast`), `p_value` (the larger one), `p_corrected` and
     `verdict`: `better`, `worse`, `not found`, `at one learning rate only`, or why there is no test.
     """
     result: dict[str, Any] = {}
     for name, target in targets.items():
-        tests = sum(other.primary == target.primary for other in targets.values()) * len(CONTRASTS)
+        tests = sum(other.primary == target.primary for other in targets.values()) * len(contrasts)
         rates = sorted({rate for _, _, rate in target.runs}, reverse=True)
         sets = next(iter(target.runs.values()))
-        draws = item_draws(sets, np.random.default_rng(seed))
+        draws = item_draws(sets, np.random.default_rng(0))
         values: dict[str, dict[str, float]] = {str(rate): {} for rate in rates}
-        for rate, arm in itertools.product(rates, ARMS):
+        for rate, arm in itertools.product(rates, dict.fromkeys([*ARMS, *(arm for arm, _, _ in target.runs)])):
             if of_seeds := [value(items) for (a, _, r), items in target.runs.items() if (a, r) == (arm, rate)]:
                 values[str(rate)][arm] = float(np.mean(of_seeds))
         found = {}
-        for label, arms in {**CONTRASTS, "check": CHECK}.items():
+        for label, (ours, theirs) in {**contrasts, "check": CHECK}.items():
             size = 1 if label == "check" else tests
-            by_rate = {str(rate): contrast(target.runs, *arms, rate, draws, size) for rate in rates}
-            found[label] = {"arms": list(arms), "learning_rates": by_rate, **_both(list(by_rate.values()))}
+            pool = next((pool for pool in pools if {ours, theirs} <= {*pool}), [ours, theirs])
+            runs = {key: items for key, items in target.runs.items() if key[0] in pool or not pools}
+            by_rate = {str(rate): contrast(runs, ours, theirs, rate, draws, size) for rate in rates}
+            found[label] = {"arms": [ours, theirs], "learning_rates": by_rate, **_both(list(by_rate.values()))}
         check = found.pop("check")
         result[name] = {"title": target.title, "primary": target.primary, "items": [len(sizes) for _, sizes in sets]}
         result[name] |= {"values": values, "contrasts": found, "check": check}
@@ -128,7 +135,10 @@ def _belongs(document: Mapping[str, Any], name: str, target: Mapping[str, Any]) 
 
 
 def _check_comparable(record: Mapping[str, Any], first: Mapping[str, Any]) -> None:
-    if record.get("shared") != first.get("shared"):
+    ours, theirs = (dict(each.get("shared") or {}) for each in (record, first))
+    if {record["arm"], first["arm"]} - {*ARMS}:  # a candidate may have another scorer
+        ours["scores"] = theirs["scores"] = None
+    if ours != theirs:
         raise UserError(
             f"{record['run']} and {first['run']} do not share documents, scores and tokenizer; name another --output"
         )
@@ -166,7 +176,7 @@ def contrast(
     `item_draws`; `tests` is the size of the family, for the minimum detectable effect. `no_test` of the result is why
     there is no test (None: there is one), and its `interval` of 95 %.
     """
-    arms = [arm for arm in ARMS if any(a == arm and r == rate for a, _, r in runs)]
+    arms = sorted({arm for arm, _, r in runs if r == rate})
     seeds = sorted({s for _, s, r in runs if r == rate and all((arm, s, rate) in runs for arm in arms)})
     result: dict[str, Any] = {**dict.fromkeys(FIGURES), "seeds": seeds, "by_seed": []}
     if ours not in arms or theirs not in arms or not seeds:
@@ -197,6 +207,7 @@ def _test(
     # A contrast is a mean over seeds of the difference of two runs: twice a run's variance over the seeds' number.
     factor = 2 / seeds
     spread = factor * float(np.square(_deviations(table)).sum()) / free
+    alone = factor * float(table.var(axis=1, ddof=1).mean())
     noise = factor * float(np.square(_deviations(resampled - table)).sum(axis=(1, 2)).mean()) / free
     seed_variance = max(0.0, spread - noise)
     variance, stderr = seed_variance + item_variance, math.sqrt(seed_variance + item_variance)
@@ -212,6 +223,7 @@ def _test(
         "interval": [mean - half, mean + half],
         "p_value": float(2 * distribution.sf(abs(mean) / stderr)) if stderr else float(mean == 0),
         "minimum_detectable_effect": minimum_detectable_effect(stderr, tests=tests, freedom=freedom),
+        "paired": 1 - spread / alone if alone else None,
     }
 
 

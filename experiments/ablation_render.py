@@ -43,6 +43,9 @@ def write_answer(output: Path) -> dict[str, Any]:
     Raises `UserError` if there is no record yet, or records whose items differ.
     """
     plan, items = read_json(output / "plan.json"), read_json(output / "items.json")
+    contrasts = {name: arms.split(" - ") for name, arms in plan["contrasts"].items()}
+    # What continues a trunk scatters less than full runs, and the trunk itself less again: it reads on in its own text.
+    pools = [plan["branches"], ["all", *plan["branches"]]] if plan.get("branches") else []
     runs = [read_json(path) for path in sorted((output / "records").glob("*.json"))]
     if not runs:
         raise UserError(f"{output} holds no record of a finished run; run the experiment again")
@@ -52,7 +55,7 @@ def write_answer(output: Path) -> dict[str, Any]:
         "name": plan["recipe"]["name"],
         "finished": len(runs),
         "flops": _flops(plan),
-        "targets": ablation.analyse(ablation.targets(plan, items, runs)),
+        "targets": ablation.analyse(ablation.targets(plan, items, runs), contrasts, pools),
         "runs": [{key: value for key, value in entry.items() if key not in ("items", "environment")} for entry in runs],
     }
     result["paragraph"] = paragraph(result)
@@ -83,11 +86,14 @@ def paragraph(result: Mapping[str, Any]) -> str:
         works = (
             " The measurement did not tell the best share from the worst: it may be too coarse to answer the question."
         )
+    read = f"a share of {size['best']} different tokens {plan['epochs']['best']:.1f} times"
+    if plan.get("branches"):
+        read = f"until the learning rate decays all the text, then {read}"
     return (
         (f"Unfinished: {result['finished']} of {total} runs are done. " if result["finished"] < total else "")
         + f"The filter keeps {formatting.percent(plan['share'])} of the training text (rule: {plan['rule']}). "
-        f"Every run saw {formatting.size(plan['tokens_seen'])} tokens: a share of {size['best']} different tokens "
-        f"{plan['epochs']['best']:.1f} times, or {size['all']} of all the text {plan['epochs']['all']:.1f} times. "
+        f"Every run saw {formatting.size(plan['tokens_seen'])} tokens: {read}, "
+        f"or {size['all']} of all the text {plan['epochs']['all']:.1f} times. "
         f"Measured on {target['title']} (fixed in advance; bits per byte, lower is better): "
         f"{'; '.join(_sentence(entry) for entry in target['contrasts'].values())}.{works} "
         f"Each run took {result['flops']:.1g} FLOP; published work found that decisions transfer to larger models from "
@@ -96,7 +102,7 @@ def paragraph(result: Mapping[str, Any]) -> str:
 
 
 def _sentence(entry: Mapping[str, Any]) -> str:
-    (ours, theirs), verdict = (ARMS[arm] for arm in entry["arms"]), entry["verdict"]
+    (ours, theirs), verdict = (ARMS.get(arm, arm) for arm in entry["arms"]), entry["verdict"]
     rates = {rate: one for rate, one in entry["learning_rates"].items() if one["value"] is not None}
     values = ", ".join(f"{_difference(one)} at learning rate {float(rate):g}" for rate, one in rates.items())
     if verdict in DIFFERENCES:
@@ -143,7 +149,8 @@ def _means(target: Mapping[str, Any], arms: Sequence[str]) -> str:
 
 
 def _runs(runs: Sequence[Mapping[str, Any]]) -> str:
-    timed = [{**run, "time": formatting.duration(run["seconds"])} for run in runs]
+    own = [{**run, "epochs": run.get("decay_epochs", run["epochs"])} for run in runs]  # of the text that is its own
+    timed = [{**run, "time": formatting.duration(run["seconds"])} for run in own]
     return markup.table(list(RUN_COLUMNS), [[cell.format(**run) for cell in RUN_COLUMNS.values()] for run in timed])
 
 

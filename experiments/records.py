@@ -50,7 +50,7 @@ def keep_plan(
     # A recipe that was written by an earlier version lacks keys that it has the default of.
     planned = plan | {"recipe": Recipe(**plan["recipe"]).dump()}
     planned["recipe"]["data"] |= {key: question["recipe"]["data"][key] for key in ("workers", "engine")}
-    if changed := differences({key: planned[key] for key in question}, question):
+    if changed := differences({key: planned.get(key) for key in question}, question):
         raise UserError(f"{path}: planned otherwise ({changed[0]}); name another --output, or repeat what was planned")
     return plan
 
@@ -96,10 +96,9 @@ def measured_speed(recipe: Recipe, jobs: int) -> float:
         torch.set_num_threads(threads)
 
 
-def estimate(recipe: Recipe, runs: int, vocab_size: int, jobs: int) -> dict[str, Any]:
-    """What so many trainings of a recipe will take here."""
+def estimate(recipe: Recipe, runs: int, tokens: int, vocab_size: int, jobs: int) -> dict[str, Any]:
+    """What so many trainings of a recipe, on so many tokens together, will take here."""
     speed = measured_speed(Recipe(**{**recipe.dump(), "model": {**recipe.model, "vocab_size": vocab_size}}), jobs)
-    tokens = runs * tokens_seen(recipe)
     hours = round(tokens / speed / jobs / 3600, 3)
     return {"runs": runs, "tokens": tokens, "tokens_per_second": round(speed, 1), "jobs": jobs, "hours": hours}
 
@@ -182,6 +181,7 @@ def write_record(pipeline: Pipeline, tasks: Sequence[str], output: Path, **field
         **fields,
         "documents": read_json(pipeline.path / "data/tokens/tokens.json")["train"]["documents"],
         **{name: history[name] for name in ("tokens_seen", "epochs", "seconds", "final_loss", "weights_sha256")},
+        **{name: history[name] for name in ("decay_epochs",) if name in history},
         "shared": {stage: pipeline.key(stage) for stage in ("documents", "scores", "tokenizer")},
         "environment": environment(),
         "items": items,

@@ -130,6 +130,7 @@ def compare_with_published(published: Path, run: Path, report: Callable[[str], N
     Scores agree within two standard errors of their difference; hashes if they are equal. Raises `UserError` if the
     run has no checkpoint of the published step.
     """
+    from nanophi.data.documents import split_hashes
     from nanophi.model_card import records
     from nanophi.model_card.manifest import MANIFEST
 
@@ -140,10 +141,10 @@ def compare_with_published(published: Path, run: Path, report: Callable[[str], N
         if not checkpoint.is_dir():
             raise UserError(f"{checkpoint} is missing: {published} describes {step}, which the new run did not keep")
         ours = records.collect(run, checkpoint)
-        tokens = read_json(run / "data" / "tokens" / "tokens.json")
+        tokens = split_hashes(read_json(run / "data" / "tokens" / "tokens.json"))
         hashes = read_json(published / MANIFEST)["provenance"]["data_sha256"]
         rows = [
-            _equal(f"{split} tokens, SHA-256", sha256, tokens[split]["sha256"])
+            _equal(f"{split} tokens, SHA-256", sha256, tokens.get(split))
             for split, sha256 in hashes.items()
             if "conversations.json" not in theirs  # else they are the base's, whose weights say more
         ]

@@ -16,6 +16,7 @@ from nanophi.core.files import read_json, sha256_of_file
 from nanophi.core.names import CODE_FILES
 from nanophi.core.version import __version__
 from nanophi.data.conversations import TEMPLATE, TEXT_TEMPLATE
+from nanophi.data.documents import split_hashes
 from nanophi.model_card import card as model_card
 from nanophi.model_card import figures, loader, metadata
 from nanophi.model_card.consistency import contradictions, scores
@@ -99,7 +100,7 @@ def provenance(folder: Path, records: ShippedRecords) -> list[str]:
     weights = sha256_of_file(folder / WEIGHTS)
     with complete_records():
         run, training = records["run.json"], records["training.json"]
-        tokens = {split: records["tokens.json"][split]["sha256"] for split in ("train", "heldout")}
+        tokens = split_hashes(records["tokens.json"])
         # The training's record is of its last step, in the type that it was trained in.
         trained = run["final"] and records["recipe.yaml"]["release"]["dtype"] == "float32"
         recorded = training["summary"]["weights_sha256"] if trained else weights

@@ -43,6 +43,8 @@ def build(source: Source, repo_id: str, folder: Path) -> None:
     (folder / "data").mkdir(parents=True)
     counts = {split: _write_split(run, split, schema, portable, folder / "data") for split in documents.SPLITS}
     summary = read_json(run / "data" / "documents" / "documents.json")
+    trained = [source for source in recipe.data.sources if not source.heldout]
+    read = [f"{source.weight}, phase {source.phase}" if source.given("phase") else source.weight for source in trained]
     rows = [
         {"source": portable(name), "license": recipe.data.sources[entry["origin"]].license, **entry}
         for name, entry in summary["sources"].items()
@@ -56,7 +58,7 @@ def build(source: Source, repo_id: str, folder: Path) -> None:
         text=text,
         documents=summary,
         sources=rows,
-        weights=sorted({source.weight for source in recipe.data.sources if not source.heldout}),
+        weights=sorted({*read}, key=str),
         report=_report(run, portable),
     )
 

@@ -200,8 +200,9 @@ def measures_heldout(records: ShippedRecords) -> bool:
 
 
 def training_sources(recipe: dict[str, Any]) -> list[dict[str, Any]]:
-    """The recipe's sources without those that are held out as a whole."""
-    return [source for source in recipe["data"]["sources"] if not source.get("heldout")]
+    """The recipe's sources without those that are held out as a whole, or that no phase reads."""
+    sources = recipe["data"]["sources"]
+    return [source for source in sources if not source.get("heldout") and source.get("phase") != "none"]
 
 
 def hardware(records: ShippedRecords) -> str:

@@ -14,6 +14,7 @@ from nanophi.core.errors import UserError
 from nanophi.core.files import link_or_copy, permit, read_json, sha256_of_file, write_json, write_text
 from nanophi.core.names import CODE_FILES, TOKENIZER_FILES
 from nanophi.core.version import __version__
+from nanophi.data.documents import split_hashes
 from nanophi.model_card import card as model_card
 from nanophi.model_card import exports, metadata
 from nanophi.model_card.manifest import MANIFEST, list_files, write_manifest
@@ -142,5 +143,5 @@ def _provenance(run: Path, output: Path) -> dict[str, Any]:
         "environment": shipped.get("environment"),
         "stages": {name: stage["key"] for name, stage in record["stages"].items() if name not in LATER_STAGES},
         # Of the token streams in the order of training, not of files: other versions of a library pack files otherwise.
-        "data_sha256": {split: tokens[split]["sha256"] for split in ("train", "heldout")},
+        "data_sha256": split_hashes(tokens),
     }

@@ -133,7 +133,7 @@ def _facts(shipped: ShippedRecords) -> list[list[str]]:
         ["parameters", formatting.integer(shipped["model.json"]["parameters"])],
         ["steps", formatting.integer(recipe["training"]["steps"])],
         ["tokens seen", formatting.integer(summary["tokens_seen"])],
-        ["epochs", formatting.decimal(summary["epochs"], 2)],
+        ["epochs", " + ".join(f"{summary[key]:.2f}" for key in ("epochs", "decay_epochs") if key in summary)],
         ["training time", formatting.duration(summary["seconds"])],
         ["speed", f"{formatting.integer(summary['tokens_per_second'])} tokens/s"],
         ["hardware", records.hardware(shipped)],

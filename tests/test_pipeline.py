@@ -103,6 +103,33 @@ def test_a_change_runs_again_what_depends_on_it(finished, recipe):
     assert read_json(runs / "changing/data/tokens/tokens.json") == before
 
 
+def test_a_filter_of_the_decay_is_told_wherever_the_text_is(finished, recipe):
+    runs, lines = finished[0], []
+    decay = ["quality.phase=decay", "training.schedule=wsd", "training.decay_fraction=0.5"]
+    run = [load_recipe(recipe, ["name=later", *decay])]
+    pipeline.run_recipes(run, runs, lines.append)
+    made = [line.split()[1] for line in lines if "shared with" in line]
+    assert made == ["documents", "scores", "tokenizer"], "a phase changes neither the documents nor their scores"
+    tokens, summary = (read_json(runs / "later" / name) for name in ("data/tokens/tokens.json", "training.json"))
+    kept = read_json(runs / "small/data/tokens/tokens.json")["train"]
+    assert tokens["decay"]["documents"] == kept["documents"] < tokens["train"]["documents"]
+    summary = summary["summary"]
+    assert summary["decay_epochs"] == 4 * 4 / tokens["decay"]["rows"]
+    assert any("4.1k tokens until the learning rate decays; 4.1k tokens while it decays" in line for line in lines)
+    card = (runs / "later/release/README.md").read_text()
+    assert "Documents are kept by this rule: `score > 0.5 while the learning rate decays`" in card
+    assert f"{summary['epochs']:.2f}; {summary['decay_epochs']:.2f} of the decay's text |" in card
+    assert f"; while the learning rate decays {tokens['decay']['documents']} documents" in card
+    assert "of text that was filtered for quality while the learning rate decayed" in " ".join(card.split())
+    assert "score > 0.5 while the learning rate decays" in (runs / "later/data/quality/quality.md").read_text()
+    manifest = read_json(runs / "later/release/MANIFEST.json")
+    assert manifest["provenance"]["data_sha256"]["decay"] == tokens["decay"]["sha256"]
+    for change, what in (("quality.threshold=0.9", "training"), ("data.max_decay_tokens=9000", "the decay's")):
+        with pytest.raises(UserError, match=rf"the recipe gives other data \({what} tokens"):
+            changed = load_recipe(recipe, ["name=later", *decay, change])
+            pipeline.Pipeline(changed, runs, report=str).tokens()
+
+
 def test_what_changed_in_the_card_section_reaches_the_release(finished, recipe):
     runs, _ = finished
 

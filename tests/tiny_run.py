@@ -71,6 +71,17 @@ def make_run(path: Path, rows: int = 100) -> Path:
     return path
 
 
+def add_decay(run: Path, seed: int, rows: int = 30) -> Path:
+    """Other rows for the decay: the next token is mostly the last one plus two."""
+    generator = np.random.default_rng(seed)
+    steps = np.where(generator.random((rows, CONTEXT)) < 0.9, 2, generator.integers(0, VOCAB, (rows, CONTEXT)))
+    write_rows(run / "data/tokens/decay", np.cumsum(steps, axis=1) % VOCAB)
+    tokens = json.loads((run / "data/tokens/tokens.json").read_text())
+    tokens["decay"] = {"sha256": stream_hash(run / "data/tokens/decay")}
+    (run / "data/tokens/tokens.json").write_text(json.dumps(tokens))
+    return run
+
+
 def stream_hash(folder: Path) -> str:
     rows = np.array(datasets.load_from_disk(str(folder))["input_ids"], "<i4")
     return hashlib.sha256(rows.tobytes()).hexdigest()

@@ -24,15 +24,22 @@ def advice(recipe: Recipe, run: Path) -> list[str]:
     tokens = training.steps * training.batch_size * config.max_position_embeddings
     prepared = run / "data/tokens/tokens.json"
     unique: float | None = recipe.data.max_tokens
-    if prepared.exists():
-        unique = read_json(prepared)["train"]["tokens"]
+    if known := read_json(prepared) if prepared.exists() else {}:
+        unique = known["train"]["tokens"]
     elif unique is None and recipe.data.sources == load_recipe("nano-phi-115m").data.sources:
-        unique = PUBLISHED_TOKENS.get(recipe.quality.threshold)
-    if unique and tokens > PASSES * unique:
-        lines.append(
-            f"{tokens / unique:.0f} passes: repeated text beyond about {PASSES} is worth little "
-            "(Muennighoff et al. 2023, arXiv 2305.16264)"
-        )
+        unique = PUBLISHED_TOKENS.get(None if recipe.quality.phase == "decay" else recipe.quality.threshold)
+    phases = [(tokens, unique, "")]
+    if recipe.two_phases:
+        last = tokens // training.steps * (training.steps - training.decay_start)
+        own = known.get("decay", known["train"])["tokens"] if known else recipe.data.max_decay_tokens
+        phases = [(tokens - last, unique, " until the learning rate decays"), (last, own, " while it decays")]
+        lines.append("; ".join(f"{formatting.size(count)} tokens{when}" for count, _, when in phases))
+    for count, different, when in phases:
+        if different and count > PASSES * different:
+            lines.append(
+                f"{count / different:.0f} passes{when}: repeated text beyond about {PASSES} is worth little "
+                "(Muennighoff et al. 2023, arXiv 2305.16264)"
+            )
     tables = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
     if (share := tables / parameter_count(config)) > EMBEDDINGS:
         remedy = "use" if config.tie_word_embeddings else "tie them, or use"

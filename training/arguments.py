@@ -90,15 +90,9 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def decay_start(training: Training) -> int:
-    """The step at which the learning rate of `wsd` begins to fall."""
-    decay = min(round(training.steps * training.decay_fraction), training.steps - training.warmup_steps)
-    return training.steps - decay
-
-
 def decay_steps(training: Training) -> list[int]:
-    """That step, from which a run can be extended; none for other schedules."""
-    return [decay_start(training)] if training.schedule == "wsd" else []
+    """The step at which `wsd` decays, from which a run can be extended or branch off; none for other schedules."""
+    return [training.decay_start] if training.schedule == "wsd" else []
 
 
 def micro_batch_size(training: Training, devices: int) -> int:
@@ -120,7 +114,7 @@ def training_arguments(
     """The recipe's `training` section as `TrainingArguments`, or as a class derived from it with `more` fields."""
     check_names(training)
     given, rows = training.arguments, micro_batch_size(training, devices)
-    decay = {"num_decay_steps": training.steps - decay_start(training), "decay_type": "linear"}
+    decay = {"num_decay_steps": training.steps - training.decay_start, "decay_type": "linear"}
     ours: dict[str, Any] = {
         **{name: getattr(training, name) for name in SAME_NAME},
         "output_dir": str(run / "training_state"),

@@ -119,4 +119,4 @@ def train(
     trainer.processing_class = None  # every checkpoint gets the run's tokenizer
     steps = math.ceil(len(trainer.train_dataset) / training.batch_size)  # of an epoch, which ends with what is left
     report(f"{recipe.name}: {recipe.method} on {len(rows):,} conversations")
-    return trainer.fit(training.steps / steps, resume)
+    return trainer.fit(resume, epochs=training.steps / steps)

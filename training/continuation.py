@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from nanophi.configuration_nanophi import NanoPhiConfig
-from nanophi.core.files import read_json, sha256_of_file, sha256_of_tree
+from nanophi.core.environment import environment
+from nanophi.core.errors import UserError
+from nanophi.core.files import copy_tree, read_json, remove, sha256_of_file, sha256_of_tree
 from nanophi.core.names import step_name, step_of
 from nanophi.core.recipe import Recipe, Training
 from nanophi.core.run import RunDirectory, differences
 from nanophi.data.stages import token_hashes
-from nanophi.training.arguments import decay_start, resolve_precision
+from nanophi.training.arguments import resolve_precision
 from nanophi.training.base import base_file
 from nanophi.training.checkpoints import WEIGHTS, archive_old_schedule, newest_valid_state
 
@@ -94,8 +96,26 @@ def shared_steps(training: Training, before: int) -> int:
     if training.schedule == "constant":
         return training.steps
     if training.schedule == "wsd":
-        return min(decay_start(training.model_copy(update={"steps": before})), decay_start(training))
+        return min(training.model_copy(update={"steps": before}).decay_start, training.decay_start)
     return training.steps if training.stretch_cosine and training.steps > before else 0
+
+
+def branch(run: RunDirectory, trunk: RunDirectory, training: Training, now: Mapping[str, Any]) -> None:
+    """Give a run without weights another's state from before `wsd` decays, for `plan` to resume from; if there is one.
+
+    `now`: the run's `inputs`. Raises `UserError` if the other's differ in more than the decay's text.
+    """
+    recorded = trunk.inputs_of("training")
+    if run.weights() or recorded is None:
+        return
+    if changed := [line for line in differences(recorded, now) if not line.startswith("data.decay_sha256 ")]:
+        raise UserError(f"{run.path.name} cannot continue {trunk.path.name} ({'; '.join(changed)})")
+    if (state := newest_valid_state(trunk.path, training.decay_start, run.report)) is not None:
+        run.begin("training", dict(now), environment())
+        partial = run.path / "training_state" / f".{state.name}"
+        remove(partial)
+        copy_tree(state, partial)
+        partial.rename(partial.with_name(state.name))
 
 
 def set_aside(run: RunDirectory, training: Training, recorded: Mapping[str, Any] | None, resume: Path | None) -> None:

@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset
 from transformers import EvalPrediction
 
 from nanophi.core.errors import UserError, one_line
@@ -66,6 +66,19 @@ class PackedRows(Dataset[dict[str, torch.Tensor]]):
     def __getitems__(self, positions: list[int]) -> list[dict[str, torch.Tensor]]:
         batch = self.dataset[[self.index(position) for position in positions]]["input_ids"]
         return [{"input_ids": row} for row in batch]
+
+
+class PhasedRows(ConcatDataset[dict[str, torch.Tensor]]):
+    """The rows of one phase after those of another, each with epochs of its own text."""
+
+    def __getitems__(self, positions: list[int]) -> list[dict[str, torch.Tensor]]:
+        """At ascending positions."""
+        rows, first = [], 0
+        for phase, stop in zip(self.datasets, self.cumulative_sizes, strict=True):
+            if mine := [position - first for position in positions if first <= position < stop]:
+                rows += phase.__getitems__(mine)  # type: ignore[attr-defined]
+            first = stop
+        return rows
 
 
 class HeldoutRows(PackedRows):

@@ -150,7 +150,10 @@ class RunTrainer(Trainer):
 
     def _check_loss(self, loss: float, steps: int) -> None:
         """Stop before anything is saved if the mean loss of the last `steps` steps is not finite, or a spike."""
-        if found := loss_anomaly(loss, steps, self.training, self.state.log_history):
+        # Another text has another loss, which is no spike.
+        start = self.training.decay_start if "decay_sha256" in self.hashes else self.training.steps
+        log = [entry for entry in self.state.log_history if self.state.global_step <= start or entry["step"] > start]
+        if found := loss_anomaly(loss, steps, self.training, log):
             raise self._stopped(*found)
 
     def _stopped(self, what: str, remedy: str) -> UserError:
@@ -265,10 +268,11 @@ class RunTrainer(Trainer):
             write_json(self.run / "checkpoints" / name / "checkpoint.json", self._facts())
             mirror.saved(self.run)
 
-    def fit(self, epochs: float, resume: Path | None) -> dict[str, Any]:
+    def fit(self, resume: Path | None, **epochs: float) -> dict[str, Any]:
         """Train to the last step, from the beginning or from the main process's `resume`; the summary that is kept.
 
-        `epochs`: how often the data are read. Raises `UserError` if a signal stopped it, after a save.
+        `epochs`: how often the data are read, and `decay_epochs` if the decay's are others. Raises `UserError` if a
+        signal stopped it, after a save.
         """
         check_space(self.run, self.model)
         if resume := broadcast_object_list([resume])[0]:
@@ -297,7 +301,7 @@ class RunTrainer(Trainer):
             "checkpoint": f"checkpoints/{final.name}",
             "steps": self.training.steps,
             "tokens_seen": self.tokens_seen(),
-            "epochs": epochs,
+            **epochs,
             "parameters": sum(sizes),
             "precision": self.precision,
             "seconds": log[-1]["elapsed_seconds"],

@@ -23,7 +23,7 @@ from nanophi.training.arguments import accelerate_precision, training_arguments,
 from nanophi.training.attention import PACKED_DOCUMENTS
 from nanophi.training.base import base_file, base_model
 from nanophi.training.loss import use_chunked_loss
-from nanophi.training.rows import HeldoutRows, PackedCollator, PackedRows, check_tokens
+from nanophi.training.rows import HeldoutRows, PackedCollator, PackedRows, PhasedRows, check_tokens
 from nanophi.training.run_trainer import RunTrainer
 from nanophi.training.stopping import StopRequestedError
 
@@ -31,7 +31,7 @@ from nanophi.training.stopping import StopRequestedError
 class NanoPhiTrainer(RunTrainer):
     """`RunTrainer` over packed rows, which evaluates on held-out rows, and writes a sample if there is a `prompt`."""
 
-    train_dataset: PackedRows
+    train_dataset: PackedRows | PhasedRows
     eval_dataset: HeldoutRows
 
     def __init__(self, *, prompt: str | None, eval_dataset: HeldoutRows, **kwargs: Any) -> None:
@@ -41,7 +41,7 @@ class NanoPhiTrainer(RunTrainer):
         self.bytes_per_token = read_json(self.run / "data/tokens/tokens.json")["heldout"]["bytes_per_token"]
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
-        return SequentialSampler(self.train_dataset)  # `PackedRows` is in order already
+        return SequentialSampler(self.train_dataset)  # it is in order already
 
     def tokens_seen(self) -> int:
         """Of whole rows: the same at every step."""
@@ -125,8 +125,12 @@ def train(
     arguments = training_arguments(training, run, seed, world_size())
     set_seed(seed)
     tokens = run / "data/tokens"
-    rows, heldout = PackedRows(tokens / "train", training.steps * training.batch_size, seed), HeldoutRows(tokens)
-    check_tokens(tokens, train=rows, heldout=heldout)
+    steps = {"train": training.steps}
+    if (tokens / "decay").is_dir():
+        steps = {"train": training.decay_start, "decay": training.steps - training.decay_start}
+    texts = {split: PackedRows(tokens / split, n * training.batch_size, seed) for split, n in steps.items()}
+    heldout, rows = HeldoutRows(tokens), PhasedRows(texts.values()) if len(texts) > 1 else texts["train"]
+    check_tokens(tokens, **texts, heldout=heldout)
     if not isinstance(config.eos_token_id, int):
         raise UserError(f"the tokenizer must have one end-of-text token, found {config.eos_token_id}")
     model = NanoPhiForCausalLM(config) if base is None else base_model(base, config, run / "data/tokenizer")
@@ -146,4 +150,5 @@ def train(
             eval_dataset=heldout,
             data_collator=PackedCollator(config.eos_token_id, training.isolate_documents),
         )
-    return trainer.fit(training.steps * training.batch_size / len(rows.dataset), resume)
+    epochs = {split: len(text) / len(text.dataset) for split, text in texts.items()}
+    return trainer.fit(resume, **{"decay_epochs" if split == "decay" else "epochs": n for split, n in epochs.items()})

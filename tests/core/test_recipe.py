@@ -96,6 +96,33 @@ def test_overrides_numbers_and_merged_keys(write):
         (["data.sources=[{files: x.txt}]"], r"'linear' needs quality.high and quality.low"),
         (["quality.scorer=magic"], r"'quality': 'magic' must be 'linear'"),
         (["name=a/b"], r"'name'"),
+        *(
+            (
+                [text, *schedule],
+                "'phase' needs a learning rate that is first stable and then decays; set training.schedule=wsd, and a "
+                rf"decay_fraction with steps on both sides \(now: {start} of 600\)",
+            )
+            for text in ("quality.phase=decay", "data.max_decay_tokens=9000")
+            for schedule, start in (
+                (["training.schedule=cosine"], 600),
+                (["training.schedule=constant"], 600),
+                (["training.decay_fraction=0.0001"], 600),
+                (["training.decay_fraction=1", "training.warmup_steps=0"], 0),
+            )
+        ),
+        (["training.decay_fraction=0"], r"'training.decay_fraction': .*greater than 0"),
+        (
+            ["data.sources=[{embedded: documentation, phase: stable}]"],
+            "no source is read while the learning rate",
+        ),
+        (
+            ["data.sources=[{embedded: documentation, phase: none}]"],
+            "no source is read before the learning rate",
+        ),
+        (
+            ["data.sources=[{files: a, phase: decay, heldout: true}]"],
+            "a held-out source is read in no phase",
+        ),
         (["training.steps"], r"--set training.steps: expected section.key=value"),
         (["name.x=1"], r"'name' is not a section"),
     ],

@@ -21,13 +21,17 @@ CONTEXT = 64
 
 
 def settings(
-    folder: Path, workers: int = 1, weights: tuple[float, float] = (1.0, 1.0), max_tokens: int | None = None
+    folder: Path,
+    workers: int = 1,
+    weights: tuple[float, float] = (1.0, 1.0),
+    phases: tuple[str, str] = ("all", "all"),
+    **limits: int | None,
 ) -> Data:
     sources = [
-        {"files": str(folder / f"{name}*.parquet"), "name": name, "weight": weight}
-        for name, weight in zip("ab", weights, strict=True)
+        {"files": str(folder / f"{name}*.parquet"), "name": name, "weight": weight, "phase": phase}
+        for name, weight, phase in zip("ab", weights, phases, strict=True)
     ]
-    values = {"sources": sources, "workers": workers, "max_tokens": max_tokens}
+    values = {"sources": sources, "workers": workers, **limits}
     return Data.model_validate({**values, "deduplication": {"near": False}, "heldout_fraction": 0.2})
 
 
@@ -48,13 +52,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     gather.gather(data, folder / "documents", "score")
     scorer = Quality(scorer="column:score", threshold=0.3)
     scoring.score(folder / "documents", scorer, data, 0, folder / "scores")
-    scoring.select(folder / "documents", folder / "scores", scorer, folder / "quality")
+    for name, threshold in (("quality", 0.3), ("everything", 0.0)):
+        for phase, where in (("all", name), ("decay", f"{name}-decay")):
+            chosen = scorer.model_copy(update={"threshold": threshold, "phase": phase})
+            scoring.select(folder / "documents", folder / "scores", chosen, folder / where)
     tokenizer.build(folder / "documents", Tokenizer(vocab_size=300), 0, folder / "tokenizer")
     return folder
 
 
-def pack(folder: Path, output: Path, seed: int = 0, context: int = CONTEXT, **kwargs: Any) -> dict[str, Any]:
-    inputs = (folder / name for name in ("documents", "quality", "tokenizer"))
+def pack(
+    folder: Path,
+    output: Path,
+    seed: int = 0,
+    context: int = CONTEXT,
+    kept: str = "quality",
+    **kwargs: Any,
+) -> dict[str, Any]:
+    inputs = (folder / name for name in ("documents", kept, "tokenizer"))
     return packing.pack(*inputs, context, settings(folder, **kwargs), seed, output)
 
 
@@ -204,3 +218,64 @@ def test_max_tokens_is_a_random_part_in_whole_rows(
     assert pack(folder, tmp_path / "again", max_tokens=limit)["train"]["rows"] == limit // CONTEXT
     beyond = pack(folder, tmp_path / "beyond", max_tokens=10 * everything["tokens"])["train"]
     assert beyond["sha256"] == everything["sha256"]
+
+
+def documents_of(output: Path, split: str, folder: Path) -> list[tuple[int, ...]]:
+    """The whole documents of a packed text, as tokens, in their order."""
+    eos = tokenizer.Encoder(folder / "tokenizer").eos_token_id
+    rest = np.fromfile(output / f"{split}-rest.bin", "<i4")
+    flat = np.concatenate([rows(output, split).ravel(), rest])
+    pieces = np.split(flat, np.flatnonzero(flat == eos) + 1)
+    return [tuple(piece.tolist()) for piece in pieces if len(piece)]
+
+
+def test_a_filter_of_the_decay_alone_leaves_the_text_before_it_and_what_is_held_out(
+    folder: Path, tmp_path: Path
+) -> None:
+    everything, filtered = pack(folder, tmp_path / "all", kept="everything"), pack(folder, tmp_path / "filtered")
+    both = pack(folder, tmp_path / "both", kept="quality-decay")
+    assert both["train"] == everything["train"] and both["heldout"] == everything["heldout"] == filtered["heldout"]
+    before, decay = (documents_of(tmp_path / "both", split, folder) for split in ("train", "decay"))
+    assert sorted(decay) == sorted(documents_of(tmp_path / "filtered", "train", folder)) and len(decay) < len(before)
+    place = iter(before)
+    assert all(document in place for document in decay), "in the order of the text before it"
+    assert both["decay"]["documents"] == filtered["train"]["documents"]
+    held = {*documents_of(tmp_path / "both", "heldout", folder)}
+    assert held and not held & {*before, *decay}
+
+
+def test_a_filter_of_the_decay_that_keeps_everything_gives_one_text(folder: Path, tmp_path: Path) -> None:
+    for limit in (None, 2000):
+        plain = pack(folder, tmp_path / f"plain-{limit}", kept="everything", max_tokens=limit)
+        phased = pack(folder, tmp_path / f"phased-{limit}", kept="everything-decay", max_tokens=limit)
+        assert phased == plain and not (tmp_path / f"phased-{limit}/decay").exists()
+
+
+def test_the_decay_has_its_own_number_of_tokens_from_the_documents_before_it(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "LONGEST_TOKEN", 3)  # so that a part is tokenized
+    limits = {"max_tokens": 20 * CONTEXT, "max_decay_tokens": 8 * CONTEXT}
+    plain = pack(folder, tmp_path / "plain", kept="everything", max_tokens=limits["max_tokens"])
+    both = pack(folder, tmp_path / "both", kept="quality-decay", **limits)
+    assert both["train"] == plain["train"], "whatever is read while the rate decays"
+    assert (both["train"]["rows"], both["decay"]["rows"]) == (20, 8)
+    before, decay = ({*documents_of(tmp_path / "both", split, folder)} for split in ("train", "decay"))
+    assert len(decay - before) <= 1  # the last one, of which the text before it may hold no more
+    # More than a sample has: the other documents are tokenized too, and the text before the decay stays as it is.
+    monkeypatch.setattr(packing, "LONGEST_TOKEN", 2)
+    limits["max_decay_tokens"] = 100 * CONTEXT
+    more = pack(folder, tmp_path / "more", kept="quality-decay", **limits)
+    assert more["decay"]["rows"] == 100 and more["train"]["rows"] == 20
+
+
+def test_sources_are_read_in_their_phases(folder: Path, tmp_path: Path) -> None:
+    def read(*phases: str) -> list[set[str]]:
+        summary = pack(folder, tmp_path / "-".join(phases), kept="everything", phases=phases)
+        texts = (summary["train"], summary.get("decay", summary["train"]))
+        return [{name for name, count in text["tokens_by_source"].items() if count} for text in texts]
+
+    assert read("all", "decay") == [{"a"}, {"a", "b"}]
+    assert read("stable", "decay") == [{"a"}, {"b"}]
+    assert read("all", "none") == [{"a"}, {"a"}]
+    assert read("stable", "all") == [{"a", "b"}, {"b"}]

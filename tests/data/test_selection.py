@@ -86,9 +86,11 @@ def test_other_documents_are_divided_as_the_chosen_ones_were():
 
 def test_the_rule_in_words():
     rules = [Quality(), Quality(threshold=None), Quality(share=0.42), Quality(share=0.42, select="random")]
+    rules.append(Quality(threshold=0.5, phase="decay"))
     assert [describe_rule(rule) for rule in rules] == [
         "score > 0.5",
         "all",
         "the best 42.0 % of the bytes",
         "a random 42.0 % of the bytes",
+        "score > 0.5 while the learning rate decays",
     ]

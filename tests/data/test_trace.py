@@ -1,6 +1,7 @@
 """Traces against brute force, and against what was planted in a run's training text."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import datasets
@@ -12,7 +13,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from nanophi.core.errors import UserError
 from nanophi.data import trace
@@ -131,6 +132,21 @@ def test_no_span_crosses_a_document_and_no_special_token_is_one(run):
     across = run.texts[0][-30:] + "<|endoftext|>" + run.texts[1][:30]
     lengths = [span["length"] for span in trace.trace_text(run.folder, across)]
     assert len(lengths) == 2 and max(lengths) <= 30
+
+
+def test_the_text_of_the_decay_is_training_text(run, tmp_path):
+    folder = shutil.copytree(run.folder, tmp_path / "run")
+    rows = datasets.load_from_disk(str(folder / "data/tokens/train"))
+    beyond = "only 5 in the decay!"
+    tokens = [*AutoTokenizer.from_pretrained(folder / "data/tokenizer")(beyond)["input_ids"], 0] + [0] * 64
+    other = datasets.Dataset.from_dict({"input_ids": [tokens[:64]]}, features=rows.features)
+    datasets.concatenate_datasets([other, rows.select(range(8))]).save_to_disk(str(folder / "data/tokens/decay"))
+    (span,) = trace.trace_text(folder, beyond)
+    assert span["text"] == beyond and span["documents"] == 1
+    (span,) = trace.trace_text(folder, SECRETS[1])  # of the first document, which both phases read
+    assert span["documents"] == 2
+    end = trace.Stream(folder / "data/tokens/train", 0).read(len(rows) * 64 - 3, len(rows) * 64 + 4).tolist()
+    assert end[3] == 0 and end[4:] == tokens[:3]
 
 
 def test_what_is_too_short_or_nowhere_or_gone(run, tmp_path, capsys):

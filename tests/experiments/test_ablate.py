@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ from chat_run import write_rows
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, sha256_of_tree, write_json
 from nanophi.core.recipe import load_recipe
-from nanophi.experiments.ablate import Ablation, run_name
+from nanophi.experiments.ablate import Ablation, arm_of, find_candidates, run_name
 from nanophi.experiments.records import check_numbers
 from nanophi.model_card import report
+from nanophi.pipeline import Pipeline
 from nanophi.training import trainer
 
 RECIPE = """
@@ -205,3 +207,124 @@ def test_experiments_that_cannot_be_run(finished, recipe, tmp_path, overrides, o
 def test_numbers_that_no_run_can_have(numbers, message):
     with pytest.raises(UserError, match=message):
         check_numbers(*numbers)
+
+
+DECAY = """
+data:
+  sources:
+    - {files: "@/train.jsonl", name: text}
+    - {files: "@/own.jsonl", name: own, phase: none}
+    - {files: "@/held.jsonl", name: held, heldout: true}
+quality: {phase: decay}
+training: {schedule: wsd, decay_fraction: 0.5}
+"""
+
+
+@pytest.fixture(scope="module")
+def decaying(recipe, tmp_path_factory):
+    """The recipe, whose filter and a source of one's own play a part in the second half of the steps alone."""
+    folder = tmp_path_factory.mktemp("decaying")
+    files = Path(recipe.data.sources[0].files).parent
+    generator = np.random.default_rng(1)
+    write_rows(files / "own.jsonl", [{"text": text(generator, False), "score": 0.5} for _ in range(100)])
+    path, throughout = folder / "planted.yaml", folder / "throughout.yaml"
+    path.write_text(f"extends: {files / 'planted.yaml'}\n" + DECAY.replace("@", str(files)))
+    throughout.write_text(f"extends: {path}\nname: throughout\nquality: {{phase: all}}\n")
+    return path, throughout
+
+
+@pytest.fixture(scope="module")
+def decayed(decaying, tmp_path_factory):
+    folder, lines = tmp_path_factory.mktemp("decays"), []
+    recipe = load_recipe(decaying[0])
+    candidates = find_candidates(recipe, ["own", str(decaying[1])], [])
+    options = {**OPTIONS, "epochs": 2, "at": "decay", "candidates": candidates}
+    experiment = Ablation(recipe, folder / "runs", folder / "output", report=lines.append, **options)
+    plan = experiment.plan()
+    assert not list(folder.glob("runs/*/checkpoints"))
+    return recipe, experiment, plan, experiment.run(plan), lines
+
+
+def test_a_better_text_in_the_decay_is_found_with_its_sign(decayed):
+    _, _, _, result, _ = decayed
+    target = result["targets"]["heldout"]
+    for values in target["values"].values():
+        assert values["best"] < values["random"] < values["worst"]
+        assert values["own"] < values["all"] and values["throughout"] < values["all"]
+    found = target["contrasts"]
+    assert (found["quality"]["verdict"], target["check"]["verdict"]) == ("better", "better")
+    assert found["own"]["arms"] == ["own", "all"] and found["own"]["verdict"] == "better"
+    assert all(one["interval"][1] < 0 for one in found["quality"]["learning_rates"].values())
+    assert set(found) == {"quality", "repetition", "net", "own", "throughout", "decay or throughout"}
+    assert all(0 < one["paired"] <= 1 for one in found["quality"]["learning_rates"].values())
+
+
+def test_one_trunk_serves_all_decays_and_each_is_what_it_is_in_one_piece(decayed, tmp_path):
+    recipe, experiment, plan, result, lines = decayed
+    assert plan["branches"] == ["best", "random", "worst", "own"]
+    resumed = [line for line in lines if line.endswith("resuming from step-000020")]
+    assert len(resumed) == 4 * 4
+    weights = {run["run"]: run["weights_sha256"] for run in result["runs"]}
+    assert len({*weights.values()}) == len(weights) == 6 * 4
+    name = run_name(recipe, plan, "best", 1, 0.004)
+    assert name == "planted-best-decay-seed-1-lr-0.004"
+    alone = Pipeline(arm_of(recipe, plan, "best", 1, 0.004), tmp_path, report=str)
+    assert alone.make("training")["weights_sha256"] == weights[name]
+    data = [read_json(experiment.runs / run / "data/tokens/tokens.json") for run in weights if "seed-0-lr-0.01" in run]
+    assert len({one["train"]["sha256"] for one in data}) == 2  # one of the trunk, one of the filter throughout
+    assert {one["decay"]["rows"] for one in data if "decay" in one} == {plan["tokens"]["best"] // 64}
+
+
+def test_the_plan_of_decays_counts_what_they_cost_and_is_not_that_of_full_runs(decayed):
+    recipe, experiment, plan, _, lines = decayed
+    assert plan["estimate"]["tokens"] == 20 * 8 * 64 * (2 * 8 + 16)  # 8 runs in full, 16 in half
+    told = next(
+        line for line in lines if line.startswith("filter: the best 40.0 % of the bytes while the learning rate")
+    )
+    assert " if no run continued another) at " in told
+    assert plan["epochs"]["best"] == pytest.approx(2, rel=0.02) and plan["epochs"]["throughout"] == pytest.approx(
+        4, rel=0.02
+    )
+    page = (experiment.output / "ablation.md").read_text()
+    assert "until the learning rate decays all the text, then a share of" in page
+    assert "Comparing runs that continue one trunk takes out" in page
+    with pytest.raises(UserError, match=r"planned otherwise \(candidates.* name another --output"):
+        Ablation(
+            recipe, experiment.runs, experiment.output, report=str, **{**OPTIONS, "epochs": 2, "at": "decay"}
+        ).plan()
+
+
+def test_decays_that_were_killed_resume_from_their_records(decayed, monkeypatch):
+    _, experiment, plan, result, _ = decayed
+    record = experiment.output / "records/planted-random-decay-seed-0-lr-0.01.json"
+    kept = record.read_text()
+    record.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "train", None)  # nothing is trained again
+        assert experiment.run(plan) == result
+    assert record.read_text() == kept
+
+
+@pytest.mark.parametrize(
+    ("overrides", "at", "names", "message"),
+    [
+        ([], None, [], "filters while the learning rate decays; add --at decay"),
+        (["quality.phase=all", "training.schedule=cosine"], "decay", [], "--at decay needs training.schedule=wsd"),
+        ([], "decay", ["lost"], "recipe lost does not exist"),
+        ([], "decay", ["own", "own"], "there is an arm own"),
+        (
+            [],
+            "decay",
+            ["other.yaml"],
+            r"may differ in quality and the decay's sources \(training.steps 40 -> 50\)",
+        ),
+    ],
+)
+def test_decays_that_cannot_be_compared(decaying, tmp_path, monkeypatch, overrides, at, names, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.yaml").write_text(f"extends: {decaying[0]}\nname: other\ntraining: {{steps: 50}}\n")
+    recipe = load_recipe(decaying[0], overrides)
+    with pytest.raises(UserError, match=message):
+        Ablation(
+            recipe, tmp_path, tmp_path, report=str, at=at, candidates=find_candidates(recipe, names, []), **OPTIONS
+        ).plan()

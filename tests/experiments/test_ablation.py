@@ -11,8 +11,9 @@ import scipy.stats
 from nanophi.core.errors import UserError
 from nanophi.experiments import ablation, ablation_render
 
-NULLS = Path(__file__).with_name("null_items.json")
-"""Made by benchmarks/filter_effect/nulls.py: log-likelihoods (a row for each run) and sizes of held-out documents."""
+NULLS, DECAY_NULLS = (Path(__file__).with_name(f"null_{what}.json") for what in ("items", "decays"))
+"""Made by nulls.py of benchmarks/filter_effect and benchmarks/decay_filter: log-likelihoods (a row for each run, by arm
+of decays) and sizes of held-out documents."""
 
 
 def experiment(generator, effects, seeds=3, items=200, seed_deviation=0.01, item_deviation=0.1, rates=(1.0, 0.2)):
@@ -150,6 +151,71 @@ def test_false_positives_on_real_nulls(monkeypatch, seeds):
         found.append(ablation.contrast(runs, "best", "random", 1.0, draws)["p_value"] < 0.05)
     assert len(found) == 200
     assert 0.02 <= np.mean(found) <= 0.08
+
+
+def decay_nulls(count=200, seeds=3):
+    """The same of decays that continue a trunk for each seed: which of three texts that differ by chance is whose.
+
+    Without the trunk itself, over which no difference between decays is pooled.
+    """
+    cached = json.loads(DECAY_NULLS.read_text())
+    nats, sizes = np.array([cached[arm] for arm in ablation.ARMS[1:]]), np.array(cached["bytes"], float)
+    generator = np.random.default_rng(0)
+    for _ in range(count):
+        items = generator.integers(0, len(sizes), len(sizes))
+        runs = {}
+        for seed, trunk in enumerate(generator.permutation(nats.shape[1])[:seeds]):
+            for arm, row in zip(ablation.ARMS[1:], generator.permutation(3), strict=True):
+                runs[arm, seed, 1.0] = [(nats[row, trunk, items], sizes[items])]
+        yield runs
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_false_positives_on_real_decays_and_what_the_trunk_takes_out(monkeypatch, seeds):
+    monkeypatch.setattr(ablation, "RESAMPLES", 400)
+    found, paired = [], []
+    for runs in decay_nulls(seeds=seeds):
+        draws = ablation.item_draws(runs["best", 0, 1.0], np.random.default_rng(1))
+        one = ablation.contrast(runs, "best", "random", 1.0, draws)
+        found.append(one["p_value"] < 0.05)
+        paired.append(one["paired"])
+    assert len(found) == 200
+    assert 0.02 <= np.mean(found) <= 0.06
+    assert np.median(paired) > 0.5
+
+
+def test_what_pairing_takes_out_against_a_formula():
+    generator, arms, seeds = np.random.default_rng(4), ("all", "best", "random"), range(40)
+    trunk, own = generator.normal(0, 0.03, 40), generator.normal(0, 0.01, (3, 40))
+    size = np.full(30, 50.0)
+    runs = {
+        (arm, seed, 1.0): [(-math.log(2) * (2 + trunk[seed] + own[row, seed]) * size, size)]
+        for row, arm in enumerate(arms)
+        for seed in seeds
+    }
+    draws = ablation.item_draws(runs["all", 0, 1.0], generator)
+    one = ablation.contrast(runs, "best", "random", 1.0, draws)
+    assert one["paired"] == pytest.approx(0.9, abs=0.05)  # 1 - 0.01^2 / (0.03^2 + 0.01^2)
+
+
+def test_an_arm_that_shares_no_trunk_is_compared_by_its_own_deviations():
+    target = experiment(np.random.default_rng(15), {"best": -0.1}, seed_deviation=0.005)
+    generator = np.random.default_rng(16)
+    loud = {key: [(sets[0][0] * (1 + generator.normal(0, 0.05)), sets[0][1])] for key, sets in target.runs.items()}
+    added = {("own", seed, rate): loud["all", seed, rate] for _, seed, rate in loud}
+    both = ablation.Target("", True, {**target.runs, **added})
+    contrasts = {**ablation.CONTRASTS, "own": ("own", "all")}
+    pools = [["best", "random", "worst"], ablation.ARMS]
+    apart = ablation.analyse({"t": both}, contrasts, pools)["t"]["contrasts"]
+    pooled = ablation.analyse({"t": both}, contrasts)["t"]["contrasts"]
+    branches = {key: sets for key, sets in target.runs.items() if key[0] != "all"}
+    for rate in ("1.0", "0.2"):
+        alone = analyse(target)["contrasts"]["net"]["learning_rates"][rate]
+        assert apart["net"]["learning_rates"][rate]["stderr"] == pytest.approx(alone["stderr"])
+        alone = analyse(ablation.Target("", True, branches))["contrasts"]["quality"]["learning_rates"][rate]
+        assert apart["quality"]["learning_rates"][rate]["stderr"] == pytest.approx(alone["stderr"])
+        assert pooled["quality"]["learning_rates"][rate]["stderr"] > 1.3 * alone["stderr"]
+        assert apart["own"]["learning_rates"][rate]["stderr"] > pooled["own"]["learning_rates"][rate]["stderr"]
 
 
 @pytest.mark.parametrize(("seeds", "deviation"), [(2, 0.02), (3, 0.005), (3, 0.05), (5, 0.02)])

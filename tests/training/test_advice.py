@@ -30,6 +30,17 @@ def test_where_the_number_of_different_tokens_comes_from(tmp_path):
     assert passes("nano-phi-115m-control")[0].startswith("512 passes")
 
 
+def test_two_phases_are_counted_apart(tmp_path):
+    recipe = load_recipe("demo", ["quality.phase=decay", "training.decay_fraction=0.2", "data.max_tokens=122880"])
+    (first, *passes), tokens = advice(recipe, tmp_path)[:2], 600 * 8 * 256
+    assert first == "983k tokens until the learning rate decays; 246k tokens while it decays"
+    assert passes[0].startswith("8 passes until the learning rate decays: repeated text")
+    (tmp_path / "data/tokens").mkdir(parents=True)
+    counts = {"train": {"tokens": tokens}, "decay": {"tokens": tokens // 50}}
+    (tmp_path / "data/tokens/tokens.json").write_text(json.dumps(counts))
+    assert advice(recipe, tmp_path)[1].startswith("10 passes while it decays: repeated text")
+
+
 @pytest.mark.parametrize("steps", [10, 100])
 def test_few_tokens_per_parameter(steps, tmp_path):
     said = [f"training.steps={steps}", "training.keep_steps=[]", "training.warmup_steps=0"]

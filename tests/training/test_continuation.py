@@ -9,18 +9,18 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tiny_run import CONFIG, TRAINING, VOCAB, add_sources, ends_at, interrupt, make_run, terminate
+from tiny_run import CONFIG, TRAINING, VOCAB, add_decay, add_sources, ends_at, interrupt, make_run, terminate
 
 from nanophi.configuration_nanophi import NanoPhiConfig
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, sha256_of_file, sha256_of_tree, write_json
 from nanophi.core.names import step_folders, step_of
 from nanophi.core.recipe import Recipe
-from nanophi.core.run import FORMATS
+from nanophi.core.run import FORMATS, RunDirectory
 from nanophi.modeling_nanophi import NanoPhiForCausalLM
 from nanophi.pipeline import Pipeline
 from nanophi.training import base as base_module
-from nanophi.training import checkpoints
+from nanophi.training import checkpoints, continuation
 
 STEPS = 8
 SECTION = {**TRAINING, "steps": STEPS, "batch_size": 4, "warmup_steps": 1, "save_steps": 2, "eval_steps": 4}
@@ -196,6 +196,50 @@ def test_more_steps_continue_as_if_they_had_been_asked_for_at_once(runs, monkeyp
     if finished:
         aside = weights(runs / "run/checkpoints-of-8-steps")
         assert aside and set(aside) <= set(held) <= set(weights(runs))
+
+
+DECAYING = {"schedule": "wsd", "decay_fraction": 0.5}  # from step 4 of 8
+
+
+def branched(runs: Path, name: str, **changes) -> Pipeline:
+    """A run that continues `run`, with another text while its rate decays, ready to train."""
+    if not (runs / name).exists():
+        shutil.copytree(runs / "run/data", runs / name / "data")
+        add_decay(runs / name, seed=len(name))
+    pipe = pipeline(runs, name=name, **{**DECAYING, **changes})
+    inputs = pipe.inputs_of(pipe.stages["training"])
+    continuation.branch(pipe.run, RunDirectory(runs / "run"), pipe.recipe.training, inputs)
+    return pipe
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_decays_of_one_trunk_are_what_the_same_run_in_one_piece_is(runs, prepared, tmp_path, optimizer):
+    train(runs, **DECAYING, optimizer=optimizer)
+    trunk = sha256_of_tree(runs / "run")
+    for name in ("one", "three"):
+        pipe = branched(runs, name, optimizer=optimizer)
+        assert pipe.run.weights() == ["step-000004"]
+        with ends_at(6):
+            pipe.make("training")
+        ended = branched(runs, name, optimizer=optimizer).make("training")
+        alone = tmp_path / "alone" / name
+        shutil.copytree(runs / name / "data", alone / "data")
+        whole = pipeline(alone.parent, name=name, **DECAYING, optimizer=optimizer).make("training")
+        assert ended["weights_sha256"] == whole["weights_sha256"]
+        logs = [[entry["loss"] for entry in read_json(run / "training.json")["log"]] for run in (runs / name, alone)]
+        assert logs[0] == logs[1] and len(logs[0]) == STEPS
+        assert ended["weights_sha256"] not in weights(runs / "run")
+    assert sha256_of_tree(runs / "run") == trunk
+
+
+def test_a_run_that_differs_before_the_decay_is_no_branch(runs):
+    train(runs, **DECAYING)
+    for changes, named in (({"learning_rate": 1e-3}, "training.learning_rate 0.01 -> 0.001"), ({"steps": 10}, "steps")):
+        with pytest.raises(UserError, match=f"one cannot continue run .*{named}"):
+            branched(runs, "one", **changes)
+        assert not (runs / "one/training_state").exists()
+    shutil.rmtree(runs / "run/training_state")  # it is trained from the beginning then
+    assert branched(runs, "one").run.weights() == []
 
 
 def test_cosine_is_stretched_by_an_explicit_choice_only(runs):

@@ -16,7 +16,7 @@ import pytest
 import tiny_run
 import torch
 from safetensors.torch import load_file
-from tiny_run import CONTEXT, EOS, TRAINING, VOCAB, add_sources, ends_at, make_run, replace_rows, train
+from tiny_run import CONTEXT, EOS, TRAINING, VOCAB, add_decay, add_sources, ends_at, make_run, replace_rows, train
 from transformers import AutoModelForCausalLM, AutoTokenizer, PhiForCausalLM, TrainingArguments
 
 from nanophi.core import sample
@@ -188,6 +188,34 @@ def test_order_depends_on_position_and_seed_only(finished):
     assert whole[:100] != whole[100:200]
     assert order(3, (249, 0, 120)) == [whole[249], whole[0], whole[120]]
     assert order(4, range(100)) != whole[:100]
+
+
+def test_while_the_rate_decays_another_text_is_read_and_a_kill_changes_nothing(tmp_path):
+    runs = [add_decay(make_run(tmp_path / name), 1, rows=30) for name in ("whole", "killed")]
+    whole = train(runs[0])
+    assert (whole["epochs"], whole["decay_epochs"]) == (19 * 8 / 100, 5 * 8 / 30)  # of 24 steps, 5 decay
+    for step in (9, 19, 22):
+        with ends_at(step):
+            train(runs[1])
+    assert train(runs[1])["weights_sha256"] == whole["weights_sha256"]
+    assert read_json(runs[0] / "checkpoints/step-000024/checkpoint.json")["decay_sha256"]
+    losses = [[entry["loss"] for entry in read_json(run / "training.json")["log"]] for run in runs]
+    assert losses[0] == losses[1] and losses[0][19] > 1.3 * losses[0][18]  # the other text is a surprise
+    replace_rows(runs[0], lambda index, row: row)
+    shutil.rmtree(runs[0] / "data/tokens/decay")
+    shutil.copytree(runs[0] / "data/tokens/train", runs[0] / "data/tokens/decay")
+    with pytest.raises(UserError, match=r"data/tokens/decay holds other tokens than tokens\.json records"):
+        train(runs[0])
+
+
+def test_each_phase_has_epochs_of_its_own_text(finished):
+    folder = finished[0] / "data/tokens/train"
+    phases = [rows.PackedRows(folder, count, seed=3) for count in (130, 70)]
+    both, plain = rows.PhasedRows(phases), [phase[i]["input_ids"] for phase in phases for i in range(len(phase))]
+    assert len(both) == 200
+    for positions in ([0, 5], [128, 129, 130, 131], [199], list(range(200))):
+        found = [row["input_ids"] for row in both.__getitems__(positions)]
+        assert all(torch.equal(row, plain[position]) for row, position in zip(found, positions, strict=True))
 
 
 def test_training_arguments_are_checked(tmp_path):
