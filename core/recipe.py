@@ -87,7 +87,7 @@ class Source(Section):
     max_documents: int | None = Field(default=None, gt=0)  # the first so many; null: all
     license: str | None = None  # of its text, as the Hub names it; null: not stated, the text is not published
     heldout: bool = False  # never trained on: the held-out text, in place of `data.heldout_fraction`
-    phase: Literal["all", "stable", "decay", "none"] = "all"  # when it is read: before the learning rate decays (`stable`), while it does
+    phase: Literal["all", "stable", "decay", "none"] = "all"  # `stable`: read before the learning rate decays
 
     def reads(self, phase: str) -> bool:
         """Whether the phase `stable` or `decay` of a training reads this source."""
