@@ -170,7 +170,7 @@ class Ablation:
         recipe, limit = pipeline.recipe, plan["tokens"][arm]
         with pipeline.run.lock():
             counts, branching = pipeline.tokens(), arm in plan.get("branches", ())
-            read = counts.get("decay" if branching else "train", counts["train"])
+            read = counts["decay" if branching and "decay" in counts else "train"]
             if (rows := recipe.model_config_for().max_position_embeddings * read["rows"]) != limit:
                 problem = f"{pipeline.path} has {rows:,} tokens in place of {limit:,}"
                 raise UserError(f"{problem}; ask for more --epochs elsewhere")
@@ -254,7 +254,7 @@ class Ablation:
             with pipeline.run.lock():
                 counts = pipeline.tokens()
             phase = "decay" if arm in plan["branches"] else "stable"
-            text = counts.get(phase, counts["train"])
+            text = counts[phase if phase in counts else "train"]
             available[arm] = int(SAFETY * _kept_bytes(pipeline, phase) / text["bytes_per_token"])
             if arm == "best":
                 _write_items(pipeline.path / "data", self.output / "items.json")
