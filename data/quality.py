@@ -159,7 +159,11 @@ def report(
         if not selected.is_file():
             raise UserError(f"{scores} is not a run whose documents were selected; run `nanophi prepare` on its recipe")
         bytes_per_token = read_json(tokens)["train"]["bytes_per_token"] if tokens.exists() else None
-        typer.echo(quality_report.markdown(read_json(selected), bytes_per_token))
+        report = read_json(selected)
+        if "rule" in report:
+            typer.echo(quality_report.markdown(report, bytes_per_token))
+        else:  # of a run before 0.1
+            typer.echo(selected.with_suffix(".md").read_text(encoding="utf-8"))
         return
     import pyarrow.parquet as pq
 

@@ -35,8 +35,7 @@ TABLES = ("tasks", "answers", "subjects", "sources", "filter")
 FACTS = {name: name for name in ("task", "metric", "filter", "chance", "higher_is_better")} | {"num_fewshot": "shots"}
 """What a row has of all its scores -> its name in `Score`."""
 MAX_SOURCES = 12  # held-out sources with a row of their own: each makes Holm's correction harsher on all of them
-UNSUPPORTED = 3
-"""Exit status of a comparison that does not support what `--require` demands."""
+UNSUPPORTED = 3  # exit status of a comparison that does not support what `--require` demands
 MIN_DOCUMENTS = 20  # that a source needs for a row of its own: fewer say little about it
 
 

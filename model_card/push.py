@@ -81,8 +81,7 @@ def push(
         typer.echo("\n".join(sent))
 
 
-IN_CARD = ("data", *LINKS)
-"""What the model's card links."""
+IN_CARD = ("data", *LINKS)  # what the model's card links
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ import pytest
 from killed import run_killed
 
 from nanophi.core.errors import UserError
-from nanophi.core.files import read_json
+from nanophi.core.files import read_json, write_json
 from nanophi.core.recipe import Data, Quality
 from nanophi.data import gather, linear, quality, quality_report, scoring, sources
 from nanophi.data.documents import shards
@@ -258,6 +258,17 @@ def write_lines(folder: Path, **texts: Any) -> None:
     for name, make in texts.items():
         lines = [json.dumps({"text": make(generator, name)}) for _ in range(60)]
         (folder / f"{name}.jsonl").write_text("\n".join(lines))
+
+
+def test_the_report_of_a_run_before_01_is_the_page_that_it_has(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "data/quality"
+    folder.mkdir(parents=True)
+    write_json(folder / "quality.json", {"threshold": 0.5, "documents": 2, "kept_documents": 1})
+    (folder / "quality.md").write_text("1 of 2 documents kept")
+    quality.report(tmp_path)
+    assert capsys.readouterr().out == "1 of 2 documents kept\n"
 
 
 def test_fit_score_and_report_on_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
