@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from nanophi.core.recipe import Recipe
 from nanophi.core.run import differences
 from nanophi.eval import catalogue
 from nanophi.model_card import records
@@ -19,7 +20,7 @@ def sentence(shipped: ShippedRecords) -> str | None:
         return None
     then, now = (
         {key: each[key] for key in ("quality", "tokenizer", "model")} | {key: each["training"][key] for key in SAME}
-        for each in (found["recipe"], shipped["recipe.yaml"])
+        for each in (Recipe(**given).dump() for given in (found["recipe"], shipped["recipe.yaml"]))
     )
     if changed := differences(then, now):
         return f"A prediction was made of another recipe ({changed[0]}), so it is not compared."
