@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import fsspec
 import pytest
@@ -496,21 +497,21 @@ def test_a_bucket_of_the_hub(finished, tmp_path, monkeypatch):
 
 RECIPE = """
 name: {name}
-data: {{sources: [{{files: "{folder}/a.jsonl"}}], heldout_fraction: 0.2, workers: 1}}
+data: {{sources: [{{files: "{folder}/a.jsonl"}}], heldout_fraction: 0.1, workers: 1}}
 quality: {{scorer: "column:score", threshold: {threshold}}}
-tokenizer: {{vocab_size: 300}}
+tokenizer: {{vocab_size: 400}}
 model:
   {{hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 8, max_position_embeddings: 256}}
 training: {{steps: 6, batch_size: 2, learning_rate: 0.01, save_steps: 2, eval_steps: 6, logging_steps: 1}}
-evaluation: {{suites: [heldout_bits_per_byte], limit: 2}}
+evaluation: {{suites: [heldout], limit: 8}}
 """
 
 
 @pytest.mark.slow
 def test_the_verbs_with_a_mirror_on_two_machines(tmp_path):
     """Prepared here, trained there, and on a third machine the rest of two runs side by side."""
-    texts = (f"Document {n} about {' '.join(str(n * m) for m in range(40))}" for n in range(40))
-    lines = [f'{{"text": "{text}", "score": {0.9 if n % 3 else 0.1}}}' for n, text in enumerate(texts)]
+    texts = [text[start : start + 2000] for text in topics.values() for start in range(0, len(text), 2000)][:150]
+    lines = [json.dumps({"text": text, "score": 0.9 if n % 3 else 0.1}) for n, text in enumerate(texts)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     (tmp_path / "mirror").mkdir()
     for name, threshold in (("one", 0.5), ("two", "null")):
