@@ -382,7 +382,7 @@ def _array(column: Sequence[Any]) -> np.ndarray:
 
 def _answered(values: np.ndarray) -> np.ndarray:
     """Which items [items] a model has answered."""
-    return ~np.isnan(values.reshape(len(values), -1)).any(axis=1)
+    return ~np.isnan(values).any(axis=tuple(range(1, values.ndim)))
 
 
 def _mean(values: np.ndarray) -> tuple[float, float | None]:

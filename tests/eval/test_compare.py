@@ -21,6 +21,7 @@ from nanophi.eval.catalogue import LEADERBOARD, TASKS, references
 from nanophi.eval.compare import (
     TABLES,
     Measured,
+    _answered,
     _paired,
     compare_models,
     find_label,
@@ -705,3 +706,9 @@ def test_heldout_text_is_told_apart_by_the_filter_of_a_run(tmp_path):
     # Without a run directory's filter there are no such rows.
     plain = {label: [bits(tmp_path / f"{label}.json", nats, sizes)] for label in ("x", "y")}
     assert compare_models(plain, tmp_path / "plain")["filter"] == {}
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 2)])
+def test_no_items_of_a_kind_give_no_figure(shape):
+    measured = Measured(None, {"task": np.ones(shape)})
+    assert measured.part(places=[]) is None and list(_answered(np.ones(shape))) == [True] * 3
