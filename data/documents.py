@@ -18,11 +18,6 @@ from nanophi.core.errors import UserError, one_line
 SPLITS = ("train", "heldout")
 
 
-def split_hashes(tokens: dict[str, Any]) -> dict[str, str]:
-    """SHA-256 of each stream of tokens that a run's `tokens.json` describes, by its name there."""
-    return {split: tokens[split]["sha256"] for split in ("train", "decay", "heldout") if split in tokens}
-
-
 def shards(documents: Path, split: str) -> list[Path]:
     """The files of a split (`train` or `heldout`), in order. Raises `UserError` if there are none."""
     found = sorted(documents.glob(f"{split}-*.parquet"))

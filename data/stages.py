@@ -13,7 +13,6 @@ from nanophi.core.recipe import Recipe, Source
 from nanophi.core.run import RunDirectory
 from nanophi.core.stages import Runner, Stage, Summary
 from nanophi.data import scorers
-from nanophi.data.documents import split_hashes
 
 PREPARE = ("documents", "scores", "quality", "tokenizer", "tokens", "conversations")
 
@@ -71,6 +70,11 @@ def pinned(run: Runner, sources: Sequence[Source]) -> list[Source]:
         else source
         for source in sources
     ]
+
+
+def split_hashes(tokens: dict[str, Any]) -> dict[str, str]:
+    """SHA-256 of each stream of tokens that a run's `tokens.json` describes, by its name there."""
+    return {split: tokens[split]["sha256"] for split in ("train", "decay", "heldout") if split in tokens}
 
 
 def token_hashes(tokens: dict[str, Any]) -> dict[str, str]:

@@ -130,7 +130,7 @@ def compare_with_published(published: Path, run: Path, report: Callable[[str], N
     Scores agree within two standard errors of their difference; hashes if they are equal. Raises `UserError` if the
     run has no checkpoint of the published step.
     """
-    from nanophi.data.documents import split_hashes
+    from nanophi.data.stages import split_hashes
     from nanophi.model_card import records
     from nanophi.model_card.manifest import MANIFEST
 

@@ -16,7 +16,7 @@ from nanophi.core.files import read_json, sha256_of_file
 from nanophi.core.names import CODE_FILES
 from nanophi.core.version import __version__
 from nanophi.data.conversations import TEMPLATE, TEXT_TEMPLATE
-from nanophi.data.documents import split_hashes
+from nanophi.data.stages import split_hashes
 from nanophi.model_card import card as model_card
 from nanophi.model_card import figures, loader, metadata
 from nanophi.model_card.consistency import contradictions, scores

@@ -14,7 +14,7 @@ from nanophi.core.errors import UserError
 from nanophi.core.files import link_or_copy, permit, read_json, sha256_of_file, write_json, write_text
 from nanophi.core.names import CODE_FILES, TOKENIZER_FILES
 from nanophi.core.version import __version__
-from nanophi.data.documents import split_hashes
+from nanophi.data.stages import split_hashes
 from nanophi.model_card import card as model_card
 from nanophi.model_card import exports, metadata
 from nanophi.model_card.manifest import MANIFEST, list_files, write_manifest

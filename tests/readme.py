@@ -44,6 +44,8 @@ def run(line: list[str], folder: Path, environment: Mapping[str, str]) -> subpro
     if line[2:3] != ["show"]:
         return subprocess.run([sys.executable, *line], capture_output=True, timeout=1800, **place)
     output: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    # A process that is started in the background may ignore SIGINT, and then so do its children.
+    output["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen([sys.executable, *line], **place, **output) as process:
         first = process.stdout.readline()
         if first.startswith("http://"):

@@ -114,7 +114,9 @@ def test_tokens_and_epochs_are_those_that_were_read(runs, method, monkeypatch):
     monkeypatch.setattr(trl.SFTTrainer if method == "sft" else trl.DPOTrainer, "training_step", counted_step)
     lengths = []
     fit = RunTrainer.fit
-    monkeypatch.setattr(RunTrainer, "fit", lambda self, *a: lengths.append(len(self.train_dataset)) or fit(self, *a))
+    monkeypatch.setattr(
+        RunTrainer, "fit", lambda self, *a, **k: lengths.append(len(self.train_dataset)) or fit(self, *a, **k)
+    )
     stated = {"steps": 5, "save_steps": 3, "batch_size": 8}
     run = pipeline(runs, rows, f"{method}-tokens", method=method, training=stated)
     summary = run.make("training")
