@@ -224,3 +224,26 @@ def test_the_experiment_says_what_the_readme_says(tmp_path):
         quality = target["contrasts"]["quality"]
         assert quality["verdict"] == verdict
         assert all(f"{one['value']:+.4f}" in quoted for one in quality["learning_rates"].values())
+
+
+def test_the_decays_say_what_the_readme_says(tmp_path):
+    shutil.copytree(ROOT / "benchmarks/decay_filter", tmp_path, dirs_exist_ok=True)
+    result = ablation_render.write_answer(tmp_path)
+    assert result["finished"] == len(result["runs"]) == 30
+    assert (tmp_path / "ablation.md").read_text() == (ROOT / "benchmarks/decay_filter/ablation.md").read_text()
+    answers = result["targets"]["answers"]
+    primary = {**answers["contrasts"], "check": answers["check"]}
+    quoted = " ".join(README[README.index("The same filter at the end only") :].split("\n## ")[0].split())
+    for found in primary.values():
+        for one in found["learning_rates"].values():
+            assert catalogue.difference(one, "bits_per_byte") in quoted
+    assert primary["quality"]["verdict"] == "at one learning rate only" and primary["net"]["verdict"] == "not found"
+    assert primary["check"]["verdict"] == "better"
+    for name, contrast, verdict in (
+        ("kept", "net", "better"),
+        ("dropped", "net", "worse"),
+        ("dropped", "throughout", "worse"),
+    ):
+        found = result["targets"][name]["contrasts"][contrast]
+        assert found["verdict"] == verdict
+        assert all(f"{one['value']:+.4f}" in quoted for one in found["learning_rates"].values())
