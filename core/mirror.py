@@ -324,7 +324,7 @@ class Mirror:
         line = re.sub(r"\?\S*", "", one_line(error))  # a URL's query may be a signature
         if line != self.told and not self.over:
             self.told = line
-            self.report(f"the mirror {self.url} fails, and is tried again while the run goes on ({line})")
+            self.report(f"the mirror {self.url} fails, and is tried again while the run continues ({line})")
 
     def _push(self, folder: Path) -> None:
         """Copy what is missing, check that it is there, name it, and remove what is not named any more."""

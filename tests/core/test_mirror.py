@@ -254,7 +254,7 @@ def test_a_mirror_that_fails_is_told_once_tried_again_and_harms_nothing(tmp_path
     assert go(make(tmp_path / "here/tiny"), url, lines)["weights_sha256"] == weights
     assert len(lines) == 2, lines
     failing, works = lines
-    assert failing == f"tiny: the mirror {url}/tiny fails, and is tried again while the run goes on ({told})"
+    assert failing == f"tiny: the mirror {url}/tiny fails, and is tried again while the run continues ({told})"
     assert works == f"tiny: the mirror {url}/tiny works again, and has everything"
     assert manifest(tmp_path / "mirror/tiny")["reached"] == [24, 1]
 
