@@ -153,7 +153,7 @@ class _Stream:
             times = np.floor(weight + generator.random(len(weight))).astype(np.int64)
             order = generator.permutation(np.repeat(order, times))
             phase = "decay" if text == "decay" else "stable"
-            read = np.array([source.phase in ("all", phase) for source in sources], bool)[column.indices]
+            read = np.array([source.reads(phase) for source in sources], bool)[column.indices]
             if phase == "decay":
                 read &= documents["kept"].to_numpy()
             order = order[read[order]]
