@@ -20,7 +20,7 @@ from nanophi.core import bases
 from nanophi.core.environment import environment
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, remove, sha256_of_file, write_json
-from nanophi.core.jobs import side_by_side, stop_with_parent
+from nanophi.core.jobs import side_by_side, stop_with_parent, world_size
 from nanophi.core.mirror import let_go, mirror_url, mirrored
 from nanophi.core.names import local, step_name, step_of
 from nanophi.core.options import Gguf, Jobs, Mirror, OneRecipe, Overrides, Recipes, Restart, Runs
@@ -465,7 +465,7 @@ def run_recipes(
     from nanophi.eval import render
     from nanophi.training.advice import advice
 
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+    if world_size() > 1:
         raise UserError("only `nanophi train` runs on several processes; run `nanophi prepare` first, and `run` last")
     names = [recipe.name for recipe in recipes]
     if len(set(names)) < len(names):

@@ -80,6 +80,11 @@ def _read(name: str, process: Popen[bytes], lines: SimpleQueue[tuple[str, bytes 
     lines.put((name, None))
 
 
+def world_size() -> int:
+    """Number of processes that train together."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
 def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

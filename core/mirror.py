@@ -28,6 +28,7 @@ from typing import Any
 
 from nanophi.core.errors import UserError, one_line, printable, user_errors
 from nanophi.core.files import link_or_copy, read_json, remove, sha256_of_file
+from nanophi.core.jobs import world_size
 from nanophi.core.names import local, walk
 
 LEASE_SECONDS, RENEW_SECONDS, LONGEST_PAUSE = 60.0, 15.0, 60.0
@@ -237,7 +238,7 @@ class Mirror:
             further = f"{REACHED.format(*mine)} against {REACHED.format(*theirs)}"
             self.report(f"the run here is further than its mirror ({further}), and is used")
         elif mine < theirs:
-            if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+            if world_size() > 1:
                 raise UserError(f"{self.url} is further than {self.run}; run `nanophi prepare` with --mirror first")
             self._fetch(manifest["files"], there)
             kept = f"; what was here was not as far, and is in {self.run / '.replaced'}" if here else ""

@@ -13,6 +13,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.training_args import trainer_log_levels
 
 from nanophi.core.errors import UserError, suggest
+from nanophi.core.jobs import world_size
 from nanophi.core.recipe import Training
 from nanophi.training.optimizer import ADAM_EPS
 
@@ -83,11 +84,6 @@ def resolve_precision(training: Training) -> str:
     if training.precision != "auto":
         return training.precision
     return "bf16" if wanted == "bf16" or has_bf16() else "fp32"
-
-
-def world_size() -> int:
-    """Number of processes that train together."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def decay_steps(training: Training) -> list[int]:

@@ -17,8 +17,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from nanophi.configuration_nanophi import NanoPhiConfig
 from nanophi.core.errors import UserError
+from nanophi.core.jobs import world_size
 from nanophi.core.recipe import Recipe
-from nanophi.training.arguments import accelerate_precision, training_arguments, world_size
+from nanophi.training.arguments import accelerate_precision, training_arguments
 from nanophi.training.attention import PACKED_DOCUMENTS
 from nanophi.training.base import base_model
 from nanophi.training.checkpoints import WEIGHTS

@@ -16,10 +16,11 @@ from transformers import AutoTokenizer, set_seed
 from nanophi.configuration_nanophi import NanoPhiConfig
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json
+from nanophi.core.jobs import world_size
 from nanophi.core.recipe import Training
 from nanophi.core.sample import continue_prompt
 from nanophi.modeling_nanophi import NanoPhiForCausalLM
-from nanophi.training.arguments import accelerate_precision, training_arguments, world_size
+from nanophi.training.arguments import accelerate_precision, training_arguments
 from nanophi.training.attention import PACKED_DOCUMENTS
 from nanophi.training.base import base_file, base_model
 from nanophi.training.loss import use_chunked_loss
