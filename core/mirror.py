@@ -136,12 +136,13 @@ class Mirror:
         self.ending = self.over = False  # over: nothing more is copied from here
         self.changed, self.ended = threading.Condition(), threading.Event()
         self.copier = threading.Thread(target=self._copy, daemon=True)
+        self.renewer = threading.Thread(target=self._renew, daemon=True)
 
     def begin(self) -> None:
         """Take the lease, fetch what is further than the disk, and begin to copy."""
         with user_errors(f"--mirror {self.url} cannot be used; check it and your credentials, or leave it out"):
             self._take_lease()
-            threading.Thread(target=self._renew, daemon=True).start()
+            self.renewer.start()
             self._fetch_newer()
         self.copier.start()
 
@@ -153,6 +154,8 @@ class Mirror:
         if self.copier.ident:
             self.copier.join()
         self.ended.set()
+        if self.renewer.ident:
+            self.renewer.join()  # or it might write the lease after it is given back
         with contextlib.suppress(Exception):
             if self.owner in str(self._read(LEASE)):
                 self.files.rm_file(f"{self.path}/{LEASE}")

@@ -426,9 +426,25 @@ def test_who_has_lost_the_mirror_trains_on_without_it(tmp_path, service, weights
     assert lease.read_text().endswith("elsewhere") and not list((tmp_path / "mirror").glob("tiny/manifests/*"))
 
 
+def test_a_lease_that_is_being_renewed_at_the_end_is_given_back(copy, service):
+    renewing, calls = threading.Event(), []
+
+    def slow(call: str, path: str) -> None:
+        calls.append(call)
+        if call == "pipe_file" and path.endswith("lease.part") and calls.count("cat_file") > 1:
+            renewing.set()
+            time.sleep(0.3)
+
+    run = copy / "here/tiny"
+    with mirrored(service(slow)), RunDirectory(run).lock():
+        assert renewing.wait(60)
+    time.sleep(0.6)  # in which what still writes would write
+    assert not (copy / "mirror/tiny/lease").exists()
+
+
 @pytest.fixture
 def s3(tmp_path, monkeypatch):
-    """A real S3 server on this machine, with a bucket; who is not `right` has no access."""
+    """A server of S3's protocol on this machine, with a bucket; from then on it refuses keys that it has not issued."""
     pytest.importorskip("moto")
     s3fs = pytest.importorskip("s3fs")
     with socket.socket() as free:
