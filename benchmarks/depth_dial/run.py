@@ -7,8 +7,8 @@
 Text, tokenizer and context are those of benchmarks/ladder/d12.yaml (run from the repository's root). Two parts:
 
 rates   depths 2, 3 and 4, trained for `RATE_TOKENS` tokens per parameter: the dial's rates times `FACTORS`. All factors
-        under the first seed, those next to 1 under three. The best is where a parabola in log rate through the best
-        three means is lowest; the dial has to be within a factor of 1.5 of it.
+        under the first seed, those next to 1 under as many as are affordable (`RATE_SEEDS`). The best is where a
+        parabola in log rate through the best three means is lowest; the dial has to be within a factor of 1.5 of it.
 flops   at three budgets: the published recipe's shape, AdamW and cosine, scaled down, with its rate scaled by the usual
         rule (1 / width), and with its rate tuned (`TUNED` times that, first seed, then the best under three); and the
         dial's shape, Muon and WSD at `SHARES` of the budget, three seeds. Where the line through the dial's losses
@@ -39,8 +39,9 @@ from nanophi.training.budget import flops_per_token
 HERE = Path(__file__).parent
 DIAL, PUBLISHED = HERE.parent / "ladder/d12.yaml", HERE.parent / "ladder/published.yaml"
 SEEDS = (0, 1, 2)
-DEPTHS, RATE_TOKENS, FACTORS = (2, 3, 4), 1.0, (0.44, 0.67, 1.0, 1.5, 2.25)
-BUDGETS, TOKENS, SHARES, TUNED = (4e12, 1.2e13, 4e13), 20.0, (0.15, 0.25, 0.4, 0.6), (2.0, 4.0, 8.0)
+RATE_SEEDS = {2: SEEDS, 3: SEEDS[:2], 4: SEEDS[:1]}
+RATE_TOKENS, FACTORS = 1.0, (0.44, 0.67, 1.0, 1.5, 2.25)
+BUDGETS, TOKENS, SHARES, TUNED = (3e12, 1e13, 3e13), 20.0, (0.15, 0.25, 0.4, 0.6), (2.0, 4.0, 8.0)
 
 
 def label(budget: float) -> str:
@@ -85,16 +86,21 @@ def depth_of(recipe: Recipe, depth: int, seed: int, factor: float) -> Recipe:
     return sized(recipe, f"depth-{depth}", shape, tokens, seed, factor)
 
 
-def first_runs() -> list[Recipe]:
-    """All runs but those that depend on which tuned rate is best."""
-    ours, theirs = load_recipe(DIAL), load_recipe(PUBLISHED)
-    runs = [
+def rate_runs() -> list[Recipe]:
+    """The dial at other rates."""
+    ours = load_recipe(DIAL)
+    return [
         depth_of(ours, depth, seed, factor)
-        for depth in DEPTHS
-        for seed in SEEDS
+        for depth, seeds in RATE_SEEDS.items()
+        for seed in seeds
         for factor in FACTORS
         if seed == SEEDS[0] or 0.5 < factor < 2
     ]
+
+
+def budget_runs() -> list[Recipe]:
+    """All runs at the three budgets but those that depend on which tuned rate is best."""
+    ours, theirs, runs = load_recipe(DIAL), load_recipe(PUBLISHED), []
     for budget in BUDGETS:
         runs += [at_budget(theirs, f"published-{label(budget)}", budget, seed) for seed in SEEDS]
         runs += [at_budget(theirs, f"published-{label(budget)}", budget, SEEDS[0], factor) for factor in TUNED]
@@ -134,7 +140,7 @@ def make(recipes: list[Recipe], runs: Path, jobs: int) -> None:
 
 def plan() -> dict[str, Any]:
     """The plan, written if there is none. Raises `UserError` if the script has changed what it plans."""
-    recipes = first_runs()
+    recipes = budget_runs() + rate_runs()
     keys = ("steps", "batch_size", "optimizer", "schedule", "learning_rate", "muon_learning_rate", "seed")
     runs: dict[str, Any] = {
         recipe.name: {
@@ -151,17 +157,18 @@ def plan() -> dict[str, Any]:
     elif {**made, "planned": read_json(path)["planned"]} != read_json(path):
         raise UserError(f"{path} is another plan; move it and records/ away to ask another question")
     total = sum(run["flops"] for run in runs.values()) + 2 * sum(BUDGETS)
-    print(f"{len(recipes) + 2 * len(BUDGETS)} runs, {total:.2g} FLOP, at 4e11 FLOP/s {total / 4e11 / 3600:.1f} hours")
+    hours = total / 1.5e11 / 3600
+    print(f"{len(recipes) + 2 * len(BUDGETS)} runs, {total:.2g} FLOP, at 1.5e11 FLOP/s {hours:.1f} hours")
     return made
 
 
 def rates() -> dict[str, Any]:
     """Per depth: mean loss by factor, relative to the same seed's at 1, and the best factor."""
     found = {}
-    for depth in DEPTHS:
+    for depth, all_seeds in RATE_SEEDS.items():
         means = {}
         for factor in FACTORS:
-            seeds = SEEDS if 0.5 < factor < 2 else SEEDS[:1]
+            seeds = all_seeds if 0.5 < factor < 2 else SEEDS[:1]
             names = [(f"dial-depth-{depth}-x{f:g}-seed-{s}" for f in (factor, 1.0)) for s in seeds]
             means[factor] = float(np.mean([loss(mine) - loss(own) for mine, own in names]))
         best = min(means, key=lambda factor: means[factor])
@@ -229,8 +236,8 @@ def main() -> None:
         plan()
         if arguments.plan:
             return
-        make(first_runs(), arguments.runs, arguments.jobs)
-        make(tuned_runs(), arguments.runs, arguments.jobs)
+        for runs in (budget_runs, tuned_runs, rate_runs):
+            make(runs(), arguments.runs, arguments.jobs)
     answer()
 
 
