@@ -426,20 +426,22 @@ def test_who_has_lost_the_mirror_trains_on_without_it(tmp_path, service, weights
     assert lease.read_text().endswith("elsewhere") and not list((tmp_path / "mirror").glob("tiny/manifests/*"))
 
 
-def test_a_lease_that_is_being_renewed_at_the_end_is_given_back(copy, service):
-    renewing, calls = threading.Event(), []
+def test_a_lease_that_is_being_renewed_at_the_end_is_given_back(tmp_path, service):
+    renewing, ending = threading.Event(), threading.Event()
 
     def slow(call: str, path: str) -> None:
-        calls.append(call)
-        if call == "pipe_file" and path.endswith("lease.part") and calls.count("cat_file") > 1:
+        if threading.current_thread() is threading.main_thread():
+            if call == "cat_file" and renewing.is_set():
+                ending.set()
+        elif call == "pipe_file" and path.endswith("lease.part"):
             renewing.set()
-            time.sleep(0.3)
+            ending.wait(1)
+            time.sleep(0.2)  # in which what has ended would remove the lease
 
-    run = copy / "here/tiny"
-    with mirrored(service(slow)), RunDirectory(run).lock():
+    with mirrored(service(slow)), RunDirectory(make(tmp_path / "here/tiny")).lock():
         assert renewing.wait(60)
-    time.sleep(0.6)  # in which what still writes would write
-    assert not (copy / "mirror/tiny/lease").exists()
+    time.sleep(0.5)
+    assert (tmp_path / "mirror/tiny").is_dir() and not (tmp_path / "mirror/tiny/lease").exists()
 
 
 @pytest.fixture
