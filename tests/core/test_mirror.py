@@ -18,6 +18,7 @@ from pydoc_data.topics import topics
 
 import fsspec
 import pytest
+import requests
 from fsspec.implementations.local import LocalFileSystem
 from hub_client import talk_to
 from hub_server import HubServer
@@ -446,24 +447,39 @@ def test_a_lease_that_is_being_renewed_at_the_end_is_given_back(tmp_path, servic
 
 @pytest.fixture
 def s3(tmp_path, monkeypatch):
-    """A server of S3's protocol on this machine, with a bucket; from then on it refuses keys that it has not issued."""
+    """A server of S3's protocol on this machine, with a bucket, that checks keys and signatures."""
     pytest.importorskip("moto")
-    s3fs = pytest.importorskip("s3fs")
+    boto3, s3fs = pytest.importorskip("boto3"), pytest.importorskip("s3fs")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    keys = {"AWS_ACCESS_KEY_ID": "right", "AWS_SECRET_ACCESS_KEY": "secret-of-right"}
-    for name, value in {**keys, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_REGION": "us-east-1"}.items():
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+
+    def use(key: str, secret: str) -> None:
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", key)
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
+        s3fs.S3FileSystem.clear_instance_cache()
+
+    for name, value in {"AWS_ENDPOINT_URL": url, "AWS_REGION": "us-east-1", "AWS_DEFAULT_REGION": "us-east-1"}.items():
         monkeypatch.setenv(name, value)
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", url.rpartition(":")[2]]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
         try:
-            files = s3fs.S3FileSystem(skip_instance_cache=True)
             for _ in range(300):
                 with contextlib.suppress(OSError):
-                    files.mkdir("bucket")
+                    requests.get(f"{url}/moto-api/")
                     break
                 time.sleep(0.1)
+            use("anybody", "until keys are checked")
+            iam, everything = boto3.client("iam"), {"Effect": "Allow", "Action": "*", "Resource": "*"}
+            policy = json.dumps({"Version": "2012-10-17", "Statement": [everything]})
+            iam.create_user(UserName="user")
+            iam.put_user_policy(UserName="user", PolicyName="all", PolicyDocument=policy)
+            key = iam.create_access_key(UserName="user")["AccessKey"]
+            requests.post(f"{url}/moto-api/reset-auth", data="0")
+            use(key["AccessKeyId"], key["SecretAccessKey"])
+            files = s3fs.S3FileSystem(skip_instance_cache=True)
+            files.mkdir("bucket")
+            files.use = use
             yield files
         finally:
             server.kill()
@@ -480,7 +496,13 @@ def test_an_s3_bucket_that_is_missing_or_closed_is_one_line(tmp_path, s3):
     with pytest.raises(UserError, match="--mirror s3://absent/runs/tiny cannot be used; check it and your credentials"):
         go(run, "s3://absent/runs")
     assert s3.ls("") == ["bucket"]
-    assert not (run / "checkpoints").exists()
+    key = os.environ["AWS_ACCESS_KEY_ID"]
+    for wrong in ((key, "a-wrong-secret"), ("AKIAOFNOBODY", "a-wrong-secret")):
+        s3.use(*wrong)
+        with pytest.raises(UserError, match="s3://bucket/runs/tiny cannot be used; check it and your cred") as refused:
+            go(run, "s3://bucket/runs")
+        assert len(str(refused.value).splitlines()) == 1 and "a-wrong-secret" not in str(refused.value)
+    assert not (run / "checkpoints").exists() and not s3.find("bucket")
 
 
 def test_a_bucket_of_the_hub(finished, tmp_path, monkeypatch):
