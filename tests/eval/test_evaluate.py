@@ -382,7 +382,7 @@ def test_leaderboard_tasks_on_real_items(make_model, tmp_path):
     entries.append(dataclasses.replace(SUITES["open-llm-v1"].entries[2], task="mmlu_anatomy"))
     network, tokenizer, _ = load_model(folder)
     stock = HFLM(pretrained=network, tokenizer=tokenizer, batch_size=4)
-    ours = ScorerLM(network, tokenizer, progress=False)
+    ours = ScorerLM(network, tokenizer)
     loaded = load_suite(Suite("all", tuple(entries)), data=data)
     shots = {name: task.config.num_fewshot for name, task in loaded.tasks.items()}
     assert shots == {entry.task: entry.shots for entry in entries}
