@@ -153,40 +153,36 @@ def test_a_folder_against_another_models_repository(change, release, hub, make_m
     assert "differ from ORG/nano" in next(entry.found for entry in checks if not entry.passed)
 
 
-def requests_of(folder, output, **options):
-    submit(str(folder), output=output, repo_id="ORG/nano", **options)
-    return [read_json(path) for path in sorted(output.glob(f"v?/ORG/*_{options.get('precision', 'bfloat16')}_*.json"))]
+CHAT = [{"files": "talks.jsonl"}]
 
 
-@pytest.mark.parametrize(("method", "said"), [("sft", "fine-tuned"), ("dpo", "chat")])
-def test_a_chat_model_says_what_it_is(method, said, release, hub, tmp_path):
-    record(release, [{"files": "talks.jsonl"}], method, "runs/base", "ORG/base")
+@pytest.mark.parametrize(
+    ("recorded", "options", "model_type", "base_model", "template"),
+    [
+        ((CHAT, "sft", "runs/base", "ORG/base"), {}, "fine-tuned", "ORG/base", True),
+        ((CHAT, "dpo", "runs/base", "ORG/base"), {}, "chat", "ORG/base", True),
+        # The template is its tokenizer's.
+        (([], "sft", None), {}, "pretrained", "", False),
+        (([], "sft", "ORG/base@v2"), {}, "continuously pretrained", "ORG/base", False),
+        ((CHAT, "sft", "runs/base"), {"base_model": "ORG/x"}, "fine-tuned", "ORG/x", True),
+        (None, {"model_type": "chat", "base_model": "ORG/y", "precision": "float16"}, "chat", "ORG/y", True),
+    ],
+)
+def test_a_model_is_what_records_and_options_say(
+    recorded, options, model_type, base_model, template, release, hub, tmp_path
+):
     edit(release / "tokenizer_config.json", chat_template="{{ messages }}")
-    for request in requests_of(release, tmp_path / "requests"):
-        assert (request["model_type"], request["base_model"]) == (said, "ORG/base")
-        assert request.get("use_chat_template", True) is True
-
-
-def test_a_pretrained_model_with_a_template_of_its_tokenizer(release, hub, tmp_path):
-    edit(release / "tokenizer_config.json", chat_template="{{ messages }}")
-    first, second = requests_of(release, tmp_path / "requests")
-    assert (first["model_type"], first["base_model"]) == ("pretrained", "")
-    assert second["use_chat_template"] is False
-    record(release, [], "sft", "ORG/base@v2")
-    first, second = requests_of(release, tmp_path / "more")
-    assert (second["model_type"], second["base_model"]) == ("continuously pretrained", "ORG/base")
-
-
-def test_what_the_records_do_not_say_must_be_named(release, hub, tmp_path):
-    record(release, [{"files": "talks.jsonl"}], "sft", "runs/base")
-    (line,) = [entry for entry in check(release, repo_id="ORG/nano") if not entry.passed]
-    assert line.name == "model type" and "--base-model" in line.remedy
-    assert requests_of(release, tmp_path, base_model="ORG/x")[1]["base_model"] == "ORG/x"
     shutil.rmtree(release / "records")
-    (line,) = [entry for entry in check(release, repo_id="ORG/nano") if not entry.passed]
-    assert line.name == "model type" and "--model-type" in line.remedy
-    options = {"model_type": "chat", "base_model": "ORG/y", "precision": "float16"}
-    assert requests_of(release, tmp_path, **options)[0]["model_type"] == "chat"
+    if recorded:
+        record(release, *recorded)
+    if "base_model" in options:
+        (line,) = [entry for entry in check(release, repo_id="ORG/nano") if not entry.passed]
+        assert line.name == "model type" and ("--base-model" if recorded else "--model-type") in line.remedy
+    submit(str(release), output=tmp_path / "requests", repo_id="ORG/nano", **options)
+    first, second = map(read_json, sorted(tmp_path.glob("requests/v?/ORG/*.json")))
+    for request in (first, second):
+        assert (request["model_type"], request["base_model"]) == (model_type, base_model)
+    assert second["use_chat_template"] is template
 
 
 def test_a_private_repository_is_told_how_to_become_public(release, hub, monkeypatch):
