@@ -190,7 +190,6 @@ def compare_models(
         "notes": notes + found,
         "items": items,
     }
-    output = Path(output)
     if (output / "comparison.json").is_file():
         earlier = read_json(output / "comparison.json")
         if any(earlier.get(key) != comparison[key] for key in ("models", "baseline")):

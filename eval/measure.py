@@ -90,7 +90,6 @@ def measure(
         "environment": {key: value for key, value in environment().items() if key not in ("cpu_threads", "commit")},
     }
     key = sha256_of(inputs)
-    output = Path(output)
     if output.suffix != ".json":
         output /= result_name(identity["name"], chosen.name, key)
     elif shared:
