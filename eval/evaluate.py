@@ -11,9 +11,9 @@ import typer
 from typer import Argument, Option
 
 from nanophi.core.files import check_own_file, sha256_of, write_json
-from nanophi.core.names import resolve, step_folders
+from nanophi.core.names import resolve
 from nanophi.core.options import Trust
-from nanophi.eval.models import model_name
+from nanophi.eval.models import checkpoints_of, model_name
 from nanophi.eval.results import ANSWER_METRIC, answer_scores, distinct, file_stem, is_result_of, leading_scores
 
 CURVE_FORMAT = 2
@@ -47,8 +47,7 @@ def evaluate(
     from nanophi.eval.measure import Options, measure
 
     options = Options(data, heldout, limit, num_fewshot, batch_size, dtype, trust_remote_code)
-    # A run directory stands for its checkpoints.
-    expanded = [each for model in models for each in (step_folders(Path(model) / "checkpoints") or [model])]
+    expanded = [checkpoint for model in models for checkpoint in checkpoints_of(model)]
     results = [measure(model, suite, output, options, shared=len(expanded) > 1) for model in expanded]
     folder = output.parent if output.suffix == ".json" else output
     typer.echo(f"results are in {output if len(expanded) == 1 else folder}")

@@ -7,13 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 from nanophi.core.errors import UserError, one_line
 from nanophi.core.files import read_json, sha256_of, sha256_of_file
-from nanophi.core.names import Named, resolve
+from nanophi.core.names import Named, resolve, step_folders
 
 if TYPE_CHECKING:
     import transformers
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 GENERIC_NAMES = ("release", "model", "checkpoint", "main", "final", "best", "last")  # of folders, that tell nothing
+
+
+def checkpoints_of(model: str | Path) -> list[str | Path]:
+    """The checkpoints of a run directory, by step; any other model is itself."""
+    return list(step_folders(Path(model) / "checkpoints")) or [model]
 
 
 def model_name(named: Named) -> str:
