@@ -146,16 +146,11 @@ def compare_models(
     seed: int = 0,
     report: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Compare models and write `comparison.json`, `comparison.md` and `comparison.png`.
+    """Compare models, by label, and write `comparison.json`, `comparison.md` and `comparison.png`.
 
-    Args:
-        results: label of each model -> its result files; of those with the same task the one with most items counts.
-        baseline: the label that the others are compared with; None: the last one.
-        report: called with one line if the folder holds a comparison of other models, which is then replaced.
-
-    Returns:
-        what `comparison.json` holds: the `TABLES`, of rows with `scores` and `differences` from the baseline by label,
-        and the `items` that they are made from. What was not measured alike has rows of its own: `winogrande:0`.
+    Of result files with the same task the one with most items counts; the baseline is the last label by default.
+    Returns what `comparison.json` holds: the `TABLES`, of rows with `scores` and `differences` from the baseline by
+    label, and the `items` that they are made from. What was not measured alike has rows of its own: `winogrande:0`.
     """
     if not results:
         raise UserError("nothing to compare: name at least one result")
@@ -195,7 +190,6 @@ def compare_models(
         "notes": notes + found,
         "items": items,
     }
-    output = Path(output)
     if (output / "comparison.json").is_file():
         earlier = read_json(output / "comparison.json")
         if any(earlier.get(key) != comparison[key] for key in ("models", "baseline")):

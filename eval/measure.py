@@ -11,7 +11,6 @@ import math
 import random
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, remove, sha256_of, sha256_of_file, sha256_of_tree, write_json, write_text
 from nanophi.core.formatting import duration
 from nanophi.core.names import resolve
+from nanophi.core.run import Report
 from nanophi.eval import suites
 from nanophi.eval.catalogue import HELDOUT_BITS, score
 from nanophi.eval.metrics import bits_figures, heldout_figures, memorisation_figures
@@ -42,7 +42,6 @@ from nanophi.eval.suites import LoadedSuite, generation_problem, quiet
 RANDOM_SEED, FEWSHOT_SEED = 0, 1234
 BOOTSTRAP_ITERATIONS = 100_000
 
-Report = Callable[[str], None]
 Parts = dict[str, dict[str, Any]]
 """What `run_task` returns for each task."""
 
@@ -91,7 +90,6 @@ def measure(
         "environment": {key: value for key, value in environment().items() if key not in ("cpu_threads", "commit")},
     }
     key = sha256_of(inputs)
-    output = Path(output)
     if output.suffix != ".json":
         output /= result_name(identity["name"], chosen.name, key)
     elif shared:

@@ -62,10 +62,9 @@ class ScorerLM(HFLM):
         overflowing: number of requests so far that were cut from the left to fit the context.
     """
 
-    def __init__(self, network: Any, tokenizer: Any, batch_size: int = 16, *, progress: bool = True) -> None:
+    def __init__(self, network: Any, tokenizer: Any, batch_size: int = 16) -> None:
         super().__init__(pretrained=network, tokenizer=tokenizer, batch_size=batch_size)
         self.overflowing = 0
-        self.progress = progress
         self._encoded: dict[str, list[int]] = {}
         self._kernels = Kernels(network)
         self.sparse_head = network.get_output_embeddings() is not None
@@ -135,7 +134,7 @@ class ScorerLM(HFLM):
         sequences = [np.frombuffer(key, dtype=">i4") for key in sorted(windows)]
         asked = [windows[key] for key in sorted(windows)]
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        bar = progress_bar(len(requests), "scoring", unit=" requests", disable=not self.progress)
+        bar = progress_bar(len(requests), "scoring", unit=" requests")
         scored = [max(len(request.tokens) for request in group) for group in asked]
         for answers in self._score(PrefixTree(sequences, scored, asked)):
             for number, answer in answers:
@@ -303,8 +302,7 @@ class ScorerLM(HFLM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Like `HFLM.generate_until`."""
-        shown = self.progress and not disable_tqdm
-        self._generated = progress_bar(len(requests), "generating", unit=" answers", disable=not shown)
+        self._generated = progress_bar(len(requests), "generating", unit=" answers", disable=disable_tqdm)
         try:
             return super().generate_until(requests, disable_tqdm=True)
         finally:

@@ -67,22 +67,17 @@ def mcnemar(ours: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:
     return {"gained": gained, "lost": lost, "p_value": p_value}
 
 
-def bootstrap_mean(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Means of bootstrap resamples of `values` (items,): shape (RESAMPLES,)."""
+def bootstrap(values: np.ndarray, sizes: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:
+    """`values.sum() / sizes.sum()` of bootstrap resamples of (items,): shape (RESAMPLES,). Sizes None: means."""
+    count = len(values)
+    draws = (rng.integers(0, count, (100, count)) for _ in range(RESAMPLES // 100))
+    if sizes is not None:
+        return np.concatenate([values[drawn].sum(1) / sizes[drawn].sum(1) for drawn in draws])
     distinct, counts = np.unique(values, return_counts=True)
     if len(distinct) > 8:
-        return bootstrap_ratio(values, None, rng)
+        return np.concatenate([values[drawn].mean(1) for drawn in draws])
     # With few distinct values (right or wrong) their counts in a resample are multinomial: no need to draw items.
-    draws = rng.multinomial(len(values), counts / len(values), size=RESAMPLES)
-    return draws @ distinct / len(values)
-
-
-def bootstrap_ratio(numerators: np.ndarray, sizes: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:
-    """Ratios of sums of (items,) over bootstrap resamples of the items: shape (RESAMPLES,). Sizes None: all one."""
-    draws = (rng.integers(0, len(numerators), (100, len(numerators))) for _ in range(RESAMPLES // 100))
-    if sizes is None:
-        return np.concatenate([numerators[drawn].mean(1) for drawn in draws])
-    return np.concatenate([numerators[drawn].sum(1) / sizes[drawn].sum(1) for drawn in draws])
+    return rng.multinomial(count, counts / count, size=RESAMPLES) @ distinct / count
 
 
 def effective_items(sizes: np.ndarray) -> float:
@@ -112,9 +107,8 @@ def estimate(differences: np.ndarray, sizes: np.ndarray | None, rng: np.random.G
     together; so the draws are spread by that.
     """
     value, stderr, freedom = jackknife(differences, sizes)
-    draws = bootstrap_mean(differences, rng) if sizes is None else bootstrap_ratio(differences, sizes, rng)
     count = len(differences)
-    draws = value + (draws - value) * math.sqrt(count / max(count - 1, 1))
+    draws = value + (bootstrap(differences, sizes, rng) - value) * math.sqrt(count / max(count - 1, 1))
     return Estimate(value, stderr, freedom, count, draws)
 
 

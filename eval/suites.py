@@ -24,7 +24,7 @@ from lm_eval.api.task import Task
 from lm_eval.config.group import GroupConfig
 from lm_eval.tasks import TaskManager
 
-from nanophi.core.errors import UserError, one_line, suggest
+from nanophi.core.errors import UserError, suggest, user_errors
 from nanophi.eval.catalogue import SUITES, TASKS, Entry, Suite, made_from, too_long
 
 OUR_TASKS = Path(__file__).parent / "tasks"
@@ -261,15 +261,10 @@ def _load_task(manager: TaskManager, name: str, entry: Entry, dataset: str, fold
         overrides["dataset_kwargs"] = {"heldout": str(folder)}
     elif folder is not None:
         overrides["dataset_path"] = str(folder)
-    try:
+    where = f"folder {folder}" if folder else f"dataset {dataset} on the Hub; use a local copy with --data"
+    with user_errors(f"task '{name}': cannot load {where}"), quiet():
         # At top level a dict with a "task" key defines a new task; inside a group it refers to the one of that name.
-        with quiet():
-            (task,) = manager.load([{"group": "nanophi", "task": [overrides]}])["tasks"].values()
-    except UserError:
-        raise
-    except Exception as error:
-        where = f"folder {folder}" if folder else f"dataset {dataset} on the Hub (use a local copy with --data)"
-        raise UserError(f"task '{name}': cannot load {where}: {one_line(error)}") from error
+        (task,) = manager.load([{"group": "nanophi", "task": [overrides]}])["tasks"].values()
     defined = task.get_config("num_fewshot")
     if defined == 0 and entry.shots:
         raise UserError(f"task '{name}' is zero-shot by its definition; leave out the number of shots")

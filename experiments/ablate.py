@@ -29,7 +29,7 @@ are the same are used again; where one is another, this question's runs have a n
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,7 +41,7 @@ from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, sha256_of, write_json, write_text
 from nanophi.core.options import Jobs, OneRecipe, Overrides, Restart, Runs
 from nanophi.core.recipe import Recipe, load_recipe
-from nanophi.core.run import RunDirectory, differences, now
+from nanophi.core.run import Report, RunDirectory, differences, now
 from nanophi.experiments import records
 from nanophi.pipeline import Pipeline
 
@@ -81,12 +81,19 @@ def ablate(
     """
     records.check_numbers(seed, learning_rate, epochs)
     resolved = load_recipe(recipe, overrides)
-    output = Path("ablations") / resolved.name if output is None else output
-    names = [] if tasks == "none" else [task.strip() for task in tasks.split(",")]
     if at not in (None, "decay") or (candidate and at is None):
         raise UserError(f"--at {at} is unknown; use --at decay" if at else "--candidate needs --at decay")
-    candidates = find_candidates(resolved, candidate, overrides)
-    experiment = Ablation(resolved, runs, output, seed, learning_rate, epochs, names, jobs, restart, at, candidates)
+    own = resolved.training.learning_rate
+    question = {
+        "seeds": seed,
+        "learning_rates": learning_rate or [own, float(f"{LOWER_RATE * own:.6g}")],
+        "epochs_asked": epochs,
+        "tasks": [] if tasks == "none" else [task.strip() for task in tasks.split(",")],
+        "at": at,
+        "candidates": find_candidates(resolved, candidate, overrides) or None,
+    }
+    output = output or Path("ablations") / resolved.name
+    experiment = Ablation(resolved, runs, output, question, jobs, restart)
     planned = experiment.plan()
     if plan:
         typer.echo(output / "plan.json")
@@ -98,21 +105,16 @@ def ablate(
 class Ablation:
     """One experiment on the filter of `recipe`: `quality.threshold`, or `quality.share` of the best.
 
-    `learning_rates` are AdamW's (Muon's follow in proportion); none: the recipe's, and `LOWER_RATE` times that.
+    `question` is what the plan has of it; its learning rates are AdamW's (Muon's follow in proportion).
     """
 
     recipe: Recipe
     runs: Path
     output: Path
-    seeds: Sequence[int] = (0, 1, 2)
-    learning_rates: Sequence[float] = ()
-    epochs: float | None = None
-    tasks: Sequence[str] = ("arc_easy", "hellaswag")
+    question: Mapping[str, Any]
     jobs: int = 1
     restart: bool = False
-    at: str | None = None
-    candidates: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
-    report: Callable[[str], None] = print
+    report: Report = print
 
     def plan(self) -> dict[str, Any]:
         """The plan in `output`, written there if there is none yet: one that follows the results is none.
@@ -120,17 +122,7 @@ class Ablation:
         Raises `UserError` for an experiment that cannot be run, or that differs from the plan that is there.
         """
         self._check()
-        own = self.recipe.training.learning_rate
-        question: dict[str, Any] = {
-            "recipe": self.recipe.dump(),
-            "seeds": list(self.seeds),
-            "learning_rates": list(self.learning_rates) or [own, float(f"{LOWER_RATE * own:.6g}")],
-            "epochs_asked": self.epochs,
-            "tasks": list(self.tasks),
-            "at": self.at,
-            "candidates": self.candidates or None,
-        }
-        plan = records.keep_plan(self.output, question, self._make_plan)
+        plan = records.keep_plan(self.output, {"recipe": self.recipe.dump(), **self.question}, self._make_plan)
         self.report(describe_plan(plan))
         return plan
 
@@ -184,22 +176,23 @@ class Ablation:
         from nanophi.training import arguments
 
         recipe, quality = self.recipe, self.recipe.quality
+        at, tasks = self.question["at"], self.question["tasks"]
         if recipe.conversations:
             raise UserError(f"{recipe.name} trains on conversations, which no filter selects; name its base's recipe")
         if quality.threshold is None and quality.share in (None, 1):
             raise UserError(f"{recipe.name} keeps everything; set quality.threshold or quality.share to what you ask")
         if quality.select != "best":
             raise UserError("quality.select must be 'best'; the other shares are arms of the experiment")
-        if self.at is None and recipe.quality.phase == "decay":
+        if at is None and quality.phase == "decay":
             raise UserError(f"{recipe.name} filters while the learning rate decays; add --at decay")
-        if self.at and not 0 < recipe.training.decay_start < recipe.training.steps:
+        if at and not 0 < recipe.training.decay_start < recipe.training.steps:
             raise UserError(f"{recipe.name}: --at decay needs training.schedule=wsd and a decay_fraction below 1")
         context = recipe.model_config_for().max_position_embeddings
-        if problem := suites.context_problem([records.suite(self.tasks)], context):
+        if problem := suites.context_problem([records.suite(tasks)], context):
             raise UserError(f"{recipe.name}: {problem}")
         arguments.check(recipe.training, self.runs / recipe.name, recipe.training_seed)
         if not (self.output / "plan.json").exists():
-            records.check_tasks(recipe, self.tasks)
+            records.check_tasks(recipe, tasks)
 
     def _make_plan(self, question: Mapping[str, Any]) -> dict[str, Any]:
         from nanophi.core.environment import environment
@@ -207,17 +200,18 @@ class Ablation:
         from nanophi.experiments import ablation
 
         seen, context = records.tokens_seen(self.recipe), self.recipe.model_config_for().max_position_embeddings
+        candidates = question["candidates"] or {}
         plan: dict[str, Any] = {"format": records.FORMAT, **question, "share": self.recipe.quality.share, "tokens": {}}
-        plan["arms"] = [*ablation.ARMS, *self.candidates]
-        throughout = [arm for arm, candidate in self.candidates.items() if candidate["throughout"]]
-        plan["branches"] = [arm for arm in plan["arms"] if self.at and arm not in ("all", *throughout)]
+        plan["arms"] = [*ablation.ARMS, *candidates]
+        throughout = [arm for arm, candidate in candidates.items() if candidate["throughout"]]
+        plan["branches"] = [arm for arm in plan["arms"] if question["at"] and arm not in ("all", *throughout)]
         available, vocab_size = self._measure_arms(plan)
         before = seen // self.recipe.training.steps * self.recipe.training.decay_start
         read = {arm: seen - before if arm in plan["branches"] else seen for arm in plan["arms"]}
-        plan["tokens"] = self._sizes(available, plan["share"], read["best"], context)
+        plan["tokens"] = _sizes(available, plan["share"], question["epochs_asked"], read["best"], context)
         planned = [arm_of(self.recipe, plan, *key) for key in keys_of(plan)]
         tokens = sum(read[arm] for arm, _, _ in keys_of(plan))
-        contrasts = ablation.CONTRASTS | {arm: (arm, "all") for arm in self.candidates}
+        contrasts = ablation.CONTRASTS | {arm: (arm, "all") for arm in candidates}
         contrasts |= {f"decay or {arm}": ("best", arm) for arm in throughout}
         there = [(run, self.runs / run.name / "recipe.yaml") for run in planned]
         if any(file.exists() and load_recipe(file).dump() != run.dump() for run, file in there):
@@ -227,7 +221,7 @@ class Ablation:
             "tokens_seen": seen,
             "epochs": {arm: read[arm] / count for arm, count in plan["tokens"].items()},
             "vocab_size": vocab_size,
-            "targets": _targets(self.recipe, self.tasks),
+            "targets": _targets(self.recipe, question["tasks"]),
             "contrasts": {name: " - ".join(arms) for name, arms in contrasts.items()},
             "test": str(ablation.__doc__).split("\n\n", 1)[1].strip(),
             "planned": now(),
@@ -260,21 +254,20 @@ class Ablation:
                 _write_items(pipeline.path / "data", self.output / "items.json")
         return available, counts["vocab_size"]
 
-    def _sizes(self, available: Mapping[str, int], share: float, seen: int, context: int) -> dict[str, int]:
-        """Different tokens of each arm's runs, in whole rows. Raises `UserError` if there is not enough text."""
-        most = min(*(count for arm, count in available.items() if arm != "all"), available["all"] * share)
-        unique = most if self.epochs is None else seen / self.epochs
-        if unique > most:
-            raise UserError(
-                f"--epochs {self.epochs:g} needs {unique:,.0f} different tokens in every share, but there are "
-                f"{most:,.0f}; ask for {seen / most:.2f} epochs or more"
-            )
-        unique = int(unique) // context * context
-        if not unique:
-            raise UserError(
-                f"every share has less than one row of {context} tokens; ask for fewer --epochs or add text"
-            )
-        return dict.fromkeys(available, unique) | {"all": int(unique / share) // context * context}
+
+def _sizes(available: Mapping[str, int], share: float, epochs: float | None, seen: int, context: int) -> dict[str, int]:
+    """Different tokens of each arm's runs, in whole rows. Raises `UserError` if there is not enough text."""
+    most = min(*(count for arm, count in available.items() if arm != "all"), available["all"] * share)
+    unique = most if epochs is None else seen / epochs
+    if unique > most:
+        raise UserError(
+            f"--epochs {epochs:g} needs {unique:,.0f} different tokens in every share, but there are "
+            f"{most:,.0f}; ask for {seen / most:.2f} epochs or more"
+        )
+    unique = int(unique) // context * context
+    if not unique:
+        raise UserError(f"every share has less than one row of {context} tokens; ask for fewer --epochs or add text")
+    return dict.fromkeys(available, unique) | {"all": int(unique / share) // context * context}
 
 
 def keys_of(plan: Mapping[str, Any]) -> list[tuple[str, int, float]]:
@@ -360,17 +353,14 @@ def arm_of(recipe: Recipe, plan: Mapping[str, Any], arm: str, seed: int, rate: f
 
 def _targets(recipe: Recipe, tasks: Sequence[str]) -> dict[str, dict[str, Any]]:
     """What is measured, the primary target first: fixed before there is anything to measure."""
+    from nanophi.data.sources import name_of
     from nanophi.eval import catalogue
 
     answers = {"title": f"right answers, {' and '.join(catalogue.title(task) for task in tasks)}"}
     targets: dict[str, dict[str, Any]] = {"answers": answers} if tasks else {}
-    for name, words in (
-        ("heldout", ", all"),
-        ("kept", " that the filter keeps"),
-        ("dropped", " that the filter drops"),
-    ):
-        targets[name] = {"title": f"held-out text{words}"}
-    names = [source.name or source.hub or source.files for source in recipe.data.sources if source.heldout]
+    parts = {"heldout": ", all", "kept": " that the filter keeps", "dropped": " that the filter drops"}
+    targets |= {name: {"title": f"held-out text{words}"} for name, words in parts.items()}
+    names = [name_of(source) for source in recipe.data.sources if source.heldout]
     if len(names) > 1:
         targets |= {f"source:{name}": {"title": f"held-out source {name}", "source": name} for name in names}
     return {name: {**target, "primary": number == 0} for number, (name, target) in enumerate(targets.items())}

@@ -10,11 +10,10 @@ from typing import Any
 import jinja2
 
 from nanophi.core import formatting, markup, plots
-from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, write_json, write_text
 from nanophi.core.recipe import Recipe
 from nanophi.eval import catalogue
-from nanophi.experiments import ablation
+from nanophi.experiments import ablation, records
 from nanophi.training.budget import flops_per_token
 
 ARMS = {
@@ -46,9 +45,7 @@ def write_answer(output: Path) -> dict[str, Any]:
     contrasts = {name: arms.split(" - ") for name, arms in plan["contrasts"].items()}
     # What continues a trunk scatters less than full runs, and the trunk itself less again: it reads on in its own text.
     pools = [plan["branches"], ["all", *plan["branches"]]] if plan.get("branches") else []
-    runs = [read_json(path) for path in sorted((output / "records").glob("*.json"))]
-    if not runs:
-        raise UserError(f"{output} holds no record of a finished run; run the experiment again")
+    runs = records.read_records(output)
     result: dict[str, Any] = {
         "format": plan["format"],
         "plan": {key: value for key, value in plan.items() if key != "recipe"},

@@ -30,6 +30,7 @@ from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, sha256_of_file, write_json
 from nanophi.core.options import Jobs, Overrides, Recipes, Runs
 from nanophi.core.recipe import Recipe, load_recipe
+from nanophi.core.run import Report
 from nanophi.experiments import records, scaling
 from nanophi.pipeline import Pipeline
 
@@ -90,7 +91,7 @@ class Ladder:
     output: Path
     options: Mapping[str, Any]
     jobs: int = 1
-    report: records.Report = print
+    report: Report = print
 
     def plan(self) -> dict[str, Any]:
         """The plan in `output`, written there if there is none yet. Raises `UserError` if it cannot be carried out."""

@@ -19,15 +19,13 @@ from nanophi.core import formatting
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, sha256_of, write_json, write_text
 from nanophi.core.recipe import Recipe
-from nanophi.core.run import differences
+from nanophi.core.run import Report, differences
 from nanophi.pipeline import Pipeline, train_side_by_side
 
 FORMAT = 1
 """Version of the plan and the records."""
 HELDOUT = "heldout_bits_per_byte"
 MAX_SEED = (1 << 32) - 1
-
-Report = Callable[[str], None]
 
 
 def keep_plan(

@@ -6,7 +6,7 @@ What a release is, and whether it is whole, is decided in `model_card`.
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -20,6 +20,7 @@ from nanophi.core.files import read_json, write_text
 from nanophi.core.names import final_checkpoint, is_hub_id, split_revision
 from nanophi.core.options import Overrides, ReleaseOrId, Revision
 from nanophi.core.recipe import load_recipe
+from nanophi.core.run import Report
 
 LEARNED_FROM = {
     "base_sha256": "base's weights",
@@ -77,9 +78,7 @@ def _as_recorded(published: Path) -> list[str]:
     return [f"training.precision={precision}"] if precision in ("fp32", "bf16") else []
 
 
-def fetch_recipe(
-    release: str, output: Path, revision: str | None = None, report: Callable[[str], None] = print
-) -> Path:
+def fetch_recipe(release: str, output: Path, revision: str | None = None, report: Report = print) -> Path:
     """The file with a release's recipe, its name ending in `-reproduced`; the records go into `published/` beside it.
 
     Raises `UserError` if there is no such release, or its records are not those of its manifest.
@@ -124,7 +123,7 @@ def _versions(environment: dict[str, Any]) -> dict[str, str]:
     return {"nanophi": environment["nanophi"], "python": environment["python"], **environment["packages"]}
 
 
-def compare_with_published(published: Path, run: Path, report: Callable[[str], None] = print) -> list[Row]:
+def compare_with_published(published: Path, run: Path, report: Report = print) -> list[Row]:
     """A reproduced run beside the published `records/` and manifest, at the checkpoint that they describe.
 
     Scores agree within two standard errors of their difference; hashes if they are equal. Raises `UserError` if the

@@ -55,14 +55,9 @@ Runs = Mapping[ablation.Key, Sequence[ablation.Items]]
 def measure(recipe: Path, folder: Path, at: str | None) -> Runs:
     """Held-out text under every run of an experiment without an effect."""
     # As many passes over a share as over all the text: the shares differ in their documents alone.
-    options: dict[str, Any] = {
-        "seeds": range(SEEDS),
-        "learning_rates": (RATE,),
-        "epochs": 2 if at else 8,
-        "tasks": (),
-        "at": at,
-    }
-    experiment = Ablation(load_recipe(recipe), folder / "runs", folder / f"output-{at}", **options)
+    question: dict[str, Any] = {"seeds": list(range(SEEDS)), "learning_rates": [RATE], "epochs_asked": 2 if at else 8}
+    question |= {"tasks": [], "at": at, "candidates": None}
+    experiment = Ablation(load_recipe(recipe), folder / "runs", folder / f"output-{at}", question)
     plan = experiment.plan()
     experiment.run(plan)
     files = sorted((experiment.output / "records").glob("*.json"))

@@ -29,7 +29,7 @@ def test_rows_that_do_not_end_are_marked(tmp_path):
 def test_an_answer_costs_what_its_own_tokens_cost(tmp_path):
     """lm-eval would move the line end at the end of the prompt, a token of the template, to the answer."""
     network, tokenizer, _ = load_model(make_base(tmp_path / "base") / "checkpoints/step-000001")
-    lm = ScorerLM(network, tokenizer, 4, progress=False)
+    lm = ScorerLM(network, tokenizer, 4)
     pairs = [("User:\nWhy?\nAssistant:\n", "Because."), ("User:\nHow?\nAssistant:\n", "né")]
     requests = [SimpleNamespace(args=pair, task_name="answers_bits_per_byte") for pair in pairs]
     for (prompt, answer), (found, _) in zip(pairs, lm.loglikelihood(requests), strict=True):

@@ -39,7 +39,7 @@ from nanophi.model_card.consistency import _underived, scores
 
 
 def result(path, scores, *, task="arc_easy", metric=None, chance=0.25, shots=0, prompts="p", sources=None, model=None,
-           value=None, answers=None, **fields):  # fmt: skip
+           value=None, answers=None, identity=None, **fields):  # fmt: skip
     """A result file with these scores per item, or per leaf task and item, of a model named like the file.
 
     `sources` and `answers` (bits per byte of the right answers) are per item; `value` is the score where it is not the
@@ -56,32 +56,33 @@ def result(path, scores, *, task="arc_easy", metric=None, chance=0.25, shots=0, 
             | {"source": sources[i] if sources else "s"}
             for i, score in enumerate(items)
         ]
-        found = value
+        found, stderr = value, 0.01
         if value is None:
             values = np.array(items, dtype=float)
             found = -values[:, 0].sum() / values[:, 1].sum() / math.log(2) if pairs else float(values.mean())
-        stderr = bits_per_byte_stderr(*np.array(items).T) if pairs and len(items) > 1 else 0.01
+            if len(items) > 1:
+                stderr = bits_per_byte_stderr(*values.T) if pairs else scipy.stats.sem(values)
         content["results"][leaf] = {f"{metric},{filter_name}": found, f"{metric}_stderr,{filter_name}": stderr}
         if answers is not None:
             for sample, answer in zip(samples, answers, strict=True):
                 sample[ANSWER_METRIC] = answer
-            content["results"][leaf] |= {f"{ANSWER_METRIC},none": np.mean(answers), f"{ANSWER_METRIC}_stderr,none": 0.1}
+            stderr = scipy.stats.sem(answers) if len(answers) > 1 else 0.1
+            figures = {ANSWER_METRIC: np.mean(answers), f"{ANSWER_METRIC}_stderr": stderr}
+            content["results"][leaf] |= {f"{name},none": figure for name, figure in figures.items()}
         content["n-shot"][leaf] = shots
         content["n-samples"][leaf] = {"effective": len(items), "original": len(items)}
         content["higher_is_better"][leaf] = {metric: not pairs, ANSWER_METRIC: False}
-    identity = {"name": model or path.stem, "sha256": model or path.stem, "dtype": "float32"}
+    identity = {"name": model or path.stem, "sha256": model or path.stem, "dtype": "float32"} | (identity or {})
     line = {task: {"tasks": list(of_leaf), "chance": chance}}
     content["nanophi"] = {"format": FORMAT, "suite": task, "lines": line, "model": identity, **fields}
     path.write_text(json.dumps(content | {"lm_eval_version": "0.4.13"}))
     return path
 
 
-def bits(path, nats, sizes, sources=None):
-    held = {"bits_per_byte": 1.0, "bz2": {"bits_per_byte": 2.25}}
-    scores = list(zip(nats.tolist(), sizes.tolist(), strict=True))
-    return result(
-        path, scores, task="heldout_bits_per_byte", metric="bits_per_byte", chance=None, heldout=held, sources=sources
-    )
+def bits(path, nats, sizes, sources=None, **fields):
+    fields |= {"task": "heldout_bits_per_byte", "metric": "bits_per_byte", "chance": None}
+    fields |= {"heldout": {"bits_per_byte": 1.0, "bz2": {"bits_per_byte": 2.25}}, "sources": sources}
+    return result(path, np.stack([nats, sizes], axis=1).tolist(), **fields)
 
 
 def approximately(value):
@@ -120,18 +121,6 @@ def test_better_is_found_and_noise_is_not(tmp_path):
     assert "| ARC-Easy (acc, 0-shot) |" in markdown and "measured elsewhere" not in markdown
 
 
-def test_worse_bits_per_byte(tmp_path):
-    rng = np.random.default_rng(1)
-    sizes = rng.integers(500, 5000, 80).astype(float)
-    control = -sizes * rng.normal(1.3, 0.2, 80)
-    worse = control - sizes * rng.normal(0.02, 0.02, 80)
-    files = {"a": [bits(tmp_path / "a.json", worse, sizes)], "b": [bits(tmp_path / "b.json", control, sizes)]}
-    difference = compare_models(files, tmp_path)["tasks"]["heldout_bits_per_byte"]["differences"]["a"]
-    assert difference["verdict"] == "worse" and difference["value"] > 0
-    assert difference["value"] == pytest.approx((control - worse).sum() / sizes.sum() / math.log(2))
-    assert "bz2 -9 on the same text" in to_text(read_json(tmp_path / "comparison.json"))
-
-
 def test_bits_per_byte_by_source(tmp_path):
     """Paired within each source: one gets better, one worse, the rest is noise; small ones are put together."""
     rng = np.random.default_rng(5)
@@ -140,12 +129,10 @@ def test_bits_per_byte_by_source(tmp_path):
     control = -sizes * rng.normal(1.3, 0.3, len(sources))
     shift = np.array([{"manual": 0.03, "code": -0.03}.get(source, 0.0) for source in sources])
     ours = control + sizes * (shift + rng.normal(0, 0.02, len(sources)))
-    files = {
-        "a": [bits(tmp_path / "a.json", ours, sizes, sources)],
-        "b": [bits(tmp_path / "b.json", control, sizes, sources)],
-    }
+    files = {x: [bits(tmp_path / f"{x}.json", nats, sizes, sources)] for x, nats in (("a", ours), ("b", control))}
     comparison = compare_models(files, tmp_path)
-    rows = comparison["sources"]
+    whole, rows = comparison["tasks"]["heldout_bits_per_byte"]["differences"]["a"], comparison["sources"]
+    assert whole["value"] == pytest.approx((control - ours).sum() / sizes.sum() / math.log(2))
     assert list(_underived(comparison)) == []
     for table, task in (("sources", "manual"), ("tasks", "heldout_bits_per_byte")):
         turned = copy.deepcopy(comparison)
@@ -155,6 +142,7 @@ def test_bits_per_byte_by_source(tmp_path):
     assert {name: row["documents"] for name, row in rows.items()} == documents
     verdicts = {name: row["differences"]["a"]["verdict"] for name, row in rows.items()}
     assert verdicts["manual"] == "better" and verdicts["code"] == "worse"
+    assert rows["code"]["differences"]["a"]["value"] > 0
     assert verdicts["prose"] == verdicts["other (3 sources)"] == "within noise"
     of = np.array([source == "manual" for source in sources])
     exact = (control - ours)[of].sum() / sizes[of].sum() / math.log(2)
@@ -163,6 +151,7 @@ def test_bits_per_byte_by_source(tmp_path):
     assert rows["manual"]["scores"]["b"]["value"] == pytest.approx(-control[of].sum() / sizes[of].sum() / math.log(2))
     corrected = holm([row["differences"]["a"]["p_value"] for row in rows.values()])
     assert [row["differences"]["a"]["p_corrected"] for row in rows.values()] == pytest.approx(corrected)
+    assert "bz2 -9 on the same text" in to_text(comparison)
     markdown = unpadded(tmp_path / "comparison.md")
     assert "<summary>Held-out bits per byte by source</summary>" in markdown
     assert "| other (3 sources) | 21 |" in markdown
@@ -247,21 +236,13 @@ def test_every_figure_follows_from_the_items_of_the_comparison(tmp_path):
             result(tmp_path / f"{label}-g.json", group, task="mmlu", shots=5, model=label),
             result(tmp_path / f"{label}-a.json", rng.integers(0, 2, 40).astype(float).tolist(), model=label,
                    answers=rng.gamma(2, 1, 40).tolist()),
-            bits(tmp_path / f"{label}-h.json", -sizes * rng.normal(1.3, 0.2, 70), sizes, sources),
+            bits(tmp_path / f"{label}-h.json", -sizes * rng.normal(1.3, 0.2, 70), sizes, sources, model=label),
         ]  # fmt: skip
         for path in found:
             content = json.loads(path.read_text())
-            content["nanophi"]["model"] = {"name": label, "sha256": label, "dtype": "float32"}
-            for leaf, samples in content["samples"].items():
+            for samples in content["samples"].values():
                 for sample in samples[:4:2]:  # two questions that are the same
                     sample |= {"doc_hash": "twice", "prompt_hash": "twice"}
-                means = [sample[key] for sample in samples for key in ("acc",) if key in sample]
-                if means:
-                    stderr = np.std(means, ddof=1) / math.sqrt(len(means))
-                    content["results"][leaf]["acc_stderr,none"] = stderr
-                if ANSWER_METRIC in samples[0]:
-                    stderr = scipy.stats.sem([sample[ANSWER_METRIC] for sample in samples])
-                    content["results"][leaf][f"{ANSWER_METRIC}_stderr,none"] = stderr
                 if label != "c" and "acc" in samples[0]:
                     rng.shuffle(samples)
             path.write_text(json.dumps(content))
@@ -384,11 +365,8 @@ def test_recited_text_makes_no_other_claim_harder_to_support(tmp_path):
 
 def test_labels_tell_models_apart_and_suites_of_one_model_together(tmp_path):
     def file(name, model, sha256, dtype="float32", task="arc_easy"):
-        path = result(tmp_path / f"{name}.json", [1.0, 0.0], task=task)
-        content = json.loads(path.read_text())
-        content["nanophi"]["model"] = {"name": model, "sha256": sha256, "dtype": dtype}
-        path.write_text(json.dumps(content))
-        return path
+        identity = {"name": model, "sha256": sha256, "dtype": dtype}
+        return result(tmp_path / f"{name}.json", [1.0, 0.0], task=task, identity=identity)
 
     one, two = file("1", "a/release", "1" * 64), file("2", "a/release", "2" * 64)
     other_suite = file("3", "a/release", "1" * 64, task="hellaswag")

@@ -28,7 +28,7 @@ from nanophi.eval import measure as measuring
 from nanophi.eval import suites
 from nanophi.eval.catalogue import LEADERBOARD, SUITES, Suite
 from nanophi.eval.metrics import BitsPerByte
-from nanophi.eval.models import checkpoints_of, load_model
+from nanophi.eval.models import load_model
 from nanophi.eval.results import (
     answer_scores,
     average_score,
@@ -38,25 +38,11 @@ from nanophi.eval.results import (
     read_result,
 )
 from nanophi.eval.scorer import ScorerLM
-from nanophi.eval.suites import (
-    check_heldout,
-    context_problem,
-    find_data,
-    find_suite,
-    load_suite,
-    sample_of_items,
-)
+from nanophi.eval.suites import check_heldout, context_problem, find_data, find_suite, load_suite, sample_of_items
 
 
 def measure(model, suite, output, report=lambda line: None, **options):
     return measuring.measure(model, suite, output, measuring.Options(**options), report)
-
-
-def measure_all(models, suite, folder, **options):
-    """What the verb does with several models."""
-    expanded = [checkpoint for model in models for checkpoint in checkpoints_of(model)]
-    results = [measure(model, suite, folder, **options) for model in expanded]
-    return results, verb.write_curve(expanded, results, folder)
 
 
 @pytest.fixture(scope="module")
@@ -73,22 +59,18 @@ def result(model, heldout, tmp_path_factory):
     return found
 
 
-def test_result_is_lm_evals_and_ours(result, model, heldout):
-    for key in ("results", "versions", "n-shot", "n-samples", "configs", "config", "samples", "lm_eval_version"):
-        assert key in result
-    assert [score.task for score in leading_scores(result)] == list(result["results"])
-    assert result["nanophi"]["model"]["parameters"] == result["config"]["model_num_parameters"] > 0
-    sample = result["samples"]["heldout_continuation"][0]
-    assert len(sample["filtered_resps"]) == 4
-    assert {"acc", "acc_norm", "doc_hash", "prompt_hash", "source", "target"} <= set(sample)
-    assert leading_scores(result)[1].chance == 0.25
-
-
-def test_lm_evals_own_tools_read_the_result_file(result, model, heldout, tmp_path):
+def test_lm_evals_own_tools_read_the_result_file(model, heldout, tmp_path):
     """Its table, from the file as it is on disk, is that of its own results; its W&B logger finds the scores."""
     path = tmp_path / "results.json"
     verb.evaluate([str(model)], "heldout", None, heldout, path)
     content = json.loads(path.read_text())
+    for key in ("versions", "n-shot", "n-samples", "configs", "lm_eval_version"):
+        assert content[key]
+    assert [score.task for score in leading_scores(content)] == list(content["results"])
+    assert content["nanophi"]["model"]["parameters"] == content["config"]["model_num_parameters"] > 0
+    sample = content["samples"]["heldout_continuation"][0]
+    assert len(sample["filtered_resps"]) == 4
+    assert {"acc", "acc_norm", "doc_hash", "prompt_hash", "source", "target"} <= set(sample)
     table = lm_eval.utils.make_table(content)
     for score in leading_scores(content):
         (line,) = [line for line in table.splitlines() if f"|{score.metric} " in line and f"{score.value:.4f}" in line]
@@ -382,7 +364,7 @@ def test_leaderboard_tasks_on_real_items(make_model, tmp_path):
     entries.append(dataclasses.replace(SUITES["open-llm-v1"].entries[2], task="mmlu_anatomy"))
     network, tokenizer, _ = load_model(folder)
     stock = HFLM(pretrained=network, tokenizer=tokenizer, batch_size=4)
-    ours = ScorerLM(network, tokenizer, progress=False)
+    ours = ScorerLM(network, tokenizer)
     loaded = load_suite(Suite("all", tuple(entries)), data=data)
     shots = {name: task.config.num_fewshot for name, task in loaded.tasks.items()}
     assert shots == {entry.task: entry.shots for entry in entries}
@@ -501,17 +483,17 @@ def checkpoint_of(folder, model, step):
 def test_curve_over_checkpoints_with_a_line_for_each_run(make_model, heldout, tmp_path):
     for step in (200, 100):
         checkpoint_of(tmp_path / "a/run", make_model(step), step)
-    options = {"heldout": heldout, "limit": 8}
-    results, path = measure_all([tmp_path / "a/run"], "heldout_order", tmp_path / "evals", **options)
-    assert len(results) == 2 and path is not None
-    curve = read_json(path)
-    assert [(point["run"], point["tokens_seen"]) for point in curve["points"]] == [("run", 100_000), ("run", 200_000)]
-    assert curve["points"][0]["scores"]["heldout_order"]["value"] == results[0]["results"]["heldout_order"]["acc,none"]
+    evals, runs = tmp_path / "evals", [str(tmp_path / name) for name in ("a/run", "b/run")]
+    verb.evaluate(runs[:1], "heldout_order", None, heldout, evals, 8)
+    (path,) = evals.glob("curve-*.json")
+    points = read_json(path)["points"]
+    assert [(point["run"], point["tokens_seen"]) for point in points] == [("run", 100_000), ("run", 200_000)]
+    first = read_json(next(evals.glob("run-step-000100-*.json")))["results"]["heldout_order"]
+    assert points[0]["scores"]["heldout_order"]["value"] == first["acc,none"]
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     checkpoint_of(tmp_path / "b/run", make_model(7), 100)
-    runs = [tmp_path / "a/run", tmp_path / "b/run"]
-    _, both = measure_all(runs, "heldout_order", tmp_path / "evals", **options)
-    assert both != path and path.exists()
+    verb.evaluate(runs, "heldout_order", None, heldout, evals, 8)
+    (both,) = set(evals.glob("curve-*.json")) - {path}
     assert [point["run"] for point in read_json(both)["points"]] == ["a/run", "a/run", "b/run"]
 
 

@@ -90,7 +90,7 @@ def test_log_likelihoods_are_those_of_hflm(name, tokenizer, monkeypatch):
     monkeypatch.setattr(scorer, "MIN_STEM", 40)
     model = network(name)
     max_length = 64 if name in ("bloom", "mamba") else None
-    ours, theirs = ScorerLM(model, tokenizer, progress=False), HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
+    ours, theirs = ScorerLM(model, tokenizer), HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
     ours._max_length = theirs._max_length = max_length
     assert (not ours.unshared_because) == (name in SHARED), ours.unshared_because
     expected = theirs.loglikelihood(requests(), disable_tqdm=True)
@@ -109,7 +109,7 @@ def test_one_sequence_per_document_and_logits_only_where_scored(tokenizer, monke
     """What makes it fast, by counting: a document's context runs once, and the LM head sees scored places only."""
     monkeypatch.setattr(scorer, "PAD_TO", 1)  # these rows are hardly longer than what they would be filled up to
     model = network("phi")
-    ours = ScorerLM(model, tokenizer, progress=False)
+    ours = ScorerLM(model, tokenizer)
     rng = random.Random(0)
     documents = [text(rng, 12) for _ in range(5)]
     asked = [Instance("loglikelihood", {}, (d, " " + w), 0) for d in documents for w in ("had not", "was", "for them")]
@@ -129,7 +129,7 @@ def test_one_sequence_per_document_and_logits_only_where_scored(tokenizer, monke
 def test_a_subjects_examples_run_once(tokenizer, monkeypatch):
     shrink(monkeypatch, rows=64, pack=64, gain=32)
     model = network("llama")
-    ours = ScorerLM(model, tokenizer, progress=False)
+    ours = ScorerLM(model, tokenizer)
     rng = random.Random(0)
     shots = text(rng, 30)
     prompts = [f"{shots}\n\n{text(rng, 4)}\nAnswer:" for _ in range(30)]
@@ -143,7 +143,7 @@ def test_a_subjects_examples_run_once(tokenizer, monkeypatch):
 
 def test_greedy_generation_is_that_of_hflm(tokenizer):
     model = network("phi")
-    ours = ScorerLM(model, tokenizer, batch_size=3, progress=False)
+    ours = ScorerLM(model, tokenizer, batch_size=3)
     theirs = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=3)
     rng = random.Random(0)
     kwargs = {"until": [" this", "Q", " not"], "max_gen_toks": 24, "do_sample": False, "temperature": 0.0}
@@ -163,15 +163,15 @@ def test_prompts_of_one_token_and_beams_are_generated_as_by_hflm(prompts, beams,
     model = network("phi")
     kwargs = {"until": [" this", " t", " not"], "max_gen_toks": 12, **beams}
     asked = [Instance("generate_until", {}, (prompt, dict(kwargs)), 0) for prompt in prompts]
-    ours = ScorerLM(model, tokenizer, batch_size=4, progress=False).generate_until(asked, disable_tqdm=True)
+    ours = ScorerLM(model, tokenizer, batch_size=4).generate_until(asked, disable_tqdm=True)
     assert ours == HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4).generate_until(asked, disable_tqdm=True)
     assert any(ours)
 
 
 def test_bfloat16_is_near_float32(tokenizer):
     model = network("phi")
-    exact = ScorerLM(model, tokenizer, progress=False).loglikelihood(requests())
-    rounded = ScorerLM(model.to(torch.bfloat16), tokenizer, progress=False)
+    exact = ScorerLM(model, tokenizer).loglikelihood(requests())
+    rounded = ScorerLM(model.to(torch.bfloat16), tokenizer)
     assert not rounded.unshared_because
     found = rounded.loglikelihood(requests())
     differences = [abs(a - b) / (1 + abs(a)) for (a, _), (b, _) in zip(exact, found, strict=True)]
@@ -182,14 +182,14 @@ def test_network_is_left_as_it_was(tokenizer):
     model = network("phi")
     ids = torch.arange(1, 20)[None]
     before = model(ids).logits
-    ScorerLM(model, tokenizer, progress=False).loglikelihood(requests())
+    ScorerLM(model, tokenizer).loglikelihood(requests())
     torch.testing.assert_close(model(ids).logits, before, rtol=0, atol=0)
     assert not any("forward" in vars(module) or module._forward_pre_hooks for module in model.modules())
 
 
 @pytest.mark.parametrize("name", ["phi", "mamba"])
 def test_what_cannot_be_scored_is_refused(name, tokenizer):
-    ours = ScorerLM(network(name), tokenizer, progress=False)
+    ours = ScorerLM(network(name), tokenizer)
     ours._max_length = 64
     with pytest.raises(scorer.NotScorable, match=r"an answer has [0-9]+ tokens, too many for a context of 64 tokens"):
         ours.loglikelihood([Instance("loglikelihood", {}, ("a", " the" * 70), 0)])
@@ -229,5 +229,5 @@ def test_quantized_weights_multiply_in_their_own_way(tokenizer):
         if type(module) is torch.nn.Linear and module is not model.get_output_embeddings():
             module.weight = torch.nn.Parameter(Quantized(module.weight.data), requires_grad=False)
     expected = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4).loglikelihood(requests(), disable_tqdm=True)
-    found = ScorerLM(model, tokenizer, progress=False).loglikelihood(requests())
+    found = ScorerLM(model, tokenizer).loglikelihood(requests())
     assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=1e-3)

@@ -23,7 +23,7 @@ def test_bootstrap_of_means_and_ratios():
     rng = np.random.default_rng(4)
     values = rng.normal(0.3, 2.0, 500)
     for sample in (values, np.sign(values)):
-        draws = statistics.bootstrap_mean(sample, np.random.default_rng(0))
+        draws = statistics.bootstrap(sample, None, np.random.default_rng(0))
         assert draws.mean() == pytest.approx(sample.mean(), abs=0.01)
         assert draws.std() == pytest.approx(sample.std() / math.sqrt(len(sample)), rel=0.03)
     low, high = statistics.interval(statistics.estimate(values, None, rng))
@@ -33,7 +33,7 @@ def test_bootstrap_of_means_and_ratios():
     )
     sizes = rng.integers(100, 1000, 100).astype(float)
     differences = sizes * rng.normal(0, 0.1, 100)
-    draws = statistics.bootstrap_ratio(differences, sizes, np.random.default_rng(0))
+    draws = statistics.bootstrap(differences, sizes, np.random.default_rng(0))
     assert draws.mean() == pytest.approx(differences.sum() / sizes.sum(), abs=3e-3)
     # The ratio estimator's standard error by the delta method.
     ratio = differences.sum() / sizes.sum()

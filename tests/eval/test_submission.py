@@ -1,16 +1,12 @@
 """The board's checks: a sound release passes all, and each fault fails its own check with a remedy."""
 
-import hashlib
 import json
 import shutil
-import types
 from pathlib import Path
 
 import pytest
 from hub_client import talk_to
 from hub_server import HubServer
-from huggingface_hub import HfApi
-from huggingface_hub.hf_api import RepoFile
 
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json
@@ -38,27 +34,17 @@ def record(folder, conversations, method, base, repo_id=None):
         (folder / "records" / "conversations.json").write_text(json.dumps({"repo_id": repo_id}))
 
 
+def files_of(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 @pytest.fixture
-def hub(monkeypatch, release):
-    """A Hub that knows ORG/nano at revision main, with the files that the release has."""
-
-    def model_info(self, repo_id, revision=None, **_):
-        if (repo_id, revision) != ("ORG/nano", "main"):
-            raise OSError(f"404: {repo_id} at {revision}")
-        return types.SimpleNamespace(sha="c0ffee", private=False, likes=3, siblings=[])
-
-    files = {path.name: path.read_bytes() for path in release.iterdir() if path.is_file()}
-
-    def list_repo_tree(self, repo_id, revision=None, **_):
-        model_info(self, repo_id, revision)
-        for name, content in files.items():
-            sha256 = hashlib.sha256(content).hexdigest()
-            lfs = {"size": len(content), "oid": sha256, "pointerSize": 100} if name.endswith(".safetensors") else None
-            oid = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-            yield RepoFile(path=name, size=len(content), oid=oid, lfs=lfs)
-
-    monkeypatch.setattr(HfApi, "model_info", model_info)
-    monkeypatch.setattr(HfApi, "list_repo_tree", list_repo_tree)
+def hub(monkeypatch, release, tmp_path):
+    """A Hub that has the release's files as ORG/nano."""
+    with HubServer() as server:
+        talk_to(server, tmp_path / "home", monkeypatch)
+        server.add_repository("model", "ORG/nano", files_of(release))
+        yield server
 
 
 def check(folder, **options):
@@ -82,8 +68,9 @@ def test_sound_release_passes_in_order_and_both_requests_are_written(release, hu
     ]
     first, second = map(read_json, files)
     assert (" ".join(first), " ".join(second)) == (FIRST, SECOND)
-    assert (first["revision"], second["revision"]) == ("main", "c0ffee")
-    assert (first["likes"], first["license"], first["status"]) == (3, "apache-2.0", "PENDING")
+    commit = hub.repositories["model", "ORG/nano"].branches["main"].oid
+    assert (first["revision"], second["revision"]) == ("main", commit)
+    assert (first["likes"], first["license"], first["status"]) == (0, "apache-2.0", "PENDING")
     assert (second["architectures"], second["job_id"], second["sender"]) == ("PhiForCausalLM", -1, "me")
     assert len(lines) == 13 and lines[0].startswith(" 1 passed  model type")
 
@@ -153,61 +140,52 @@ def test_a_folder_against_another_models_repository(change, release, hub, make_m
     assert "differ from ORG/nano" in next(entry.found for entry in checks if not entry.passed)
 
 
-def requests_of(folder, output, **options):
-    submit(str(folder), output=output, repo_id="ORG/nano", **options)
-    return [read_json(path) for path in sorted(output.glob(f"v?/ORG/*_{options.get('precision', 'bfloat16')}_*.json"))]
+CHAT = [{"files": "talks.jsonl"}]
 
 
-@pytest.mark.parametrize(("method", "said"), [("sft", "fine-tuned"), ("dpo", "chat")])
-def test_a_chat_model_says_what_it_is(method, said, release, hub, tmp_path):
-    record(release, [{"files": "talks.jsonl"}], method, "runs/base", "ORG/base")
+@pytest.mark.parametrize(
+    ("recorded", "options", "model_type", "base_model", "template"),
+    [
+        ((CHAT, "sft", "runs/base", "ORG/base"), {}, "fine-tuned", "ORG/base", True),
+        ((CHAT, "dpo", "runs/base", "ORG/base"), {}, "chat", "ORG/base", True),
+        # The template is its tokenizer's.
+        (([], "sft", None), {}, "pretrained", "", False),
+        (([], "sft", "ORG/base@v2"), {}, "continuously pretrained", "ORG/base", False),
+        ((CHAT, "sft", "runs/base"), {"base_model": "ORG/x"}, "fine-tuned", "ORG/x", True),
+        (None, {"model_type": "chat", "base_model": "ORG/y", "precision": "float16"}, "chat", "ORG/y", True),
+    ],
+)
+def test_a_model_is_what_records_and_options_say(
+    recorded, options, model_type, base_model, template, release, hub, tmp_path
+):
     edit(release / "tokenizer_config.json", chat_template="{{ messages }}")
-    for request in requests_of(release, tmp_path / "requests"):
-        assert (request["model_type"], request["base_model"]) == (said, "ORG/base")
-        assert request.get("use_chat_template", True) is True
-
-
-def test_a_pretrained_model_with_a_template_of_its_tokenizer(release, hub, tmp_path):
-    edit(release / "tokenizer_config.json", chat_template="{{ messages }}")
-    first, second = requests_of(release, tmp_path / "requests")
-    assert (first["model_type"], first["base_model"]) == ("pretrained", "")
-    assert second["use_chat_template"] is False
-    record(release, [], "sft", "ORG/base@v2")
-    first, second = requests_of(release, tmp_path / "more")
-    assert (second["model_type"], second["base_model"]) == ("continuously pretrained", "ORG/base")
-
-
-def test_what_the_records_do_not_say_must_be_named(release, hub, tmp_path):
-    record(release, [{"files": "talks.jsonl"}], "sft", "runs/base")
-    (line,) = [entry for entry in check(release, repo_id="ORG/nano") if not entry.passed]
-    assert line.name == "model type" and "--base-model" in line.remedy
-    assert requests_of(release, tmp_path, base_model="ORG/x")[1]["base_model"] == "ORG/x"
     shutil.rmtree(release / "records")
-    (line,) = [entry for entry in check(release, repo_id="ORG/nano") if not entry.passed]
-    assert line.name == "model type" and "--model-type" in line.remedy
-    options = {"model_type": "chat", "base_model": "ORG/y", "precision": "float16"}
-    assert requests_of(release, tmp_path, **options)[0]["model_type"] == "chat"
+    if recorded:
+        record(release, *recorded)
+    if "base_model" in options:
+        (line,) = [entry for entry in check(release, repo_id="ORG/nano") if not entry.passed]
+        assert line.name == "model type" and ("--base-model" if recorded else "--model-type") in line.remedy
+    submit(str(release), output=tmp_path / "requests", repo_id="ORG/nano", **options)
+    first, second = map(read_json, sorted(tmp_path.glob("requests/v?/ORG/*.json")))
+    for request in (first, second):
+        assert (request["model_type"], request["base_model"]) == (model_type, base_model)
+    assert second["use_chat_template"] is template
 
 
-def test_a_private_repository_is_told_how_to_become_public(release, hub, monkeypatch):
-    info = types.SimpleNamespace(sha="c0ffee", private=True, likes=0, siblings=[])
-    monkeypatch.setattr(HfApi, "model_info", lambda *_, **__: info)
+def test_a_private_repository_is_told_how_to_become_public(release, hub):
+    hub.repositories["model", "ORG/nano"].private = True
     (line,) = [entry for entry in check(release, repo_id="ORG/nano") if not entry.passed]
     assert (line.name, line.found) == ("model information", "private")
     assert line.remedy.endswith(f"nanophi push {release} --repo-id ORG/nano --public")
 
 
-def test_every_check_of_a_repository_reads_the_revision_that_was_named(release, tmp_path, monkeypatch):
-    files = {path.relative_to(release).as_posix(): path.read_bytes() for path in release.rglob("*") if path.is_file()}
-    with HubServer() as server:
-        talk_to(server, tmp_path / "home", monkeypatch)
-        server.add_repository("model", "ORG/nano", files, branch="step-000010")
-        # What `main` has must not be read.
-        server.add_repository("model", "ORG/nano", {"config.json": b"{}", "README.md": b"none"})
-        for name, options in (("ORG/nano@step-000010", {}), ("ORG/nano", {"revision": "step-000010"})):
-            checks = check(name, **options)
-            assert failed(checks) == []
-        submit("ORG/nano@step-000010", output=tmp_path / "requests")
-        first = read_json(next(tmp_path.glob("requests/v1/ORG/*.json")))
-        assert (first["model"], first["revision"], first["model_type"]) == ("ORG/nano", "step-000010", "pretrained")
-        assert "configuration without remote code" in failed(check("ORG/nano"))
+def test_every_check_of_a_repository_reads_the_revision_that_was_named(release, hub, tmp_path):
+    hub.add_repository("model", "ORG/steps", files_of(release), branch="step-000010")
+    # What `main` has must not be read.
+    hub.add_repository("model", "ORG/steps", {"config.json": b"{}", "README.md": b"none"})
+    for name, options in (("ORG/steps@step-000010", {}), ("ORG/steps", {"revision": "step-000010"})):
+        assert failed(check(name, **options)) == []
+    submit("ORG/steps@step-000010", output=tmp_path / "requests")
+    first = read_json(next(tmp_path.glob("requests/v1/ORG/*.json")))
+    assert (first["model"], first["revision"], first["model_type"]) == ("ORG/steps", "step-000010", "pretrained")
+    assert "configuration without remote code" in failed(check("ORG/steps"))

@@ -58,18 +58,23 @@ def recipe(tmp_path_factory):
     return load_recipe(path)
 
 
-OPTIONS = {"seeds": (0, 1), "learning_rates": (0.01, 0.004), "epochs": 4, "tasks": ()}
+QUESTION = {"seeds": [0, 1], "learning_rates": [0.01, 0.004], "epochs_asked": 4, "tasks": [], "at": None}
+
+
+def make(recipe, folder, lines=None, output="output", **changes):
+    question = {**QUESTION, "candidates": None, **changes}
+    report = str if lines is None else lines.append
+    return Ablation(recipe, folder / "runs", folder / output, question, report=report)
 
 
 @pytest.fixture(scope="module")
 def finished(recipe, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ablation")
     lines: list[str] = []
-    paths = folder / "runs", folder / "output"
-    experiment = Ablation(recipe, *paths, report=lines.append, **OPTIONS)
+    experiment = make(recipe, folder, lines)
     plan = experiment.plan()
-    assert {path.name for path in paths[1].iterdir()} == {"plan.json", "items.json"}
-    assert not list(paths[0].glob("*/checkpoints"))
+    assert {path.name for path in experiment.output.iterdir()} == {"plan.json", "items.json"}
+    assert not list(experiment.runs.glob("*/checkpoints"))
     return folder, experiment.run(plan), lines
 
 
@@ -126,7 +131,7 @@ def test_killed_it_resumes_and_another_question_is_refused(finished, recipe, mon
     lines: list[str] = []
     monkeypatch.setattr(trainer, "train", None)  # nothing is trained again
     write_json(folder / "runs/planted/record.json", {"stages": {}})  # the recipe's own run shows the answer
-    experiment = Ablation(recipe, folder / "runs", folder / "output", report=lines.append, **OPTIONS)
+    experiment = make(recipe, folder, lines)
     again = experiment.run(experiment.plan())
     assert record.read_text() == kept and again == result
     assert "15 of 16 runs were done before" in lines
@@ -135,29 +140,29 @@ def test_killed_it_resumes_and_another_question_is_refused(finished, recipe, mon
     assert shown["rows"][0][0] == "quality: best - random" and shown["rows"][0][3] == "better"
     before = sha256_of_tree(folder / "output")
     for change, message in (
-        ({"epochs": 5}, r"epochs_asked 4 -> 5"),
-        ({"seeds": (0, 1, 2)}, r"seeds .*"),
-        ({"learning_rates": (0.01,)}, r"learning_rates .*"),
+        ({"epochs_asked": 5}, r"epochs_asked 4 -> 5"),
+        ({"seeds": [0, 1, 2]}, r"seeds .*"),
+        ({"learning_rates": [0.01]}, r"learning_rates .*"),
     ):
         with pytest.raises(UserError, match=rf"planned otherwise \({message}\); name another --output"):
-            Ablation(recipe, folder / "runs", folder / "output", **{**OPTIONS, **change}).plan()
+            make(recipe, folder, **change).plan()
     other = load_recipe(folder / "runs/planted-all-seed-0-lr-0.01/recipe.yaml", ["quality.share=0.3", "name=planted"])
     with pytest.raises(UserError, match=r"planned otherwise \(recipe.\w+.* -> "):
-        Ablation(other, folder / "runs", folder / "output", **OPTIONS).plan()
+        make(other, folder).plan()
     assert sha256_of_tree(folder / "output") == before
 
 
 def test_another_output_uses_runs_that_are_the_same_and_leaves_others_alone(finished, recipe, tmp_path, monkeypatch):
     folder, result, _ = finished
     before = {path: path.stat().st_mtime_ns for path in folder.glob("runs/*-seed-*/[ct]*/*/*")}
-    fewer = Ablation(recipe, folder / "runs", tmp_path / "fewer", report=str, **{**OPTIONS, "seeds": (0,)})
+    fewer = make(recipe, folder, output=tmp_path / "fewer", seeds=[0])
     plan = fewer.plan()
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "train", None)  # nothing is trained again
         again = fewer.run(plan)
     assert again["runs"] == [run for run in result["runs"] if run["seed"] == 0]
-    for change in ({"epochs": 5}, {"learning_rates": (0.004,), "epochs": 5}):
-        other = Ablation(recipe, folder / "runs", tmp_path / str(change), report=str, **{**OPTIONS, **change}).plan()
+    for change in ({"epochs_asked": 5}, {"learning_rates": [0.004], "epochs_asked": 5}):
+        other = make(recipe, folder, output=tmp_path / str(change), **change).plan()
         assert re.fullmatch("planted-[0-9a-f]{8}", other["name"])
         assert run_name(recipe, other, "all", 0, 0.004).startswith(f"{other['name']}-all-seed-0")
     assert before == {path: path.stat().st_mtime_ns for path in before}
@@ -173,24 +178,27 @@ def test_the_answer_for_the_eye(finished):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "options", "message"),
+    ("overrides", "changes", "message"),
     [
         (["quality.share=null"], {}, "keeps everything; set quality.threshold or quality.share"),
         (["base=b", "conversations=[{files: a.jsonl}]"], {}, "trains on conversations, which no filter selects"),
         (["quality.select=worst"], {}, "quality.select must be 'best'"),
-        ([], {"epochs": 0.5}, r"--epochs 0\.5 needs [\d,]+ different tokens in every share, but there are [\d,]+; ask"),
-        (["evaluation.data=/nowhere"], {"tasks": ("arc_easy",)}, "needs the dataset allenai/ai2_arc, which is not in"),
-        ([], {"epochs": 1e6}, "every share has less than one row of 64 tokens; ask for fewer --epochs"),
+        (
+            [],
+            {"epochs_asked": 0.5},
+            r"--epochs 0\.5 needs [\d,]+ different tokens in every share, but there are [\d,]+; ask",
+        ),
+        (["evaluation.data=/nowhere"], {"tasks": ["arc_easy"]}, "needs the dataset allenai/ai2_arc, which is not in"),
+        ([], {"epochs_asked": 1e6}, "every share has less than one row of 64 tokens; ask for fewer --epochs"),
         (["training.arguments={nonsense: 1}"], {}, "training.arguments: 'nonsense' is unknown"),
     ],
 )
-def test_experiments_that_cannot_be_run(finished, recipe, tmp_path, overrides, options, message):
+def test_experiments_that_cannot_be_run(recipe, tmp_path, overrides, changes, message):
     path = tmp_path / "recipe.yaml"
     path.write_text(json.dumps(recipe.dump()))
-    changed = load_recipe(path, overrides)
     with pytest.raises(UserError, match=message):
-        Ablation(changed, finished[0] / "others", tmp_path, report=str, **{**OPTIONS, **options}).plan()
-    assert not (tmp_path / "plan.json").exists()
+        make(load_recipe(path, overrides), tmp_path, **changes).plan()
+    assert not list(tmp_path.rglob("plan.json"))
 
 
 @pytest.mark.parametrize(
@@ -238,8 +246,7 @@ def decayed(decaying, tmp_path_factory):
     folder, lines = tmp_path_factory.mktemp("decays"), []
     recipe = load_recipe(decaying[0])
     candidates = find_candidates(recipe, ["own", str(decaying[1])], [])
-    options = {**OPTIONS, "epochs": 2, "at": "decay", "candidates": candidates}
-    experiment = Ablation(recipe, folder / "runs", folder / "output", report=lines.append, **options)
+    experiment = make(recipe, folder, lines, epochs_asked=2, at="decay", candidates=candidates)
     plan = experiment.plan()
     assert not list(folder.glob("runs/*/checkpoints"))
     return recipe, experiment, plan, experiment.run(plan), lines
@@ -278,20 +285,15 @@ def test_one_trunk_serves_all_decays_and_each_is_what_it_is_in_one_piece(decayed
 def test_the_plan_of_decays_counts_what_they_cost_and_is_not_that_of_full_runs(decayed):
     recipe, experiment, plan, _, lines = decayed
     assert plan["estimate"]["tokens"] == 20 * 8 * 64 * (2 * 8 + 16)  # 8 runs in full, 16 in half
-    told = next(
-        line for line in lines if line.startswith("filter: the best 40.0 % of the bytes while the learning rate")
-    )
-    assert " if no run continued another) at " in told
-    assert plan["epochs"]["best"] == pytest.approx(2, rel=0.02) and plan["epochs"]["throughout"] == pytest.approx(
-        4, rel=0.02
-    )
+    told = "filter: the best 40.0 % of the bytes while the learning rate"
+    assert " if no run continued another) at " in next(line for line in lines if line.startswith(told))
+    epochs = plan["epochs"]
+    assert [epochs[arm] for arm in ("best", "throughout")] == pytest.approx([2, 4], rel=0.02)
     page = (experiment.output / "ablation.md").read_text()
     assert "until the learning rate decays all the text, then a share of" in page
     assert "Comparing runs that continue one trunk takes out" in page
     with pytest.raises(UserError, match=r"planned otherwise \(candidates.* name another --output"):
-        Ablation(
-            recipe, experiment.runs, experiment.output, report=str, **{**OPTIONS, "epochs": 2, "at": "decay"}
-        ).plan()
+        make(recipe, experiment.output.parent, epochs_asked=2, at="decay").plan()
 
 
 def test_decays_that_were_killed_resume_from_their_records(decayed, monkeypatch):
@@ -312,12 +314,7 @@ def test_decays_that_were_killed_resume_from_their_records(decayed, monkeypatch)
         (["quality.phase=all", "training.schedule=cosine"], "decay", [], "--at decay needs training.schedule=wsd"),
         ([], "decay", ["lost"], "recipe lost does not exist"),
         ([], "decay", ["own", "own"], "there is an arm own"),
-        (
-            [],
-            "decay",
-            ["other.yaml"],
-            r"may differ in quality and the decay's sources \(training.steps 40 -> 50\)",
-        ),
+        ([], "decay", ["other.yaml"], r"may differ in quality and the decay's sources \(training.steps 40 -> 50\)"),
     ],
 )
 def test_decays_that_cannot_be_compared(decaying, tmp_path, monkeypatch, overrides, at, names, message):
@@ -325,6 +322,4 @@ def test_decays_that_cannot_be_compared(decaying, tmp_path, monkeypatch, overrid
     (tmp_path / "other.yaml").write_text(f"extends: {decaying[0]}\nname: other\ntraining: {{steps: 50}}\n")
     recipe = load_recipe(decaying[0], overrides)
     with pytest.raises(UserError, match=message):
-        Ablation(
-            recipe, tmp_path, tmp_path, report=str, at=at, candidates=find_candidates(recipe, names, []), **OPTIONS
-        ).plan()
+        make(recipe, tmp_path, at=at, candidates=find_candidates(recipe, names, []) or None).plan()

@@ -1,5 +1,6 @@
 """The statistics of an ablation: against formulas of their own, on nulls, and where there is no test."""
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -127,12 +128,11 @@ def test_families_are_corrected_by_themselves():
     assert together["other-0"]["contrasts"]["quality"]["p_corrected"] > alone["p_corrected"]
 
 
-def nulls(count=200, seeds=3):
-    """Experiments without an effect, dealt from cached runs that differ in their seed alone, on a resample of items."""
+def run_nulls(generator, seeds):
+    """Without an effect, dealt from cached runs that differ in their seed alone, on a resample of items."""
     cached = json.loads(NULLS.read_text())
     nats, sizes = np.array(cached["nats"]), np.array(cached["bytes"], float)
-    generator = np.random.default_rng(0)
-    for _ in range(count):
+    while True:
         dealt = generator.permutation(len(nats))[: len(ablation.ARMS) * seeds].reshape(len(ablation.ARMS), seeds)
         items = generator.integers(0, len(sizes), len(sizes))
         yield {
@@ -142,46 +142,51 @@ def nulls(count=200, seeds=3):
         }
 
 
-@pytest.mark.parametrize("seeds", [2, 3, 5])
-def test_false_positives_on_real_nulls(monkeypatch, seeds):
-    monkeypatch.setattr(ablation, "RESAMPLES", 400)
-    found = []
-    for runs in nulls(seeds=seeds):
-        draws = ablation.item_draws(runs["all", 0, 1.0], np.random.default_rng(1))
-        found.append(ablation.contrast(runs, "best", "random", 1.0, draws)["p_value"] < 0.05)
-    assert len(found) == 200
-    assert 0.02 <= np.mean(found) <= 0.08
-
-
-def decay_nulls(count=200, seeds=3):
+def decay_nulls(generator, seeds):
     """The same of decays that continue a trunk for each seed: which of three texts that differ by chance is whose.
 
     Without the trunk itself, over which no difference between decays is pooled.
     """
     cached = json.loads(DECAY_NULLS.read_text())
     nats, sizes = np.array([cached[arm] for arm in ablation.ARMS[1:]]), np.array(cached["bytes"], float)
-    generator = np.random.default_rng(0)
-    for _ in range(count):
+    while True:
         items = generator.integers(0, len(sizes), len(sizes))
-        runs = {}
-        for seed, trunk in enumerate(generator.permutation(nats.shape[1])[:seeds]):
-            for arm, row in zip(ablation.ARMS[1:], generator.permutation(3), strict=True):
-                runs[arm, seed, 1.0] = [(nats[row, trunk, items], sizes[items])]
-        yield runs
+        yield {
+            (arm, seed, 1.0): [(nats[row, trunk, items], sizes[items])]
+            for seed, trunk in enumerate(generator.permutation(nats.shape[1])[:seeds])
+            for arm, row in zip(ablation.ARMS[1:], generator.permutation(3), strict=True)
+        }
 
 
-@pytest.mark.parametrize("seeds", [2, 3, 5])
-def test_false_positives_on_real_decays_and_what_the_trunk_takes_out(monkeypatch, seeds):
-    monkeypatch.setattr(ablation, "RESAMPLES", 400)
-    found, paired = [], []
-    for runs in decay_nulls(seeds=seeds):
+def invented_nulls(deviation):
+    def experiments(generator, seeds):
+        options = {"seeds": seeds, "items": 150, "seed_deviation": deviation, "rates": (1.0,)}
+        while True:
+            yield experiment(generator, {}, **options).runs
+
+    return experiments
+
+
+@pytest.mark.parametrize(
+    ("nulls", "seeds", "count", "resamples", "least", "most"),
+    [
+        *((run_nulls, seeds, 200, 400, 0.02, 0.08) for seeds in (2, 3, 5)),
+        *((decay_nulls, seeds, 200, 400, 0.02, 0.06) for seeds in (2, 3, 5)),
+        *(
+            (invented_nulls(deviation), seeds, 400, 200, 0.015, 0.08)
+            for seeds, deviation in ((2, 0.02), (3, 0.005), (3, 0.05), (5, 0.02))
+        ),
+    ],
+)
+def test_false_positives(nulls, seeds, count, resamples, least, most, monkeypatch):
+    """On runs and decays that were really trained, and whatever invented seeds do; a trunk takes out half and more."""
+    monkeypatch.setattr(ablation, "RESAMPLES", resamples)
+    found = []
+    for runs in itertools.islice(nulls(np.random.default_rng(0), seeds), count):
         draws = ablation.item_draws(runs["best", 0, 1.0], np.random.default_rng(1))
-        one = ablation.contrast(runs, "best", "random", 1.0, draws)
-        found.append(one["p_value"] < 0.05)
-        paired.append(one["paired"])
-    assert len(found) == 200
-    assert 0.02 <= np.mean(found) <= 0.06
-    assert np.median(paired) > 0.5
+        found.append(ablation.contrast(runs, "best", "random", 1.0, draws))
+    assert least <= np.mean([one["p_value"] < 0.05 for one in found]) <= most
+    assert nulls is not decay_nulls or np.median([one["paired"] for one in found]) > 0.5
 
 
 def test_what_pairing_takes_out_against_a_formula():
@@ -216,18 +221,6 @@ def test_an_arm_that_shares_no_trunk_is_compared_by_its_own_deviations():
         assert apart["quality"]["learning_rates"][rate]["stderr"] == pytest.approx(alone["stderr"])
         assert pooled["quality"]["learning_rates"][rate]["stderr"] > 1.3 * alone["stderr"]
         assert apart["own"]["learning_rates"][rate]["stderr"] > pooled["own"]["learning_rates"][rate]["stderr"]
-
-
-@pytest.mark.parametrize(("seeds", "deviation"), [(2, 0.02), (3, 0.005), (3, 0.05), (5, 0.02)])
-def test_false_positives_whatever_the_seeds_do(monkeypatch, seeds, deviation):
-    monkeypatch.setattr(ablation, "RESAMPLES", 200)
-    generator = np.random.default_rng(2)
-    hits = 0
-    for _ in range(400):
-        target = experiment(generator, {}, seeds=seeds, items=150, seed_deviation=deviation, rates=(1.0,))
-        draws = ablation.item_draws(target.runs["all", 0, 1.0], generator)
-        hits += ablation.contrast(target.runs, "best", "random", 1.0, draws)["p_value"] < 0.05
-    assert 0.015 <= hits / 400 <= 0.08
 
 
 def records(**changes):

@@ -221,14 +221,17 @@ def test_another_question_and_other_records_are_refused(finished, recipe, monkey
             make(recipe, folder, **changes).plan()
     with pytest.raises(UserError, match=r"planned otherwise \(recipe\.training\.learning_rate"):
         make(load_recipe_with(recipe, learning_rate=0.03), folder).plan()
-    lost = min((folder / "out/rungs/half/records").iterdir())
-    kept = lost.read_text()
+    lost, path = min((folder / "out/rungs/half/records").iterdir()), folder / "out/rungs/plan.json"
+    kept, planned, one = lost.read_text(), path.read_text(), make(recipe, folder)
     lost.unlink()
     invented.broken[lost.stem] = 1.45
     with pytest.raises(UserError, match=r"prediction\.json was made from other records than is there now"):
-        one = make(recipe, folder)
         one.run(one.plan())
     lost.write_text(kept)
+    path.write_text(planned.replace("a significant scatter", "any scatter"))
+    with pytest.raises(UserError, match=r"prediction\.json was made from another plan than is there now"):
+        one.run(one.plan())
+    path.write_text(planned)
     assert sha256_of_tree(folder / "out") == before
 
 
@@ -285,29 +288,13 @@ def test_accuracy_is_predicted_where_all_sizes_are_above_chance(recipe, tmp_path
         assert found["errors"][size]["value"] == pytest.approx(found["heldout"][size]["value"] / 4, rel=0.01)
     page = (tmp_path / "out/ladder.md").read_text()
     assert "rungs, wrong answers: the hidden size" in page and "better than guessing does: arc_easy." in page
+    answers = Invented.answers
     monkeypatch.setattr(Invented, "answers", staticmethod(lambda *given: answers(*given) | {"above_chance": False}))
     other = make(recipe, tmp_path / "other", tasks=["winogrande"])
     other.run(other.plan())
-    assert list(ladder_render.write_answer(tmp_path / "other/out", ["rungs"])["recipes"]["rungs"]["targets"]) == [
-        "heldout",
-        "answers",
-    ]
+    answer = ladder_render.write_answer(tmp_path / "other/out", ["rungs"])
+    assert list(answer["recipes"]["rungs"]["targets"]) == ["heldout", "answers"]
     assert "Accuracies of rungs are not predicted" in (tmp_path / "other/out/ladder.md").read_text()
-
-
-answers = Invented.answers
-
-
-def test_a_changed_plan_is_noticed(finished, recipe, monkeypatch):
-    folder, _, _, _, _ = finished
-    Invented(monkeypatch)
-    path = folder / "out/rungs/plan.json"
-    kept = path.read_text()
-    path.write_text(kept.replace("a significant scatter", "any scatter"))
-    one = make(recipe, folder)
-    with pytest.raises(UserError, match=r"prediction\.json was made from another plan than is there now"):
-        one.run(one.plan())
-    path.write_text(kept)
 
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks/ladder"
