@@ -191,8 +191,9 @@ def main() -> None:
     length = len(dataset[0]["input_ids"])
     count = min(len(dataset), -(-arguments.tokens // (length - 1)))
     rows = np.array(dataset[:count]["input_ids"]).tolist()
+    named = [Path(argument).name for argument in sys.argv[1:]]  # without the folders of the machine
     result = {
-        "command": "PYTHONPATH=.venv/llama python benchmarks/gguf_check.py " + " ".join(sys.argv[1:]),
+        "command": " ".join(["PYTHONPATH=.venv/llama python benchmarks/gguf_check.py", *named]),
         "environment": environment(),
         "weights_sha256": sha256_of_file(arguments.release / "model.safetensors"),
         **check(arguments.release, rows, LIMITS, arguments.threads),
