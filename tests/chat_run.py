@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -72,16 +73,24 @@ def talk(number: int) -> list[dict[str, str]]:
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
+def on_finished(run: Path, runs: Path, repo_id: str, **fields) -> Pipeline:
+    """A chat model of two steps on a copy of the finished run, which was published as `repo_id`."""
+    shutil.copytree(run, runs / "base")
+    recipe = yaml.safe_load((runs / "base/recipe.yaml").read_text())
+    recipe["card"]["repo_id"] = repo_id
+    (runs / "base/recipe.yaml").write_text(yaml.safe_dump(recipe))
+    rows = [{"messages": talk(number)[:2]} for number in range(8)]
+    return pipeline(runs, rows, training={"steps": 2, "save_steps": 2}, evaluation={"suites": []}, **fields)
+
+
 def pipeline(runs: Path, rows: list, name: str = "chat", **fields) -> Pipeline:
     """A recipe on `runs/base` with conversations of its own."""
     write_rows(runs / f"{name}.jsonl", rows)
     held = write_rows(runs / f"{name}-heldout.jsonl", rows[:1]) if fields.pop("held", True) else None
     sources = [{"files": str(runs / f"{name}.jsonl")}]
     if held:
-        altered = json.loads(
-            json.dumps(rows[0]).replace("Say 0", "Tell me").replace("Yes, 0.", "No.").replace("It is 0.", "Nothing.")
-        )
-        write_rows(held, [altered])
+        text = json.dumps(rows[0]).replace("Say 0", "Tell me").replace("Yes, 0.", "No.").replace("It is 0.", "Nothing.")
+        write_rows(held, [json.loads(text)])
         sources.append({"files": str(held), "heldout": True})
     values = {"name": name, "base": str(runs / "base"), "conversations": sources, "training": dict(TRAINING)}
     values["training"] |= fields.pop("training", {})

@@ -1,5 +1,6 @@
 """A finished run in miniature: a model of random weights, and records as the stages write them."""
 
+import copy
 import hashlib
 import importlib.metadata
 import json
@@ -279,6 +280,27 @@ def built_release(finished_run: Path) -> Path:
     checkpoint = finished_run / "checkpoints" / f"step-{STEPS:06d}"
     release.build(finished_run, checkpoint, finished_run / "card", finished_run / "release")
     return finished_run / "release"
+
+
+@pytest.fixture
+def run_copy(finished_run: Path, tmp_path: Path) -> Path:
+    """A run without a release that a test may change."""
+    ignored = shutil.ignore_patterns("release", "card")
+    return Path(shutil.copytree(finished_run, tmp_path / finished_run.name, ignore=ignored))
+
+
+@pytest.fixture(scope="session")
+def records(finished_run: Path) -> dict[str, Any]:
+    """What the release of `finished_run` has under `records/`. Do not change them: take `changed`."""
+    from nanophi.model_card.records import collect
+
+    return collect(finished_run, finished_run / "checkpoints" / f"step-{STEPS:06d}")
+
+
+@pytest.fixture
+def changed(records: dict[str, Any]) -> dict[str, Any]:
+    """Records that a test may change."""
+    return copy.deepcopy(records)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from nanophi.core import registry
 from nanophi.core.recipe import Source, load_recipe
 from nanophi.data import formats
 from nanophi.eval import catalogue, suites
-from nanophi.model_card import card, pages, records
+from nanophi.model_card import card, pages
 from nanophi.pipeline import Pipeline
 
 ROOT = Path(__file__).parent.parent
@@ -100,10 +100,9 @@ def test_an_optimizer(added, monkeypatch):
     assert losses[-1] < losses[0]
 
 
-def test_a_section_of_the_card(added, monkeypatch, finished_run):
+def test_a_section_of_the_card(added, monkeypatch, records):
     loaders = [jinja2.FileSystemLoader(added / "model_card"), pages._ENVIRONMENT.loader]
     monkeypatch.setattr(pages._ENVIRONMENT, "loader", jinja2.ChoiceLoader(loaders))
     monkeypatch.setattr(card, "SECTIONS", (*card.SECTIONS, *eval(f"[{LINES['SECTIONS']}]")))
-    shipped = records.collect(finished_run, finished_run / "checkpoints/step-000030")
-    text = card.render(shipped)
+    text = card.render(records)
     assert re.search(r"^## Licences of the sources\n\n- documentation: not stated$", text, re.M)

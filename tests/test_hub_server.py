@@ -3,10 +3,8 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 from hub_server import HubServer  # type: ignore[import-not-found]
 
 CLIENT = """
@@ -21,12 +19,6 @@ def raises(error, call):
         return True
     raise AssertionError(f"{error.__name__} was not raised")
 """
-
-
-@pytest.fixture
-def hub() -> Iterator[HubServer]:
-    with HubServer() as server:
-        yield server
 
 
 def run_client(hub: HubServer, home: Path, script: str) -> None:

@@ -3,7 +3,6 @@
 import copy
 import json
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,30 +16,11 @@ from huggingface_hub.repocard import TEMPLATE_MODELCARD_PATH
 
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, write_json
-from nanophi.core.names import final_checkpoint
 from nanophi.eval.catalogue import TASKS
 from nanophi.eval.models import model_sha256
 from nanophi.model_card import card, metadata, pages, secrets
 from nanophi.model_card import records as shipped
 from nanophi.model_card.records import ShippedRecords
-
-
-@pytest.fixture(scope="module")
-def records(finished_run):
-    return shipped.collect(finished_run, final_checkpoint(finished_run))
-
-
-@pytest.fixture
-def changed(records):
-    """Records that a test may change."""
-    return copy.deepcopy(records)
-
-
-@pytest.fixture
-def run_copy(finished_run, tmp_path):
-    """A run that a test may change; the weights are links."""
-    ignored = shutil.ignore_patterns("release", "card")
-    return Path(shutil.copytree(finished_run, tmp_path / finished_run.name, ignore=ignored))
 
 
 def edit(path: Path, change: Callable[[Any], None]) -> None:
@@ -105,8 +85,8 @@ def test_metadata_is_read_back_by_the_client(records):
     assert data.eval_results is None and data.metrics == ["accuracy"]
 
 
-def test_numbers_follow_the_records(records):
-    changed, text = copy.deepcopy(records), card.render(records)
+def test_numbers_follow_the_records(records, changed):
+    text = card.render(records)
     changes: list[tuple[dict, str, Any, str]] = [
         (changed["training.json"]["summary"], "tokens_per_second", 4321.0, "4,321 tokens/s"),
         (changed["training.json"]["summary"], "epochs", 3.25, "3.25"),
@@ -285,10 +265,9 @@ def test_comparison_says_what_is_noise(changed, records):
     assert "| other | 22.50 | 29.00 | its card |" in text
 
 
-def test_titles_with_commas_are_told_apart(records):
+def test_titles_with_commas_are_told_apart(changed):
     """What a filter keeps and drops are two rows, and the lead must not read as both better and worse on one."""
-    changed = copy.deepcopy({**records, "comparison.json": comparison("tiny")})
-    compared = changed["comparison.json"]
+    compared = changed["comparison.json"] = comparison("tiny")
     whole = compared["tasks"]["heldout_bits_per_byte"]
     parts = {name: f"held-out text, {name} by tiny" for name in ("kept", "dropped")}
     compared["filter"] = {name: {**copy.deepcopy(whole), "part": title} for name, title in parts.items()}
