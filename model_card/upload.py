@@ -187,9 +187,8 @@ def _change(api: HfApi, repository: Repository, commit: str, folder: Path, scrat
     files = {name: "new" for name in here if name not in there}
     files |= {name: "replaced" for name in here if name in there and not same_on_hub(folder / name, there[name])}
     files |= dict.fromkeys(sorted(set(there) - set(here)), "deleted")
-    change = Change(
-        commit, {} if files == {SIGNATURE: "replaced"} else files
-    )  # two signatures of the same files differ
+    # Two signatures of the same files differ.
+    change = Change(commit, {} if files == {SIGNATURE: "replaced"} else files)
     if scratch is not None and (touched := {name: there[name] for name in change.files if name in there}):
         read = functools.partial(read_file, api, repository.name, revision=commit, folder=scratch, kind=repository.kind)
         change.foreign = _foreign(read, touched)

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from nanophi.configuration_nanophi import NanoPhiConfig
-from nanophi.core.environment import environment
 from nanophi.core.errors import UserError
 from nanophi.core.files import copy_tree, read_json, remove, sha256_of_file, sha256_of_tree
 from nanophi.core.names import step_name, step_of
@@ -111,7 +110,7 @@ def branch(run: RunDirectory, trunk: RunDirectory, training: Training, now: Mapp
     if changed := [line for line in differences(recorded, now) if not line.startswith("data.decay_sha256 ")]:
         raise UserError(f"{run.path.name} cannot continue {trunk.path.name} ({'; '.join(changed)})")
     if (state := newest_valid_state(trunk.path, training.decay_start, run.report)) is not None:
-        run.begin("training", dict(now), environment())
+        run.begin("training", dict(now))
         partial = run.path / "training_state" / f".{state.name}"
         remove(partial)
         copy_tree(state, partial)

@@ -97,12 +97,8 @@ def energy(training: Training, report: Callable[[str], None]) -> Iterator[Callab
         def out(self, total: Any, delta: Any) -> None:
             totals[:] = [total]
 
-    options: Any = {
-        "output_methods": [],
-        "output_handlers": [Keep()],
-        "allow_multiple_runs": True,
-        "log_level": "error",
-    }
+    options: Any = {"output_methods": [], "output_handlers": [Keep()], "allow_multiple_runs": True}
+    options["log_level"] = "error"
     tracker = codecarbon.OfflineEmissionsTracker(country_iso_code=country, **options)
 
     def read() -> tuple[float, float]:
