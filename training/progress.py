@@ -120,7 +120,6 @@ class ProgressLine(TrainerCallback):
         self._last = 0.0
 
     def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Show the newest training log entry."""
         logs = kwargs["logs"]
         if not state.is_world_process_zero or "tokens_per_second" not in logs:
             return
