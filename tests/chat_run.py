@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import yaml
+from finished_run import SHAPE  # type: ignore[import-not-found]
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -19,14 +20,6 @@ from nanophi.modeling_nanophi import NanoPhiForCausalLM
 from nanophi.pipeline import Pipeline
 
 END = "<|endoftext|>"
-MODEL = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-}
 TRAINING = {"steps": 6, "batch_size": 2, "learning_rate": 3e-3, "schedule": "constant", "precision": "fp32"}
 TRAINING |= {"save_steps": 3, "logging_steps": 1, "eval_steps": 6}
 
@@ -41,13 +34,13 @@ def make_base(folder: Path) -> Path:
     checkpoint = folder / "checkpoints/step-000001"
     torch.manual_seed(0)
     ids = {"bos_token_id": 0, "eos_token_id": 0}
-    NanoPhiForCausalLM(NanoPhiConfig(**MODEL, vocab_size=len(alphabet), **ids)).save_pretrained(checkpoint)
+    NanoPhiForCausalLM(NanoPhiConfig(**SHAPE, vocab_size=len(alphabet), **ids)).save_pretrained(checkpoint)
     tokenizer.save_pretrained(checkpoint)
     config = json.loads((checkpoint / "tokenizer_config.json").read_text())
     write_json(checkpoint / "tokenizer_config.json", config | {"tokenizer_class": "PreTrainedTokenizerFast"})
     training = {"steps": 1, "batch_size": 1, "learning_rate": 1e-3}
     data = {"sources": [{"embedded": "documentation"}]}
-    recipe = Recipe(name=folder.name, data=data, model=MODEL, training=training, evaluation={"suites": []})
+    recipe = Recipe(name=folder.name, data=data, model=SHAPE, training=training, evaluation={"suites": []})
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.dump()))
     write_json(folder / "record.json", {"stages": {"training": {}}})
     split = {"sha256": "a1", "documents": 1, "bytes": 10, "tokens": 10, "bytes_per_token": 1.0}

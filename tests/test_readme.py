@@ -198,32 +198,31 @@ def test_what_is_named_outside_the_blocks_exists():
         assert (ROOT / target).exists(), target
 
 
+def answer(name: str, runs: int, beginning: str, folder: Path) -> tuple[dict, dict, str]:
+    """What an experiment's records say now: its targets, the primary one's contrasts; and what the README says."""
+    shutil.copytree(ROOT / "benchmarks" / name, folder, dirs_exist_ok=True)
+    result = ablation_render.write_answer(folder)
+    assert result["finished"] == len(result["runs"]) == runs
+    assert (folder / "ablation.md").read_text() == (ROOT / f"benchmarks/{name}/ablation.md").read_text()
+    answers = result["targets"]["answers"]
+    quoted = " ".join(README[README.index(beginning) :].split("\n## ")[0].split())
+    return result["targets"], {**answers["contrasts"], "check": answers["check"]}, quoted
+
+
 def test_the_experiment_says_what_the_readme_says(tmp_path):
-    shutil.copytree(ROOT / "benchmarks/filter_effect", tmp_path, dirs_exist_ok=True)
-    result = ablation_render.write_answer(tmp_path)
-    assert result["finished"] == len(result["runs"]) == 24
-    assert (tmp_path / "ablation.md").read_text() == (ROOT / "benchmarks/filter_effect/ablation.md").read_text()
-    answers, kept, dropped = (result["targets"][name] for name in ("answers", "kept", "dropped"))
-    primary = {**answers["contrasts"], "check": answers["check"]}
+    targets, primary, quoted = answer("filter_effect", 24, "### Does the filter help?", tmp_path)
     assert primary["quality"]["verdict"] == "not found" and primary["check"]["verdict"] == "better"
-    quoted = " ".join(README[README.index("### Does the filter help?") :].split("\n## ")[0].split())
     for name in ("quality", "repetition", "check"):
         for one in primary[name]["learning_rates"].values():
             assert catalogue.difference(one, "bits_per_byte") in quoted
-    for target, verdict in ((kept, "better"), (dropped, "worse")):
-        quality = target["contrasts"]["quality"]
+    for target, verdict in (("kept", "better"), ("dropped", "worse")):
+        quality = targets[target]["contrasts"]["quality"]
         assert quality["verdict"] == verdict
         assert all(f"{one['value']:+.4f}" in quoted for one in quality["learning_rates"].values())
 
 
 def test_the_decays_say_what_the_readme_says(tmp_path):
-    shutil.copytree(ROOT / "benchmarks/decay_filter", tmp_path, dirs_exist_ok=True)
-    result = ablation_render.write_answer(tmp_path)
-    assert result["finished"] == len(result["runs"]) == 30
-    assert (tmp_path / "ablation.md").read_text() == (ROOT / "benchmarks/decay_filter/ablation.md").read_text()
-    answers = result["targets"]["answers"]
-    primary = {**answers["contrasts"], "check": answers["check"]}
-    quoted = " ".join(README[README.index("The same filter at the end only") :].split("\n## ")[0].split())
+    targets, primary, quoted = answer("decay_filter", 30, "The same filter at the end only", tmp_path)
     for found in primary.values():
         for one in found["learning_rates"].values():
             assert catalogue.difference(one, "bits_per_byte") in quoted
@@ -231,6 +230,6 @@ def test_the_decays_say_what_the_readme_says(tmp_path):
     assert primary["check"]["verdict"] == "better"
     verdicts = ("kept", "net", "better"), ("dropped", "net", "worse"), ("dropped", "throughout", "worse")
     for name, contrast, verdict in verdicts:
-        found = result["targets"][name]["contrasts"][contrast]
+        found = targets[name]["contrasts"][contrast]
         assert found["verdict"] == verdict
         assert all(f"{one['value']:+.4f}" in quoted for one in found["learning_rates"].values())
