@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from nanophi.core import bases
-from nanophi.core.environment import environment
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, remove, sha256_of_file, write_json
 from nanophi.core.jobs import side_by_side, stop_with_parent, world_size
@@ -167,7 +166,7 @@ def _begin_training(run: Runner, config: NanoPhiConfig) -> Path | None:
                 remove(path)
     resume = continuation.plan(run.run, recipe.training, recorded, inputs, run.report)
     continuation.set_aside(run.run, recipe.training, recorded, resume)
-    run.run.begin("training", inputs, environment())
+    run.run.begin("training", inputs)
     return resume
 
 
@@ -251,7 +250,7 @@ def _evaluation(run: Runner, model: str, path: Path, suite: str) -> Stage:
         "suite": suite,
         "limit": section.limit,
         "data": run.inputs.contents.of(data) if data else None,
-        "documents": run.key("conversations" if run.recipe.conversations else "documents"),
+        "documents": run.run.key("conversations" if run.recipe.conversations else "documents"),
     }
     return Stage(f"{model}-{suite}", (file,), build, needs=("training",), values=values)
 
@@ -480,14 +479,10 @@ def run_recipes(
         for line in advice(pipeline.recipe, pipeline.path):
             report(f"{pipeline.recipe.name}: {line}")
     jobs = min(jobs, len(recipes))
+    train_side_by_side(pipelines, jobs)
     if jobs > 1:
-        train_side_by_side(pipelines, jobs)
-        pipelines = [Pipeline(recipe, runs, report=report) for recipe in recipes]
+        pipelines = [Pipeline(recipe, runs, report=report) for recipe in recipes]  # as the workers left them
     with _locked(pipelines):
-        for pipeline in pipelines:
-            pipeline.tokens()
-            pipeline.make("sample")
-            pipeline.make("evaluation")
         compare_runs(pipelines)
         for pipeline in pipelines:
             pipeline.make("report")

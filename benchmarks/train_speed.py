@@ -53,7 +53,7 @@ from nanophi.core.run import now
 from nanophi.training import progress, trainer
 from nanophi.training.arguments import has_bf16
 from nanophi.training.attention import PACKED_DOCUMENTS
-from nanophi.training.budget import DEVICES, flops_per_token, peak_flops
+from nanophi.training.budget import DEVICES, device_named, flops_per_token
 from nanophi.training.estimate import PUBLISHED_TOKENS
 from nanophi.training.loss import use_chunked_loss
 from nanophi.training.optimizer import ADAM_EPS
@@ -331,10 +331,10 @@ def main() -> None:
             profile(arguments, arguments.output.with_suffix(".profile.txt"))
             return
         measured = compete(arguments)
-    flops, best = flops_per_token(config, arguments.context), peak_flops(device)
+    flops, known = flops_per_token(config, arguments.context), device_named(device)
     for name, contestant in measured.items():
-        if best is not None:
-            contestant["mfu"] = round(contestant["tokens_per_second"] * flops / best, 4)
+        if known is not None:
+            contestant["mfu"] = round(contestant["tokens_per_second"] * flops / known.bf16_flops, 4)
         print(name, json.dumps(contestant))
     result = {
         "command": "python benchmarks/train_speed.py " + " ".join(sys.argv[1:]),

@@ -7,7 +7,7 @@ import yaml
 
 from nanophi.core.errors import UserError, user_errors
 from nanophi.core.files import read_json
-from nanophi.core.names import CODE_FILES, MODEL_FILES, TOKENIZER_FILES, local, resolve
+from nanophi.core.names import local, resolve
 from nanophi.core.run import differences
 
 INHERITED = ("data", "quality", "tokenizer", "model")
@@ -36,13 +36,9 @@ class Base(NamedTuple):
         own["hub"] = [source["hub"] for source in self.recipe["conversations"] if not source.get("heldout")]
         return {"bases": [own, *known.get("bases", [])], "origin": known.get("origin")}
 
-    def tokenizer_files(self) -> list[Path]:
-        """The tokenizer's files, by name."""
-        return [path for name in TOKENIZER_FILES if (path := self.model / name).is_file()]
-
-    def model_files(self) -> list[Path]:
-        """Configuration, weights and code."""
-        return [path for name in (*MODEL_FILES, *CODE_FILES) if (path := self.model / name).is_file()]
+    def files(self, *names: str) -> list[Path]:
+        """Those of the model's files that it has."""
+        return [path for name in names if (path := self.model / name).is_file()]
 
 
 def find(name: str) -> Base:

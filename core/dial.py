@@ -127,9 +127,8 @@ def resolve(values: dict[str, Any]) -> list[Derived]:
     muon, context = training.get("optimizer") == "muon", _whole(model, "max_position_embeddings", 1024)
     wanted = TOKENS_PER_PARAMETER * multiplying(model, _whole({**tokenizer, **model}, "vocab_size", 4096))
     anchor = PUBLISHED[6e-3 if muon else 6e-4]
-    follows = scaled(anchor, 64 * depth, wanted, context, _whole(training, "micro_batch_size", 1)) | {
-        "weight_decay": 0.1
-    }
+    follows = scaled(anchor, 64 * depth, wanted, context, _whole(training, "micro_batch_size", 1))
+    follows["weight_decay"] = 0.1
     follows["steps"] = max(1, round(wanted / (_whole(training, "batch_size", follows["batch_size"]) * context)))
     follows["warmup_steps"] = int(WARMUP * _whole(training, "steps", follows["steps"]))
     for key, reason in SETTINGS.items():

@@ -49,7 +49,6 @@ class Contents:
         return sha256_of([[shown(file.relative_to(path)), self._file(file)] for file in inside])
 
     def save(self) -> None:
-        """Write the memory."""
         if self.memory is not None and self._known:
             write_json(self.memory, self._known)
 

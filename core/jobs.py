@@ -81,7 +81,6 @@ def _read(name: str, process: Popen[bytes], lines: SimpleQueue[tuple[str, bytes 
 
 
 def world_size() -> int:
-    """Number of processes that train together."""
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 

@@ -73,7 +73,6 @@ class Named:
 
     @property
     def is_run(self) -> bool:
-        """Whether it is a run directory."""
         return self.folder is not None and (self.folder / "record.json").is_file()
 
     def error(self, problem: str) -> UserError:

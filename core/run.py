@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from nanophi.core import mirror
+from nanophi.core.environment import environment
 from nanophi.core.errors import UserError
 from nanophi.core.files import copy_tree, read_json, replace_tree, sha256_of, write_json
 from nanophi.core.lock import hold
@@ -78,7 +79,7 @@ class RunDirectory:
         """Set top-level fields of `record.json`."""
         write_json(self.path / "record.json", {**self.record, **fields})
 
-    def stage_key(self, name: str) -> str:
+    def key(self, name: str) -> str:
         """Key of a finished stage: what later stages name as their input. Raises `UserError` if it has not run."""
         stage = self.record["stages"].get(name)
         if stage is None:
@@ -153,10 +154,10 @@ class RunDirectory:
         self.report(f"{self.path.name}: {name:<14} {done}")
         return entry["summary"]
 
-    def begin(self, name: str, inputs: dict[str, Any], environment: dict[str, Any]) -> None:
+    def begin(self, name: str, inputs: dict[str, Any]) -> None:
         """Record what a stage that writes in place is made from, and where, before its first output is there."""
         in_progress = {**self.record["in_progress"], name: self._attempt(name, inputs)}
-        self.update_record(in_progress=in_progress, environment=environment)
+        self.update_record(in_progress=in_progress, environment=environment())
         mirror.saved(self.path)
 
     def up_to_date(self, name: str, inputs: dict[str, Any], outputs: Sequence[str]) -> bool:

@@ -89,10 +89,6 @@ class Runner:
             chain |= {other.name: other for other in self.chain(before)}
         return [*chain.values(), stage]
 
-    def key(self, name: str) -> str:
-        """Key of a finished stage. Raises `UserError` if it has not run."""
-        return self.run.stage_key(name)
-
     def write_recipe(self) -> None:
         """`recipe.yaml`: the resolved recipe, every default written out."""
         write_text(self.path / "recipe.yaml", yaml.safe_dump(self.recipe.dump(), sort_keys=False, allow_unicode=True))
@@ -100,7 +96,7 @@ class Runner:
     def inputs_of(self, stage: Stage) -> dict[str, Any]:
         """Everything that a stage's outputs depend on, as JSON: its hash is the stage's key."""
         outside = stage.outside(self) if stage.outside else {}
-        return {**stage.values, **{name: self.key(name) for name in stage.needs}, **outside}
+        return {**stage.values, **{name: self.run.key(name) for name in stage.needs}, **outside}
 
     def make_stage(self, stage: Stage, allowed: bool | None = None) -> Summary:
         """A stage whose turn it is, or one that is not on the list, such as one that several runs share."""

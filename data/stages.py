@@ -9,6 +9,7 @@ from typing import Any
 from nanophi.core import bases
 from nanophi.core.files import copy_tree, read_json, sha256_of_file, sha256_of_tree, write_json
 from nanophi.core.inputs import WEIGHTS
+from nanophi.core.names import CODE_FILES, MODEL_FILES, TOKENIZER_FILES
 from nanophi.core.recipe import Recipe, Source
 from nanophi.core.run import RunDirectory
 from nanophi.core.stages import Runner, Stage, Summary
@@ -209,7 +210,7 @@ def _conversation_inputs(run: Runner) -> dict[str, Any]:
     chosen = pinned(run, recipe.conversations)
     return {
         "base": sha256_of_file(base.model / "model.safetensors"),
-        "tokenizer": [sha256_of_file(file) for file in base.tokenizer_files()],
+        "tokenizer": [sha256_of_file(file) for file in base.files(*TOKENIZER_FILES)],
         "conversations": [source.model_dump(mode="json") for source in chosen],
         "sources": [sources.fingerprint(source, run.inputs.contents) for source in chosen],
         "method": recipe.method,
@@ -227,7 +228,7 @@ def _conversations(run: Runner, work: Path) -> Summary:
     shutil.rmtree(work)  # of a killed attempt, of which no part is used again
     folder, output = work / "data/tokenizer", work / "data/conversations"
     folder.mkdir(parents=True)
-    for file in base.tokenizer_files():
+    for file in base.files(*TOKENIZER_FILES):
         shutil.copyfile(file, folder / file.name)
     config = read_json(folder / "tokenizer_config.json")
     own = not config.get("chat_template") and not (folder / "chat_template.jinja").exists()
@@ -247,7 +248,7 @@ def _conversations(run: Runner, work: Path) -> Summary:
         short = summary["shortened"].get(name)
         run.report(line + (f"; {short:,} trained on without their last turns, which do not fit" if short else ""))
     summary |= {"base": base.recipe["name"], "repo_id": base.repo_id, "own_template": own, **base.history()}
-    for file in (*base.model_files(), *folder.iterdir()):
+    for file in (*base.files(*MODEL_FILES, *CODE_FILES), *folder.iterdir()):
         copy_tree(file, work / "data/base" / file.name)
     hashes = {"conversations": {key: summary.pop(f"{key}_sha256") for key in ("train", "heldout")}}
     for name in bases.RECORDS:

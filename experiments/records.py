@@ -180,7 +180,7 @@ def write_record(pipeline: Pipeline, tasks: Sequence[str], output: Path, **field
         "documents": read_json(pipeline.path / "data/tokens/tokens.json")["train"]["documents"],
         **{name: history[name] for name in ("tokens_seen", "epochs", "seconds", "final_loss", "weights_sha256")},
         **{name: history[name] for name in ("decay_epochs",) if name in history},
-        "shared": {stage: pipeline.key(stage) for stage in ("documents", "scores", "tokenizer")},
+        "shared": {stage: pipeline.run.key(stage) for stage in ("documents", "scores", "tokenizer")},
         "environment": environment(),
         "items": items,
     }

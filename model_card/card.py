@@ -45,13 +45,17 @@ def build(run: Path, output: Path, checkpoint: Path | None = None, repo_id: str 
     text = render(shipped)
     if wrong := metadata.problems(text):
         raise UserError(f"{run}: the card is not fit to publish: {'; '.join(wrong)}")
-    output.mkdir(parents=True, exist_ok=True)
     records.write_records(shipped, output / "records")
     names = figures.build(shipped, output / "figures")
-    write_text(output / "README.md", text)
-    for name, content in metadata.eval_results_files(shipped).items():
-        write_text(output / ".eval_results" / name, content)
+    write(shipped, output)
     return {"characters": len(text), "figures": names, "evaluations": len(records.leading_scores(shipped))}
+
+
+def write(shipped: ShippedRecords, folder: Path) -> None:
+    """Write README.md and `.eval_results/`, which follow from the records beside them."""
+    write_text(folder / "README.md", render(shipped))
+    for name, content in metadata.eval_results_files(shipped).items():
+        write_text(folder / ".eval_results" / name, content)
 
 
 def render(shipped: ShippedRecords) -> str:

@@ -56,7 +56,6 @@ class Companion:
         return re.compile(rf"README\.md|LICENSE|MANIFEST\.json|model\.sig|{self.files}")
 
     def write(self, source: Source, repo_id: str, folder: Path) -> None:
-        """Write its folder."""
         importlib.import_module(f"nanophi.model_card.{self.module}").build(source, repo_id, folder)
 
 

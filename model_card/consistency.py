@@ -1,8 +1,7 @@
 """Cross-checks a release's records: statements of two of them that cannot both be true, one line each.
 
 Scores are derived from lm-eval's results wherever they are shown, so what is compared with them here are the figures
-that others computed: the comparison, its items, the held-out text by source, and what releases of an earlier format
-repeat.
+that others computed: the comparison, its items, and the held-out text by source.
 """
 
 import math
@@ -11,8 +10,9 @@ from typing import Any
 
 from nanophi.core.names import step_name
 from nanophi.eval import results
+from nanophi.eval.catalogue import HELDOUT_BITS
 from nanophi.eval.compare import TABLES, recompute
-from nanophi.eval.results import ANSWER_METRIC, Score
+from nanophi.eval.results import Score
 from nanophi.eval.statistics import verdict
 from nanophi.model_card.records import ShippedRecords, in_order, leading_scores
 
@@ -50,22 +50,14 @@ def contradictions(records: ShippedRecords) -> list[str]:
 
 
 def _evaluation(name: str, record: dict[str, Any]) -> Iterator[str]:
-    """Of one suite: what it repeats of lm-eval's results, and the held-out figures by source."""
+    """Of one suite: what is recited, and the held-out figures by source, against lm-eval's results."""
     scores = {score.task: score for score in results.leading_scores(record)}
-    answers = {score.task: score for score in results.answer_scores(record)}
-    ours, whole = record["nanophi"], scores.get("heldout_bits_per_byte")
-    for line in ours.get("headline", []):  # of format 2
-        task = line["task"]
-        yield from _repeated(f"{name} has {task}", line, scores[task])
-        if line.get(ANSWER_METRIC) and task in answers:
-            yield from _repeated(f"{name} has {task} {ANSWER_METRIC}", line[ANSWER_METRIC], answers[task])
-    if (average := ours.get("average")) and (mean := results.average_score(list(scores.values()))):
-        yield from _repeated(f"{name} has an average", average, mean)
-    for row in ours.get("memorisation", []):
+    for row in record["nanophi"].get("memorisation", []):
         score = scores[f"memorisation_{row['split']}"]
         if not row["occurrences"] and not math.isclose(score.value, row["verbatim"] / row["items"], abs_tol=1e-9):
             yield f"{name} has {row['verbatim']} of {row['items']} items recited, its results have {score.value}"
-    if (heldout := ours.get("heldout")) and whole is not None:
+    heldout, whole = record["nanophi"].get("heldout"), scores.get(HELDOUT_BITS)
+    if heldout and whole is not None:
         parts = list(heldout["by_source"].values())
         bits = sum(part["bits_per_byte"] * part["bytes"] for part in parts) / sum(part["bytes"] for part in parts)
         names = {"value": "bits_per_byte", "stderr": "bits_per_byte_stderr", "items": "documents"}
@@ -77,7 +69,7 @@ def _evaluation(name: str, record: dict[str, Any]) -> Iterator[str]:
 
 def _repeated(what: str, copy: dict[str, Any], score: Score) -> Iterator[str]:
     """Where a copy of a score is not the score."""
-    for key in ("metric", "filter", "value", "stderr", "items", "of", "chance", "higher_is_better"):
+    for key in ("value", "stderr", "items", "chance", "higher_is_better"):
         if key in copy and not _same(copy[key], getattr(score, key)):
             yield f"{what} {key} {copy[key]}, the results give {getattr(score, key)}"
 

@@ -34,10 +34,8 @@ def older_keys(rope: dict[str, Any]) -> dict[str, Any]:
         return keys
     if _is_old(scaled):
         return {**keys, "rope_scaling": {"type": scaled["rope_type"], "factor": float(scaled["factor"])}}
-    return {
-        **keys,
-        "rope_theta": None,
-    }  # they would compute something else, and stop without a base for the frequencies
+    # They would compute something else, and stop without a base for the frequencies.
+    return {**keys, "rope_theta": None}
 
 
 def _is_old(scaled: dict[str, Any]) -> bool:

@@ -87,14 +87,8 @@ def _verdicts(rows: list[dict[str, Any]]) -> str:
 FUNCTIONS: tuple[Callable[..., Any], ...] = (
     *(markup.code, markup.fenced, markup.text, exports.oldest_transformers),
     *(catalogue.metric_name, catalogue.row_title, catalogue.title),
-    *(
-        formatting.decimal,
-        formatting.duration,
-        formatting.figure,
-        formatting.integer,
-        formatting.percent,
-        formatting.size,
-    ),
+    *(formatting.decimal, formatting.duration, formatting.figure),
+    *(formatting.integer, formatting.percent, formatting.size),
 )
 FILTERS: dict[str, Callable[..., Any]] = {function.__name__: function for function in FUNCTIONS} | {
     "code_cell": lambda value: markup.code(value, cell=True),

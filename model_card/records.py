@@ -167,12 +167,11 @@ def model_record(checkpoint: Path) -> dict[str, Any]:
     config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False).to_dict()
     config.update(config["rope_parameters"])
     scaled = exports.scaling(config["rope_parameters"])
-    sizes: dict[str, int] = {}
-    for shard in checkpoint.glob("*.safetensors"):
-        with safe_open(shard, "np") as file:
-            sizes |= {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    if not sizes:
-        raise UserError(f"{checkpoint} has no .safetensors file; the checkpoint is incomplete, train it again")
+    weights = checkpoint / "model.safetensors"
+    if not weights.is_file():
+        raise UserError(f"{weights} is missing; the checkpoint is incomplete, train it again")
+    with safe_open(weights, "np") as file:
+        sizes = {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a dict)
     total, embeddings = sum(sizes.values()), sizes["model.embed_tokens.weight"] + sizes.get("lm_head.weight", 0)
     kept = {key: config[key] for key in CONFIG_KEYS} | ({"rope_scaling": scaled} if scaled else {})
     return {"config": kept, "parameters": total, "parameters_without_embeddings": total - embeddings}

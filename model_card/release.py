@@ -5,18 +5,16 @@ the Hub in `push.py`.
 """
 
 import shutil
-import types
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from nanophi.core.errors import UserError
 from nanophi.core.files import link_or_copy, permit, read_json, sha256_of_file, write_json, write_text
-from nanophi.core.names import CODE_FILES, TOKENIZER_FILES
+from nanophi.core.names import CODE_FILES, MODEL_FILES, TOKENIZER_FILES
 from nanophi.core.version import __version__
 from nanophi.data.stages import split_hashes
 from nanophi.model_card import card as model_card
-from nanophi.model_card import exports, metadata
+from nanophi.model_card import exports
 from nanophi.model_card.manifest import MANIFEST, list_files, write_manifest
 from nanophi.model_card.records import LATER_STAGES, ShippedRecords, read_records
 
@@ -24,18 +22,20 @@ from nanophi.model_card.records import LATER_STAGES, ShippedRecords, read_record
 def build(run: Path, checkpoint: Path, card: Path, output: Path, dtype: str = "float32") -> dict[str, Any]:
     """Write the release of a checkpoint, with what `card.build` wrote for it. Two builds are byte-identical."""
     output.mkdir(parents=True, exist_ok=True)
-    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", *CODE_FILES):
+    for name in (*MODEL_FILES, "tokenizer.json", "tokenizer_config.json", *CODE_FILES):
         if not (checkpoint / name).is_file():
             raise UserError(f"{checkpoint / name} is missing; the checkpoint is incomplete, train it again")
-    write_json(output / "config.json", _config(read_json(checkpoint / "config.json"), dtype, checkpoint))
-    write_json(output / "generation_config.json", _generation_config(read_json(checkpoint / "generation_config.json")))
+    config = _config(read_json(checkpoint / "config.json"), dtype, checkpoint)
+    write_json(output / "config.json", config)
+    generation = _generation_config(read_json(checkpoint / "generation_config.json"), config.get("eos_token_id"))
+    write_json(output / "generation_config.json", generation)
     for source in (*(checkpoint / name for name in (*TOKENIZER_FILES, *CODE_FILES)), card / "README.md"):
         if source.is_file():
             shutil.copyfile(source, output / source.name)
     for part in ("figures", "records", ".eval_results"):
         if (card / part).is_dir():
             shutil.copytree(card / part, output / part, dirs_exist_ok=True, copy_function=shutil.copyfile)
-    _complete_tokenizer(output)
+    _complete_tokenizer(output, config["max_position_embeddings"])
     _write_weights(checkpoint, output / "model.safetensors", dtype)
     write_json(output / "revisions.json", read_json(card / "records" / "revisions.json"))
     write_text(output / "LICENSE", license_text(read_records(output / "records")))
@@ -45,20 +45,16 @@ def build(run: Path, checkpoint: Path, card: Path, output: Path, dtype: str = "f
     return {"files": len(files), "bytes": size, "weights_sha256": files["model.safetensors"]["sha256"]}
 
 
-def copy_for_repo(
-    release: Path, repo_id: str, output: Path, links: Mapping[str, str] = types.MappingProxyType({})
-) -> None:
+def copy_for_repo(release: Path, repo_id: str, output: Path, links: dict[str, str]) -> None:
     """Copy a release as it will be on the Hub, its card naming `repo_id` and linking what is published beside it."""
     for name in list_files(release):  # not the folders' permissions: somebody else's release may be read-only
         (output / name).parent.mkdir(parents=True, exist_ok=True)
         link_or_copy(str(release / name), str(output / name))
     records = read_records(output / "records")
-    records["run.json"] |= {"repo_id": repo_id, "folder": None, **({"links": dict(links)} if links else {})}
+    records["run.json"] |= {"repo_id": repo_id, "folder": None, **({"links": links} if links else {})}
     # The copy holds links, and these replace what they write.
     write_json(output / "records" / "run.json", records["run.json"])
-    write_text(output / "README.md", model_card.render(records))
-    for name, content in metadata.eval_results_files(records).items():
-        write_text(output / ".eval_results" / name, content)
+    model_card.write(records, output)
     write_manifest(output, read_json(output / MANIFEST)["provenance"])
 
 
@@ -77,24 +73,22 @@ def _config(config: dict[str, Any], dtype: str, checkpoint: Path) -> dict[str, A
     return {key: config[key] for key in sorted(config) if key != "_name_or_path"}
 
 
-def _generation_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Without lengths, which lm-eval would take over its own; greedy, as the card's sample is."""
+def _generation_config(config: dict[str, Any], end: Any) -> dict[str, Any]:
+    """Without lengths, which lm-eval would take over its own; greedy, as the card's sample is; padded with the end."""
     left_out = ("max_new_tokens", "max_length", "_from_model_config")
-    return {key: value for key, value in sorted({**config, "do_sample": False}.items()) if key not in left_out}
+    kept = {key: value for key, value in sorted({**config, "do_sample": False}.items()) if key not in left_out}
+    return {**kept, "pad_token_id": end} if kept.get("pad_token_id") is None and isinstance(end, int) else kept
 
 
-def _complete_tokenizer(folder: Path) -> None:
+def _complete_tokenizer(folder: Path, context: int) -> None:
     """What batched generation needs: a token to pad with, on the left, and a prompt's greatest length."""
-    config, tokenizer = (read_json(folder / name) for name in ("config.json", "tokenizer_config.json"))
+    tokenizer = read_json(folder / "tokenizer_config.json")
     # `config.json` does not name it, the end of text: there it would keep the model from learning its embedding.
     tokenizer.setdefault("pad_token", tokenizer.get("eos_token"))
-    tokenizer |= {"padding_side": "left", "model_max_length": config["max_position_embeddings"]}
+    tokenizer |= {"padding_side": "left", "model_max_length": context}
     write_json(folder / "tokenizer_config.json", tokenizer)
     if (special := folder / "special_tokens_map.json").is_file():
         write_json(special, {"pad_token": tokenizer["pad_token"], **read_json(special)})
-    generation = read_json(folder / "generation_config.json")
-    if generation.get("pad_token_id") is None and isinstance(config.get("eos_token_id"), int):
-        write_json(folder / "generation_config.json", {**generation, "pad_token_id": config["eos_token_id"]})
 
 
 def license_text(records: ShippedRecords) -> str:
@@ -125,9 +119,7 @@ def _write_weights(checkpoint: Path, target: Path, dtype: str) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
-    tensors = {name: tensor for shard in checkpoint.glob("*.safetensors") for name, tensor in load_file(shard).items()}
-    if not tensors:
-        raise UserError(f"{checkpoint} has no .safetensors file; the checkpoint is incomplete, train it again")
+    tensors = load_file(checkpoint / "model.safetensors")
     converted = {name: tensor.to(getattr(torch, dtype)).contiguous() for name, tensor in sorted(tensors.items())}
     save_file(converted, target, metadata={"format": "pt"})
     permit(target)

@@ -13,7 +13,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoCard, RepoFile
@@ -32,7 +32,6 @@ from nanophi.core.inputs import Kind, same_on_hub
 from nanophi.model_card.manifest import MANIFEST, SIGNATURE, list_files
 
 Report = Callable[[str], None]
-Result = TypeVar("Result")
 TEMPORARY = (429, *range(500, 600))
 ATTEMPTS = 5
 LONGEST_WAIT = 300  # seconds; a server that asks for more is reported, not waited for
@@ -69,7 +68,7 @@ def _explain(error: HfHubHTTPError) -> str:
     }.get(status, f"the Hub answered: {text}")
 
 
-def with_retries(call: Callable[[], Result], report: Report) -> Result:
+def with_retries(call: Callable[[], Any], report: Report) -> Any:
     """The result of a call, made again after the time that a busy Hub asks for: the client retries lists alone."""
     for attempt in range(1, ATTEMPTS):
         try:
@@ -108,12 +107,6 @@ def branches_and_tags(api: HfApi, repo_id: str, kind: Kind = "model") -> tuple[d
         return None
     branches, tags = ({entry.name: entry.target_commit for entry in group} for group in (refs.branches, refs.tags))
     return branches, tags
-
-
-def files_at(api: HfApi, repo_id: str, revision: str, kind: Kind = "model") -> dict[str, RepoFile]:
-    """Path -> file of a revision, without `.gitattributes`, which is the Hub's own."""
-    tree = api.list_repo_tree(repo_id, recursive=True, revision=revision, repo_type=kind)
-    return {entry.path: entry for entry in tree if isinstance(entry, RepoFile) and entry.path != ".gitattributes"}
 
 
 def read_file(api: HfApi, repo_id: str, path: str, revision: str, folder: Path, kind: Kind = "model") -> bytes | None:
@@ -183,13 +176,14 @@ def _first_commit(api: HfApi, repository: Repository) -> str:
 
 def _change(api: HfApi, repository: Repository, commit: str, folder: Path, scratch: Path | None = None) -> Change:
     """From a commit on the Hub to a folder here. With `scratch`, also which of the files there are not ours."""
-    there, here = files_at(api, repository.name, commit, repository.kind), list_files(folder)
+    tree = api.list_repo_tree(repository.name, recursive=True, revision=commit, repo_type=repository.kind)
+    there, here = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}, list_files(folder)
+    there.pop(".gitattributes", None)  # the Hub's own
     files = {name: "new" for name in here if name not in there}
     files |= {name: "replaced" for name in here if name in there and not same_on_hub(folder / name, there[name])}
     files |= dict.fromkeys(sorted(set(there) - set(here)), "deleted")
-    change = Change(
-        commit, {} if files == {SIGNATURE: "replaced"} else files
-    )  # two signatures of the same files differ
+    # Two signatures of the same files differ.
+    change = Change(commit, {} if files == {SIGNATURE: "replaced"} else files)
     if scratch is not None and (touched := {name: there[name] for name in change.files if name in there}):
         read = functools.partial(read_file, api, repository.name, revision=commit, folder=scratch, kind=repository.kind)
         change.foreign = _foreign(read, touched)

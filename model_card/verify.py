@@ -80,13 +80,9 @@ def check(
         safe &= add("signature", signature.problems(folder, public_key), f"by the owner of {public_key.name}")
     safe &= add("files", foreign_files(folder, files), "safetensors only, no code but the two files")
     safe &= add("code references", foreign_references(folder), "no file names code outside this release")
-    own = f"that of nanophi {__version__}"
-    foreign = [f"differs from nanophi {__version__}; --trust-remote-code runs it"]
-    if checks.has_same_code(folder):
-        foreign = []
-    elif trust_remote_code:
-        foreign, own = [], "not that of this nanophi, trusted by the user"
-    safe &= add("code", foreign, own)
+    same, ours = checks.has_same_code(folder), f"nanophi {__version__}"
+    foreign = [] if same or trust_remote_code else [f"differs from {ours}; --trust-remote-code runs it"]
+    safe &= add("code", foreign, f"that of {ours}" if same else "not that of this nanophi, trusted by the user")
     try:
         records = read_records(folder / "records")
         add("card", *checks.card(folder, records))

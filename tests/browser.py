@@ -41,18 +41,8 @@ def npm(*packages: str) -> Path:
         if shutil.which("npm") is None:
             pytest.skip(f"npm is missing, from which {', '.join(wanted)} would come")
         ROOT.mkdir(parents=True, exist_ok=True)
-        command = [
-            "npm",
-            "install",
-            "--no-audit",
-            "--no-fund",
-            "--ignore-scripts",
-            "--omit=optional",
-            "--prefix",
-            str(ROOT),
-            *packages,
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        flags = ("--no-audit", "--no-fund", "--ignore-scripts", "--omit=optional", "--prefix", str(ROOT))
+        done = subprocess.run(["npm", "install", *flags, *packages], capture_output=True, text=True, timeout=300)
         if done.returncode:
             pytest.skip(f"npm cannot install {', '.join(wanted)}: {done.stderr[-300:]}")
     return modules

@@ -8,7 +8,7 @@ import pytest
 
 from nanophi.model_card import loader
 
-pytest_plugins = ["finished_run"]
+pytest_plugins = ["finished_run", "hub_client"]
 LONGEST = ("test_distributed", "test_readme", "test_push", "test_pipeline", "test_evaluate", "test_ablate")
 
 

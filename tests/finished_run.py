@@ -1,5 +1,6 @@
 """A finished run in miniature: a model of random weights, and records as the stages write them."""
 
+import copy
 import hashlib
 import importlib.metadata
 import json
@@ -18,14 +19,8 @@ from nanophi.core.version import __version__
 STEPS, BATCH, CONTEXT, VOCABULARY = 30, 4, 128, 300
 TOKENS = BATCH * CONTEXT  # of a step
 KEPT_STEPS = (10, 20)
-SHAPE = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": CONTEXT,
-}
+SHAPE: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+SHAPE |= {"num_key_value_heads": 2, "max_position_embeddings": CONTEXT}
 TEXT = "The quick brown fox jumps over the lazy dog. A module holds definitions; a package holds modules. " * 20
 
 
@@ -36,16 +31,11 @@ def build_tokenizer(folder: Path) -> None:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([TEXT], trainer)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>", model_max_length=CONTEXT
-    ).save_pretrained(folder)
+    alphabet, end = pre_tokenizers.ByteLevel.alphabet(), "<|endoftext|>"
+    known = {"special_tokens": [end], "initial_alphabet": alphabet, "show_progress": False}
+    tokenizer.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=VOCABULARY, **known))
+    ends = {"bos_token": end, "eos_token": end, "model_max_length": CONTEXT}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **ends).save_pretrained(folder)
     content = read_json(folder / "tokenizer.json")
     content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]
     (folder / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False))
@@ -87,10 +77,7 @@ def results_of(run: Path, step: int) -> dict[str, Any]:
         "configs": {"heldout_continuation": {"custom_dataset": "<function>", "metadata": {"heldout": str(run)}}},
         "versions": dict.fromkeys(tasks, 1.0),
         "n-shot": dict.fromkeys(tasks, 0),
-        "higher_is_better": {
-            "heldout_bits_per_byte": {"bits_per_byte": False},
-            "heldout_continuation": {"acc": True, "acc_norm": True},
-        },
+        "higher_is_better": dict(zip(tasks, ({"bits_per_byte": False}, {"acc": True, "acc_norm": True}), strict=True)),
         "n-samples": {task: {"original": number, "effective": number} for task, number in items.items()},
         "task_hashes": {"heldout_bits_per_byte": "0" * 64, "heldout_continuation": "1" * 64},
         "samples": {"heldout_bits_per_byte": heldout_samples(run, step), "heldout_continuation": []},
@@ -158,13 +145,8 @@ def write_data(run: Path) -> None:
         },
     }
     write_json(run / "data" / "quality" / "quality.json", quality)
-    scores = {
-        "id": [f"{index:016x}" for index in range(count)],
-        "source": source,
-        "split": ["train"] * count,
-        "bytes": size,
-        "quality_score": score.astype("float32"),
-    }
+    scores = {"id": [f"{index:016x}" for index in range(count)], "source": source, "split": ["train"] * count}
+    scores |= {"bytes": size, "quality_score": score.astype("float32")}
     (run / "data" / "scores").mkdir()
     pd.DataFrame(scores).to_parquet(run / "data" / "scores" / "scores.parquet")
     (run / "data" / "documents").mkdir()
@@ -236,13 +218,9 @@ def build_run(run: Path) -> None:
     evaluations = [at(step, loss=loss, bits_per_byte=bits) for step, (loss, bits) in losses.items()]
     summary = {"checkpoint": f"checkpoints/step-{STEPS:06d}", "steps": STEPS, "tokens_seen": STEPS * TOKENS}
     summary |= {"epochs": 1.5, "parameters": 34412, "precision": "fp32", "seconds": 15.0}
-    summary |= {
-        "tokens_per_second": 1000.0,
-        "flops_per_token": 300000,
-        "weights_sha256": sha256_of_file(run / "checkpoints" / f"step-{STEPS:06d}" / "model.safetensors"),
-        "final_loss": log[-1]["loss"],
-        "final_bits_per_byte": evaluations[-1]["bits_per_byte"],
-    }
+    summary["weights_sha256"] = sha256_of_file(run / f"checkpoints/step-{STEPS:06d}/model.safetensors")
+    summary |= {"tokens_per_second": 1000.0, "flops_per_token": 300000, "final_loss": log[-1]["loss"]}
+    summary["final_bits_per_byte"] = evaluations[-1]["bits_per_byte"]
     write_json(run / "training.json", {"log": log, "evaluations": evaluations, "summary": summary})
 
     (run / "evals").mkdir()
@@ -279,6 +257,27 @@ def built_release(finished_run: Path) -> Path:
     checkpoint = finished_run / "checkpoints" / f"step-{STEPS:06d}"
     release.build(finished_run, checkpoint, finished_run / "card", finished_run / "release")
     return finished_run / "release"
+
+
+@pytest.fixture
+def run_copy(finished_run: Path, tmp_path: Path) -> Path:
+    """A run without a release that a test may change."""
+    ignored = shutil.ignore_patterns("release", "card")
+    return Path(shutil.copytree(finished_run, tmp_path / finished_run.name, ignore=ignored))
+
+
+@pytest.fixture(scope="session")
+def records(finished_run: Path) -> dict[str, Any]:
+    """What the release of `finished_run` has under `records/`. Do not change them: take `changed`."""
+    from nanophi.model_card.records import collect
+
+    return collect(finished_run, finished_run / "checkpoints" / f"step-{STEPS:06d}")
+
+
+@pytest.fixture
+def changed(records: dict[str, Any]) -> dict[str, Any]:
+    """Records that a test may change."""
+    return copy.deepcopy(records)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import typer
+from command import nanophi
 
 from nanophi import __version__, cli, pipeline
 from nanophi.cli import INTERRUPTED, main
@@ -17,19 +18,10 @@ VERBS = [[name] for name, verb in cli.VERBS.items() if isinstance(verb, str)]
 VERBS += [[group, name] for group, verbs in cli.VERBS.items() if isinstance(verbs, dict) for name in verbs]
 
 
-def nanophi(monkeypatch, capsys, *arguments) -> tuple[int | str | None, str, str]:
-    monkeypatch.setattr(sys, "argv", ["nanophi", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    captured = capsys.readouterr()
-    return stopped.value.code, captured.out, captured.err
-
-
 @pytest.mark.parametrize("verb", VERBS, ids=" ".join)
-def test_every_verb_has_help_with_an_example(monkeypatch, capsys, verb):
-    code, out, _ = nanophi(monkeypatch, capsys, *verb, "--help")
-    assert code == 0
-    assert "Example: " in out
+def test_every_verb_has_help_with_an_example(capsys, verb):
+    assert nanophi(*verb, "--help") == 0
+    assert "Example: " in capsys.readouterr().out
 
 
 def parse(arguments: list[str]) -> dict[str, object]:
@@ -79,22 +71,18 @@ def test_every_example_is_a_command_that_parses(example):
 def test_mistakes_are_one_line(monkeypatch, capsys, tmp_path, arguments, message):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    code, out, _ = nanophi(monkeypatch, capsys, *arguments)
-    assert isinstance(code, str)  # a message: the interpreter prints it to stderr and exits with 1
-    assert code.startswith("nanophi: ")
-    assert message in code
-    assert "\n" not in code
-    assert out == ""
+    code = nanophi(*arguments)  # a message: the interpreter prints it to stderr and exits with 1
+    assert code.startswith("nanophi: ") and message in code and "\n" not in code
+    assert capsys.readouterr().out == ""
     assert not list(tmp_path.glob("runs/*/data"))
 
 
-def test_a_full_disk_is_one_line(monkeypatch, capsys, tmp_path):
+def test_a_full_disk_is_one_line(monkeypatch, tmp_path):
     def full(path, text):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     monkeypatch.setattr("nanophi.core.stages.write_text", full)
-    code, _, _ = nanophi(monkeypatch, capsys, "run", "demo", "--runs", tmp_path)
-    assert code.startswith("nanophi: no disk space left")
+    assert nanophi("run", "demo", "--runs", tmp_path).startswith("nanophi: no disk space left")
 
 
 def test_a_quick_answer_loads_none_of_the_large_libraries(tmp_path):
@@ -117,10 +105,9 @@ def test_ctrl_c_is_one_line_and_the_version_another(monkeypatch, capsys, tmp_pat
         raise KeyboardInterrupt
 
     monkeypatch.setattr(pipeline, "run_recipes", interrupted)
-    code, out, err = nanophi(monkeypatch, capsys, "run", "demo", "--runs", tmp_path)
-    assert (code, out) == (INTERRUPTED, "")
-    assert err.split("\n") == ["", "nanophi: interrupted; run the same command to resume", ""]
-    assert nanophi(monkeypatch, capsys, "--version")[:2] == (0, f"nanophi {__version__}\n")
+    assert nanophi("run", "demo", "--runs", tmp_path) == INTERRUPTED
+    assert capsys.readouterr() == ("", "\nnanophi: interrupted; run the same command to resume\n")
+    assert nanophi("--version") == 0 and capsys.readouterr().out == f"nanophi {__version__}\n"
 
 
 def test_debug_shows_where_it_came_from(monkeypatch):

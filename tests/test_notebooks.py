@@ -35,14 +35,8 @@ def folder(tmp_path: Path) -> Path:
     data = {"sources": [{"files": str(tmp_path / "a.parquet")}], "heldout_fraction": 0.1, "workers": 1}
     for name in ("demo", "demo-control", "nano-phi-115m"):
         base = yaml.safe_load((RECIPES / "demo.yaml").read_text())
-        recipe = {
-            **base,
-            **SMALL,
-            "training": {**base["training"], **SMALL["training"]},
-            "name": name,
-            "data": data,
-            "card": {**base["card"], "prompt": "The"},
-        }
+        recipe = {**base, **SMALL, "name": name, "data": data, "card": {**base["card"], "prompt": "The"}}
+        recipe["training"] = {**base["training"], **SMALL["training"]}
         if name == "demo-control":
             recipe["quality"] = {**SMALL["quality"], "threshold": None}
         (tmp_path / name).write_text(yaml.safe_dump(recipe))
@@ -50,10 +44,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def commands(path: Path) -> list[str]:
-    cells = nbformat.read(path, 4).cells
-    return [
-        line[1:] for cell in cells if cell.cell_type == "code" for line in cell.source.splitlines() if line[0:1] == "!"
-    ]
+    cells = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
+    return [line[1:] for cell in cells for line in cell.source.splitlines() if line.startswith("!")]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -7,8 +7,7 @@ import textwrap
 
 import pytest
 import yaml
-from hub_client import is_whole, push, talk_to
-from hub_server import HubServer
+from hub_client import is_whole, push
 
 from nanophi import pipeline
 from nanophi.core.errors import UserError
@@ -147,19 +146,17 @@ def test_what_changed_in_the_card_section_reaches_the_release(finished, recipe):
     assert stages == ["card", "release"] and tag == "v0.1" and "# small\n" in text
 
 
-def test_a_run_without_a_filter_is_released_and_pushed(finished, recipe, tmp_path, monkeypatch):
+def test_a_run_without_a_filter_is_released_and_pushed(finished, recipe, tmp_path, hub):
     values = yaml.safe_load(recipe.read_text())
     del values["quality"]
     path = tmp_path / "plain.yaml"
     path.write_text(yaml.safe_dump(values | {"name": "plain"}))
     lines: list[str] = []
-    with HubServer() as server:
-        talk_to(server, tmp_path / "home", monkeypatch)
-        pipeline.run_recipes([load_recipe(path)], finished[0], lines.append)
-        push(finished[0] / "plain/release", "org/plain")
-        commit = server.repositories["model", "org/plain"].branches["main"]
-        with pytest.raises(UserError, match="no scored documents"):
-            push(finished[0] / "plain/release", "org/plain", scorer="org/scorer", dry_run=True)
+    pipeline.run_recipes([load_recipe(path)], finished[0], lines.append)
+    push(finished[0] / "plain/release", "org/plain")
+    commit = hub.repositories["model", "org/plain"].branches["main"]
+    with pytest.raises(UserError, match="no scored documents"):
+        push(finished[0] / "plain/release", "org/plain", scorer=True, dry_run=True)
     assert is_whole(commit) and ran(lines)[-1] == "verification"
     text = commit.files["README.md"].data.decode()
     assert "No filter: no document was scored, and all of the " in text and "of unfiltered text." in text

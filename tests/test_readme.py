@@ -18,10 +18,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from command import nanophi
 from hub_server import HubServer
 from readme import README, ROOT, blocks, commands, run
 
-from nanophi.cli import HIDDEN, main
+from nanophi.cli import HIDDEN
 from nanophi.cli import VERBS as TABLE
 from nanophi.core.files import read_json
 from nanophi.core.recipe import load_recipe
@@ -34,10 +35,8 @@ COMMANDS = commands("The command")
 VERBS = {name for name, verb in TABLE.items() if isinstance(verb, str) and name not in HIDDEN}
 VERBS |= {f"quality {name}" for name in TABLE["quality"]}
 
-SOURCES = [
-    {"files": "good/*.jsonl.gz", "name": "good"},
-    {"files": "web/*.parquet", "name": "web", "text_column": "content"},
-]
+SOURCES = [{"files": "good/*.jsonl.gz", "name": "good"}]
+SOURCES += [{"files": "web/*.parquet", "name": "web", "text_column": "content"}]
 SMALL = {
     "data": {"sources": SOURCES, "heldout_fraction": 0.1, "workers": 1},
     "quality": {"high": ["good"], "low": ["web"]},
@@ -51,15 +50,6 @@ SMALL = {
 
 def verb(arguments: list[str]) -> str:
     return " ".join(arguments[: 2 if arguments[0] == "quality" else 1])
-
-
-def nanophi(arguments: list[str]) -> None:
-    """Run one command in this process. Raises AssertionError if it fails."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["nanophi", *arguments])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-    assert not stopped.value.code, stopped.value.code
 
 
 def shell(command: list[str], folder: Path, **environment: str) -> str:
@@ -98,7 +88,7 @@ def demo(folder):
     makefile = (ROOT / "Makefile").read_text()
     line = re.search(r"^demo:.*\n\t\$\(BIN\)/nanophi (.*) --jobs 2$", makefile, flags=re.MULTILINE)
     with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), "utf-8")) as printed:
-        nanophi(shlex.split(line.group(1)))
+        assert not nanophi(*shlex.split(line.group(1)))
     printed.seek(0)
     return folder, printed.read()
 
@@ -125,7 +115,7 @@ OFFLINE = [line for line in COMMANDS if verb(line) not in (*ON_THE_HUB, "show")]
 
 @pytest.mark.parametrize("arguments", OFFLINE, ids=verb)
 def test_a_command_works_as_it_stands(demo, capsys, arguments):
-    nanophi(arguments)
+    assert not nanophi(*arguments)
     out = capsys.readouterr().out
     if verb(arguments) == "run":
         assert "up to date" in out
@@ -184,7 +174,7 @@ def test_own_data(folder):
     lines = [line for line in recipe.splitlines() if "hub:" not in line]
     (folder / "mine.yaml").write_text("\n".join(lines))
     for arguments in commands("Your own data"):
-        nanophi(arguments)
+        assert not nanophi(*arguments)
     assert (folder / "runs/mine/data/quality/quality.md").exists()
     assert (folder / "runs/mine/release/MANIFEST.json").exists()
 
@@ -193,7 +183,7 @@ def test_a_scorer_of_ones_own(folder, capsys):
     """The examples in the help of `nanophi quality`, one after the other."""
     for function in (quality.fit, quality.score, quality.report):
         example = re.search(r"Example: nanophi (.*)", function.__doc__).group(1)
-        nanophi(shlex.split(example))
+        assert not nanophi(*shlex.split(example))
     assert "test documents" in capsys.readouterr().out
     assert "of 150 documents kept" in (folder / "quality/quality.md").read_text()
 
@@ -208,42 +198,38 @@ def test_what_is_named_outside_the_blocks_exists():
         assert (ROOT / target).exists(), target
 
 
+def answer(name: str, runs: int, beginning: str, folder: Path) -> tuple[dict, dict, str]:
+    """What an experiment's records say now: its targets, the primary one's contrasts; and what the README says."""
+    shutil.copytree(ROOT / "benchmarks" / name, folder, dirs_exist_ok=True)
+    result = ablation_render.write_answer(folder)
+    assert result["finished"] == len(result["runs"]) == runs
+    assert (folder / "ablation.md").read_text() == (ROOT / f"benchmarks/{name}/ablation.md").read_text()
+    answers = result["targets"]["answers"]
+    quoted = " ".join(README[README.index(beginning) :].split("\n## ")[0].split())
+    return result["targets"], {**answers["contrasts"], "check": answers["check"]}, quoted
+
+
 def test_the_experiment_says_what_the_readme_says(tmp_path):
-    shutil.copytree(ROOT / "benchmarks/filter_effect", tmp_path, dirs_exist_ok=True)
-    result = ablation_render.write_answer(tmp_path)
-    assert result["finished"] == len(result["runs"]) == 24
-    assert (tmp_path / "ablation.md").read_text() == (ROOT / "benchmarks/filter_effect/ablation.md").read_text()
-    answers, kept, dropped = (result["targets"][name] for name in ("answers", "kept", "dropped"))
-    primary = {**answers["contrasts"], "check": answers["check"]}
+    targets, primary, quoted = answer("filter_effect", 24, "### Does the filter help?", tmp_path)
     assert primary["quality"]["verdict"] == "not found" and primary["check"]["verdict"] == "better"
-    quoted = " ".join(README[README.index("### Does the filter help?") :].split("\n## ")[0].split())
     for name in ("quality", "repetition", "check"):
         for one in primary[name]["learning_rates"].values():
             assert catalogue.difference(one, "bits_per_byte") in quoted
-    for target, verdict in ((kept, "better"), (dropped, "worse")):
-        quality = target["contrasts"]["quality"]
+    for target, verdict in (("kept", "better"), ("dropped", "worse")):
+        quality = targets[target]["contrasts"]["quality"]
         assert quality["verdict"] == verdict
         assert all(f"{one['value']:+.4f}" in quoted for one in quality["learning_rates"].values())
 
 
 def test_the_decays_say_what_the_readme_says(tmp_path):
-    shutil.copytree(ROOT / "benchmarks/decay_filter", tmp_path, dirs_exist_ok=True)
-    result = ablation_render.write_answer(tmp_path)
-    assert result["finished"] == len(result["runs"]) == 30
-    assert (tmp_path / "ablation.md").read_text() == (ROOT / "benchmarks/decay_filter/ablation.md").read_text()
-    answers = result["targets"]["answers"]
-    primary = {**answers["contrasts"], "check": answers["check"]}
-    quoted = " ".join(README[README.index("The same filter at the end only") :].split("\n## ")[0].split())
+    targets, primary, quoted = answer("decay_filter", 30, "The same filter at the end only", tmp_path)
     for found in primary.values():
         for one in found["learning_rates"].values():
             assert catalogue.difference(one, "bits_per_byte") in quoted
     assert primary["quality"]["verdict"] == "at one learning rate only" and primary["net"]["verdict"] == "not found"
     assert primary["check"]["verdict"] == "better"
-    for name, contrast, verdict in (
-        ("kept", "net", "better"),
-        ("dropped", "net", "worse"),
-        ("dropped", "throughout", "worse"),
-    ):
-        found = result["targets"][name]["contrasts"][contrast]
+    verdicts = ("kept", "net", "better"), ("dropped", "net", "worse"), ("dropped", "throughout", "worse")
+    for name, contrast, verdict in verdicts:
+        found = targets[name]["contrasts"][contrast]
         assert found["verdict"] == verdict
         assert all(f"{one['value']:+.4f}" in quoted for one in found["learning_rates"].values())

@@ -5,17 +5,9 @@ import torch
 from nanophi import NanoPhiConfig, NanoPhiForCausalLM
 
 TOLERANCE = 1e-5
-SHAPE = {
-    "vocab_size": 131,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+SHAPE = {"vocab_size": 131, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+SHAPE |= {"bos_token_id": 1, "eos_token_id": 2}
 
 
 def make_model(**fields):

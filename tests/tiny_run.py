@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from finished_run import SHAPE
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -23,30 +24,10 @@ from nanophi.core.recipe import Training
 from nanophi.training import checkpoints, trainer
 
 VOCAB, CONTEXT, EOS = 61, 64, 0
-CONFIG = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": CONTEXT,
-    "bos_token_id": EOS,
-    "eos_token_id": EOS,
-    "resid_pdrop": 0.1,  # dropout makes the random state part of what a resumed run must restore
-}
-TRAINING = {
-    "steps": 24,
-    "batch_size": 8,
-    "learning_rate": 1e-2,
-    "warmup_steps": 2,
-    "schedule": "wsd",
-    "save_steps": 6,
-    "keep_steps": [10],
-    "eval_steps": 12,
-    "logging_steps": 1,
-    "precision": "fp32",
-}
+CONFIG = {**SHAPE, "max_position_embeddings": CONTEXT, "vocab_size": VOCAB, "bos_token_id": EOS, "eos_token_id": EOS}
+CONFIG["resid_pdrop"] = 0.1  # dropout makes the random state part of what a resumed run must restore
+TRAINING = {"steps": 24, "batch_size": 8, "learning_rate": 1e-2, "warmup_steps": 2, "schedule": "wsd"}
+TRAINING |= {"precision": "fp32", "save_steps": 6, "keep_steps": [10], "eval_steps": 12, "logging_steps": 1}
 
 PROMPT = "w7 w8"
 # 10 rows of 64 tokens hold 640: documents across rows, several in a row, one that the cut leaves out, one cut short.

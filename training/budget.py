@@ -63,12 +63,6 @@ def find_device(name: str) -> str:
     return found
 
 
-def peak_flops(device_name: str, precision: str = "bf16", tf32: bool = False) -> float | None:
-    """Peak FLOP/s of a device by the name that CUDA gives it; None if it is not in the table."""
-    device = device_named(device_name)
-    return device.peak(precision, tf32) if device else None
-
-
 def device_named(name: str) -> Device | None:
     """The device of the table that has this name, as CUDA or the Hub give it."""
     return next((device for device in DEVICES.values() if re.search(rf"\b{device.cuda_name}\b", name)), None)

@@ -17,7 +17,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from nanophi.core import formatting
 from nanophi.core.errors import UserError
-from nanophi.core.files import copy_tree, link_or_copy, permit, read_json, remove, sha256_of_file, write_json
+from nanophi.core.files import link_or_copy, permit, read_json, remove, sha256_of_file, write_json
 from nanophi.core.names import step_folders, step_name, step_of
 from nanophi.core.recipe import Training
 from nanophi.training.arguments import decay_steps
@@ -106,28 +106,6 @@ def store(run: Path, saved: Path, facts: dict[str, Any], training: Training) -> 
         for old in earlier[: max(0, len(earlier) - newest)]:
             if step_of(old) not in stay:
                 remove(old)
-
-
-def archive_old_schedule(run: Path, steps: int, resumed: int) -> Path | None:
-    """Keep, in a folder, the weights of a schedule of `steps` steps that a run with other steps leaves at `resumed`.
-
-    Checkpoints beyond that step move there; the schedule's last one is copied if the run passes it. States beyond it
-    are removed: nothing resumes from them.
-    """
-    target = run / f"checkpoints-of-{steps}-steps"
-    for old in step_folders(run / "checkpoints"):
-        place, number = target / old.name, 1
-        while place.exists():
-            place, number = target / f"{old.name}.{number}", number + 1
-        if step_of(old) > resumed:
-            target.mkdir(exist_ok=True)
-            old.rename(place)
-        elif step_of(old) == steps:
-            copy_tree(old, place)
-    for old in states(run):
-        if step_of(old) > resumed:
-            remove(old)
-    return target if target.exists() else None
 
 
 def last_saved(run: Path) -> str:

@@ -1,20 +1,19 @@
-"""What a run may do with the weights that it finds: nothing, resume, train longer, or refuse. None are removed here."""
+"""What a run may do with the weights that it finds: nothing, resume, train longer, or refuse. No checkpoint is lost."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from nanophi.configuration_nanophi import NanoPhiConfig
-from nanophi.core.environment import environment
 from nanophi.core.errors import UserError
 from nanophi.core.files import copy_tree, read_json, remove, sha256_of_file, sha256_of_tree
-from nanophi.core.names import step_name, step_of
+from nanophi.core.names import step_folders, step_name, step_of
 from nanophi.core.recipe import Recipe, Training
 from nanophi.core.run import RunDirectory, differences
 from nanophi.data.stages import token_hashes
 from nanophi.training.arguments import resolve_precision
 from nanophi.training.base import base_file
-from nanophi.training.checkpoints import WEIGHTS, archive_old_schedule, newest_valid_state
+from nanophi.training.checkpoints import WEIGHTS, newest_valid_state, states
 
 MAY_CHANGE = {
     *("arguments", "compile", "country_iso_code", "dollars_per_hour", "eval_steps", "keep_states", "keep_steps"),
@@ -111,7 +110,7 @@ def branch(run: RunDirectory, trunk: RunDirectory, training: Training, now: Mapp
     if changed := [line for line in differences(recorded, now) if not line.startswith("data.decay_sha256 ")]:
         raise UserError(f"{run.path.name} cannot continue {trunk.path.name} ({'; '.join(changed)})")
     if (state := newest_valid_state(trunk.path, training.decay_start, run.report)) is not None:
-        run.begin("training", dict(now), environment())
+        run.begin("training", dict(now))
         partial = run.path / "training_state" / f".{state.name}"
         remove(partial)
         copy_tree(state, partial)
@@ -119,7 +118,25 @@ def branch(run: RunDirectory, trunk: RunDirectory, training: Training, now: Mapp
 
 
 def set_aside(run: RunDirectory, training: Training, recorded: Mapping[str, Any] | None, resume: Path | None) -> None:
-    """Before training with a new number of steps from `resume`, keep the weights of the earlier schedule elsewhere."""
-    before = recorded["training"]["steps"] if recorded and resume else training.steps
-    if resume and before != training.steps and (folder := archive_old_schedule(run.path, before, step_of(resume))):
-        run.report(f"{run.path.name}: the weights of the {before} steps are kept in {folder}")
+    """Before training with a new number of steps from `resume`, keep the weights of the earlier schedule in a folder.
+
+    Checkpoints beyond that step move there; the schedule's last one is copied if the run passes it. States beyond it
+    are removed: nothing resumes from them.
+    """
+    if resume is None or recorded is None or (before := recorded["training"]["steps"]) == training.steps:
+        return
+    kept = run.path / f"checkpoints-of-{before}-steps"
+    for old in step_folders(run.path / "checkpoints"):
+        place, number = kept / old.name, 1
+        while place.exists():
+            place, number = kept / f"{old.name}.{number}", number + 1
+        if step_of(old) > step_of(resume):
+            kept.mkdir(exist_ok=True)
+            old.rename(place)
+        elif step_of(old) == before:
+            copy_tree(old, place)
+    for old in states(run.path):
+        if step_of(old) > step_of(resume):
+            remove(old)
+    if kept.exists():
+        run.report(f"{run.path.name}: the weights of the {before} steps are kept in {kept}")

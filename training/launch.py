@@ -27,6 +27,7 @@ from typer import Argument, Option
 import nanophi
 from nanophi.core import formatting
 from nanophi.core.errors import UserError, printable, suggest, user_errors
+from nanophi.core.files import write_text
 from nanophi.core.mirror import connect, put
 from nanophi.core.options import Mirror, Overrides
 from nanophi.core.recipe import Recipe, load_recipe
@@ -130,13 +131,9 @@ def _estimate(recipes: Sequence[Recipe], machine: JobHardwareInfo, price: float)
 def wheel(folder: Path) -> Path:
     """Write a wheel of the package as it is installed here; the same package gives the same bytes."""
     root, info = Path(nanophi.__file__).parent, f"nanophi-{nanophi.__version__}.dist-info"
-    rooms = sorted(room.parent for room in root.glob("*/__init__.py"))
-    found = [
-        *sorted(root.glob("*.py")),
-        root / "LICENSE",
-        *(file for room in rooms for file in sorted(room.rglob("*"))),
-    ]
-    found = [file for file in found if file.is_file() and file.parent.name != "__pycache__"]
+    rooms = [room.parent for room in root.glob("*/__init__.py")]
+    found = [*root.glob("*.py"), root / "LICENSE", *(file for room in rooms for file in room.rglob("*"))]
+    found = sorted(file for file in found if file.is_file() and file.parent.name != "__pycache__")
     files = {f"nanophi/{file.relative_to(root).as_posix()}": file.read_bytes() for file in found}
     files[f"{info}/METADATA"] = str(importlib.metadata.distribution("nanophi").read_text("METADATA")).encode()
     files[f"{info}/WHEEL"] = b"Wheel-Version: 1.0\nGenerator: nanophi\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
@@ -150,15 +147,14 @@ def wheel(folder: Path) -> Path:
 
 def _kit(folder: Path, recipes: Iterable[Recipe]) -> dict[str, Path]:
     """What a job needs, by its name: the wheel first, the versions that are installed here, the resolved recipes."""
-    kit = [wheel(folder), folder / "constraints.txt"]
-    versions = {f"{one.name}=={one.version.partition('+')[0]}" for one in importlib.metadata.distributions()}
-    kit[1].write_text(
-        "\n".join(sorted(line for line in versions if not line.startswith("nanophi=="))), encoding="utf-8"
-    )
+    others = [one for one in importlib.metadata.distributions() if one.name != "nanophi"]
+    versions = {f"{one.name}=={one.version.partition('+')[0]}" for one in others}
+    texts = {"constraints.txt": "\n".join(sorted(versions))}
     for recipe in recipes:
-        kit.append(folder / f"{recipe.name}.yaml")
-        kit[-1].write_text(yaml.safe_dump(recipe.dump(), sort_keys=False, allow_unicode=True), encoding="utf-8")
-    return {file.name: file for file in kit}
+        texts[f"{recipe.name}.yaml"] = yaml.safe_dump(recipe.dump(), sort_keys=False, allow_unicode=True)
+    for name, text in texts.items():
+        write_text(folder / name, text)
+    return {file.name: file for file in (wheel(folder), *(folder / name for name in texts))}
 
 
 def _script(kit: str, names: Sequence[str], command: str, seconds: float) -> str:

@@ -97,12 +97,8 @@ def energy(training: Training, report: Callable[[str], None]) -> Iterator[Callab
         def out(self, total: Any, delta: Any) -> None:
             totals[:] = [total]
 
-    options: Any = {
-        "output_methods": [],
-        "output_handlers": [Keep()],
-        "allow_multiple_runs": True,
-        "log_level": "error",
-    }
+    options: Any = {"output_methods": [], "output_handlers": [Keep()], "allow_multiple_runs": True}
+    options["log_level"] = "error"
     tracker = codecarbon.OfflineEmissionsTracker(country_iso_code=country, **options)
 
     def read() -> tuple[float, float]:
@@ -124,7 +120,6 @@ class ProgressLine(TrainerCallback):
         self._last = 0.0
 
     def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Show the newest training log entry."""
         logs = kwargs["logs"]
         if not state.is_world_process_zero or "tokens_per_second" not in logs:
             return

@@ -30,7 +30,7 @@ from nanophi.core.registry import OPTIMIZERS, find
 from nanophi.modeling_nanophi import NanoPhiForCausalLM
 from nanophi.training import progress, receipt
 from nanophi.training.arguments import NO_FSDP
-from nanophi.training.budget import fitting_rows, flops_per_token, peak_flops, uses_tf32
+from nanophi.training.budget import device_named, fitting_rows, flops_per_token, uses_tf32
 from nanophi.training.checkpoints import WEIGHTS, check_space, last_saved, store
 from nanophi.training.continuation import data_hashes
 from nanophi.training.loss import IGNORED
@@ -60,11 +60,11 @@ class RunTrainer(Trainer):
         self.precision = "bf16" if self.args.bf16 else "fp32"
         self.hashes = data_hashes(run) | ({} if base is None else {"base_sha256": sha256_of_file(base)})
         self.stop = SaveAndStop(training)
-        config, devices, price, peak = self.model.config, self.args.world_size, training.dollars_per_hour, None
-        if torch.cuda.is_available():
-            peak = peak_flops(torch.cuda.get_device_name(), self.precision, uses_tf32(training))
+        config, devices, price = self.model.config, self.args.world_size, training.dollars_per_hour
+        device = device_named(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+        peak = device.peak(self.precision, uses_tf32(training)) * devices if device else None
         flops = flops_per_token(config, config.max_position_embeddings)
-        self.clock = progress.Clock(flops, peak and peak * devices, price and price * devices)
+        self.clock = progress.Clock(flops, peak, price and price * devices)
         self.saved_step: int | None = None
         self.compared = bool(self.is_fsdp_enabled)  # see `receipt.py`
         self.remove_callback(PrinterCallback)

@@ -80,7 +80,6 @@ class SaveAndStop(TrainerCallback):
         control.should_log |= last  # also where a run is shorter than a logging interval
 
     def on_save(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
-        """Stop right after a save during which a signal came."""
         self._stop_if_agreed(control)
 
     def _stop_if_agreed(self, control: TrainerControl) -> bool:

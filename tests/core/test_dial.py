@@ -17,13 +17,8 @@ from nanophi.training import budget
 def load(tmp_path):
     def load(model, training=None, *overrides):
         path = tmp_path / "recipe.yaml"
-        values = {
-            "name": "own",
-            "data": {"sources": [{"files": "text.jsonl"}]},
-            "quality": {"scorer": "none"},
-            "model": model,
-            "training": {"optimizer": "muon"} if training is None else training,
-        }
+        values = {"name": "own", "data": {"sources": [{"files": "text.jsonl"}]}, "quality": {"scorer": "none"}}
+        values |= {"model": model, "training": {"optimizer": "muon"} if training is None else training}
         path.write_text(yaml.safe_dump(values))
         return load_recipe(path, overrides)
 
@@ -131,9 +126,7 @@ def test_other_mistakes_keep_their_own_message(load, training, message):
 
 
 def test_a_dial_on_top_of_a_shape_and_an_unknown_vocabulary():
-    with pytest.raises(
-        UserError, match=r"demo\.yaml: 'model': depth and hidden_size exclude each other; leave out one"
-    ):
+    with pytest.raises(UserError, match=r"demo\.yaml: 'model': depth and hidden_size exclude each other; leave out"):
         load_recipe("demo", ["model.depth=3"])
     with pytest.raises(UserError, match=r"depth with tokenizer\.path needs vocab_size"):
         load_recipe("nano-phi-d12", ["tokenizer.path=somewhere"])

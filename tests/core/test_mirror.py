@@ -57,6 +57,13 @@ def go(run: Path, url: object, lines: list[str] | None = None, **changes: object
         return summary
 
 
+def meet(run: Path, url: object) -> list[str]:
+    """Open a run directory with a mirror, and copy what is new; returns what was said."""
+    lines: list[str] = []
+    with mirrored(str(url)), RunDirectory(run, lines.append).lock():
+        return lines
+
+
 def contents(folder: Path) -> dict[str, str]:
     """Hash of everything that is not hidden, by name."""
     return {path.name: sha256_of_tree(path) for path in folder.iterdir() if path.name[0] != "."}
@@ -94,11 +101,10 @@ def test_a_finished_run_is_all_there_and_old_states_are_not(finished):
 
 
 def test_another_machine_goes_on_where_the_mirror_ends(copy, tmp_path):
-    lines: list[str] = []
     elsewhere = tmp_path / "other/machine/tiny"
     (elsewhere / "tensorboard").mkdir(parents=True)
-    with mirrored(str(copy / "mirror")), RunDirectory(elsewhere, lines.append).lock():
-        assert contents(elsewhere) == contents(copy / "here/tiny")
+    lines = meet(elsewhere, copy / "mirror")
+    assert contents(elsewhere) == contents(copy / "here/tiny")
     assert lines == [f"tiny: fetched from {copy}/mirror/tiny: step 24, 1 stages"]
 
 
@@ -132,14 +138,8 @@ for line in sys.stdin:
     def __init__(self, log: Path, **environment: str) -> None:
         self.log = log
         command = [sys.executable, "-c", self.SERVER, TESTS]
-        self.server = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log.open("w"),
-            text=True,
-            env={**os.environ, **environment},
-        )
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log.open("w"), "text": True}
+        self.server = subprocess.Popen(command, env={**os.environ, **environment}, **pipes)
 
     def run(self, run: Path, url: str, seconds: float | None) -> int:
         """Exit status of a training that is killed so long after it began."""
@@ -274,8 +274,7 @@ def test_what_is_missing_at_the_end_is_said_and_copied_by_the_next_run(tmp_path,
     assert lines[-1] == f"tiny: {url}/tiny lacks what was finished last; run the same command to copy it"
     assert not list((tmp_path / "mirror").glob("tiny/manifests/*.json"))
     broken.clear()
-    with mirrored(url), RunDirectory(run).lock():
-        pass
+    meet(run, url)
     assert manifest(tmp_path / "mirror/tiny")["reached"] == [24, 1]
 
 
@@ -322,17 +321,14 @@ def test_a_torn_upload_is_never_named(tmp_path, service, weights, silent):
     assert manifest(tmp_path / "mirror/tiny")["reached"] == [24, 1]
 
 
-@pytest.mark.parametrize(
-    ("error", "told"),
-    [(PermissionError("Forbidden"), "Forbidden"), (FileNotFoundError("no such bucket"), "no such bucket")],
-)
-def test_a_mirror_that_cannot_be_used_is_refused_before_anything(tmp_path, service, error, told):
+@pytest.mark.parametrize("error", [PermissionError("Forbidden"), FileNotFoundError("no such bucket")])
+def test_a_mirror_that_cannot_be_used_is_refused_before_anything(tmp_path, service, error):
     def fail(call: str, path: str) -> None:
         if call == "pipe_file":
             raise error
 
     run = make(tmp_path / "here/tiny")
-    with pytest.raises(UserError, match=f"--mirror .*/mirror/tiny cannot be used; check it.*{told}"):
+    with pytest.raises(UserError, match=f"--mirror .*/mirror/tiny cannot be used; check it.*{error}"):
         go(run, service(fail))
     assert not (run / "checkpoints").exists()
 
@@ -358,8 +354,8 @@ def test_a_state_that_was_damaged_on_the_mirror_is_not_used(copy, tmp_path, weig
     assert go(run, copy / "mirror", lines)["weights_sha256"] == weights
     assert lines[0] == "tiny: training_state/step-000024 is damaged on the mirror, and is left out"
     assert checkpoints.find_corruption(run / "training_state/step-000024") is None  # made again
-    with mirrored(str(copy / "mirror")), RunDirectory(tmp_path / "third/tiny").lock():
-        assert checkpoints.find_corruption(tmp_path / "third/tiny/training_state/step-000024") is None
+    meet(tmp_path / "third/tiny", copy / "mirror")
+    assert checkpoints.find_corruption(tmp_path / "third/tiny/training_state/step-000024") is None
 
 
 def test_a_mirror_without_a_usable_record_is_left_as_it_is(copy, tmp_path):
@@ -382,22 +378,18 @@ def test_a_mirror_without_a_usable_record_is_left_as_it_is(copy, tmp_path):
 
 
 def test_the_newer_of_disk_and_mirror_is_used(copy, tmp_path):
-    url, lines = str(copy / "mirror"), []
+    url = copy / "mirror"
     older = Path(shutil.copytree(copy / "here/tiny", tmp_path / "older/tiny"))
     for folder in ("training_state", "checkpoints"):
         shutil.rmtree(older / folder / "step-000024")
     (older / "note.txt").write_text("of the user")
-    with mirrored(url), RunDirectory(older, lines.append).lock():
-        assert contents(older) == contents(copy / "here/tiny")
+    lines = meet(older, url)
+    assert contents(older) == contents(copy / "here/tiny")
     assert (older / ".replaced/note.txt").read_text() == "of the user"
     assert lines[0].endswith(f"step 24, 1 stages; what was here was not as far, and is in {older}/.replaced")
     write_json(older / "record.json", {"stages": {"tokens": {}, "training": {}}})
-    lines.clear()
-    with mirrored(url), RunDirectory(older, lines.append).lock():
-        pass
-    assert lines == [
-        "tiny: the run here is further than its mirror (step 24, 2 stages against step 24, 1 stages), and is used"
-    ]
+    further = "step 24, 2 stages against step 24, 1 stages"
+    assert meet(older, url) == [f"tiny: the run here is further than its mirror ({further}), and is used"]
     assert manifest(copy / "mirror/tiny")["reached"] == [24, 2]
 
 
@@ -406,11 +398,9 @@ def test_a_second_machine_is_refused_while_the_first_lives(copy, tmp_path):
     used = pytest.raises(UserError, match=rf"mirror/tiny is in use by process {os.getpid()} on .*; wait for it")
     with mirrored(url), RunDirectory(copy / "here/tiny").lock(), used:
         go(tmp_path / "elsewhere/tiny", url)
-    lines: list[str] = []
     (copy / "mirror/tiny/lease").write_text("0123456789abcdef 7 process 12 on a machine that is gone")
-    with mirrored(url), RunDirectory(tmp_path / "elsewhere/tiny", lines.append).lock():
-        pass
-    assert "may be in use by process 12 on a machine that is gone; waiting" in lines[0]
+    first = meet(tmp_path / "elsewhere/tiny", url)[0]
+    assert "may be in use by process 12 on a machine that is gone; waiting" in first
 
 
 def test_who_has_lost_the_mirror_trains_on_without_it(tmp_path, service, weights, monkeypatch):
@@ -522,8 +512,7 @@ def test_a_bucket_of_the_hub(finished, tmp_path, monkeypatch):
         server.buckets["org/bucket"] = {"other/file": b"of somebody else"}
         for url, path in (("hf://buckets/org/bucket/a/b", elsewhere), ("hf://buckets/org/bucket", tmp_path / "3/tiny")):
             for folder in (run, path):
-                with mirrored(url), RunDirectory(folder).lock():
-                    pass
+                meet(folder, url)
             assert contents(path) == contents(run)
         names = {name.rpartition("/")[0] for name in server.buckets["org/bucket"]}
         assert names == {"other", *(f"{top}tiny/{part}" for top in ("a/b/", "") for part in ("objects", "manifests"))}

@@ -78,10 +78,7 @@ def test_overrides_numbers_and_merged_keys(write):
         (["data.sources=[{embedded: documentation, streaming: true}]"], r"'data.sources.0': 'streaming' is for 'hub'"),
         (["training.step=5"], r"'training': unknown key 'step'; did you mean 'steps'\?"),
         (["trainig.steps=5"], r"unknown key 'trainig'; did you mean 'training'\?"),
-        (
-            ["data.sources=[{embeded: questions}]"],
-            r"'data.sources.0': unknown key 'embeded'; did you mean 'embedded'\?",
-        ),
+        (["data.sources=[{embeded: x}]"], r"'data.sources.0': unknown key 'embeded'; did you mean 'embedded'\?"),
         (["model.hidden_sizes=5"], r"'model': unknown key 'hidden_sizes'; did you mean 'hidden_size'\?"),
         (["model.hidden_size=100"], r"'model'.*hidden_size.*100.*num_attention_heads"),
         (["model.num_key_value_heads=4"], r"'model'.*num_attention_heads.*num_key_value_heads"),
@@ -111,18 +108,9 @@ def test_overrides_numbers_and_merged_keys(write):
             )
         ),
         (["training.decay_fraction=0"], r"'training.decay_fraction': .*greater than 0"),
-        (
-            ["data.sources=[{embedded: documentation, phase: stable}]"],
-            "no source is read while the learning rate",
-        ),
-        (
-            ["data.sources=[{embedded: documentation, phase: none}]"],
-            "no source is read before the learning rate",
-        ),
-        (
-            ["data.sources=[{files: a, phase: decay, heldout: true}]"],
-            "a held-out source is read in no phase",
-        ),
+        (["data.sources=[{embedded: documentation, phase: stable}]"], "no source is read while the learning rate"),
+        (["data.sources=[{embedded: documentation, phase: none}]"], "no source is read before the learning rate"),
+        (["data.sources=[{files: a, phase: decay, heldout: true}]"], "a held-out source is read in no phase"),
         (["training.steps"], r"--set training.steps: expected section.key=value"),
         (["name.x=1"], r"'name' is not a section"),
     ],

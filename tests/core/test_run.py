@@ -41,14 +41,14 @@ def test_a_record_that_is_none_and_a_stage_that_has_not_run_are_named(tmp_path):
     with pytest.raises(UserError, match="stage 's' has not run for this recipe"):
         RunDirectory(tmp_path / "a").stage("s", {}, ["out"], None)
     with pytest.raises(UserError, match="stage 's' has not run yet"):
-        RunDirectory(tmp_path / "a").stage_key("s")
+        RunDirectory(tmp_path / "a").key("s")
     for content in ("[]", '{"stages": []}', "{}"):
         write_text(tmp_path / "a/record.json", content)
         with pytest.raises(UserError, match=r"a/record\.json is not a record of a run"):
             RunDirectory(tmp_path / "a", str).stage("s", {}, ["out"], builder("one", []))
     write_text(tmp_path / "a/record.json", "{")
     with pytest.raises(UserError, match=r"record\.json is not valid JSON"):
-        RunDirectory(tmp_path / "a").stage_key("s")
+        RunDirectory(tmp_path / "a").key("s")
 
 
 def test_a_stage_that_fails_or_is_refused_changes_nothing_and_finds_its_work_again(tmp_path):

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import gguf as library
 import pytest
-import yaml
-from chat_run import pipeline, talk
+from chat_run import on_finished
 from forging import card_problems  # type: ignore[import-not-found]
 from hub_client import push
 from huggingface_hub import ModelCard
@@ -25,14 +24,7 @@ from nanophi.pipeline import compare_runs
 
 @pytest.fixture(scope="module")
 def run(finished_run, tmp_path_factory):
-    runs = tmp_path_factory.mktemp("chat")
-    shutil.copytree(finished_run, runs / "base")
-    recipe = yaml.safe_load((runs / "base/recipe.yaml").read_text())
-    recipe["card"]["repo_id"] = "someone/base"
-    (runs / "base/recipe.yaml").write_text(yaml.safe_dump(recipe))
-    rows = [{"messages": talk(number)[:2]} for number in range(8)]
-    training = {"steps": 2, "save_steps": 2, "batch_size": 2}
-    run = pipeline(runs, rows, training=training, evaluation={"suites": []}, lora={"rank": 2})
+    run = on_finished(finished_run, tmp_path_factory.mktemp("chat"), "someone/base", lora={"rank": 2})
     compare_runs([run])
     run.make("release")
     return run
@@ -46,13 +38,8 @@ def test_the_card_says_what_a_chat_model_is(run):
     assert (data.base_model, data.base_model_relation) == ("someone/base", "finetune")
     assert data.widget == [{"messages": [{"role": "user", "content": "Tell me."}]}] and "sft" in data.tags
     answer = read_json(run.path / "sample.json")["text"]
-    for part in (
-        "after supervised fine-tuning on 8 conversations",
-        "rank 2",
-        "### A conversation",
-        markup.fenced(answer),
-    ):
-        assert part in text
+    shown = ("after supervised fine-tuning on 8 conversations", "rank 2", "### A conversation", markup.fenced(answer))
+    assert all(part in text for part in shown)
     assert "trained from scratch on" not in text
 
 
@@ -69,9 +56,7 @@ def test_a_release_on_a_chat_model_names_the_whole_chain(run, tmp_path):
     recipe["conversations"] = [{"hub": f"someone/{part}", "heldout": part == "exam"} for part in ("chat", "exam")]
     text = render(records)
     assert ModelCard(text).data.datasets == ["someone/web", "someone/chat", "someone/talks"], "and none held out"
-    assert (
-        "- **Base:** talker, a chat model itself\n- **talker:** first after supervised fine-tuning on 20 conv" in text
-    )
+    assert "- **Base:** talker, a chat model itself\n- **talker:** first after supervised fine-tuning on 20 c" in text
     assert "- **first:** trained from scratch\n" in text and "| talks | 21 | 20 | 1 |" in text
 
 

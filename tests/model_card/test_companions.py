@@ -24,9 +24,9 @@ from nanophi.data import gather, packing, quality, scoring
 from nanophi.data.scorers import LinearScorer, find_scorer
 from nanophi.model_card import companions
 from nanophi.model_card import push as pushing
-from nanophi.model_card import release as releases
 from nanophi.model_card.manifest import file_problems, write_manifest
 
+pytestmark = pytest.mark.usefixtures("no_branches")
 DOCUMENTS = 60
 WRITTEN = {entry.part: entry.written for entry in companions.COMPANIONS}
 
@@ -74,25 +74,6 @@ def scored(built_release, tmp_path_factory):
 
 def page_of(hub: HubServer, kind: str, name: str) -> str:
     return hub.repositories[kind, name].branches["main"].files["README.md"].data.decode()
-
-
-@pytest.fixture(autouse=True)
-def no_branches(monkeypatch):
-    """Branches of checkpoints take seconds to build and are tested elsewhere."""
-
-    def only_main(release: Path, repo_id: str, scratch: Path, echo: Any, links: dict[str, str]) -> dict[str, Path]:
-        releases.copy_for_repo(release, repo_id, scratch / "main", links)
-        return {"main": scratch / "main"}
-
-    monkeypatch.setattr(pushing, "_revisions", only_main)
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    with HubServer() as server:
-        talk_to(server, tmp_path / "home", monkeypatch)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
-        yield server
 
 
 def test_a_published_scorer_is_used_at_a_revision(scored, hub, tmp_path):

@@ -161,11 +161,7 @@ def test_card_names_the_model_it_comes_from(release, tmp_path):
     ("file", "changes", "message"),
     [
         ("config.json", {"eos_token_id": [0, 1]}, r"one bos_token_id and one eos_token_id"),
-        (
-            "config.json",
-            {"num_key_value_heads": 4},
-            r"config.json is not a model's \(num_attention_heads \(6\) must be a multiple",
-        ),
+        ("config.json", {"num_key_value_heads": 4}, r"config.json is not a model's \(num_attention_heads \(6\) must"),
         ("config.json", {"vocab_size": 200}, r"token \d+ has no row in the model \(vocab_size 200\)"),
         ("tokenizer.json", {"pre_tokenizer": {"type": "Whitespace"}}, r"only plain byte-level BPE with GPT-2's words"),
         (
@@ -248,10 +244,8 @@ ELSEWHERE = {"vocab_size", "bos_token_id", "eos_token_id"}
 
 def test_every_field_is_in_the_table():
     fields = {name for name in NanoPhiConfig.__annotations__ if not name.startswith("base_")}
-    assert fields - OF_TRAINING - ELSEWHERE - {name for row in FIELDS for name in row[0]} <= {
-        "model_type",
-        "keys_to_ignore_at_inference",
-    }
+    left = fields - OF_TRAINING - ELSEWHERE - {name for row in FIELDS for name in row[0]}
+    assert left <= {"model_type", "keys_to_ignore_at_inference"}
 
 
 @pytest.mark.parametrize(("fields", "oldest", "older", "in_gguf"), FIELDS, ids=lambda value: str(value)[:40])

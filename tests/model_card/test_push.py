@@ -12,12 +12,12 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+from command import nanophi  # type: ignore[import-not-found]
 from forging import card_problems  # type: ignore[import-not-found]
-from hub_client import is_whole, push, silent, talk_to  # type: ignore[import-not-found]
+from hub_client import is_whole, push, silent  # type: ignore[import-not-found]
 from hub_server import HubServer  # type: ignore[import-not-found]
 from safetensors.torch import load_file, save_file
 
-from nanophi.cli import main
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, sha256_of_file, write_json
 from nanophi.core.sample import generate
@@ -38,13 +38,11 @@ def revisions(built_release, tmp_path_factory):
 
 
 @pytest.fixture
-def hub(revisions, built_release, tmp_path, monkeypatch):
+def hub(hub, revisions, built_release, monkeypatch):
     """A Hub to push to; the revisions of `built_release` are not built again, which takes a second or two."""
     build = pushing._revisions
     monkeypatch.setattr(pushing, "_revisions", lambda *given: revisions if given[0] == built_release else build(*given))
-    with HubServer() as server:
-        talk_to(server, tmp_path / "home", monkeypatch)
-        yield server
+    return hub
 
 
 @pytest.fixture
@@ -107,16 +105,12 @@ def test_dry_run_lists_everything_and_sends_nothing(built_release, hub):
     assert planned["branches"]["main"]["model.safetensors"] == weights
 
 
-def test_the_verb_prints_a_dry_run_as_json(built_release, hub, monkeypatch, capsys):
+def test_the_verb_prints_a_dry_run_as_json(built_release, hub, capsys):
     hub.add_repository("model", "org/demo", FOREIGN)
-    monkeypatch.setattr(
-        sys, "argv", ["nanophi", "push", str(built_release), "--repo-id", "org/demo", "--dry-run", "--json"]
-    )
-    with pytest.raises(SystemExit) as stopped:
-        main()
+    assert not nanophi("push", built_release, "--repo-id", "org/demo", "--dry-run", "--json")
     printed = capsys.readouterr()
     (planned,) = json.loads(printed.out)
-    assert not stopped.value.code and "nothing was sent (dry run)" in printed.err
+    assert "nothing was sent (dry run)" in printed.err
     assert "holds files that no push of ours put there" in planned["refused"]
     assert planned["branches"]["main"]["optimizer.bin"] == {"bytes": None, "change": "deleted"}
     assert planned["branches"]["main"]["README.md"]["change"] == "replaced"

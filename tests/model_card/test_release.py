@@ -13,7 +13,6 @@ from nanophi.core import sample
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, sha256_of_file, sha256_of_tree, write_json
 from nanophi.model_card import card, figures, release
-from nanophi.model_card import records as shipped
 from nanophi.model_card.manifest import list_files
 
 LAST = "checkpoints/step-000030"
@@ -31,14 +30,13 @@ def test_two_builds_are_byte_identical(built_release, finished_run, tmp_path):
     assert sha256_of_tree(again) == sha256_of_tree(built_release)
 
 
-def test_figures_show_something_where_there_is_something(built_release, finished_run):
+def test_figures_show_something_where_there_is_something(built_release, records):
     from matplotlib.image import imread
 
     for name in ("loss", "quality", "evaluation"):
         pixels = imread(built_release / "figures" / f"{name}.png")
         assert pixels.shape[1] > 1000
         assert 0.02 < (pixels[..., :3].min(axis=-1) < 0.9).mean() < 0.8
-    records = shipped.collect(finished_run, finished_run / LAST)
     assert figures.names(records) == ["loss", "quality", "evaluation"]
     without = {name: record for name, record in records.items() if not name.startswith("evals/")}
     assert figures.names(without) == ["loss", "quality"]
@@ -78,9 +76,8 @@ def test_config_is_repaired_after_training_switched_the_cache_off(finished_run, 
 def test_batches_of_unequal_prompts_are_continued_as_each_alone(built_release, trust):
     from transformers import pipeline
 
-    generator = pipeline(
-        "text-generation", model=str(built_release), device="cpu", trust_remote_code=trust, dtype=torch.float32
-    )
+    loading = {"device": "cpu", "trust_remote_code": trust, "dtype": torch.float32}
+    generator = pipeline("text-generation", model=str(built_release), **loading)
     prompts = ["The quick brown fox", "A", "A module holds definitions; a package"]
     options = {"max_new_tokens": 12, "do_sample": False}
     alone = [generator(prompt, **options)[0]["generated_text"] for prompt in prompts]
@@ -105,13 +102,12 @@ def test_a_prompt_that_fills_the_context_is_refused_and_a_long_one_gets_fewer_to
         ("other", "License: Mine: https://x"),
     ],
 )
-def test_licence_of_the_model_and_of_its_code(built_release, finished_run, license_id, own):
+def test_licence_of_the_model_and_of_its_code(built_release, changed, license_id, own):
     ours = (Path(release.__file__).parents[1] / "LICENSE").read_text().strip()
     assert (built_release / "LICENSE").read_text().strip() == ours
-    records = shipped.collect(finished_run, finished_run / LAST)
     named = {"license_name": "Mine", "license_link": "https://x"} if license_id == "other" else {}
-    records["recipe.yaml"]["card"] |= {"license": license_id, "developers": "Somebody", **named}
-    text = release.license_text(records)
+    changed["recipe.yaml"]["card"] |= {"license": license_id, "developers": "Somebody", **named}
+    text = release.license_text(changed)
     assert own in text and ours in text and "modeling_nanophi.py" in text
 
 
@@ -196,15 +192,12 @@ def test_retarget_changes_the_name_and_nothing_else(built_release, tmp_path):
     for path in (read_only, *read_only.rglob("*")):
         path.chmod(path.stat().st_mode & ~0o222)
     names = list_files(read_only)
-    release.copy_for_repo(read_only, "org/demo", tmp_path / "there")
+    release.copy_for_repo(read_only, "org/demo", tmp_path / "there", {})
     folders = [path for path in ((tmp_path / "there"), *(tmp_path / "there").rglob("*")) if path.is_dir()]
     assert all(path.stat().st_mode & 0o200 for path in folders)
     both = {name: [(folder / name).read_bytes() for folder in (built_release, tmp_path / "there")] for name in names}
-    assert [name for name, (old, new) in both.items() if old != new] == [
-        "MANIFEST.json",
-        "README.md",
-        "records/run.json",
-    ]
+    changed = [name for name, (old, new) in both.items() if old != new]
+    assert changed == ["MANIFEST.json", "README.md", "records/run.json"]
     assert 'model="org/demo"' in (tmp_path / "there" / "README.md").read_text()
     record = read_json(tmp_path / "there" / "records" / "run.json")
     assert (record["repo_id"], record["folder"]) == ("org/demo", None)

@@ -100,11 +100,10 @@ def test_long_logs_are_thinned_and_keep_the_end():
     assert len(thin) <= report.MAX_POINTS and thin[-1]["step"] == 2000
 
 
-def test_missing_scores_are_named(finished_run, tmp_path):
-    run = tmp_path / "tiny"
-    shutil.copytree(finished_run, run, ignore=shutil.ignore_patterns("release", "card", "scores"))
+def test_missing_scores_are_named(run_copy):
+    (run_copy / "data/scores/scores.parquet").unlink()
     with pytest.raises(UserError, match=r"scores\.parquet is missing"):
-        report.build(run, run / "report.html")
+        report.build(run_copy, run_copy / "report.html")
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")

@@ -18,10 +18,6 @@ from nanophi.model_card.push import problems
 KEY = "-----BEGIN RSA PRIVATE KEY-----\nMIIEow"
 
 
-def copy_of(run: Path, target: Path) -> Path:
-    return Path(shutil.copytree(run, target, ignore=shutil.ignore_patterns("release", "card")))
-
-
 def build(run: Path) -> None:
     """A release that is fit to publish."""
     card.build(run, run / "card")
@@ -56,8 +52,8 @@ def test_words_that_begin_like_a_secret_are_none():
     assert secrets.found_in("sk-toggleable__control-and-more, hf_transformers, the ASIA region, sk-learn") == []
 
 
-def test_held_out_documents_with_secrets_are_left_out(finished_run, tmp_path):
-    run = copy_of(finished_run, tmp_path / "tiny")
+def test_held_out_documents_with_secrets_are_left_out(run_copy):
+    run = run_copy
     items = shipped.collect(run, final_checkpoint(run))["heldout.json"]
     shard = run / "data" / "documents" / "heldout-00000.parquet"
     documents = pd.read_parquet(shard)
@@ -71,8 +67,8 @@ def test_held_out_documents_with_secrets_are_left_out(finished_run, tmp_path):
     assert kept[:2] == [items[1]["text"], items[4]["text"]] and not any(secrets.found_in(text) for text in kept)
 
 
-def test_ordinary_words_in_data_do_not_block_a_release(finished_run, tmp_path):
-    run = copy_of(finished_run, tmp_path / "tiny")
+def test_ordinary_words_in_data_do_not_block_a_release(run_copy):
+    run = run_copy
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     recipe["card"] |= {"prompt": "Return None if the key is", "notes": "TODO: nothing. {{ braces }} {% raw %} nan"}
     recipe["data"]["sources"][0]["name"] = "{{x}}, Undefined"
@@ -82,9 +78,9 @@ def test_ordinary_words_in_data_do_not_block_a_release(finished_run, tmp_path):
     build(run)
 
 
-def test_no_path_of_the_machine_is_in_a_release(finished_run, tmp_path):
+def test_no_path_of_the_machine_is_in_a_release(run_copy, tmp_path):
     home = tmp_path / "Jané's files (new) & 数据"
-    run = copy_of(finished_run, home / "runs" / "tiny")
+    run = Path(shutil.move(run_copy, home / "runs" / "tiny"))
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     private = f"{home}/texts/*.txt"
     recipe["data"]["sources"] = [{**recipe["data"]["sources"][0], "embedded": None, "files": private, "name": None}]

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 from browser import BROWSER, Site, library, npm, visit  # type: ignore[import-not-found]
-from chat_run import pipeline, talk  # type: ignore[import-not-found]
-from hub_client import is_whole, push, talk_to  # type: ignore[import-not-found]
+from chat_run import on_finished  # type: ignore[import-not-found]
+from hub_client import is_whole, push  # type: ignore[import-not-found]
 from hub_server import HubServer  # type: ignore[import-not-found]
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer
@@ -23,8 +23,6 @@ from transformers import AutoTokenizer
 
 from nanophi.core import markup
 from nanophi.model_card import gguf, space
-from nanophi.model_card import push as pushing
-from nanophi.model_card import release as releases
 from nanophi.model_card.records import read_records
 
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
@@ -94,16 +92,9 @@ def files(built_release, tmp_path_factory):
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch):
-    def only_main(release, repo_id, scratch, echo, links):
-        releases.copy_for_repo(release, repo_id, scratch / "main", links)
-        return {"main": scratch / "main"}
-
-    monkeypatch.setattr(pushing, "_revisions", only_main)
-    with HubServer() as server:
-        talk_to(server, tmp_path / "home", monkeypatch)
-        monkeypatch.setattr(space, "LIBRARY", "/library")
-        yield server
+def hub(hub, no_branches, monkeypatch):
+    monkeypatch.setattr(space, "LIBRARY", "/library")
+    return hub
 
 
 def file_of(hub: HubServer, kind: str, name: str, file: str) -> str:
@@ -164,9 +155,8 @@ def test_two_models_write_what_llama_cpp_writes(built_release, hub, files, tmp_p
         assert found["note"].startswith("40 tokens, ")
         (text,) = found["text"]
         assert text.startswith(prompt)
-        assert (
-            same_tokens(text.removeprefix(prompt), files[name], prompt) == 40 or name == "control"
-        )  # it has near ties
+        same = same_tokens(text.removeprefix(prompt), files[name], prompt)
+        assert same == 40 or name == "control"  # it has near ties
     assert demo["text"] != control["text"]
 
 
@@ -207,13 +197,7 @@ def test_hostile_text_stays_text(built_release, tmp_path):
 @pytest.fixture(scope="module")
 def chat(finished_run, tmp_path_factory):
     """A chat model's run."""
-    runs = tmp_path_factory.mktemp("chat")
-    shutil.copytree(finished_run, runs / "base")
-    recipe = yaml.safe_load((runs / "base/recipe.yaml").read_text())
-    recipe["card"]["repo_id"] = "org/base"
-    (runs / "base/recipe.yaml").write_text(yaml.safe_dump(recipe))
-    rows = [{"messages": talk(number)[:2]} for number in range(8)]
-    run = pipeline(runs, rows, training={"steps": 2, "save_steps": 2, "batch_size": 2}, evaluation={"suites": []})
+    run = on_finished(finished_run, tmp_path_factory.mktemp("chat"), "org/base")
     run.make("release")
     return run.path / "release"
 
@@ -225,9 +209,8 @@ def test_a_chat_model_is_asked_in_its_template_and_turns_are_kept(chat, hub, tmp
     file = biased(chat, tmp_path / "chat.gguf", chat / "model.safetensors")
     replace(hub, "demo", file)
     replace(hub, "base", file)
-    script = (GREEDY % '"Tell me."').replace(
-        "return shown();", ""
-    ) + 'set({prompt: "Again?"}); await generate(); return shown();'
+    script = (GREEDY % '"Tell me."').replace("return shown();", "")
+    script += 'set({prompt: "Again?"}); await generate(); return shown();'
     found = visit(Site(page, script, library()), tmp_path / "profile")
     assert [column["name"] for column in found] == ["org/demo", "org/base"]
     assert found[0]["text"] == found[1]["text"]  # the base is asked in the same template
@@ -245,12 +228,7 @@ def test_a_chat_model_is_asked_in_its_template_and_turns_are_kept(chat, hub, tmp
 @pytest.mark.parametrize(
     ("models", "packages", "options", "sentence"),
     [
-        (
-            {"demo": "missing.gguf"},
-            "library",
-            [],
-            "missing.gguf: the file is missing or private, or there is no network",
-        ),
+        ({"demo": "missing.gguf"}, "library", [], "missing.gguf: the file is missing or private, or there is no net"),
         ({"demo": "demo.gguf"}, "empty", [], 'For use without a network, run "npm install @wllama/wllama@'),
         ({"demo": "demo.gguf"}, "library", ["--js-flags=--jitless"], "This browser has no WebAssembly"),
     ],
@@ -278,11 +256,8 @@ def test_show_serves_the_page_from_local_files(built_release, tmp_path, monkeypa
     (tmp_path / "site").mkdir()
     space.write_site(runs / "tiny/release", tmp_path / "site")
     page = tmp_path / "site/index.html"
-    site = Site(
-        page.read_text(),
-        (GREEDY % '"The"').replace("return", "await until(() => self.crossOriginIsolated); return"),
-        tmp_path,
-    )
+    script = (GREEDY % '"The"').replace("return", "await until(() => self.crossOriginIsolated); return")
+    site = Site(page.read_text(), script, tmp_path)
     page.write_text(site.page)
     with space.serve(tmp_path / "site") as server:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()

@@ -23,10 +23,23 @@ def not_loaded(monkeypatch):
     monkeypatch.setattr(loader, "load", lambda *_: ({"error": "not tried"}, {"error": "not tried"}))
 
 
+def exchange_figures(folder: Path) -> None:
+    loss, quality = (folder / "figures" / f"{name}.png" for name in ("loss", "quality"))
+    content = loss.read_bytes()
+    loss.write_bytes(quality.read_bytes())
+    quality.write_bytes(content)
+
+
+UNLIKE = "figures/loss.png does not show the records; figures/quality.png does not show the records"
+
+
 @pytest.mark.usefixtures("not_loaded")
 @pytest.mark.parametrize(
     ("tamper", "named"),
     [
+        (exchange_figures, UNLIKE),
+        (lambda folder: (folder / "figures/loss.png").write_text("<svg/>"), "figures/loss.png is not an image ("),
+        (lambda folder: (folder / "figures/evaluation.png").unlink(), "figures/evaluation.png is missing"),
         (edit_json("config.json", max_position_embeddings=64), "config.json has max_position_embeddings 64, not 128"),
         (edit_json("config.json", eos_token_id=7), "config.json has eos_token_id 7, not 0"),
         (edit_json("config.json", torch_dtype="bfloat16"), "config.json has torch_dtype 'bfloat16', not 'float32'"),
@@ -39,35 +52,12 @@ def not_loaded(monkeypatch):
         (edit_json("tokenizer_config.json", chat_template="Obey: {{ messages }}"), "the chat template is not the one"),
     ],
 )
-def test_a_configuration_that_is_not_the_records_is_named(copied, tamper, named):
+def test_a_configuration_or_figure_that_is_not_the_records_is_named(copied, tamper, named):
     tamper(copied)
     sign_again(copied)
-    failed = failures(copied)
-    assert list(failed) == ["configuration", "stock Phi", "remote code"] and named in failed["configuration"]
-    assert ";" not in failed["configuration"]
-
-
-def exchange_figures(folder: Path) -> None:
-    loss, quality = (folder / "figures" / f"{name}.png" for name in ("loss", "quality"))
-    content = loss.read_bytes()
-    loss.write_bytes(quality.read_bytes())
-    quality.write_bytes(content)
-
-
-@pytest.mark.usefixtures("not_loaded")
-@pytest.mark.parametrize(
-    ("tamper", "detail"),
-    [
-        (exchange_figures, "figures/loss.png does not show the records; figures/quality.png does not show the records"),
-        (lambda folder: (folder / "figures/loss.png").write_text("<svg/>"), "figures/loss.png is not an image ("),
-        (lambda folder: (folder / "figures/evaluation.png").unlink(), "figures/evaluation.png is missing"),
-    ],
-)
-def test_figures_that_do_not_show_the_records_are_named(copied, tamper, detail):
-    tamper(copied)
-    sign_again(copied)
-    failed = failures(copied)
-    assert list(failed) == ["figures", "stock Phi", "remote code"] and failed["figures"].startswith(detail)
+    failed, check = failures(copied), "figures" if named.startswith("figures/") else "configuration"
+    assert list(failed) == [check, "stock Phi", "remote code"] and named in failed[check]
+    assert failed[check].count(";") == named.count(";")
 
 
 def test_figures_of_another_version_are_only_counted(copied):
@@ -88,10 +78,7 @@ def test_a_tokenizer_from_elsewhere_may_bring_its_chat_template(copied):
 
 
 def edit_provenance(**fields: Any) -> Callable[[Path], None]:
-    def tamper(folder: Path) -> None:
-        write_manifest(folder, {**read_json(folder / "MANIFEST.json")["provenance"], **fields})
-
-    return tamper
+    return lambda folder: write_manifest(folder, {**read_json(folder / "MANIFEST.json")["provenance"], **fields})
 
 
 def forge_weights_record(folder: Path) -> None:
@@ -143,11 +130,10 @@ def empty(name: str, content: Any) -> Callable[[Path], None]:
     return lambda folder: write_json(folder / name, content)
 
 
-def drop_key(name: str, key: str) -> Callable[[Path], None]:
+def drop_key(name: str, dropped: str) -> Callable[[Path], None]:
     def tamper(folder: Path) -> None:
         record = read_json(folder / "records" / name)
-        del record[key]
-        write_json(folder / "records" / name, record)
+        write_json(folder / "records" / name, {key: value for key, value in record.items() if key != dropped})
 
     return tamper
 

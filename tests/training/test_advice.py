@@ -3,8 +3,8 @@
 import json
 
 import pytest
+from command import nanophi
 
-from nanophi.cli import main
 from nanophi.core.recipe import load_recipe
 from nanophi.training.advice import advice
 
@@ -50,9 +50,7 @@ def test_few_tokens_per_parameter(steps, tmp_path):
 
 def test_estimate_shows_what_was_derived_and_the_advice(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["nanophi", "estimate", "nano-phi-d12"])
-    with pytest.raises(SystemExit):
-        main()
+    assert not nanophi("estimate", "nano-phi-d12")
     lines = capsys.readouterr().out.splitlines()
     assert "model.hidden_size: 768 (64 per layer)" in lines
     assert "training.muon_learning_rate: 0.02 (one over the root of the width)" in lines

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -14,7 +13,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from hub_client import talk_to
 from hub_server import TOKEN, HubServer
 from test_architecture import PACKAGE, modules
 
@@ -32,11 +30,9 @@ RECIPE = Path("nano-phi-115m")
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+def hub(hub, monkeypatch):
     monkeypatch.setattr(fsspec.filesystem("memory"), "store", {})
-    with HubServer() as server:
-        talk_to(server, tmp_path / "home", monkeypatch)
-        yield server
+    return hub
 
 
 def test_a_job_is_planned_submitted_and_followed(hub, monkeypatch, capsys):
@@ -113,12 +109,8 @@ def test_several_recipes_share_the_gpus_of_a_machine(hub, capsys):
 
 def test_what_cannot_be_launched_is_refused_before_anything(hub, tmp_path):
     own = tmp_path / "own.yaml"
-    sources = {"data": {"sources": [{"files": "a/*.txt"}]}}
-    own.write_text(
-        yaml.safe_dump(
-            {"extends": "nano-phi-115m", "name": "own", "quality": {"scorer": "none", "threshold": None}, **sources}
-        )
-    )
+    values = {"extends": "nano-phi-115m", "name": "own", "quality": {"scorer": "none", "threshold": None}}
+    own.write_text(yaml.safe_dump({**values, "data": {"sources": [{"files": "a/*.txt"}]}}))
     for arguments, why in (
         ({"recipes": [RECIPE], "mirror": URL}, "and --max-dollars"),
         ({"recipes": [RECIPE], "mirror": str(tmp_path), "max_dollars": 1.0}, "the URL of one that the job reaches"),

@@ -237,10 +237,7 @@ def test_training_arguments_are_checked(tmp_path):
         ({"world_size": 3}, "use a training.batch_size that 3 divides"),
         ({"micro_batch_size": 8, "world_size": 2}, "use a micro_batch_size that divides 4"),
         ({"arguments": {"torch_compile_mode": "default"}}, "_mode does nothing without training.compile=true"),
-        (
-            {"arguments": {"dataloader_persistent_workers": True}},
-            "at least 0, and 1 with dataloader_persistent_workers",
-        ),
+        ({"arguments": {"dataloader_persistent_workers": True}}, "at least 0, and 1 with dataloader_persistent_worke"),
     ):
         with pytest.raises(UserError, match=re.escape(line)):
             arguments(**changes)
@@ -261,11 +258,9 @@ def test_arguments_that_are_allowed_change_nothing_that_is_learned(tmp_path, fie
     if not set(fields) <= {field.name for field in dataclasses.fields(TrainingArguments)}:
         pytest.skip("this version of transformers has no such argument")
     changes = {"steps": 4, "save_steps": 2, "keep_steps": [], "eval_steps": 4}
-    hashes = [
-        train(make_run(tmp_path / name), arguments=arguments, **changes)["weights_sha256"]
-        for name, arguments in (("plain", {}), ("with", fields))
-    ]
-    assert hashes[0] == hashes[1]
+    arguments = {"plain": {}, "with": fields}
+    trained = [train(make_run(tmp_path / name), arguments=given, **changes) for name, given in arguments.items()]
+    assert trained[0]["weights_sha256"] == trained[1]["weights_sha256"]
 
 
 def refusal(run, **changes) -> str:
