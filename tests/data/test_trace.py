@@ -25,8 +25,7 @@ END = 0
 def stream_of(documents: list[list[int]], parts: int = 1) -> trace.Stream:
     tokens = np.array([token for document in documents for token in (*document, END)], np.int32)
     stream = trace.Stream.__new__(trace.Stream)
-    stream.chunks = [np.ascontiguousarray(part) for part in np.array_split(tokens, parts)]
-    stream.starts, stream.end = np.cumsum([0, *map(len, stream.chunks)]), END
+    stream.tokens, stream.end = pa.chunked_array(np.array_split(tokens, parts)), END
     return stream
 
 
