@@ -14,7 +14,7 @@ import pytest
 from engine_parts import die_on_three, fail_on_three, square  # type: ignore[import-not-found]
 
 from nanophi.core.errors import UserError
-from nanophi.data.parallel import discard_parts, run_parts
+from nanophi.data.parallel import run_parts
 
 TESTS = Path(__file__).parent.parent
 
@@ -153,17 +153,3 @@ def _is_running(pid: int) -> bool:
         return False
     status = Path(f"/proc/{pid}/stat")
     return not status.exists() or status.read_text().rsplit(")", 1)[1].split()[0] != "Z"
-
-
-def test_parts_without_their_marks_are_not_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def killed(folder: Path) -> None:
-        (folder / "00000.txt").unlink()
-        raise KeyboardInterrupt
-
-    parts = [(number,) for number in range(3)]
-    run_parts(square, parts, tmp_path, "squares", 1)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(shutil, "rmtree", killed)
-        discard_parts(tmp_path)
-    assert len(run_parts(square, parts, tmp_path, "squares", 1)) == 3
-    assert (tmp_path / "00000.txt").exists()

@@ -16,7 +16,6 @@ from nanophi.core.recipe import Data, Quality
 from nanophi.data import gather, linear, quality, quality_report, scoring, sources
 from nanophi.data.documents import shards
 from nanophi.data.ngrams import hash_words, ngrams
-from nanophi.data.quality_report import Selection
 from nanophi.data.scorers import LinearScorer
 
 GOOD = (
@@ -219,7 +218,7 @@ def test_killed_and_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     before = {path: path.stat().st_mtime_ns for path in (*finished, *output.glob("scorer.*"))}
     assert len(before) == 8
     with monkeypatch.context() as patch:
-        patch.setattr(scoring, "discard_parts", lambda folder: None)
+        patch.setattr(scoring.shutil, "rmtree", lambda folder, ignore_errors: None)
         resumed = scoring.score(tmp_path / "documents", scorer, data, 0, output)
     assert {path: path.stat().st_mtime_ns for path in before} == before, "what was finished is not done again"
     assert resumed == scoring.score(tmp_path / "documents", scorer, data, 0, whole)
@@ -343,7 +342,7 @@ def test_files_are_scored_by_a_column(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_names_and_texts_from_the_data_are_never_markup(folder: Path, tmp_path: Path) -> None:
     table = pa.table({"id": ["0" * 16], "source": ["<img src=x>|`b`"], "bytes": [9], "quality_score": [0.7]})
     table = table.set_column(1, "source", table["source"].combine_chunks().dictionary_encode())
-    everything = Selection(np.ones(1, bool))
-    quality_report.write(table, everything, Quality(), {"scorer": "column:`"}, lambda ids: {"0" * 16: "a`b"}, tmp_path)
+    table = table.append_column("kept", pa.array([True]))
+    quality_report.write(table, Quality(), {"scorer": "column:`"}, lambda ids: {"0" * 16: "a`b"}, tmp_path)
     page = (tmp_path / "quality.md").read_text()
     assert r"| \<img src=x\>\|\`b\` |" in page and "``a`b``" in page and "`` column:` ``" in page
