@@ -28,6 +28,7 @@ from nanophi.data.deduplication import exact_duplicates, near_duplicates
 from nanophi.data.documents import uniform_from_id
 from nanophi.data.ngrams import hash_words
 from nanophi.data.parallel import run_parts
+from nanophi.data.sources import dropped
 
 TRAIN, HELDOUT, EXACT, NEAR, CONTAMINATED, HELDOUT_NEAR = range(6)
 OUTCOMES = ("train", "heldout", "exact_duplicate", "near_duplicate", "contaminated", "heldout_near_train")
@@ -51,7 +52,7 @@ def gather(
     parts: list[tuple[int, Source, sources.Part]] = []
     for number, source in enumerate(data.sources):
         parts += [(number, source, part) for part in sources.plan(source, score)]
-    plan = work / "plan.txt"
+    plan = work / "plan"  # `plan.txt` was that of parts that were counted in another way
     cut = sha256_of([[number, part] for number, _, part in parts])
     if not plan.exists() or plan.read_text() != cut:
         for left in (work / "read", work / "written"):  # of parts that were cut otherwise
@@ -67,7 +68,7 @@ def gather(
     by_source = counts.grouped(0)
     for number, source in enumerate(data.sources):  # before hours of work
         mine, bad = by_source.get(number, Counter()), [entry for origin, entry in refused if origin == number]
-        sources.check_usable(sources.name_of(source), mine["read"], dropped(mine), bad, data.max_dropped)
+        sources.check_usable(sources.name_of(source), mine, bad, data.max_dropped)
     documents = _Documents(work, read)
     decisions, leaders = decide(
         data,
@@ -212,10 +213,8 @@ class Counts:
     def __init__(self, read: Sequence[dict[str, Any]]) -> None:
         self.counts: Counter[tuple[int, str, str]] = Counter()
         for part in read:
-            for what in ("read", "bytes"):
-                self.counts.update({(part["origin"], name, what): count for name, count in part[what].items()})
-            for name, lost in part["dropped"].items():
-                self.counts.update({(part["origin"], name, why): count for why, count in lost.items()})
+            for name, counts in part["counts"].items():
+                self.counts.update({(part["origin"], name, what): count for what, count in counts.items()})
 
     def add(self, origins: np.ndarray, codes: np.ndarray, names: Sequence[str], decisions: np.ndarray) -> None:
         """Count decisions; per document: number of its source, index of its name in `names`, what becomes of it."""
@@ -237,10 +236,6 @@ class Counts:
             if what == "read":
                 found[name].append(number)
         return found
-
-
-def dropped(counts: Counter[str]) -> Counter[str]:
-    return Counter({what: count for what, count in counts.items() if what not in ("read", "bytes", *OUTCOMES[:2])})
 
 
 def _entry(mine: Counter[str]) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def score(
     with whole_file(output) as partial:
         batches = _batches(_read(files, text_column, chosen.column, tally))
         summary = scoring.write_scores(batches, chosen, "", partial, schema, quality_report.EXCERPT)
-    dropped = ", ".join(f"{reason} {count}" for reason, count in tally.dropped_total().items())
+    dropped = ", ".join(f"{reason} {count}" for reason, count in sources.dropped(tally.total()).items())
     typer.echo(f"{output}: {summary['documents']} documents" + (f"; dropped: {dropped}" if dropped else ""))
 
 
@@ -86,7 +86,7 @@ def _read(files: str, text_column: str, column: str | None = None, tally: Tally 
     source = Source(files=files, text_column=text_column)
     for part in sources.plan(source, column):
         yield from sources.read(source, part, column, tally)
-    sources.check_usable(files, tally.read.total(), tally.dropped_total(), tally.refused, 1.0)
+    sources.check_usable(files, tally.total(), tally.refused, 1.0)
 
 
 def _spread(documents: Iterator[Document], room: int) -> list[bytes]:

@@ -71,7 +71,7 @@ def test_every_format_and_encoding_gives_the_same_texts(tmp_path: Path, name: st
     separator = {"separator": "<|end|>"} if name[0] in "lm" else {}
     found, tally = read(files=str(tmp_path / name), **separator)
     assert found == TEXTS
-    assert tally.read.total() == 3 and not tally.dropped
+    assert tally.total()["read"] == 3 and not sources.dropped(tally.total())
 
 
 @pytest.mark.parametrize("kind", ["stream", "file", "saved", "splits"])
@@ -144,7 +144,7 @@ def test_shards_of_a_hub_folder_may_have_different_columns(tmp_path: Path, strea
     (tmp_path / "data" / "train-1.jsonl").write_text('{"text": "More.", "n": "a word", "extra": [1]}\n{"text": "cut o')
     (tmp_path / "data" / "test-0.jsonl").write_text('{"text": "Not this."}\n')
     found, tally = read(hub=str(tmp_path), streaming=streaming)
-    assert (found, tally.dropped_total()) == ([*TEXTS, "More."], {"not_json": 1})
+    assert (found, sources.dropped(tally.total())) == ([*TEXTS, "More."], {"not_json": 1})
 
 
 def test_a_folder_with_a_script_and_a_name_that_is_nothing(tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_small_files_share_a_part_in_order(tmp_path: Path, monkeypatch: pytest.M
     found, tally = read(files=str(tmp_path / "*.*"))
     first = [text for text in found if text.startswith("The first")]
     assert first[:20] == [f"The first document {number}." for number in range(20)]
-    assert tally.read.total() == 63
+    assert tally.total()["read"] == 63
 
 
 # Text is what it is
@@ -200,12 +200,12 @@ def test_a_separator_splits_in_pieces_of_any_size(tmp_path: Path, monkeypatch: p
         monkeypatch.setattr(formats, "_CHUNK", chunk)
         found, tally = read(files=str(tmp_path / "a.txt"), separator="\n\n\n")
         assert found == ["one", "thé" + "ree"]
-        assert (tally.read.total(), tally.dropped_total()) == (4, Counter(invalid_utf8=1, empty=1))
+        assert (tally.total()["read"], sources.dropped(tally.total())) == (4, Counter(invalid_utf8=1, empty=1))
     monkeypatch.setattr(formats, "MAXIMUM_DOCUMENT_BYTES", 5)
     monkeypatch.setattr(formats, "_CHUNK", 4)
     (tmp_path / "b.txt").write_text("ok|" + "long" * 20 + "|fine")
     found, tally = read(files=str(tmp_path / "b.txt"), separator="|")
-    assert found == ["ok", "fine"] and tally.dropped_total() == {"oversize": 1}
+    assert found == ["ok", "fine"] and sources.dropped(tally.total()) == {"oversize": 1}
 
 
 @pytest.mark.parametrize("mark", ["<|endoftext|>", "</s>"])
@@ -240,9 +240,9 @@ def test_text_may_lie_deeper_than_a_column(tmp_path: Path, suffix: str) -> None:
         path.write_text(json.dumps(rows) if suffix == "json" else "".join(json.dumps(row) + "\n" for row in rows))
     for column, expected in (("meta.text", "Inner."), ("turns[].content", "Hi.\n\nYo."), ("parts[]", "x\n\ny")):
         found, tally = read(files=str(path), text_column=column)
-        assert found == [expected] and tally.dropped_total() == {"no_text": 1}
+        assert found == [expected] and sources.dropped(tally.total()) == {"no_text": 1}
     _, tally = read(files=str(path), text_column="turns")
-    assert tally.dropped_total() == {"not_text": 2}
+    assert sources.dropped(tally.total()) == {"not_text": 2}
     assert tally.refused[0]["remedy"].startswith("'turns' holds no text; text_column may be a path, as meta.text")
 
 
@@ -273,10 +273,10 @@ def test_a_row_with_a_comma_too_many_is_counted(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('id,text\n1,"Hello, world."\n2,Hello, world.\n3,Short\n')
     found, tally = read(files=str(tmp_path / "a.csv"))
     assert found == ["Hello, world.", "Short"]
-    assert tally.dropped_total() == {"malformed": 1}
+    assert sources.dropped(tally.total()) == {"malformed": 1}
     assert tally.refused[0]["document"].endswith("a.csv:3")
     (tmp_path / "b.tsv").write_text("text\nA tab\tinside\n")
-    assert read(files=str(tmp_path / "b.tsv"))[1].dropped_total() == {"malformed": 1}
+    assert read(files=str(tmp_path / "b.tsv"))[1].total() == {"read": 1, "malformed": 1}
     (tmp_path / "c.csv").write_text("")
     assert read(files=str(tmp_path / "c.csv"))[0] == []
 
