@@ -2,7 +2,6 @@
 
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +16,7 @@ from nanophi.data.ngrams import hash_words
 SHARED = Path(os.environ.get("NANOPHI_SHARED", Path(nanophi.__file__).parent.parent / "shared"))
 
 
-def write_benchmark(folder: Path, **configs: dict[str, list[dict[str, Any]]]) -> None:
+def write_benchmark(folder, **configs):
     """A dataset in Hub layout: rows by config and split."""
     lines = []
     for config, splits in configs.items():
@@ -29,16 +28,16 @@ def write_benchmark(folder: Path, **configs: dict[str, list[dict[str, Any]]]) ->
     (folder / "README.md").write_text("---\nconfigs:\n" + "".join(lines) + "---\n# A benchmark\n")
 
 
-def words(name: str, count: int = 20) -> str:
+def words(name, count=20):
     return " ".join(f"{name}{number}" for number in range(count))
 
 
-def filler(generator: np.random.Generator, words: int) -> str:
+def filler(generator, words):
     return " ".join(f"filler{number}" for number in generator.integers(0, 10_000, words))
 
 
 @pytest.fixture
-def questions() -> list[dict[str, Any]]:
+def questions():
     generator = np.random.default_rng(0)
     rows = []
     for number in range(100):
@@ -48,11 +47,11 @@ def questions() -> list[dict[str, Any]]:
     return rows
 
 
-def find(index: contamination.BenchmarkIndex, text: str) -> list[int]:
+def find(index, text):
     return contamination.find(index, hash_words([text.encode()]))[0]
 
 
-def test_every_planted_item_is_found(tmp_path: Path, questions: list[dict[str, Any]]) -> None:
+def test_every_planted_item_is_found(tmp_path, questions):
     write_benchmark(tmp_path / "org" / "quiz", default={"test": questions})
     index = contamination.load_benchmarks(tmp_path, 13)
     assert index.names == ["org/quiz"]
@@ -68,7 +67,7 @@ def test_every_planted_item_is_found(tmp_path: Path, questions: list[dict[str, A
     assert find(index, filler(generator, 5000)) == []
 
 
-def test_a_question_of_five_words_alone_is_not_an_item(tmp_path: Path) -> None:
+def test_a_question_of_five_words_alone_is_not_an_item(tmp_path):
     row = {"question": "Which of these is true?", "choices": ["yes", "no"]}
     write_benchmark(tmp_path / "quiz", default={"test": [row]})
     index = contamination.load_benchmarks(tmp_path, 13)
@@ -76,7 +75,7 @@ def test_a_question_of_five_words_alone_is_not_an_item(tmp_path: Path) -> None:
     assert find(index, "I wonder which of these is true and which is not") == []
 
 
-def test_blanks_are_filled_in(tmp_path: Path) -> None:
+def test_blanks_are_filled_in(tmp_path):
     sentence = "The trophy does not fit into the brown suitcase because the _ is too large."
     row = {"sentence": sentence, "option1": "trophy", "option2": "suitcase"}
     write_benchmark(tmp_path / "schema", default={"test": [row]})
@@ -84,7 +83,7 @@ def test_blanks_are_filled_in(tmp_path: Path) -> None:
     assert find(index, sentence.replace("_", "trophy")) == [0]
 
 
-def test_only_the_scored_split_is_looked_for_and_subjects_are_one_benchmark(tmp_path: Path) -> None:
+def test_only_the_scored_split_is_looked_for_and_subjects_are_one_benchmark(tmp_path):
     names = [f"subject{number}" for number in range(12)]
     configs = {name: {split: [{"question": words(f"{name}{split}")}] for split in ("test", "dev")} for name in names}
     write_benchmark(tmp_path / "org" / "subjects", **configs)
@@ -96,7 +95,7 @@ def test_only_the_scored_split_is_looked_for_and_subjects_are_one_benchmark(tmp_
     assert report["org/subjects"]["examples"][0]["document"] == "00ff"
 
 
-def test_every_split_that_may_be_scored_is_looked_for(tmp_path: Path) -> None:
+def test_every_split_that_may_be_scored_is_looked_for(tmp_path):
     """lm-eval scores the validation of HellaSwag, whose test has no answers, and the one split of BLiMP."""
     splits = {split: [{"ctx": words(split), "endings": ["one", "two"]}] for split in ("train", "validation", "test")}
     write_benchmark(tmp_path / "swag", default=splits)
@@ -117,7 +116,7 @@ def test_every_split_that_may_be_scored_is_looked_for(tmp_path: Path) -> None:
     ],
     ids=["lambada", "sciq", "piqa"],
 )
-def test_columns_of_the_suites_own_tasks_are_known(tmp_path: Path, row: dict[str, Any]) -> None:
+def test_columns_of_the_suites_own_tasks_are_known(tmp_path, row):
     write_benchmark(tmp_path / "task", default={"test": [row]})
     index = contamination.load_benchmarks(tmp_path, 13)
     assert index.too_short == [0]
@@ -125,7 +124,7 @@ def test_columns_of_the_suites_own_tasks_are_known(tmp_path: Path, row: dict[str
     assert find(index, f"before {planted} after") == [0]
 
 
-def test_an_item_of_two_benchmarks_counts_in_both(tmp_path: Path) -> None:
+def test_an_item_of_two_benchmarks_counts_in_both(tmp_path):
     text = words("word", 30)
     for name in ("one", "two"):
         write_benchmark(tmp_path / name, default={"test": [{"question": text}, {"question": f"{name} {text}"}]})
@@ -136,7 +135,7 @@ def test_an_item_of_two_benchmarks_counts_in_both(tmp_path: Path) -> None:
     assert [report[name]["items_found"] for name in ("one", "two")] == [2, 2]
 
 
-def test_what_is_no_benchmark_is_refused(tmp_path: Path) -> None:
+def test_what_is_no_benchmark_is_refused(tmp_path):
     with pytest.raises(UserError, match="is not a folder"):
         contamination.load_benchmarks(tmp_path / "nowhere", 13)
     with pytest.raises(UserError, match="holds no dataset"):

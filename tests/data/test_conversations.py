@@ -401,7 +401,7 @@ def test_conversations_read_are_used_or_left_out_for_a_reason(runs, monkeypatch)
     monkeypatch.setattr(questions, "conversations", lambda: iter(rows))
     monkeypatch.setattr(conversations, "HELDOUT_MAXIMUM", 2)
     recipe = recipe_on_base(runs, "counted", data={"max_dropped": 0.3})
-    lines: list[str] = []
+    lines = []
     count = Pipeline(recipe, runs, report=lines.append).tokens()["sources"]["questions"]
     assert count["read"] == len(rows) == sum(count.values()) - count["read"]
     assert (count["heldout"], count["train"], count["too_long"], count["asked_twice"]) == (2, 1, 1, 1)

@@ -6,15 +6,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hub_server import HubServer  # type: ignore[import-not-found]
+from hub_server import HubServer
 from killed import run_killed
 
 from nanophi.core.errors import UserError
@@ -24,34 +21,34 @@ from nanophi.data import gather, installed_docs, sources
 from nanophi.data.documents import shards
 
 
-def text(number: int, words: int = 120) -> str:
+def text(number, words=120):
     generator = np.random.default_rng(number)
     return " ".join(f"word{value}" for value in generator.integers(0, 50_000, words))
 
 
 @pytest.fixture(autouse=True)
-def each_file_is_a_part() -> Iterator[None]:
+def each_file_is_a_part():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sources, "PART_BYTES", 1)
         yield
 
 
-def data(*sources: dict[str, Any], **fields: Any) -> Data:
+def data(*sources, **fields):
     fields = {"deduplication": {"similarity": 0.5}, "heldout_fraction": 0.1, "workers": 1, **fields}
     return Data.model_validate({"sources": list(sources), **fields})
 
 
-def write_parquet(path: Path, texts: list[Any], **columns: Any) -> Path:
+def write_parquet(path, texts, **columns):
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table({"text": texts, **columns}), path, row_group_size=50)
     return path
 
 
-def documents(output: Path, split: str = "train") -> pa.Table:
+def documents(output, split="train"):
     return pa.concat_tables([pq.read_table(path) for path in shards(output, split)])
 
 
-def tree_digest(folder: Path) -> str:
+def tree_digest(folder):
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
@@ -68,9 +65,7 @@ def tree_digest(folder: Path) -> str:
         ({"hub": "nodata"}, "cannot be loaded"),
     ],
 )
-def test_a_source_that_cannot_be_read_is_refused_in_one_line(
-    tmp_path: Path, source: dict[str, str], message: str
-) -> None:
+def test_a_source_that_cannot_be_read_is_refused_in_one_line(tmp_path, source, message):
     write_parquet(tmp_path / "a.parquet", ["x"])
     write_parquet(tmp_path / "empty.parquet", ["", "  "])
     (tmp_path / "notes.pdf").write_text("x")
@@ -82,7 +77,7 @@ def test_a_source_that_cannot_be_read_is_refused_in_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_repeats_are_dropped_and_listed(tmp_path: Path) -> None:
+def test_repeats_are_dropped_and_listed(tmp_path):
     originals = [text(number) for number in range(30)]
     words = originals[3].split()
     words[10] = words[60] = "changed"
@@ -99,7 +94,7 @@ def test_repeats_are_dropped_and_listed(tmp_path: Path) -> None:
     assert sorted(row["reason"] for row in listed) == ["exact", "exact", "near"]
 
 
-def test_a_source_can_be_held_out_as_a_whole(tmp_path: Path) -> None:
+def test_a_source_can_be_held_out_as_a_whole(tmp_path):
     validation = [text(number) for number in range(10)]
     write_parquet(tmp_path / "train.parquet", [text(number) for number in range(100, 150)] + validation[:2])
     write_parquet(tmp_path / "validation.parquet", validation)
@@ -115,7 +110,7 @@ def test_a_source_can_be_held_out_as_a_whole(tmp_path: Path) -> None:
         gather.gather(data(sources[0], {**sources[1], "heldout": True}), tmp_path / "again")
 
 
-def test_heldout_documents_have_no_near_duplicate_among_those_trained_on(tmp_path: Path) -> None:
+def test_heldout_documents_have_no_near_duplicate_among_those_trained_on(tmp_path):
     texts = []
     for number in range(100):
         words = text(number).split()
@@ -133,7 +128,7 @@ def test_heldout_documents_have_no_near_duplicate_among_those_trained_on(tmp_pat
     assert held and not held & trained
 
 
-def test_contaminated_documents_are_dropped_and_listed(tmp_path: Path) -> None:
+def test_contaminated_documents_are_dropped_and_listed(tmp_path):
     question = "Which force keeps the planets of the solar system on their paths around the sun, year after year?"
     folder = tmp_path / "benchmarks" / "quiz"
     folder.mkdir(parents=True)
@@ -154,7 +149,7 @@ def test_contaminated_documents_are_dropped_and_listed(tmp_path: Path) -> None:
     assert report["quiz"]["examples"][0]["document"] == hashlib.sha256(texts[4].encode()).hexdigest()[:16]
 
 
-def test_columns_caps_and_source_columns(tmp_path: Path) -> None:
+def test_columns_caps_and_source_columns(tmp_path):
     texts = [text(number) for number in range(100)]
     scores = [number / 100 for number in range(100)]
     write_parquet(tmp_path / "a.parquet", texts, score=scores, origin=["x", "y"] * 50)
@@ -179,7 +174,7 @@ print(json.dumps(gather.gather(Data.model_validate_json(sys.argv[1]), Path(sys.a
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_dataset_on_the_hub(tmp_path: Path, streaming: bool) -> None:
+def test_a_dataset_on_the_hub(tmp_path, streaming):
     files = {}
     for part in range(2):
         path = write_parquet(
@@ -198,7 +193,7 @@ def test_a_dataset_on_the_hub(tmp_path: Path, streaming: bool) -> None:
         hub.add_repository("dataset", "someone/numbers", files)
         environment = os.environ | hub.environment(tmp_path / "home")
 
-        def gather(output: str, **fields: Any) -> subprocess.CompletedProcess[str]:
+        def gather(output, **fields):
             arguments = [data({**source, **fields}).model_dump_json(), str(tmp_path / output)]
             command = [sys.executable, "-c", GATHER, *arguments]
             return subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -208,7 +203,7 @@ def test_a_dataset_on_the_hub(tmp_path: Path, streaming: bool) -> None:
         summary = json.loads(done.stdout)
         assert summary["read"] == 50
         assert summary["train"] + summary["heldout"] == 50
-        others: Any = (("lines", {}, 30), ("text", {"separator": "<|end|>"}, 10))
+        others = (("lines", {}, 30), ("text", {"separator": "<|end|>"}, 10))
         for config, fields, count in others if streaming else ():
             done = gather(config, config=config, **fields)
             assert done.returncode == 0, done.stderr
@@ -221,13 +216,13 @@ def test_a_dataset_on_the_hub(tmp_path: Path, streaming: bool) -> None:
         assert json.loads(again.stdout) == summary
 
 
-def many_files(folder: Path) -> dict[str, Any]:
+def many_files(folder):
     for part in range(6):
         write_parquet(folder / f"{part}.parquet", [text(number) for number in range(part * 30, part * 30 + 40)])
     return {"files": str(folder / "*.parquet"), "name": "numbers"}
 
 
-def test_the_number_of_workers_changes_nothing_and_a_finished_folder_is_left_alone(tmp_path: Path) -> None:
+def test_the_number_of_workers_changes_nothing_and_a_finished_folder_is_left_alone(tmp_path):
     source = many_files(tmp_path / "in")
     first, _ = (gather.gather(data(source, workers=workers), tmp_path / str(workers)) for workers in (1, 3))
     assert tree_digest(tmp_path / "1") == (before := tree_digest(tmp_path / "3"))
@@ -248,7 +243,7 @@ gather.gather(settings, Path(output))
 
 
 @pytest.mark.parametrize("survive", [3, 9])
-def test_killed_and_started_again(tmp_path: Path, survive: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_and_started_again(tmp_path, survive, monkeypatch):
     source = many_files(tmp_path / "in")
     output = tmp_path / "out"
     run_killed(KILLED, source["files"], output, survive=survive)
@@ -257,7 +252,7 @@ def test_killed_and_started_again(tmp_path: Path, survive: int, monkeypatch: pyt
     assert len(finished) == survive
     run, ran = gather.run_parts, []
 
-    def counting(function: Any, parts: Any, folder: Path, *args: Any, **fields: Any) -> Any:
+    def counting(function, parts, folder, *args, **fields):
         ran.extend(path for path in range(len(parts)) if not (folder / f"{path:05d}.json").exists())
         return run(function, parts, folder, *args, **fields)
 
@@ -273,7 +268,7 @@ def test_killed_and_started_again(tmp_path: Path, survive: int, monkeypatch: pyt
         assert gather.gather(data(source), tmp_path / "otherwise")["read"] == 240
 
 
-def test_fingerprint_follows_the_files(tmp_path: Path) -> None:
+def test_fingerprint_follows_the_files(tmp_path):
     (source,) = data(many_files(tmp_path / "in")).sources
     before = sources.fingerprint(source, Contents())
     for path in (tmp_path / "in").iterdir():
@@ -283,13 +278,13 @@ def test_fingerprint_follows_the_files(tmp_path: Path) -> None:
     assert sources.fingerprint(source, Contents()) != before
 
 
-def test_sources_of_different_weight_need_different_names(tmp_path: Path) -> None:
+def test_sources_of_different_weight_need_different_names(tmp_path):
     source = many_files(tmp_path / "in")
     with pytest.raises(UserError, match="set their 'name'"):
         gather.gather(data(source, {**source, "weight": 2.0}), tmp_path / "out")
 
 
-def test_embedded_documents_are_english_and_the_same_each_time() -> None:
+def test_embedded_documents_are_english_and_the_same_each_time():
     group = next(name for name in installed_docs.groups() if name == "packaging")
     first = list(installed_docs.documents(group))
     assert first == list(installed_docs.documents(group))

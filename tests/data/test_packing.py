@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-from pathlib import Path
-from typing import Any
 
 import datasets
 import numpy as np
@@ -21,12 +19,12 @@ CONTEXT = 64
 
 
 def settings(
-    folder: Path,
-    workers: int = 1,
-    weights: tuple[float, float] = (1.0, 1.0),
-    phases: tuple[str, str] = ("all", "all"),
-    **limits: int | None,
-) -> Data:
+    folder,
+    workers=1,
+    weights=(1.0, 1.0),
+    phases=("all", "all"),
+    **limits,
+):
     sources = [
         {"files": str(folder / f"{name}*.parquet"), "name": name, "weight": weight, "phase": phase}
         for name, weight, phase in zip("ab", weights, phases, strict=True)
@@ -36,7 +34,7 @@ def settings(
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     """Four files of documents, some of which hold the end-of-text token's name, scored and with a tokenizer."""
     folder = tmp_path_factory.mktemp("packing")
     generator = np.random.default_rng(0)
@@ -61,28 +59,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pack(
-    folder: Path,
-    output: Path,
-    seed: int = 0,
-    context: int = CONTEXT,
-    kept: str = "quality",
-    **kwargs: Any,
-) -> dict[str, Any]:
+    folder,
+    output,
+    seed=0,
+    context=CONTEXT,
+    kept="quality",
+    **kwargs,
+):
     inputs = (folder / name for name in ("documents", kept, "tokenizer"))
     return packing.pack(*inputs, context, settings(folder, **kwargs), seed, output)
 
 
-def rows(output: Path, split: str) -> np.ndarray:
+def rows(output, split):
     return np.array(datasets.load_from_disk(str(output / split))["input_ids"], np.int32)
 
 
-def expected_documents(folder: Path, split: str) -> list[str]:
+def expected_documents(folder, split):
     table = pa.concat_tables([pq.read_table(path) for path in shards(folder / "documents", split)]).to_pylist()
     return [row["text"] for row in table if split == "heldout" or np.float32(row["score"]) > 0.3]
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
-def test_rows_hold_exactly_the_kept_documents(folder: Path, tmp_path: Path, split: str) -> None:
+def test_rows_hold_exactly_the_kept_documents(folder, tmp_path, split):
     summary = pack(folder, tmp_path / "tokens")[split]
     stream = rows(tmp_path / "tokens", split)
     assert stream.shape == (summary["rows"], CONTEXT)
@@ -104,7 +102,7 @@ def test_rows_hold_exactly_the_kept_documents(folder: Path, tmp_path: Path, spli
     assert any(ids[: len(last)] == last for ids in [*encoded, []])
 
 
-def test_heldout_documents_are_known_by_source_in_packed_order(folder: Path, tmp_path: Path) -> None:
+def test_heldout_documents_are_known_by_source_in_packed_order(folder, tmp_path):
     summary = pack(folder, tmp_path / "tokens")["heldout"]
     stream = rows(tmp_path / "tokens", "heldout").ravel()
     encoder = tokenizer.Encoder(folder / "tokenizer")
@@ -128,7 +126,7 @@ def test_heldout_documents_are_known_by_source_in_packed_order(folder: Path, tmp
     assert {document["source"] for document in documents} == {"a", "b"}
 
 
-def test_workers_change_nothing_and_the_seed_changes_the_order(folder: Path, tmp_path: Path) -> None:
+def test_workers_change_nothing_and_the_seed_changes_the_order(folder, tmp_path):
     one, three = pack(folder, tmp_path / "one"), pack(folder, tmp_path / "three", workers=3)
     other = pack(folder, tmp_path / "other", seed=1)
     assert one == three
@@ -139,7 +137,7 @@ def test_workers_change_nothing_and_the_seed_changes_the_order(folder: Path, tmp
     assert {**one["train"], "sha256": None} == {**other["train"], "sha256": None}
 
 
-def test_sha256_is_that_of_the_stream(folder: Path, tmp_path: Path) -> None:
+def test_sha256_is_that_of_the_stream(folder, tmp_path):
     summary = pack(folder, tmp_path / "tokens")["heldout"]
     encoder = tokenizer.Encoder(folder / "tokenizer")
     texts = encoder.encode(expected_documents(folder, "heldout"))
@@ -148,7 +146,7 @@ def test_sha256_is_that_of_the_stream(folder: Path, tmp_path: Path) -> None:
     assert rows(tmp_path / "tokens", "heldout").ravel().tolist() == stream[: summary["rows"] * CONTEXT]
 
 
-def test_weights_repeat_documents(folder: Path, tmp_path: Path) -> None:
+def test_weights_repeat_documents(folder, tmp_path):
     plain = pack(folder, tmp_path / "plain")["train"]["tokens_by_source"]
     weighted = pack(folder, tmp_path / "weighted", weights=(3.0, 0.5))["train"]
     assert weighted["tokens_by_source"]["a"] == 3 * plain["a"]
@@ -166,14 +164,14 @@ packing.pack(*inputs, 64, Data.model_validate_json(settings), 0, Path(output))
 """
 
 
-def test_killed_and_started_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_and_started_again(folder, tmp_path, monkeypatch):
     output = tmp_path / "tokens"
     run_killed(KILLED, folder, output, settings(folder).model_dump_json(), survive=2)
     assert len(list((output / ".parts" / "train-documents").glob("*.json"))) == 2
-    encoded: list[Path] = []
+    encoded = []
     encode = packing._encode_shard
 
-    def counting(shard: Path, *args: Any) -> dict[str, Any]:
+    def counting(shard, *args):
         encoded.append(shard)
         return encode(shard, *args)
 
@@ -186,15 +184,13 @@ def test_killed_and_started_again(folder: Path, tmp_path: Path, monkeypatch: pyt
     assert json.loads((output / "tokens.json").read_text()) == resumed
 
 
-def test_too_few_tokens_are_refused(folder: Path, tmp_path: Path) -> None:
+def test_too_few_tokens_are_refused(folder, tmp_path):
     with pytest.raises(UserError, match="less than one row of 10000000"):
         pack(folder, tmp_path / "tokens", context=10_000_000)
     assert not (tmp_path / "tokens" / "tokens.json").exists()
 
 
-def test_max_tokens_is_a_random_part_in_whole_rows(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_max_tokens_is_a_random_part_in_whole_rows(folder, tmp_path, monkeypatch):
     everything = pack(folder, tmp_path / "all")["train"]
     limit = everything["tokens"] // 3
     encoded = []
@@ -220,7 +216,7 @@ def test_max_tokens_is_a_random_part_in_whole_rows(
     assert beyond["sha256"] == everything["sha256"]
 
 
-def documents_of(output: Path, split: str, folder: Path) -> list[tuple[int, ...]]:
+def documents_of(output, split, folder):
     """The whole documents of a packed text, as tokens, in their order."""
     eos = tokenizer.Encoder(folder / "tokenizer").eos_token_id
     rest = np.fromfile(output / f"{split}-rest.bin", "<i4")
@@ -229,9 +225,7 @@ def documents_of(output: Path, split: str, folder: Path) -> list[tuple[int, ...]
     return [tuple(piece.tolist()) for piece in pieces if len(piece)]
 
 
-def test_a_filter_of_the_decay_alone_leaves_the_text_before_it_and_what_is_held_out(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_a_filter_of_the_decay_alone_leaves_the_text_before_it_and_what_is_held_out(folder, tmp_path):
     everything, filtered = pack(folder, tmp_path / "all", kept="everything"), pack(folder, tmp_path / "filtered")
     both = pack(folder, tmp_path / "both", kept="quality-decay")
     assert both["train"] == everything["train"] and both["heldout"] == everything["heldout"] == filtered["heldout"]
@@ -244,16 +238,14 @@ def test_a_filter_of_the_decay_alone_leaves_the_text_before_it_and_what_is_held_
     assert held and not held & {*before, *decay}
 
 
-def test_a_filter_of_the_decay_that_keeps_everything_gives_one_text(folder: Path, tmp_path: Path) -> None:
+def test_a_filter_of_the_decay_that_keeps_everything_gives_one_text(folder, tmp_path):
     for limit in (None, 2000):
         plain = pack(folder, tmp_path / f"plain-{limit}", kept="everything", max_tokens=limit)
         phased = pack(folder, tmp_path / f"phased-{limit}", kept="everything-decay", max_tokens=limit)
         assert phased == plain and not (tmp_path / f"phased-{limit}/decay").exists()
 
 
-def test_the_decay_has_its_own_number_of_tokens_from_the_documents_before_it(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_decay_has_its_own_number_of_tokens_from_the_documents_before_it(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(packing, "LONGEST_TOKEN", 3)  # so that a part is tokenized
     limits = {"max_tokens": 20 * CONTEXT, "max_decay_tokens": 8 * CONTEXT}
     plain = pack(folder, tmp_path / "plain", kept="everything", max_tokens=limits["max_tokens"])
@@ -269,8 +261,8 @@ def test_the_decay_has_its_own_number_of_tokens_from_the_documents_before_it(
     assert more["decay"]["rows"] == 100 and more["train"]["rows"] == 20
 
 
-def test_sources_are_read_in_their_phases(folder: Path, tmp_path: Path) -> None:
-    def read(*phases: str) -> list[set[str]]:
+def test_sources_are_read_in_their_phases(folder, tmp_path):
+    def read(*phases):
         summary = pack(folder, tmp_path / "-".join(phases), kept="everything", phases=phases)
         texts = (summary["train"], summary.get("decay", summary["train"]))
         return [{name for name, count in text["tokens_by_source"].items() if count} for text in texts]

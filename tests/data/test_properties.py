@@ -10,8 +10,6 @@ import math
 import os
 import shutil
 import sys
-from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -40,22 +38,22 @@ ROWS = st.lists(
 )
 NAMES = st.binary(min_size=1, max_size=12).filter(lambda name: not set(name) & set(b"/\0") and name[:1] != b".")
 SUFFIXES = [".jsonl", ".json", ".csv", ".tsv", ".txt", ".md", ".parquet", ".arrow"]
-COMPRESSIONS: dict[str, Any] = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+COMPRESSIONS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
 
 
-def fresh(folder: Path) -> Path:
+def fresh(folder):
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     return folder
 
 
-def write(folder: Path, name: bytes, content: bytes) -> str:
+def write(folder, name, content):
     path = folder / os.fsdecode(name)
     path.write_bytes(content)
     return str(path)
 
 
-def outcome(source: Source, score: str | None = None) -> tuple[list[sources.Document], sources.Tally] | None:
+def outcome(source, score=None):
     """What reading a source gives; None for a refusal, which must be one printable line."""
     tally = sources.Tally()
     try:
@@ -88,20 +86,18 @@ def outcome(source: Source, score: str | None = None) -> tuple[list[sources.Docu
     packed=st.booleans(),
     separator=st.none() | st.text(st.characters(codec="utf-8"), max_size=3),
 )
-def test_any_bytes_under_any_name(
-    tmp_path: Path, content: bytes, name: bytes, suffix: str, compression: str, packed: bool, separator: str | None
-) -> None:
+def test_any_bytes_under_any_name(tmp_path, content, name, suffix, compression, packed, separator):
     folder = fresh(tmp_path / "in")
     content = COMPRESSIONS[compression](content) if packed and compression != ".zst" else content
     path = write(folder, name + (suffix + compression).encode(), content)
     for files in (str(folder), path):
-        fields: dict[str, Any] = {"separator": separator} if suffix in (".txt", ".md") else {}
+        fields = {"separator": separator} if suffix in (".txt", ".md") else {}
         outcome(Source.model_construct(**{**Source(files=str(folder)).model_dump(), "files": files, **fields}))
 
 
 @QUICK
 @given(rows=ROWS, column=st.sampled_from(["text", "a.b", "messages[].content", "messages[]", "[]", "."]))
-def test_any_rows_of_json(tmp_path: Path, rows: list[Any], column: str) -> None:
+def test_any_rows_of_json(tmp_path, rows, column):
     folder = fresh(tmp_path / "in")
     (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "b.json").write_text(json.dumps(rows))
@@ -121,7 +117,7 @@ def test_any_rows_of_json(tmp_path: Path, rows: list[Any], column: str) -> None:
         assert len(next(iter(counts.values()))) <= len(usable)
 
 
-def _is_text(text: str) -> bool:
+def _is_text(text):
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -136,9 +132,7 @@ def _is_text(text: str) -> bool:
     suffix=st.sampled_from([".jsonl", ".json", ".csv", ".parquet"]),
     compression=st.sampled_from(sorted(COMPRESSIONS)),
 )
-def test_text_comes_through_every_format_and_encoding(
-    tmp_path: Path, texts: list[str], encoding: str, suffix: str, compression: str
-) -> None:
+def test_text_comes_through_every_format_and_encoding(tmp_path, texts, encoding, suffix, compression):
     folder = fresh(tmp_path / "in")
     if suffix == ".parquet":
         pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), folder / "a.parquet", row_group_size=2)
@@ -163,7 +157,7 @@ def test_text_comes_through_every_format_and_encoding(
 
 @QUICK
 @given(values=st.lists(VALUES, min_size=1, max_size=4))
-def test_any_value_as_a_score(tmp_path: Path, values: list[Any]) -> None:
+def test_any_value_as_a_score(tmp_path, values):
     folder = fresh(tmp_path / "in")
     (folder / "a.jsonl").write_text("".join(json.dumps({"text": "x", "q": value}) + "\n" for value in values))
     found = outcome(Source(files=str(folder)), "q")
@@ -172,7 +166,7 @@ def test_any_value_as_a_score(tmp_path: Path, values: list[Any]) -> None:
     assert found is None or [document.score for document in found[0]] == numbers
 
 
-def _number(value: Any) -> float:
+def _number(value):
     try:
         number = float(value)
     except (OverflowError, TypeError, ValueError):
@@ -186,7 +180,7 @@ def _number(value: Any) -> float:
         st.fixed_dictionaries({"text": ANY_TEXT | VALUES, "site": st.none() | ANY_TEXT}), min_size=1, max_size=30
     )
 )
-def test_documents_are_read_kept_or_dropped_for_a_reason(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+def test_documents_are_read_kept_or_dropped_for_a_reason(tmp_path, rows):
     folder, lines = fresh(tmp_path / "in"), []
     rows = [*rows, *({"text": f"Document number {number} of those that are always there."} for number in range(5))]
     (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

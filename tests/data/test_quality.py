@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,7 +25,7 @@ POOR = "lol ok yeah u r gonna hey guys dunno brb thx pls wtf omg haha nope hmm a
 PROSE, CHAT = GOOD.split(), POOR.split()
 
 
-def essay(generator: np.random.Generator, topic: str) -> str:
+def essay(generator, topic):
     sentences = []
     for _ in range(int(generator.integers(5, 12))):
         words = [*generator.choice(PROSE, 12), *(f"{topic}{value}" for value in generator.integers(0, 300, 4))]
@@ -34,7 +33,7 @@ def essay(generator: np.random.Generator, topic: str) -> str:
     return " ".join(sentences)
 
 
-def chat(generator: np.random.Generator, topic: str) -> str:
+def chat(generator, topic):
     lines = []
     for _ in range(int(generator.integers(8, 20))):
         words = [*generator.choice(CHAT, 5), f"{topic}{generator.integers(0, 300)}"]
@@ -43,7 +42,7 @@ def chat(generator: np.random.Generator, topic: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     """Documents of six sources: essays and chats, two of each to fit on, one of each unseen, with a score column."""
     folder = tmp_path_factory.mktemp("quality")
     generator = np.random.default_rng(0)
@@ -59,7 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def settings(folder: Path, workers: int = 1) -> Data:
+def settings(folder, workers=1):
     source = {"files": str(folder / "in" / "*.parquet"), "source_column": "source"}
     return Data.model_validate({"sources": [source], "deduplication": {"near": False}, "workers": workers})
 
@@ -67,11 +66,11 @@ def settings(folder: Path, workers: int = 1) -> Data:
 LINEAR = Quality(high=["essay-x", "essay-y"], low=["chat-x", "chat-y"])
 
 
-def read_scores(folder: Path) -> pa.Table:
+def read_scores(folder):
     return pq.read_table(folder / "scores.parquet")
 
 
-def test_linear_scorer_separates_sources_it_never_saw(folder: Path, tmp_path: Path) -> None:
+def test_linear_scorer_separates_sources_it_never_saw(folder, tmp_path):
     from sklearn.metrics import roc_auc_score
 
     summary = scoring.score(folder / "documents", LINEAR, settings(folder), 0, tmp_path)
@@ -82,7 +81,7 @@ def test_linear_scorer_separates_sources_it_never_saw(folder: Path, tmp_path: Pa
     assert not list(tmp_path.glob("*.pkl")) and (tmp_path / "scorer.safetensors").exists()
 
 
-def test_scores_follow_the_documents_and_the_saved_scorer(folder: Path, tmp_path: Path) -> None:
+def test_scores_follow_the_documents_and_the_saved_scorer(folder, tmp_path):
     scoring.score(folder / "documents", LINEAR, settings(folder), 0, tmp_path / "one")
     scoring.score(folder / "documents", LINEAR, settings(folder, workers=2), 0, tmp_path / "two")
     table = read_scores(tmp_path / "one")
@@ -101,7 +100,7 @@ def test_scores_follow_the_documents_and_the_saved_scorer(folder: Path, tmp_path
     assert np.array_equal(read_scores(tmp_path / "three")["quality_score"], table["quality_score"])
 
 
-def test_features_are_counts_of_hashed_words_and_pairs() -> None:
+def test_features_are_counts_of_hashed_words_and_pairs():
     texts = [b"one two one two.", b"", b"Only\n{code} 42"]
     hashed, statistics = linear.features(texts)
     words, pairs = hash_words(texts), ngrams(hash_words(texts), 2)
@@ -120,7 +119,7 @@ def test_features_are_counts_of_hashed_words_and_pairs() -> None:
     assert statistics[2, list(linear._CLASSES).index("digit")] == pytest.approx(2 / 14)
 
 
-def test_column_scores_and_threshold(folder: Path, tmp_path: Path) -> None:
+def test_column_scores_and_threshold(folder, tmp_path):
     column = Quality(scorer="column:score", threshold=0.5)
     scoring.score(folder / "documents", column, settings(folder), 0, tmp_path / "scores")
     report = scoring.select(folder / "documents", tmp_path / "scores", column, tmp_path / "quality")
@@ -146,7 +145,7 @@ def test_column_scores_and_threshold(folder: Path, tmp_path: Path) -> None:
     assert "| essay-x |" in (tmp_path / "quality" / "quality.md").read_text()
 
 
-def test_a_share_is_kept_and_the_heldout_documents_are_divided_alike(folder: Path, tmp_path: Path) -> None:
+def test_a_share_is_kept_and_the_heldout_documents_are_divided_alike(folder, tmp_path):
     data, documents, scores = settings(folder), folder / "documents", tmp_path / "scores"
     column = Quality(scorer="column:score", share=0.25)  # less than the essays' part
     scoring.score(documents, column, data, 0, scores)
@@ -170,7 +169,7 @@ def test_a_share_is_kept_and_the_heldout_documents_are_divided_alike(folder: Pat
 
 
 @pytest.mark.parametrize("bad", [float("nan"), 1.5, -0.1, None])
-def test_scores_that_are_no_scores_are_refused(tmp_path: Path, bad: float | None) -> None:
+def test_scores_that_are_no_scores_are_refused(tmp_path, bad):
     texts = [f"document number {number} " * 30 for number in range(20)]
     (tmp_path / "in").mkdir()
     pq.write_table(pa.table({"text": texts, "score": [0.5] * 19 + [bad]}), tmp_path / "in" / "a.parquet")
@@ -197,7 +196,7 @@ scoring.score(Path(documents), scorer, Data.model_validate_json(settings), 0, Pa
 """
 
 
-def test_killed_and_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_and_started_again(tmp_path, monkeypatch):
     generator = np.random.default_rng(1)
     (tmp_path / "in").mkdir()
     for number in range(4):
@@ -226,15 +225,15 @@ def test_killed_and_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert (output / name).read_bytes() == (whole / name).read_bytes()
 
 
-def test_labels_must_name_sources(folder: Path, tmp_path: Path) -> None:
+def test_labels_must_name_sources(folder, tmp_path):
     with pytest.raises(UserError, match="names source 'novel'; there is chat-x"):
         scoring.score(
             folder / "documents", Quality(high=["novel"], low=["chat-x"]), settings(folder), 0, tmp_path / "a"
         )
 
 
-def test_report_of_a_run_counts_tokens(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    column: Any = Quality(scorer="column:score", threshold=0.5)
+def test_report_of_a_run_counts_tokens(folder, tmp_path, capsys):
+    column = Quality(scorer="column:score", threshold=0.5)
     scoring.score(folder / "documents", column, settings(folder), 0, tmp_path / "data" / "scores")
     scoring.select(folder / "documents", tmp_path / "data" / "scores", column, tmp_path / "data" / "quality")
     quality.report(tmp_path)
@@ -252,16 +251,14 @@ def test_report_of_a_run_counts_tokens(folder: Path, tmp_path: Path, capsys: pyt
 # On files
 
 
-def write_lines(folder: Path, **texts: Any) -> None:
+def write_lines(folder, **texts):
     generator = np.random.default_rng(3)
     for name, make in texts.items():
         lines = [json.dumps({"text": make(generator, name)}) for _ in range(60)]
         (folder / f"{name}.jsonl").write_text("\n".join(lines))
 
 
-def test_the_report_of_a_run_before_01_is_the_page_that_it_has(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_report_of_a_run_before_01_is_the_page_that_it_has(tmp_path, capsys):
     folder = tmp_path / "data/quality"
     folder.mkdir(parents=True)
     write_json(folder / "quality.json", {"threshold": 0.5, "documents": 2, "kept_documents": 1})
@@ -270,7 +267,7 @@ def test_the_report_of_a_run_before_01_is_the_page_that_it_has(
     assert capsys.readouterr().out == "1 of 2 documents kept\n"
 
 
-def test_fit_score_and_report_on_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fit_score_and_report_on_files(tmp_path, capsys):
     write_lines(tmp_path, good=essay, poor=chat, mine=essay)
     scorer, mine = tmp_path / "scorer", str(tmp_path / "mine.jsonl")
     quality.fit(scorer, [str(tmp_path / "good.jsonl")], [str(tmp_path / "poor.jsonl")])
@@ -295,7 +292,7 @@ def test_fit_score_and_report_on_files(tmp_path: Path, capsys: pytest.CaptureFix
     assert not (tmp_path / "again.parquet").exists()
 
 
-def test_commands_replace_only_what_they_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_replace_only_what_they_wrote(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_lines(tmp_path, good=essay, poor=chat)
     for name in ("mine", "report"):
@@ -307,7 +304,7 @@ def test_commands_replace_only_what_they_wrote(tmp_path: Path, monkeypatch: pyte
         quality.score("good.jsonl", "scorer", Path("scores.parquet"))
         quality.report(Path("scores.parquet"))
     assert read_json(tmp_path / "quality" / "quality.json")["threshold"] == 0.5
-    refused: Any = [
+    refused = [
         (
             quality.fit,
             (Path("mine"), ["good.jsonl"], ["poor*"]),
@@ -325,7 +322,7 @@ def test_commands_replace_only_what_they_wrote(tmp_path: Path, monkeypatch: pyte
     assert (tmp_path / "mine.parquet").read_bytes() == b"mine"
 
 
-def test_files_are_scored_by_a_column(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_are_scored_by_a_column(tmp_path, capsys):
     lines = [json.dumps({"text": f"number {n}", "q": n / 2}) for n in range(10)]
     (tmp_path / "10:30.jsonl").write_text("\n".join([*lines, '{"text": "", "q": 0}', "broken"]))
     output = tmp_path / "scores.parquet"
@@ -339,7 +336,7 @@ def test_files_are_scored_by_a_column(tmp_path: Path, capsys: pytest.CaptureFixt
         quality.report(output, 7, tmp_path / "report")
 
 
-def test_names_and_texts_from_the_data_are_never_markup(folder: Path, tmp_path: Path) -> None:
+def test_names_and_texts_from_the_data_are_never_markup(folder, tmp_path):
     table = pa.table({"id": ["0" * 16], "source": ["<img src=x>|`b`"], "bytes": [9], "quality_score": [0.7]})
     table = table.set_column(1, "source", table["source"].combine_chunks().dictionary_encode())
     table = table.append_column("kept", pa.array([True]))

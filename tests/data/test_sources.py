@@ -12,7 +12,6 @@ import re
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,18 +26,18 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="names in bytes, link
 TEXTS = ["The first document.", 'A second one, with "quotes"; and\ncolumns', "Третий, naïve"]
 
 
-def read(score: str | None = None, **fields: Any) -> tuple[list[str], sources.Tally]:
+def read(score=None, **fields):
     """The texts of a source, and what was counted."""
     source, tally = Source.model_validate(fields), sources.Tally()
     parts = sources.plan(source, score)
     return [document.text.decode() for part in parts for document in sources.read(source, part, score, tally)], tally
 
 
-def zst(content: bytes) -> bytes:
+def zst(content):
     return bytes(pa.compress(content, "zstd", asbytes=True))
 
 
-def csv_of(rows: list[dict[str, Any]], delimiter: str = ",") -> str:
+def csv_of(rows, delimiter=","):
     file = io.StringIO()
     writer = csv.DictWriter(file, list(rows[0]), delimiter=delimiter)
     writer.writeheader()
@@ -66,7 +65,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_format_and_encoding_gives_the_same_texts(tmp_path: Path, name: str) -> None:
+def test_every_format_and_encoding_gives_the_same_texts(tmp_path, name):
     (tmp_path / name).write_bytes(FILES[name])
     separator = {"separator": "<|end|>"} if name[0] in "lm" else {}
     found, tally = read(files=str(tmp_path / name), **separator)
@@ -75,7 +74,7 @@ def test_every_format_and_encoding_gives_the_same_texts(tmp_path: Path, name: st
 
 
 @pytest.mark.parametrize("kind", ["stream", "file", "saved", "splits"])
-def test_arrow_files_and_what_save_to_disk_wrote(tmp_path: Path, kind: str) -> None:
+def test_arrow_files_and_what_save_to_disk_wrote(tmp_path, kind):
     import datasets
 
     folder = tmp_path / "set"
@@ -100,7 +99,7 @@ def test_arrow_files_and_what_save_to_disk_wrote(tmp_path: Path, kind: str) -> N
             read(hub=str(folder), split="dev")
 
 
-def test_a_folder_stands_for_the_files_below_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_stands_for_the_files_below_it(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     folder = tmp_path / "crawl [2024]" / "10:30"
     folder.mkdir(parents=True)
@@ -120,7 +119,7 @@ def test_a_folder_stands_for_the_files_below_it(tmp_path: Path, monkeypatch: pyt
 
 
 @LINUX
-def test_links_are_followed_and_pipes_are_not_read(tmp_path: Path) -> None:
+def test_links_are_followed_and_pipes_are_not_read(tmp_path):
     folder, elsewhere = tmp_path / "in", tmp_path / "elsewhere"
     folder.mkdir()
     elsewhere.mkdir()
@@ -138,7 +137,7 @@ def test_links_are_followed_and_pipes_are_not_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_shards_of_a_hub_folder_may_have_different_columns(tmp_path: Path, streaming: bool) -> None:
+def test_shards_of_a_hub_folder_may_have_different_columns(tmp_path, streaming):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train-0.jsonl").write_text(LINES)
     (tmp_path / "data" / "train-1.jsonl").write_text('{"text": "More.", "n": "a word", "extra": [1]}\n{"text": "cut o')
@@ -147,7 +146,7 @@ def test_shards_of_a_hub_folder_may_have_different_columns(tmp_path: Path, strea
     assert (found, sources.dropped(tally.total())) == ([*TEXTS, "More."], {"not_json": 1})
 
 
-def test_a_folder_with_a_script_and_a_name_that_is_nothing(tmp_path: Path) -> None:
+def test_a_folder_with_a_script_and_a_name_that_is_nothing(tmp_path):
     folder = tmp_path / "mine"
     folder.mkdir()
     (folder / "mine.py").write_text("import datasets")
@@ -162,7 +161,7 @@ def test_a_folder_with_a_script_and_a_name_that_is_nothing(tmp_path: Path) -> No
             sources.fingerprint(Source(hub=hub), Contents())
 
 
-def test_small_files_share_a_part_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_files_share_a_part_in_order(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "PART_BYTES", 3 * len(LINES.encode()))
     for number in range(20):
         (tmp_path / f"{number:02}.jsonl").write_text(LINES.replace("document", f"document {number}"))
@@ -178,7 +177,7 @@ def test_small_files_share_a_part_in_order(tmp_path: Path, monkeypatch: pytest.M
 # Text is what it is
 
 
-def test_marks_are_removed_and_bytes_that_are_no_text_are_named(tmp_path: Path) -> None:
+def test_marks_are_removed_and_bytes_that_are_no_text_are_named(tmp_path):
     (tmp_path / "a.txt").write_bytes("\ufeffWith a mark\r\nand two lines\0".encode())
     (tmp_path / "b.txt").write_bytes("\ufeffInside \ufeffit".encode())
     (tmp_path / "c.txt").write_bytes("caf\xe9".encode("latin-1"))
@@ -193,7 +192,7 @@ def test_marks_are_removed_and_bytes_that_are_no_text_are_named(tmp_path: Path) 
     ]
 
 
-def test_a_separator_splits_in_pieces_of_any_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_separator_splits_in_pieces_of_any_size(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_bytes(b"one\r\n\r\n\r\ntwo \xff\r\n\r\n\r\nth\xc3\xa9ree\r\n\r\n\r\n\r\n\r\n\r\n")
 
     for chunk in (1, 2, 3, 7, 1 << 20):
@@ -209,7 +208,7 @@ def test_a_separator_splits_in_pieces_of_any_size(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("mark", ["<|endoftext|>", "</s>"])
-def test_a_text_file_that_holds_many_documents_says_so(tmp_path: Path, mark: str) -> None:
+def test_a_text_file_that_holds_many_documents_says_so(tmp_path, mark):
     path = tmp_path / "stories.txt"
     path.write_text(f"\n{mark}\n".join(TEXTS))
     with pytest.raises(UserError, match=rf"stories\.txt holds many documents: 2 lines are like {re.escape(mark)};"):
@@ -224,7 +223,7 @@ def test_a_text_file_that_holds_many_documents_says_so(tmp_path: Path, mark: str
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet", "json"])
-def test_text_may_lie_deeper_than_a_column(tmp_path: Path, suffix: str) -> None:
+def test_text_may_lie_deeper_than_a_column(tmp_path, suffix):
     rows = [
         {
             "meta": {"text": "Inner.", "id": 1},
@@ -249,7 +248,7 @@ def test_text_may_lie_deeper_than_a_column(tmp_path: Path, suffix: str) -> None:
 # What a row may hold
 
 
-def test_scores_of_tables(tmp_path: Path) -> None:
+def test_scores_of_tables(tmp_path):
     pq.write_table(pa.table({"text": ["x"], "q": [datetime.datetime(2024, 1, 1)]}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match="column 'q' holds 2024-01-01 00:00:00; a score is a number"):
         read("q", files=str(tmp_path / "a.parquet"))
@@ -260,16 +259,14 @@ def test_scores_of_tables(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
-def test_all_streams_of_a_compressed_file_are_read(
-    tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_streams_of_a_compressed_file_are_read(tmp_path, suffix, monkeypatch):
     compress = {".gz": gzip.compress, ".bz2": bz2.compress, ".zst": zst, ".xz": lzma.compress}[suffix]
     monkeypatch.setattr(formats, "_CHUNK", 61)
     (tmp_path / f"a.jsonl{suffix}").write_bytes(compress(LINES.encode()) + compress(b"") + compress(LINES.encode()))
     assert read(files=str(tmp_path / f"a.jsonl{suffix}"))[0] == TEXTS + TEXTS
 
 
-def test_a_row_with_a_comma_too_many_is_counted(tmp_path: Path) -> None:
+def test_a_row_with_a_comma_too_many_is_counted(tmp_path):
     (tmp_path / "a.csv").write_text('id,text\n1,"Hello, world."\n2,Hello, world.\n3,Short\n')
     found, tally = read(files=str(tmp_path / "a.csv"))
     assert found == ["Hello, world.", "Short"]
@@ -301,14 +298,14 @@ AFTER = "{0} cannot be read after "
         ("a.csv", b"text;n\nx;1\n", "{0} has no column 'text'; it has text;n"),
     ],
 )
-def test_a_damaged_file_gives_one_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_a_damaged_file_gives_one_line(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message.replace("{0}", re.escape(name))) as caught:
         read(files=str(tmp_path / name))
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_that_may_not_be_entered_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_may_not_be_entered_is_not_passed_over(tmp_path, monkeypatch):
     (tmp_path / "open").mkdir()
     (tmp_path / "closed").mkdir()
     (tmp_path / "open/a.jsonl").write_text(LINES)
@@ -321,18 +318,18 @@ def test_a_folder_that_may_not_be_entered_is_not_passed_over(tmp_path: Path, mon
 # A loss is said
 
 
-def documents(folder: Path, name: str, count: int, bad: int = 0) -> str:
+def documents(folder, name, count, bad=0):
     lines = [json.dumps({"text": " ".join(f"{name}{number}x{word}" for word in range(30))}) for number in range(count)]
     lines[count - bad :] = [json.dumps({"body": "elsewhere"})] * bad
     (folder / f"{name}.jsonl").write_text("\n".join(lines))
     return str(folder / f"{name}.jsonl")
 
 
-def test_each_source_is_reported_and_a_loss_stops_the_run(tmp_path: Path) -> None:
+def test_each_source_is_reported_and_a_loss_stops_the_run(tmp_path):
     files = [documents(tmp_path, "a", 20), documents(tmp_path, "b", 20, bad=4), documents(tmp_path, "c", 20, bad=5)]
 
-    def run(*paths: str, output: str = "out", **fields: Any) -> list[str]:
-        lines: list[str] = []
+    def run(*paths, output="out", **fields):
+        lines = []
         entries = [{"files": path, "name": Path(path).stem} for path in paths]
         data = Data.model_validate({"sources": entries, "workers": 1, **fields})
         summary = gather.gather(data, tmp_path / output, report=lines.append)

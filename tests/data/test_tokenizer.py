@@ -28,7 +28,7 @@ ODD += ["'ll", "<|endoftext|>", "   ", "\r", "😀", "\u0661", "word", " another
 
 
 @pytest.fixture(scope="module")
-def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def documents(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     generator = np.random.default_rng(0)
     words = ["the", "tokenizer", "reads", "bytes", "naïve", "don't", "merging", "pairs", "42", "end."]
@@ -41,14 +41,14 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(documents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(documents, tmp_path_factory):
     output = tmp_path_factory.mktemp("trained") / "tokenizer"
     tokenizer.build(documents, Tokenizer(vocab_size=300), 0, output)
     return output
 
 
 @pytest.fixture(scope="module")
-def phi_2(documents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def phi_2(documents, tmp_path_factory):
     if not PHI_2.is_dir():
         pytest.skip("needs phi-2's tokenizer beside the project")
     output = tmp_path_factory.mktemp("phi") / "tokenizer"
@@ -56,14 +56,14 @@ def phi_2(documents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def odd_texts() -> list[str]:
+def odd_texts():
     generator = random.Random(0)
     texts = ["".join(generator.choice(ODD) for _ in range(15)) for _ in range(2000)]
     lines = ["é", "\n", "\n", "\n\n", " ", "a", "b.", "\u0661"]
     return texts + ["".join(generator.choice(lines) for _ in range(30)) for _ in range(2000)]
 
 
-def test_trained_tokenizer_loads_as_it_is_without_a_word(trained: Path, tmp_path: Path) -> None:
+def test_trained_tokenizer_loads_as_it_is_without_a_word(trained, tmp_path):
     script = (
         "import sys, json; from transformers import AutoTokenizer; t = AutoTokenizer.from_pretrained(sys.argv[1]); "
         "ids = t('word ' * 5000)['input_ids']; "
@@ -77,13 +77,13 @@ def test_trained_tokenizer_loads_as_it_is_without_a_word(trained: Path, tmp_path
     assert json.loads(done.stdout) == [300, "<|endoftext|>", "<|endoftext|>", 0, "Naïve end."]
 
 
-def test_merges_are_strings_for_older_transformers(trained: Path) -> None:
+def test_merges_are_strings_for_older_transformers(trained):
     content = json.loads((trained / "tokenizer.json").read_text())
     assert content["model"]["merges"] and all(isinstance(merge, str) for merge in content["model"]["merges"])
     assert json.loads((trained / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
-def test_training_is_deterministic_and_reported(documents: Path, trained: Path, tmp_path: Path) -> None:
+def test_training_is_deterministic_and_reported(documents, trained, tmp_path):
     summary = tokenizer.build(documents, Tokenizer(vocab_size=300), 0, tmp_path / "again")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (trained / name).read_bytes()
@@ -106,7 +106,7 @@ tokenizer.build(Path(sys.argv[1]), Tokenizer(vocab_size=300), 0, Path(sys.argv[2
 """
 
 
-def test_killed_and_started_again(documents: Path, trained: Path, tmp_path: Path) -> None:
+def test_killed_and_started_again(documents, trained, tmp_path):
     output = tmp_path / "tokenizer"
     assert subprocess.run([sys.executable, "-c", KILLED, str(documents), str(output)]).returncode == -9
     assert [path.name for path in output.iterdir()] == ["tokenizer.json"], "killed between its two files"
@@ -115,7 +115,7 @@ def test_killed_and_started_again(documents: Path, trained: Path, tmp_path: Path
     assert next(contents) == next(contents)
 
 
-def test_sampling_takes_about_what_it_may(documents: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sampling_takes_about_what_it_may(documents, monkeypatch):
     everything = [text for batch in tokenizer._sample(documents, 0) for text in batch]
     monkeypatch.setattr(tokenizer, "TRAINING_BYTES", sum(map(len, everything)) // 2)
     samples = [[text for batch in tokenizer._sample(documents, seed) for text in batch] for seed in (0, 0, 1)]
@@ -124,7 +124,7 @@ def test_sampling_takes_about_what_it_may(documents: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("which", ["trained", "phi_2"])
-def test_encoder_gives_the_tokenizers_ids(which: str, request: pytest.FixtureRequest) -> None:
+def test_encoder_gives_the_tokenizers_ids(which, request):
     folder = request.getfixturevalue(which)
     encoder = tokenizer.Encoder(folder)
     assert encoder._by_words
@@ -141,14 +141,14 @@ def test_encoder_gives_the_tokenizers_ids(which: str, request: pytest.FixtureReq
 
 
 @pytest.mark.parametrize("which", ["trained", "phi_2"])
-def test_end_of_text_in_a_text_is_only_text(which: str, request: pytest.FixtureRequest) -> None:
+def test_end_of_text_in_a_text_is_only_text(which, request):
     encoder = tokenizer.Encoder(request.getfixturevalue(which))
     ids = encoder.encode(["before<|endoftext|>after <|endoftext|>"])[0].tolist()
     assert encoder.eos_token_id not in ids
     assert encoder.backend.decode(ids) == "before<|endoftext|>after <|endoftext|>"
 
 
-def test_end_of_text_that_a_unigram_model_finds_in_a_text_is_spelled(documents: Path, tmp_path: Path) -> None:
+def test_end_of_text_that_a_unigram_model_finds_in_a_text_is_spelled(documents, tmp_path):
     backend = BackendTokenizer(models.Unigram())
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     trainer = trainers.UnigramTrainer(
@@ -168,7 +168,7 @@ def test_end_of_text_that_a_unigram_model_finds_in_a_text_is_spelled(documents: 
     assert ids[1].tolist() == encoder.backend.encode("the bytes", add_special_tokens=False).ids
 
 
-def test_another_pre_tokenizer_takes_the_plain_way(trained: Path, tmp_path: Path) -> None:
+def test_another_pre_tokenizer_takes_the_plain_way(trained, tmp_path):
     content = json.loads((trained / "tokenizer.json").read_text())
     content["pre_tokenizer"]["add_prefix_space"] = True
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
@@ -178,7 +178,7 @@ def test_another_pre_tokenizer_takes_the_plain_way(trained: Path, tmp_path: Path
     assert encoder.encode(["the end."])[0].tolist() == encoder.backend.encode("the end.", add_special_tokens=False).ids
 
 
-def test_words_are_forgotten_when_there_are_too_many(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_words_are_forgotten_when_there_are_too_many(trained, monkeypatch):
     monkeypatch.setattr(tokenizer, "_CACHED_WORDS", 10)
     encoder = tokenizer.Encoder(trained)
     for text in odd_texts()[:200]:
@@ -186,7 +186,7 @@ def test_words_are_forgotten_when_there_are_too_many(trained: Path, monkeypatch:
     assert encoder._word.cache_info().currsize < 40
 
 
-def test_what_is_no_tokenizer_is_refused(documents: Path, trained: Path, tmp_path: Path) -> None:
+def test_what_is_no_tokenizer_is_refused(documents, trained, tmp_path):
     with pytest.raises(UserError, match="cannot be loaded as a tokenizer") as caught:
         tokenizer.build(documents, Tokenizer(path=str(tmp_path / "nowhere")), 0, tmp_path / "out")
     assert "\n" not in str(caught.value)
@@ -205,7 +205,7 @@ SPECIAL = ["<s>", "</s>", "<unk>", "<pad>"]
 SENTENCES = ["the cat sat on the mat .", "a <s> in a page </s> is text <pad> too", "</s>", "x</s>y <unk>"] * 5
 
 
-def save(folder: Path, backend: BackendTokenizer, **config: str) -> Path:
+def save(folder, backend, **config):
     folder.mkdir()
     backend.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", **config}
@@ -213,7 +213,7 @@ def save(folder: Path, backend: BackendTokenizer, **config: str) -> Path:
     return folder
 
 
-def bpe() -> BackendTokenizer:
+def bpe():
     backend = BackendTokenizer(models.BPE(unk_token="<unk>", ignore_merges=True))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.train_from_iterator(SENTENCES, trainers.BpeTrainer(vocab_size=60, special_tokens=SPECIAL))
@@ -223,14 +223,14 @@ def bpe() -> BackendTokenizer:
 
 
 @pytest.mark.parametrize("template", ["<s> $A", "$A </s>", "<s> $A </s>", "$A"])
-def test_a_prompt_is_tokenized_as_in_training(documents: Path, tmp_path: Path, template: str) -> None:
+def test_a_prompt_is_tokenized_as_in_training(documents, tmp_path, template):
     from transformers import AutoTokenizer
 
     backend = bpe()
     tokens = [(name, backend.token_to_id(name)) for name in ("<s>", "</s>")]
     backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=tokens)
     folder = save(tmp_path / "theirs", backend, bos_token="<s>")
-    lines: list[str] = []
+    lines = []
     tokenizer.build(documents, Tokenizer(path=str(folder)), 0, tmp_path / "ours", report=lines.append)
     loaded = AutoTokenizer.from_pretrained(tmp_path / "ours")
     for text in ("the cat", "a page", ""):
@@ -242,7 +242,7 @@ def test_a_prompt_is_tokenized_as_in_training(documents: Path, tmp_path: Path, t
     assert loaded.eos_token == "</s>" and len(loaded) == backend.get_vocab_size()
 
 
-def test_a_word_of_a_million_letters_does_not_hang_the_training(tmp_path: Path) -> None:
+def test_a_word_of_a_million_letters_does_not_hang_the_training(tmp_path):
     generator = random.Random(1)
     long = "".join(generator.choices("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ", k=1_000_000))
     texts = [f"data:image/png;base64,{long}", "\n" * 1_000_000 + "end"]
@@ -260,7 +260,7 @@ def test_a_word_of_a_million_letters_does_not_hang_the_training(tmp_path: Path) 
 
 
 @pytest.fixture(scope="module")
-def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def mixed(tmp_path_factory):
     """Documents of two sources, one of which is half Greek, with `the` and `;` among its words."""
     folder = tmp_path_factory.mktemp("mixed")
     generator = random.Random(3)
@@ -273,7 +273,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "documents"
 
 
-def byte_level(alphabet: list[str]) -> BackendTokenizer:
+def byte_level(alphabet):
     backend = BackendTokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -283,21 +283,21 @@ def byte_level(alphabet: list[str]) -> BackendTokenizer:
 
 
 @pytest.mark.parametrize("roles", [{}, {"pad_token": "the"}, {"pad_token": ";"}, {"unk_token": "cat"}])
-def test_no_word_is_missing_whatever_role_it_has(mixed: Path, tmp_path: Path, roles: dict[str, str]) -> None:
+def test_no_word_is_missing_whatever_role_it_has(mixed, tmp_path, roles):
     folder = save(tmp_path / "theirs", byte_level(pre_tokenizers.ByteLevel.alphabet()), **roles)
     tokenizer.build(mixed, Tokenizer(path=str(folder)), 0, tmp_path / "ours")
-    lines: list[str] = []
+    lines = []
     checked = tokenizer.check(mixed, tmp_path / "ours", 0.0, lines.append)
     assert (checked["lost"], checked["changed"], lines) == (0, 0, [])
     assert checked["documents"] >= 100
 
 
-def test_letters_that_no_token_holds_are_counted_and_limited(mixed: Path, tmp_path: Path) -> None:
+def test_letters_that_no_token_holds_are_counted_and_limited(mixed, tmp_path):
     folder = save(tmp_path / "theirs", byte_level([]))
     tokenizer.build(mixed, Tokenizer(path=str(folder)), 0, tmp_path / "ours")
     with pytest.raises(UserError, match=r"% of the bytes of source 'greek' are in no token, such as '.', .*max_lost"):
         tokenizer.check(mixed, tmp_path / "ours", 0.01, print)
-    lines: list[str] = []
+    lines = []
     checked = tokenizer.check(mixed, tmp_path / "ours", 1.0, lines.append)
     texts = [unicodedata.normalize("NFKD", text) for _, text in tokenizer._sample_of_sources(mixed)]
     greek = sum(len(letter.encode()) for text in texts for letter in text if letter > "\u02ff")
@@ -305,7 +305,7 @@ def test_letters_that_no_token_holds_are_counted_and_limited(mixed: Path, tmp_pa
     assert len(lines) == 1 and checked["changed"]
 
 
-def test_other_ids_than_the_tokenizers_are_refused(mixed: Path, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_ids_than_the_tokenizers_are_refused(mixed, trained, monkeypatch):
     monkeypatch.setattr(tokenizer.Encoder, "encode", lambda self, texts: [np.array([5, 6])] * len(texts))
     with pytest.raises(UserError, match=r"the run's tokens are .*, AutoTokenizer's"):
         tokenizer.check(mixed, trained, 1.0, print)
