@@ -4,11 +4,11 @@ import itertools
 
 import numpy as np
 import pytest
+from gathered import data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanophi.core.errors import UserError
-from nanophi.core.recipe import Data
 from nanophi.data import deduplication
 from nanophi.data.gather import CONTAMINATED, EXACT, HELDOUT, HELDOUT_NEAR, NEAR, TRAIN, decide
 from nanophi.data.ngrams import hash_words, ngrams
@@ -92,14 +92,9 @@ def test_decisions_against_brute_force(rows, exact, near, held_sources):
     ids = np.array([hash(text) % 2**64 for text in texts], np.uint64)
     held = np.array([row[3] and held_sources for row in rows])
     contaminated = np.array([text in items for text in texts])
-    recipe = {
-        "sources": [{"embedded": "documentation"}],
-        "deduplication": {"exact": exact, "near": near, "similarity": 0.7},
-    }
+    section = data("x", deduplication={"exact": exact, "near": near, "similarity": 0.7}, heldout_fraction=0.3)
     try:
-        decisions, leaders = decide(
-            Data.model_validate({**recipe, "heldout_fraction": 0.3}), ids, matrix, contaminated, held
-        )
+        decisions, leaders = decide(section, ids, matrix, contaminated, held)
     except UserError:
         return
     same = [text if exact and not near else text[0] if near else row for row, text in enumerate(texts)]

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gathered import data, documents_of, write
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as BackendTokenizer
 from transformers import PreTrainedTokenizerFast
 
 import nanophi
 from nanophi.core.errors import UserError
-from nanophi.core.recipe import Data, Tokenizer
+from nanophi.core.recipe import Tokenizer
 from nanophi.data import gather, tokenizer
 from nanophi.data.documents import heldout
 
@@ -27,32 +28,38 @@ ODD = ["'s", " ", "  ", "\n", "\t", "a", "Z", "9", "_", "-", "\u2019", "é", "�
 ODD += ["'ll", "<|endoftext|>", "   ", "\r", "😀", "\u0661", "word", " another", "e\u0301", "ﬁ", "²"]
 
 
+def build(documents, output, report=print, **section):
+    return tokenizer.build(documents, Tokenizer(**section), 0, output, report=report)
+
+
+def plain_ids(backend, text):
+    return backend.encode(text, add_special_tokens=False).ids
+
+
 @pytest.fixture(scope="module")
 def documents(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
     generator = np.random.default_rng(0)
     words = ["the", "tokenizer", "reads", "bytes", "naïve", "don't", "merging", "pairs", "42", "end."]
-    lines = [json.dumps({"text": " ".join(generator.choice(words, 200))}) for _ in range(100)]
-    (folder / "a.jsonl").write_text("\n".join(lines))
-    source = {"files": str(folder / "a.jsonl")}
-    data = Data.model_validate({"sources": [source], "deduplication": {"near": False}, "workers": 1})
-    gather.gather(data, folder / "documents")
-    return folder / "documents"
+    texts = [" ".join(generator.choice(words, 200)) for _ in range(100)]
+    return documents_of(tmp_path_factory.mktemp("tokenizer"), texts)
 
 
 @pytest.fixture(scope="module")
 def trained(documents, tmp_path_factory):
-    output = tmp_path_factory.mktemp("trained") / "tokenizer"
-    tokenizer.build(documents, Tokenizer(vocab_size=300), 0, output)
+    output = tmp_path_factory.mktemp("trained")
+    build(documents, output, vocab_size=300)
     return output
 
 
-@pytest.fixture(scope="module")
-def phi_2(documents, tmp_path_factory):
+@pytest.fixture(scope="module", params=["trained", "phi_2"])
+def folder(request, documents, trained, tmp_path_factory):
+    """The tokenizer that was trained here, and phi-2's as a run copies it."""
+    if request.param == "trained":
+        return trained
     if not PHI_2.is_dir():
         pytest.skip("needs phi-2's tokenizer beside the project")
-    output = tmp_path_factory.mktemp("phi") / "tokenizer"
-    tokenizer.build(documents, Tokenizer(path=str(PHI_2)), 0, output)
+    output = tmp_path_factory.mktemp("phi")
+    build(documents, output, path=str(PHI_2))
     return output
 
 
@@ -84,7 +91,7 @@ def test_merges_are_strings_for_older_transformers(trained):
 
 
 def test_training_is_deterministic_and_reported(documents, trained, tmp_path):
-    summary = tokenizer.build(documents, Tokenizer(vocab_size=300), 0, tmp_path / "again")
+    summary = build(documents, tmp_path / "again", vocab_size=300)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (trained / name).read_bytes()
     texts = [row["text"] for row in heldout(documents, ["text"])]
@@ -110,7 +117,7 @@ def test_killed_and_started_again(documents, trained, tmp_path):
     output = tmp_path / "tokenizer"
     assert subprocess.run([sys.executable, "-c", KILLED, str(documents), str(output)]).returncode == -9
     assert [path.name for path in output.iterdir()] == ["tokenizer.json"], "killed between its two files"
-    tokenizer.build(documents, Tokenizer(vocab_size=300), 0, output)
+    build(documents, output, vocab_size=300)
     contents = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in (output, trained))
     assert next(contents) == next(contents)
 
@@ -123,80 +130,60 @@ def test_sampling_takes_about_what_it_may(documents, monkeypatch):
     assert 0.2 * len(everything) < len(samples[0]) < 0.8 * len(everything)
 
 
-@pytest.mark.parametrize("which", ["trained", "phi_2"])
-def test_encoder_gives_the_tokenizers_ids(which, request):
-    folder = request.getfixturevalue(which)
+def test_encoder_gives_the_tokenizers_ids(folder):
     encoder = tokenizer.Encoder(folder)
     assert encoder._by_words
     reference = BackendTokenizer.from_file(str(folder / "tokenizer.json"))
     reference.encode_special_tokens = True
-    texts = odd_texts() + [
-        f"a{chr(code)} b  {chr(code)}\n {chr(code)}1" for code in [*range(0x3000), *range(0x1F600, 0x1F680)]
-    ]
+    codes = [*range(0x3000), *range(0x1F600, 0x1F680)]
+    texts = odd_texts() + [f"a{chr(code)} b  {chr(code)}\n {chr(code)}1" for code in codes]
     expected = [encoding.ids for encoding in reference.encode_batch_fast(texts, add_special_tokens=False)]
     assert [ids.tolist() for ids in encoder.encode(texts)] == expected
     assert [ids.tolist() for ids in encoder.encode(texts[:50])] == expected[:50], "also when every word is known"
     decoded = [encoder.backend.decode(ids, skip_special_tokens=False) for ids in expected]
     assert decoded == texts
-
-
-@pytest.mark.parametrize("which", ["trained", "phi_2"])
-def test_end_of_text_in_a_text_is_only_text(which, request):
-    encoder = tokenizer.Encoder(request.getfixturevalue(which))
-    ids = encoder.encode(["before<|endoftext|>after <|endoftext|>"])[0].tolist()
+    (ids,) = encoder.encode([text := "before<|endoftext|>after <|endoftext|>"])
     assert encoder.eos_token_id not in ids
-    assert encoder.backend.decode(ids) == "before<|endoftext|>after <|endoftext|>"
+    assert encoder.backend.decode(ids.tolist()) == text, "end-of-text in a text is only text"
 
 
 def test_end_of_text_that_a_unigram_model_finds_in_a_text_is_spelled(documents, tmp_path):
     backend = BackendTokenizer(models.Unigram())
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=200,
-        special_tokens=["</s>", "<unk>"],
-        unk_token="<unk>",
-        initial_alphabet=list("</>"),
-        show_progress=False,
-    )
+    special = {"special_tokens": ["</s>", "<unk>"], "unk_token": "<unk>", "show_progress": False}
+    trainer = trainers.UnigramTrainer(vocab_size=200, initial_alphabet=list("</>"), **special)
     backend.train_from_iterator([row["text"] for row in heldout(documents, ["text"])] * 20, trainer)
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>").save_pretrained(tmp_path)
     encoder, text = tokenizer.Encoder(tmp_path), "the </s>reads</s> bytes"
-    assert encoder.eos_token_id in encoder.backend.encode(text, add_special_tokens=False).ids
+    assert encoder.eos_token_id in plain_ids(encoder.backend, text)
     ids = encoder.encode([text, "the bytes"])
     assert encoder.eos_token_id not in ids[0]
     assert encoder.backend.decode(ids[0].tolist()).replace("< /", "</") == text  # each part begins a word
-    assert ids[1].tolist() == encoder.backend.encode("the bytes", add_special_tokens=False).ids
+    assert ids[1].tolist() == plain_ids(encoder.backend, "the bytes")
 
 
 def test_another_pre_tokenizer_takes_the_plain_way(trained, tmp_path):
-    content = json.loads((trained / "tokenizer.json").read_text())
-    content["pre_tokenizer"]["add_prefix_space"] = True
-    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    (tmp_path / "tokenizer_config.json").write_text((trained / "tokenizer_config.json").read_text())
-    encoder = tokenizer.Encoder(tmp_path)
+    backend = BackendTokenizer.from_file(str(trained / "tokenizer.json"))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    encoder = tokenizer.Encoder(save(tmp_path / "prefixed", backend, eos_token="<|endoftext|>"))
     assert not encoder._by_words
-    assert encoder.encode(["the end."])[0].tolist() == encoder.backend.encode("the end.", add_special_tokens=False).ids
+    assert encoder.encode(["the end."])[0].tolist() == plain_ids(encoder.backend, "the end.")
 
 
 def test_words_are_forgotten_when_there_are_too_many(trained, monkeypatch):
     monkeypatch.setattr(tokenizer, "_CACHED_WORDS", 10)
     encoder = tokenizer.Encoder(trained)
     for text in odd_texts()[:200]:
-        assert encoder.encode([text])[0].tolist() == encoder.backend.encode(text, add_special_tokens=False).ids
+        assert encoder.encode([text])[0].tolist() == plain_ids(encoder.backend, text)
     assert encoder._word.cache_info().currsize < 40
 
 
 def test_what_is_no_tokenizer_is_refused(documents, trained, tmp_path):
-    with pytest.raises(UserError, match="cannot be loaded as a tokenizer") as caught:
-        tokenizer.build(documents, Tokenizer(path=str(tmp_path / "nowhere")), 0, tmp_path / "out")
-    assert "\n" not in str(caught.value)
-    config = json.loads((trained / "tokenizer_config.json").read_text())
-    del config["eos_token"]
-    (tmp_path / "plain").mkdir()
-    (tmp_path / "plain" / "tokenizer_config.json").write_text(json.dumps(config))
-    (tmp_path / "plain" / "tokenizer.json").write_text((trained / "tokenizer.json").read_text())
-    with pytest.raises(UserError, match="no end-of-text token"):
-        tokenizer.build(documents, Tokenizer(path=str(tmp_path / "plain")), 0, tmp_path / "out")
+    plain = save(tmp_path / "plain", BackendTokenizer.from_file(str(trained / "tokenizer.json")), eos_token=None)
+    for path, message in ((tmp_path / "nowhere", "cannot be loaded as a tokenizer"), (plain, "no end-of-text token")):
+        with pytest.raises(UserError, match=message) as caught:
+            build(documents, tmp_path / "out", path=str(path))
+        assert "\n" not in str(caught.value)
 
 
 # Tokenizers of any kind
@@ -231,7 +218,7 @@ def test_a_prompt_is_tokenized_as_in_training(documents, tmp_path, template):
     backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=tokens)
     folder = save(tmp_path / "theirs", backend, bos_token="<s>")
     lines = []
-    tokenizer.build(documents, Tokenizer(path=str(folder)), 0, tmp_path / "ours", report=lines.append)
+    build(documents, tmp_path / "ours", lines.append, path=str(folder))
     loaded = AutoTokenizer.from_pretrained(tmp_path / "ours")
     for text in ("the cat", "a page", ""):
         assert loaded(text)["input_ids"] == tokenizer.Encoder(tmp_path / "ours").encode([text])[0].tolist()
@@ -247,12 +234,10 @@ def test_a_word_of_a_million_letters_does_not_hang_the_training(tmp_path):
     long = "".join(generator.choices("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ", k=1_000_000))
     texts = [f"data:image/png;base64,{long}", "\n" * 1_000_000 + "end"]
     texts += [f"words of a text {n} " * 9 for n in range(20)]
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
-    data = Data.model_validate({"sources": [{"files": str(tmp_path / "a.jsonl")}], "workers": 1})
-    gather.gather(data, tmp_path / "documents")
-    sample = [text for batch in tokenizer._sample(tmp_path / "documents", 0) for text in batch]
+    documents = documents_of(tmp_path, texts)
+    sample = [text for batch in tokenizer._sample(documents, 0) for text in batch]
     assert max(map(len, sample)) < 5000
-    tokenizer._train(tmp_path / "documents", 400, 0, tmp_path)
+    tokenizer._train(documents, 400, 0, tmp_path)
     assert BackendTokenizer.from_file(str(tmp_path / "tokenizer.json")).get_vocab_size() <= 400
 
 
@@ -264,12 +249,11 @@ def mixed(tmp_path_factory):
     """Documents of two sources, one of which is half Greek, with `the` and `;` among its words."""
     folder = tmp_path_factory.mktemp("mixed")
     generator = random.Random(3)
+    sources = []
     for name, words in (("plain", "the cat; sat on a mat;"), ("greek", "the λέξη; sat γάτα on;")):
-        rows = [json.dumps({"text": " ".join(generator.choices(words.split(), k=60))}) for _ in range(60)]
-        (folder / f"{name}.jsonl").write_text("\n".join(rows))
-    sources = [{"files": str(folder / f"{name}.jsonl"), "name": name} for name in ("plain", "greek")]
-    data = Data.model_validate({"sources": sources, "deduplication": {"near": False}, "workers": 1})
-    gather.gather(data, folder / "documents")
+        texts = [" ".join(generator.choices(words.split(), k=60)) for _ in range(60)]
+        sources.append({"files": str(write(folder / f"{name}.jsonl", texts)), "name": name})
+    gather.gather(data(*sources), folder / "documents")
     return folder / "documents"
 
 
@@ -285,7 +269,7 @@ def byte_level(alphabet):
 @pytest.mark.parametrize("roles", [{}, {"pad_token": "the"}, {"pad_token": ";"}, {"unk_token": "cat"}])
 def test_no_word_is_missing_whatever_role_it_has(mixed, tmp_path, roles):
     folder = save(tmp_path / "theirs", byte_level(pre_tokenizers.ByteLevel.alphabet()), **roles)
-    tokenizer.build(mixed, Tokenizer(path=str(folder)), 0, tmp_path / "ours")
+    build(mixed, tmp_path / "ours", path=str(folder))
     lines = []
     checked = tokenizer.check(mixed, tmp_path / "ours", 0.0, lines.append)
     assert (checked["lost"], checked["changed"], lines) == (0, 0, [])
@@ -294,7 +278,7 @@ def test_no_word_is_missing_whatever_role_it_has(mixed, tmp_path, roles):
 
 def test_letters_that_no_token_holds_are_counted_and_limited(mixed, tmp_path):
     folder = save(tmp_path / "theirs", byte_level([]))
-    tokenizer.build(mixed, Tokenizer(path=str(folder)), 0, tmp_path / "ours")
+    build(mixed, tmp_path / "ours", path=str(folder))
     with pytest.raises(UserError, match=r"% of the bytes of source 'greek' are in no token, such as '.', .*max_lost"):
         tokenizer.check(mixed, tmp_path / "ours", 0.01, print)
     lines = []
