@@ -8,19 +8,20 @@ import json
 import lzma
 import math
 import os
+import re
 import shutil
 import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from gathered import data, rows_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nanophi.core.errors import UserError
-from nanophi.core.recipe import Data, Source
+from nanophi.core.recipe import Source
 from nanophi.data import gather, sources
-from nanophi.data.documents import batches, shards
 
 QUICK = settings(
     max_examples=80, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -47,10 +48,8 @@ def fresh(folder):
     return folder
 
 
-def write(folder, name, content):
-    path = folder / os.fsdecode(name)
-    path.write_bytes(content)
-    return str(path)
+def lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def outcome(source, score=None):
@@ -89,8 +88,9 @@ def outcome(source, score=None):
 def test_any_bytes_under_any_name(tmp_path, content, name, suffix, compression, packed, separator):
     folder = fresh(tmp_path / "in")
     content = COMPRESSIONS[compression](content) if packed and compression != ".zst" else content
-    path = write(folder, name + (suffix + compression).encode(), content)
-    for files in (str(folder), path):
+    path = folder / os.fsdecode(name + (suffix + compression).encode())
+    path.write_bytes(content)
+    for files in (str(folder), str(path)):
         fields = {"separator": separator} if suffix in (".txt", ".md") else {}
         outcome(Source.model_construct(**{**Source(files=str(folder)).model_dump(), "files": files, **fields}))
 
@@ -99,7 +99,7 @@ def test_any_bytes_under_any_name(tmp_path, content, name, suffix, compression, 
 @given(rows=ROWS, column=st.sampled_from(["text", "a.b", "messages[].content", "messages[]", "[]", "."]))
 def test_any_rows_of_json(tmp_path, rows, column):
     folder = fresh(tmp_path / "in")
-    (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines(folder / "a.jsonl", rows)
     (folder / "b.json").write_text(json.dumps(rows))
     counts = {}
     for name in ("a.jsonl", "b.json"):
@@ -137,20 +137,20 @@ def test_text_comes_through_every_format_and_encoding(tmp_path, texts, encoding,
     if suffix == ".parquet":
         pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), folder / "a.parquet", row_group_size=2)
     else:
-        if suffix == ".csv":
-            file = io.StringIO(newline="")
-            csv.writer(file, quoting=csv.QUOTE_ALL).writerows([["text"], *([text] for text in texts)])
-            content = file.getvalue()
-        elif suffix == ".json":
-            content = json.dumps([{"text": text} for text in texts], ensure_ascii=False)
-        else:
-            content = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        file = io.StringIO(newline="")
+        csv.writer(file, quoting=csv.QUOTE_ALL).writerows([["text"], *([text] for text in texts)])
+        rows = [{"text": text} for text in texts]
+        content = {
+            ".csv": file.getvalue(),
+            ".json": json.dumps(rows, ensure_ascii=False),
+            ".jsonl": "".join(json.dumps(row) + "\n" for row in rows),
+        }[suffix]
         (folder / f"a{suffix}{compression}").write_bytes(COMPRESSIONS[compression](content.encode(encoding)))
     found = outcome(Source(files=str(folder)))
     assert found is not None
     documents, tally = found
-    cleaned = [text.replace("\r\n", "\n").replace("\r", "\n").replace("\0", "").replace("\ufeff", "") for text in texts]
-    assert [document.text.decode() for document in documents] == [text.strip() for text in cleaned if text.strip()]
+    cleaned = [re.sub("[\0\ufeff]", "", re.sub("\r\n?", "\n", text)).strip() for text in texts]
+    assert [document.text.decode() for document in documents] == [text for text in cleaned if text]
     assert set(sources.dropped(tally.total())) <= {"empty"}
     assert tally.total()["read"] == len(texts)
 
@@ -159,7 +159,7 @@ def test_text_comes_through_every_format_and_encoding(tmp_path, texts, encoding,
 @given(values=st.lists(VALUES, min_size=1, max_size=4))
 def test_any_value_as_a_score(tmp_path, values):
     folder = fresh(tmp_path / "in")
-    (folder / "a.jsonl").write_text("".join(json.dumps({"text": "x", "q": value}) + "\n" for value in values))
+    lines(folder / "a.jsonl", [{"text": "x", "q": value} for value in values])
     found = outcome(Source(files=str(folder)), "q")
     numbers = [_number(value) for value in values]
     assert (found is None) == any(map(math.isnan, numbers))
@@ -175,31 +175,17 @@ def _number(value):
 
 
 @settings(QUICK, max_examples=25)
-@given(
-    rows=st.lists(
-        st.fixed_dictionaries({"text": ANY_TEXT | VALUES, "site": st.none() | ANY_TEXT}), min_size=1, max_size=30
-    )
-)
+@given(rows=st.lists(st.fixed_dictionaries({"text": ANY_TEXT | VALUES, "site": st.none() | ANY_TEXT}), max_size=30))
 def test_documents_are_read_kept_or_dropped_for_a_reason(tmp_path, rows):
-    folder, lines = fresh(tmp_path / "in"), []
+    folder, output, told = fresh(tmp_path / "in"), tmp_path / "out", []
     rows = [*rows, *({"text": f"Document number {number} of those that are always there."} for number in range(5))]
-    (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = Data.model_validate(
-        {
-            "sources": [{"files": str(folder), "source_column": "site"}],
-            "workers": 1,
-            "max_dropped": 1.0,
-            "heldout_fraction": 0.3,
-            "deduplication": {"near": False},
-        }
-    )
-    output = tmp_path / "out"
+    lines(folder / "a.jsonl", rows)
+    source = {"files": str(folder), "source_column": "site"}
     shutil.rmtree(output, ignore_errors=True)
-    summary = gather.gather(data, output, report=lines.append)
+    summary = gather.gather(data(source, max_dropped=1.0, heldout_fraction=0.3), output, report=told.append)
     assert summary["read"] == len(rows)
     assert summary["read"] == summary["train"] + summary["heldout"] + sum(summary["dropped"].values())
     for entry in summary["sources"].values():
         assert entry["read"] == entry["train"] + entry["heldout"] + sum(entry["dropped"].values())
-    written = sum(len(batch) for split in ("train", "heldout") for batch in batches(shards(output, split), ["id"]))
-    assert written == summary["train"] + summary["heldout"]
-    assert len(lines) == 1 and f"{len(rows)} documents read" in lines[0]
+    assert all(len(rows_of(output, split)) == summary[split] for split in ("train", "heldout"))
+    assert len(told) == 1 and f"{len(rows)} documents read" in told[0]

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from nanophi.core.errors import UserError
-from nanophi.core.recipe import Quality
 from nanophi.data.scorers import ModelScorer, find_scorer
 
 WORDS = ["alpha", "beta", "gamma", "delta", "good", "bad", "fine", "worse", "text", "about", "things"]
@@ -145,20 +144,6 @@ def test_a_text_ends_before_its_padding_whatever_the_configuration_pads_with(tmp
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "pad_token_id": 3}))
     assert ModelScorer(str(folder), "good").score(TEXTS) == pytest.approx(alone, abs=1e-5)
-
-
-def test_a_recipe_has_label_and_scale_where_they_mean_something():
-    for fields, message in (
-        ({"label": "x"}, "label is for a scorer 'model:"),
-        ({"scale": [0, 5], "threshold": 3}, "scale is for a scorer"),
-        ({"scorer": "column:q", "scale": [5, 0], "threshold": 3}, "from a smaller to a larger"),
-        ({"scorer": "column:q", "scale": [0, 5]}, "state the threshold between 0 and 5"),
-        ({"scorer": "column:q", "threshold": 3}, r"outside the scale of the scores, 0 to 1; if .* scale: \[0, 5\]"),
-        ({"scorer": "column:q", "scale": [0, 5], "threshold": 6}, "threshold 6 is outside the scale"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            Quality.model_validate(fields)
-    assert Quality.model_validate({"scorer": "column:q", "scale": [0, 5], "share": 0.4}).threshold is None
 
 
 def test_a_recipe_is_checked_without_loading_what_scores():

@@ -65,11 +65,18 @@ def test_what_cannot_be_chosen_is_refused():
         ({"select": "worst"}, "needs 'share'"),
         ({"high": ["a", "b"], "low": ["c", "b"]}, "'high' and 'low' both name 'b'"),
         ({"share": 0.4, "select": "first"}, "'best', 'random' or 'worst'"),
+        ({"label": "x"}, "label is for a scorer 'model:"),
+        ({"scale": [0, 5], "threshold": 3}, "scale is for a scorer"),
+        ({"scorer": "column:q", "scale": [5, 0], "threshold": 3}, "from a smaller to a larger"),
+        ({"scorer": "column:q", "scale": [0, 5]}, "state the threshold between 0 and 5"),
+        ({"scorer": "column:q", "threshold": 3}, r"outside the scale of the scores, 0 to 1; if .* scale: \[0, 5\]"),
+        ({"scorer": "column:q", "scale": [0, 5], "threshold": 6}, "threshold 6 is outside the scale"),
     ],
 )
 def test_impossible_sections_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
         Quality(**values)
+    assert Quality(scorer="column:q", scale=(0, 5), share=0.4).threshold is None
 
 
 def test_other_documents_are_divided_as_the_chosen_ones_were():

@@ -17,6 +17,7 @@ STAGES = set(PREPARE) - {"conversations"}  # of a recipe that trains on document
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("in/a.jsonl", "tok/tokenizer.json", "clf/config.json", "bench/quiz/test.parquet"):
         path = tmp_path / name
         path.parent.mkdir(parents=True)
@@ -61,8 +62,7 @@ def keys(tmp_path, **changes):
         ("tok/model.safetensors", set()),
     ],
 )
-def test_a_stage_runs_again_if_what_it_was_given_holds_something_else(folder, monkeypatch, path, changed):
-    monkeypatch.setenv("HOME", str(folder))
+def test_a_stage_runs_again_if_what_it_was_given_holds_something_else(folder, path, changed):
     before = keys(folder)
     assert set(before) == STAGES
     os.utime(folder / path, (1, 1))
@@ -74,8 +74,7 @@ def test_a_stage_runs_again_if_what_it_was_given_holds_something_else(folder, mo
     assert keys(folder) == before
 
 
-def test_limits_and_workers_are_not_what_documents_depend_on(folder, monkeypatch):
-    monkeypatch.setenv("HOME", str(folder))
+def test_limits_and_workers_are_not_what_documents_depend_on(folder):
     data = {"sources": [{"files": "in"}], "decontamination": {"benchmarks": "./bench"}}
     assert keys(folder, data={**data, "max_dropped": 0.5, "workers": 3})["documents"] == keys(folder)["documents"]
     assert keys(folder, data={**data, "heldout_fraction": 0.1})["documents"] != keys(folder)["documents"]
@@ -84,7 +83,6 @@ def test_limits_and_workers_are_not_what_documents_depend_on(folder, monkeypatch
 
 
 def test_a_dataset_on_the_hub_is_its_commit(folder, monkeypatch):
-    monkeypatch.setenv("HOME", str(folder))
     commits = iter(["a" * 40, "b" * 40])
     monkeypatch.setattr("nanophi.core.inputs.resolve_commit", lambda *args: next(commits))
     data = {"sources": [{"hub": "org/set"}]}
