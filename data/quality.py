@@ -44,7 +44,7 @@ def fit(
     def examples() -> Iterator[tuple[bytes, bool, str]]:
         for patterns, is_good in ((high, True), (low, False)):
             for pattern in patterns:
-                for text in _spread(_read(pattern, text_column), linear.FIT_BYTES // len(patterns)):
+                for text in _spread(_read(pattern, text_column, None, Tally()), linear.FIT_BYTES // len(patterns)):
                     yield text, is_good, pattern
 
     with atomic_folder(output) as work:
@@ -80,9 +80,8 @@ def score(
     typer.echo(f"{output}: {summary['documents']} documents" + (f"; dropped: {dropped}" if dropped else ""))
 
 
-def _read(files: str, text_column: str, column: str | None = None, tally: Tally | None = None) -> Iterator[Document]:
+def _read(files: str, text_column: str, column: str | None, tally: Tally) -> Iterator[Document]:
     """The usable documents of files, counted in `tally`. Raises `UserError` at the end if there were none."""
-    tally = Tally() if tally is None else tally
     source = Source(files=files, text_column=text_column)
     for part in sources.plan(source, column):
         yield from sources.read(source, part, column, tally)

@@ -99,8 +99,8 @@ def select(documents: Path, scores: Path, quality: Quality, output: Path, seed: 
     table = pq.read_table(scores / "scores.parquet")
     in_training = pc.equal(table["split"].cast(pa.string()), "train")
     train, heldout = table.filter(in_training), table.filter(pc.invert(in_training))
-    values = (train[column].to_numpy() for column in ("quality_score", "bytes"))
-    kept, cutoff = choose(*values, ids_to_uint64(train["id"]), quality, seed)
+    values, sizes = train["quality_score"].to_numpy(), train["bytes"].to_numpy()
+    kept, cutoff = choose(values, sizes, ids_to_uint64(train["id"]), quality, seed)
     scored = ["id", "quality_score"]
     pq.write_table(train.filter(kept).select(scored), output / "kept.parquet", compression="zstd")
     divided = divide(heldout["quality_score"].to_numpy(), quality, cutoff)

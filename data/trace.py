@@ -160,7 +160,8 @@ def trace_text(run: Path, text: str, shortest: int = SHORTEST) -> list[dict[str,
         for place, first, last in span.places:
             if first not in quoted and len(quoted) < EXAMPLES:
                 around = stream.read(max(first, place - AROUND), min(last, place + span.length + AROUND))
-                quoted[first] = id_of(tokenizer.decode(stream.read(first, last))), tokenizer.decode(around)
+                document = str(tokenizer.decode(stream.read(first, last)))
+                quoted[first] = id_of(document), str(tokenizer.decode(around))
         row = dataclasses.asdict(span) | {"text": tokenizer.decode(ids[span.start : span.start + span.length])}
         del row["places"]
         rows.append(row | {"examples": list(quoted.values())})
