@@ -47,7 +47,8 @@ def make(folder: Path, tokens: int) -> None:
 
 def scan(folder: Path) -> None:
     stream = trace.Stream(folder, END)
-    _, document = stream.document(len(stream) // 2)
+    middle = stream.read(len(stream) // 2, len(stream) // 2 + (1 << 16))
+    document = middle[np.flatnonzero(middle == END)[0] + 1 :]
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     spans = trace.find_spans(stream, document[:60].astype(np.int64), VOCABULARY)
     seconds = time.perf_counter() - began

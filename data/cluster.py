@@ -14,6 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,11 @@ from datatrove.utils.logging import logger
 
 from nanophi.core.errors import UserError, one_line
 from nanophi.core.files import read_json, write_json
-from nanophi.data.parallel import Task, WorkerDiedError, in_processes
+from nanophi.data.parallel import Task, in_processes
 
 POLL_SECONDS = 2.0
 SLURM_WORKERS = 16
-_ERRORS = {"UserError": UserError, "WorkerDiedError": WorkerDiedError}
+_ERRORS = {"UserError": UserError, "BrokenProcessPool": BrokenProcessPool}
 
 
 class Parts(PipelineStep):

@@ -85,18 +85,17 @@ def build(
     counts: dict[str, Counter[str]] = {}
     for source in given:
         name = source.embedded or sources.name_of(source)
-        count, dropped, first = counts.setdefault(name, Counter()), Counter[str](), list[dict[str, str]]()
-        read = 0
+        count, unusable, first = counts.setdefault(name, Counter()), Counter[str](), list[dict[str, str]]()
         for where, row, held in itertools.islice(_read(source), source.max_documents):
-            read += 1
+            unusable["read"] += 1
             try:
                 outcome = rows.add(name, row, held)
             except UnusableError as problem:
                 outcome = problem.reason
-                dropped[outcome] += 1
+                unusable[outcome] += 1
                 first = first or [{"document": where, "remedy": str(problem)}]
             count.update(["read", *([outcome] if outcome else [])])
-        sources.check_usable(name, read, dropped, first, max_dropped, "conversations")
+        sources.check_usable(name, unusable, first, max_dropped, "conversations")
     if not rows.train:
         raise UserError(f"no conversation is left to train on ({sources.reasons(sum(counts.values(), Counter()))})")
     kept = _hold_out(rows, base_text, counts)
@@ -308,12 +307,11 @@ def _read(source: Source) -> Iterator[tuple[str, Any, bool | None]]:
         return
     every_column = source.model_copy(update={"text_column": ""})
     for file in sources.locate(source):
-        reader = formats.reader_of(file)
-        if reader is None or reader.one_document:
+        reader = sources.reader(every_column, file)
+        if reader.one_document:
             raise UserError(f"source {shown(file)}: conversations are not read from text files")
-        opened = reader(file, every_column)
-        for piece in opened.pieces():
-            for where, row in sources.guarded(file, opened.records(piece)):
+        for piece in reader.pieces():
+            for where, row in sources.guarded(file, reader.records(piece)):
                 yield where, row, source.heldout or None
 
 

@@ -40,13 +40,17 @@ _DECOMPRESSED: dict[str, Any] = {
 
 
 class Unusable(NamedTuple):
-    """Stands for a document's text where the source holds none; `found` are the columns of a row without its text.
+    """Stands for a document's text where the source holds none; `remedy`: what to do about it, in a few words.
 
     `reason`: `no_text`, `not_text`, `not_json`, `malformed` (too many fields), `invalid_utf8`, `empty`, `oversize`.
     """
 
     reason: str
-    found: Any = None
+    remedy: str = ""
+
+
+_MOST = f"a document has at most {MAXIMUM_DOCUMENT_BYTES // 10**6} MB; a text file is split by separator"
+OVERSIZE = Unusable("oversize", _MOST)
 
 
 class Row(NamedTuple):
@@ -68,10 +72,10 @@ def clean(text: Any) -> bytes | Unusable:
     try:
         encoded = cleaned.encode()
     except UnicodeEncodeError:  # lone surrogates: bytes that are no UTF-8, or spelled out in JSON
-        return Unusable("invalid_utf8")
+        return Unusable("invalid_utf8", "convert it to UTF-8, for example by iconv -f latin1 -t utf-8")
     if not encoded:
         return Unusable("empty")
-    return Unusable("oversize") if len(encoded) > MAXIMUM_DOCUMENT_BYTES else encoded
+    return OVERSIZE if len(encoded) > MAXIMUM_DOCUMENT_BYTES else encoded
 
 
 def open_file(location: str) -> Any:
@@ -104,27 +108,18 @@ def text_of(row: dict[str, Any], path: str) -> str | bytes | Unusable:
     found = [value for value in found if value is not None]
     if len(found) == 1 and isinstance(found[0], bytes):
         return found[0]
+    if not found and path in row:
+        return Unusable("no_text", f"its '{path}' is null")
     if not found:
-        return Unusable("no_text", list(row))
+        lacking = f"it has no '{path}' but {_listed(row)}; set text_column, or raise data.max_dropped"
+        return Unusable("no_text", lacking)
     if not all(isinstance(value, str) for value in found):
-        return Unusable("not_text")
+        deeper = "text_column may be a path, as meta.text or messages[].content"
+        return Unusable("not_text", f"'{path}' holds no text; {deeper}")
     return "\n\n".join(text for text in found if text.strip())
 
 
-def remedy(bad: Unusable, path: str) -> str:
-    """What to do about an unusable document, in a few words; empty if there is nothing to do."""
-    columns = bad.found if bad.reason == "no_text" else []
-    return {
-        "no_text": f"its '{path}' is null"
-        if path in columns
-        else f"it has no '{path}' but {listed(columns)}; set text_column, or raise data.max_dropped",
-        "not_text": f"'{path}' holds no text; text_column may be a path, as meta.text or messages[].content",
-        "invalid_utf8": "convert it to UTF-8, for example by iconv -f latin1 -t utf-8",
-        "oversize": f"a document has at most {MAXIMUM_DOCUMENT_BYTES // 10**6} MB; a text file is split by separator",
-    }.get(bad.reason, "")
-
-
-def listed(names: Iterable[Any]) -> str:
+def _listed(names: Iterable[Any]) -> str:
     return ", ".join(map(str, list(names)[:12]))
 
 
@@ -178,7 +173,7 @@ class Reader:
         for column in wanted:
             if column not in names:
                 lacking = path if column == root else column
-                raise UserError(f"{self.name} has no column '{lacking}'; it has {listed(names)}")
+                raise UserError(f"{self.name} has no column '{lacking}'; it has {_listed(names)}")
             if list(names).count(column) > 1:
                 raise UserError(f"{self.name} has the column '{column}' twice; rename one of them")
         return wanted
@@ -208,18 +203,11 @@ class Parquet(Reader):
         with contextlib.closing(open_file(self.location)) as raw, pq.ParquetFile(raw) as file:
             columns = self.check_columns(file.schema_arrow.names)
             batches = file.iter_batches(batch_size=_BATCH_ROWS, row_groups=piece, columns=columns)
-            yield from self.records_of(batches, piece[0])
-
-    def records_of(self, batches: Iterable[pa.RecordBatch], first: int) -> Iterator[tuple[str, Any]]:
-        rows = (row for batch in batches for row in batch.to_pylist())
-        return ((f"{self.name}:{first}:{number}", row) for number, row in enumerate(rows))
+            yield from _numbered(f"{self.name}:{piece[0]}", batches)
 
 
-class Arrow(Parquet):
+class Arrow(Reader):
     """As `datasets` saves it (a stream), or with an index."""
-
-    def pieces(self) -> list[Any]:
-        return [None]
 
     def records(self, piece: Any) -> Iterator[tuple[str, Any]]:
         with contextlib.closing(open_file(self.location)) as raw:
@@ -228,7 +216,12 @@ class Arrow(Parquet):
             file = pa.ipc.open_file(raw) if indexed else pa.ipc.open_stream(raw)
             columns = self.check_columns(file.schema.names)
             batches = map(file.get_batch, range(file.num_record_batches)) if indexed else file
-            yield from self.records_of((batch.select(columns) for batch in batches), 0)
+            yield from _numbered(f"{self.name}:0", (batch.select(columns) for batch in batches))
+
+
+def _numbered(where: str, batches: Iterable[pa.RecordBatch]) -> Iterator[tuple[str, Any]]:
+    rows = (row for batch in batches for row in batch.to_pylist())
+    return ((f"{where}:{number}", row) for number, row in enumerate(rows))
 
 
 class Csv(Reader):
@@ -299,7 +292,7 @@ class Text(Reader):
         if len(marks) > 1:
             many = f'{len(marks)} lines are like {marks[0]}; set the source\'s separator ("" for one document)'
             raise UserError(f"{self.name} holds many documents: {many}")
-        yield self.name, text if len(text) <= 4 * MAXIMUM_DOCUMENT_BYTES else Unusable("oversize")
+        yield self.name, text if len(text) <= 4 * MAXIMUM_DOCUMENT_BYTES else OVERSIZE
 
     def _separated(self, file: io.TextIOWrapper, separator: str) -> Iterator[tuple[str, Any]]:
         number, pending, oversize = 0, "", False
@@ -307,13 +300,13 @@ class Text(Reader):
             *whole, pending = (pending + chunk).split(separator)
             for text in whole:
                 number += 1
-                yield f"{self.name}:{number}", Unusable("oversize") if oversize else text
+                yield f"{self.name}:{number}", OVERSIZE if oversize else text
                 oversize = False
             if len(pending) > MAXIMUM_DOCUMENT_BYTES:
                 oversize, pending = True, pending[-len(separator) :]
         # What follows the last separator is a document only if there is something.
         if oversize or pending.strip() or number == 0:
-            yield f"{self.name}:{number + 1}", Unusable("oversize") if oversize else pending
+            yield f"{self.name}:{number + 1}", OVERSIZE if oversize else pending
 
 
 READERS: dict[str, type[Reader]] = {
@@ -330,7 +323,7 @@ READERS: dict[str, type[Reader]] = {
 KNOWN = f"{', '.join(READERS)} (all but tables also as {', '.join(_DECOMPRESSED)})"
 
 
-def reader_of(name: str) -> type[Reader] | None:
-    """The class that reads a file, by its name; None for anything else."""
+def format_of(name: str) -> str:
+    """The ending of a file's name without that of a compression: a key of `READERS`, if the file is read at all."""
     path = Path(name.lower())
-    return READERS.get(Path(path.stem).suffix if path.suffix in _DECOMPRESSED else path.suffix)
+    return Path(path.stem).suffix if path.suffix in _DECOMPRESSED else path.suffix

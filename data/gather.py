@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanophi.core.errors import UserError
-from nanophi.core.files import read_json, remove, sha256_of, write_json, write_text
+from nanophi.core.files import read_json, remove, sha256_of, whole_file, write_json, write_text
 from nanophi.core.formatting import integer
 from nanophi.core.names import local
 from nanophi.core.recipe import Data, Source
@@ -28,6 +28,7 @@ from nanophi.data.deduplication import exact_duplicates, near_duplicates
 from nanophi.data.documents import uniform_from_id
 from nanophi.data.ngrams import hash_words
 from nanophi.data.parallel import run_parts
+from nanophi.data.sources import dropped
 
 TRAIN, HELDOUT, EXACT, NEAR, CONTAMINATED, HELDOUT_NEAR = range(6)
 OUTCOMES = ("train", "heldout", "exact_duplicate", "near_duplicate", "contaminated", "heldout_near_train")
@@ -51,7 +52,7 @@ def gather(
     parts: list[tuple[int, Source, sources.Part]] = []
     for number, source in enumerate(data.sources):
         parts += [(number, source, part) for part in sources.plan(source, score)]
-    plan = work / "plan.txt"
+    plan = work / "plan"  # `plan.txt` was that of parts that were counted in another way
     cut = sha256_of([[number, part] for number, _, part in parts])
     if not plan.exists() or plan.read_text() != cut:
         for left in (work / "read", work / "written"):  # of parts that were cut otherwise
@@ -62,12 +63,15 @@ def gather(
     run = functools.partial(run_parts, workers=data.workers, engine=data.engine)
     read = run(_read_part, [(*part, score, benchmarks) for part in parts], work / "read", "reading documents")
     refused = [(part["origin"], entry) for part in read for entry in part["refused"]]
-    counts = Counts(read)
-    sources.by_name(data.sources, counts.origins())
-    by_source = counts.grouped(0)
+    counts: Counts = defaultdict(Counter)
+    for part in read:
+        for name, counted in part["counts"].items():
+            counts[part["origin"], name].update(counted)
+    sources.by_name(data.sources, _origins(counts))
+    by_source = _grouped(counts, 0)
     for number, source in enumerate(data.sources):  # before hours of work
-        mine, bad = by_source.get(number, Counter()), [entry for origin, entry in refused if origin == number]
-        sources.check_usable(sources.name_of(source), mine["read"], dropped(mine), bad, data.max_dropped)
+        bad = [entry for origin, entry in refused if origin == number]
+        sources.check_usable(sources.name_of(source), by_source[number], bad, data.max_dropped)
     documents = _Documents(work, read)
     decisions, leaders = decide(
         data,
@@ -76,8 +80,10 @@ def gather(
         documents.contaminated,
         np.array([source.heldout for source in data.sources])[documents.origins],
     )
-    counts.add(documents.origins, documents.codes, documents.names, decisions)
-    for number, mine in counts.grouped(0).items():
+    cells = Counter(zip(*(each.tolist() for each in (documents.origins, documents.codes, decisions)), strict=True))
+    for (number, code, outcome), count in cells.items():
+        counts[number, documents.names[code]][OUTCOMES[outcome]] += count
+    for number, mine in sorted(_grouped(counts, 0).items()):
         name, lost, kept = sources.name_of(data.sources[number]), dropped(mine), mine["train"] + mine["heldout"]
         line = f"{name}: {integer(mine['read'])} documents read, {integer(kept)} kept"
         report(line + (f", {integer(lost.total())} dropped ({sources.reasons(lost)})" if lost.total() else ""))
@@ -163,8 +169,8 @@ def _index_benchmarks(data: Data, work: Path) -> Path | None:
     path = work / "benchmarks.pickle"
     if not path.exists():
         index = contamination.load_benchmarks(local(data.decontamination.benchmarks), data.decontamination.ngram)
-        path.with_suffix(".part").write_bytes(pickle.dumps(index))
-        path.with_suffix(".part").replace(path)
+        with whole_file(path) as partial:
+            partial.write_bytes(pickle.dumps(index))
     return path
 
 
@@ -206,41 +212,24 @@ class _Documents:
         self.contaminated[[row for row, _ in self.hits]] = True
 
 
-class Counts:
-    """Documents read (and their bytes), trained on, held out and dropped, by number of the source, name and reason."""
-
-    def __init__(self, read: Sequence[dict[str, Any]]) -> None:
-        self.counts: Counter[tuple[int, str, str]] = Counter()
-        for part in read:
-            for what in ("read", "bytes"):
-                self.counts.update({(part["origin"], name, what): count for name, count in part[what].items()})
-            for name, lost in part["dropped"].items():
-                self.counts.update({(part["origin"], name, why): count for why, count in lost.items()})
-
-    def add(self, origins: np.ndarray, codes: np.ndarray, names: Sequence[str], decisions: np.ndarray) -> None:
-        """Count decisions; per document: number of its source, index of its name in `names`, what becomes of it."""
-        cells = Counter(zip(origins.tolist(), codes.tolist(), decisions.tolist(), strict=True))
-        for (origin, code, outcome), count in cells.items():
-            self.counts[origin, names[code], OUTCOMES[outcome]] += count
-
-    def grouped(self, position: int) -> dict[Any, Counter[str]]:
-        """Counts of each source, by its number in the recipe (position 0), or of each name that documents have (1)."""
-        grouped: dict[Any, Counter[str]] = defaultdict(Counter)
-        for key, count in self.counts.items():
-            grouped[key[position]][key[2]] += count
-        return dict(sorted(grouped.items()))
-
-    def origins(self) -> dict[str, list[int]]:
-        """Every name with the numbers of the sources that give it."""
-        found: dict[str, list[int]] = defaultdict(list)
-        for number, name, what in self.counts:
-            if what == "read":
-                found[name].append(number)
-        return found
+Counts = defaultdict[tuple[int, str], Counter[str]]
+"""Number of a source and name -> documents read (and their bytes), trained on, held out and, by reason, dropped."""
 
 
-def dropped(counts: Counter[str]) -> Counter[str]:
-    return Counter({what: count for what, count in counts.items() if what not in ("read", "bytes", *OUTCOMES[:2])})
+def _grouped(counts: Counts, position: int) -> defaultdict[Any, Counter[str]]:
+    """Counts of each source, by its number in the recipe (position 0), or of each name that documents have (1)."""
+    grouped: defaultdict[Any, Counter[str]] = defaultdict(Counter)
+    for key, mine in counts.items():
+        grouped[key[position]].update(mine)
+    return grouped
+
+
+def _origins(counts: Counts) -> dict[str, list[int]]:
+    """Every name with the numbers of the sources that give it."""
+    origins: defaultdict[str, list[int]] = defaultdict(list)
+    for number, name in counts:
+        origins[name].append(number)
+    return origins
 
 
 def _entry(mine: Counter[str]) -> dict[str, Any]:
@@ -249,12 +238,10 @@ def _entry(mine: Counter[str]) -> dict[str, Any]:
 
 
 def _summary(counts: Counts, leaders: np.ndarray, refused: list[dict[str, str]]) -> dict[str, Any]:
-    origins, by_name = counts.origins(), counts.grouped(1)
-    by_source = {
-        name: {"origin": origins[name][0], "origins": origins[name]} | _entry(by_name[name]) for name in by_name
-    }
+    origins, by_name = _origins(counts), sorted(_grouped(counts, 1).items())
+    by_source = {name: {"origin": origins[name][0], "origins": origins[name]} | _entry(mine) for name, mine in by_name}
     clusters = {"duplicates": deduplication.cluster_counts(leaders), "sources": by_source, "refused": refused}
-    return _entry(sum(by_name.values(), Counter())) | clusters
+    return _entry(sum(counts.values(), Counter())) | clusters
 
 
 def _write_part(part: Path, start: int, output: Path, index: int, path: Path) -> dict[str, Any]:

@@ -8,7 +8,6 @@ import contextlib
 import itertools
 import multiprocessing
 import os
-import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,10 +25,6 @@ from nanophi.core.progress import progress_bar
 Task = tuple[Callable[..., dict[str, Any]], tuple[Any, ...], Path]
 CLUSTERS = {"ray": "nanophi.data.cluster:ray", "slurm": "nanophi.data.cluster:slurm"}
 """`data.engine` -> a function `(tasks, workers, folder)` that runs tasks and yields while they run."""
-
-
-class WorkerDiedError(Exception):
-    """A worker process died before it finished its task."""
 
 
 def run_parts(
@@ -55,7 +50,7 @@ def run_parts(
             for finished in _run(tasks, workers, engine, folder):
                 # A cluster is only seen to be at work: how far it is, the marks show.
                 progress.update(finished or sum(mark.exists() for mark in marks) - progress.n)
-        except WorkerDiedError:
+        except BrokenProcessPool:
             problem = f"{label}: a worker process died (out of memory?); run again with fewer data.workers"
             raise UserError(problem) from None
     # Whatever the engine reports, every part must have written its counts.
@@ -78,7 +73,7 @@ def _run(tasks: Sequence[Task], workers: int | None, engine: str, folder: Path) 
 
 
 def in_processes(tasks: Sequence[Task], workers: int) -> Iterator[int]:
-    """Run tasks in `workers` processes on this machine; yields 1 per finished task. Raises `WorkerDiedError`."""
+    """Run tasks in `workers` processes on this machine; yields 1 per finished task."""
     # Not `fork`: the parent holds threads (torch, pyarrow, tokenizers) whose locks a forked child inherits.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["nanophi.data.parallel", *(sorted({task[0].__module__ for task in tasks}))])
@@ -88,8 +83,6 @@ def in_processes(tasks: Sequence[Task], workers: int) -> Iterator[int]:
                 futures = [pool.submit(run_task, *task) for task in tasks]
             for future in as_completed(futures):
                 yield future.result()
-        except BrokenProcessPool:
-            raise WorkerDiedError from None
         except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
             if not isinstance(error, Exception):  # nobody waits for what is begun
@@ -139,10 +132,3 @@ def _end_with_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(1)
-
-
-def discard_parts(folder: Path) -> None:
-    """Remove what parts wrote, their marks first: a part without its files must not pass for a finished one."""
-    for mark in folder.glob("*.json"):
-        mark.unlink()
-    shutil.rmtree(folder)

@@ -1,23 +1,25 @@
 """The filter on files, without a run: the verbs of `nanophi quality`. A run scores in `scoring.py`."""
 
-from __future__ import annotations
-
 import heapq
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import typer
 from typer import Argument, Option
 
 from nanophi.core.errors import UserError, user_errors
-from nanophi.core.files import atomic_folder, check_own_file, check_own_folder, read_json
+from nanophi.core.files import atomic_folder, check_own_file, check_own_folder, read_json, whole_file
 from nanophi.core.options import TextColumn
-
-if TYPE_CHECKING:
-    from nanophi.data.sources import Document, Tally
+from nanophi.core.recipe import Quality, Source
+from nanophi.data import linear, quality_report, scorers, scoring, sources
+from nanophi.data.documents import id_of
+from nanophi.data.gather import SCORE, in_batches
+from nanophi.data.sources import Document, Tally
 
 MADE_BY = b"nanophi"
 """Key of the metadata of a Parquet file that `nanophi quality score` wrote: which scorer, which scale."""
@@ -35,8 +37,6 @@ def fit(
 
     Example: nanophi quality fit scorer --high "books/*.txt" --low "chat/*.jsonl.gz"
     """
-    from nanophi.data import linear
-
     check_own_folder(output, ("scorer.json", "scorer.safetensors"), "quality fit")
     if both := sorted({*high} & {*low}):
         raise UserError(f"{both[0]} is named as high and as low quality; it can be an example of one")
@@ -44,7 +44,7 @@ def fit(
     def examples() -> Iterator[tuple[bytes, bool, str]]:
         for patterns, is_good in ((high, True), (low, False)):
             for pattern in patterns:
-                for text in _spread(_read(pattern, text_column), linear.FIT_BYTES // len(patterns)):
+                for text in _spread(_read(pattern, text_column, None, Tally()), linear.FIT_BYTES // len(patterns)):
                     yield text, is_good, pattern
 
     with atomic_folder(output) as work:
@@ -67,63 +67,41 @@ def score(
 
     Example: nanophi quality score "chat/*.jsonl.gz" --scorer model:scorer
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    from nanophi.data import scorers, scoring, sources
-    from nanophi.data.quality_report import EXCERPT
-
     chosen = scorers.find_scorer(scorer, label, scale)
     check_own_file(output, lambda: MADE_BY in (pq.read_schema(output).metadata or {}), "quality score")
     made_by = {MADE_BY: json.dumps({"scorer": chosen.name, "scale": chosen.range})}
     schema = scoring.SCHEMA.remove(scoring.SCHEMA.get_field_index("split"))
     schema = schema.append(pa.field("text", pa.string())).with_metadata(made_by)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.name}.{os.getpid()}.part")
-    tally = sources.Tally()
-    try:
+    tally = Tally()
+    with whole_file(output) as partial:
         batches = _batches(_read(files, text_column, chosen.column, tally))
-        summary = scoring.write_scores(batches, chosen, "", partial, schema, EXCERPT)
-        partial.replace(output)
-    finally:
-        partial.unlink(missing_ok=True)
-    dropped = ", ".join(f"{reason} {count}" for reason, count in tally.dropped_total().items())
+        summary = scoring.write_scores(batches, chosen, "", partial, schema, quality_report.EXCERPT)
+    dropped = ", ".join(f"{reason} {count}" for reason, count in sources.dropped(tally.total()).items())
     typer.echo(f"{output}: {summary['documents']} documents" + (f"; dropped: {dropped}" if dropped else ""))
 
 
-def _read(files: str, text_column: str, column: str | None = None, tally: Tally | None = None) -> Iterator[Document]:
+def _read(files: str, text_column: str, column: str | None, tally: Tally) -> Iterator[Document]:
     """The usable documents of files, counted in `tally`. Raises `UserError` at the end if there were none."""
-    from nanophi.core.recipe import Source
-    from nanophi.data import sources
-
-    tally = sources.Tally() if tally is None else tally
     source = Source(files=files, text_column=text_column)
     for part in sources.plan(source, column):
         yield from sources.read(source, part, column, tally)
-    sources.check_usable(files, tally.read.total(), tally.dropped_total(), tally.refused, 1.0)
+    sources.check_usable(files, tally.total(), tally.refused, 1.0)
 
 
 def _spread(documents: Iterator[Document], room: int) -> list[bytes]:
     """Excerpts of at most about `room` bytes: of all documents if they fit, else of those with the lowest ids."""
-    from nanophi.data.documents import id_of
-    from nanophi.data.linear import EXCERPT_BYTES
-
     chosen: list[tuple[int, int, bytes]] = []
     size = 0
     for number, document in enumerate(documents):
-        heapq.heappush(chosen, (-int(id_of(document.text), 16), number, document.text[:EXCERPT_BYTES]))
-        size += len(document.text[:EXCERPT_BYTES])
+        excerpt = document.text[: linear.EXCERPT_BYTES]
+        heapq.heappush(chosen, (-int(id_of(document.text), 16), number, excerpt))
+        size += len(excerpt)
         while size > room and len(chosen) > 1:
             size -= len(heapq.heappop(chosen)[2])
     return [text for _, _, text in sorted(chosen, key=lambda entry: entry[1])]
 
 
-def _batches(documents: Iterator[Document]) -> Iterator[Any]:
-    import pyarrow as pa
-
-    from nanophi.data.documents import id_of
-    from nanophi.data.gather import SCORE, in_batches
-
+def _batches(documents: Iterator[Document]) -> Iterator[pa.RecordBatch]:
     for rows in in_batches(documents):
         columns = {
             "id": [id_of(document.text) for document in rows],
@@ -150,8 +128,6 @@ def report(
 
     Example: nanophi quality report scores.parquet --threshold 0.3
     """
-    from nanophi.data import quality_report
-
     if scores.is_dir():
         if threshold is not None or output is not None:
             raise UserError("--threshold and --output are for a file of scores; a run has its own report")
@@ -165,11 +141,6 @@ def report(
         else:  # of a run before 0.1
             typer.echo(selected.with_suffix(".md").read_text(encoding="utf-8"))
         return
-    import pyarrow.parquet as pq
-
-    from nanophi.core.recipe import Quality
-    from nanophi.data.quality_report import Selection
-
     output = output or Path("quality")
     check_own_folder(output, ("quality.json", "quality.md", "quality.png"), "quality report")
     with user_errors(f"{scores} cannot be read as parquet"):
@@ -183,7 +154,7 @@ def report(
         raise UserError(f"--threshold {threshold:g} lies outside the scale of the scores, {low:g} to {high:g}")
     texts = dict(zip(table["id"].to_pylist(), table["text"].to_pylist(), strict=True))
     table = table.set_column(1, "source", table["source"].combine_chunks().dictionary_encode())
-    selection = Selection(table["quality_score"].to_numpy() > threshold)
+    table = table.append_column("kept", pc.greater(table["quality_score"], threshold))
     quality = Quality(scorer="column:quality_score", scale=(low, high), threshold=threshold)
-    quality_report.write(table, selection, quality, made_by, lambda ids: {key: texts[key] for key in ids}, output)
+    quality_report.write(table, quality, made_by, lambda ids: {key: texts[key] for key in ids}, output)
     typer.echo(output / "quality.md")

@@ -1,6 +1,5 @@
 """The report on a filter: counts, histogram, sweep, shares by source, examples; as JSON, Markdown and a figure."""
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,31 +22,21 @@ TITLES = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Selection:
-    """What is kept: `kept`, bool `[documents]`."""
-
-    kept: np.ndarray
-    cutoff: float | None = None
-    """The score of the last document that a share took, by which held-out documents are divided the same way; None: the
-    threshold divides them, or nothing does."""
-
-
 def write(
     table: pa.Table,
-    selection: Selection,
     quality: Quality,
     scorer: dict[str, Any],
     excerpts_of: Callable[[set[str]], dict[str, str]],
     output: Path,
+    cutoff: float | None = None,
 ) -> dict[str, Any]:
     """Write quality.json, quality.md and quality.png to a folder; returns the contents of the first.
 
-    `table` has id, source (dictionary), bytes and quality_score of the training documents, `scorer` the contents of
-    `scorer.json`; `excerpts_of` gives the texts of some documents by id.
+    `table` has id, source (dictionary), bytes, quality_score and kept of the training documents, `scorer` the contents
+    of `scorer.json`; `excerpts_of` gives the texts of some documents by id; `cutoff` is that of `scoring.choose`.
     """
     output.mkdir(parents=True, exist_ok=True)
-    report = describe(table, selection, quality) | {"scorer": scorer}
+    report = describe(table, quality, cutoff) | {"scorer": scorer}
     if quality.scorer == "none":
         for section in (report, *report["sources"].values()):
             for part in ("scale", "mean_score", "histogram", "sweep"):
@@ -66,10 +55,10 @@ def _cut(report: dict[str, Any]) -> float | None:
     return report["cutoff"] if report["threshold"] is None else report["threshold"]
 
 
-def describe(table: pa.Table, selection: Selection, quality: Quality) -> dict[str, Any]:
+def describe(table: pa.Table, quality: Quality, cutoff: float | None) -> dict[str, Any]:
     """Counts, histogram, sweep and shares by source of the training documents' scores."""
     low, high = quality.scale or (0.0, 1.0)
-    scores, sizes, kept = table["quality_score"].to_numpy(), table["bytes"].to_numpy(), selection.kept
+    scores, sizes, kept = (table[column].to_numpy() for column in ("quality_score", "bytes", "kept"))
     column = table["source"].combine_chunks()
     names, codes = column.dictionary.to_pylist(), column.indices.to_numpy()
 
@@ -95,7 +84,7 @@ def describe(table: pa.Table, selection: Selection, quality: Quality) -> dict[st
         "threshold": quality.threshold,
         "share": quality.share,
         "select": quality.select if quality.share is not None else None,
-        "cutoff": selection.cutoff,
+        "cutoff": cutoff,
         **({} if quality.phase == "all" else {"phase": quality.phase}),
         "scale": [low, high],
         **everything,

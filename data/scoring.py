@@ -5,12 +5,14 @@ quality/kept.parquet      of the training documents; heldout.parquet: whether th
 quality/quality.json|.md|.png   the report
 """
 
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from nanophi.core.errors import UserError
@@ -19,8 +21,7 @@ from nanophi.core.recipe import Data, Quality
 from nanophi.data import quality_report, scorers
 from nanophi.data.documents import SPLITS, batches, find, ids_to_uint64, shards
 from nanophi.data.gather import SCORE
-from nanophi.data.parallel import discard_parts, run_parts
-from nanophi.data.quality_report import Selection
+from nanophi.data.parallel import run_parts
 from nanophi.data.scorers import Scorer
 
 SCHEMA = pa.schema(
@@ -44,19 +45,19 @@ def score(
     """
     output.mkdir(parents=True, exist_ok=True)
     scorer = scorers.of_section(quality, revision).prepare(documents, quality, data, seed, output)
-    work = output / ".parts"
-    parts = [(path, split, scorer) for split in SPLITS for path in shards(documents, split)]
-    workers = data.workers if scorer.parallel else 1
-    counts = run_parts(_score_shard, parts, work, "scoring documents", workers, data.engine)
-    partial = work / "scores.parquet"
-    with pq.ParquetWriter(partial, SCHEMA, compression="zstd") as writer:
-        for index in range(len(parts)):
-            writer.write_table(pq.read_table(work / f"{index:05d}.parquet", schema=SCHEMA))
-    partial.replace(output / "scores.parquet")
-    discard_parts(work)
-    total = sum(part["documents"] for part in counts)
-    mean = sum(part["sum"] for part in counts) / total
-    return {**read_json(output / "scorer.json"), "scored": total, "mean_score": round(mean, 4)}
+    work, done = output / ".parts", output / "scores.parquet"
+    if not done.exists():
+        parts = [(path, split, scorer) for split in SPLITS for path in shards(documents, split)]
+        workers = data.workers if scorer.parallel else 1
+        run_parts(_score_shard, parts, work, "scoring documents", workers, data.engine)
+        with pq.ParquetWriter(work / "scores.parquet", SCHEMA, compression="zstd") as writer:
+            for index in range(len(parts)):
+                writer.write_table(pq.read_table(work / f"{index:05d}.parquet", schema=SCHEMA))
+        (work / "scores.parquet").replace(done)
+    shutil.rmtree(work, ignore_errors=True)
+    scores = pq.read_table(done, columns=["quality_score"])["quality_score"]
+    mean = round(pc.mean(scores).as_py(), 4)
+    return {**read_json(output / "scorer.json"), "scored": len(scores), "mean_score": mean}
 
 
 def _score_shard(shard: Path, split: str, scorer: Scorer, path: Path) -> dict[str, Any]:
@@ -69,9 +70,9 @@ def write_scores(
 ) -> dict[str, Any]:
     """Score batches of documents (id, text, source and, for a column's scores, `SCORE`) and write what `schema` names.
 
-    A column `text` holds the first `excerpt` characters. Returns the number of `documents` and the `sum` of scores.
+    A column `text` holds the first `excerpt` characters. Returns the number of `documents`.
     """
-    total, number = 0.0, 0
+    number = 0
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
         for batch in documents:
             texts = batch["text"].cast(pa.binary()).to_pylist()
@@ -88,39 +89,40 @@ def write_scores(
                 starts = [text[: 4 * excerpt].decode(errors="ignore")[:excerpt] for text in texts]
                 columns["text"] = pa.array(starts, pa.string())
             writer.write_table(pa.table({name: columns[name] for name in schema.names}).cast(schema))
-            total += float(scores.sum(dtype=np.float64))
             number += len(batch)
-    return {"documents": number, "sum": total}
+    return {"documents": number}
 
 
 def select(documents: Path, scores: Path, quality: Quality, output: Path, seed: int = 0) -> dict[str, Any]:
     """Keep training documents by threshold or share, and write the report; returns it without the examples."""
     output.mkdir(parents=True, exist_ok=True)
     table = pq.read_table(scores / "scores.parquet")
-    values, sizes = table["quality_score"].to_numpy(), table["bytes"].to_numpy()
-    train = np.asarray(table["split"].cast(pa.string()).to_numpy(zero_copy_only=False) == "train")
-    selection = choose(values[train], sizes[train], ids_to_uint64(table["id"])[train], quality, seed)
-    scored = table.select(["id", "quality_score"])
-    rows = np.flatnonzero(train)[selection.kept]
-    pq.write_table(scored.take(rows), output / "kept.parquet", compression="zstd")
-    held = np.flatnonzero(~train)
-    divided = divide(values[held], quality, selection.cutoff)
+    in_training = pc.equal(table["split"].cast(pa.string()), "train")
+    train, heldout = table.filter(in_training), table.filter(pc.invert(in_training))
+    values, sizes = train["quality_score"].to_numpy(), train["bytes"].to_numpy()
+    kept, cutoff = choose(values, sizes, ids_to_uint64(train["id"]), quality, seed)
+    scored = ["id", "quality_score"]
+    pq.write_table(train.filter(kept).select(scored), output / "kept.parquet", compression="zstd")
+    divided = divide(heldout["quality_score"].to_numpy(), quality, cutoff)
     if divided is not None:
-        heldout = scored.take(held).append_column("kept", pa.array(divided))
+        heldout = heldout.select(scored).append_column("kept", pa.array(divided))
         pq.write_table(heldout, output / "heldout.parquet", compression="zstd")
     report = quality_report.write(
-        table.filter(train),
-        selection,
+        train.append_column("kept", pa.array(kept)),
         quality,
         read_json(scores / "scorer.json"),
         lambda ids: {key: row["text"] for key, row in find(documents, ids, ["text"]).items()},
         output,
+        cutoff,
     )
     return {key: value for key, value in report.items() if key != "examples"}
 
 
-def choose(scores: np.ndarray, sizes: np.ndarray, ids: np.ndarray, quality: Quality, seed: int) -> Selection:
-    """Choose training documents, of which scores, sizes in bytes and distinct ids are given.
+def choose(
+    scores: np.ndarray, sizes: np.ndarray, ids: np.ndarray, quality: Quality, seed: int
+) -> tuple[np.ndarray, float | None]:
+    """Which training documents are kept, bool `[documents]`, by their scores, sizes in bytes and distinct ids; and the
+    score of the last one that a share took, by which `divide` treats held-out documents alike.
 
     A share is taken from the best, the worst or a random end of the documents until their bytes come nearest to it,
     those with equal scores in random order. What is chosen depends on the documents and the seed, not on their order.
@@ -130,7 +132,7 @@ def choose(scores: np.ndarray, sizes: np.ndarray, ids: np.ndarray, quality: Qual
         if not kept.any():
             highest = f"; the highest score is {scores.max():.4f}" if len(scores) else ""
             raise UserError(f"quality.threshold {quality.threshold} keeps no document{highest}")
-        return Selection(kept)
+        return kept, None
     by_score = quality.select != "random"
     if by_score and quality.share < 1 and len(scores) and scores.min() == scores.max():
         raise UserError(f"quality.select '{quality.select}': every document has the score {scores[0]:.4f}")
@@ -144,7 +146,7 @@ def choose(scores: np.ndarray, sizes: np.ndarray, ids: np.ndarray, quality: Qual
         raise UserError(f"quality.share {quality.share:g} of {reached[-1]:,} bytes keeps no document")
     kept = np.zeros(len(scores), bool)
     kept[order[:count]] = True
-    return Selection(kept, float(scores[order[count - 1]]) if by_score else None)
+    return kept, float(scores[order[count - 1]]) if by_score else None
 
 
 def divide(scores: np.ndarray, quality: Quality, cutoff: float | None) -> np.ndarray | None:

@@ -20,7 +20,7 @@ from nanophi.core.inputs import Contents, resolve_commit
 from nanophi.core.names import is_hub_id, local, shown, walk
 from nanophi.core.recipe import Source
 from nanophi.data import installed_docs
-from nanophi.data.formats import KNOWN, PART_BYTES, Reader, Row, Unusable, clean, reader_of, remedy
+from nanophi.data.formats import KNOWN, PART_BYTES, READERS, Reader, Row, Unusable, clean, format_of
 
 _METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 REFUSED = 20
@@ -40,22 +40,25 @@ class Document(NamedTuple):
 
 
 class Tally:
-    """What was read and dropped, by label and reason: documents read are documents kept and dropped, always."""
+    """`counts` by label: documents `read`, the usable ones' `bytes`, and those dropped, by reason."""
 
     def __init__(self) -> None:
-        self.read: Counter[str] = Counter()
-        self.bytes: Counter[str] = Counter()
-        self.dropped: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        self.counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self.refused: list[dict[str, str]] = []
 
-    def drop(self, label: str, where: str, bad: Unusable, column: str) -> None:
+    def drop(self, label: str, where: str, bad: Unusable) -> None:
         """Count a document that cannot be used; the first ones are named."""
-        self.dropped[label][bad.reason] += 1
+        self.counts[label][bad.reason] += 1
         if bad.reason != "empty" and len(self.refused) < REFUSED:
-            self.refused.append({"document": where, "reason": bad.reason, "remedy": printable(remedy(bad, column))})
+            self.refused.append({"document": where, "reason": bad.reason, "remedy": printable(bad.remedy)})
 
-    def dropped_total(self) -> Counter[str]:
-        return sum(self.dropped.values(), Counter())
+    def total(self) -> Counter[str]:
+        return sum(self.counts.values(), Counter())
+
+
+def dropped(counts: Counter[str]) -> Counter[str]:
+    """Of counts of documents those that were dropped, by reason: what was read and not kept, always."""
+    return Counter({what: count for what, count in counts.items() if what not in ("read", "bytes", "train", "heldout")})
 
 
 def reasons(counts: Counter[str]) -> str:
@@ -64,25 +67,19 @@ def reasons(counts: Counter[str]) -> str:
 
 
 def check_usable(
-    name: str,
-    total: int,
-    dropped: Counter[str],
-    refused: Sequence[dict[str, str]],
-    max_dropped: float,
-    what: str = "documents",
+    name: str, counts: Counter[str], refused: Sequence[dict[str, str]], max_dropped: float, what: str = "documents"
 ) -> None:
     """Raise `UserError` for a source without a usable document, or with too many unusable ones (empty apart)."""
+    total, lost = counts["read"], dropped(counts)
     if total == 0:
         raise UserError(f"source {name} holds no {what}")
-    share = (dropped.total() - dropped["empty"]) / total
-    if share <= max_dropped and dropped.total() < total:
+    share = (lost.total() - lost["empty"]) / total
+    if share <= max_dropped and lost.total() < total:
         return
-    usable = "none" if dropped.total() == total else f"only {percent(1 - share)}"
-    limit = f" (data.max_dropped is {max_dropped:g})" * (dropped.total() < total)
+    usable = "none" if lost.total() == total else f"only {percent(1 - share)}"
+    limit = f" (data.max_dropped is {max_dropped:g})" * (lost.total() < total)
     example = "".join(f"; the first is {first['document']}: {first['remedy']}".rstrip(": ") for first in refused[:1])
-    raise UserError(
-        f"source {name}: {usable} of {integer(total)} {what} can be used{limit}: {reasons(dropped)}{example}"
-    )
+    raise UserError(f"source {name}: {usable} of {integer(total)} {what} can be used{limit}: {reasons(lost)}{example}")
 
 
 def name_of(source: Source) -> str:
@@ -159,7 +156,7 @@ def _glob(pattern: Path) -> list[str]:
 def _files_below(folder: Path) -> list[str]:
     found = [path for path in walk(folder) if _is_read(path) and path.name not in _METADATA]
     # The card of a dataset is not one of its documents.
-    has_card = not all(_reader_class(path.name).one_document for path in found)
+    has_card = not all(READERS[format_of(path.name)].one_document for path in found)
     return [str(path) for path in found if not (has_card and path.name == "README.md")]
 
 
@@ -167,7 +164,7 @@ def _is_read(path: Path) -> bool:
     """Whether a file is in a format that is read. Raises `UserError` for a pipe, which would never end, or the like."""
     if not path.is_file():
         raise UserError(f"source {shown(path)} is a dangling link, or not a regular file; remove it")
-    return reader_of(path.name) is not None
+    return format_of(path.name) in READERS
 
 
 def _locate_saved(source: Source, folder: Path) -> list[str]:
@@ -195,7 +192,7 @@ def _locate_split(source: Source, path: str) -> list[str]:
     splits = {str(split): files for split, files in (builder.config.data_files or {}).items()}
     _check_split(source, path, splits)
     files = [str(file) for file in splits[source.split]]
-    if unknown := [file for file in files if reader_of(file) is None]:
+    if unknown := [file for file in files if format_of(file) not in READERS]:
         raise UserError(f"dataset {shown(path)}: {shown(Path(unknown[0]).name)} is not a {KNOWN} file")
     return files
 
@@ -230,7 +227,7 @@ def plan(source: Source, score: str | None) -> list[Part]:
     else:
         files = locate(source)
         parts = _parts(source, files, score)
-        if source.separator and not any(_reader(source, file).one_document for file in files):
+        if source.separator and not any(reader(source, file).one_document for file in files):
             raise UserError(f"source {name_of(source)}: 'separator' is for text files (.txt, .md), and it has none")
     if source.max_documents and parts:
         parts = [tuple(piece for part in parts for piece in part)]
@@ -243,7 +240,7 @@ def _parts(source: Source, files: Sequence[str], score: str | None) -> list[Part
     begun: list[tuple[str, Any]] = []
     size = 0
     for file in files:
-        pieces = _reader(source, file, score).pieces()
+        pieces = reader(source, file, score).pieces()
         # How large a file on the Hub is, only the Hub knows.
         whole = len(pieces) == 1 and not file.startswith("hf://")
         for piece in pieces:
@@ -255,14 +252,9 @@ def _parts(source: Source, files: Sequence[str], score: str | None) -> list[Part
     return [*parts, tuple(begun)] if begun else parts
 
 
-def _reader(source: Source, file: str, score: str | None = None) -> Reader:
-    return _reader_class(file)(file, source, score)
-
-
-def _reader_class(file: str) -> type[Reader]:
-    found = reader_of(file)
-    assert found is not None  # by locate
-    return found
+def reader(source: Source, file: str, score: str | None = None) -> Reader:
+    """The reader of a file that `locate` found."""
+    return READERS[format_of(file)](file, source, score)
 
 
 def fingerprint(source: Source, contents: Contents) -> Any:
@@ -280,11 +272,11 @@ def read(source: Source, part: Part, score: str | None, tally: Tally) -> Iterato
     default = _label(name_of(source))
     for file, row in itertools.islice(_rows(source, part, score), source.max_documents):
         label = default if row.label is None else _label(row.label) or default
-        tally.read[label] += 1
+        tally.counts[label]["read"] += 1
         if isinstance(row.text, Unusable):
-            tally.drop(label, row.where, row.text, source.text_column)
+            tally.drop(label, row.where, row.text)
             continue
-        tally.bytes[label] += len(row.text)
+        tally.counts[label]["bytes"] += len(row.text)
         yield Document(shown(file), label, row.text, row.score)
 
 
@@ -294,7 +286,7 @@ def _rows(source: Source, part: Part, score: str | None) -> Iterator[tuple[str, 
             texts = enumerate(installed_docs.documents(file))
             yield from ((file, Row(f"{file}:{number}", clean(text), name)) for number, (name, text) in texts)
         else:
-            yield from ((file, row) for row in guarded(file, _reader(source, file, score).rows(piece)))
+            yield from ((file, row) for row in guarded(file, reader(source, file, score).rows(piece)))
 
 
 def guarded(file: str, rows: Iterable[Any]) -> Iterator[Any]:

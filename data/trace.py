@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import pyarrow as pa
 import typer
 import yaml
 from typer import Argument, Option
@@ -39,7 +40,7 @@ class Span:
     occurrences: int
     documents: int
     expected: float
-    places: list[int]
+    places: list[tuple[int, int, int]]  # some of them, with the beginning and the end of their documents
 
 
 class Stream:
@@ -48,39 +49,21 @@ class Stream:
     def __init__(self, tokens: Path, end: int) -> None:
         import datasets
 
-        self.chunks: list[np.ndarray] = []
+        chunks: list[pa.Array] = []
         decay = tokens.with_name("decay")
         for part in (tokens, *([decay] if tokens.name == "train" and decay.is_dir() else [])):
-            column = datasets.load_from_disk(str(part)).data.column("input_ids")
-            chunks = getattr(column, "chunks", None) or [column]
-            self.chunks += [np.array([end], np.int32)] if self.chunks else []  # no document goes on in another text
-            self.chunks += [chunk.flatten().to_numpy(zero_copy_only=True) for chunk in chunks]
-        self.starts = np.cumsum([0, *map(len, self.chunks)])
-        self.end = end
+            chunks += [pa.array([end], pa.int32())] if chunks else []  # no document goes on in another text
+            rows = datasets.load_from_disk(str(part)).data.column("input_ids")
+            chunks += [chunk.flatten() for chunk in rows.chunks]
+        self.tokens, self.end = pa.chunked_array(chunks), end
 
     def __len__(self) -> int:
-        return int(self.starts[-1])
+        return len(self.tokens)
 
     def read(self, first: int, last: int) -> np.ndarray:
         """Tokens `first` to `last` (exclusive), clipped to the stream."""
-        first, last = max(0, first), min(last, len(self))
-        low = int(np.searchsorted(self.starts, first, "right")) - 1
-        parts = []
-        while low < len(self.chunks) and self.starts[low] < last:
-            parts.append(self.chunks[low][max(0, first - self.starts[low]) : last - self.starts[low]])
-            low += 1
-        return parts[0] if len(parts) == 1 else np.concatenate(parts or [np.empty(0, np.int32)])
-
-    def document(self, place: int) -> tuple[int, np.ndarray]:
-        """Where the document around a position begins, and its tokens."""
-        first, last, step = place, place, 1 << 12
-        while first > 0 and not (found := np.flatnonzero(self.read(first - step, first) == self.end)).size:
-            first = max(0, first - step)
-        first = max(0, first - step) + int(found[-1]) + 1 if first > 0 else 0
-        while last < len(self) and not (found := np.flatnonzero(self.read(last, last + step) == self.end)).size:
-            last += step
-        last = last + int(found[0]) if last < len(self) else len(self)
-        return first, self.read(first, last)
+        first = max(0, first)
+        return np.asarray(self.tokens.slice(first, max(0, last - first)).to_numpy())
 
 
 def find_spans(stream: Stream, ids: np.ndarray, vocabulary: int, shortest: int = SHORTEST) -> list[Span]:
@@ -134,7 +117,7 @@ def find_spans(stream: Stream, ids: np.ndarray, vocabulary: int, shortest: int =
     first = np.flatnonzero(new)
     lengths = np.diff(np.r_[first, len(where)]) + shortest - 1
     where, starts = where[first], starts[first]
-    stops, documents = starts + lengths, np.searchsorted(ends, where)
+    stops, documents, edges = starts + lengths, np.searchsorted(ends, where), np.r_[-1, ends, len(stream)]
     with np.errstate(divide="ignore"):
         surprise = np.log(counts[np.minimum(ids, vocabulary)] / len(stream))
     found = []
@@ -142,9 +125,10 @@ def find_spans(stream: Stream, ids: np.ndarray, vocabulary: int, shortest: int =
         expected = float(np.exp(np.log(len(stream)) + surprise[start:stop].sum()))
         if expected < EXPECTED:
             inside = np.flatnonzero((starts <= start) & (stops >= stop))
-            places = np.sort(where[inside] + start - starts[inside])
-            held = len(np.unique(documents[inside]))
-            found.append(Span(start, stop - start, len(inside), held, expected, places[:64].tolist()))
+            places = where[inside] + start - starts[inside]
+            held = documents[inside]
+            known = np.column_stack([places, edges[held] + 1, edges[held + 1]])[np.argsort(places)[:64]].tolist()
+            found.append(Span(start, stop - start, len(inside), len(np.unique(held)), expected, known))
     return sorted(found, key=lambda span: (-span.length, span.start))
 
 
@@ -173,11 +157,11 @@ def trace_text(run: Path, text: str, shortest: int = SHORTEST) -> list[dict[str,
     rows: list[dict[str, Any]] = []
     for span in find_spans(stream, ids, len(tokenizer), shortest):
         quoted: dict[int, tuple[str, str]] = {}
-        for place in span.places:
-            first, document = stream.document(place)
+        for place, first, last in span.places:
             if first not in quoted and len(quoted) < EXAMPLES:
-                low, high = max(0, place - first - AROUND), place - first + span.length + AROUND
-                quoted[first] = id_of(str(tokenizer.decode(document))), str(tokenizer.decode(document[low:high]))
+                around = stream.read(max(first, place - AROUND), min(last, place + span.length + AROUND))
+                document = str(tokenizer.decode(stream.read(first, last)))
+                quoted[first] = id_of(document), str(tokenizer.decode(around))
         row = dataclasses.asdict(span) | {"text": tokenizer.decode(ids[span.start : span.start + span.length])}
         del row["places"]
         rows.append(row | {"examples": list(quoted.values())})

@@ -14,7 +14,7 @@ import yaml
 from nanophi import data, training
 from nanophi.core import registry
 from nanophi.core.recipe import Source, load_recipe
-from nanophi.data import formats
+from nanophi.data import formats, sources
 from nanophi.eval import catalogue, suites
 from nanophi.model_card import card, pages
 from nanophi.pipeline import Pipeline
@@ -68,8 +68,7 @@ def test_a_format(added, monkeypatch):
     exec(FILES["data/formats.py"], names)
     register(monkeypatch, formats.READERS, LINES["READERS"], names)
     (added / "notes.org").write_text("* One\nfirst\n** inner\n* Two\nsecond\n")
-    reader = formats.reader_of("notes.org")
-    rows = reader(str(added / "notes.org"), Source(files="notes.org")).rows()
+    rows = sources.reader(Source(files="notes.org"), str(added / "notes.org")).rows()
     assert [row.text for row in rows] == [b"One\nfirst\n** inner", b"Two\nsecond"]
 
 

@@ -1,102 +1,87 @@
 """Planted evaluation items are found, in every form in which they may stand in a document."""
 
-import os
-from pathlib import Path
-from typing import Any
-
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+from gathered import write
 
-import nanophi
 from nanophi.core.errors import UserError
 from nanophi.data import contamination
 from nanophi.data.ngrams import hash_words
 
-SHARED = Path(os.environ.get("NANOPHI_SHARED", Path(nanophi.__file__).parent.parent / "shared"))
 
-
-def write_benchmark(folder: Path, **configs: dict[str, list[dict[str, Any]]]) -> None:
+def write_benchmark(folder, **configs):
     """A dataset in Hub layout: rows by config and split."""
     lines = []
     for config, splits in configs.items():
-        (folder / config).mkdir(parents=True, exist_ok=True)
         lines.append(f"- config_name: {config}\n  data_files:\n")
         for split, rows in splits.items():
-            pq.write_table(pa.Table.from_pylist(rows), folder / config / f"{split}-0.parquet")
+            write(folder / config / f"{split}-0.parquet", rows)
             lines.append(f"  - split: {split}\n    path: {config}/{split}-*.parquet\n")
     (folder / "README.md").write_text("---\nconfigs:\n" + "".join(lines) + "---\n# A benchmark\n")
 
 
-def words(name: str, count: int = 20) -> str:
+def indexed(folder, **configs):
+    """The index of one benchmark."""
+    write_benchmark(folder / "org" / "quiz", **configs)
+    return contamination.load_benchmarks(folder, 13)
+
+
+def words(name, count=20):
     return " ".join(f"{name}{number}" for number in range(count))
 
 
-def filler(generator: np.random.Generator, words: int) -> str:
+def filler(generator, words):
     return " ".join(f"filler{number}" for number in generator.integers(0, 10_000, words))
 
 
-@pytest.fixture
-def questions() -> list[dict[str, Any]]:
+def find(index, text):
+    return contamination.find(index, hash_words([text.encode()]))[0]
+
+
+def test_every_planted_item_is_found(tmp_path):
     generator = np.random.default_rng(0)
     rows = []
     for number in range(100):
         question = " ".join(f"q{value}" for value in generator.integers(0, 3000, int(generator.integers(4, 30)))) + "?"
         choices = [" ".join(f"c{value}" for value in generator.integers(0, 3000, 4)) for _ in range(4)]
         rows.append({"id": f"item-{number}", "question": question, "choices": {"text": choices, "label": list("ABCD")}})
-    return rows
-
-
-def find(index: contamination.BenchmarkIndex, text: str) -> list[int]:
-    return contamination.find(index, hash_words([text.encode()]))[0]
-
-
-def test_every_planted_item_is_found(tmp_path: Path, questions: list[dict[str, Any]]) -> None:
-    write_benchmark(tmp_path / "org" / "quiz", default={"test": questions})
-    index = contamination.load_benchmarks(tmp_path, 13)
+    index = indexed(tmp_path, default={"test": rows})
     assert index.names == ["org/quiz"]
     generator = np.random.default_rng(1)
-    for number, row in enumerate(questions):
-        before, after = filler(generator, 200), filler(generator, 200)
-        choices = row["choices"]["text"]
-        forms = [f"{row['question']}\nAnswer: {choices[1]}" if len(row["question"].split()) >= 8 else None]
-        forms += [f"{row['question']} {choices[1]}", f"{row['question']}\n" + "\n".join(choices)]
-        forms += [row["question"].upper() if len(row["question"].split()) >= 8 else None]
-        for form in filter(None, forms):
-            assert number in find(index, f"{before}\n{form}\n{after}"), form
+    for number, row in enumerate(rows):
+        question, choices = row["question"], row["choices"]["text"]
+        forms = [f"{question} {choices[1]}", f"{question}\n" + "\n".join(choices)]
+        if len(question.split()) >= 8:
+            forms += [f"{question}\nAnswer: {choices[1]}", question.upper()]
+        for form in forms:
+            assert number in find(index, f"{filler(generator, 200)}\n{form}\n{filler(generator, 200)}"), form
     assert find(index, filler(generator, 5000)) == []
 
 
-def test_a_question_of_five_words_alone_is_not_an_item(tmp_path: Path) -> None:
-    row = {"question": "Which of these is true?", "choices": ["yes", "no"]}
-    write_benchmark(tmp_path / "quiz", default={"test": [row]})
-    index = contamination.load_benchmarks(tmp_path, 13)
+def test_a_question_of_five_words_alone_is_not_an_item(tmp_path):
+    index = indexed(tmp_path, default={"test": [{"question": "Which of these is true?", "choices": ["yes", "no"]}]})
     assert index.too_short == [1]
     assert find(index, "I wonder which of these is true and which is not") == []
 
 
-def test_blanks_are_filled_in(tmp_path: Path) -> None:
+def test_blanks_are_filled_in(tmp_path):
     sentence = "The trophy does not fit into the brown suitcase because the _ is too large."
-    row = {"sentence": sentence, "option1": "trophy", "option2": "suitcase"}
-    write_benchmark(tmp_path / "schema", default={"test": [row]})
-    index = contamination.load_benchmarks(tmp_path, 13)
+    index = indexed(tmp_path, default={"test": [{"sentence": sentence, "option1": "trophy", "option2": "suitcase"}]})
     assert find(index, sentence.replace("_", "trophy")) == [0]
 
 
-def test_only_the_scored_split_is_looked_for_and_subjects_are_one_benchmark(tmp_path: Path) -> None:
+def test_only_the_scored_split_is_looked_for_and_subjects_are_one_benchmark(tmp_path):
     names = [f"subject{number}" for number in range(12)]
     configs = {name: {split: [{"question": words(f"{name}{split}")}] for split in ("test", "dev")} for name in names}
-    write_benchmark(tmp_path / "org" / "subjects", **configs)
-    index = contamination.load_benchmarks(tmp_path, 13)
-    assert (index.names, index.items) == (["org/subjects"], [12])
+    index = indexed(tmp_path, **configs)
+    assert (index.names, index.items) == (["org/quiz"], [12])
     assert find(index, words("subject3dev")) == []
-    report = contamination.report(index, [("00ff", "books", find(index, words("subject3test")))])
-    assert report["org/subjects"]["items_found"] == report["org/subjects"]["documents"] == 1
-    assert report["org/subjects"]["examples"][0]["document"] == "00ff"
+    report = contamination.report(index, [("00ff", "books", find(index, words("subject3test")))])["org/quiz"]
+    assert report["items_found"] == report["documents"] == 1
+    assert report["examples"][0]["document"] == "00ff"
 
 
-def test_every_split_that_may_be_scored_is_looked_for(tmp_path: Path) -> None:
+def test_every_split_that_may_be_scored_is_looked_for(tmp_path):
     """lm-eval scores the validation of HellaSwag, whose test has no answers, and the one split of BLiMP."""
     splits = {split: [{"ctx": words(split), "endings": ["one", "two"]}] for split in ("train", "validation", "test")}
     write_benchmark(tmp_path / "swag", default=splits)
@@ -117,15 +102,14 @@ def test_every_split_that_may_be_scored_is_looked_for(tmp_path: Path) -> None:
     ],
     ids=["lambada", "sciq", "piqa"],
 )
-def test_columns_of_the_suites_own_tasks_are_known(tmp_path: Path, row: dict[str, Any]) -> None:
-    write_benchmark(tmp_path / "task", default={"test": [row]})
-    index = contamination.load_benchmarks(tmp_path, 13)
+def test_columns_of_the_suites_own_tasks_are_known(tmp_path, row):
+    index = indexed(tmp_path, default={"test": [row]})
     assert index.too_short == [0]
     planted = row.get("text") or " ".join(value for key, value in row.items() if key not in ("support", "sol2"))
     assert find(index, f"before {planted} after") == [0]
 
 
-def test_an_item_of_two_benchmarks_counts_in_both(tmp_path: Path) -> None:
+def test_an_item_of_two_benchmarks_counts_in_both(tmp_path):
     text = words("word", 30)
     for name in ("one", "two"):
         write_benchmark(tmp_path / name, default={"test": [{"question": text}, {"question": f"{name} {text}"}]})
@@ -136,15 +120,17 @@ def test_an_item_of_two_benchmarks_counts_in_both(tmp_path: Path) -> None:
     assert [report[name]["items_found"] for name in ("one", "two")] == [2, 2]
 
 
-def test_what_is_no_benchmark_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is not a folder"):
-        contamination.load_benchmarks(tmp_path / "nowhere", 13)
-    with pytest.raises(UserError, match="holds no dataset"):
-        contamination.load_benchmarks(tmp_path, 13)
-    write_benchmark(tmp_path / "quiz", default={"test": [{"question": "x"}]})
-    (tmp_path / "quiz" / "default" / "test-0.parquet").write_text("no table")
-    with pytest.raises(UserError, match=r"test-0\.parquet cannot be read as parquet"):
-        contamination.load_benchmarks(tmp_path, 13)
-    (tmp_path / "quiz" / "README.md").write_text("---\nconfigs: [{\n---\n")
-    with pytest.raises(UserError, match=r"README\.md: the metadata is not a dataset card's"):
-        contamination.load_benchmarks(tmp_path, 13)
+def test_what_is_no_benchmark_is_refused(tmp_path):
+    for folder in ("damaged", "unreadable", "nothing"):
+        write_benchmark(tmp_path / folder, default={"test": [{"question": "x"}]})
+    (tmp_path / "damaged" / "default" / "test-0.parquet").write_text("no table")
+    (tmp_path / "unreadable" / "README.md").write_text("---\nconfigs: [{\n---\n")
+    (tmp_path / "nothing" / "README.md").unlink()
+    for folder, message in (
+        ("nowhere", "is not a folder"),
+        ("nothing", "holds no dataset"),
+        ("damaged", r"test-0\.parquet cannot be read as parquet"),
+        ("unreadable", r"README\.md: the metadata is not a dataset card's"),
+    ):
+        with pytest.raises(UserError, match=message):
+            contamination.load_benchmarks(tmp_path / folder, 13)

@@ -2,15 +2,16 @@
 
 import gzip
 import hashlib
-import json
 import random
 import shutil
 
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 import yaml
 from chat_run import END, TRAINING, make_base, pipeline, talk, write_rows
+from gathered import write
 from transformers import AutoTokenizer
 from trl.data_utils import apply_chat_template, maybe_extract_prompt
 
@@ -43,6 +44,11 @@ def tokenizer(runs):
     tokenizer = AutoTokenizer.from_pretrained(runs / "base/checkpoints/step-000001")
     tokenizer.chat_template = conversations.TEMPLATE
     return tokenizer
+
+
+def made(runs, recipe, report=lambda line: None):
+    """What is said of the conversations of a recipe."""
+    return Pipeline(recipe, runs, report=report).tokens()
 
 
 def counted(runs, rows, name, **fields):
@@ -141,10 +147,8 @@ def test_rows_become_the_text_that_trl_makes_of_them(tokenizer):
         return system + [turn(role) for _ in range(draw.randint(1, 3)) for role in ("user", "assistant")]
 
     for _ in range(100):
-        asked, answers = (
-            [*talked(), turn("user")],
-            ([turn("assistant")], [turn("assistant"), turn("user"), turn("assistant")]),
-        )
+        asked = [*talked(), turn("user")]
+        answers = [turn("assistant")], [turn("assistant"), turn("user"), turn("assistant")]
         pair = {"chosen": [*asked, *answers[0]], "rejected": [*asked, *answers[1]]}
         rows = [
             ("sft", {"messages": talked()}),
@@ -188,28 +192,21 @@ def test_the_template_writes_what_it_wrote_before_and_joins_content_parts(tokeni
 
 @pytest.mark.parametrize("name", ["table.csv", "table.tsv", "table.jsonl", "table.parquet", "table.arrow"])
 def test_answers_of_a_table_are_what_stands_in_it(runs, tokenizer, name):
-    answers = ["None", "NA", "1900.50", "7", "ja, oui", "null"]
-    file, asked = runs / name, [f"Ask, {number}?" for number in range(len(answers))]
+    answers = ["None", 7, 0.5, "NA"] if name.endswith("jsonl") else ["None", "NA", "1900.50", "7", "ja, oui", "null"]
+    rows = [{"prompt": f"Ask, {number}?", "completion": answer} for number, answer in enumerate(answers)]
+    file, table = runs / name, pa.table({"prompt": [row["prompt"] for row in rows], "completion": map(str, answers)})
     if name.endswith("sv"):
         mark = "," if name.endswith(".csv") else "\t"
-        lines = ["prompt" + mark + "completion", *(f'"{a}"{mark}"{b}"' for a, b in zip(asked, answers, strict=True))]
-        file.write_text("\n".join(lines) + "\n")
-    elif name.endswith("jsonl"):
-        answers = ["None", 7, 0.5, "NA"]
-        write_rows(file, [{"prompt": a, "completion": b} for a, b in zip(asked, answers, strict=False)])
+        pa.csv.write_csv(table, file, pa.csv.WriteOptions(delimiter=mark))
+    elif name.endswith("arrow"):
+        with pa.ipc.new_file(file, table.schema) as sink:
+            sink.write_table(table)
     else:
-        table = pa.table({"prompt": asked, "completion": answers})
-        if name.endswith("parquet"):
-            pq.write_table(table, file)
-        else:
-            with pa.ipc.new_file(file, table.schema) as sink:
-                sink.write_table(table)
+        write(file, rows)
     held = write_rows(runs / "table-heldout.jsonl", [{"prompt": "Held?", "completion": "So it is."}])
     sources = [{"files": str(file)}, {"files": str(held), "heldout": True}]
-    recipe = recipe_on_base(runs, f"of-{name}", conversations=sources)
-    run = Pipeline(recipe, runs, report=lambda line: None)
-    run.tokens()
-    rows = pq.read_table(run.path / "data/conversations/train.parquet").to_pylist()
+    made(runs, recipe_on_base(runs, f"of-{name}", conversations=sources))
+    rows = pq.read_table(runs / f"of-{name}" / "data/conversations/train.parquet").to_pylist()
     learned = [[i for i, learn in zip(*row.values(), strict=True) if learn] for row in rows]
     assert [tokenizer.decode(ids) for ids in learned] == [f"{answer}{END}" for answer in answers]
 
@@ -328,10 +325,10 @@ def test_an_empty_file_is_passed_over(runs, monkeypatch):
     (folder / "empty.jsonl.gz").write_bytes(gzip.compress(b""))
     source = {"files": str(folder)}
     with pytest.raises(UserError, match=rf"^source {folder} holds no conversations$"):
-        Pipeline(recipe_on_base(runs, "empty", conversations=[source]), runs, report=lambda line: None).tokens()
-    (folder / "full.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+        made(runs, recipe_on_base(runs, "empty", conversations=[source]))
+    write_rows(folder / "full.jsonl", ROWS)
     recipe = recipe_on_base(runs, "passed", conversations=[source, {"embedded": "questions"}])
-    assert Pipeline(recipe, runs, report=lambda line: None).tokens()["sources"][str(folder)]["read"] == 4
+    assert made(runs, recipe)["sources"][str(folder)]["read"] == 4
 
 
 def test_an_answer_is_looked_for_in_the_base_text_by_words(runs):
@@ -348,7 +345,7 @@ def test_an_answer_is_looked_for_in_the_base_text_by_words(runs):
     assert {row["answer"] for row in conversations.heldout(run.path)} == {"New.", "other", "2", "cat"}
     write_rows(runs / "lines-heldout.jsonl", held[-1:])
     with pytest.raises(UserError, match=r"to be held out \(answer_in_base_text 1\); add a source with heldout: true"):
-        Pipeline(run.recipe, runs, report=lambda line: None).tokens()
+        made(runs, run.recipe)
 
 
 def test_a_template_that_the_base_has_is_kept(runs):
@@ -378,12 +375,9 @@ def test_first_sentences():
 def test_questions_are_split_by_object(monkeypatch, tmp_path):
     names = [f"m{number}.py" for number in range(60)]
     for number, name in enumerate(names):
-        text = f'"""A module that holds the number {["one", "two", "three", "four", "five"][number % 5]}."""\n'
-        long = "Longer. " * 60 if number % 2 else ""
-        text += (
-            f'def f{number}(a, *b):\n    """Return what the letter number{chr(97 + number % 26)} is.\n\n    {long}"""\n'
-        )
-        (tmp_path / name).write_text(text)
+        module = f"A module that holds the number {['one', 'two', 'three', 'four', 'five'][number % 5]}."
+        function = f"Return what the letter number{chr(97 + number % 26)} is.\n\n    {'Longer. ' * 60 * (number % 2)}"
+        (tmp_path / name).write_text(f'"""{module}"""\ndef f{number}(a, *b):\n    """{function}"""\n')
     monkeypatch.setattr(questions.installed_docs, "groups", lambda: ["python"])
     monkeypatch.setattr(questions.installed_docs.sysconfig, "get_path", lambda name: str(tmp_path))
     rows = list(questions.conversations())
@@ -401,8 +395,8 @@ def test_conversations_read_are_used_or_left_out_for_a_reason(runs, monkeypatch)
     monkeypatch.setattr(questions, "conversations", lambda: iter(rows))
     monkeypatch.setattr(conversations, "HELDOUT_MAXIMUM", 2)
     recipe = recipe_on_base(runs, "counted", data={"max_dropped": 0.3})
-    lines: list[str] = []
-    count = Pipeline(recipe, runs, report=lines.append).tokens()["sources"]["questions"]
+    lines = []
+    count = made(runs, recipe, lines.append)["sources"]["questions"]
     assert count["read"] == len(rows) == sum(count.values()) - count["read"]
     assert (count["heldout"], count["train"], count["too_long"], count["asked_twice"]) == (2, 1, 1, 1)
     assert count["special_token"] == 1 and count.get("answer_learned", 0) + count["not_needed"] == 3

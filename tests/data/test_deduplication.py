@@ -4,11 +4,11 @@ import itertools
 
 import numpy as np
 import pytest
+from gathered import data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanophi.core.errors import UserError
-from nanophi.core.recipe import Data
 from nanophi.data import deduplication
 from nanophi.data.gather import CONTAMINATED, EXACT, HELDOUT, HELDOUT_NEAR, NEAR, TRAIN, decide
 from nanophi.data.ngrams import hash_words, ngrams
@@ -16,24 +16,24 @@ from nanophi.data.ngrams import hash_words, ngrams
 VOCABULARY = [f"w{number}" for number in range(5000)]
 
 
-def document(generator: np.random.Generator, length: int) -> list[str]:
+def document(generator, length):
     # Zipf's law, so that unrelated documents share as many words as real ones do.
     return [VOCABULARY[index] for index in np.minimum(generator.zipf(1.3, length), 4999)]
 
 
-def changed(words: list[str], generator: np.random.Generator, share: float) -> list[str]:
+def changed(words, generator, share):
     words = list(words)
     for index in generator.choice(len(words), max(1, round(share * len(words))), replace=False):
         words[index] = VOCABULARY[generator.integers(5000)]
     return words
 
 
-def leaders(texts: list[str], similarity: float = 0.5) -> np.ndarray:
+def leaders(texts, similarity=0.5):
     matrix = deduplication.signatures(hash_words([text.encode() for text in texts]))
     return deduplication.near_duplicates(matrix, np.ones(len(texts), bool), similarity)
 
 
-def test_planted_duplicates_with_five_percent_of_words_changed() -> None:
+def test_planted_duplicates_with_five_percent_of_words_changed():
     generator = np.random.default_rng(0)
     originals = [document(generator, int(generator.integers(100, 1500))) for _ in range(1500)]
     chosen = generator.choice(len(originals), 1000, replace=False)
@@ -45,13 +45,13 @@ def test_planted_duplicates_with_five_percent_of_words_changed() -> None:
     assert unrelated_dropped <= 0.01
 
 
-def test_exact_duplicates_point_to_the_first() -> None:
+def test_exact_duplicates_point_to_the_first():
     hashes = np.array([5, 7, 5, 9, 7, 5], np.uint64)
     assert deduplication.exact_duplicates(hashes).tolist() == [0, 1, 0, 3, 1, 0]
 
 
 @pytest.mark.parametrize("share", [0.02, 0.1, 0.3])
-def test_signatures_estimate_the_jaccard_similarity(share: float) -> None:
+def test_signatures_estimate_the_jaccard_similarity(share):
     generator = np.random.default_rng(1)
     errors = []
     for _ in range(30):
@@ -67,7 +67,7 @@ def test_signatures_estimate_the_jaccard_similarity(share: float) -> None:
     assert np.std(errors) < 0.06
 
 
-def test_short_and_wordless_documents() -> None:
+def test_short_and_wordless_documents():
     found = leaders(["two words", "Two, words!", "other words", "???", "!!!", "", "one"])
     assert found.tolist() == [0, 0, 2, 3, 4, 5, 6]
 
@@ -81,9 +81,7 @@ whether it holds an evaluation item, and whether its source is held out."""
 
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(rows=DOCUMENTS, exact=st.booleans(), near=st.booleans(), held_sources=st.booleans())
-def test_decisions_against_brute_force(
-    rows: list[tuple[int, int, bool, bool]], exact: bool, near: bool, held_sources: bool
-) -> None:
+def test_decisions_against_brute_force(rows, exact, near, held_sources):
     """Whatever the order and the reason of dropping: what is recorded as kept is kept, and a cluster is one."""
     texts = [(family, variant) for family, variant, _, _ in rows]
     items = {text for text, row in zip(texts, rows, strict=True) if row[2] and text[1]}
@@ -94,14 +92,9 @@ def test_decisions_against_brute_force(
     ids = np.array([hash(text) % 2**64 for text in texts], np.uint64)
     held = np.array([row[3] and held_sources for row in rows])
     contaminated = np.array([text in items for text in texts])
-    recipe = {
-        "sources": [{"embedded": "documentation"}],
-        "deduplication": {"exact": exact, "near": near, "similarity": 0.7},
-    }
+    section = data("x", deduplication={"exact": exact, "near": near, "similarity": 0.7}, heldout_fraction=0.3)
     try:
-        decisions, leaders = decide(
-            Data.model_validate({**recipe, "heldout_fraction": 0.3}), ids, matrix, contaminated, held
-        )
+        decisions, leaders = decide(section, ids, matrix, contaminated, held)
     except UserError:
         return
     same = [text if exact and not near else text[0] if near else row for row, text in enumerate(texts)]

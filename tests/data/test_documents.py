@@ -1,7 +1,6 @@
 """The one reader of documents: order, columns, samples by id, the held-out order."""
 
 import hashlib
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +12,7 @@ from nanophi.data import documents
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def folder(tmp_path_factory):
     """Three shards of five documents, in row groups of two."""
     folder = tmp_path_factory.mktemp("documents")
     for split, shard in (("train", 0), ("train", 1), ("heldout", 0)):

@@ -21,21 +21,21 @@ TEXTS = [
 PUNCTUATION = re.compile("[\u0080-\u00bf\u2000-\u206f\u2212\u3000-\u3003\ufeff]")
 
 
-def words_of(text: bytes) -> list[bytes]:
+def words_of(text):
     return re.findall(rb"[a-z0-9\x80-\xff]+", PUNCTUATION.sub(" ", text.decode()).encode().lower())
 
 
-def test_equal_words_have_equal_hashes_and_others_do_not() -> None:
+def test_equal_words_have_equal_hashes_and_others_do_not():
     hashed = hash_words(TEXTS)
     expected = [word for text in TEXTS for word in words_of(text)]
     assert hashed.counts.tolist() == [len(words_of(text)) for text in TEXTS]
-    by_word: dict[bytes, int] = {}
+    by_word = {}
     for word, value in zip(expected, hashed.hashes.tolist(), strict=True):
         assert by_word.setdefault(word, value) == value
     assert len(set(by_word.values())) == len(by_word)
 
 
-def test_hashes_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hashes_do_not_depend_on_the_batch(monkeypatch):
     together = hash_words(TEXTS)
     monkeypatch.setattr(ngrams, "_CHUNK_BYTES", 40)
     assert np.array_equal(hash_words(TEXTS).hashes, together.hashes)
@@ -45,9 +45,9 @@ def test_hashes_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 13])
-def test_ngrams_stay_within_documents(n: int) -> None:
+def test_ngrams_stay_within_documents(n):
     hashed = ngrams_of_lengths(hash_words(TEXTS), [n, 2])[n]
-    by_gram: dict[tuple[bytes, ...], int] = {}
+    by_gram = {}
     position = 0
     for text, count in zip(TEXTS, hashed.counts.tolist(), strict=True):
         words = words_of(text)
@@ -69,11 +69,11 @@ def test_ngrams_stay_within_documents(n: int) -> None:
         ("\ufeffbegin\u3000end", "begin end"),
     ],
 )
-def test_typographic_punctuation_is_like_its_ascii_spelling(typographic: str, plain: str) -> None:
+def test_typographic_punctuation_is_like_its_ascii_spelling(typographic, plain):
     assert np.array_equal(hash_words([typographic.encode()]).hashes, hash_words([plain.encode()]).hashes)
 
 
-def test_take_keeps_the_chosen_documents() -> None:
+def test_take_keeps_the_chosen_documents():
     hashed = hash_words(TEXTS)
     chosen = np.array([True, False, False, True, False, True])
     taken = hashed.take(chosen)

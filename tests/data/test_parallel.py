@@ -6,15 +6,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from engine_parts import die_on_three, fail_on_three, square  # type: ignore[import-not-found]
+from engine_parts import die_on_three, fail_on_three, square
 
 from nanophi.core.errors import UserError
-from nanophi.data.parallel import discard_parts, run_parts
+from nanophi.data.parallel import run_parts
 
 TESTS = Path(__file__).parent.parent
 
@@ -40,7 +38,7 @@ print(sys.argv[-1], "R")
 
 
 @pytest.fixture(params=["ray", "slurm"])
-def engine(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def engine(request, tmp_path, monkeypatch):
     """Two real Ray workers on this machine; or Slurm, if it is here, else commands that run what is submitted."""
     cluster = pytest.importorskip("nanophi.data.cluster", reason="needs datatrove and Ray (make cluster)")
     # Its workers import the functions of this folder by name, as a cluster's machines import nanophi's.
@@ -62,7 +60,7 @@ def engine(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.fixture(scope="module")
-def ray() -> Iterator[Any]:
+def ray():
     ray = pytest.importorskip("ray", reason="needs Ray (make cluster)")
     environment = {"env_vars": {"PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}}
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=environment)
@@ -70,7 +68,7 @@ def ray() -> Iterator[Any]:
     ray.shutdown()
 
 
-def test_a_cluster_gives_the_same_and_fails_alike(tmp_path: Path, engine: str) -> None:
+def test_a_cluster_gives_the_same_and_fails_alike(tmp_path, engine):
     parts = [(number,) for number in range(7)]
     expected = run_parts(square, parts, tmp_path / "local", "squares", 1)
     assert run_parts(square, parts, tmp_path / "cluster", "squares", 2, engine) == expected
@@ -86,16 +84,14 @@ def test_a_cluster_gives_the_same_and_fails_alike(tmp_path: Path, engine: str) -
     assert finished and all(path.stat().st_mtime_ns == changed for path, changed in finished.items())
 
 
-def test_without_the_cluster_extra_the_engine_is_refused_in_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_the_cluster_extra_the_engine_is_refused_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "nanophi.data.cluster", None)
     with pytest.raises(UserError, match=r"pip install 'nanophi\[cluster\]'"):
         run_parts(square, [(1,)], tmp_path, "squares", 2, "ray")
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_failure_is_raised_and_what_was_finished_stays(tmp_path: Path, workers: int) -> None:
+def test_a_failure_is_raised_and_what_was_finished_stays(tmp_path, workers):
     parts = [(number,) for number in range(5)]
     with pytest.raises(UserError, match="part three is bad"):
         run_parts(fail_on_three, parts, tmp_path, "squares", workers)
@@ -106,13 +102,13 @@ def test_a_failure_is_raised_and_what_was_finished_stays(tmp_path: Path, workers
     assert all(path.stat().st_mtime_ns == changed for path, changed in finished.items())
 
 
-def test_a_worker_that_is_killed_fails_the_run(tmp_path: Path) -> None:
+def test_a_worker_that_is_killed_fails_the_run(tmp_path):
     with pytest.raises(UserError, match="a worker process died"):
         run_parts(die_on_three, [(number,) for number in range(5)], tmp_path, "squares", 2)
     assert not (tmp_path / "00003.json").exists()
 
 
-def _wait_for(condition: Callable[[], bool], seconds: float = 60) -> bool:
+def _wait_for(condition, seconds=60):
     deadline = time.monotonic() + seconds
     while not (done := condition()) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -120,7 +116,7 @@ def _wait_for(condition: Callable[[], bool], seconds: float = 60) -> bool:
 
 
 @pytest.mark.parametrize("how", ["killed", "early", "ctrl-c"])
-def test_workers_end_with_the_process_that_they_work_for(tmp_path: Path, how: str) -> None:
+def test_workers_end_with_the_process_that_they_work_for(tmp_path, how):
     script = (
         "import pathlib, sys; from engine_parts import slow; from nanophi.data.parallel import run_parts\n"
         "if __name__ == '__main__':\n"
@@ -146,24 +142,10 @@ def test_workers_end_with_the_process_that_they_work_for(tmp_path: Path, how: st
     assert len(workers) <= 2, "what was queued was not begun"
 
 
-def _is_running(pid: int) -> bool:
+def _is_running(pid):
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     status = Path(f"/proc/{pid}/stat")
     return not status.exists() or status.read_text().rsplit(")", 1)[1].split()[0] != "Z"
-
-
-def test_parts_without_their_marks_are_not_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def killed(folder: Path) -> None:
-        (folder / "00000.txt").unlink()
-        raise KeyboardInterrupt
-
-    parts = [(number,) for number in range(3)]
-    run_parts(square, parts, tmp_path, "squares", 1)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(shutil, "rmtree", killed)
-        discard_parts(tmp_path)
-    assert len(run_parts(square, parts, tmp_path, "squares", 1)) == 3
-    assert (tmp_path / "00000.txt").exists()

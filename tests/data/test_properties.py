@@ -8,21 +8,20 @@ import json
 import lzma
 import math
 import os
+import re
 import shutil
 import sys
-from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from gathered import data, rows_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nanophi.core.errors import UserError
-from nanophi.core.recipe import Data, Source
+from nanophi.core.recipe import Source
 from nanophi.data import gather, sources
-from nanophi.data.documents import batches, shards
 
 QUICK = settings(
     max_examples=80, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -40,22 +39,20 @@ ROWS = st.lists(
 )
 NAMES = st.binary(min_size=1, max_size=12).filter(lambda name: not set(name) & set(b"/\0") and name[:1] != b".")
 SUFFIXES = [".jsonl", ".json", ".csv", ".tsv", ".txt", ".md", ".parquet", ".arrow"]
-COMPRESSIONS: dict[str, Any] = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+COMPRESSIONS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
 
 
-def fresh(folder: Path) -> Path:
+def fresh(folder):
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     return folder
 
 
-def write(folder: Path, name: bytes, content: bytes) -> str:
-    path = folder / os.fsdecode(name)
-    path.write_bytes(content)
-    return str(path)
+def lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def outcome(source: Source, score: str | None = None) -> tuple[list[sources.Document], sources.Tally] | None:
+def outcome(source, score=None):
     """What reading a source gives; None for a refusal, which must be one printable line."""
     tally = sources.Tally()
     try:
@@ -66,8 +63,8 @@ def outcome(source: Source, score: str | None = None) -> tuple[list[sources.Docu
         assert message and message.isprintable()
         message.encode()
         return None
-    assert tally.read.total() == len(found) + tally.dropped_total().total()
-    assert sum(len(document.text) for document in found) == tally.bytes.total()
+    assert tally.total()["read"] == len(found) + sources.dropped(tally.total()).total()
+    assert sum(len(document.text) for document in found) == tally.total()["bytes"]
     json.dumps(vars(tally), ensure_ascii=False, allow_nan=False).encode()
     for document in found:
         text = document.text.decode()
@@ -88,22 +85,21 @@ def outcome(source: Source, score: str | None = None) -> tuple[list[sources.Docu
     packed=st.booleans(),
     separator=st.none() | st.text(st.characters(codec="utf-8"), max_size=3),
 )
-def test_any_bytes_under_any_name(
-    tmp_path: Path, content: bytes, name: bytes, suffix: str, compression: str, packed: bool, separator: str | None
-) -> None:
+def test_any_bytes_under_any_name(tmp_path, content, name, suffix, compression, packed, separator):
     folder = fresh(tmp_path / "in")
     content = COMPRESSIONS[compression](content) if packed and compression != ".zst" else content
-    path = write(folder, name + (suffix + compression).encode(), content)
-    for files in (str(folder), path):
-        fields: dict[str, Any] = {"separator": separator} if suffix in (".txt", ".md") else {}
+    path = folder / os.fsdecode(name + (suffix + compression).encode())
+    path.write_bytes(content)
+    for files in (str(folder), str(path)):
+        fields = {"separator": separator} if suffix in (".txt", ".md") else {}
         outcome(Source.model_construct(**{**Source(files=str(folder)).model_dump(), "files": files, **fields}))
 
 
 @QUICK
 @given(rows=ROWS, column=st.sampled_from(["text", "a.b", "messages[].content", "messages[]", "[]", "."]))
-def test_any_rows_of_json(tmp_path: Path, rows: list[Any], column: str) -> None:
+def test_any_rows_of_json(tmp_path, rows, column):
     folder = fresh(tmp_path / "in")
-    (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines(folder / "a.jsonl", rows)
     (folder / "b.json").write_text(json.dumps(rows))
     counts = {}
     for name in ("a.jsonl", "b.json"):
@@ -111,7 +107,7 @@ def test_any_rows_of_json(tmp_path: Path, rows: list[Any], column: str) -> None:
             found = outcome(Source(files=str(folder / name), text_column=column, source_column=label))
             if found is not None:
                 documents, tally = found
-                assert tally.read.total() == len(rows)
+                assert tally.total()["read"] == len(rows)
                 counts[name, label] = [document.text for document in documents]
     assert len({tuple(texts) for texts in counts.values()}) <= 1
     if column == "text" and counts:
@@ -121,7 +117,7 @@ def test_any_rows_of_json(tmp_path: Path, rows: list[Any], column: str) -> None:
         assert len(next(iter(counts.values()))) <= len(usable)
 
 
-def _is_text(text: str) -> bool:
+def _is_text(text):
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -136,43 +132,41 @@ def _is_text(text: str) -> bool:
     suffix=st.sampled_from([".jsonl", ".json", ".csv", ".parquet"]),
     compression=st.sampled_from(sorted(COMPRESSIONS)),
 )
-def test_text_comes_through_every_format_and_encoding(
-    tmp_path: Path, texts: list[str], encoding: str, suffix: str, compression: str
-) -> None:
+def test_text_comes_through_every_format_and_encoding(tmp_path, texts, encoding, suffix, compression):
     folder = fresh(tmp_path / "in")
     if suffix == ".parquet":
         pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), folder / "a.parquet", row_group_size=2)
     else:
-        if suffix == ".csv":
-            file = io.StringIO(newline="")
-            csv.writer(file, quoting=csv.QUOTE_ALL).writerows([["text"], *([text] for text in texts)])
-            content = file.getvalue()
-        elif suffix == ".json":
-            content = json.dumps([{"text": text} for text in texts], ensure_ascii=False)
-        else:
-            content = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        file = io.StringIO(newline="")
+        csv.writer(file, quoting=csv.QUOTE_ALL).writerows([["text"], *([text] for text in texts)])
+        rows = [{"text": text} for text in texts]
+        content = {
+            ".csv": file.getvalue(),
+            ".json": json.dumps(rows, ensure_ascii=False),
+            ".jsonl": "".join(json.dumps(row) + "\n" for row in rows),
+        }[suffix]
         (folder / f"a{suffix}{compression}").write_bytes(COMPRESSIONS[compression](content.encode(encoding)))
     found = outcome(Source(files=str(folder)))
     assert found is not None
     documents, tally = found
-    cleaned = [text.replace("\r\n", "\n").replace("\r", "\n").replace("\0", "").replace("\ufeff", "") for text in texts]
-    assert [document.text.decode() for document in documents] == [text.strip() for text in cleaned if text.strip()]
-    assert set(tally.dropped_total()) <= {"empty"}
-    assert tally.read.total() == len(texts)
+    cleaned = [re.sub("[\0\ufeff]", "", re.sub("\r\n?", "\n", text)).strip() for text in texts]
+    assert [document.text.decode() for document in documents] == [text for text in cleaned if text]
+    assert set(sources.dropped(tally.total())) <= {"empty"}
+    assert tally.total()["read"] == len(texts)
 
 
 @QUICK
 @given(values=st.lists(VALUES, min_size=1, max_size=4))
-def test_any_value_as_a_score(tmp_path: Path, values: list[Any]) -> None:
+def test_any_value_as_a_score(tmp_path, values):
     folder = fresh(tmp_path / "in")
-    (folder / "a.jsonl").write_text("".join(json.dumps({"text": "x", "q": value}) + "\n" for value in values))
+    lines(folder / "a.jsonl", [{"text": "x", "q": value} for value in values])
     found = outcome(Source(files=str(folder)), "q")
     numbers = [_number(value) for value in values]
     assert (found is None) == any(map(math.isnan, numbers))
     assert found is None or [document.score for document in found[0]] == numbers
 
 
-def _number(value: Any) -> float:
+def _number(value):
     try:
         number = float(value)
     except (OverflowError, TypeError, ValueError):
@@ -181,31 +175,17 @@ def _number(value: Any) -> float:
 
 
 @settings(QUICK, max_examples=25)
-@given(
-    rows=st.lists(
-        st.fixed_dictionaries({"text": ANY_TEXT | VALUES, "site": st.none() | ANY_TEXT}), min_size=1, max_size=30
-    )
-)
-def test_documents_are_read_kept_or_dropped_for_a_reason(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
-    folder, lines = fresh(tmp_path / "in"), []
+@given(rows=st.lists(st.fixed_dictionaries({"text": ANY_TEXT | VALUES, "site": st.none() | ANY_TEXT}), max_size=30))
+def test_documents_are_read_kept_or_dropped_for_a_reason(tmp_path, rows):
+    folder, output, told = fresh(tmp_path / "in"), tmp_path / "out", []
     rows = [*rows, *({"text": f"Document number {number} of those that are always there."} for number in range(5))]
-    (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = Data.model_validate(
-        {
-            "sources": [{"files": str(folder), "source_column": "site"}],
-            "workers": 1,
-            "max_dropped": 1.0,
-            "heldout_fraction": 0.3,
-            "deduplication": {"near": False},
-        }
-    )
-    output = tmp_path / "out"
+    lines(folder / "a.jsonl", rows)
+    source = {"files": str(folder), "source_column": "site"}
     shutil.rmtree(output, ignore_errors=True)
-    summary = gather.gather(data, output, report=lines.append)
+    summary = gather.gather(data(source, max_dropped=1.0, heldout_fraction=0.3), output, report=told.append)
     assert summary["read"] == len(rows)
     assert summary["read"] == summary["train"] + summary["heldout"] + sum(summary["dropped"].values())
     for entry in summary["sources"].values():
         assert entry["read"] == entry["train"] + entry["heldout"] + sum(entry["dropped"].values())
-    written = sum(len(batch) for split in ("train", "heldout") for batch in batches(shards(output, split), ["id"]))
-    assert written == summary["train"] + summary["heldout"]
-    assert len(lines) == 1 and f"{len(rows)} documents read" in lines[0]
+    assert all(len(rows_of(output, split)) == summary[split] for split in ("train", "heldout"))
+    assert len(told) == 1 and f"{len(rows)} documents read" in told[0]

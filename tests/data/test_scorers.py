@@ -3,21 +3,18 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from nanophi.core.errors import UserError
-from nanophi.core.recipe import Quality
 from nanophi.data.scorers import ModelScorer, find_scorer
 
 WORDS = ["alpha", "beta", "gamma", "delta", "good", "bad", "fine", "worse", "text", "about", "things"]
 TEXTS = [b"good text", b"bad", b"alpha beta gamma delta things about good text fine", b"worse"]
 
 
-def classifier(folder: Path, labels: list[str], problem: str | None = None, decoder: bool = False) -> Path:
+def classifier(folder, labels, problem=None, decoder=False):
     """A tiny text classifier with random weights; a decoder's tokenizer has no padding token."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -36,7 +33,7 @@ def classifier(folder: Path, labels: list[str], problem: str | None = None, deco
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", model_max_length=16, **special)
     tokenizer.save_pretrained(folder)
     torch.manual_seed(1)
-    fields: dict[str, Any] = {
+    fields = {
         "vocab_size": len(vocabulary),
         "id2label": dict(enumerate(labels)),
         "label2id": {name: index for index, name in enumerate(labels)},
@@ -54,7 +51,7 @@ def classifier(folder: Path, labels: list[str], problem: str | None = None, deco
     return folder
 
 
-def logits_of(folder: Path) -> np.ndarray:
+def logits_of(folder):
     """Each text by itself, without padding: the reference."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -65,13 +62,13 @@ def logits_of(folder: Path) -> np.ndarray:
     return torch.stack(rows).double().numpy()
 
 
-def softmax(logits: np.ndarray) -> np.ndarray:
+def softmax(logits):
     powers = np.exp(logits - logits.max(-1, keepdims=True))
     return powers / powers.sum(-1, keepdims=True)
 
 
 @pytest.mark.parametrize("decoder", [False, True])
-def test_the_probability_of_a_label_named(tmp_path: Path, decoder: bool) -> None:
+def test_the_probability_of_a_label_named(tmp_path, decoder):
     folder = classifier(tmp_path / "model", ["High", "Medium", "Low"], decoder=decoder)
     for index, label in enumerate(("High", "Medium", "Low")):
         scores = ModelScorer(str(folder), label).score(TEXTS)
@@ -79,13 +76,13 @@ def test_the_probability_of_a_label_named(tmp_path: Path, decoder: bool) -> None
 
 
 @pytest.mark.parametrize("names", [[str(n) for n in range(6)], [f"LABEL_{n}" for n in range(6)]])
-def test_six_labels_are_worth_their_numbers_on_a_scale(tmp_path: Path, names: list[str]) -> None:
+def test_six_labels_are_worth_their_numbers_on_a_scale(tmp_path, names):
     folder = classifier(tmp_path / "model", names)
     scores = ModelScorer(str(folder), scale=(0, 5)).score(TEXTS)
     assert scores == pytest.approx(softmax(logits_of(folder)) @ np.arange(6), abs=1e-4)
 
 
-def test_one_output_is_a_number_on_a_scale_or_a_logit(tmp_path: Path) -> None:
+def test_one_output_is_a_number_on_a_scale_or_a_logit(tmp_path):
     regression = classifier(tmp_path / "regression", ["LABEL_0"], "regression")
     logits = logits_of(regression)[:, 0]
     assert ModelScorer(str(regression), scale=(-9, 9)).score(TEXTS) == pytest.approx(logits, abs=1e-5)
@@ -115,16 +112,14 @@ NUMBERED = [str(number) for number in range(6)]
         (["a", "b"], "regression", "a", None, "2 outputs of a regression"),
     ],
 )
-def test_what_the_configuration_and_the_recipe_leave_open_is_refused(
-    tmp_path: Path, labels: list[str], problem: str | None, label: str | None, scale: Any, message: str
-) -> None:
+def test_what_the_configuration_and_the_recipe_leave_open_is_refused(tmp_path, labels, problem, label, scale, message):
     config = {"model_type": "bert", "id2label": dict(enumerate(labels)), "problem_type": problem}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=message):
         find_scorer(f"model:{tmp_path}", label, scale).check()
 
 
-def test_a_name_that_is_no_scorer_is_refused(tmp_path: Path) -> None:
+def test_a_name_that_is_no_scorer_is_refused(tmp_path):
     for name, message in (
         (f"model:{tmp_path / 'nothing'}", r"quality\.scorer: folder .*nothing does not exist"),
         ("column:", "must be 'linear', 'column:<name>', 'model:<hub id or folder>' or 'none'"),
@@ -134,7 +129,7 @@ def test_a_name_that_is_no_scorer_is_refused(tmp_path: Path) -> None:
             find_scorer(name)
 
 
-def test_a_model_that_was_not_trained_to_classify_is_refused(tmp_path: Path) -> None:
+def test_a_model_that_was_not_trained_to_classify_is_refused(tmp_path):
     from transformers import BertForSequenceClassification
 
     folder = classifier(tmp_path / "model", ["bad", "good"])
@@ -143,7 +138,7 @@ def test_a_model_that_was_not_trained_to_classify_is_refused(tmp_path: Path) -> 
         ModelScorer(str(folder), "good").score(TEXTS)
 
 
-def test_a_text_ends_before_its_padding_whatever_the_configuration_pads_with(tmp_path: Path) -> None:
+def test_a_text_ends_before_its_padding_whatever_the_configuration_pads_with(tmp_path):
     folder = classifier(tmp_path / "model", ["bad", "good"], decoder=True)
     alone = softmax(logits_of(folder))[:, 1]
     config = json.loads((folder / "config.json").read_text())
@@ -151,21 +146,7 @@ def test_a_text_ends_before_its_padding_whatever_the_configuration_pads_with(tmp
     assert ModelScorer(str(folder), "good").score(TEXTS) == pytest.approx(alone, abs=1e-5)
 
 
-def test_a_recipe_has_label_and_scale_where_they_mean_something() -> None:
-    for fields, message in (
-        ({"label": "x"}, "label is for a scorer 'model:"),
-        ({"scale": [0, 5], "threshold": 3}, "scale is for a scorer"),
-        ({"scorer": "column:q", "scale": [5, 0], "threshold": 3}, "from a smaller to a larger"),
-        ({"scorer": "column:q", "scale": [0, 5]}, "state the threshold between 0 and 5"),
-        ({"scorer": "column:q", "threshold": 3}, r"outside the scale of the scores, 0 to 1; if .* scale: \[0, 5\]"),
-        ({"scorer": "column:q", "scale": [0, 5], "threshold": 6}, "threshold 6 is outside the scale"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            Quality.model_validate(fields)
-    assert Quality.model_validate({"scorer": "column:q", "scale": [0, 5], "share": 0.4}).threshold is None
-
-
-def test_a_recipe_is_checked_without_loading_what_scores() -> None:
+def test_a_recipe_is_checked_without_loading_what_scores():
     """A mistyped recipe is answered at once."""
     script = (
         "import sys, nanophi.data.scorers; print(*{'numpy', 'torch', 'transformers', 'pyarrow'} & set(sys.modules))"

@@ -21,7 +21,7 @@ def test_a_share_is_of_the_bytes_and_from_the_right_end(share):
     kept = {}
     for select in ("best", "random", "worst"):
         quality = Quality(share=share, select=select)
-        kept[select] = choose(scores, sizes, ids, quality, seed=3).kept
+        kept[select] = choose(scores, sizes, ids, quality, seed=3)[0]
         assert abs(sizes[kept[select]].sum() - share * sizes.sum()) <= 1500
     if share < 1:
         assert scores[kept["best"]].min() >= scores[~kept["best"]].max()
@@ -36,8 +36,8 @@ def test_the_choice_depends_on_the_seed_and_not_on_the_order():
     mixed = np.random.default_rng(9).permutation(len(ids))
     for select in ("best", "random", "worst"):
         quality = Quality(share=0.3, select=select)
-        chosen = [set(ids[choose(scores, sizes, ids, quality, seed).kept]) for seed in (0, 1)]
-        again = set(ids[mixed][choose(scores[mixed], sizes[mixed], ids[mixed], quality, 0).kept])
+        chosen = [set(ids[choose(scores, sizes, ids, quality, seed)[0]]) for seed in (0, 1)]
+        again = set(ids[mixed][choose(scores[mixed], sizes[mixed], ids[mixed], quality, 0)[0]])
         assert chosen[0] == again
         assert chosen[0] != chosen[1]
 
@@ -50,7 +50,7 @@ def test_what_cannot_be_chosen_is_refused():
     for select in ("best", "worst"):
         with pytest.raises(UserError, match=r"every document has the score 0\.2500"):
             choose(same, sizes, ids, Quality(share=0.5, select=select), seed=0)
-    assert choose(same, sizes, ids, Quality(share=0.5, select="random"), seed=0).kept.any()
+    assert choose(same, sizes, ids, Quality(share=0.5, select="random"), seed=0)[0].any()
     with pytest.raises(UserError, match=r"threshold 1\.0 keeps no document; the highest score is"):
         choose(scores, sizes, ids, Quality(threshold=1.0), seed=0)
 
@@ -65,21 +65,28 @@ def test_what_cannot_be_chosen_is_refused():
         ({"select": "worst"}, "needs 'share'"),
         ({"high": ["a", "b"], "low": ["c", "b"]}, "'high' and 'low' both name 'b'"),
         ({"share": 0.4, "select": "first"}, "'best', 'random' or 'worst'"),
+        ({"label": "x"}, "label is for a scorer 'model:"),
+        ({"scale": [0, 5], "threshold": 3}, "scale is for a scorer"),
+        ({"scorer": "column:q", "scale": [5, 0], "threshold": 3}, "from a smaller to a larger"),
+        ({"scorer": "column:q", "scale": [0, 5]}, "state the threshold between 0 and 5"),
+        ({"scorer": "column:q", "threshold": 3}, r"outside the scale of the scores, 0 to 1; if .* scale: \[0, 5\]"),
+        ({"scorer": "column:q", "scale": [0, 5], "threshold": 6}, "threshold 6 is outside the scale"),
     ],
 )
 def test_impossible_sections_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
         Quality(**values)
+    assert Quality(scorer="column:q", scale=(0, 5), share=0.4).threshold is None
 
 
 def test_other_documents_are_divided_as_the_chosen_ones_were():
     scores, sizes, ids = documents()
     for select in ("best", "worst"):
         quality = Quality(share=0.42, select=select)
-        selection = choose(scores, sizes, ids, quality, seed=0)
-        assert (divide(scores, quality, selection.cutoff) == selection.kept).all()
+        kept, cutoff = choose(scores, sizes, ids, quality, seed=0)
+        assert (divide(scores, quality, cutoff) == kept).all()
     random = Quality(share=0.42, select="random")
-    assert divide(scores, random, choose(scores, sizes, ids, random, 0).cutoff) is None
+    assert divide(scores, random, choose(scores, sizes, ids, random, 0)[1]) is None
     assert divide(np.array([0.5, 0.51]), Quality(threshold=0.5), None).tolist() == [False, True]
     assert divide(scores, Quality(threshold=None), None) is None
 

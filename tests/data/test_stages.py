@@ -2,8 +2,6 @@
 
 import json
 import os
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,8 +15,9 @@ STAGES = set(PREPARE) - {"conversations"}  # of a recipe that trains on document
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("in/a.jsonl", "tok/tokenizer.json", "clf/config.json", "bench/quiz/test.parquet"):
         path = tmp_path / name
         path.parent.mkdir(parents=True)
@@ -29,7 +28,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def keys(tmp_path: Path, **changes: Any) -> dict[str, str]:
+def keys(tmp_path, **changes):
     """What each stage depends on, in a run of its own in which nothing is computed."""
     recipe = {
         "name": "run",
@@ -39,15 +38,15 @@ def keys(tmp_path: Path, **changes: Any) -> dict[str, str]:
         "model": {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64},
         "training": {"steps": 1, "batch_size": 1, "learning_rate": 0.1},
     }
-    found: dict[str, str] = {}
+    found = {}
     run = RunDirectory(tmp_path / "runs" / "run", report=lambda line: None)
 
-    def stage(name: str, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def stage(name, inputs, *args, **kwargs):
         found[name] = json.dumps(inputs, sort_keys=True)
         return {}
 
-    run.stage = stage  # type: ignore[method-assign]
-    run.stage_key = lambda name: found[name]  # type: ignore[method-assign]
+    run.stage = stage
+    run.stage_key = lambda name: found[name]
     parsed = Recipe.model_validate(recipe | changes)
     Runner(parsed, run, data_stages(parsed), PREPARE).make("tokens")
     return found
@@ -63,10 +62,7 @@ def keys(tmp_path: Path, **changes: Any) -> dict[str, str]:
         ("tok/model.safetensors", set()),
     ],
 )
-def test_a_stage_runs_again_if_what_it_was_given_holds_something_else(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, path: str, changed: set[str]
-) -> None:
-    monkeypatch.setenv("HOME", str(folder))
+def test_a_stage_runs_again_if_what_it_was_given_holds_something_else(folder, path, changed):
     before = keys(folder)
     assert set(before) == STAGES
     os.utime(folder / path, (1, 1))
@@ -78,8 +74,7 @@ def test_a_stage_runs_again_if_what_it_was_given_holds_something_else(
     assert keys(folder) == before
 
 
-def test_limits_and_workers_are_not_what_documents_depend_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(folder))
+def test_limits_and_workers_are_not_what_documents_depend_on(folder):
     data = {"sources": [{"files": "in"}], "decontamination": {"benchmarks": "./bench"}}
     assert keys(folder, data={**data, "max_dropped": 0.5, "workers": 3})["documents"] == keys(folder)["documents"]
     assert keys(folder, data={**data, "heldout_fraction": 0.1})["documents"] != keys(folder)["documents"]
@@ -87,8 +82,7 @@ def test_limits_and_workers_are_not_what_documents_depend_on(folder: Path, monke
     assert {name for name in STAGES if after[name] != before[name]} == {"tokens"}, "a weight counts in the packing"
 
 
-def test_a_dataset_on_the_hub_is_its_commit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(folder))
+def test_a_dataset_on_the_hub_is_its_commit(folder, monkeypatch):
     commits = iter(["a" * 40, "b" * 40])
     monkeypatch.setattr("nanophi.core.inputs.resolve_commit", lambda *args: next(commits))
     data = {"sources": [{"hub": "org/set"}]}

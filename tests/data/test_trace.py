@@ -22,18 +22,17 @@ from nanophi.data.documents import id_of
 END = 0
 
 
-def stream_of(documents: list[list[int]], parts: int = 1) -> trace.Stream:
+def stream_of(documents, parts=1):
     tokens = np.array([token for document in documents for token in (*document, END)], np.int32)
     stream = trace.Stream.__new__(trace.Stream)
-    stream.chunks = [np.ascontiguousarray(part) for part in np.array_split(tokens, parts)]
-    stream.starts, stream.end = np.cumsum([0, *map(len, stream.chunks)]), END
+    stream.tokens, stream.end = pa.chunked_array(np.array_split(tokens, parts)), END
     return stream
 
 
-def brute_force(documents: list[list[int]], ids: list[int], shortest: int) -> dict[tuple[int, int], tuple[int, int]]:
+def brute_force(documents, ids, shortest):
     """(start, length) of the spans that no other contains -> (occurrences, documents)."""
 
-    def places(span: list[int]) -> list[int]:
+    def places(span):
         return [
             number
             for number, document in enumerate(documents)
@@ -91,7 +90,7 @@ def run(tmp_path_factory):
     tokenizer.save_pretrained(folder / "data/tokenizer")
     rng = np.random.default_rng(1)
 
-    def words(count: int) -> str:
+    def words(count):
         return " ".join("".join(rng.choice(list("aeioustrn"), rng.integers(2, 8))) for _ in range(count))
 
     texts = [f"{words(30)}. {SECRETS[times]} {words(20)}" for times in SECRETS for _ in range(times)]

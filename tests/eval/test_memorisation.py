@@ -4,6 +4,7 @@ from pathlib import Path
 
 import nltk
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,8 +19,7 @@ from nanophi.eval.tasks import memorisation
 
 def stream_of(tokens: list[int]) -> Stream:
     stream = Stream.__new__(Stream)
-    stream.chunks = [np.ascontiguousarray(part) for part in np.array_split(np.array(tokens, np.int32), 3)]
-    stream.starts, stream.end = np.cumsum([0, *map(len, stream.chunks)]), 0
+    stream.tokens, stream.end = pa.chunked_array(np.array_split(np.array(tokens, np.int32), 3)), 0
     return stream
 
 
