@@ -46,7 +46,7 @@ def keys(tmp_path, **changes):
         return {}
 
     run.stage = stage
-    run.stage_key = lambda name: found[name]
+    run.key = lambda name: found[name]
     parsed = Recipe.model_validate(recipe | changes)
     Runner(parsed, run, data_stages(parsed), PREPARE).make("tokens")
     return found
