@@ -110,10 +110,15 @@ def test_the_demo_prints_what_the_readme_shows(demo):
 
 
 ON_THE_HUB = ("push", "submit")
-OFFLINE = [line for line in COMMANDS if verb(line) not in (*ON_THE_HUB, "show")]
+SLOW = ("ladder",)  # it measures the speed of a larger model
+OFFLINE = [
+    pytest.param(line, id=verb(line), marks=[pytest.mark.slow] * (verb(line) in SLOW))
+    for line in COMMANDS
+    if verb(line) not in (*ON_THE_HUB, "show")
+]
 
 
-@pytest.mark.parametrize("arguments", OFFLINE, ids=verb)
+@pytest.mark.parametrize("arguments", OFFLINE)
 def test_a_command_works_as_it_stands(demo, capsys, arguments):
     assert not nanophi(*arguments)
     out = capsys.readouterr().out

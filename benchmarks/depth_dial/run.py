@@ -165,7 +165,11 @@ def plan() -> dict[str, Any]:
 def rates() -> dict[str, Any]:
     """Per depth: mean loss by factor, relative to the same seed's at 1, and the best factor."""
     found = {}
+    missing = [run.name for run in rate_runs() if not records.record_path(HERE, run.name).exists()]
     for depth, all_seeds in RATE_SEEDS.items():
+        if any(name.startswith(f"dial-depth-{depth}-") for name in missing):
+            print(f"depth {depth} is not finished")
+            continue
         means = {}
         for factor in FACTORS:
             seeds = all_seeds if 0.5 < factor < 2 else SEEDS[:1]
@@ -238,7 +242,7 @@ def main() -> None:
             return
         for runs in (budget_runs, tuned_runs, rate_runs):
             make(runs(), arguments.runs, arguments.jobs)
-    answer()
+    answer()  # of the depths that are finished
 
 
 if __name__ == "__main__":

@@ -128,6 +128,7 @@ def assert_same_evaluations(run: Path, reference: Path) -> None:
     assert here["samples"][0]["text"].startswith(PROMPT)
 
 
+@pytest.mark.slow
 def test_replicated_processes_stop_together_whoever_gets_the_signal(one, tmp_path):
     """One process alone, then the launcher; each time all save the same step, and the next training resumes there."""
     run, optimizer = add_sources(make_run(tmp_path / "run")), "muon"
