@@ -135,6 +135,7 @@ def write_answer(output: Path, names: Sequence[str]) -> dict[str, Any]:
     write_json(output / "ladder.json", result)
     page = Path(__file__).with_name("ladder.md").read_text(encoding="utf-8")
     shown = {"interval": _interval, "text": markup.text, "formatting": formatting, "targets": TARGETS}
+    shown["asked"] = {name: ladder.plan["tasks"] for name, ladder in ladders.items()}
     text = jinja2.Template(page, keep_trailing_newline=True, trim_blocks=True).render(**result, **shown)
     write_text(output / "ladder.md", text)
     draw(ladders, result, output / "ladder.png")

@@ -29,7 +29,7 @@ from nanophi.core.recipe import load_recipe
 from nanophi.core.recipe_file import RECIPES
 from nanophi.data import quality
 from nanophi.eval import catalogue
-from nanophi.experiments import ablation_render
+from nanophi.experiments import ablation_render, ladder_render
 
 COMMANDS = commands("The command")
 VERBS = {name for name, verb in TABLE.items() if isinstance(verb, str) and name not in HIDDEN}
@@ -238,3 +238,17 @@ def test_the_decays_say_what_the_readme_says(tmp_path):
         found = targets[name]["contrasts"][contrast]
         assert found["verdict"] == verdict
         assert all(f"{one['value']:+.4f}" in quoted for one in found["learning_rates"].values())
+
+
+def test_the_ladder_says_what_the_readme_says(tmp_path):
+    shutil.copytree(ROOT / "benchmarks/ladder", tmp_path, dirs_exist_ok=True)
+    result = ladder_render.write_answer(tmp_path, ["d12", "published"])
+    assert (tmp_path / "ladder.md").read_text() == (ROOT / "benchmarks/ladder/ladder.md").read_text()
+    quoted = " ".join(README[README.index("Two ladders of 25 runs") :].split("![")[0].split())
+    for entry in result["recipes"].values():
+        found = entry["targets"]["heldout"]
+        low, high = found["hidden"]["interval"]
+        assert f"{found['hidden']['value']:.4f} [{low:.4f}, {high:.4f}]" in quoted
+        assert f"{found['measured']:.4f}" in quoted and found["inside"]
+        assert f"{found['hidden_ratio']:.2f}" in quoted and f"{found['ratio']:,.0f}" in quoted
+        assert f"{100 * found['coverage']:.0f} %" in quoted and not found["confirmed"]
