@@ -52,7 +52,7 @@ class Stream:
         chunks: list[pa.Array] = []
         decay = tokens.with_name("decay")
         for part in (tokens, *([decay] if tokens.name == "train" and decay.is_dir() else [])):
-            chunks += [pa.array([end], pa.int32())] if chunks else []  # no document goes on in another text
+            chunks += [pa.array([end], pa.int32())] if chunks else []  # no document continues in another text
             rows = datasets.load_from_disk(str(part)).data.column("input_ids")
             chunks += [chunk.flatten() for chunk in rows.chunks]
         self.tokens, self.end = pa.chunked_array(chunks), end

@@ -68,7 +68,7 @@ def measure(
     same inputs, it resumes with the next task. If `shared`, the file's name is the beginning of several models' own.
     """
     if resolve(model).folder is None:
-        report(f"{model}: there is no folder of that name, so it is looked for on the Hub")
+        report(f"{model}: no such folder, looking on the Hub")
     chosen = suites.find_suite(suite, options.num_fewshot)
     suites.find_data(chosen, data=options.data, heldout=options.heldout)  # before the model is loaded
     with quiet():

@@ -78,7 +78,7 @@ def load_model(
         if "Unrecognized configuration class" in reason:
             reason = f"model type '{config.model_type}' is not a causal language model"
         if folder is None:
-            reason = f"there is no folder of that name, and from the Hub: {reason}"
+            reason = f"no such folder, and from the Hub: {reason}"
         raise UserError(f"cannot load {model}: {reason}") from error
     if len(tokenizer) > (rows := network.get_input_embeddings().num_embeddings):
         sizes = f"the tokenizer has {len(tokenizer)} tokens but the weights only {rows} rows"

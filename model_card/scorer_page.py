@@ -29,8 +29,7 @@ def build(source: Source, repo_id: str, folder: Path) -> None:
     run, recipe = source.run, source.recipe
     weights = scorers.of_section(recipe.quality).weights
     if weights is None:
-        none = f"quality.scorer is '{recipe.quality.scorer}', so there is no scorer of this run to publish"
-        raise UserError(f"{run}: {none}; leave out --scorer")
+        raise UserError(f"{run}: quality.scorer '{recipe.quality.scorer}' has nothing to publish; leave out --scorer")
     portable = secrets.PathRemover(run)
     report = portable(read_json(run / "data" / "scores" / "scorer.json"))
     folder.mkdir(parents=True)

@@ -180,7 +180,7 @@ def _follow(api: HfApi, job_id: str, secrets: dict[str, str]) -> None:
                 typer.echo(printable(line.rstrip("\n")))
             stage = api.inspect_job(job_id=job_id).status.stage
     except KeyboardInterrupt:
-        typer.echo(f"\nthe job goes on; to follow it again: nanophi launch --follow {job_id}")
+        typer.echo(f"\nthe job continues; to follow it again: nanophi launch --follow {job_id}")
         return
     if stage != "COMPLETED":
         raise UserError(f"job {job_id} ended early ({stage}); launch it again to continue from the mirror")

@@ -200,14 +200,20 @@ def ratio(budget: float, factor: float) -> dict[str, Any]:
     return {"factor": factor, "losses": theirs, "ratio": middle, "interval": [low, high], "extrapolated": extrapolated}
 
 
-def answer() -> None:
-    """`answer.json` and `answer.png` from plan and records."""
-    found: dict[str, Any] = {"rates": rates(), "flops": {}}
+def derived() -> dict[str, Any]:
+    """The answer that follows from the records."""
+    flops = {}
     for budget in BUDGETS:
-        found["flops"][label(budget)] = {
+        flops[label(budget)] = {
             "as published (goal 0.25)": ratio(budget, 1.0),
             "rate tuned (goal 0.4)": ratio(budget, best_factor(budget)),
         }
+    return {"rates": rates(), "flops": flops}
+
+
+def answer() -> None:
+    """Write `answer.json` and `answer.png`."""
+    found = derived()
     write_json(HERE / "answer.json", found)
     with plots.picture(HERE / "answer.png", 9, 4) as figure:
         left, right = figure.subplots(1, 2)
