@@ -409,7 +409,7 @@ def test_who_has_lost_the_mirror_trains_on_without_it(tmp_path, service, weights
     lease = tmp_path / "mirror/tiny/lease"
 
     def take(call: str, path: str) -> None:
-        if call == "put" and "process 12" not in lease.read_text():
+        if call == "put" and "elsewhere" not in lease.read_text():
             lease.write_text("0123456789abcdef 1 process 12 on elsewhere")
 
     assert go(make(tmp_path / "here/tiny"), service(take), lines)["weights_sha256"] == weights
