@@ -243,7 +243,7 @@ def test_bad_input_is_one_line(scored, hub, tmp_path):
         push(run / "release", "org/demo", data="text")
     values = yaml.safe_load((run / "recipe.yaml").read_text())
     (run / "recipe.yaml").write_text(yaml.safe_dump({**values, "quality": {"scorer": "column:score"}}))
-    with pytest.raises(UserError, match="quality.scorer 'column:score' has nothing to publish"):
+    with pytest.raises(UserError, match=r"quality\.scorer 'column:score' has nothing to publish"):
         push(run / "release", "org/demo", scorer=True)
     with pytest.raises(UserError, match="--new-version better is not a Hub id"):
         push(scored, "org/demo", new_version="better")
