@@ -7,6 +7,7 @@ import json
 import os
 import pydoc_data.topics
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -252,3 +253,14 @@ def test_the_ladder_says_what_the_readme_says(tmp_path):
         assert f"{found['measured']:.4f}" in quoted and found["inside"]
         assert f"{found['hidden_ratio']:.2f}" in quoted and f"{found['ratio']:,.0f}" in quoted
         assert f"{100 * found['coverage']:.0f} %" in quoted and not found["confirmed"]
+
+
+def test_the_dial_says_what_the_readme_says():
+    folder = ROOT / "benchmarks/depth_dial"
+    answer, script = read_json(folder / "answer.json"), runpy.run_path(str(folder / "run.py"))
+    assert answer == json.loads(json.dumps(script["derived"]()))
+    quoted = " ".join(README[README.index("Both scaled down to 3e12") :].split("\n\n")[0].split())
+    for budget in answer["flops"].values():
+        for found in budget.values():
+            low, high = found["interval"]
+            assert f"{found['ratio']:.3f} [{low:.3f}, {high:.3f}]" in quoted and not found["extrapolated"]

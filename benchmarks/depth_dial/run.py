@@ -221,7 +221,8 @@ def answer() -> None:
             factors = [float(factor) for factor in one["difference"]]
             left.plot(factors, list(one["difference"].values()), "o-", color=colour, label=f"depth {depth}")
         left.set(xscale="log", xlabel="times the dial's rates", ylabel="bits per byte more")
-        left.legend()
+        if found["rates"]:
+            left.legend()
         for name, colour in zip(next(iter(found["flops"].values())), plots.SERIES, strict=False):
             rows = [(float(budget), one[name]) for budget, one in found["flops"].items()]
             middle = np.array([one["ratio"] for _, one in rows])
