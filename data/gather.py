@@ -49,15 +49,7 @@ def gather(
     if done.exists():
         return read_json(done)
     work.mkdir(parents=True, exist_ok=True)
-    parts: list[tuple[int, Source, sources.Part]] = []
-    for number, source in enumerate(data.sources):
-        parts += [(number, source, part) for part in sources.plan(source, score)]
-    plan = work / "plan"  # `plan.txt` was that of parts that were counted in another way
-    cut = sha256_of([[number, part] for number, _, part in parts])
-    if not plan.exists() or plan.read_text() != cut:
-        for left in (work / "read", work / "written"):  # of parts that were cut otherwise
-            remove(left)
-        write_text(plan, cut)
+    parts = _plan(data, score, work)
     _benchmark_index.cache_clear()  # this folder may have held another one
     benchmarks = _index_benchmarks(data, work)
     run = functools.partial(run_parts, workers=data.workers, engine=data.engine)
@@ -112,6 +104,20 @@ def gather(
     write_json(done, summary)
     shutil.rmtree(work)
     return summary
+
+
+def _plan(data: Data, score: str | None, work: Path) -> list[tuple[int, Source, sources.Part]]:
+    """The parts to read, with their source and its number; what an attempt that was cut otherwise left is removed."""
+    parts = [
+        (number, source, part) for number, source in enumerate(data.sources) for part in sources.plan(source, score)
+    ]
+    plan = work / "plan"  # `plan.txt` was that of parts that were counted in another way
+    cut = sha256_of([[number, part] for number, _, part in parts])
+    if not plan.exists() or plan.read_text() != cut:
+        for left in (work / "read", work / "written"):
+            remove(left)
+        write_text(plan, cut)
+    return parts
 
 
 def _read_part(

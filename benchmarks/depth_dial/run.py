@@ -231,6 +231,9 @@ def answer() -> None:
             right.errorbar([flops for flops, _ in rows], middle, bars, fmt="o-", color=colour, label=name)
         right.set(xscale="log", xlabel="budget (FLOP)", ylabel="share of it that the dial needs")
         right.legend()
+        for axes, ticks in ((left, FACTORS), (right, BUDGETS)):
+            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            axes.minorticks_off()
     for part in found.values():
         for name, one in part.items():
             print(name, one)
