@@ -264,3 +264,4 @@ def test_the_dial_says_what_the_readme_says():
         for found in budget.values():
             low, high = found["interval"]
             assert f"{found['ratio']:.3f} [{low:.3f}, {high:.3f}]" in quoted and not found["extrapolated"]
+    assert all(f"{found['best']:.2f} times" in quoted and found["within 1.5"] for found in answer["rates"].values())
