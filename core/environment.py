@@ -32,7 +32,7 @@ def git_commit() -> str | None:
 
 
 def environment() -> dict[str, Any]:
-    """What `record.json` keeps of it."""
+    """What this process runs on: versions of Python and the packages that matter, commit, processor, devices."""
     import torch
 
     versions = {}

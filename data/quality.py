@@ -1,25 +1,24 @@
 """The filter on files, without a run: the verbs of `nanophi quality`. A run scores in `scoring.py`."""
 
+from __future__ import annotations
+
 import heapq
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import typer
 from typer import Argument, Option
 
 from nanophi.core.errors import UserError, user_errors
 from nanophi.core.files import atomic_folder, check_own_file, check_own_folder, read_json, whole_file
 from nanophi.core.options import TextColumn
-from nanophi.core.recipe import Quality, Source
-from nanophi.data import linear, quality_report, scorers, scoring, sources
-from nanophi.data.documents import id_of
-from nanophi.data.gather import SCORE, in_batches
-from nanophi.data.sources import Document, Tally
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from nanophi.data.sources import Document, Tally
 
 MADE_BY = b"nanophi"
 """Key of the metadata of a Parquet file that `nanophi quality score` wrote: which scorer, which scale."""
@@ -37,6 +36,9 @@ def fit(
 
     Example: nanophi quality fit scorer --high "books/*.txt" --low "chat/*.jsonl.gz"
     """
+    from nanophi.data import linear
+    from nanophi.data.sources import Tally
+
     check_own_folder(output, ("scorer.json", "scorer.safetensors"), "quality fit")
     if both := sorted({*high} & {*low}):
         raise UserError(f"{both[0]} is named as high and as low quality; it can be an example of one")
@@ -67,12 +69,17 @@ def score(
 
     Example: nanophi quality score "chat/*.jsonl.gz" --scorer model:scorer
     """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from nanophi.data import quality_report, scorers, scoring, sources
+
     chosen = scorers.find_scorer(scorer, label, scale)
     check_own_file(output, lambda: MADE_BY in (pq.read_schema(output).metadata or {}), "quality score")
     made_by = {MADE_BY: json.dumps({"scorer": chosen.name, "scale": chosen.range})}
     schema = scoring.SCHEMA.remove(scoring.SCHEMA.get_field_index("split"))
     schema = schema.append(pa.field("text", pa.string())).with_metadata(made_by)
-    tally = Tally()
+    tally = sources.Tally()
     with whole_file(output) as partial:
         batches = _batches(_read(files, text_column, chosen.column, tally))
         summary = scoring.write_scores(batches, chosen, "", partial, schema, quality_report.EXCERPT)
@@ -82,6 +89,9 @@ def score(
 
 def _read(files: str, text_column: str, column: str | None, tally: Tally) -> Iterator[Document]:
     """The usable documents of files, counted in `tally`. Raises `UserError` at the end if there were none."""
+    from nanophi.core.recipe import Source
+    from nanophi.data import sources
+
     source = Source(files=files, text_column=text_column)
     for part in sources.plan(source, column):
         yield from sources.read(source, part, column, tally)
@@ -90,10 +100,13 @@ def _read(files: str, text_column: str, column: str | None, tally: Tally) -> Ite
 
 def _spread(documents: Iterator[Document], room: int) -> list[bytes]:
     """Excerpts of at most about `room` bytes: of all documents if they fit, else of those with the lowest ids."""
+    from nanophi.data.documents import id_of
+    from nanophi.data.linear import EXCERPT_BYTES
+
     chosen: list[tuple[int, int, bytes]] = []
     size = 0
     for number, document in enumerate(documents):
-        excerpt = document.text[: linear.EXCERPT_BYTES]
+        excerpt = document.text[:EXCERPT_BYTES]
         heapq.heappush(chosen, (-int(id_of(document.text), 16), number, excerpt))
         size += len(excerpt)
         while size > room and len(chosen) > 1:
@@ -102,6 +115,11 @@ def _spread(documents: Iterator[Document], room: int) -> list[bytes]:
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[pa.RecordBatch]:
+    import pyarrow as pa
+
+    from nanophi.data.documents import id_of
+    from nanophi.data.gather import SCORE, in_batches
+
     for rows in in_batches(documents):
         columns = {
             "id": [id_of(document.text) for document in rows],
@@ -128,6 +146,12 @@ def report(
 
     Example: nanophi quality report scores.parquet --threshold 0.3
     """
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    from nanophi.core.recipe import Quality
+    from nanophi.data import quality_report
+
     if scores.is_dir():
         if threshold is not None or output is not None:
             raise UserError("--threshold and --output are for a file of scores; a run has its own report")

@@ -20,6 +20,7 @@ from nanophi.core.inputs import Contents, resolve_commit
 from nanophi.core.names import is_hub_id, local, shown, walk
 from nanophi.core.recipe import Source
 from nanophi.data import installed_docs
+from nanophi.data.documents import SPLITS
 from nanophi.data.formats import KNOWN, PART_BYTES, READERS, Reader, Row, Unusable, clean, format_of
 
 _METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
@@ -58,7 +59,7 @@ class Tally:
 
 def dropped(counts: Counter[str]) -> Counter[str]:
     """Of counts of documents those that were dropped, by reason: what was read and not kept, always."""
-    return Counter({what: count for what, count in counts.items() if what not in ("read", "bytes", "train", "heldout")})
+    return Counter({what: count for what, count in counts.items() if what not in ("read", "bytes", *SPLITS)})
 
 
 def reasons(counts: Counter[str]) -> str:
