@@ -142,7 +142,7 @@ class Score:
 
     @property
     def against_chance(self) -> str | None:
-        """`above`, `below` or `within` two standard errors of chance; None where there is no level of chance.
+        """`above`, `below` or `within` two standard errors of chance; None for a score without a level of chance.
 
         Of few items the error is at least that of guessing: eight wrong answers have none of their own.
         """

@@ -90,7 +90,8 @@ def test_a_quick_answer_loads_none_of_the_large_libraries(tmp_path):
     script = """
 import contextlib, io, sys
 from nanophi.cli import main
-for line in ("--help", "run --help", "quality report --help", "rnu", "run nowhere", "train demo --set training.stepz=1"):
+helps = "--help", "run --help", "quality report --help"
+for line in (*helps, "rnu", "run nowhere", "train demo --set training.stepz=1"):
     sys.argv[1:] = line.split()
     with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO())), contextlib.suppress(SystemExit):
         main()

@@ -80,7 +80,7 @@ def test_common_words_do_not_surprise_and_the_length_decides():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run of byte tokens in which a secret stands in 1, 4 and 16 documents."""
+    """A run of byte tokens with secrets that 1, 4 and 16 documents contain."""
     folder = tmp_path_factory.mktemp("runs") / "small"
     alphabet = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     backend = Tokenizer(models.BPE({token: number for number, token in enumerate(alphabet)}, []))

@@ -431,7 +431,7 @@ def test_heldout_items_are_sound(heldout):
     for name in ("heldout_continuation", "heldout_order"):
         docs = list(loaded.tasks[name].eval_docs)
         assert len(docs) > 40
-        assert len({doc["gold"] for doc in docs}) == 4, "the right answer stands in every place"
+        assert len({doc["gold"] for doc in docs}) == 4, "the right answer takes every position"
         for doc in docs:
             assert len(set(doc["choices"])) == 4
             follows = [(doc["context"] + choice) in " ".join(texts[doc["id"]].split()) for choice in doc["choices"]]

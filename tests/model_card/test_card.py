@@ -81,7 +81,7 @@ def test_metadata_is_read_back_by_the_client(records):
     data: Any = ModelCard(card.render(records)).data
     assert (data.language, data.license, data.library_name) == ("en", "apache-2.0", "transformers")
     assert data.pipeline_tag == "text-generation"
-    # Held-out text is no dataset of the Hub, and bits per byte no metric that it knows.
+    # Held-out text is not a dataset on the Hub, and bits per byte is not a metric that it knows.
     assert data.eval_results is None and data.metrics == ["accuracy"]
 
 

@@ -137,7 +137,7 @@ def test_export_makes_a_repository(built_release, tmp_path):
     assert not checksums(folder, list_files(folder))
     card = (folder / "README.md").read_text()
     assert all(f"| `{Path(r['path']).name}` | {r['kind']} | {r['bytes']:,} |" in card for r in results)
-    assert "base_model" not in card  # Its name is no id of the Hub.
+    assert "base_model" not in card  # Its name is not a Hub id.
     assert list(tmp_path.iterdir()) == [folder]
     assert before == {name: sha256_of_file(release / name) for name in list_files(release)}
 
