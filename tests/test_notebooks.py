@@ -1,7 +1,9 @@
 """The notebooks run from the first cell to the last, on recipes of a very small model, and survive a lost machine."""
 
+import os
 import re
 import shutil
+import sys
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -64,7 +66,8 @@ def test_a_notebook_runs_to_its_end_twice_on_two_machines(path, folder, monkeypa
     nbclient = pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
     pip = {"PIP_DRY_RUN": "1", "PIP_NO_DEPS": "1", "PIP_NO_BUILD_ISOLATION": "0"}  # 0: without
-    for name, value in {**pip, "HF_HUB_OFFLINE": "1"}.items():
+    path_of_commands = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # an environment not activated
+    for name, value in {**pip, "HF_HUB_OFFLINE": "1", "PATH": path_of_commands}.items():
         monkeypatch.setenv(name, value)
     (folder / "nanophi").symlink_to(ROOT)
     weights = []
