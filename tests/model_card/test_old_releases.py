@@ -1,6 +1,6 @@
 """A release of each version that was published is kept whole in tests/releases, and verifies with this version."""
 
-import tarfile
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,8 +11,7 @@ RELEASES = Path(__file__).parents[1] / "releases"
 
 @pytest.fixture(params=[path.name for path in sorted(RELEASES.iterdir())])
 def release(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    with tarfile.open(RELEASES / request.param) as archive:
-        archive.extractall(tmp_path, filter="data")
+    shutil.unpack_archive(RELEASES / request.param, tmp_path)
     (folder,) = tmp_path.iterdir()
     return folder
 

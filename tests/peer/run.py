@@ -7,9 +7,9 @@ configurations on both, and fails if NanoPhi fails what Phi passes, except for `
 """
 
 import os
+import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 from pathlib import Path
 from xml.etree import ElementTree
@@ -30,8 +30,7 @@ def fetch(folder: Path) -> Path:
         name = f"transformers=={transformers.__version__}"
         subprocess.run([*pip, "download", name, "--no-binary", ":all:", "--no-deps", "--dest", folder], check=True)
         subprocess.run([*pip, "install", "--no-deps", "--target", folder / "site", "parameterized==0.9.0"], check=True)
-        with tarfile.open(next(folder.glob("transformers-*.tar.gz"))) as archive:
-            archive.extractall(folder, filter="data")
+        shutil.unpack_archive(next(folder.glob("transformers-*.tar.gz")), folder)
         (source / "tests" / "__init__.py").touch()  # left out of the distribution
     return source
 
