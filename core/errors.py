@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import errno
+import re
 from collections.abc import Iterable, Iterator
 
 
@@ -21,7 +22,8 @@ def printable(text: str) -> str:
 def one_line(error: BaseException) -> str:
     """One line on why a library failed: its message, and the innermost one where it wraps another."""
     innermost = [one for one in _chain(error) if not isinstance(one, StopIteration)][-1]
-    outer, inner = _first_line(error), _first_line(innermost)
+    # The query of a URL may be a signature.
+    outer, inner = (re.sub(r"(\w://[^\s?]*)\?\S*", r"\1", _first_line(one)) for one in (error, innermost))
     return printable(outer if inner in outer else inner if outer in inner else f"{outer}: {inner}")
 
 

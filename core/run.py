@@ -90,7 +90,7 @@ class RunDirectory:
     def lock(self) -> Iterator[None]:
         """Hold the directory for writing, with its mirror. Raises `UserError` if another process holds one of them."""
         with hold(self.path):
-            mirror.keep(self.path, self.report)
+            mirror.keep(self.path, self.record, self.report)
             yield
 
     def weights(self) -> list[str]:

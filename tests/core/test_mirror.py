@@ -270,7 +270,11 @@ def test_what_is_missing_at_the_end_is_said_and_copied_by_the_next_run(tmp_path,
     url, run = service(fail), make(tmp_path / "here/tiny")
     (run / ".work/mirror-1/left").mkdir(parents=True)  # by a process that was killed
     (run / "gone").symlink_to("nowhere")
-    assert go(run, url, lines)["weights_sha256"] == weights
+    with pytest.raises(
+        UserError, match="tiny: the mirror lacks what was finished last; run the same command to copy it"
+    ):
+        go(run, url, lines)
+    assert read_json(run / "training.json")["summary"]["weights_sha256"] == weights
     assert lines[-1] == f"tiny: {url}/tiny lacks what was finished last; run the same command to copy it"
     assert not list((tmp_path / "mirror").glob("tiny/manifests/*.json"))
     broken.clear()
@@ -334,14 +338,22 @@ def test_a_mirror_that_cannot_be_used_is_refused_before_anything(tmp_path, servi
 
 
 def test_urls_that_cannot_be_meant(tmp_path):
+    run = make_run(tmp_path / "tiny")
     for url, why in (
         (str(tmp_path / "drive"), "there is no folder .*drive; make it, or mount the drive"),
         ("sftp://me:secret@host/runs", "the URL holds a password"),
+        ("s3://key:sec/ret-of-mine@bucket", "the URL holds a password"),
+        ("memory://bucket/runs?sig=secret", "the URL holds a password"),
         ("nosuch://bucket/x", "cannot be used"),
+        ("http://[x", "cannot be used"),
+        ("hf://buckets/org", "names no bucket"),
+        (" ", "--mirror is empty"),
+        (str(tmp_path), "it would be in the run .* itself"),
+        (str(tmp_path / "tiny"), "it would be in the run .* itself"),
     ):
         with pytest.raises(UserError, match=why) as refused:
-            go(make_run(tmp_path / f"{len(url)}/tiny"), url)
-        assert "secret" not in str(refused.value)
+            go(run, url)
+        assert "secret" not in str(refused.value) and "ret-of-mine" not in str(refused.value)
 
 
 def test_a_state_that_was_damaged_on_the_mirror_is_not_used(copy, tmp_path, weights):
@@ -387,10 +399,108 @@ def test_the_newer_of_disk_and_mirror_is_used(copy, tmp_path):
     assert contents(older) == contents(copy / "here/tiny")
     assert (older / ".replaced/note.txt").read_text() == "of the user"
     assert lines[0].endswith(f"step 24, 1 stages; what was here was not as far, and is in {older}/.replaced")
+    shutil.rmtree(older / "training_state")
+    lines = meet(older, url)  # a second time: what the first has set aside stays
+    assert lines[0].endswith(f"and is in {older}/.replaced-2") and contents(older) == contents(copy / "here/tiny")
+    assert (older / ".replaced/note.txt").read_text() == "of the user"
     write_json(older / "record.json", {"stages": {"tokens": {}, "training": {}}})
     further = "step 24, 2 stages against step 24, 1 stages"
     assert meet(older, url) == [f"tiny: the run here is further than its mirror ({further}), and is used"]
     assert manifest(copy / "mirror/tiny")["reached"] == [24, 2]
+
+
+def test_only_what_a_mirror_wrote_is_removed_from_it(copy):
+    there = copy / "mirror/tiny"
+    (old := there / "objects" / ("0" * 64)).write_text("of a manifest that is gone")
+    (there / "objects/thesis.txt").write_text("of the user")
+    (there / "manifests/notes.json").write_text("of the user")
+    meet(copy / "here/tiny", copy / "mirror")
+    assert not old.exists() and len(list((there / "manifests").iterdir())) == 2
+    assert (there / "objects/thesis.txt").exists() and (there / "manifests/notes.json").exists()
+
+
+def test_a_folder_that_is_a_link_is_copied_and_a_file_that_grows_is_not_linked(copy, tmp_path, monkeypatch):
+    run, url = copy / "here/tiny", tmp_path / "other"
+    url.mkdir()
+    (run / "data").rename(copy / "elsewhere")
+    (run / "data").symlink_to("../../elsewhere")
+    (run / "tensorboard").mkdir()
+    (log := run / "tensorboard/events").write_text("step 1")
+    pushed = mirror.Mirror._push
+
+    def grow(self, folder):
+        with log.open("a") as file:
+            file.write(", step 2")
+        pushed(self, folder)
+
+    monkeypatch.setattr(mirror.Mirror, "_push", grow)
+    monkeypatch.chdir(tmp_path)
+    assert meet(run, url) == []
+    files = manifest(url / "tiny")["files"]
+    assert files["tensorboard/events"][0] == len("step 1")
+    there = {name for name in files if name.startswith("data/")}
+    assert there == {name for name in manifest(copy / "mirror/tiny")["files"] if name.startswith("data/")} != set()
+
+
+def test_the_weights_of_another_recipe_are_not_replaced_on_either_side(copy, tmp_path):
+    def train_on(run: Path, rate: float, steps: int) -> None:
+        inputs = {"data": {"train_sha256": "0"}, "training": {"learning_rate": rate, "steps": steps}}
+        write_json(run / "record.json", {"stages": {"training": {"key": f"{rate} {steps}", "inputs": inputs}}})
+
+    run, other = copy / "here/tiny", Path(shutil.copytree(copy / "here/tiny", tmp_path / "other/tiny"))
+    train_on(run, 0.1, 24)
+    meet(run, copy / "mirror")
+    train_on(run, 0.1, 48)  # a longer training of the same weights
+    assert meet(run, copy / "mirror") == []
+    train_on(other, 0.2, 48)
+    before = contents(other), manifest(copy / "mirror/tiny")
+    (other / "training_state/step-000048").mkdir()
+    (other / "training_state/step-000048/state.json").write_text("{}")
+    refused = pytest.raises(UserError, match=r"mirror/tiny holds the weights of another recipe than .*; use another")
+    with refused:
+        meet(other, copy / "mirror")
+    shutil.rmtree(other / "training_state/step-000048")
+    shutil.rmtree(other / "training_state/step-000024")
+    with refused:
+        meet(other, copy / "mirror")
+    assert manifest(copy / "mirror/tiny") == before[1] and not list(other.glob(".replaced*"))
+
+
+def test_what_a_crash_has_cut_short_is_fetched_and_the_rest_is_not(copy, monkeypatch):
+    run, got = copy / "here/tiny", []
+    whole = contents(run)
+    state = run / "training_state/step-000024/optimizer.pt"
+    state.unlink()  # not written through: its link in the other copy stays
+    state.write_bytes(b"")
+
+    def cut(self, remote, *rest, **options):
+        got.append(remote)
+        raise ConnectionError("cut")
+
+    monkeypatch.setattr(LocalFileSystem, "get_file", cut)
+    with pytest.raises(UserError, match=r"cannot be used; check it.*cut"):
+        meet(run, copy / "mirror")
+    assert len(got) == 1
+    monkeypatch.undo()
+    lines = meet(run, copy / "mirror")
+    assert lines[0].endswith(f"what was here was not whole, and is in {run}/.replaced") and contents(run) == whole
+
+
+def test_a_mirror_that_is_away_for_a_moment_is_used_again(copy, tmp_path, monkeypatch):
+    monkeypatch.setattr(mirror, "RENEW_SECONDS", 0.02)
+    run, lines = copy / "here/tiny", []
+    with mirrored(str(copy / "mirror")), RunDirectory(run, lines.append).lock():
+        (copy / "mirror").rename(copy / "away")
+        for _ in range(500):
+            if lines:
+                break
+            time.sleep(0.01)
+        (run / "made meanwhile").write_text("x")
+        mirror.saved(run)
+        shutil.rmtree(copy / "mirror", ignore_errors=True)  # the empty folder that a mount leaves, or none
+        (copy / "away").rename(copy / "mirror")
+    assert "fails, and is tried again" in lines[0] and "works again" in lines[-1] and "taken" not in "".join(lines)
+    assert "made meanwhile" in manifest(copy / "mirror/tiny")["files"]
 
 
 def test_a_second_machine_is_refused_while_the_first_lives(copy, tmp_path):
@@ -424,7 +534,7 @@ def test_a_lease_that_is_being_renewed_at_the_end_is_given_back(tmp_path, servic
         if threading.current_thread() is threading.main_thread():
             if call == "cat_file" and renewing.is_set():
                 ending.set()
-        elif call == "pipe_file" and path.endswith("lease.part"):
+        elif call == "pipe_file" and "/lease." in path:
             renewing.set()
             ending.wait(1)
             time.sleep(0.2)  # in which what has ended would remove the lease
