@@ -23,7 +23,7 @@ from nanophi.core.jobs import side_by_side, stop_with_parent, world_size
 from nanophi.core.mirror import let_go, mirror_url, mirrored
 from nanophi.core.names import local, step_name, step_of
 from nanophi.core.options import Gguf, Jobs, Mirror, OneRecipe, Overrides, Recipes, Restart, Runs
-from nanophi.core.recipe import Recipe, load_recipe
+from nanophi.core.recipe import Recipe, check_distinct, load_recipe
 from nanophi.core.run import Report, RunDirectory, differences
 from nanophi.core.sample import sample_settings, write_sample
 from nanophi.core.stages import Runner, Stage, Summary, is_main_process
@@ -429,7 +429,8 @@ def worker(recipe: OneRecipe, restart: Restart = False, mirror: str | None = Non
     Example: nanophi worker runs/demo/recipe.yaml
     """
     stop_with_parent()
-    with mirrored(mirror), _open(recipe, runs, [], ("training", "sample", "evaluation"), restart) as pipeline:
+    stages = ("training", "sample", "evaluation")
+    with mirrored(mirror, must_arrive=False), _open(recipe, runs, [], stages, restart) as pipeline:
         pipeline.make("sample")
         pipeline.make("evaluation")
 
@@ -466,9 +467,7 @@ def run_recipes(
 
     if world_size() > 1:
         raise UserError("only `nanophi train` runs on several processes; run `nanophi prepare` first, and `run` last")
-    names = [recipe.name for recipe in recipes]
-    if len(set(names)) < len(names):
-        raise UserError(f"two recipes have the same name ({', '.join(names)}); each run needs its own directory")
+    check_distinct(recipes)
     pipelines = [Pipeline(recipe, runs, report=report, restart=restart) for recipe in recipes]
     with _locked(pipelines) if mirror_url() else contextlib.nullcontext():  # the mirror may have what is checked
         for pipeline in pipelines:

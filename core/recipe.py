@@ -386,6 +386,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(f"{path}: {_explain(error)}") from None
 
 
+def check_distinct(recipes: Sequence[Recipe]) -> None:
+    """Refuse two recipes of one name."""
+    names = [recipe.name for recipe in recipes]
+    if len(set(names)) < len(names):
+        raise UserError(f"two recipes have the same name ({', '.join(names)}); each run needs its own directory")
+
+
 def print_recipe(
     name: OneRecipe,
     overrides: Overrides = [],

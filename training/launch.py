@@ -7,10 +7,12 @@ before its time is over, with everything saved; the same command then continues 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,6 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 import yaml
+from packaging.utils import canonicalize_name
 from typer import Argument, Option
 
 import nanophi
@@ -29,8 +32,9 @@ from nanophi.core import formatting
 from nanophi.core.errors import UserError, printable, suggest, user_errors
 from nanophi.core.files import write_text
 from nanophi.core.mirror import connect, put
+from nanophi.core.names import local
 from nanophi.core.options import Mirror, Overrides
-from nanophi.core.recipe import Recipe, load_recipe
+from nanophi.core.recipe import Recipe, check_distinct, load_recipe
 from nanophi.training.budget import device_named
 from nanophi.training.estimate import predict
 
@@ -38,7 +42,13 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi, JobHardwareInfo
 
 PYTHON = f"{sys.version_info[0]}.{sys.version_info[1]}"
-DRIVERS = {"s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub"}  # scheme of a mirror's URL -> what reads it
+DRIVERS = {
+    "s3": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "hf": "huggingface_hub",
+}  # scheme of a mirror's URL -> what reads it
+LEAST_SECONDS = 600.0  # of a rented job: to install takes minutes
 LAST_SHARE, LAST_SECONDS = 0.1, 600.0  # of a job's time, at most, that are kept for saving and the last copy
 HOURS = {"second": 1 / 3600, "minute": 1 / 60, "hour": 1.0}
 INSTALL = "python -m pip install --quiet --disable-pip-version-check"
@@ -64,21 +74,28 @@ def launch(
     """
     from huggingface_hub import HfApi, get_token
 
-    api, known = HfApi(), {"HF_TOKEN": get_token(), **{name: os.environ.get(name) for name in secret}}
+    if unset := [name for name in secret if not os.environ.get(name)]:
+        raise UserError(f"--secret {unset[0]}: there is no such variable; set it, or leave it out")
+    api, known = HfApi(), {"HF_TOKEN": get_token(), **{name: os.environ[name] for name in secret}}
     secrets = {name: value for name, value in known.items() if value}
     if follow:
         return _follow(api, follow, secrets)
-    if not recipes or mirror is None or (on == "hf" and (max_dollars is None or "://" not in mirror)):
+    far = mirror is not None and "://" in mirror and not mirror.startswith("file:")
+    if not recipes or mirror is None or (on == "hf" and (max_dollars is None or not far)):
         raise UserError(
             "name a RECIPE and --mirror; with --on hf the URL of one that the job reaches, and --max-dollars"
         )
     resolved, (files, path) = [load_recipe(recipe, overrides) for recipe in recipes], connect(mirror)
+    check_distinct(resolved)
     for recipe in resolved:
-        if mine := [source.files for source in (*recipe.data.sources, *recipe.conversations) if source.files]:
-            raise UserError(f"{recipe.name}: the job cannot read {mine[0]}; put it on the Hub, and name it with `hub`")
+        if mine := _local_names(recipe):
+            raise UserError(f"{recipe.name}: the job cannot read {mine[0]}; put it on the Hub, and name it there")
     machine = _hardware(api, flavor) if on == "hf" else None
     price = machine.unit_cost_usd / HOURS[machine.unit_label] if machine else 0.0
     hours = min(max_hours, max_dollars / price) if price and max_dollars else max_hours
+    if machine and 3600 * hours < LEAST_SECONDS:
+        limit, least = formatting.duration(3600 * hours), formatting.duration(LEAST_SECONDS)
+        raise UserError(f"{limit} of {flavor}, at ${price:.2f} an hour, are too short; allow at least {least}")
     url = mirror if "://" in mirror else path
     with tempfile.TemporaryDirectory(prefix="nanophi-launch-") as scratch:
         kit = _kit(Path(scratch), resolved)
@@ -86,7 +103,7 @@ def launch(
         count = int(machine.accelerator.quantity) if machine and machine.accelerator else 1
         command = ["nanophi", "run", *(f"./{one.name}.yaml" for one in resolved), "--mirror", url]
         command += ["--jobs", str(min(count, len(resolved)))] if count > 1 else []
-        script = _script(f"{url}/{place}", list(kit), shlex.join(command), 3600 * hours)
+        script = _script(f"{url}/{place}", list(kit), _extras(resolved), shlex.join(command), 3600 * hours)
         if machine:
             typer.echo(f"image:    {image}\nsecrets:  {', '.join(secrets)}")
             typer.echo(f"flavor:   {machine.name} ({machine.pretty_name}), ${price:.2f} an hour")
@@ -133,7 +150,9 @@ def wheel(folder: Path) -> Path:
     root, info = Path(nanophi.__file__).parent, f"nanophi-{nanophi.__version__}.dist-info"
     rooms = [room.parent for room in root.glob("*/__init__.py")]
     found = [*root.glob("*.py"), root / "LICENSE", *(file for room in rooms for file in room.rglob("*"))]
-    found = sorted(file for file in found if file.is_file() and file.parent.name != "__pycache__")
+    # As `package-data` of pyproject.toml: a clone's folders may hold the user's own files.
+    kinds = {".py", ".yaml", ".json", ".md", ".html", ".css", ""}
+    found = sorted(file for file in found if file.is_file() and file.suffix in kinds and file.name[0] != ".")
     files = {f"nanophi/{file.relative_to(root).as_posix()}": file.read_bytes() for file in found}
     files[f"{info}/METADATA"] = str(importlib.metadata.distribution("nanophi").read_text("METADATA")).encode()
     files[f"{info}/WHEEL"] = b"Wheel-Version: 1.0\nGenerator: nanophi\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
@@ -147,9 +166,12 @@ def wheel(folder: Path) -> Path:
 
 def _kit(folder: Path, recipes: Iterable[Recipe]) -> dict[str, Path]:
     """What a job needs, by its name: the wheel first, the versions that are installed here, the resolved recipes."""
-    others = [one for one in importlib.metadata.distributions() if one.name != "nanophi"]
-    versions = {f"{one.name}=={one.version.partition('+')[0]}" for one in others}
-    texts = {"constraints.txt": "\n".join(sorted(versions))}
+    versions: dict[str, str] = {}
+    for one in importlib.metadata.distributions():  # the first of a name is what is imported; what pip left has none
+        name, version = one.metadata["Name"], one.metadata["Version"]
+        if name and version and canonicalize_name(name) not in ("nanophi", *versions):
+            versions[canonicalize_name(name)] = version.partition("+")[0]
+    texts = {"constraints.txt": "\n".join(sorted(f"{name}=={version}" for name, version in versions.items()))}
     for recipe in recipes:
         texts[f"{recipe.name}.yaml"] = yaml.safe_dump(recipe.dump(), sort_keys=False, allow_unicode=True)
     for name, text in texts.items():
@@ -157,25 +179,47 @@ def _kit(folder: Path, recipes: Iterable[Recipe]) -> dict[str, Path]:
     return {file.name: file for file in (wheel(folder), *(folder / name for name in texts))}
 
 
-def _script(kit: str, names: Sequence[str], command: str, seconds: float) -> str:
+def _local_names(recipe: Recipe) -> list[str]:
+    """What a recipe names that is on this machine alone."""
+    sources, scorer = [*recipe.data.sources, *recipe.conversations], recipe.quality.scorer
+    folders = (recipe.data.decontamination.benchmarks, recipe.evaluation.data, *(source.files for source in sources))
+    hub = [recipe.base, recipe.tokenizer.path, *(source.hub for source in sources)]
+    hub += [scorer.partition(":")[2]] * scorer.startswith("model:")
+    return [name for name in folders if name] + [name for name in hub if name and local(name).exists()]
+
+
+def _extras(recipes: Iterable[Recipe]) -> tuple[str, list[str]]:
+    """What recipes need beside the package's own dependencies: its extras as `[a,b]`, and other packages."""
+    extras, others = set[str](), set[str]()
+    for recipe in recipes:
+        wanted = {"chat": recipe.conversations, "energy": recipe.training.track_energy}
+        wanted["cluster"] = recipe.data.engine != "local"
+        extras |= {name for name, needed in wanted.items() if needed}
+        others |= {*recipe.training.report_to}
+    return f"[{','.join(sorted(extras))}]" if extras else "", sorted(others)
+
+
+def _script(kit: str, names: Sequence[str], extras: tuple[str, list[str]], command: str, seconds: float) -> str:
     """What the job runs; bash counts the seconds from its beginning."""
     driver = DRIVERS.get(kit.partition(":")[0], "")
+    packages = shlex.join([f"./{names[0]}{extras[0]}", *extras[1], *driver.split()])
     until = int(seconds - min(LAST_SHARE * seconds, LAST_SECONDS))
     return f"""set -e
 {INSTALL} fsspec {driver}
 python -c {shlex.quote(FETCH.format(kit, list(names)))}
 {INSTALL} --ignore-installed --no-deps ./{names[0]}
-{INSTALL} --constraint constraints.txt ./{names[0]} {driver}
+{INSTALL} --constraint constraints.txt {packages}
 left=$(({until} - SECONDS))
-exec timeout --signal=TERM $((left > 1 ? left : 1)) python -m {command}"""
+exec timeout --foreground --signal=TERM $((left > 1 ? left : 1)) python -m {command}"""
 
 
 def _follow(api: HfApi, job_id: str, secrets: dict[str, str]) -> None:
     """Print a job's log until it ends. Raises `UserError` if that is not a good end."""
+    hidden = {part for value in secrets.values() for part in value.splitlines() if part.strip()}
     try:
         with user_errors(f"job {job_id} cannot be followed"):
             for line in api.fetch_job_logs(job_id=job_id, follow=True):
-                for value in secrets.values():
+                for value in sorted(hidden, key=len, reverse=True):
                     line = line.replace(value, "***")
                 typer.echo(printable(line.rstrip("\n")))
             stage = api.inspect_job(job_id=job_id).status.stage
@@ -195,7 +239,18 @@ def _run_here(script: str) -> None:
         Path(scratch, f"env/lib/python{PYTHON}/site-packages/here.pth").write_text("\n".join(here))
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         environment["PATH"] = f"{scratch}/env/bin{os.pathsep}{environment['PATH']}"
-        code = subprocess.run(["bash", "-c", script], cwd=job, env=environment).returncode
+        # A signal from the terminal reaches this process alone, which passes on one, and waits while the job saves.
+        process = subprocess.Popen(["bash", "-c", script], cwd=job, env=environment, start_new_session=True)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            process.terminate()
+            process.wait()
+            raise
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # what a job that could not save has left
     if code:
         why = "its time is over" if code == 124 else f"exit status {code}"
         raise UserError(f"the job ended early ({why}); launch it again to continue from the mirror")

@@ -1,7 +1,9 @@
 """Launching: what is planned, asked, submitted and followed, with the real client and a loopback Jobs API."""
 
+import importlib.metadata
 import io
 import os
+import signal
 import subprocess
 import sys
 import zipfile
@@ -36,27 +38,30 @@ def hub(hub, monkeypatch):
 
 
 def test_a_job_is_planned_submitted_and_followed(hub, monkeypatch, capsys):
-    monkeypatch.setenv("TRACKER_KEY", "key-of-a-tracker")
-    hub.answer = ["step 1", f"a line with {TOKEN} and key-of-a-tracker", "done\x1b[2J"]
+    monkeypatch.setenv("TRACKER_KEY", "key-of-a-tracker\nits-second-line")
+    hub.answer = ["step 1", f"a line with {TOKEN} and key-of-a-tracker", "its-second-line", "done\x1b[2J"]
     launch([RECIPE], secret=["TRACKER_KEY"], yes=True, **BUDGET)
     (job,) = hub.jobs.values()
     out = capsys.readouterr().out
     assert job["flavor"] == "h200" and job["timeoutSeconds"] == pytest.approx(3 * 3600, abs=5)  # $15 at $5 an hour
     assert job["dockerImage"] == f"python:{sys.version_info[0]}.{sys.version_info[1]}"
-    assert job["secrets"] == {"HF_TOKEN": TOKEN, "TRACKER_KEY": "key-of-a-tracker"}
+    assert job["secrets"] == {"HF_TOKEN": TOKEN, "TRACKER_KEY": "key-of-a-tracker\nits-second-line"}
     told = str({key: value for key, value in job.items() if key not in ("secrets", "log")})
     for value in job["secrets"].values():
-        assert value not in told + out
+        assert not [line for line in value.splitlines() if line in told + out]
     known = predict(load_recipe(RECIPE), DEVICES["h200"])
     assert f"and ${known['hours'] * 5:.2f} for the training, at 40 % of the peak" in out
     assert "flavor:   h200 (Nvidia H200), $5.00 an hour" in out
     assert f"command:  nanophi run ./nano-phi-115m.yaml --mirror {URL}\n" in out
     assert "limit:    3 h 00 min and $15.00, then resumable" in out
     assert "secrets:  HF_TOKEN, TRACKER_KEY" in out
-    assert out.endswith("step 1\na line with *** and ***\ndone\\x1b[2J\n")
+    assert out.endswith("step 1\na line with *** and ***\n***\ndone\\x1b[2J\n")
     script = job["command"][2]
     assert "left=$((10200 - SECONDS))\n" in script or "left=$((10199 - SECONDS))\n" in script  # ten minutes before
-    assert "timeout --signal=TERM $((left > 1 ? left : 1)) python -m nanophi run ./nano-phi-115m.yaml" in script
+    assert (
+        "timeout --foreground --signal=TERM $((left > 1 ? left : 1)) python -m nanophi run ./nano-phi-115m.yaml"
+        in script
+    )
     kit = {path.rpartition("/")[2]: path for path in fsspec.filesystem("memory").find("/bucket/runs/launch")}
     assert set(kit) == {"nanophi-0.2.0-py3-none-any.whl", "constraints.txt", "nano-phi-115m.yaml"}
     assert all(name in script for name in kit)
@@ -117,6 +122,15 @@ def test_what_cannot_be_launched_is_refused_before_anything(hub, tmp_path):
         ({"recipes": [], **BUDGET}, "name a RECIPE"),
         ({"recipes": [RECIPE], "flavor": "h20", **BUDGET}, "--flavor h20 is unknown; did you mean 'h200'"),
         ({"recipes": [own], **BUDGET}, r"own: the job cannot read .*a/\*\.txt; put it on the Hub"),
+        ({"recipes": [RECIPE, RECIPE], **BUDGET}, "two recipes have the same name"),
+        ({"recipes": [RECIPE], **BUDGET, "mirror": f"file://{tmp_path}"}, "the URL of one that the job reaches"),
+        ({"recipes": [RECIPE], **BUDGET, "secret": ["TRACKR_KEY"]}, "--secret TRACKR_KEY: there is no such variable"),
+        ({"recipes": [RECIPE], **BUDGET, "max_dollars": 0.01}, r"7 s of h200, at \$5.00 an hour, are too short"),
+        *(
+            ({"recipes": [RECIPE], **BUDGET, "overrides": [f"{key}={tmp_path}"]}, f"the job cannot read {tmp_path}")
+            for key in ("tokenizer.path", "evaluation.data", "data.decontamination.benchmarks")
+        ),
+        ({"recipes": [RECIPE], **BUDGET, "overrides": [f"quality.scorer=model:{tmp_path}"]}, "the job cannot read"),
     ):
         with pytest.raises(UserError, match=why):
             launch(**arguments, yes=True)
@@ -126,7 +140,52 @@ def test_what_cannot_be_launched_is_refused_before_anything(hub, tmp_path):
     assert not hub.jobs
 
 
-def test_the_wheel_holds_the_package_and_is_the_same_each_time(tmp_path):
+def test_a_job_installs_what_its_recipes_need(hub, tmp_path):
+    changes = ["training.track_energy=true", "training.country_iso_code=FRA", "training.report_to=[trackio]"]
+    launch([RECIPE], yes=True, overrides=changes, **BUDGET)
+    (job,) = hub.jobs.values()
+    assert "--constraint constraints.txt './nanophi-0.2.0-py3-none-any.whl[energy]' trackio\n" in job["command"][2]
+
+
+def test_versions_are_those_that_are_imported(tmp_path, monkeypatch):
+    for name, version in (("numpy", "1.2.0"), ("Some.Package", "3.0+cpu"), ("some_package", "2.0"), ("~umpy", "")):
+        (folder := tmp_path / version / f"{name}-{version}.dist-info").mkdir(parents=True)
+        if version:
+            (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    monkeypatch.setattr(
+        sys, "path", [*sys.path, *(str(tmp_path / version) for version in ("1.2.0", "3.0+cpu", "2.0", ""))]
+    )
+    lines = module._kit(tmp_path, [])["constraints.txt"].read_text().splitlines()
+    assert "some-package==3.0" in lines and len({line.partition("==")[0] for line in lines}) == len(lines)
+    assert f"numpy=={importlib.metadata.version('numpy')}" in lines
+
+
+def test_an_interrupted_local_job_is_told_once_and_waited_for(tmp_path, monkeypatch):
+    script = """
+trap 'echo told >> {0}; sleep 0.3; echo saved >> {0}; exit 3' TERM
+echo started >> {0}
+sleep 60 & wait $!"""
+    log = tmp_path / "log"
+
+    def interrupt(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(
+        module.venv,
+        "create",
+        lambda path: (path / "lib" / f"python{module.PYTHON}" / "site-packages").mkdir(parents=True),
+    )
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 1.0)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            module._run_here(script.format(log))
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert log.read_text().split() == ["started", "told", "saved"]
+
+
+def test_the_wheel_holds_the_package_and_is_the_same_each_time(tmp_path, monkeypatch):
     (tmp_path / "again").mkdir()
     path = wheel(tmp_path)
     assert path.read_bytes() == wheel(tmp_path / "again").read_bytes()
@@ -138,6 +197,13 @@ def test_the_wheel_holds_the_package_and_is_the_same_each_time(tmp_path):
     files |= {"nanophi/eval/tasks.yaml", "nanophi/LICENSE", "nanophi/eval/tasks/heldout_order.yaml"}
     assert files <= names
     assert not [name for name in names if "/tests/" in name or "__pycache__" in name or "benchmarks" in name]
+    (room := tmp_path / "clone" / "data").mkdir(parents=True)
+    for name in ("../__init__.py", "../LICENSE", "__init__.py", "corpus.jsonl", ".env", "weights.safetensors"):
+        (room / name).write_text("")
+    monkeypatch.setattr(module.nanophi, "__file__", str(tmp_path / "clone/__init__.py"))
+    with zipfile.ZipFile(wheel(tmp_path)) as archive:
+        own = {name for name in archive.namelist() if "dist-info" not in name}
+    assert own == {"nanophi/__init__.py", "nanophi/LICENSE", "nanophi/data/__init__.py"}
     assert "Requires-Dist: torch" in metadata
 
 
