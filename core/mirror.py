@@ -317,7 +317,7 @@ class Mirror:
 
         What is here already, in the run or from a fetch that was interrupted, is not fetched again.
         """
-        new = self.run / ".work" / "fetched"
+        new = self.run.resolve() / ".work" / "fetched"
         names = (self.run / f".replaced{suffix}" for suffix in ("", *(f"-{number}" for number in range(2, 10**6))))
         replaced = next(path for path in names if not path.exists())
         whole: dict[str, Path] = {}
@@ -340,7 +340,7 @@ class Mirror:
         # What a stage or a save made is used as a whole or not at all.
         damaged = {"/".join(name.split("/")[:2]) for name, (_, sha256) in files.items() if sha256 not in whole}
         for name, (_, sha256) in files.items():
-            if sha256 in whole and whole[sha256] != (new / name).resolve():
+            if sha256 in whole and whole[sha256] != new / name:
                 remove(new / name)
                 link_or_copy(str(whole[sha256]), str(new / name))
         for name in sorted(damaged):

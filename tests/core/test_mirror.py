@@ -100,10 +100,11 @@ def test_a_finished_run_is_all_there_and_old_states_are_not(finished):
     assert not (there / "lease").exists() and not list(run.glob(".work/*"))
 
 
-def test_another_machine_goes_on_where_the_mirror_ends(copy, tmp_path):
+def test_another_machine_goes_on_where_the_mirror_ends(copy, tmp_path, monkeypatch):
     elsewhere = tmp_path / "other/machine/tiny"
     (elsewhere / "tensorboard").mkdir(parents=True)
-    lines = meet(elsewhere, copy / "mirror")
+    monkeypatch.chdir(tmp_path)
+    lines = meet(Path("other/machine/tiny"), copy / "mirror")
     assert contents(elsewhere) == contents(copy / "here/tiny")
     assert lines == [f"tiny: fetched from {copy}/mirror/tiny: step 24, 1 stages"]
 
