@@ -149,10 +149,10 @@ def wheel(folder: Path) -> Path:
     """Write a wheel of the package as it is installed here; the same package gives the same bytes."""
     root, info = Path(nanophi.__file__).parent, f"nanophi-{nanophi.__version__}.dist-info"
     rooms = [room.parent for room in root.glob("*/__init__.py")]
-    found = [*root.glob("*.py"), root / "LICENSE", *(file for room in rooms for file in room.rglob("*"))]
     # As `package-data` of pyproject.toml: a clone's folders may hold the user's own files.
-    kinds = {".py", ".yaml", ".json", ".md", ".html", ".css", ""}
-    found = sorted(file for file in found if file.is_file() and file.suffix in kinds and file.name[0] != ".")
+    kinds = {".py", ".yaml", ".json", ".md", ".html", ".css"}
+    rooms_files = (file for room in rooms for file in room.rglob("*") if file.suffix in kinds and file.name[0] != ".")
+    found = sorted(file for file in (*root.glob("*.py"), root / "LICENSE", *rooms_files) if file.is_file())
     files = {f"nanophi/{file.relative_to(root).as_posix()}": file.read_bytes() for file in found}
     files[f"{info}/METADATA"] = str(importlib.metadata.distribution("nanophi").read_text("METADATA")).encode()
     files[f"{info}/WHEEL"] = b"Wheel-Version: 1.0\nGenerator: nanophi\nRoot-Is-Purelib: true\nTag: py3-none-any\n"

@@ -198,7 +198,7 @@ def test_the_wheel_holds_the_package_and_is_the_same_each_time(tmp_path, monkeyp
     assert files <= names
     assert not [name for name in names if "/tests/" in name or "__pycache__" in name or "benchmarks" in name]
     (room := tmp_path / "clone" / "data").mkdir(parents=True)
-    for name in ("../__init__.py", "../LICENSE", "__init__.py", "corpus.jsonl", ".env", "weights.safetensors"):
+    for name in ("../__init__.py", "../LICENSE", "__init__.py", "corpus", "a.jsonl", ".env", "a.safetensors"):
         (room / name).write_text("")
     monkeypatch.setattr(module.nanophi, "__file__", str(tmp_path / "clone/__init__.py"))
     with zipfile.ZipFile(wheel(tmp_path)) as archive:
