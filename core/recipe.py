@@ -252,6 +252,14 @@ class Training(Section):
         return self.steps - decay if self.schedule == "wsd" else self.steps
 
 
+MAY_CHANGE = {
+    *("arguments", "compile", "country_iso_code", "dollars_per_hour", "eval_steps", "keep_states", "keep_steps"),
+    *("logging_steps", "micro_batch_size", "report_to", "save_steps", "spike_threshold", "stretch_cosine"),
+    "track_energy",
+}
+"""Keys of `training` that do not change what has been learned so far."""
+
+
 class Evaluation(Section):
     """The suites that every finished run is evaluated on."""
 
@@ -380,10 +388,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         values = inherit(values, said)
     elif said.get("quality") in (None, {}, {"threshold": None}) and _has_no_examples(values):
         values["quality"] = {"scorer": "none", "threshold": None}
+    return checked(values, path)
+
+
+def checked(values: Any, where: str | Path) -> Recipe:
+    """The recipe of a mapping with every default stated or left out. Raises `UserError` that names `where` it is."""
     try:
         return Recipe.model_validate(values)
     except pydantic.ValidationError as error:
-        raise UserError(f"{path}: {_explain(error)}") from None
+        raise UserError(f"{where}: {_explain(error)}") from None
 
 
 def check_distinct(recipes: Sequence[Recipe]) -> None:

@@ -30,7 +30,7 @@ from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, sha256_of_file, write_json
 from nanophi.core.options import Jobs, Overrides, Recipes, Runs
 from nanophi.core.recipe import Recipe, load_recipe
-from nanophi.core.run import Report
+from nanophi.core.run import Report, RunDirectory
 from nanophi.experiments import records, scaling
 from nanophi.pipeline import Pipeline
 
@@ -117,12 +117,18 @@ class Ladder:
         path, found = self.output / "prediction.json", ladder_render.Ladder(self.output).predict()
         if not path.exists():
             write_json(path, found)
+        written = read_json(path)
         for key, what in (("plan_sha256", "another plan"), ("records_sha256", "other records")):
-            if read_json(path)[key] != found[key]:
+            if written[key] != found[key]:
                 raise UserError(f"{path} was made from {what} than is there now; put that back")
-        heldout = found["targets"]["heldout"]
+        heldout = written["targets"]["heldout"]
         own = {key: heldout["recipe"][key] for key in ("value", "interval")} | {"ratio": heldout["ratio"]}
-        write_json(self.runs / self.recipe.name / "prediction.json", {"recipe": plan["recipe"], **own})
+        own |= {"recipe": plan["recipe"], "predicted": written["predicted"]}
+        run = RunDirectory(self.runs / self.recipe.name)
+        if run.weights() or run.inputs_of("training") is not None:
+            self.report(f"{run.path} has begun its training: no prediction is written there")
+        else:
+            write_json(run.path / "prediction.json", own)
         self._make(plan, "hidden")
 
     def _make(self, plan: Mapping[str, Any], part: str) -> None:

@@ -8,19 +8,13 @@ from nanophi.configuration_nanophi import NanoPhiConfig
 from nanophi.core.errors import UserError
 from nanophi.core.files import copy_tree, read_json, remove, sha256_of_file, sha256_of_tree
 from nanophi.core.names import step_folders, step_name, step_of
-from nanophi.core.recipe import Recipe, Training
+from nanophi.core.recipe import MAY_CHANGE, Recipe, Training
 from nanophi.core.run import RunDirectory, differences
 from nanophi.data.stages import token_hashes
 from nanophi.training.arguments import resolve_precision
 from nanophi.training.base import base_file
 from nanophi.training.checkpoints import WEIGHTS, newest_valid_state, states
 
-MAY_CHANGE = {
-    *("arguments", "compile", "country_iso_code", "dollars_per_hour", "eval_steps", "keep_states", "keep_steps"),
-    *("logging_steps", "micro_batch_size", "report_to", "save_steps", "spike_threshold", "stretch_cosine"),
-    "track_energy",
-}
-"""Keys of `training` that do not change what has been learned so far."""
 FROM_THEM = "start from them with base: PATH"
 
 

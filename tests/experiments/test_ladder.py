@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import math
@@ -20,6 +21,7 @@ from nanophi.core import dial
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, sha256_of_tree, write_json
 from nanophi.core.recipe import load_recipe
+from nanophi.core.run import RunDirectory
 from nanophi.experiments import ladder, ladder_render, records
 from nanophi.experiments.ladder import Ladder, entries_of, run_of
 from nanophi.experiments.scaling import effective_tokens
@@ -185,6 +187,7 @@ def test_the_hidden_size_is_trained_after_the_prediction_and_tests_it(finished):
     assert prediction["targets"]["heldout"]["hidden"]["interval"] == [low, high]
     own = read_json(folder / "runs/rungs/prediction.json")
     assert own["value"] == prediction["targets"]["heldout"]["recipe"]["value"] and own["recipe"] == plan["recipe"]
+    assert own["predicted"] == prediction["predicted"]
     rates = [(one["rung"], round(one["factor"], 2)) for one in prediction["rates"]]
     assert rates == [(0, 0.67), (0, 1.5), (2, 0.67), (2, 1.5)]
 
@@ -199,7 +202,7 @@ def test_the_answer_for_the_eye(finished):
     assert (folder / "out/ladder.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_it_resumes_and_gives_the_same_answer(finished, recipe, monkeypatch):
+def test_it_resumes_and_gives_the_same_answer(finished, recipe, tmp_path, monkeypatch):
     folder, _, answer, _, _ = finished
     invented = Invented(monkeypatch)
     lost = min((folder / "out/rungs/full/records").iterdir())
@@ -208,6 +211,10 @@ def test_it_resumes_and_gives_the_same_answer(finished, recipe, monkeypatch):
     one.run(one.plan())
     assert [part for part, _ in invented.made] == ["full"]
     assert ladder_render.write_answer(folder / "out", ["rungs"]) == answer
+    begun = RunDirectory(tmp_path / "rungs")
+    begun.begin("training", {})
+    dataclasses.replace(one, runs=tmp_path).run(one.plan())
+    assert not (begun.path / "prediction.json").exists()
 
 
 def test_another_question_and_other_records_are_refused(finished, recipe, monkeypatch):
