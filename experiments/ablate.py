@@ -38,7 +38,7 @@ from typer import Option
 
 from nanophi.core import formatting
 from nanophi.core.errors import UserError
-from nanophi.core.files import read_json, sha256_of, write_json, write_text
+from nanophi.core.files import read_json, write_json, write_text
 from nanophi.core.options import Jobs, OneRecipe, Overrides, Restart, Runs
 from nanophi.core.recipe import Recipe, load_recipe
 from nanophi.core.run import Report, RunDirectory, differences, now
@@ -128,10 +128,11 @@ class Ablation:
 
     def run(self, plan: Mapping[str, Any]) -> dict[str, Any]:
         """Make the runs that have no record yet; the answer that `ablation.json` holds, or `UserError` if some fail."""
-        from nanophi.experiments import ablation_render
+        from nanophi.experiments import ablation, ablation_render
 
         later = plan.get("branches", ())  # the trunks come first
-        pipelines = {key: self._pipeline(arm_of(self.recipe, plan, *key), key[0] in later) for key in keys_of(plan)}
+        made_of = {key: arm_of(self.recipe, plan, *key) for key in ablation.keys_of(plan)}
+        pipelines = {key: self._pipeline(recipe, key[0] in later) for key, recipe in made_of.items()}
         keys = {pipeline.recipe.name: key for key, pipeline in pipelines.items()}
 
         def finished(name: str) -> None:
@@ -209,13 +210,11 @@ class Ablation:
         before = seen // self.recipe.training.steps * self.recipe.training.decay_start
         read = {arm: seen - before if arm in plan["branches"] else seen for arm in plan["arms"]}
         plan["tokens"] = _sizes(available, plan["share"], question["epochs_asked"], read["best"], context)
-        planned = [arm_of(self.recipe, plan, *key) for key in keys_of(plan)]
-        tokens = sum(read[arm] for arm, _, _ in keys_of(plan))
+        planned = [arm_of(self.recipe, plan, *key) for key in ablation.keys_of(plan)]
+        tokens = sum(read[arm] for arm, _, _ in ablation.keys_of(plan))
         contrasts = ablation.CONTRASTS | {arm: (arm, "all") for arm in candidates}
         contrasts |= {f"decay or {arm}": ("best", arm) for arm in throughout}
-        there = [(run, self.runs / run.name / "recipe.yaml") for run in planned]
-        if any(file.exists() and load_recipe(file).dump() != run.dump() for run, file in there):
-            plan["name"] = f"{self.recipe.name}-{sha256_of(question)[:8]}"
+        plan["name"] = records.name_of_runs(self.recipe, question, self.runs, planned)
         return plan | {
             "rule": describe_rule(self.recipe.quality),
             "tokens_seen": seen,
@@ -270,18 +269,13 @@ def _sizes(available: Mapping[str, int], share: float, epochs: float | None, see
     return dict.fromkeys(available, unique) | {"all": int(unique / share) // context * context}
 
 
-def keys_of(plan: Mapping[str, Any]) -> list[tuple[str, int, float]]:
-    """Arm, seed and learning rate of every run, in the order in which they are made."""
-    return [(arm, seed, rate) for seed in plan["seeds"] for rate in plan["learning_rates"] for arm in plan["arms"]]
-
-
 def find_candidates(recipe: Recipe, names: Sequence[str], overrides: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Arm -> its section `quality`, the phase of each source, and whether it filters `throughout`.
 
     `names` are those of sources, or recipes. Raises `UserError` for a recipe that differs in more.
     """
     from nanophi.data.sources import name_of
-    from nanophi.experiments.ablation import ARMS
+    from nanophi.experiments.ablation import ARMS, CONTRASTS
 
     found: dict[str, dict[str, Any]] = {}
     sources = recipe.data.sources
@@ -298,6 +292,8 @@ def find_candidates(recipe: Recipe, names: Sequence[str], overrides: Sequence[st
         arm = re.sub(r"[^A-Za-z0-9._-]+", "-", arm).strip("-._")
         if arm in (*found, *ARMS):
             raise UserError(f"--candidate {name}: there is an arm {arm}; give it another name")
+        if arm in (*CONTRASTS, "check", ""):
+            raise UserError(f"--candidate {name}: an arm cannot be called '{arm}'; give it another name")
         throughout = quality.phase == "all" and (quality.threshold, quality.share) != (None, None)
         found[arm] = {"quality": quality.model_dump(mode="json"), "phases": phases, "throughout": throughout}
     return found

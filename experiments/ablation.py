@@ -51,6 +51,11 @@ Key = tuple[str, int, float]
 """A run: arm, seed, learning rate."""
 
 
+def keys_of(plan: Mapping[str, Any]) -> list[Key]:
+    """Arm, seed and learning rate of every run, in the order in which they are made."""
+    return [(arm, seed, rate) for seed in plan["seeds"] for rate in plan["learning_rates"] for arm in plan["arms"]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Target:
     """What is measured; one is `primary`, fixed in advance as the one that decides.
@@ -112,6 +117,8 @@ def targets(
     for record in records:
         _check_comparable(record, records[0])
         heldout = record["items"]["heldout_bits_per_byte"]
+        if max(heldout["numbers"]) >= len(items["heldout"]):
+            raise UserError(f"items.json has fewer documents than {record['run']} was measured on; put it back")
         documents = [items["heldout"][number] for number in heldout["numbers"]]
         for name, target in plan["targets"].items():
             if name == "answers":

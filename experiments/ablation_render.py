@@ -45,7 +45,7 @@ def write_answer(output: Path) -> dict[str, Any]:
     contrasts = {name: arms.split(" - ") for name, arms in plan["contrasts"].items()}
     # What continues a trunk scatters less than full runs, and the trunk itself less again: it reads on in its own text.
     pools = [plan["branches"], ["all", *plan["branches"]]] if plan.get("branches") else []
-    runs = records.read_records(output)
+    runs = records.read_records(output, ("arm", "seed", "learning_rate"), ablation.keys_of(plan))
     result: dict[str, Any] = {
         "format": plan["format"],
         "plan": {key: value for key, value in plan.items() if key != "recipe"},

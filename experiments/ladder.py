@@ -11,7 +11,8 @@ from where its rate began to fall. Two sizes are also trained at other learning 
     OUTPUT/ladder.json|.md|.png   the answer (`ladder_render.py`) from these files alone
     RUNS/NAME/prediction.json     what the recipe's own run is compared with, in its report and card
 
-Called again it resumes. A plan is not changed: another question needs another OUTPUT.
+Called again it resumes. A plan is not changed: another question needs another OUTPUT. Runs of an earlier question that
+are the same are used again; where one is another, this question's runs have a name of their own, NAME-1a2b3c4d.
 """
 
 from __future__ import annotations
@@ -26,23 +27,19 @@ import typer
 from typer import Option
 
 from nanophi.core import dial, formatting
-from nanophi.core.errors import UserError
+from nanophi.core.errors import UserError, user_errors
 from nanophi.core.files import read_json, sha256_of_file, write_json
 from nanophi.core.options import Jobs, Overrides, Recipes, Runs
 from nanophi.core.recipe import Recipe, load_recipe
 from nanophi.core.run import Report, RunDirectory
 from nanophi.experiments import records, scaling
+from nanophi.experiments.scaling import Entry, entries_of
 from nanophi.pipeline import Pipeline
 
 LENGTHS = {"half": 0.5, "full": 1.0, "rates": 0.5, "hidden": 1.0}
 """Folder of records -> share of a size's tokens."""
-RATES, RATE_SIZES = (1 / 1.5, 1.5), (0, 2)
-"""Factors of both learning rates that are tried beside the recipe's own, and at which sizes."""
 HIDDEN, SMALLEST = 4, 64
 """Compute of the hidden size over the largest fitted one's, at least; the recipe's parameters over the smallest's."""
-
-Entry = tuple[str, int, int, float]
-"""A run: folder of its record, rung, seed, factor of its learning rates."""
 
 
 def ladder(
@@ -97,7 +94,7 @@ class Ladder:
         """The plan in `output`, written there if there is none yet. Raises `UserError` if it cannot be carried out."""
         if self.recipe.conversations:
             raise UserError(f"{self.recipe.name} trains on conversations; name the recipe of its base")
-        plan = records.keep_plan(self.output, {"recipe": self.recipe.dump(), **self.options}, self._make_plan)
+        plan = records.keep_plan(self.output, {"recipe": self.recipe.dump(), **self.options}, self._make_plan, LENGTHS)
         price, path = plan["estimate"], self.output / "plan.json"
         cost = "no price known (training.dollars_per_hour)" if price["dollars"] is None else f"${price['dollars']:.2f}"
         self.report(
@@ -112,15 +109,15 @@ class Ladder:
         """Make the runs that have no record yet, and the prediction before the hidden one."""
         from nanophi.experiments import ladder_render
 
+        path = self.output / "prediction.json"
+        if records.recorded(self.output / "hidden") and not path.exists():
+            raise UserError(f"{path} is missing, but the hidden size is measured; put it back, or use another --output")
         for part in ("half", "full", "rates"):
             self._make(plan, part)
-        path, found = self.output / "prediction.json", ladder_render.Ladder(self.output).predict()
+        found = ladder_render.Ladder(self.output).predict()
         if not path.exists():
             write_json(path, found)
-        written = read_json(path)
-        for key, what in (("plan_sha256", "another plan"), ("records_sha256", "other records")):
-            if written[key] != found[key]:
-                raise UserError(f"{path} was made from {what} than is there now; put that back")
+        written = _check_prediction(path, found)
         heldout = written["targets"]["heldout"]
         own = {key: heldout["recipe"][key] for key in ("value", "interval")} | {"ratio": heldout["ratio"]}
         own |= {"recipe": plan["recipe"], "predicted": written["predicted"]}
@@ -137,6 +134,8 @@ class Ladder:
             if entry[0] == part:
                 recipe = run_of(self.recipe, plan, entry)
                 made[recipe.name] = Pipeline(recipe, self.runs, report=quiet), entry
+                if part == "full" and not records.record_path(self.output / part, recipe.name).exists():
+                    self._continue(made[recipe.name][0], run_of(self.recipe, plan, ("half", *entry[1:])))
 
         def finished(name: str) -> None:
             pipeline, (_, rung, seed, factor) = made[name]
@@ -147,15 +146,27 @@ class Ladder:
         waiting = [pipeline for pipeline, _ in made.values()]
         records.run_missing(waiting, self.output / part, self.jobs, finished, self.report)
 
+    def _continue(self, pipeline: Pipeline, half: Recipe) -> None:
+        """Under WSD, give a run that has not begun what the one of half its length had learned before its decay."""
+        from nanophi.training import continuation
+
+        trunk = RunDirectory(self.runs / half.name)
+        if half.training.schedule == "wsd" and (inputs := trunk.inputs_of("training")) is not None:
+            with pipeline.run.lock():
+                continuation.branch(pipeline.run, trunk, half.training, inputs)
+
     def _make_plan(self, question: Mapping[str, Any]) -> dict[str, Any]:
         from nanophi.core.environment import environment
         from nanophi.core.run import now
 
         recipe, vocab = self.recipe, self.recipe.model_config_for().vocab_size
-        plan: dict[str, Any] = {"format": records.FORMAT, **question, "rungs": rungs_of(recipe, question)}
+        plan: dict[str, Any] = {"format": records.FORMAT, **question, "name": recipe.name}
+        plan["rungs"] = rungs_of(recipe, question)
         entries = entries_of(plan)
         fitted = [scaling.Point(rung, seed, 1, 1, 1, 1.0) for part, rung, seed, _ in entries if part == "full"]
         scaling.check(fitted, [recipe.name] * len(fitted), math.inf)
+        planned = [run_of(recipe, plan, entry) for entry in entries]
+        plan["name"] = records.name_of_runs(recipe, question, self.runs, planned)
         first = Pipeline(run_of(recipe, plan, entries[0]), self.runs, report=records.without_repetition(self.report))
         first.check("evaluation")
         records.check_tasks(recipe, plan["tasks"])
@@ -180,6 +191,26 @@ class Ladder:
             "planned": now(),
             "environment": environment(),
         }
+
+
+def _check_prediction(path: Path, found: Mapping[str, Any]) -> dict[str, Any]:
+    """The prediction in a file. Raises `UserError` if it is not what the plan and the records give now, `found`."""
+    written: dict[str, Any] = read_json(path)
+    with user_errors(f"{path} is not what nanophi ladder wrote; put that back"):
+        for key, what in (("plan_sha256", "another plan"), ("records_sha256", "other records")):
+            if written[key] != found[key]:
+                raise UserError(f"{path} was made from {what} than is there now; put that back")
+        # Other libraries round otherwise.
+        pairs = zip(_figures(written), _figures(found), strict=True)
+        if not all(math.isclose(then, now, rel_tol=0.01) for then, now in pairs):
+            raise UserError(f"{path} has other figures than the records give now; put both back")
+    return written
+
+
+def _figures(prediction: Mapping[str, Any]) -> list[float]:
+    """Every predicted value, and the ends of its interval."""
+    found = [target[size] for target in prediction["targets"].values() for size in ("hidden", "recipe")]
+    return [number for one in found for number in (one["value"], *one["interval"])]
 
 
 def rungs_of(recipe: Recipe, question: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -214,27 +245,17 @@ def rungs_of(recipe: Recipe, question: Mapping[str, Any]) -> list[dict[str, Any]
     return rungs
 
 
-def entries_of(plan: Mapping[str, Any]) -> list[Entry]:
-    """All runs of a plan, in their order."""
-    *sizes, hidden = plan["rungs"]
-    fitted = [(rung, seed) for rung, size in enumerate(sizes) for seed in size["seeds"]]
-    entries: list[Entry] = [(part, rung, seed, 1.0) for part in ("half", "full") for rung, seed in fitted]
-    first = plan["seeds"][0]
-    entries += [("rates", rung, first, factor) for rung in RATE_SIZES if rung < len(sizes) for factor in RATES]
-    return [*entries, *(("hidden", len(sizes), seed, 1.0) for seed in hidden["seeds"])]
-
-
 def run_of(recipe: Recipe, plan: Mapping[str, Any], entry: Entry) -> Recipe:
     """The recipe of one run."""
     part, rung, seed, factor = entry
     values, size = recipe.dump(), plan["rungs"][rung]
     training = values["training"] = {**values["training"], **size["training"]}
     steps = max(1, round(LENGTHS[part] * training["steps"]))
-    values["name"] = f"{recipe.name}-{formatting.size(size['parameters'])}-seed-{seed}"
+    values["name"] = f"{plan.get('name', recipe.name)}-{formatting.size(size['parameters'])}-seed-{seed}"
     if part == "rates":
         values["name"] += f"-rate-{factor:.2f}"
-    elif training["schedule"] != "wsd":
-        values["name"] += f"-{part}"  # a schedule that no longer run can continue
+    elif "name" in plan or training["schedule"] != "wsd":
+        values["name"] += f"-{part}"  # early plans, without a name, have both lengths in one directory under WSD
     training |= {key: factor * training[key] for key in ("learning_rate", "muon_learning_rate")}
     training |= {"seed": seed, "keep_steps": [], "eval_steps": steps + 1}
     training["save_steps"] = max(1, min(training["save_steps"], training["steps"] // 4))

@@ -19,7 +19,7 @@ from nanophi.core import formatting, markup, plots
 from nanophi.core.files import read_json, sha256_of, sha256_of_file, write_json, write_text
 from nanophi.core.run import now
 from nanophi.experiments import ablation, records
-from nanophi.experiments.scaling import Law, Point, check
+from nanophi.experiments.scaling import Law, Point, check, entries_of
 
 TARGETS = {
     "heldout": ("held-out text", "bits per byte"),
@@ -36,13 +36,17 @@ class Ladder:
 
     def __init__(self, output: Path) -> None:
         self.output, self.plan = output, read_json(output / "plan.json")
-        runs = [run for part in ("half", "full") for run in records.read_records(output / part)]
+        runs = [run for part in ("half", "full") for run in self._records(part)]
         self.runs = sorted(runs, key=lambda run: (run["rung"], run["tokens_seen"], run["seed"]))
         self.above = [task for task in self.plan["tasks"] if self._above_chance(task)]
         self.targets = ["heldout", *(["answers"] if self.plan["tasks"] else []), *(["errors"] if self.above else [])]
         size, own = self.plan["rungs"][-1], self.plan["target"]
         self.hidden = Point(-1, 0, size["parameters"], size["tokens"], own["unique_tokens"])
         self.recipe = Point(-1, 0, own["parameters"], own["tokens"], own["unique_tokens"])
+
+    def _records(self, part: str) -> list[dict[str, Any]]:
+        planned = [entry[1:] for entry in entries_of(self.plan) if entry[0] == part]
+        return records.read_records(self.output / part, ("rung", "seed", "factor"), planned)
 
     def _above_chance(self, task: str) -> bool:
         """Whether all fitted runs answer a task better than guessing does, but not all of it."""
@@ -98,7 +102,7 @@ class Ladder:
         found = [
             {key: run[key] for key in ("rung", "factor")}
             | {"difference": self.point(run, "heldout").loss - own[run["rung"], run["seed"], run["tokens_seen"]]}
-            for run in records.read_records(self.output / "rates")
+            for run in self._records("rates")
         ]
         return sorted(found, key=lambda one: (one["rung"], one["factor"]))
 
@@ -106,7 +110,7 @@ class Ladder:
         """The prediction that was written, the hidden size as measured, and the ratio of compute that this confirms."""
         written: dict[str, Any] = read_json(self.output / "prediction.json")
         for name, found in written["targets"].items():
-            runs = records.read_records(self.output / "hidden")
+            runs = self._records("hidden")
             measured, (low, high) = self.point(runs[0], name).loss, found["hidden"]["interval"]
             found |= {"measured": measured, "inside": low <= measured <= high}
             found["confirmed"] = found["ratio"] <= (found["hidden_ratio"] if found["inside"] else 1)

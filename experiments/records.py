@@ -11,14 +11,14 @@ import math
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from nanophi.core import formatting
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, sha256_of, write_json, write_text
-from nanophi.core.recipe import Recipe
+from nanophi.core.recipe import Recipe, checked, load_recipe
 from nanophi.core.run import Report, differences
 from nanophi.pipeline import Pipeline, train_side_by_side
 
@@ -29,11 +29,15 @@ MAX_SEED = (1 << 32) - 1
 
 
 def keep_plan(
-    output: Path, question: Mapping[str, Any], make: Callable[[Mapping[str, Any]], dict[str, Any]]
+    output: Path,
+    question: Mapping[str, Any],
+    make: Callable[[Mapping[str, Any]], dict[str, Any]],
+    parts: Iterable[str] = ("",),
 ) -> dict[str, Any]:
     """The plan in a folder, written there by `make` if there is none yet: one that follows the results is none.
 
-    Raises `UserError` if the folder cannot be written, or its plan is of another question.
+    `parts`: where below `output` there may be records. Raises `UserError` if the folder cannot be written, if it has
+    records without a plan, or if its plan is of another question.
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -41,16 +45,29 @@ def keep_plan(
         raise UserError(f"{output} cannot be written ({error.strerror}); choose another --output") from None
     path = output / "plan.json"
     if not path.exists():
+        if any(recorded(output / part) for part in parts):
+            raise UserError(f"{path} is missing, but its runs have records; put it back, or name another --output")
         write_json(path, make(question))
     plan: dict[str, Any] = read_json(path)
-    if plan.get("format") != FORMAT:
-        raise UserError(f"{path} has format {plan.get('format')}, this version reads {FORMAT}; name another --output")
+    if (version := plan.get("format") if isinstance(plan, dict) else None) != FORMAT:
+        raise UserError(f"{path} has format {version}, this version reads {FORMAT}; name another --output")
     # A recipe that was written by an earlier version lacks keys that it has the default of.
-    planned = plan | {"recipe": Recipe(**plan["recipe"]).dump()}
+    planned = plan | {"recipe": checked(plan.get("recipe"), path).dump()}
     planned["recipe"]["data"] |= {key: question["recipe"]["data"][key] for key in ("workers", "engine")}
     if changed := differences({key: planned.get(key) for key in question}, question):
         raise UserError(f"{path}: planned otherwise ({changed[0]}); name another --output, or repeat what was planned")
     return plan
+
+
+def name_of_runs(recipe: Recipe, question: Mapping[str, Any], runs: Path, planned: Sequence[Recipe]) -> str:
+    """What the names of an experiment's runs begin with: the recipe's, or one of this question's own.
+
+    `planned` are the runs under the recipe's name, of which one of another question may be there.
+    """
+    there = [(run, runs / run.name / "recipe.yaml") for run in planned]
+    if any(file.exists() and load_recipe(file).dump() != run.dump() for run, file in there):
+        return f"{recipe.name}-{sha256_of(question)[:8]}"
+    return recipe.name
 
 
 def check_numbers(seeds: Sequence[int], learning_rates: Sequence[float] = (), epochs: float | None = None) -> None:
@@ -202,9 +219,23 @@ def record_path(output: Path, name: str) -> Path:
     return output / "records" / f"{name}.json"
 
 
-def read_records(output: Path) -> list[dict[str, Any]]:
-    """The records of the finished runs. Raises `UserError` if there is none yet."""
-    records = [read_json(path) for path in sorted((output / "records").glob("*.json"))]
+def recorded(output: Path) -> list[Path]:
+    """The files of the finished runs' records."""
+    return sorted((output / "records").glob("*.json"))
+
+
+def read_records(output: Path, fields: Sequence[str], planned: Sequence[tuple[Any, ...]]) -> list[dict[str, Any]]:
+    """The records of the finished runs; `planned`: the values of `fields` that they may have, each one of them.
+
+    Raises `UserError` if there is none yet, or one that was not planned.
+    """
+    records: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for path in recorded(output):
+        record = read_json(path)
+        key = tuple(record.get(field) for field in fields) if isinstance(record, dict) else ()
+        if key not in planned or key in records or record.get("run") != path.stem:
+            raise UserError(f"{path} is no record of a run in the plan; move it away")
+        records[key] = record
     if not records:
         raise UserError(f"{output} holds no record of a finished run; run the experiment again")
-    return records
+    return list(records.values())

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,6 +47,10 @@ UNFIT, UNFIT_P = 0.02, 0.001
 """Scatter of the means around the law, as a share of the loss, and p-value, from which lack of fit is refused."""
 DIVERGED = 1.2
 """Times the median loss of its size and length."""
+RATES, RATE_SIZES = (1 / 1.5, 1.5), (0, 2)
+"""Factors of both learning rates that are tried beside the recipe's own, and at which sizes."""
+Entry = tuple[str, int, int, float]
+"""A run: folder of its record, rung, seed, factor of its learning rates."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +73,16 @@ class Point:
     def sizes(self) -> np.ndarray:
         """log N and log D, discounted for repetition."""
         return np.log([self.parameters, effective_tokens(self.tokens, self.unique)])
+
+
+def entries_of(plan: Mapping[str, Any]) -> list[Entry]:
+    """All runs of a plan, in their order."""
+    *sizes, hidden = plan["rungs"]
+    fitted = [(rung, seed) for rung, size in enumerate(sizes) for seed in size["seeds"]]
+    entries: list[Entry] = [(part, rung, seed, 1.0) for part in ("half", "full") for rung, seed in fitted]
+    first = plan["seeds"][0]
+    entries += [("rates", rung, first, factor) for rung in RATE_SIZES if rung < len(sizes) for factor in RATES]
+    return [*entries, *(("hidden", len(sizes), seed, 1.0) for seed in hidden["seeds"])]
 
 
 def effective_tokens(tokens: float, unique: float) -> float:

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from chat_run import write_rows
 
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json, sha256_of_tree, write_json
-from nanophi.core.recipe import load_recipe
+from nanophi.core.recipe import Recipe, load_recipe
 from nanophi.experiments.ablate import Ablation, arm_of, find_candidates, run_name
 from nanophi.experiments.records import check_numbers
 from nanophi.model_card import report
@@ -168,6 +169,34 @@ def test_another_output_uses_runs_that_are_the_same_and_leaves_others_alone(fini
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("plan.json", None, r"plan\.json is missing, but its runs have records; put it back"),
+        ("records/planted-all-seed-0*", {"seed": 7}, "planted-all-seed-0.* is no record of a run in the plan"),
+        (
+            "records/planted-all-seed-0*",
+            {"learning_rate": 0.5},
+            "planted-all-seed-0.* is no record of a run in the plan",
+        ),
+        ("records/planted-all-seed-0*", {"run": "copy"}, "planted-all-seed-0.* is no record of a run in the plan"),
+        ("items.json", {"heldout": []}, r"items\.json has fewer documents than planted-\S+ was measured on"),
+    ],
+)
+def test_lost_plans_and_records_that_were_not_planned(finished, recipe, tmp_path, monkeypatch, file, change, message):
+    output = tmp_path / "output"
+    shutil.copytree(finished[0] / "output", output)
+    path = min(output.glob(file))
+    if change is None:
+        path.unlink()
+    else:
+        write_json(path, read_json(path) | change)
+    monkeypatch.setattr(trainer, "train", None)  # nothing is trained again
+    experiment = make(recipe, finished[0], output=output)
+    with pytest.raises(UserError, match=message):
+        experiment.run(experiment.plan())
+
+
 def test_the_answer_for_the_eye(finished):
     folder, _, _ = finished
     page = (folder / "output/ablation.md").read_text()
@@ -305,6 +334,14 @@ def test_decays_that_were_killed_resume_from_their_records(decayed, monkeypatch)
         patch.setattr(trainer, "train", None)  # nothing is trained again
         assert experiment.run(plan) == result
     assert record.read_text() == kept
+
+
+@pytest.mark.parametrize("name", ["quality", "net", "check", "文本"])
+def test_a_candidate_cannot_have_the_name_of_a_contrast_or_none(decaying, name):
+    values = load_recipe(decaying[0]).dump()
+    values["data"]["sources"][1]["name"] = name
+    with pytest.raises(UserError, match=rf"--candidate {name}: an arm cannot be called '({name})?'; give it another"):
+        find_candidates(Recipe(**values), [name], [])
 
 
 @pytest.mark.parametrize(

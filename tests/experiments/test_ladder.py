@@ -9,6 +9,8 @@ import json
 import math
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +27,8 @@ from nanophi.core.run import RunDirectory
 from nanophi.experiments import ladder, ladder_render, records
 from nanophi.experiments.ladder import Ladder, entries_of, run_of
 from nanophi.experiments.scaling import effective_tokens
-from nanophi.training import estimate
+from nanophi.pipeline import Pipeline
+from nanophi.training import estimate, trainer
 
 RECIPE = """
 name: rungs
@@ -159,7 +162,10 @@ def test_the_plan_says_what_it_takes(finished):
 def test_one_run_gives_both_lengths(finished, recipe):
     _, plan, _, _, _ = finished
     half, full, rate = (run_of(recipe, plan, (part, 0, 0, f)) for part, f in (("half", 1), ("full", 1), ("rates", 1.5)))
-    assert half.name == full.name != rate.name
+    assert len({half.name, full.name, rate.name}) == 3
+    early = {key: value for key, value in plan.items() if key != "name"}  # which had one directory for both
+    assert run_of(recipe, early, ("half", 0, 0, 1)).name == run_of(recipe, early, ("full", 0, 0, 1)).name
+    assert run_of(recipe, early, ("half", 0, 0, 1)).name == "rungs-8.19k-seed-0"
     assert half.training.steps == round(full.training.steps / 2)
     same = ("batch_size", "learning_rate", "muon_learning_rate", "warmup_steps", "schedule", "decay_fraction")
     assert all(getattr(half.training, key) == getattr(full.training, key) for key in same)
@@ -238,6 +244,87 @@ def test_another_question_and_other_records_are_refused(finished, recipe, monkey
         one.run(one.plan())
     path.write_text(planned)
     assert sha256_of_tree(folder / "out") == before
+
+
+def damaged(finished, tmp_path, file, change):
+    """A copy of the finished ladder's output, in which a file is removed, or its JSON changed."""
+    shutil.copytree(finished[0] / "out", tmp_path / "out")
+    path = min((tmp_path / "out/rungs").glob(file))
+    if change is None:
+        path.unlink()
+    else:
+        write_json(path, change(read_json(path)))
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("plan.json", None, r"plan\.json is missing, but its runs have records; put it back"),
+        ("plan.json", lambda plan: [], r"plan\.json has format None, this version reads 1"),
+        ("plan.json", lambda plan: plan | {"recipe": plan["recipe"] | {"zzz": 1}}, r"plan\.json: unknown key 'zzz'"),
+        ("prediction.json", None, r"prediction\.json is missing, but the hidden size is measured; put it back"),
+        ("prediction.json", lambda found: {}, r"prediction\.json is not what nanophi ladder wrote"),
+        ("half/records/*-8.19k-*.json", lambda run: {}, "seed-0-half.* is no record of a run in the plan; move it"),
+        ("half/records/*-8.19k-*.json", lambda run: run | {"seed": 7}, "seed-0-half.* is no record of a run"),
+        ("full/records/*.json", lambda run: run | {"seed": 1}, "is no record of a run in the plan"),
+    ],
+)
+def test_what_was_lost_or_changed_after_the_result_is_not_made_again(
+    finished, recipe, tmp_path, monkeypatch, file, change, message
+):
+    invented = Invented(monkeypatch)
+    damaged(finished, tmp_path, file, change)
+    before, one = sha256_of_tree(tmp_path / "out"), make(recipe, tmp_path)
+    with pytest.raises(UserError, match=message):
+        one.run(one.plan())
+    assert not invented.made and sha256_of_tree(tmp_path / "out") == before
+
+
+def interval(prediction):
+    prediction["targets"]["heldout"]["hidden"]["interval"][1] = 99.0
+    return prediction
+
+
+def halved(run):
+    values = run["items"][records.HELDOUT]["values"]
+    values[:] = [[nats * 0.9, size] for nats, size in values]
+    return run
+
+
+@pytest.mark.parametrize(("file", "change"), [("prediction.json", interval), ("full/records/*-64.5k-*.json", halved)])
+def test_a_prediction_that_its_records_do_not_give_is_refused(finished, recipe, tmp_path, monkeypatch, file, change):
+    Invented(monkeypatch)
+    damaged(finished, tmp_path, file, change)
+    one = make(recipe, tmp_path)
+    with pytest.raises(UserError, match=r"prediction\.json has other figures than the records give now"):
+        one.run(one.plan())
+
+
+def test_the_longer_run_continues_the_shorter_and_another_question_leaves_both_alone(recipe, tmp_path, monkeypatch):
+    """Two runs that are really trained: the longer is what it is in one piece, and both serve another output."""
+    real = ladder.entries_of
+    monkeypatch.setattr(estimate, "measured_speed", lambda recipe, report: 1e5)
+
+    def trained(output, **changes):
+        one = make(recipe, tmp_path, lines := [], tokens_per_parameter=2.0, **changes)
+        one.output = tmp_path / output
+        plan = one.plan()
+        monkeypatch.setattr(ladder, "entries_of", lambda plan: [each for each in real(plan) if each[1:3] == (0, 0)])
+        for part in ("half", "full"):
+            one._make(plan, part)
+        monkeypatch.setattr(ladder, "entries_of", real)
+        return plan, lines, {part: read_json(records.recorded(one.output / part)[0]) for part in ("half", "full")}
+
+    plan, lines, made = trained("first")
+    assert any(line.startswith(f"{made['full']['run']}: ") and "continues from step-" in line for line in lines)
+    alone = Pipeline(run_of(recipe, plan, ("full", 0, 0, 1.0)), tmp_path / "alone", report=str)
+    assert alone.make("training")["weights_sha256"] == made["full"]["weights_sha256"]
+    records.recorded(tmp_path / "first/half")[0].unlink()
+    monkeypatch.setattr(trainer, "train", None)  # nothing is trained again
+    assert trained("first")[2] == trained("second")[2] == made
+    other = make(recipe, tmp_path / "other", tokens_per_parameter=3.0)
+    other.runs = tmp_path / "runs"
+    assert re.fullmatch("rungs-[0-9a-f]{8}", other.plan()["name"])
 
 
 @pytest.mark.parametrize(
@@ -329,7 +416,7 @@ def test_really_trained_and_killed(recipe, tmp_path):
     assert again["recipes"]["rungs"]["targets"] == answer["recipes"]["rungs"]["targets"]
     for part in ladder.LENGTHS:
         hashes = [
-            {run["run"]: run["weights_sha256"] for run in records.read_records(folder / "out/rungs" / part)}
+            {run["run"]: run["weights_sha256"] for run in map(read_json, records.recorded(folder / "out/rungs" / part))}
             for folder in (tmp_path, tmp_path / "again")
         ]
         assert hashes[0] == hashes[1]
