@@ -147,10 +147,13 @@ def write_answer(output: Path, names: Sequence[str]) -> dict[str, Any]:
 
 
 def difference(ours: Ladder, theirs: Ladder) -> dict[str, Any]:
-    """`ours - theirs` in bits per byte, at equal compute up to the smaller recipe's, and where its sign changes."""
-    least = min(point.flops for ladder in (ours, theirs) for point in ladder.law("heldout").points)
-    curve = []
-    for flops in np.geomspace(least, min(ours.recipe.flops, theirs.recipe.flops), CURVE).tolist():
+    """`ours - theirs` in bits per byte at equal compute, and where its sign changes.
+
+    From the largest fitted run, where the way to a recipe begins (`at`), to the smaller recipe; there may be nothing.
+    """
+    least = max(point.flops for ladder in (ours, theirs) for point in ladder.law("heldout").points)
+    most, curve = min(ours.recipe.flops, theirs.recipe.flops), []
+    for flops in np.geomspace(least, most, CURVE).tolist() if least < most else ():
         a, b = (ladder.law("heldout").predict(ladder.at(flops)) for ladder in (ours, theirs))
         value, error = a["value"] - b["value"], 1.96 * math.hypot(a["stderr"] * a["value"], b["stderr"] * b["value"])
         curve.append({"flops": flops, "value": value, "interval": [value - error, value + error]})

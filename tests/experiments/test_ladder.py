@@ -362,9 +362,16 @@ def test_two_recipes_are_compared(finished, recipe, monkeypatch):
     found = ladder_render.write_answer(folder / "out", ["rungs", "better"])["differences"]["better"]
     last = found["curve"][-1]
     assert not found["sign_changes"] and last["interval"][1] < 0
+    fitted = max(ladder_render.Ladder(folder / "out/rungs").law("heldout").points, key=lambda point: point.flops)
+    assert found["curve"][0]["flops"] == pytest.approx(fitted.flops)  # before it, no recipe's way has begun
     base = read_json(folder / "out/rungs/prediction.json")["targets"]["heldout"]["recipe"]["value"]
     assert last["value"] == pytest.approx(-0.1 * base, rel=0.3)
     assert "better - rungs at" in (folder / "out/ladder.md").read_text()
+    short = read_json(one.output / "plan.json")
+    short["target"]["tokens"] = 1000
+    write_json(one.output / "plan.json", short)
+    answer = ladder_render.write_answer(folder / "out", ["rungs", "better"])
+    assert answer["differences"]["better"]["curve"] == [] and "better and rungs are not compared" in answer["paragraph"]
 
 
 def test_accuracy_is_predicted_where_all_sizes_are_above_chance(recipe, tmp_path, monkeypatch):
