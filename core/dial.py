@@ -101,6 +101,8 @@ def scaled(anchor: Anchor, width: int, tokens: float, context: int, unit: int = 
 def resolve(values: dict[str, Any]) -> list[Derived]:
     """Replace `model.depth` in a recipe's mapping by what follows from it, and say what that was.
 
+    Null is not stated, for the depth and all that follows from it: so a recipe drops what the one it extends states.
+
     Raises:
         ValueError: for a depth beside a shape, or one that is none.
     """
@@ -109,10 +111,13 @@ def resolve(values: dict[str, Any]) -> list[Derived]:
         return []
     model = values["model"] = dict(model)
     depth = model.pop("depth")
+    if depth is None:
+        return []
     if isinstance(depth, bool) or not isinstance(depth, int) or not 1 <= depth <= MAX_DEPTH:
         raise ValueError(f"'model': depth must be a whole number from 1 to {MAX_DEPTH}, got {depth!r}")
-    if both := [key for key in SHAPE if key in model]:
-        raise ValueError(f"'model': depth and {both[0]} exclude each other; leave out one of them")
+    if both := [key for key in SHAPE if model.get(key) is not None]:
+        remedy = f"leave out one of them, or set to null, if another recipe states it, depth or {', '.join(both)}"
+        raise ValueError(f"'model': depth and {both[0]} exclude each other; {remedy}")
     section = values.get("tokenizer")
     tokenizer = section if isinstance(section, dict) else {}
     if tokenizer.get("path") and "vocab_size" not in model:
@@ -132,7 +137,7 @@ def resolve(values: dict[str, Any]) -> list[Derived]:
     follows["steps"] = max(1, round(wanted / (_whole(training, "batch_size", follows["batch_size"]) * context)))
     follows["warmup_steps"] = int(WARMUP * _whole(training, "steps", follows["steps"]))
     for key, reason in SETTINGS.items():
-        if key not in training and (muon or key != "muon_learning_rate"):
+        if training.get(key) is None and (muon or key != "muon_learning_rate"):
             training[key] = follows[key]
             derived.append((f"training.{key}", follows[key], reason))
     return derived

@@ -345,8 +345,9 @@ class Recipe(Section):
             context = self.model_config_for().max_position_embeddings
         except ValueError as error:
             raise ValueError(f"'model': {error}") from None
-        tokens = self.data.max_tokens or context
-        yield tokens < context, f"'data': max_tokens ({tokens}) is less than one row of {context} tokens"
+        for key in ("max_tokens", "max_decay_tokens"):
+            tokens = getattr(self.data, key) or context
+            yield tokens < context, f"'data': {key} ({tokens}) is less than one row of {context} tokens"
 
     @property
     def two_phases(self) -> bool:

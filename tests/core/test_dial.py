@@ -125,7 +125,30 @@ def test_other_mistakes_keep_their_own_message(load, training, message):
         load({"depth": 2}, {}, f"training={yaml.safe_dump(training, default_flow_style=True).strip().splitlines()[0]}")
 
 
+def test_null_takes_back_what_the_recipe_that_is_extended_states(load, tmp_path):
+    deep = load({"depth": 2, "max_position_embeddings": 64})
+    shape = {"hidden_size": 96, "intermediate_size": 100, "num_hidden_layers": 3, "num_attention_heads": 3}
+    child = {"extends": "recipe.yaml", "model": {"depth": None, **shape, "num_key_value_heads": None}}
+    child["training"] = {"steps": 5, "batch_size": 2, "learning_rate": 0.1}
+    (tmp_path / "child.yaml").write_text(yaml.safe_dump(child))
+    config = load_recipe(tmp_path / "child.yaml").model_config_for()
+    assert {key: getattr(config, key) for key in shape} == shape and config.num_key_value_heads == 3
+    nulls = dict.fromkeys(shape | {"num_key_value_heads": 0}, None) | {"depth": 2}
+    again = {
+        "extends": "child.yaml",
+        "model": nulls,
+        "training": {"steps": None, "batch_size": None, "learning_rate": 0.3},
+    }
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(again))
+    recipe = load_recipe(tmp_path / "again.yaml")
+    assert recipe.model == deep.model and recipe.training == deep.training.model_copy(update={"learning_rate": 0.3})
+    assert load_recipe("demo", ["model.depth=null"]) == load_recipe("demo")
+
+
 def test_a_dial_on_top_of_a_shape_and_an_unknown_vocabulary():
+    keys = "hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads"
+    with pytest.raises(UserError, match=f"or set to null, if another recipe states it, depth or {keys}$"):
+        load_recipe("demo", ["model.depth=3"])
     with pytest.raises(UserError, match=r"demo\.yaml: 'model': depth and hidden_size exclude each other; leave out"):
         load_recipe("demo", ["model.depth=3"])
     with pytest.raises(UserError, match=r"depth with tokenizer\.path needs vocab_size"):

@@ -74,6 +74,7 @@ def test_overrides_numbers_and_merged_keys(write):
         (["training.learning_rate=.inf"], r"'training.learning_rate': .*finite number"),
         (["model.layer_norm_eps=-1"], "'model': layer_norm_eps must be a number of at least 0, got -1"),
         (["data.max_tokens=10"], r"'data': max_tokens \(10\) is less than one row of 256 tokens"),
+        (["data.max_decay_tokens=255"], r"'data': max_decay_tokens \(255\) is less than one row of 256 tokens"),
         (["data.sources=[{files: a.txt, split: test}]"], r"'data.sources.0': 'split' is for 'hub'"),
         (["data.sources=[{embedded: documentation, streaming: true}]"], r"'data.sources.0': 'streaming' is for 'hub'"),
         (["training.step=5"], r"'training': unknown key 'step'; did you mean 'steps'\?"),
