@@ -63,7 +63,7 @@ def ladder(
     """
     from nanophi.experiments import ladder_render
 
-    records.check_numbers(seed)
+    records.check_numbers(seed, smallest=smallest, tokens_per_parameter=tokens_per_parameter)
     resolved = [load_recipe(recipe, overrides) for recipe in recipes]
     if len({recipe.name for recipe in resolved}) < len(resolved):
         raise UserError("two recipes have the same name; each ladder needs its own folder")
@@ -172,6 +172,10 @@ class Ladder:
         records.check_tasks(recipe, plan["tasks"])
         with first.run.lock():
             counts = first.tokens()
+        if (count := max(counts["vocab_size"], recipe.model.get("vocab_size", 0))) != vocab:
+            raise UserError(
+                f"{recipe.name}: its tokenizer has {count} tokens, not {vocab}; set model.vocab_size={count}"
+            )
         # Under WSD the longer run continues the shorter one; counted as if it did not.
         sizes = [(LENGTHS[part], plan["rungs"][rung]) for part, rung, _, _ in entries]
         flops = sum(share * size["tokens"] * size["flops_per_token"] for share, size in sizes)
@@ -223,11 +227,15 @@ def rungs_of(recipe: Recipe, question: Mapping[str, Any]) -> list[dict[str, Any]
     anchor = dial.Anchor(config.hidden_size, records.tokens_seen(recipe), training.batch_size * context, *rates)
     rungs: list[dict[str, Any]] = []
     wanted, count = question["smallest"] or own / SMALLEST, question["sizes"]
+    least = dial.multiplying(dial.smaller(model, vocab, 1), vocab)
     while len(rungs) <= count:
         if wanted > own:
+            remedy = "name a smaller --smallest"
+            if rungs and rungs[0]["parameters"] <= least:
+                remedy = f"its vocabulary of {vocab} sets that size: use a smaller one, or a larger recipe"
             raise UserError(
                 f"{recipe.name} has {formatting.size(own)} parameters that multiply, too few for {count} sizes and a "
-                "hidden one above the smallest; name a smaller --smallest"
+                f"hidden one above the smallest; {remedy}"
             )
         shape, hidden = dial.smaller(model, vocab, wanted), len(rungs) == count
         parameters = dial.multiplying(shape, vocab)
@@ -242,6 +250,11 @@ def rungs_of(recipe: Recipe, question: Mapping[str, Any]) -> list[dict[str, Any]
         size["tokens"] = settings["steps"] * settings["batch_size"] * context
         rungs.append(size | {"flops_per_token": flops_per_token(recipe.model_config_for(**shape), context)})
         wanted = 2 * parameters
+    if own * anchor.tokens < parameters * size["tokens"]:
+        raise UserError(
+            f"{recipe.name} costs {6 * own * anchor.tokens:.2g} FLOP, less than the hidden size that tests its ladder "
+            f"({6 * parameters * size['tokens']:.2g}): train it itself, or lower --tokens-per-parameter or --smallest"
+        )
     return rungs
 
 

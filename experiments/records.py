@@ -70,15 +70,23 @@ def name_of_runs(recipe: Recipe, question: Mapping[str, Any], runs: Path, planne
     return recipe.name
 
 
-def check_numbers(seeds: Sequence[int], learning_rates: Sequence[float] = (), epochs: float | None = None) -> None:
+def check_numbers(
+    seeds: Sequence[int],
+    learning_rates: Sequence[float] = (),
+    epochs: float | None = None,
+    smallest: float | None = None,
+    tokens_per_parameter: float | None = None,
+) -> None:
     """Refuse numbers that no run can have. Raises `UserError`."""
     positive = (math.ulp(0.0), sys.float_info.max, "a number above 0")
     for option, values, (least, most, words) in (
         ("--seed", seeds, (0, MAX_SEED, f"from 0 to {MAX_SEED}")),
         ("--learning-rate", learning_rates, positive),
-        ("--epochs", [] if epochs is None else [epochs], positive),
+        ("--epochs", [epochs], positive),
+        ("--smallest", [smallest], positive),
+        ("--tokens-per-parameter", [tokens_per_parameter], (1, 10_000, "from 1 to 10,000")),
     ):
-        if wrong := [value for value in values if not least <= value <= most]:
+        if wrong := [value for value in values if value is not None and not least <= value <= most]:
             raise UserError(f"{option} {wrong[0]} must be {words}")
         if len(set(values)) < len(values):
             raise UserError(f"{option} has one value twice; every run needs its own")

@@ -239,6 +239,9 @@ def test_experiments_that_cannot_be_run(recipe, tmp_path, overrides, changes, me
         (([0], [], math.nan), "--epochs nan must be a number above 0"),
         (([4294967296], [], None), "--seed 4294967296 must be from 0 to 4294967295"),
         (([0], [0.1, -1], None), "--learning-rate -1 must be a number above 0"),
+        (([0], [], None, math.nan), "--smallest nan must be a number above 0"),
+        (([0], [], None, 1e5, math.inf), "--tokens-per-parameter inf must be from 1 to 10,000"),
+        (([0], [], None, None, 1e18), r"--tokens-per-parameter 1e\+18 must be from 1 to 10,000"),
     ],
 )
 def test_numbers_that_no_run_can_have(numbers, message):

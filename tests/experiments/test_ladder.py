@@ -333,12 +333,38 @@ def test_the_longer_run_continues_the_shorter_and_another_question_leaves_both_a
         ({"sizes": 3}, "a prediction needs 4 sizes, there are 3"),
         ({"seeds": [0]}, "every size has one seed"),
         ({"smallest": 100_000}, r"rungs has \d+k parameters that multiply, too few for 4 sizes and a hidden one"),
+        ({"smallest": 100_000}, "hidden one above the smallest; name a smaller --smallest$"),
+        (
+            {"tokens_per_parameter": 200.0},
+            r"rungs costs \S+ FLOP, less than the hidden size .*: train it itself, or lower",
+        ),
     ],
 )
 def test_ladders_that_cannot_be_planned(recipe, tmp_path, monkeypatch, changes, message):
     Invented(monkeypatch)
     with pytest.raises(UserError, match=message):
         make(recipe, tmp_path, **changes).plan()
+    assert not list(tmp_path.rglob("plan.json"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"training": {"steps": 20}}, r"rungs costs \S+ FLOP, less than the hidden size"),
+        (
+            {"tokenizer": {"vocab_size": 60_000}},
+            "; its vocabulary of 60000 sets that size: use a smaller one, or a larger recipe",
+        ),
+        ({"tokenizer": {"vocab_size": 900}}, r"its tokenizer has \d+ tokens, not 900; set model.vocab_size=\d+$"),
+    ],
+)
+def test_recipes_that_no_ladder_predicts(recipe, tmp_path, monkeypatch, changes, message):
+    Invented(monkeypatch)
+    values = recipe.dump()
+    for section, changed in changes.items():
+        values[section] |= changed
+    with pytest.raises(UserError, match=message):
+        make(type(recipe)(**values), tmp_path, smallest=None if "tokenizer" in changes else SMALLEST).plan()
     assert not list(tmp_path.rglob("plan.json"))
 
 
