@@ -135,10 +135,10 @@ def _message(error: Exception) -> str:
 def main() -> None:
     """Entry point: an error becomes one line and exit status 1; `--debug` shows the traceback instead."""
     debug = "--debug" in sys.argv
-    settle()
-    for name, value in {"TOKENIZERS_PARALLELISM": "true", **({} if debug else QUIET)}.items():
-        os.environ.setdefault(name, value)
     try:
+        settle()
+        for name, value in {"TOKENIZERS_PARALLELISM": "true", **({} if debug else QUIET)}.items():
+            os.environ.setdefault(name, value)
         app(args=[argument for argument in sys.argv[1:] if argument != "--debug"], prog_name="nanophi")
     except Exception as error:
         if debug:

@@ -14,17 +14,30 @@ import sys
 import tempfile
 from pathlib import Path
 
+from nanophi.core.errors import UserError
+
 SOCKET_ROOM = 70  # bytes of a temporary folder's name that leave room for sockets (107 in all on Linux)
 OPEN_FILES = 65_536
-COUNTS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+COUNTS = (*LAUNCHER, "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 def settle() -> None:
-    """Make this process and those that it starts work where streams, a home, a cache or a short TMPDIR are missing."""
+    """Make this process and those that it starts work where streams, a home, a cache or a short TMPDIR are missing.
+
+    Raises `UserError` without any temporary folder, or if a launcher's variable is not a number.
+    """
     _streams()
     for name in COUNTS:
-        if not os.environ.get(name, "").strip():
+        value = os.environ.get(name, "").strip()
+        if not value:
             os.environ.pop(name, None)
+        elif name in LAUNCHER and not value.removeprefix("-").isdecimal():
+            raise UserError(f"the environment variable {name} is {value!r}, which is not a whole number; unset it")
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:
+        raise UserError("no temporary folder can be written; set TMPDIR to one") from None
     _folders()
     _short_temporary_folder()
     with contextlib.suppress(ValueError, OSError):
@@ -87,7 +100,7 @@ def _folders() -> None:
         scratch.mkdir(mode=0o700, exist_ok=True)
         if scratch.is_symlink() or scratch.stat().st_uid != os.getuid():  # made by somebody else, who may read it
             scratch = Path(tempfile.mkdtemp(prefix="nanophi-"))
-        if not os.environ.get("HOME") or not Path(os.environ["HOME"]).is_dir():
+        if not (own := os.environ.get("HOME")) or not os.access(f"{own}/", os.X_OK):
             os.environ["HOME"] = str(scratch)
         os.environ["XDG_CACHE_HOME"], os.environ["MPLCONFIGDIR"] = str(scratch), str(scratch / "matplotlib")
         os.environ["HF_HOME"] = str(scratch / "huggingface")
@@ -98,7 +111,7 @@ def _folders() -> None:
 
 def _can_make(path: Path) -> bool:
     """Whether a folder is writable, or could be made."""
-    while not path.exists() and path != path.parent:
+    while not os.path.exists(path) and path != path.parent:  # noqa: PTH110 (which raises below a closed folder)
         path = path.parent
     return os.access(path, os.W_OK | os.X_OK)
 

@@ -49,6 +49,24 @@ def test_empty_counts_of_a_launcher_are_no_counts():
     assert run(code, env={"RANK": " "}).returncode == 0
 
 
+@pytest.mark.parametrize(
+    ("set_up", "line"),
+    [
+        ("os.environ['RANK'] = 'abc'", "the environment variable RANK is 'abc', which is not a whole number; unset it"),
+        ("os.environ['LOCAL_WORLD_SIZE'] = '2.5'", "the environment variable LOCAL_WORLD_SIZE is '2.5', which is not"),
+        ("tempfile._candidate_tempdir_list = lambda: []", "no temporary folder can be written; set TMPDIR to one"),
+    ],
+)
+def test_what_cannot_be_worked_around_is_one_line(set_up, line):
+    start = f"import os, sys, tempfile; {set_up}; sys.argv[1:] = ['--version']; "
+    done = run("from nanophi.cli import main; main()", start)
+    assert done.returncode == 1 and done.stderr.startswith(f"nanophi: {line}") and done.stderr.count("\n") == 1
+
+
+def test_the_rank_of_no_process_and_lists_of_threads_are_the_libraries_own():
+    assert run("", env={"LOCAL_RANK": "-1", "OMP_NUM_THREADS": "4,2"}).returncode == 0
+
+
 def test_a_long_tmpdir_has_a_short_name_that_leads_to_it_and_is_removed(tmp_path):
     long = tmp_path / ("scratch/" * 12)
     long.mkdir(parents=True)
@@ -59,12 +77,19 @@ def test_a_long_tmpdir_has_a_short_name_that_leads_to_it_and_is_removed(tmp_path
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="needs another user's rights")
-@pytest.mark.parametrize(("home", "taken"), [(None, False), ("/", False), ("/nonexistent", False), (None, True)])
+@pytest.mark.parametrize(
+    ("home", "taken"),
+    [(None, False), (None, True), *((home, False) for home in ("/", "/nonexistent", "TMP/closed", "TMP/closed/in"))],
+)
 def test_without_a_home_caches_have_another_place_that_nobody_else_made(home, taken):
-    code = "getpass.getuser(); print(os.environ['HF_HOME']); os.makedirs(os.environ['HF_HOME'])"
+    code = "getpass.getuser(); print(os.environ['HF_HOME']); os.makedirs(os.environ['HF_HOME'])\n"
+    code += "import pathlib; (pathlib.Path.home() / '.settings').exists()"
     unset = dict.fromkeys(("HF_HOME", "USER", "LOGNAME", "XDG_CACHE_HOME"))
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o777)
+        (Path(folder) / "closed/in").mkdir(parents=True)
+        (Path(folder) / "closed").chmod(0o700)
+        home = home and home.replace("TMP", folder)
         if taken:
             (Path(folder) / "nanophi-54321").mkdir()
         done = run(code, env={**unset, "HOME": home, "TMPDIR": folder}, start=STRANGER, cwd="/")
