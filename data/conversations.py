@@ -5,6 +5,7 @@ heldout.parquet    id, source, messages; the prompt as text, ending where an ans
 """
 
 import itertools
+import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
@@ -14,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanophi.core.errors import UserError, one_line
+from nanophi.core.errors import UserError, one_line, user_errors
 from nanophi.core.files import sha256_of
 from nanophi.core.names import shown
 from nanophi.core.recipe import Source
@@ -196,6 +197,17 @@ def heldout(run: Path, count: int = 5) -> list[dict[str, Any]]:
     return list(rows.slice(0, count).to_pylist())
 
 
+def check(run: Path, recorded: dict[str, str]) -> None:
+    """Check that a run's conversations are those whose SHA-256 `build` returned, by split. Raises `UserError`."""
+    remedy = "delete it and run `nanophi prepare` on the recipe; it writes it again and leaves the checkpoints alone"
+    for split, sha256 in recorded.items():
+        path = run / f"data/conversations/{split}.parquet"
+        with user_errors(f"{path} cannot be read; {remedy}"):
+            rows = pq.read_table(path).to_pylist()
+        if sha256_of(rows) != sha256:
+            raise UserError(f"{path} holds other conversations than data/tokens/tokens.json records; {remedy}")
+
+
 def conversation(row: Any, method: str) -> tuple[Messages, Messages, Messages]:
     """A row's prompt, its (chosen) completion and, for `dpo`, its rejected one. Raises `UnusableError`.
 
@@ -203,7 +215,7 @@ def conversation(row: Any, method: str) -> tuple[Messages, Messages, Messages]:
     """
     if isinstance(row, formats.Unusable):
         raise UnusableError(row.reason, "its line cannot be read")
-    row = {key: value for key, value in row.items() if value is not None} if isinstance(row, dict) else {}
+    row = {key: value for key, value in row.items() if not _missing(value)} if isinstance(row, dict) else {}
     needed = {"dpo": ["chosen", "rejected"], "sft": ["messages"] if "messages" in row else ["prompt", "completion"]}
     if not set(needed[method]) <= set(row):
         what = "'chosen' and 'rejected'" if method == "dpo" else "'messages', or 'prompt' and 'completion'"
@@ -256,6 +268,11 @@ def _turns(value: Any, role: str) -> Messages:
     return [{"role": turn["role"], "content": _text(turn.get("content"), turn["role"])} for turn in turns]
 
 
+def _missing(value: Any) -> bool:
+    """Whether a value is none: a table has NaN, or an infinity, where it lacks one."""
+    return value is None or (isinstance(value, float) and not math.isfinite(value))
+
+
 def _text(content: Any, role: str) -> str:
     """A turn's text: a string, a number of a table, or content parts that are text."""
     if isinstance(content, list) and all(
@@ -266,7 +283,7 @@ def _text(content: Any, role: str) -> str:
     elif isinstance(content, bytes):
         content = content.decode(errors="surrogateescape")
     elif isinstance(content, int | float):
-        content = str(content)
+        content = "" if _missing(content) else str(content)
     if not isinstance(content, str | None):
         raise UnusableError("not_text", f"a turn of role '{role}' has no text as its 'content'")
     cleaned = formats.clean(content or "")

@@ -9,7 +9,7 @@ Both phases of a training have their documents in one order: if a filter drops n
     output/decay                   another text for the steps in which the learning rate decays, if there is one
     output/train-rest.bin, ...     the last tokens, which filled no row, as little-endian int32
     output/heldout-documents.parquet   source, tokens, bytes of each held-out document, in packed order
-    output/tokens.json             counts, by split
+    output/tokens.json             counts, by split, and the SHA-256 of the tokenizer's files
 """
 
 import functools
@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanophi.core.errors import UserError
-from nanophi.core.files import read_json, replace_tree, write_json
+from nanophi.core.files import read_json, replace_tree, sha256_of_tree, write_json
 from nanophi.core.recipe import Data, Source
 from nanophi.data import sources
 from nanophi.data.documents import batches, ids_to_uint64, shards, uniform_from_id
@@ -48,7 +48,8 @@ def pack(
     What a filter of the decay alone keeps is `decay` beside the two splits.
 
     Returns by split `{documents, bytes, tokens, rows, tail_tokens, tokens_by_source, bytes_per_token, sha256}`, tokens
-    with one end-of-text per document, and the SHA-256 of the whole stream as little-endian int32.
+    with one end-of-text per document, and the SHA-256 of the whole stream as little-endian int32. Beside the splits are
+    `context_length`, `vocab_size` and `tokenizer_sha256`.
     """
     done, work = output / "tokens.json", output / ".parts"
     if done.exists():
@@ -83,7 +84,7 @@ def pack(
         if text != "decay" or not np.array_equal(stream.order, order):
             summary[text] = _write(stream, context_length, output / text, work, text, limit)
         order = stream.order
-    summary["vocab_size"] = _encoder(tokenizer).vocab_size
+    summary |= {"vocab_size": _encoder(tokenizer).vocab_size, "tokenizer_sha256": sha256_of_tree(tokenizer)}
     write_json(done, summary)
     shutil.rmtree(work)
     return summary

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nanophi.core import bases
+from nanophi.core.errors import UserError
 from nanophi.core.files import copy_tree, read_json, sha256_of_file, sha256_of_tree, write_json
 from nanophi.core.inputs import WEIGHTS
 from nanophi.core.names import CODE_FILES, MODEL_FILES, TOKENIZER_FILES
@@ -71,6 +72,18 @@ def pinned(run: Runner, sources: Sequence[Source]) -> list[Source]:
         else source
         for source in sources
     ]
+
+
+def read_tokens(tokens: Path) -> dict[str, Any]:
+    """The contents of `tokens.json`. Raises `UserError` if the tokenizer beside `tokens` is not the one named there."""
+    recorded: dict[str, Any] = read_json(tokens / "tokens.json")
+    tokenizer = tokens.with_name("tokenizer")
+    if recorded.get("tokenizer_sha256", now := sha256_of_tree(tokenizer)) != now:  # 0.1 named none
+        raise UserError(
+            f"{tokenizer} is not the tokenizer that {tokens} was made with; delete both and run `nanophi prepare` on "
+            "the recipe, which makes them again and leaves the checkpoints alone"
+        )
+    return recorded
 
 
 def split_hashes(tokens: dict[str, Any]) -> dict[str, str]:
@@ -250,7 +263,8 @@ def _conversations(run: Runner, work: Path) -> Summary:
     summary |= {"base": base.recipe["name"], "repo_id": base.repo_id, "own_template": own, **base.history()}
     for file in (*base.files(*MODEL_FILES, *CODE_FILES), *folder.iterdir()):
         copy_tree(file, work / "data/base" / file.name)
-    hashes = {"conversations": {key: summary.pop(f"{key}_sha256") for key in ("train", "heldout")}}
+    hashes: Summary = {"conversations": {key: summary.pop(f"{key}_sha256") for key in ("train", "heldout")}}
+    hashes["tokenizer_sha256"] = sha256_of_tree(folder)  # with a template that the base's may lack
     for name in bases.RECORDS:
         record = read_json(base.records[name]) | (hashes if name == "tokens" else {})
         write_json(work / f"data/{name}/{name}.json", record)

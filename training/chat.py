@@ -19,6 +19,8 @@ from nanophi.configuration_nanophi import NanoPhiConfig
 from nanophi.core.errors import UserError
 from nanophi.core.jobs import world_size
 from nanophi.core.recipe import Recipe
+from nanophi.data import conversations
+from nanophi.data.stages import read_tokens
 from nanophi.training.arguments import accelerate_precision, training_arguments
 from nanophi.training.attention import PACKED_DOCUMENTS
 from nanophi.training.base import base_model
@@ -88,6 +90,7 @@ def train(
     """Train `data/base`, whose configuration is given, on `data/conversations`, from the state `resume`."""
     datasets.disable_progress_bars()
     disable_progress_bar()
+    conversations.check(run, read_tokens(run / "data/tokens")["conversations"])
     training, arguments = recipe.training, settings(recipe, run, config.max_position_embeddings)
     tokenizer = AutoTokenizer.from_pretrained(run / "data/tokenizer")
     model = base_model(str(run / "data/base"), config)

@@ -14,6 +14,7 @@ from transformers import EvalPrediction
 
 from nanophi.core.errors import UserError, one_line
 from nanophi.core.files import read_json
+from nanophi.data.stages import read_tokens
 
 BY_SOURCE = "bits_per_byte/"
 REMEDY = "run `nanophi prepare` on the recipe; it packs the same rows again and leaves the checkpoints alone"
@@ -130,8 +131,8 @@ class HeldoutRows(PackedRows):
 
 
 def check_tokens(tokens: Path, **splits: PackedRows) -> None:
-    """Check that the rows of each split are those that `tokens.json` records. Raises `UserError`."""
-    recorded = read_json(tokens / "tokens.json")
+    """Check that tokenizer and rows of each split are those that `tokens.json` records. Raises `UserError`."""
+    recorded = read_tokens(tokens)
     for split, rows in splits.items():
         counts, rest = recorded[split], tokens / f"{split}-rest.bin"
         if counts.get("tail_tokens") and not rest.exists():  # packed by 0.1, which kept no rest

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from nanophi.core.errors import UserError
+from nanophi.data.stages import read_tokens
 from nanophi.data.trace import Stream
 
 ITEMS = 200
@@ -78,6 +79,7 @@ def _items(tokens: Path, split: str) -> dict[str, Any]:
     import datasets
     from transformers import AutoTokenizer
 
+    read_tokens(tokens)
     tokenizer = AutoTokenizer.from_pretrained(tokens.parent / "tokenizer")
     stream = Stream(tokens / split, tokenizer.eos_token_id)
     size = PROMPT + TARGET

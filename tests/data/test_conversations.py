@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import math
 import random
 import shutil
 
@@ -71,6 +72,7 @@ def recipe_on_base(runs, name, **fields):
     [
         ({"messages": [{"role": "tool", "content": "x"}]}, "sft", "bad.jsonl:3: unknown role 'tool'; roles are system"),
         ({"text": "Hi"}, "sft", r"bad.jsonl:3: a row has 'messages', or 'prompt' and 'completion'; this one has text"),
+        ({"prompt": "Hi", "completion": math.nan}, "sft", r"bad.jsonl:3: a row has .*; this one has prompt"),
         ({"prompt": "Hi", "chosen": "Hello"}, "dpo", r"bad.jsonl:3: a row has 'chosen' and 'rejected'"),
         ({"chosen": [assistant("a")], "rejected": [assistant("b")]}, "dpo", r"bad.jsonl:3: .* no prompt in common"),
         ({"prompt": "Hi", "chosen": "Hello", "rejected": []}, "dpo", r"bad.jsonl:3: 'rejected' does not end with"),
@@ -88,6 +90,8 @@ def test_a_row_that_is_no_conversation_is_named_before_work(runs, row, method, m
     [
         ("empty_turn", [{"role": "system", "content": " "}, *talk(8)]),
         ("empty_turn", [*talk(8), user("And?"), assistant(None)]),
+        ("empty_turn", [*talk(8), user("And?"), assistant(math.nan)]),
+        ("empty_turn", [user(-math.inf), assistant("Nothing.")]),
         ("role", [*talk(8), {"role": "tool", "content": "8"}, assistant("8.")]),
         ("tool_call", [user("Hi"), {**assistant("One moment."), "tool_calls": [{"name": "f"}]}, *talk(8)]),
         ("no_answer", [user("Hi")]),

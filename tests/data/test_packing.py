@@ -11,10 +11,11 @@ from gathered import rows_of, write
 from killed import run_killed
 
 from nanophi.core.errors import UserError
-from nanophi.core.files import read_json
+from nanophi.core.files import read_json, sha256_of_tree
 from nanophi.core.recipe import Quality, Tokenizer
 from nanophi.data import gather, packing, scoring, tokenizer
 from nanophi.data.documents import shards
+from nanophi.data.stages import read_tokens
 
 CONTEXT = 64
 
@@ -94,6 +95,7 @@ def test_rows_hold_exactly_the_kept_documents(folder, packed, encoder, split):
     assert all(document[-1] == encoder.eos_token_id for document in documents)
     assert sorted(document[:-1] for document in documents) == sorted(map(tuple, encoded))
     assert summary["sha256"] == hashlib.sha256(np.array([*sum(documents, ())], "<i4").tobytes()).hexdigest()
+    assert read_tokens(packed)["tokenizer_sha256"] == sha256_of_tree(folder / "tokenizer")
 
 
 def test_heldout_documents_are_known_by_source_in_packed_order(folder, packed, encoder):

@@ -95,6 +95,14 @@ def test_what_was_planted_is_recited_the_more_often_it_was_seen(tmp_path: Path) 
     assert set(found["without"].values()) == {0.0}
 
 
+def test_items_are_not_made_with_another_tokenizer_than_the_tokens(tmp_path: Path) -> None:
+    tokens = make_run(tmp_path) / "data/tokens"
+    write_json(tokens / "tokens.json", read_json(tokens / "tokens.json") | {"tokenizer_sha256": "0" * 64})
+    for items in (memorisation.train, memorisation.heldout):
+        with pytest.raises(UserError, match="data/tokenizer is not the tokenizer that"):
+            items(str(tokens))
+
+
 def test_a_run_without_its_tokens_is_named(tmp_path: Path) -> None:
     (tmp_path / "data/documents").mkdir(parents=True)
     with pytest.raises(UserError, match="needs the data/documents folder of a run with data/tokens"):

@@ -3,6 +3,7 @@
 import itertools
 
 import datasets
+import pyarrow.parquet as pq
 import pytest
 import torch
 import trl
@@ -11,9 +12,11 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from nanophi.configuration_nanophi import NanoPhiConfig
 from nanophi.core.errors import UserError
 from nanophi.core.files import read_json
 from nanophi.data.conversations import TEMPLATE
+from nanophi.training import chat
 from nanophi.training.optimizer import ADAM_EPS
 from nanophi.training.run_trainer import RunTrainer
 
@@ -145,6 +148,26 @@ def test_a_chat_model_is_a_base_and_the_record_names_what_it_learned_from(runs, 
     assert (second["base"], second["origin"], second["own_template"]) == ("chat", None, False)
     assert (first["name"], first["method"], first["base"], first["train"]) == ("chat", "sft", "base", 24)
     assert str(runs / "chat.jsonl") in first["sources"] and first["hub"] == [None]
+
+
+def test_other_conversations_or_another_tokenizer_than_recorded_are_refused(runs):
+    run = pipeline(runs, PAIRS, "other", method="dpo")
+    run.tokens()
+    config = NanoPhiConfig.from_pretrained(run.path / "data/base")
+    for split in ("train", "heldout"):
+        file = run.path / f"data/conversations/{split}.parquet"
+        whole = file.read_bytes()
+        pq.write_table(pq.read_table(file).slice(1), file)
+        with pytest.raises(UserError, match=rf"{split}.parquet holds other conversations than .*; delete it and run"):
+            chat.train(run.path, run.recipe, config)
+        file.write_bytes(whole[:-9])
+        with pytest.raises(UserError, match=rf"{split}.parquet cannot be read; delete it and run"):
+            chat.train(run.path, run.recipe, config)
+        file.write_bytes(whole)
+    template = run.path / "data/tokenizer/tokenizer_config.json"
+    template.write_text(template.read_text().replace("Assistant:", "Model:"))
+    with pytest.raises(UserError, match="data/tokenizer is not the tokenizer that"):
+        chat.train(run.path, run.recipe, config)
 
 
 def test_adapters_are_merged_into_every_checkpoint(runs):

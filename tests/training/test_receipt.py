@@ -13,7 +13,7 @@ from tiny_run import CONFIG, EOS, TRAINING, add_sources, ends_at, make_run, repl
 
 from nanophi.configuration_nanophi import NanoPhiConfig
 from nanophi.core.errors import UserError
-from nanophi.core.files import read_json, write_json
+from nanophi.core.files import read_json, sha256_of_tree, write_json
 from nanophi.core.recipe import Training
 from nanophi.modeling_nanophi import NanoPhiForCausalLM
 from nanophi.training import arguments, loss, receipt, rows, run_trainer, stopping
@@ -37,6 +37,17 @@ def test_other_tokens_than_recorded_are_refused_before_the_first_step(run, split
     with pytest.raises(UserError, match=rf"tokens/{split} holds other tokens than .*; delete .* run `nanophi prepare`"):
         train(run, **SHORT)
     assert not (run / "checkpoints").exists()
+
+
+def test_another_tokenizer_than_the_tokens_were_made_with_is_refused_and_old_runs_name_none(run):
+    tokens, files = run / "data/tokens/tokens.json", run / "data/tokenizer"
+    write_json(tokens, {**read_json(tokens), "tokenizer_sha256": sha256_of_tree(files)})
+    (files / "tokenizer.json").write_text("{ }")
+    with pytest.raises(UserError, match=r"data/tokenizer is not the tokenizer that .*tokens was made with; delete"):
+        train(run, **SHORT)
+    assert not (run / "checkpoints").exists()
+    (files / "tokenizer.json").write_text("{}")
+    rows.check_tokens(run / "data/tokens")
 
 
 def test_the_rest_that_filled_no_row_belongs_to_the_hash_and_old_runs_lack_it(run):
