@@ -5,7 +5,7 @@ drawn by its frequency) would give less than `EXPECTED` of them; OLMoTrace (arXi
 """
 
 import dataclasses
-import itertools
+import functools
 import json
 import math
 from collections.abc import Iterator
@@ -65,23 +65,33 @@ class Stream:
         first = max(0, first)
         return np.asarray(self.tokens.slice(first, max(0, last - first)).to_numpy())
 
+    def take(self, places: np.ndarray) -> np.ndarray:
+        """Tokens at ascending places of the stream."""
+        chunk = np.searchsorted(self._starts, places, "right") - 1
+        tokens = [np.zeros(0, np.int32)]
+        for number in np.unique(chunk).tolist():  # a slice of each, which copies no other
+            tokens.append(self.tokens.chunk(number).to_numpy()[places[chunk == number] - self._starts[number]])
+        return np.concatenate(tokens)
+
+    @functools.cached_property
+    def _starts(self) -> np.ndarray:
+        return np.cumsum([0, *map(len, self.tokens.chunks)])
+
 
 def find_spans(stream: Stream, ids: np.ndarray, vocabulary: int, shortest: int = SHORTEST) -> list[Span]:
     """The spans of `ids` (int, of a text without special tokens) in the stream that no other has, longest first."""
     if len(ids) < shortest:
         return []
+    ids = ids.astype(np.int64)
     wanted = np.zeros(vocabulary + 1, bool)
     wanted[ids[ids < vocabulary]] = True
     wanted[stream.end] = False
-    grams = np.lib.stride_tricks.sliding_window_view(ids.astype(np.int64), shortest)
     weights = np.random.default_rng(0).integers(1, 1 << 62, shortest, dtype=np.int64) | 1
-    hashes = (grams * weights).sum(1)
-    order = np.argsort(hashes, kind="stable")
-    keys = hashes[order]
+    keys, grams = np.unique(_hashes(ids, np.arange(len(ids) - shortest + 1), weights), return_inverse=True)
     blocks = range(0, max(0, len(stream) - shortest + 1), _BLOCK)
 
     def scan(first: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Runs of matches that begin in a block: place, start in the text, length; token counts; ends of documents."""
+        """n-grams of the text that begin in a block: place, which; token counts; ends of documents."""
         block = stream.read(first, first + _BLOCK + shortest - 1)
         marked = wanted[block]
         run, length = marked, 1
@@ -92,54 +102,64 @@ def find_spans(stream: Stream, ids: np.ndarray, vocabulary: int, shortest: int =
         own = block[: min(_BLOCK, len(block))]
         counts = np.bincount(own[marked[: len(own)]], minlength=vocabulary + 1)
         ends = np.flatnonzero(own == stream.end) + first
-        candidates = (block[places[:, None] + np.arange(shortest)] * weights).sum(1)
-        low, high = np.searchsorted(keys, candidates, "left"), np.searchsorted(keys, candidates, "right")
-        repeats = high - low
-        where = np.repeat(places + first, repeats)
-        offsets = np.arange(repeats.sum()) - np.repeat(np.cumsum(repeats) - repeats, repeats)
-        starts = order[np.repeat(low, repeats) + offsets]
-        return where, starts, counts, ends
+        which, there = _among(keys, _hashes(block, places, weights))
+        return places[there] + first, which[there], counts, ends
 
     with ThreadPoolExecutor(cores()) as threads:
         results = list(threads.map(scan, blocks))
     if not results:
         return []
-    where, starts = (np.concatenate([result[part] for result in results]) for part in (0, 1))
+    places, found, ends = (np.concatenate([result[part] for result in results]) for part in (0, 1, 3))
     counts = np.sum([result[2] for result in results], axis=0)
-    ends = np.concatenate([result[3] for result in results])
-    if not len(where):
-        return []
-    # Matches of n-grams that follow each other on one diagonal are one match.
-    diagonal = where - starts
-    ranked = np.lexsort((where, diagonal))
-    where, starts, diagonal = where[ranked], starts[ranked], diagonal[ranked]
-    new = np.r_[True, (np.diff(diagonal) != 0) | (np.diff(where) != 1)]
-    first = np.flatnonzero(new)
-    lengths = np.diff(np.r_[first, len(where)]) + shortest - 1
-    where, starts = where[first], starts[first]
-    stops, documents, edges = starts + lengths, np.searchsorted(ends, where), np.r_[-1, ends, len(stream)]
+    edges = np.r_[-1, ends, len(stream)]
     with np.errstate(divide="ignore"):
         surprise = np.log(counts[np.minimum(ids, vocabulary)] / len(stream))
-    found = []
-    for start, stop in _outermost(sorted({*zip(starts.tolist(), stops.tolist(), strict=True)})):
-        expected = float(np.exp(np.log(len(stream)) + surprise[start:stop].sum()))
+    spans = []
+    for start, length, at in _outermost(stream, ids, grams, places, found, shortest):
+        expected = float(np.exp(np.log(len(stream)) + surprise[start : start + length].sum()))
         if expected < EXPECTED:
-            inside = np.flatnonzero((starts <= start) & (stops >= stop))
-            places = where[inside] + start - starts[inside]
-            held = documents[inside]
-            known = np.column_stack([places, edges[held] + 1, edges[held + 1]])[np.argsort(places)[:64]].tolist()
-            found.append(Span(start, stop - start, len(inside), len(np.unique(held)), expected, known))
-    return sorted(found, key=lambda span: (-span.length, span.start))
+            held = np.searchsorted(ends, at)
+            known = np.column_stack([at, edges[held] + 1, edges[held + 1]])[:64].tolist()
+            spans.append(Span(start, length, len(at), len(np.unique(held)), expected, known))
+    return sorted(spans, key=lambda span: (-span.length, span.start))
 
 
-def _outermost(spans: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Of (start, stop) pairs in order those that no other one contains."""
-    reached = -1
-    for _, group in itertools.groupby(spans, key=lambda span: span[0]):
-        start, stop = max(group)
-        if stop > reached:
-            yield start, stop
-            reached = stop
+def _outermost(
+    stream: Stream, ids: np.ndarray, grams: np.ndarray, places: np.ndarray, found: np.ndarray, length: int
+) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Start, length and places in the stream of the spans of the text that no other one contains.
+
+    `grams[i]` numbers the `length` tokens of the text from `i`, `found` those of the stream from `places`. All grow by
+    one token at a time: of a text that repeats itself, a pair of each start and each place would not fit into memory.
+    """
+    starts, scale = np.arange(len(grams)), int(ids.max()) + 2
+    starts, grams = (one[np.isin(grams, found)] for one in (starts, grams))
+    while len(starts):
+        more = starts + length < len(ids)
+        keys, longer = np.unique(grams[more] * scale + ids[starts[more] + length], return_inverse=True)
+        within = places + length < len(stream)
+        following = stream.take(places[within] + length)
+        which, there = _among(keys, found[within] * scale + np.minimum(following, scale - 1))
+        there &= following != stream.end
+        next_places, next_found = places[within][there], which[there]
+        goes_on = np.bincount(next_found, minlength=len(keys))[longer] > 0
+        next_starts = starts[more][goes_on]
+        last = np.bincount(np.r_[next_starts, next_starts + 1], minlength=len(ids))[starts] == 0
+        for start, gram in zip(starts[last].tolist(), grams[last].tolist(), strict=True):
+            yield start, length, places[found == gram]
+        starts, grams, places, found = next_starts, longer[goes_on], next_places, next_found
+        length += 1
+
+
+def _hashes(tokens: np.ndarray, places: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Of as many tokens from each place as there are weights, int64 `[places]`."""
+    return np.asarray(sum(tokens[places + offset] * weight for offset, weight in enumerate(weights)))
+
+
+def _among(keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where each value is among sorted keys, and whether it is there."""
+    at = np.minimum(np.searchsorted(keys, values), max(0, len(keys) - 1))
+    return at, keys[at] == values if len(keys) else np.zeros(len(values), bool)
 
 
 def trace_text(run: Path, text: str, shortest: int = SHORTEST) -> list[dict[str, Any]]:

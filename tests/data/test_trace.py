@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tracemalloc
 from types import SimpleNamespace
 
 import datasets
@@ -76,6 +77,17 @@ def test_common_words_do_not_surprise_and_the_length_decides():
     found = trace.find_spans(stream_of([noise, planted, noise[:500]]), np.array(planted), 4, shortest=6)
     assert [(span.start, span.length, span.documents) for span in found] == [(0, 60, 1)]
     assert found[0].expected < 1e-9
+
+
+def test_a_text_that_repeats_itself_takes_no_memory_for_each_pair_of_matches(monkeypatch):
+    monkeypatch.setattr(trace, "EXPECTED", np.inf)
+    stream, ids = stream_of([[1, 2] * 10_000, [1, 2] * 40]), np.array([2, 1] * 150)
+    tracemalloc.start()
+    (span,) = trace.find_spans(stream, ids, 3)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (span.start, span.length, span.occurrences, span.documents) == (0, 300, 9_850, 1)
+    assert span.places[1] == [3, 0, 20_000] and peak < 20e6
 
 
 @pytest.fixture(scope="module")
