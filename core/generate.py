@@ -7,7 +7,7 @@ from typer import Argument, Option
 
 from nanophi.core.errors import UserError, user_errors
 from nanophi.core.names import resolve
-from nanophi.core.sample import fitting_tokens
+from nanophi.core.sample import check_text, fitting_tokens
 
 
 def generate(
@@ -24,8 +24,7 @@ def generate(
 
     With a chat model: nanophi generate --chat runs/demo-chat/release "What does os.path.join do?"
     """
-    if any("\ud800" <= character <= "\udfff" for character in prompt):  # the shell passes on any bytes
-        raise UserError("the prompt is not valid UTF-8")
+    check_text(prompt)
     named = resolve(model)  # a mistyped name, before anything slow is imported
     source = str(named.model()) if named.folder else named.repo_id
     import torch

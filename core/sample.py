@@ -27,12 +27,18 @@ def fitting_tokens(length: int, context: int, wanted: int, what: str = "the prom
     return min(wanted, context - length)
 
 
-def sample_settings(tokenizer: Path, prompt: str, context: int) -> dict[str, Any]:
-    """`SAMPLE_SETTINGS`, with no more new tokens than fit; `tokenizer` is a folder."""
+def check_text(text: str, what: str = "the prompt") -> None:
+    """Raise `UserError` for text of a command line that is not UTF-8: the shell passes on any bytes."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise UserError(f"{what} is not valid UTF-8")
+
+
+def sample_settings(tokenizer: Path, prompt: str, context: int, what: str = "card.prompt") -> dict[str, Any]:
+    """`SAMPLE_SETTINGS`, with no more new tokens than fit; `tokenizer` is a folder, `what` the prompt's name."""
     from tokenizers import Tokenizer
 
     length = len(Tokenizer.from_file(str(tokenizer / "tokenizer.json")).encode(prompt).ids)
-    fitting = fitting_tokens(length, context, SAMPLE_SETTINGS["max_new_tokens"], "card.prompt")
+    fitting = fitting_tokens(length, context, SAMPLE_SETTINGS["max_new_tokens"], what)
     return {**SAMPLE_SETTINGS, "max_new_tokens": fitting}
 
 
@@ -53,7 +59,7 @@ def continue_prompt(model: Any, tokenizer: Any, prompt: str) -> str:
     return str(tokenizer.decode(output[0], skip_special_tokens=True))
 
 
-def generate(checkpoint: Path, prompts: Iterable[Any], dtype: str = "float32") -> list[str]:
+def generate(checkpoint: Path, prompts: Iterable[Any], dtype: str = "float32", what: str = "card.prompt") -> list[str]:
     """Greedy continuations of prompts, each with its prompt in front, or answers to messages, on the CPU in float32.
 
     `dtype` is what the weights are rounded to first, as a release in that type has them.
@@ -67,7 +73,7 @@ def generate(checkpoint: Path, prompts: Iterable[Any], dtype: str = "float32") -
     texts = []
     for prompt in prompts:
         context = model.config.max_position_embeddings
-        settings = sample_settings(checkpoint, prompt, context) if isinstance(prompt, str) else CHAT_SETTINGS
+        settings = sample_settings(checkpoint, prompt, context, what) if isinstance(prompt, str) else CHAT_SETTINGS
         text = generator(prompt, **settings)[0]["generated_text"]
         texts.append(text if isinstance(text, str) else text[-1]["content"])
     return texts

@@ -19,9 +19,11 @@ import typer
 import yaml
 from typer import Argument, Option
 
-from nanophi.core.errors import UserError
+from nanophi.core.errors import UserError, user_errors
 from nanophi.core.jobs import cores
 from nanophi.core.names import resolve
+from nanophi.core.sample import check_text
+from nanophi.data.stages import read_tokens
 
 SHORTEST = 6
 """Tokens of a span at least."""
@@ -164,9 +166,15 @@ def _among(keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 def trace_text(run: Path, text: str, shortest: int = SHORTEST) -> list[dict[str, Any]]:
     """Each span of a text that occurs in a run's training tokens, as JSON, with documents that hold it."""
-    for part in ("data/tokens/train", "data/tokenizer/tokenizer.json", "recipe.yaml"):
+    for part in ("data/tokens/train", "data/tokens/tokens.json", "data/tokenizer/tokenizer.json", "recipe.yaml"):
         if not (run / part).exists():
             raise UserError(f"{run} has no {part}; a trace needs a run directory with its training tokens")
+    read_tokens(run / "data/tokens")
+    with user_errors(f"{run} cannot be traced; run `nanophi prepare` on its recipe, which makes again what is damaged"):
+        return _trace(run, text, shortest)
+
+
+def _trace(run: Path, text: str, shortest: int) -> list[dict[str, Any]]:
     from transformers import AutoTokenizer
 
     from nanophi.data.documents import id_of
@@ -176,15 +184,17 @@ def trace_text(run: Path, text: str, shortest: int = SHORTEST) -> list[dict[str,
     ids = np.array(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"], np.int64)
     rows: list[dict[str, Any]] = []
     for span in find_spans(stream, ids, len(tokenizer), shortest):
-        quoted: dict[int, tuple[str, str]] = {}
+        quoted: dict[str, str] = {}  # by id: the stream has a document as often as its source's weight says
+        seen = set[int]()
         for place, first, last in span.places:
-            if first not in quoted and len(quoted) < EXAMPLES:
+            if first not in seen and len(quoted) < EXAMPLES:
+                seen.add(first)
                 around = stream.read(max(first, place - AROUND), min(last, place + span.length + AROUND))
                 document = str(tokenizer.decode(stream.read(first, last)))
-                quoted[first] = id_of(document), str(tokenizer.decode(around))
+                quoted.setdefault(id_of(document), str(tokenizer.decode(around)))
         row = dataclasses.asdict(span) | {"text": tokenizer.decode(ids[span.start : span.start + span.length])}
         del row["places"]
-        rows.append(row | {"examples": list(quoted.values())})
+        rows.append(row | {"examples": list(quoted.items())})
     known = _documents(run, {id_ for row in rows for id_, _ in row["examples"]})
     for row in rows:
         row["examples"] = [known.get(id_, {}) | {"context": context} for id_, context in row["examples"]]
@@ -198,9 +208,11 @@ def _documents(run: Path, ids: set[str]) -> dict[str, dict[str, Any]]:
     path = run / "data/scores/scores.parquet"
     if not ids or not path.is_file():
         return {}
-    sources = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))["data"]["sources"]
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
+    sources = recipe["data"]["sources"]
     licenses = {source["name"] or source["hub"] or source["files"]: source.get("license") for source in sources}
-    found = pq.read_table(path, columns=["id", "source", "quality_score"], filters=[("id", "in", ids)]).to_pylist()
+    measured = [] if recipe["quality"]["scorer"] == "none" else ["quality_score"]
+    found = pq.read_table(path, columns=["id", "source", *measured], filters=[("id", "in", ids)]).to_pylist()
     return {row["id"]: row | {"license": licenses.get(row["source"])} for row in found}
 
 
@@ -213,6 +225,9 @@ def trace(
 ) -> None:
     """Find which parts of a text occur verbatim in a run's training text, and where.
 
+    A document that the recipe repeats (weight, phase) counts as often as it is packed. Sources are found by the hash of
+    the text: not with a tokenizer that changes it, to lower case for instance.
+
     Example: nanophi trace runs/demo "The default value is None"
 
     What the model itself writes: nanophi trace runs/demo --generate "The function returns"
@@ -220,10 +235,12 @@ def trace(
     named = resolve(run)
     if named.folder is None:
         raise UserError(f"{run} is on the Hub; a trace needs a run directory with its training tokens")
+    check_text(text, "the text")
     if generate:
         from nanophi.core import sample
 
-        text = sample.generate(named.model(), [text])[0]
+        with user_errors(f"{run} cannot be loaded"):
+            text = sample.generate(named.model(), [text], what="the text")[0]
     spans = trace_text(named.folder, text, shortest)
     if as_json:
         typer.echo(json.dumps({"text": text, "spans": spans}, indent=2, ensure_ascii=False))
@@ -231,9 +248,8 @@ def trace(
     typer.echo(f"{text}\n" if generate else "", nl=generate)
     for span in spans:
         chance = 10 ** math.floor(math.log10(span["expected"])) if span["expected"] > 1e-300 else 0
-        typer.echo(
-            f"{span['length']} tokens in {span['documents']:,} documents ({chance:.0e} by chance): {span['text']!r}"
-        )
+        where = f"{span['documents']:,} packed documents ({chance:.0e} by chance)"
+        typer.echo(f"{span['length']} tokens in {where}: {span['text']!r}")
         for one in span["examples"]:
             known = [str(one[key]) for key in ("source", "id", "license") if one.get(key)]
             known += [f"score {one['quality_score']:.2f}"] if one.get("quality_score") is not None else []

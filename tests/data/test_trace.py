@@ -11,12 +11,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from chat_run import make_base
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from nanophi.core.errors import UserError
+from nanophi.core.files import read_json, sha256_of_tree, write_json
 from nanophi.data import trace
 from nanophi.data.documents import id_of
 
@@ -121,7 +123,9 @@ def run(tmp_path_factory):
     (folder / "data/scores").mkdir()
     pq.write_table(pa.table(scores), folder / "data/scores/scores.parquet")
     source = {"name": "web", "hub": None, "files": "x.jsonl", "license": "cc0-1.0"}
-    (folder / "recipe.yaml").write_text(yaml.safe_dump({"data": {"sources": [source]}}))
+    recipe = {"data": {"sources": [source]}, "quality": {"scorer": "column:score"}}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    write_json(folder / "data/tokens/tokens.json", {"tokenizer_sha256": sha256_of_tree(folder / "data/tokenizer")})
     return SimpleNamespace(folder=folder, texts=texts)
 
 
@@ -168,3 +172,59 @@ def test_what_is_too_short_or_nowhere_or_gone(run, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["spans"][0]["documents"] == 4
     with pytest.raises(UserError, match="has no data/tokens/train; a trace needs a run directory"):
         trace.trace(tmp_path, "x")
+
+
+def test_a_document_that_is_packed_three_times_is_quoted_once(run, tmp_path, capsys):
+    folder = shutil.copytree(run.folder, tmp_path / "run")
+    shutil.rmtree(folder / "data/tokens/train")
+    rows = datasets.load_from_disk(str(run.folder / "data/tokens/train"))
+    ends = datasets.Dataset.from_dict({"input_ids": [[0] * 64]}, features=rows.features)
+    datasets.concatenate_datasets([rows, ends] * 3).save_to_disk(str(folder / "data/tokens/train"))
+    for times in (1, 4):
+        (span,) = trace.trace_text(folder, SECRETS[times])
+        ids = [example["id"] for example in span["examples"]]
+        assert span["documents"] == 3 * times and len(ids) == len({*ids}) == min(times, trace.EXAMPLES)
+    trace.trace(folder, SECRETS[4])
+    assert "tokens in 12 packed documents (" in capsys.readouterr().out
+
+
+def test_what_was_not_scored_has_no_score(run, tmp_path, capsys):
+    folder = shutil.copytree(run.folder, tmp_path / "run")
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"quality": {"scorer": "none"}}))
+    for name, scored in ((run.folder, True), (folder, False)):
+        trace.trace(name, SECRETS[4])
+        out = capsys.readouterr().out
+        assert "    web, " in out and ("score 0.50" in out) == scored
+
+
+@pytest.mark.parametrize(
+    "name", ["data/tokens/train/*.arrow", "data/tokenizer/*r.json", "recipe.yaml", "data/scores/scores.parquet"]
+)
+def test_a_damaged_run_is_named_with_the_remedy(run, tmp_path, name):
+    folder = shutil.copytree(run.folder, tmp_path / "run")
+    write_json(folder / "data/tokens/tokens.json", {})  # as of 0.1, which named no tokenizer
+    (file,) = folder.glob(name)
+    file.write_bytes(file.read_bytes()[:99] + b"\0" * 9)
+    with pytest.raises(
+        UserError, match=rf"^{folder} cannot be traced; run `nanophi prepare` on its recipe, .* \(.+\)$"
+    ):
+        trace.trace(folder, SECRETS[4])
+
+
+def test_another_tokenizer_than_the_one_of_the_tokens_answers_nothing(run, tmp_path):
+    folder = shutil.copytree(run.folder, tmp_path / "run")
+    file = folder / "data/tokenizer/tokenizer.json"
+    content = read_json(file)
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    write_json(file, content)
+    with pytest.raises(UserError, match="data/tokenizer is not the tokenizer that"):
+        trace.trace(folder, SECRETS[4])
+
+
+def test_a_text_that_cannot_be_read_or_continued_is_named_as_it_was_given(run, tmp_path):
+    with pytest.raises(UserError, match=r"^the text is not valid UTF-8$"):
+        trace.trace(run.folder, "caf\udce9")
+    with pytest.raises(UserError, match=r"^the text has 4,?000 tokens, the model's context is \d+; shorten it$"):
+        trace.trace(make_base(tmp_path / "base"), "word" * 1000, generate=True)
