@@ -130,6 +130,19 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def can_make(folder: Path) -> bool:
+    """Whether a folder is writable, or could be made."""
+    while not os.path.exists(folder) and folder != folder.parent:  # noqa: PTH110 (which raises below a closed folder)
+        folder = folder.parent
+    return os.access(folder, os.W_OK | os.X_OK)
+
+
+def check_writable(path: Path, folder: Path) -> None:
+    """Refuse an output for which nothing can be written in `folder`."""
+    if not can_make(folder):
+        raise UserError(f"{path} cannot be written; choose another name for the output")
+
+
 def check_own_folder(folder: Path, names: Sequence[str], command: str) -> None:
     """Refuse an output folder that holds anything but `names`, what the command writes, the first in any case."""
     if folder.is_file():
@@ -137,6 +150,7 @@ def check_own_folder(folder: Path, names: Sequence[str], command: str) -> None:
     held = {path.name for path in folder.iterdir()} if folder.exists() else set()
     if other := held - {*names} if names[0] in held else held:
         raise UserError(f"{folder} holds {min(other)}, which `nanophi {command}` did not write: choose another folder")
+    check_writable(folder, folder.parent)
 
 
 def check_own_file(path: Path, is_own: Callable[[], bool], command: str) -> None:
@@ -148,3 +162,4 @@ def check_own_file(path: Path, is_own: Callable[[], bool], command: str) -> None
         own = own or is_own()
     if not own:
         raise UserError(f"{path} was not written by `nanophi {command}`: choose another name, or remove it")
+    check_writable(path, path.parent)

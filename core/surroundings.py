@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 from nanophi.core.errors import UserError
+from nanophi.core.files import can_make
 
 SOCKET_ROOM = 70  # bytes of a temporary folder's name that leave room for sockets (107 in all on Linux)
 OPEN_FILES = 65_536
@@ -93,7 +94,7 @@ def _folders() -> None:
     home = os.path.expanduser("~")  # noqa: PTH111 (which raises nothing where there is none)
     cache = os.environ.get("XDG_CACHE_HOME") or f"{home}/.cache"
     hub = Path(os.environ.get("HF_HOME") or f"{cache}/huggingface")
-    if home != "~" and _can_make(hub):
+    if home != "~" and can_make(hub):
         return
     scratch = Path(tempfile.gettempdir()) / f"nanophi-{os.getuid()}"
     with contextlib.suppress(OSError):
@@ -107,13 +108,6 @@ def _folders() -> None:
         for name, place in (("HF_HUB_CACHE", hub / "hub"), ("HF_TOKEN_PATH", hub / "token")):
             if os.access(place, os.R_OK):  # what was downloaded before can still be read
                 os.environ.setdefault(name, str(place))
-
-
-def _can_make(path: Path) -> bool:
-    """Whether a folder is writable, or could be made."""
-    while not os.path.exists(path) and path != path.parent:  # noqa: PTH110 (which raises below a closed folder)
-        path = path.parent
-    return os.access(path, os.W_OK | os.X_OK)
 
 
 def _short_temporary_folder() -> None:

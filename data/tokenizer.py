@@ -259,6 +259,9 @@ def load(path: str, revision: str | None) -> Any:
         raise UserError(f"tokenizer.path: {path} has no fast (Rust) version; use one with a tokenizer.json")
     if tokenizer.eos_token is None:
         raise UserError(f"tokenizer.path: {path} has no end-of-text token (eos_token)")
+    if dropout := getattr(tokenizer.backend_tokenizer.model, "dropout", None):
+        cause = f"tokenizer.path: {path} leaves out merges at random (dropout {dropout:g})"
+        raise UserError(f'{cause}, so that a text has other tokens each time; set "dropout" to null in tokenizer.json')
     return tokenizer
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
-from nanophi.core.files import check_own_file, sha256_of, write_json
+from nanophi.core.files import check_own_file, check_writable, sha256_of, write_json
 from nanophi.core.names import resolve
 from nanophi.core.options import Trust
 from nanophi.eval.models import checkpoints_of, model_name
@@ -44,6 +44,7 @@ def evaluate(
     named = [resolve(model) for model in models]  # a mistyped name, before anything slow is imported
     if output.suffix == ".json":
         check_own_file(output, lambda: is_result_of(output, [model_name(one) for one in named]), f"eval {models[0]}")
+    check_writable(output, output.parent if output.suffix == ".json" else output)
     from nanophi.eval.measure import Options, measure
 
     options = Options(data, heldout, limit, num_fewshot, batch_size, dtype, trust_remote_code)

@@ -15,7 +15,7 @@ from typer import Option
 
 from nanophi.core.bases import INHERITED
 from nanophi.core.environment import environment
-from nanophi.core.errors import UserError
+from nanophi.core.errors import UserError, user_errors
 from nanophi.core.files import read_json, write_text
 from nanophi.core.names import final_checkpoint, is_hub_id, split_revision
 from nanophi.core.options import Overrides, ReleaseOrId, Revision
@@ -98,9 +98,10 @@ def fetch_recipe(release: str, output: Path, revision: str | None = None, report
             raise UserError(f"{release}: its recipe has the name {name!r}, which no run can have")
         if kept.exists() and not (kept / MANIFEST).is_file():
             raise UserError(f"{kept} is in the way: it does not hold the records of a release; choose another --runs")
-        shutil.rmtree(kept, ignore_errors=True)
-        shutil.copytree(folder / "records", kept / "records", copy_function=shutil.copyfile)
-        shutil.copyfile(folder / MANIFEST, kept / MANIFEST)
+        with user_errors(f"{output} cannot be written; choose another --runs"):
+            shutil.rmtree(kept, ignore_errors=True)
+            shutil.copytree(folder / "records", kept / "records", copy_function=shutil.copyfile)
+            shutil.copyfile(folder / MANIFEST, kept / MANIFEST)
         if recipe.get("conversations"):  # how the base was made is the base's to say, whose copy here may lie elsewhere
             recipe = {key: value for key, value in recipe.items() if key not in INHERITED}
         path = output / f"{name}-reproduced.yaml"

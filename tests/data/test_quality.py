@@ -296,6 +296,8 @@ def test_commands_replace_only_what_they_wrote(tmp_path, monkeypatch):
         (quality.fit, (Path("good.jsonl"), ["good.jsonl"], ["poor*"]), "`nanophi quality fit` writes a folder"),
         (quality.fit, (Path("scorer"), ["good.jsonl", "poor*"], ["poor*"]), r"poor\* is named as high and as low"),
         (quality.score, ("poor*", "scorer", Path("mine.parquet")), "was not written by `nanophi quality score`"),
+        (quality.fit, (Path("good.jsonl/a"), ["good.jsonl"], ["poor*"]), "^good.jsonl/a cannot be written; choose an"),
+        (quality.score, ("poor*", "scorer", Path("mine.parquet/a")), "^mine.parquet/a cannot be written; choose an"),
         (quality.score, ("poor*", "scorer", Path("mine")), "`nanophi quality score` writes a file"),
         (quality.report, (Path("scores.parquet"), None, Path("report")), r"report holds quality\.md, which `nanophi"),
     ]

@@ -180,7 +180,11 @@ def test_words_are_forgotten_when_there_are_too_many(trained, monkeypatch):
 
 def test_what_is_no_tokenizer_is_refused(documents, trained, tmp_path):
     plain = save(tmp_path / "plain", BackendTokenizer.from_file(str(trained / "tokenizer.json")), eos_token=None)
-    for path, message in ((tmp_path / "nowhere", "cannot be loaded as a tokenizer"), (plain, "no end-of-text token")):
+    backend = bpe()
+    backend.model.dropout = 0.1
+    random = save(tmp_path / "random", backend)
+    wrong = {tmp_path / "nowhere": "cannot be loaded as a tokenizer", plain: "no end-of-text token"}
+    for path, message in (wrong | {random: r"at random \(dropout 0.1\), .*; set \"dropout\" to null in"}).items():
         with pytest.raises(UserError, match=message) as caught:
             build(documents, tmp_path / "out", path=str(path))
         assert "\n" not in str(caught.value)

@@ -549,6 +549,8 @@ def test_a_named_file_is_of_one_model_and_of_this_command(make_model, heldout, t
         assert f"{name} was not written by `nanophi eval {models[1]}`" in run(models[1], "--output", name)
         assert (tmp_path / name).read_text() == text
     assert not run(models[0], "--output", "one.json")
+    for name in ("notes.json/of-tasks", "notes.json/a.json"):
+        assert f"{name} cannot be written; choose another name for the output" in run(models[0], "--output", name)
 
 
 @pytest.mark.parametrize(

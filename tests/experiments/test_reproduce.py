@@ -45,6 +45,12 @@ def test_other_records_names_and_folders_are_refused(copied, tmp_path, old, new,
     assert [path.name for path in (tmp_path / "again").rglob("*")] == ["published", "thesis.tex"]
 
 
+def test_a_folder_that_cannot_be_written_is_not_the_records_fault(copied: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=rf"^{tmp_path}/file/runs cannot be written; choose another --runs \("):
+        reproduce.fetch_recipe(str(copied), tmp_path / "file/runs", report=silent)
+
+
 def test_prepare_says_which_data_is_private(copied: Path, tmp_path: Path) -> None:
     recipe = copied / "records" / "recipe.yaml"
     text = recipe.read_text().replace("embedded: documentation", "embedded: null")
