@@ -19,6 +19,8 @@ TOKENIZER_FILES = (
 )
 """The files of a model in a folder; of those of a tokenizer, the ones that it has."""
 
+RUN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+"""Pattern of the names of runs, which are folders beside one another."""
 _HUB_ID = re.compile(r"\w([\w.-]{0,94}\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)
 _STEP = re.compile(r"step-(\d{6}|[1-9]\d{6,})")
 

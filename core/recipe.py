@@ -20,6 +20,7 @@ from nanophi.core import dial
 from nanophi.core.bases import inherit
 from nanophi.core.errors import UserError, suggest
 from nanophi.core.licenses import card_problems, unlisted
+from nanophi.core.names import RUN
 from nanophi.core.options import OneRecipe, Overrides
 from nanophi.core.recipe_file import RECIPES, find_recipe, override, own, read
 from nanophi.core.registry import OPTIMIZERS, SCORERS, choose, find
@@ -302,7 +303,7 @@ class Lora(Section):
 class Recipe(Section):
     """A whole run."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")  # of the run, and of its directory
+    name: str = Field(pattern=RUN)  # of the run, and of its directory
     seed: int = Field(default=0, ge=0, lt=2**32)  # of everything that is drawn
     data: Data
     quality: Quality = Quality()

@@ -17,7 +17,7 @@ from nanophi.core.bases import INHERITED
 from nanophi.core.environment import environment
 from nanophi.core.errors import UserError, user_errors
 from nanophi.core.files import read_json, write_text
-from nanophi.core.names import final_checkpoint, is_hub_id, split_revision
+from nanophi.core.names import RUN, final_checkpoint, is_hub_id, split_revision
 from nanophi.core.options import Overrides, ReleaseOrId, Revision
 from nanophi.core.recipe import load_recipe
 from nanophi.core.run import Report
@@ -94,7 +94,7 @@ def fetch_recipe(release: str, output: Path, revision: str | None = None, report
     with complete_records():
         records = read_records(folder / "records")
         recipe, name = records["recipe.yaml"], str(records["recipe.yaml"].get("name"))
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        if not re.fullmatch(RUN, name):
             raise UserError(f"{release}: its recipe has the name {name!r}, which no run can have")
         if kept.exists() and not (kept / MANIFEST).is_file():
             raise UserError(f"{kept} is in the way: it does not hold the records of a release; choose another --runs")

@@ -6,6 +6,8 @@ by the wllama project, computes the model's q8_0 file on the reader's machine; n
 
 import contextlib
 import http.server
+import re
+import signal
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,12 +18,15 @@ from huggingface_hub import constants
 from typer import Argument
 
 from nanophi.core import formatting
-from nanophi.core.files import link_or_copy, write_text
+from nanophi.core.errors import user_errors
+from nanophi.core.files import link_or_copy, read_json, write_text
+from nanophi.core.names import RUN
 from nanophi.core.version import __version__
+from nanophi.eval.models import model_sha256
 from nanophi.model_card import gguf, pages
 from nanophi.model_card.companions import Source
 from nanophi.model_card.manifest import MANIFEST, write_manifest
-from nanophi.model_card.records import read_records, results
+from nanophi.model_card.records import complete_records, read_records, results
 from nanophi.model_card.verify import find_release
 
 PACKAGE = "@wllama/wllama@3.13.0"
@@ -79,6 +84,9 @@ def show(
     """
     inside = Path(what) / "release"
     release = find_release(str(inside) if inside.is_dir() else what)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # end it as Ctrl-C does, so that its copies are removed
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="nanophi-show-") as scratch:
         write_site(release, Path(scratch))
         with serve(Path(scratch)) as server, contextlib.suppress(KeyboardInterrupt):
@@ -89,20 +97,45 @@ def show(
 def write_site(release: Path, folder: Path) -> None:
     """Write the page of a release into a folder, with all that it loads; beside it the baseline of its comparison."""
     run, records = release.parent, read_records(release / "records")
-    names = [records["recipe.yaml"]["name"], records.get("comparison.json", {}).get("baseline", "")]
-    releases = {names[1]: run.parent / names[1] / "release"} | {names[0]: release}
-    found = [name for name in reversed(releases) if (releases[name] / MANIFEST).is_file()]
-    models = {name: f"{number}.gguf" for number, name in enumerate(found)}
+    own, comparison = records["recipe.yaml"]["name"], records.get("comparison.json", {})
+    beside = {} if comparison.get("baseline") in (None, own) else _baseline(run, comparison)
+    releases = {own: release, **beside}
+    models = {name: f"{number}.gguf" for number, name in enumerate(releases)}
     for name, file in models.items():
         gguf.write(releases[name], folder / file, "q8_0")
     links = {"report": "report.html"} if (run / "report.html").is_file() else {}
     for file in links.values():
         link_or_copy(str(run / file), str(folder / file))
-    installed = (parent / "node_modules/@wllama/wllama" for parent in (Path.cwd(), *Path.cwd().parents))
-    local = next((package for package in installed if package.is_dir()), None)
-    if local is not None:
+    if (local := _installed()) is not None:
         (folder / "wllama").symlink_to(local)
     write_text(folder / "index.html", page(release, models, links, "wllama" if local else LIBRARY))
+
+
+def _baseline(run: Path, comparison: Mapping[str, Any]) -> dict[str, Path]:
+    """The release of a comparison's baseline by name, if its run lies beside this one and has the weights compared."""
+    name = comparison["baseline"]
+    if isinstance(name, str) and re.fullmatch(RUN, name) and (run.parent / name / "release" / MANIFEST).is_file():
+        release = run.parent / name / "release"
+        with complete_records():
+            revision = read_records(release / "records")["run.json"]["revision"]
+            compared = [model.get("sha256") for model in comparison["models"][name]]
+        if model_sha256(run.parent / name / "checkpoints" / revision) in compared:
+            return {name: release}
+    typer.echo(f"the baseline {name!r} is left out: no run beside {run} has a release of the weights that were compared")
+    return {}
+
+
+def _installed() -> Path | None:
+    """The nearest installed `PACKAGE`, if it has that version."""
+    folders = (parent / "node_modules/@wllama/wllama" for parent in (Path.cwd(), *Path.cwd().parents))
+    if (local := next((folder for folder in folders if folder.is_dir()), None)) is None:
+        return None
+    with user_errors(f"{local} is no package of npm; run `npm install {PACKAGE}`"):
+        version = read_json(local / "package.json")["version"]
+    if PACKAGE.endswith(f"@{version}"):
+        return local
+    typer.echo(f"{local} has version {version}, so the page loads {LIBRARY}; run `npm install {PACKAGE}` to use it")
+    return None
 
 
 def serve(folder: Path) -> http.server.ThreadingHTTPServer:
@@ -110,7 +143,8 @@ def serve(folder: Path) -> http.server.ThreadingHTTPServer:
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def send_head(self) -> Any:
-            if self.headers.get("Host") != f"127.0.0.1:{server.server_port}":  # another name that leads here
+            name = self.headers.get("Host", "").partition(":")[0]
+            if name not in ("127.0.0.1", "localhost"):  # another name that leads here
                 return self.send_error(403)
             return super().send_head()
 

@@ -106,6 +106,8 @@ def find_release(release: str, revision: str | None = None, patterns: list[str] 
     folder = dataclasses.replace(named, revision=revision or named.revision).fetch(patterns)
     if not (folder / MANIFEST).is_file():
         inside = folder / "release"
+        if named.is_run and not inside.is_dir():
+            named.model()  # raises for a run that has not finished
         hint = f"did you mean {inside}?" if (inside / MANIFEST).is_file() else "run `nanophi release` first"
         raise UserError(f"{release} is not a release (no {MANIFEST}); {hint}")
     return folder.resolve()

@@ -56,7 +56,7 @@ def library() -> Path:
 class Site:
     """Serves a page with a script of the test's, `/library/` from a folder, and other files from another."""
 
-    def __init__(self, page: str, script: str, packages: Path, files: Path | None = None) -> None:
+    def __init__(self, page: str, script: str, packages: Path, files: Path | None = None, port: int = 0) -> None:
         self.answer: Any = None
         self.answered = threading.Event()
         site = self
@@ -71,6 +71,7 @@ class Site:
                 self.wfile.write(site.page.encode())
 
             def translate_path(self, path: str) -> str:
+                path = path.partition("?")[0]
                 if path.startswith("/library/"):
                     return str(packages / path.removeprefix("/library/"))
                 return str((files or packages) / path.lstrip("/"))
@@ -84,7 +85,7 @@ class Site:
             def log_message(self, format: str, *values: Any) -> None:
                 pass
 
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}/"
         self.page = page.replace("</body>", DRIVER % (script, self.url))

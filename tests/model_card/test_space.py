@@ -4,11 +4,14 @@ What it writes is compared with llama.cpp itself on the same file, which comes f
 """
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import threading
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,6 +25,8 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer
 
 from nanophi.core import markup
+from nanophi.core.errors import UserError
+from nanophi.eval.models import model_sha256
 from nanophi.model_card import gguf, space
 from nanophi.model_card.records import read_records
 
@@ -32,10 +37,20 @@ NEARLY = 1.1  # times as likely: on other processors the products of quantized n
 ATTACK = "<img src=x onerror=document.title='taken'><script>document.title='taken'</script>"
 
 
-def biased(release: Path, file: Path, weights: Path, likely: str | None = None) -> Path:
-    """A q8_0 file of a release with other weights, which writes printable ASCII alone, or `likely` always.
+def ascii_text(text: str) -> bool:
+    return text.isascii() and text.isprintable() and text != ""
 
-    Bytes that are no text are shown by each program in a way of its own.
+
+def biased(
+    release: Path,
+    file: Path,
+    weights: Path,
+    likely: str | None = None,
+    allowed: Callable[[str], bool] = ascii_text,
+) -> Path:
+    """A q8_0 file of a release with other weights, which writes `allowed` tokens alone, or `likely` always.
+
+    By default printable ASCII: bytes that are no text are shown by each program in a way of its own.
     """
     folder = Path(shutil.copytree(release, file.with_suffix("")))
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -50,7 +65,7 @@ def biased(release: Path, file: Path, weights: Path, likely: str | None = None) 
     bias = tensors["lm_head.bias"]
     for number in range(len(bias)):
         text = tokenizer.decode([number], skip_special_tokens=True)
-        bias[number] += 0 if text.isascii() and text.isprintable() and text else -100
+        bias[number] += 0 if allowed(text) else -100
     if likely is not None:
         bias[tokenizer.token_to_id(likely)] = 200
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -88,7 +103,9 @@ def files(built_release, tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
     steps = {"demo": "step-000030", "control": "step-000010"}
     weights = {name: built_release.parent / "checkpoints" / step / "model.safetensors" for name, step in steps.items()}
-    return {name: biased(built_release, folder / f"{name}.gguf", path) for name, path in weights.items()}
+    made = {name: biased(built_release, folder / f"{name}.gguf", path) for name, path in weights.items()}
+    (folder / "damaged.gguf").write_bytes(made["demo"].read_bytes()[:20_000])
+    return made
 
 
 @pytest.fixture
@@ -182,6 +199,27 @@ return {texts, stopped: shown()};
 
 
 @needs_browser
+def test_parts_of_characters_become_whole_ones_and_a_new_file_is_loaded(built_release, files, tmp_path):
+    """By a model that writes nothing but single bytes of longer characters; the same reader then meets another one."""
+    file = tmp_path / "model.gguf"
+    biased(built_release, file, built_release / "model.safetensors", allowed=lambda text: "\ufffd" in text)
+    page = space.page(built_release, {"demo": file.name}, {}, "/library")
+    script = GREEDY % '"The "'
+    site = Site(page, script, library(), tmp_path)
+    (first,) = visit(site, tmp_path / "profile")
+    written = first["text"][0].removeprefix("The ")
+    assert not first["error"] and first["note"].startswith("40 tokens, "), first
+    assert 10 < len(written) <= 20 and "\ufffd" not in written and not written.isascii()
+    shutil.copyfile(files["demo"], file)
+    script = "set({seed: ''}); await generate(); set({seed: 1}); const empty = shown();" + script.replace(
+        "shown()", "[empty, shown()]"
+    )
+    site = Site(page, script, library(), tmp_path, port=site.server.server_port)
+    (untouched,), (second,) = visit(site, tmp_path / "profile")
+    assert untouched["text"] == [] and second["text"][0].isascii() and len(second["text"][0]) > 10
+
+
+@needs_browser
 def test_hostile_text_stays_text(built_release, tmp_path):
     weights = built_release / "model.safetensors"
     biased(built_release, tmp_path / "hostile.gguf", weights, likely=ATTACK)
@@ -210,9 +248,20 @@ def test_a_chat_model_is_asked_in_its_template_and_turns_are_kept(chat, hub, tmp
     replace(hub, "demo", file)
     replace(hub, "base", file)
     script = (GREEDY % '"Tell me."').replace("return shown();", "")
-    script += 'set({prompt: "Again?"}); await generate(); return shown();'
-    found = visit(Site(page, script, library()), tmp_path / "profile")
+    script += """
+set({prompt: "Again?"}); await generate();
+const kept = shown();
+byId("again").click();
+const cleared = generate();  // while it writes, and before it has
+await until(() => [...document.querySelectorAll("section pre")].at(-1)?.textContent.length > 3);
+byId("again").click(); await cleared;
+byId("go").click(); byId("stop").click(); await until(() => !byId("go").disabled);
+set({prompt: "Tell me."}); await generate();
+return [kept, shown()];
+"""
+    found, later = visit(Site(page, script, library()), tmp_path / "profile")
     assert [column["name"] for column in found] == ["org/demo", "org/base"]
+    assert all(column["text"] == ["Again?", "", *found[0]["text"][:2]] for column in later), later
     assert found[0]["text"] == found[1]["text"]  # the base is asked in the same template
     first, answer, second, again = found[0]["text"]
     assert (first, second) == ("Tell me.", "Again?")
@@ -229,10 +278,11 @@ def test_a_chat_model_is_asked_in_its_template_and_turns_are_kept(chat, hub, tmp
     ("models", "packages", "options", "sentence"),
     [
         ({"demo": "missing.gguf"}, "library", [], "missing.gguf: the file is missing or private, or there is no net"),
+        ({"demo": "damaged.gguf"}, "library", [], "llama.cpp has crashed: its file is damaged, its text is"),
         ({"demo": "demo.gguf"}, "empty", [], 'For use without a network, run "npm install @wllama/wllama@'),
         ({"demo": "demo.gguf"}, "library", ["--js-flags=--jitless"], "This browser has no WebAssembly"),
     ],
-    ids=["no file", "no library", "no WebAssembly"],
+    ids=["no file", "damaged file", "no library", "no WebAssembly"],
 )
 def test_what_is_missing_is_a_sentence(models, packages, options, sentence, built_release, files, tmp_path):
     page = space.page(built_release, models, {}, "/library")
@@ -242,14 +292,22 @@ def test_what_is_missing_is_a_sentence(models, packages, options, sentence, buil
     assert found["error"] and sentence in found["note"] and found["note"].endswith((".", "it."))
 
 
+def compared(folder: Path, release: Path) -> Path:
+    """A folder of runs: `tiny`, which was compared with `ctl`."""
+    runs, trained = folder / "runs", "checkpoints/step-000030"
+    for name in ("tiny", "ctl"):
+        shutil.copytree(release, runs / name / "release")
+    shutil.copytree(release.parent / trained, runs / "ctl" / trained)
+    identity = {"name": "ctl", "sha256": model_sha256(runs / "ctl" / trained)}
+    comparison = {"baseline": "ctl", "models": {"ctl": [identity]}}
+    (runs / "tiny/release/records/comparison.json").write_text(json.dumps(comparison))
+    return runs
+
+
 @needs_browser
 def test_show_serves_the_page_from_local_files(built_release, tmp_path, monkeypatch):
     """With the package that was installed before, so that no network is needed; the report is beside it."""
-    runs = tmp_path / "runs"
-    for name in ("tiny", "ctl"):
-        shutil.copytree(built_release, runs / name / "release")
-    records = runs / "tiny/release/records"
-    (records / "comparison.json").write_text(json.dumps({"baseline": "ctl"}))
+    runs = compared(tmp_path, built_release)
     (runs / "tiny/report.html").write_text("the report")
     (tmp_path / "node_modules").symlink_to(library().parents[1])
     monkeypatch.chdir(tmp_path)
@@ -266,10 +324,73 @@ def test_show_serves_the_page_from_local_files(built_release, tmp_path, monkeypa
         assert urllib.request.urlopen(f"{url}report.html").read() == b"the report"
         with pytest.raises(urllib.error.HTTPError, match="403"):
             urllib.request.urlopen(urllib.request.Request(url, headers={"Host": "evil.example"}))
+        for name in ("localhost", "127.0.0.1:8080"):  # a port that is forwarded here
+            urllib.request.urlopen(urllib.request.Request(url, headers={"Host": name})).close()
         server.shutdown()
     assert [column["name"] for column in found] == ["tiny", "ctl"] and not any(column["error"] for column in found)
     assert found[0]["text"] == found[1]["text"] and len(found[0]["text"][0]) > 10
     assert '"links": {"report": "report.html"}' in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        ({}, ["tiny", "ctl"]),
+        ({"models": {"ctl": [{"name": "ctl", "sha256": "d" * 64}]}}, ["tiny"]),
+        ({"baseline": "tiny"}, ["tiny"]),
+        *(({"baseline": odd}, ["tiny"]) for odd in ("", "..", "/etc", 5, ["ctl"], "lost")),
+    ],
+)
+def test_show_puts_beside_a_model_only_what_it_was_compared_with(
+    change, names, built_release, tmp_path, monkeypatch, capsys
+):
+    """Here with a package of another version installed, which is not taken."""
+    runs = compared(tmp_path, built_release)
+    record = runs / "tiny/release/records/comparison.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | change))
+    (tmp_path / "node_modules/@wllama/wllama").mkdir(parents=True)
+    (tmp_path / "node_modules/@wllama/wllama/package.json").write_text('{"version": "2.0.0"}')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gguf, "write", lambda release, file, kind: file.touch())
+    space.write_site(runs / "tiny/release", tmp_path)
+    data = json.loads((tmp_path / "index.html").read_text().split('id="data">')[1].split("</script>")[0])
+    told = capsys.readouterr().out
+    assert [model["name"] for model in data["models"]] == names and data["library"] == space.LIBRARY
+    assert f"has version 2.0.0, so the page loads {space.LIBRARY}; run `npm install {space.PACKAGE}`" in told
+    assert ("is left out" in told) == (names == ["tiny"] and change != {"baseline": "tiny"})
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_show_removes_its_copies_when_it_is_ended(number, built_release, tmp_path, monkeypatch):
+    made = []
+
+    def serve(folder: Path) -> None:
+        made.append(folder)
+        assert signal.getsignal(number) != signal.SIG_DFL, "the process would end here"
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(space, "serve", serve)
+    monkeypatch.setattr(space, "write_site", lambda release, folder: (folder / "0.gguf").touch())
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            space.show(str(built_release))
+    finally:
+        signal.signal(number, before)
+    assert made and not made[0].exists()
+
+
+def test_show_says_that_a_run_has_not_finished(tmp_path):
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun/record.json").write_text('{"stages": {}}')
+    with pytest.raises(UserError, match="begun is a run that has not finished; run `nanophi run` on its recipe"):
+        space.show(str(tmp_path / "begun"))
+
+
+@pytest.mark.parametrize("option", ["control", "new_version"])
+def test_a_model_is_not_its_own_control_or_successor(option, built_release):
+    with pytest.raises(UserError, match="org/demo is the model itself; name another one"):
+        push(built_release, "org/demo", dry_run=True, **{option: "org/demo"})
 
 
 def test_the_docs_name_the_version_that_the_page_loads():
