@@ -106,6 +106,8 @@ class Options:
         for option, name in (("--control", self.control), ("--new-version", self.new_version)):
             if name is not None and not is_hub_id(name):
                 raise UserError(f"{option} {name} is not a Hub id like ORG/NAME")
+            if name == self.repo_id:
+                raise UserError(f"{option} {name} is the model itself; name another one")
         if self.collection is not None and not 0 < len(self.collection.strip()) < 60:
             raise UserError("--collection: the Hub takes a title of 1 to 59 characters")
 
