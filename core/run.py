@@ -10,8 +10,10 @@ the old outputs or the new ones. Training alone writes in place; nothing here re
 
 import contextlib
 import datetime
+import json
+import os
+import re
 import shutil
-import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -36,19 +38,44 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
+SHOWN = 80  # characters of a value in a list of differences
+
+
 def differences(then: Any, now: Any, key: str = "", whole: bool = True) -> list[str]:
     """`training.batch_size 4 -> 8` for each value that differs; without `whole`, what `now` leaves out does not."""
     if isinstance(then, Mapping) and isinstance(now, Mapping):
         names = [*now, *(name for name in then if whole and name not in now)]
         pairs = [(then.get(name), now.get(name), f"{key}.{name}" if key else name) for name in names]
-    elif not whole and isinstance(then, list) and isinstance(now, list) and len(then) == len(now):
-        pairs = [(*pair, key) for pair in zip(then, now, strict=True)]
+    elif _of_mappings(then) and _of_mappings(now) and len(then) == len(now):
+        pairs = [(old, new, f"{key}.{number}") for number, (old, new) in enumerate(zip(then, now, strict=True))]
     elif then == now:
         return []
     else:
-        old, new = (text[:12] if len(text := str(one)) == 64 else textwrap.shorten(text, 80) for one in (then, now))
-        return [f"{key} {old} -> {new}"]
+        old, new = _text(then), _text(now)
+        return [f"{key} {' -> '.join(_shown(old, new) if old != new else (repr(then), repr(now)))}"]
     return [line for pair in pairs for line in differences(*pair, whole=whole)]
+
+
+def _of_mappings(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(one, Mapping) for one in value)
+
+
+def _text(value: Any) -> str:
+    """A value on one line: lists, mappings and text that cannot be printed as it is in JSON."""
+    plain = not isinstance(value, list | Mapping) and str(value).isprintable()
+    return str(value) if plain else json.dumps(value, ensure_ascii=False)
+
+
+def _shown(*texts: str) -> Iterator[str]:
+    """Two texts, shortened where they are long: hashes to their beginning, others to the part that differs first."""
+    start = max(0, len(os.path.commonprefix(texts)) - SHOWN // 2)  # noqa: RUF071 (of characters)
+    for text in texts:
+        if re.fullmatch("[0-9a-f]{64}", text):
+            yield text[:12]
+        elif max(map(len, texts)) <= SHOWN:
+            yield text
+        else:
+            yield f"{'...' * bool(start)}{text[start : start + SHOWN]}{'...' * (len(text) > start + SHOWN)}"
 
 
 def _sizes(root: Path, outputs: Sequence[str]) -> dict[str, int]:

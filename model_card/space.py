@@ -121,7 +121,7 @@ def _baseline(run: Path, comparison: Mapping[str, Any]) -> dict[str, Path]:
             compared = [model.get("sha256") for model in comparison["models"][name]]
         if model_sha256(run.parent / name / "checkpoints" / revision) in compared:
             return {name: release}
-    typer.echo(f"the baseline {name!r} is left out: no run beside {run} has a release of the weights that were compared")
+    typer.echo(f"the baseline {name!r} is left out: no run beside {run} has released the weights compared")
     return {}
 
 

@@ -96,6 +96,41 @@ def test_differences_name_keys_and_both_values():
     assert differences(now, now) == []
 
 
+LONG = "a sentence that both of them have, " * 9
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "lines"),
+    [
+        ([{"files": "a", "x": 1}], [{"files": "b", "x": 1}], ["sources.0.files a -> b"]),
+        (
+            [{"x": {"y": [1, 2]}}, {}],
+            [{"x": {"y": [1, 3]}}, {"z": 1}],
+            ["sources.0.x.y [1, 2] -> [1, 3]", "sources.1.z None -> 1"],
+        ),
+        ([1.0, 5], [1.0, 4], ["sources [1.0, 5] -> [1.0, 4]"]),
+        (["a", "b"], ["a"], ['sources ["a", "b"] -> ["a"]']),
+        ([{"hub": "a"}], [{"hub": "a"}, {"hub": "ä"}], ['sources [{"hub": "a"}] -> [{"hub": "a"}, {"hub": "ä"}]']),
+        ("one\nline", "one line", ['sources "one\\nline" -> one line']),
+        ("5", 5, ["sources '5' -> 5"]),
+        ("0" * 63 + "1", "p" * 64, [f"sources {'0' * 12} -> {'p' * 64}"]),
+    ],
+)
+def test_differences_are_where_they_are(then, now, lines):
+    assert differences({"sources": then}, {"sources": now}) == lines
+
+
+@pytest.mark.parametrize(
+    ("then", "now"), [(LONG + "x" + LONG, LONG + "y" + LONG), (LONG, LONG + "y"), ("x" + LONG, LONG)]
+)
+def test_of_long_text_the_part_that_differs_is_shown(then, now):
+    (line,) = differences({"notes": then}, {"notes": now})
+    old, new = line.removeprefix("notes ").split(" -> ")
+    assert old != new and max(map(len, (old, new))) <= 86
+    assert old.strip(".") in then and new.strip(".") in now
+    assert ("x" in old, "y" in new) == ("x" in then, "y" in now)
+
+
 def shards(texts, calls=None):
     """Builds `data/s`: one file for each text."""
 
