@@ -34,14 +34,23 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+class _Dumper(yaml.SafeDumper):
+    """`yaml.SafeDumper` which quotes all text that `_Loader`, too, would read as anything else."""
+
+
+_BREAKS = set("\x85\u2028\u2029")  # ends of lines in YAML 1.1, which a reader changes unless they are escaped
 _NUMBERS = {
     "int": r"[-+]?[0-9][0-9_]*$",
     # Not `12e45`, which may be a commit.
     "float": r"[-+]?([0-9]+[eE][-+][0-9]+|([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|\.(inf|Inf))$|\.(nan|NaN)$",
 }
 for _tag, _pattern in _NUMBERS.items():
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list("-+.0123456789"))
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list("-+.0123456789"))
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(str(node.value)))
+_Dumper.add_representer(
+    str, lambda dumper, text: yaml.ScalarNode("tag:yaml.org,2002:str", text, style='"' if _BREAKS & {*text} else None)
+)
 
 
 def find_recipe(name: str | Path, folder: Path = Path()) -> Path:
@@ -79,6 +88,11 @@ def _load(text: str, what: str) -> Any:
         return yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{what}: not valid YAML ({' '.join(str(error).split())})") from None
+
+
+def dump(values: Any, width: int = 80) -> str:
+    """A recipe's mapping as YAML, which `read` and readers of YAML 1.1 read alike; lines of about `width` columns."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=width)
 
 
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -13,12 +13,11 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from nanophi.core.errors import UserError, user_errors
 from nanophi.core.files import write_text
 from nanophi.core.inputs import Inputs
 from nanophi.core.recipe import Recipe
+from nanophi.core.recipe_file import dump
 from nanophi.core.run import RunDirectory, differences
 
 Summary = dict[str, Any]
@@ -91,7 +90,7 @@ class Runner:
 
     def write_recipe(self) -> None:
         """`recipe.yaml`: the resolved recipe, every default written out."""
-        write_text(self.path / "recipe.yaml", yaml.safe_dump(self.recipe.dump(), sort_keys=False, allow_unicode=True))
+        write_text(self.path / "recipe.yaml", dump(self.recipe.dump()))
 
     def inputs_of(self, stage: Stage) -> dict[str, Any]:
         """Everything that a stage's outputs depend on, as JSON: its hash is the stage's key."""

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-import yaml
 from typer import Option
 
 from nanophi.core.bases import INHERITED
@@ -20,6 +19,7 @@ from nanophi.core.files import read_json, write_text
 from nanophi.core.names import RUN, final_checkpoint, is_hub_id, split_revision
 from nanophi.core.options import Overrides, ReleaseOrId, Revision
 from nanophi.core.recipe import load_recipe
+from nanophi.core.recipe_file import dump
 from nanophi.core.run import Report
 
 LEARNED_FROM = {
@@ -106,7 +106,7 @@ def fetch_recipe(release: str, output: Path, revision: str | None = None, report
             recipe = {key: value for key, value in recipe.items() if key not in INHERITED}
         path = output / f"{name}-reproduced.yaml"
         recipe = {**recipe, "name": path.stem}
-        write_text(path, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
+        write_text(path, dump(recipe))
         here = _versions(environment())
         for package, version in _versions(records["run.json"]["environment"]).items():
             if version != here.get(package):

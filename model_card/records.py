@@ -16,6 +16,7 @@ import yaml
 from nanophi.core.errors import UserError, user_errors
 from nanophi.core.files import read_json, write_json, write_text
 from nanophi.core.names import final_checkpoint, step_folders
+from nanophi.core.recipe_file import dump
 from nanophi.data import documents
 from nanophi.eval import catalogue
 from nanophi.eval import results as evaluation
@@ -133,7 +134,7 @@ def write_records(records: ShippedRecords, folder: Path) -> None:
     """Write each record under its name."""
     for name, value in records.items():
         if name.endswith(".yaml"):
-            write_text(folder / name, yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100))
+            write_text(folder / name, dump(value, width=100))
         else:
             write_json(folder / name, value)
 

@@ -5,7 +5,7 @@ import yaml
 
 from nanophi.core.errors import UserError
 from nanophi.core.recipe import Recipe, load_recipe
-from nanophi.core.recipe_file import RECIPES, override
+from nanophi.core.recipe_file import RECIPES, dump, override, own
 from nanophi.training.budget import flops_per_token, parameter_count
 
 
@@ -13,7 +13,9 @@ from nanophi.training.budget import flops_per_token, parameter_count
 def test_built_in_recipes_load_and_survive_a_round_trip(path):
     recipe = load_recipe(path)
     assert recipe.name == path.stem
-    assert Recipe(**yaml.safe_load(yaml.safe_dump(recipe.dump()))) == recipe
+    text = dump(recipe.dump())
+    assert Recipe(**yaml.safe_load(text)) == recipe
+    assert text == yaml.safe_dump(recipe.dump(), sort_keys=False, allow_unicode=True), "as runs made before have it"
 
 
 def test_the_115m_recipe_is_the_published_run():
@@ -193,3 +195,14 @@ def test_decimal_numbers_are_read_as_they_are_written_and_all_else_is_text(text,
     values: dict = {}
     override(values, f"a.b={text}")
     assert values == {"a": {"b": value}} and type(values["a"]["b"]) is type(value)
+
+
+TEXTS = ["089", "1e-5", "+.5", "1.e+3", "-007", "1_0", "1:30", "0x1F", "yes", "2024-01-01", "~", "12e45", "#", "é 😀"]
+
+
+@pytest.mark.parametrize("text", [*TEXTS, "a\x85b", "\u2028", "one\u2029\ntwo " * 20, "\ufeff\t", " 5 "], ids=ascii)
+def test_what_is_written_is_read_as_it_was_by_both_versions_of_yaml(text, tmp_path):
+    values = {"a": text, "b": [text, {text: text}], "c": [1e-5, 1e22, -7, 0.5, None, True]}
+    for width in (80, 100):
+        (tmp_path / "recipe.yaml").write_text(dump(values, width=width), encoding="utf-8")
+        assert own(tmp_path / "recipe.yaml") == values == yaml.safe_load(dump(values, width=width))
