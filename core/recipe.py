@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import pydantic
 import typer
-import yaml
 from pydantic import Field
 from typer import Option
 
@@ -22,7 +21,7 @@ from nanophi.core.errors import UserError, suggest
 from nanophi.core.licenses import card_problems, unlisted
 from nanophi.core.names import RUN
 from nanophi.core.options import OneRecipe, Overrides
-from nanophi.core.recipe_file import RECIPES, find_recipe, override, own, read
+from nanophi.core.recipe_file import RECIPES, dump, find_recipe, override, own, read
 from nanophi.core.registry import OPTIMIZERS, SCORERS, choose, find
 from nanophi.core.run import differences
 
@@ -46,7 +45,9 @@ def check_keys(keys: Iterable[Any], known: Iterable[str]) -> None:
 class Section(pydantic.BaseModel):
     """A mapping of the recipe. Unknown keys are refused; values are checked, not coerced beyond int -> float."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+    model_config = pydantic.ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False, strict=True
+    )
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -159,7 +160,7 @@ class Quality(Section):
     high: list[str] = []  # for `linear`: sources of high-quality text; empty: the installed documentation
     low: list[str] = []  # for `linear`: sources whose documents are examples of low-quality text
     label: str | None = None  # for `model:`, the label of high-quality text; the score is its probability
-    scale: tuple[float, float] | None = None
+    scale: Annotated[tuple[float, float], Field(strict=False)] | None = None
     """For `column:` and `model:`: lowest and highest score; null: 0 to 1. With it, the score of a classifier without
     `label` is the expected value of the numbers that its labels' names end in, or its one output (regression)."""
     threshold: float | None = 0.5  # documents that score above it are kept, in the units of `scale`
@@ -419,10 +420,10 @@ def print_recipe(
     """
     values = load_recipe(name, overrides).dump()
     if diff is not None:
-        typer.echo("\n".join(differences(values, load_recipe(diff).dump())))
+        typer.echo("\n".join(differences(values, load_recipe(diff).dump()) or ["no difference"]))
         return
-    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
-    typer.echo(f"# yaml-language-server: $schema={SCHEMA}\n{text}", nl=False)
+    text = dump(values, width=100)
+    typer.echo(f"# yaml-language-server: $schema={SCHEMA.as_uri()}\n{text}", nl=False)
 
 
 def _has_no_examples(values: dict[str, Any]) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pydantic
 
-from nanophi.core import markup, recipe
+from nanophi.core import dial, markup, recipe
 from nanophi.core.files import write_text
 from nanophi.core.recipe import SCHEMA
 
@@ -60,8 +60,10 @@ def _model() -> dict[str, Any]:
     words = {name: " ".join(text.split()) for names, text in explained for name in names.split(", ")}
     types: dict[str, Any] = {"depth": int | None, **inspect.get_annotations(NanoPhiConfig)}
     words, defaults = {"depth": DEPTH, **words}, {"depth": None, **NanoPhiConfig().to_dict()}
+    limits = {"depth": {"ge": 1, "le": dial.MAX_DEPTH}, **{name: {"ge": 1} for name in types if types[name] is int}}
     fields: dict[str, Any] = {
-        name: (kind, pydantic.Field(default=defaults[name], description=words[name])) for name, kind in types.items()
+        name: (kind, pydantic.Field(default=defaults[name], description=words[name], **limits.get(name, {})))
+        for name, kind in types.items()
     }
     forbid = pydantic.ConfigDict(extra="forbid", protected_namespaces=())
     return pydantic.create_model("Model", __config__=forbid, **fields).model_json_schema()

@@ -60,6 +60,17 @@ def test_an_editor_accepts_the_built_in_recipes(path):
         {"quality": {"threshold": "high"}},
         {"model": {"hidden_sice": 64}},
         {"model": {"hidden_size": "wide"}},
+        {"model": {"depth": 0}},
+        {"model": {"depth": 97}},
+        {"model": {"vocab_size": -5}},
+        {"model": {"num_hidden_layers": 0}},
+        {"seed": "3"},
+        {"training": {"learning_rate": True}},
+        {"training": {"learning_rate": "0.1"}},
+        {"training": {"compile": "off"}},
+        {"training": {"keep_steps": [True]}},
+        {"data": {"sources": [{"files": "a", "weight": "2"}]}},
+        {"quality": {"scorer": "column:q", "threshold": 1, "scale": [0, "5"]}},
         {"data": {"sources": [{"file": "a.txt"}]}},
         {"trainig": {}},
     ],
@@ -75,13 +86,14 @@ def test_an_editor_marks_what_the_command_refuses(wrong, tmp_path):
 
 
 def test_a_recipe_is_printed_as_one_that_gives_the_same_run(tmp_path, capsys):
-    print_recipe("demo", ["training.steps=7", "training.warmup_steps=1", "training.keep_steps=[]"])
+    changes = ["training.steps=7", "training.warmup_steps=1", "training.keep_steps=[]", "name='089'"]
+    print_recipe("demo", changes)
     printed = capsys.readouterr().out
-    assert printed.startswith(f"# yaml-language-server: $schema={SCHEMA}\nname: demo\n")
+    assert printed.startswith(f"# yaml-language-server: $schema={SCHEMA.as_uri()}\nname: '089'\n")
     (tmp_path / "again.yaml").write_text(printed)
     again = load_recipe(tmp_path / "again.yaml")
     assert again.training.steps == 7
-    assert again == load_recipe("demo", ["training.steps=7", "training.warmup_steps=1", "training.keep_steps=[]"])
+    assert again == load_recipe("demo", changes)
 
 
 def test_two_recipes_differ_in_what_is_printed(capsys):
@@ -89,3 +101,7 @@ def test_two_recipes_differ_in_what_is_printed(capsys):
     lines = capsys.readouterr().out.splitlines()
     titles = "card.title nano-phi-demo -> nano-phi-demo-control"
     assert lines == ["name demo -> demo-control", "quality.threshold 0.1 -> None", titles]
+    print_recipe("nano-phi-115m", ["training.seed=0", "card.notes=None"], diff="nano-phi-115m")
+    assert capsys.readouterr().out.splitlines() == ["training.seed 0 -> None", "card.notes None -> "]
+    print_recipe("demo", diff="demo")
+    assert capsys.readouterr().out == "no difference\n"
