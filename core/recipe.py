@@ -6,9 +6,10 @@ An unknown key, a wrong type or an impossible combination raises `UserError` nam
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 
 import pydantic
 import typer
@@ -43,7 +44,10 @@ def check_keys(keys: Iterable[Any], known: Iterable[str]) -> None:
 
 
 class Section(pydantic.BaseModel):
-    """A mapping of the recipe. Unknown keys are refused; values are checked, not coerced beyond int -> float."""
+    """A mapping of the recipe. Unknown keys are refused; values are checked, not coerced beyond int -> float.
+
+    `1e9`, which a recipe file holds as text because it may be a commit, is a number where one belongs.
+    """
 
     model_config = pydantic.ConfigDict(
         extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False, strict=True
@@ -52,8 +56,13 @@ class Section(pydantic.BaseModel):
     @pydantic.model_validator(mode="before")
     @classmethod
     def known_keys(cls, values: Any) -> Any:
-        check_keys(values if isinstance(values, dict) else (), cls.model_fields)
-        return values
+        if not isinstance(values, dict):
+            return values
+        check_keys(values, cls.model_fields)
+        kinds = {key: cls.model_fields[key].annotation for key in values}
+        numbers = [key for key, kind in kinds.items() if float in (kind, *get_args(kind))]
+        powers = [key for key in numbers if re.fullmatch(r"[-+]?\d+[eE]\d+", str(values[key]), re.ASCII)]
+        return {**values, **{key: float(values[key]) for key in powers}}
 
     @pydantic.model_validator(mode="after")
     def obeys(self) -> Self:

@@ -66,6 +66,9 @@ def test_overrides_numbers_and_merged_keys(write):
     assert recipe.model["layer_norm_eps"] == 1e-6 and recipe.training.learning_rate == 2e-3
     assert (recipe.training.keep_steps, recipe.quality.scorer) == ([1, 2], "column:q")
     assert recipe.data.sources[0].revision == "12e45", "a short commit is no number"
+    changes = ["training.learning_rate=1e3", "training.spike_threshold=12E45", "training.weight_decay=1"]
+    training = load_recipe(write(), changes).training
+    assert (training.learning_rate, training.spike_threshold, training.weight_decay) == (1000, 12e45, 1)
     merged = "extends: demo\nname: m\ntraining: {<<: {steps: 7, keep_steps: [], warmup_steps: 1}, batch_size: 2}"
     assert load_recipe(write(text=merged)).training.steps == 7
 

@@ -242,7 +242,7 @@ def test_a_base_must_be_whole(runs):
         ({"model": {"num_hidden_layers": 4}}, r"'model.num_hidden_layers' is its base's \(2 -> 4\); leave it out"),
         ({"quality": {"threshold": 0.9}}, r"'quality.threshold' is its base's \(0.5 -> 0.9\); leave it out"),
         ({"tokenizer": {"path": "gpt2"}}, r"'tokenizer.path' is its base's \(None -> gpt2\); leave it out"),
-        ({"data": {"sources": [{"files": "x.jsonl"}]}}, r"'data.sources.files' is its base's \(None -> x.jsonl\)"),
+        ({"data": {"sources": [{"files": "x.jsonl"}]}}, r"'data.sources.0.files' is its base's \(None -> x.jsonl\)"),
         ({"data": {"sources": [{"embedded": "documentation"}, {"hub": "a/b"}]}}, "'data.sources' is its base's"),
         ({"data": 5}, "'data' is its base's"),
     ],
