@@ -30,7 +30,7 @@ from nanophi.core import dial, formatting
 from nanophi.core.errors import UserError, user_errors
 from nanophi.core.files import read_json, sha256_of_file, write_json
 from nanophi.core.options import Jobs, Overrides, Recipes, Runs
-from nanophi.core.recipe import Recipe, load_recipe
+from nanophi.core.recipe import Recipe, check_distinct, load_recipe
 from nanophi.core.run import Report, RunDirectory
 from nanophi.experiments import records, scaling
 from nanophi.experiments.scaling import Entry, entries_of
@@ -65,8 +65,7 @@ def ladder(
 
     records.check_numbers(seed, smallest=smallest, tokens_per_parameter=tokens_per_parameter)
     resolved = [load_recipe(recipe, overrides) for recipe in recipes]
-    if len({recipe.name for recipe in resolved}) < len(resolved):
-        raise UserError("two recipes have the same name; each ladder needs its own folder")
+    check_distinct(resolved)
     names = [] if tasks == "none" else [task.strip() for task in tasks.split(",")]
     options: dict[str, Any] = {"sizes": sizes, "smallest": smallest, "tokens_per_parameter": tokens_per_parameter}
     options |= {"seeds": seed, "tasks": names}

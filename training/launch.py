@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-import yaml
 from packaging.utils import canonicalize_name
 from typer import Argument, Option
 
@@ -35,6 +34,7 @@ from nanophi.core.mirror import connect, put
 from nanophi.core.names import local
 from nanophi.core.options import Mirror, Overrides
 from nanophi.core.recipe import Recipe, check_distinct, load_recipe
+from nanophi.core.recipe_file import dump
 from nanophi.training.budget import device_named
 from nanophi.training.estimate import predict
 
@@ -173,7 +173,7 @@ def _kit(folder: Path, recipes: Iterable[Recipe]) -> dict[str, Path]:
             versions[canonicalize_name(name)] = version.partition("+")[0]
     texts = {"constraints.txt": "\n".join(sorted(f"{name}=={version}" for name, version in versions.items()))}
     for recipe in recipes:
-        texts[f"{recipe.name}.yaml"] = yaml.safe_dump(recipe.dump(), sort_keys=False, allow_unicode=True)
+        texts[f"{recipe.name}.yaml"] = dump(recipe.dump())
     for name, text in texts.items():
         write_text(folder / name, text)
     return {file.name: file for file in (wheel(folder), *(folder / name for name in texts))}
