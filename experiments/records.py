@@ -242,7 +242,7 @@ def read_records(output: Path, fields: Sequence[str], planned: Sequence[tuple[An
         record = read_json(path)
         key = tuple(record.get(field) for field in fields) if isinstance(record, dict) else ()
         if key not in planned or key in records or record.get("run") != path.stem:
-            raise UserError(f"{path} is no record of a run in the plan; move it away")
+            raise UserError(f"{path} is not a record of a planned run; move it away")
         records[key] = record
     if not records:
         raise UserError(f"{output} holds no record of a finished run; run the experiment again")

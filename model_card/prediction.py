@@ -50,6 +50,6 @@ def _measured_from(values: Any, where: str) -> dict[str, Any]:
 
 
 def _began(shipped: ShippedRecords) -> datetime.datetime:
-    """When the training began that gave the weights, or went on for the last time."""
+    """When the training began that gave the weights, or was last resumed."""
     run = shipped["run.json"]
     return datetime.datetime.fromisoformat(run["finished"]) - datetime.timedelta(seconds=run["seconds"]["training"])

@@ -130,7 +130,7 @@ def _installed() -> Path | None:
     folders = (parent / "node_modules/@wllama/wllama" for parent in (Path.cwd(), *Path.cwd().parents))
     if (local := next((folder for folder in folders if folder.is_dir()), None)) is None:
         return None
-    with user_errors(f"{local} is no package of npm; run `npm install {PACKAGE}`"):
+    with user_errors(f"{local} is not an npm package; run `npm install {PACKAGE}`"):
         version = read_json(local / "package.json")["version"]
     if PACKAGE.endswith(f"@{version}"):
         return local

@@ -1,4 +1,4 @@
-"""A name is what it holds: contents of local paths, commits of repositories on the Hub."""
+"""Inputs are identified by their contents: those of local paths, commits of repositories on the Hub."""
 
 import os
 import subprocess

@@ -258,7 +258,7 @@ def test_number_of_shots(tmp_path):
 def folder_of_documents(folder):
     sentences = [f"{word.capitalize()} went to the market place with all of them. " for word in ("she", "he", "it")]
     texts = [
-        f"Opening number {i} of a long text, which says little and goes on. " * 2 + "".join(sentences) for i in "ab"
+        f"Opening number {i} of a long text, which says little and is not over. " * 2 + "".join(sentences) for i in "ab"
     ]
     rows = [{"id": str(i), "source": "s", "text": text} for i, text in enumerate(texts)]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "heldout-00000.parquet")

@@ -173,13 +173,13 @@ def test_another_output_uses_runs_that_are_the_same_and_leaves_others_alone(fini
     ("file", "change", "message"),
     [
         ("plan.json", None, r"plan\.json is missing, but its runs have records; put it back"),
-        ("records/planted-all-seed-0*", {"seed": 7}, "planted-all-seed-0.* is no record of a run in the plan"),
+        ("records/planted-all-seed-0*", {"seed": 7}, "planted-all-seed-0.* is not a record of a planned run"),
         (
             "records/planted-all-seed-0*",
             {"learning_rate": 0.5},
-            "planted-all-seed-0.* is no record of a run in the plan",
+            "planted-all-seed-0.* is not a record of a planned run",
         ),
-        ("records/planted-all-seed-0*", {"run": "copy"}, "planted-all-seed-0.* is no record of a run in the plan"),
+        ("records/planted-all-seed-0*", {"run": "copy"}, "planted-all-seed-0.* is not a record of a planned run"),
         ("items.json", {"heldout": []}, r"items\.json has fewer documents than planted-\S+ was measured on"),
     ],
 )

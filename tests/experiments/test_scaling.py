@@ -1,4 +1,4 @@
-"""Predictions on invented data, whose law is known: the interval covers, and a law that is none of ours is noticed."""
+"""Predictions on invented data, whose law is known: the interval covers, and an unknown law is noticed."""
 
 from __future__ import annotations
 
