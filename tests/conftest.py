@@ -9,24 +9,10 @@ import pytest
 from nanophi.model_card import loader
 
 pytest_plugins = ["finished_run", "hub_client"]
-LONGEST = (
-    "test_distributed",
-    "test_readme",
-    "test_push",
-    "test_trainer",
-    "test_ablate",
-    "test_pipeline",
-    "test_companions",
-)
-LONGEST += (
-    "test_cli",
-    "test_continuation",
-    "test_evaluate",
-    "test_space",
-    "test_mirror",
-    "test_receipt",
-    "test_verify",
-)
+LONGEST = [
+    *("test_distributed", "test_readme", "test_push", "test_trainer", "test_ablate", "test_pipeline"),
+    *("test_companions", "test_cli", "test_continuation", "test_evaluate", "test_space", "test_mirror", "test_receipt"),
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
