@@ -240,8 +240,8 @@ def _run_here(script: str) -> None:
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         environment["PATH"] = f"{scratch}/env/bin{os.pathsep}{environment['PATH']}"
         # A signal from the terminal reaches this process alone, which passes on one, and waits while the job saves.
-        process = subprocess.Popen(["bash", "-c", script], cwd=job, env=environment, start_new_session=True)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+        process = subprocess.Popen(["bash", "-c", script], cwd=job, env=environment, start_new_session=True)
         try:
             code = process.wait()
         except KeyboardInterrupt:

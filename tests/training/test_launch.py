@@ -164,24 +164,21 @@ def test_an_interrupted_local_job_is_told_once_and_waited_for(tmp_path, monkeypa
     script = """
 trap 'echo told >> {0}; sleep 0.3; echo saved >> {0}; exit 3' TERM
 echo started >> {0}
+sleep 0.5
+kill -TERM $PPID
 sleep 60 & wait $!"""
     log = tmp_path / "log"
-
-    def interrupt(signum: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
     monkeypatch.setattr(
         module.venv,
         "create",
         lambda path: (path / "lib" / f"python{module.PYTHON}" / "site-packages").mkdir(parents=True),
     )
-    before = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, 1.0)
+    before = signal.getsignal(signal.SIGTERM)
     try:
         with pytest.raises(KeyboardInterrupt):
             module._run_here(script.format(log))
     finally:
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGTERM, before)
     assert log.read_text().split() == ["started", "told", "saved"]
 
 
