@@ -102,6 +102,14 @@ def devices(jobs: int) -> list[dict[str, str]]:
     return [{"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}] * jobs
 
 
+def end_like_ctrl_c(*signals: int) -> None:
+    """Let signals that nothing handles yet interrupt this process as Ctrl-C does, so that it can end in order."""
+    for number in signals:
+        if signal.getsignal(number) == signal.SIG_DFL:
+            with contextlib.suppress(ValueError):  # outside the main thread
+                signal.signal(number, signal.default_int_handler)
+
+
 def stop_with_parent() -> None:
     """Send this process SIGTERM when its standard input ends; a training then saves a checkpoint first."""
 

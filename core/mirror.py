@@ -29,7 +29,7 @@ from typing import Any
 
 from nanophi.core.errors import UserError, one_line, printable, user_errors
 from nanophi.core.files import link_or_copy, read_json, remove, sha256_of_file
-from nanophi.core.jobs import world_size
+from nanophi.core.jobs import end_like_ctrl_c, world_size
 from nanophi.core.names import local, walk
 
 LEASE_SECONDS, RENEW_SECONDS, LONGEST_PAUSE = 60.0, 15.0, 60.0
@@ -52,9 +52,8 @@ def mirrored(url: str | None, must_arrive: bool = True) -> Iterator[None]:
     """
     global _url
     before, _url = _url, url
-    if url is not None and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-        with contextlib.suppress(ValueError):  # outside the main thread
-            signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what is finished is still copied
+    if url is not None:
+        end_like_ctrl_c(signal.SIGTERM)  # so that what is finished is still copied
     try:
         yield
     except BaseException:
@@ -147,7 +146,6 @@ def training_of(record: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _link(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source, target)
     except OSError:  # no hard links here, or a file of another disk
@@ -363,11 +361,13 @@ class Mirror:
             return
         try:
             remove(folder)  # of a process that was killed
-            for source in walk(self.run):
-                name = source.relative_to(self.run)
-                if source.is_file():  # no broken link
-                    # A hard link would grow with its file.
-                    (_copy_of if name.parts[0] == GROWING else _link)(source.resolve(), folder / name)
+            for source in filter(Path.is_file, walk(self.run)):  # no broken links
+                target = folder / (name := source.relative_to(self.run))
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if name.parts[0] == GROWING:  # a hard link would grow with its file
+                    shutil.copyfile(source, target)
+                else:
+                    _link(source.resolve(), target)
         except OSError as error:
             self._tell(error)
             return
@@ -459,8 +459,3 @@ def _keys(record: Mapping[str, Any]) -> dict[str, Any]:
     """The key of each stage, by its name."""
     stages = {**record["stages"], **record.get("in_progress", {})}
     return {name: entry.get("key") if isinstance(entry, dict) else entry for name, entry in stages.items()}
-
-
-def _copy_of(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, target)

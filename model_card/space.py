@@ -20,6 +20,7 @@ from typer import Argument
 from nanophi.core import formatting
 from nanophi.core.errors import user_errors
 from nanophi.core.files import link_or_copy, read_json, write_text
+from nanophi.core.jobs import end_like_ctrl_c
 from nanophi.core.names import RUN
 from nanophi.core.version import __version__
 from nanophi.eval.models import model_sha256
@@ -84,9 +85,7 @@ def show(
     """
     inside = Path(what) / "release"
     release = find_release(str(inside) if inside.is_dir() else what)
-    for number in (signal.SIGTERM, signal.SIGHUP):  # end it as Ctrl-C does, so that its copies are removed
-        if signal.getsignal(number) == signal.SIG_DFL:
-            signal.signal(number, signal.default_int_handler)
+    end_like_ctrl_c(signal.SIGTERM, signal.SIGHUP)  # so that its copies are removed
     with tempfile.TemporaryDirectory(prefix="nanophi-show-") as scratch:
         write_site(release, Path(scratch))
         with serve(Path(scratch)) as server, contextlib.suppress(KeyboardInterrupt):

@@ -30,6 +30,7 @@ import nanophi
 from nanophi.core import formatting
 from nanophi.core.errors import UserError, printable, suggest, user_errors
 from nanophi.core.files import write_text
+from nanophi.core.jobs import end_like_ctrl_c
 from nanophi.core.mirror import connect, put
 from nanophi.core.names import local
 from nanophi.core.options import Mirror, Overrides
@@ -42,12 +43,8 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi, JobHardwareInfo
 
 PYTHON = f"{sys.version_info[0]}.{sys.version_info[1]}"
-DRIVERS = {
-    "s3": "s3fs",
-    "gs": "gcsfs",
-    "gcs": "gcsfs",
-    "hf": "huggingface_hub",
-}  # scheme of a mirror's URL -> what reads it
+DRIVERS = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub"}
+"""Scheme of a mirror's URL -> the package that reads it."""
 LEAST_SECONDS = 600.0  # of a rented job: to install takes minutes
 LAST_SHARE, LAST_SECONDS = 0.1, 600.0  # of a job's time, at most, that are kept for saving and the last copy
 HOURS = {"second": 1 / 3600, "minute": 1 / 60, "hour": 1.0}
@@ -240,7 +237,7 @@ def _run_here(script: str) -> None:
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         environment["PATH"] = f"{scratch}/env/bin{os.pathsep}{environment['PATH']}"
         # A signal from the terminal reaches this process alone, which passes on one, and waits while the job saves.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        end_like_ctrl_c(signal.SIGTERM)
         process = subprocess.Popen(["bash", "-c", script], cwd=job, env=environment, start_new_session=True)
         try:
             code = process.wait()
